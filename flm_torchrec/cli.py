@@ -1,0 +1,45 @@
+"""`flm`: prepare → train → evaluate → export → recommend."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from flm_torchrec.config import nearest
+from flm_torchrec.data import command as data_command
+from flm_torchrec.errors import FlmError
+from flm_torchrec.evaluation import command as evaluation_command
+from flm_torchrec.export import command as export_command
+from flm_torchrec.training import command as training_command
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest option when one is not known."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"error: {message} (see '{self.prog} --help')\n")
+        sys.exit(2)
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            options = [option for action in self._actions for option in action.option_strings]
+            self.error(f"unknown option '{unknown[0]}'; {nearest(unknown[0].split('=')[0], options)}")
+        return namespace, unknown
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; 0 on success, 2 with one line on standard error where the user can mend it."""
+    parser = _Parser(prog="flm", description=__doc__, allow_abbrev=False)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in (data_command, training_command, evaluation_command, export_command):
+        command.add_parser(subparsers)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except FlmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,21 @@
+"""Settings: typed, checked, from YAML and the command line."""
+
+from flm_torchrec.config.load import (
+    add_config_arguments,
+    config_from_arguments,
+    from_dict,
+    load_config,
+    nearest,
+    to_yaml,
+)
+from flm_torchrec.config.schema import Config
+
+__all__ = [
+    "Config",
+    "add_config_arguments",
+    "config_from_arguments",
+    "from_dict",
+    "load_config",
+    "nearest",
+    "to_yaml",
+]

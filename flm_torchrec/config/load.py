@@ -1,0 +1,133 @@
+"""YAML file plus command-line overrides → one checked `Config`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, asdict, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from flm_torchrec.config.schema import Config
+from flm_torchrec.errors import ConfigError
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file and lay overrides such as `train.batch_size=512` over it.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (with the nearest known one), or a value out of its range.
+    """
+    values = _read(Path(path)) if path else {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"override '{override}': write it as section.field=value")
+        section, _, name = key.partition(".")
+        values.setdefault(section, {})
+        if not isinstance(values[section], dict):
+            raise ConfigError(f"{path}: '{section}' is not a section; write its fields below it")
+        values[section][name] = _value(key, text)
+    return from_dict(values, source=str(path or "command line"))
+
+
+def from_dict(values: dict[str, Any], source: str) -> Config:
+    """Check nested values and build the config; `source` names where they came from in errors."""
+    _refuse_unknown(values, source)
+    try:
+        return TypeAdapter(Config).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"][:2])
+        reason = first["msg"].removeprefix("Value error, ")
+        given = "" if first["type"] == "value_error" else f", not {first['input']!r}"
+        raise ConfigError(f"{source}: {key}: {reason}{given}") from error
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config, every field written out; `load_config` reads it back equal."""
+    record = asdict(config)
+    record["eval"]["ks"] = list(record["eval"]["ks"])
+    return yaml.safe_dump(record, sort_keys=False)
+
+
+def sections() -> dict[str, type]:
+    """The sections of `Config` by name."""
+    return get_type_hints(Config)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--config FILE` and one `--section.field VALUE` for every setting, with help and default."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; options below override it")
+    for section, kind in sections().items():
+        group = parser.add_argument_group(section, (kind.__doc__ or "").split("\n")[0])
+        hints = get_type_hints(kind, include_extras=True)
+        for field in fields(kind):
+            infos = [m for m in hints[field.name].__metadata__ if isinstance(m, FieldInfo)]
+            text = next(info.description for info in infos if info.description).replace("%", "%%")
+            default = field.default if field.default is not MISSING else ""
+            group.add_argument(
+                f"--{section}.{field.name}",
+                dest=f"override:{section}.{field.name}",
+                metavar="VALUE",
+                help=f"{text} (default: {default})",
+            )
+
+
+def config_from_arguments(args: argparse.Namespace) -> Config:
+    """The config of a parser made with `add_config_arguments`."""
+    given = {k.removeprefix("override:"): v for k, v in vars(args).items() if k.startswith("override:")}
+    return load_config(args.config, [f"{key}={value}" for key, value in given.items() if value is not None])
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint that names the closest known name, or lists them all."""
+    known = list(known)
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; give the path of a YAML config file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold sections such as 'train:', not a {type(values).__name__}")
+    return values
+
+
+def _value(key: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--{key}: '{text}' is not a value; put it in quotes") from error
+    # YAML 1.1 reads 1e-3 as a string, Python and people read it as a number.
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _refuse_unknown(values: dict[str, Any], source: str) -> None:
+    known = sections()
+    for section, content in values.items():
+        if section not in known:
+            raise ConfigError(f"{source}: unknown section '{section}'; {nearest(str(section), known)}")
+        if not isinstance(content, dict):
+            raise ConfigError(f"{source}: '{section}' must hold fields, not {content!r}")
+        names = [f.name for f in fields(known[section])]
+        for name in content:
+            if name not in names:
+                raise ConfigError(f"{source}: unknown key '{section}.{name}'; {nearest(str(name), names)}")

@@ -1,0 +1,162 @@
+"""Every setting of a run, typed, with its default, unit and meaning.
+
+A field's `description` is its help on the command line; anything that can be derived is derived, not set.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+Count = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class DataConfig:
+    """What to learn from."""
+
+    path: Annotated[str, Field(description="folder written by 'flm prepare'")] = "data/synthetic"
+    split: Annotated[
+        Literal["leave-one-out", "time"],
+        Field(description="leave-one-out: a user's last event is test, the one before validation; time: by date"),
+    ] = "leave-one-out"
+    holdout: Annotated[
+        float, Field(gt=0, lt=0.5, description="time split: share of the events in validation, and in test")
+    ] = 0.1
+    max_history: Annotated[Count, Field(description="events of a user that the model sees at once")] = 50
+
+
+@dataclass(frozen=True, config=STRICT)
+class ModelConfig:
+    """The shape of the model."""
+
+    dim: Annotated[Count, Field(description="width of the one feature space")] = 64
+    layers: Annotated[int, Field(ge=0, description="Transformer blocks of the sequential head")] = 2
+    attention_heads: Annotated[Count, Field(description="attention heads of a block; divides dim")] = 2
+    dropout: Annotated[Share, Field(description="share of activations dropped in training")] = 0.2
+    fusion: Annotated[
+        Literal["gated", "sum", "concat"], Field(description="how the three heads become h")
+    ] = "gated"
+    id_dropout: Annotated[
+        Share,
+        Field(description="share of ids hidden in training, so that content carries unseen items and users"),
+    ] = 0.1
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.dim % self.attention_heads:
+            raise ValueError(
+                f"model.dim {self.dim} is not a multiple of model.attention_heads {self.attention_heads};"
+                " change one of them"
+            )
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class LossConfig:
+    """L = content L_content + collaborative L_collaborative + sequential L_sequential (+ fused L_fused)."""
+
+    content: Annotated[Weight, Field(description="weight of the content head's loss")] = 1.0
+    collaborative: Annotated[Weight, Field(description="weight of the collaborative head's loss")] = 1.0
+    sequential: Annotated[Weight, Field(description="weight of the sequential head's loss")] = 1.0
+    fused: Annotated[
+        Weight, Field(description="weight of the loss of h itself, which is what trains the fusion")
+    ] = 1.0
+    fused_reaches_heads: Annotated[
+        bool, Field(description="let the loss of h change the heads and tables, not the fusion alone")
+    ] = True
+    negatives: Annotated[
+        int | Literal["all"],
+        Field(description="items drawn per global batch beside the in-batch ones; 'all': full softmax"),
+    ] = 2048
+    negative_power: Annotated[
+        float, Field(ge=0, le=1, description="negatives are drawn with probability ~ popularity ** this")
+    ] = 0.5
+    temperature: Annotated[Rate, Field(description="start of the learned temperature of each softmax")] = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> LossConfig:
+        if self.negatives != "all" and self.negatives < 0:
+            raise ValueError("loss.negatives must be 0 or more, or 'all'")
+        if self.content + self.collaborative + self.sequential == 0:
+            raise ValueError("loss: all three weights are 0; set one of content, collaborative, sequential")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class DistributedConfig:
+    """Where tables and work go."""
+
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], Field(description="auto: cuda where a GPU is found, else cpu")
+    ] = "auto"
+    sharding: Annotated[
+        Literal["auto", "table_wise", "row_wise", "column_wise"],
+        Field(description="auto: the planner chooses for each table"),
+    ] = "auto"
+    threads: Annotated[int, Field(ge=0, description="CPU threads per rank; 0: cores / local ranks")] = 0
+    memory_gib: Annotated[
+        float, Field(ge=0, description="memory the planner may fill per rank, in GiB; 0: what the device has")
+    ] = 0.0
+    timeout: Annotated[Rate, Field(description="seconds before a collective that hangs ends the job")] = 600.0
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainConfig:
+    """How to learn."""
+
+    run: Annotated[str, Field(description="run folder: config, plan, metrics, log, curves, checkpoint")] = (
+        "runs/default"
+    )
+    overwrite: Annotated[bool, Field(description="replace an existing run folder")] = False
+    seed: Annotated[int, Field(ge=0, description="of weights, shuffling, dropout and negatives")] = 0
+    batch_size: Annotated[Count, Field(description="sequences per step, over all ranks together")] = 256
+    epochs: Annotated[Count, Field(description="passes over the training events, at most")] = 30
+    max_steps: Annotated[int, Field(ge=0, description="steps at most; 0: no such limit")] = 0
+    dense_lr: Annotated[Rate, Field(description="AdamW learning rate of the dense part")] = 1e-3
+    weight_decay: Annotated[Weight, Field(description="AdamW weight decay of the dense part's matrices")] = 0.01
+    sparse_optimizer: Annotated[
+        Literal["rowwise_adagrad", "adagrad", "adam"],
+        Field(description="optimizer of the tables, fused into backward; adam needs a GPU"),
+    ] = "rowwise_adagrad"
+    sparse_lr: Annotated[Rate, Field(description="learning rate of the tables")] = 0.05
+    warmup_steps: Annotated[int, Field(ge=0, description="steps of linear warm-up, then cosine decay")] = 100
+    clip: Annotated[Rate, Field(description="largest norm of the dense gradient")] = 1.0
+    eval_every: Annotated[int, Field(ge=0, description="steps between validations; 0: once an epoch")] = 0
+    eval_users: Annotated[int, Field(ge=0, description="users of a validation, drawn once; 0: all")] = 0
+    patience: Annotated[
+        int, Field(ge=0, description="validations without gain before stopping early; 0: never stop early")
+    ] = 5
+    select: Annotated[str, Field(description="validation metric that chooses the best checkpoint")] = (
+        "fused/ndcg@10"
+    )
+    log_every: Annotated[Count, Field(description="steps between lines of metrics.jsonl")] = 10
+
+
+@dataclass(frozen=True, config=STRICT)
+class EvalConfig:
+    """How to measure."""
+
+    ks: Annotated[tuple[Count, ...], Field(min_length=1, description="cut-offs K of HR@K and NDCG@K")] = (5, 10, 20)
+    user_block: Annotated[Count, Field(description="users scored at once")] = 256
+    item_block: Annotated[Count, Field(description="items scored at once")] = 16384
+    neighbours: Annotated[Count, Field(description="item-kNN baseline: neighbours kept per item")] = 100
+
+
+@dataclass(frozen=True, config=STRICT)
+class Config:
+    """One run."""
+
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)

@@ -1,0 +1,155 @@
+"""Sequences of a prepared data set → `Batch`, with no Python loop over rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from flm_torchrec.data.batch import Batch
+from flm_torchrec.data.prepared import EntityFeatures, PreparedData, Ragged
+from flm_torchrec.data.schema import Feature
+
+GAP_BUCKETS = 32
+"""Time since the user's event before, in log2 seconds: 2^31 s are 68 years."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Items that a step's softmax runs over on this rank, beside the targets."""
+
+    items: np.ndarray  # [K] int64
+    log_absent: np.ndarray | None  # [items, 2] by item id; None: every item is a candidate, nothing is sampled
+
+
+class Assembler:
+    """Builds batches from spans of events.
+
+    Args:
+        data: the data set.
+        fit: [interactions] bool, the training events: ids outside them are unknown to the model.
+        item_rows: least stride of `item_features`; ranks that must agree on it over gloo (reduce-scatter of
+            row-wise tables) set it to the largest N that can occur.
+    """
+
+    def __init__(self, data: PreparedData, fit: np.ndarray, item_rows: int = 0) -> None:
+        self.data = data
+        self.item_rows = item_rows
+        users = np.repeat(np.arange(data.schema.users), np.diff(data.offsets))
+        self.item_known = (np.bincount(data.item[fit], minlength=data.schema.items) > 0).astype(np.float32)
+        self.user_known = (np.bincount(users[fit], minlength=data.schema.users) > 0).astype(np.float32)
+        spread = float(data.value[fit].std())
+        self.value_mean, self.value_scale = float(data.value[fit].mean()), 1.0 / spread if spread > 1e-6 else 0.0
+        self.item_features = [f for f in data.schema.features if f.entity == "item" and f.sparse]
+        self.user_features = [f for f in data.schema.features if f.entity == "user" and f.sparse]
+
+    def training(self, user: np.ndarray, start: np.ndarray, end: np.ndarray, drawn: Candidates) -> Batch:
+        """Learn to predict the events `start[b]:end[b]` of `user[b]`; an empty span is a sequence of no tokens."""
+        lengths = end - start
+        positions = _spans(start, lengths)
+        target_items = self.data.item[positions]
+        if drawn.log_absent is None:
+            candidates = drawn.items
+            log_absent = np.zeros((len(candidates), 2), np.float32)
+        else:
+            candidates = np.unique(np.concatenate([target_items, drawn.items]))
+            log_absent = drawn.log_absent[candidates]
+        return self._batch(user, lengths, positions, target_items, candidates, log_absent)
+
+    def encoding(self, user: np.ndarray, start: np.ndarray, end: np.ndarray) -> Batch:
+        """Represent `user[b]` after the events `start[b]:end[b]`: the last token of each sequence."""
+        lengths = end - start + 1
+        positions = _spans(start, lengths)  # the last of each is the event to come: used for its place alone
+        nothing = np.zeros(0, np.int64)
+        return self._batch(user, lengths, positions, nothing, nothing, np.zeros((0, 2), np.float32))
+
+    def items(self, ids: np.ndarray) -> Batch:
+        """The items named, and one sequence of no tokens: TorchRec's sharded modules refuse a stride of 0."""
+        nothing, one = np.zeros(0, np.int64), np.zeros(1, np.int64)
+        return self._batch(one, one, nothing, nothing, ids, np.zeros((len(ids), 2), np.float32))
+
+    def _batch(
+        self,
+        user: np.ndarray,
+        lengths: np.ndarray,
+        positions: np.ndarray,
+        target_items: np.ndarray,
+        candidates: np.ndarray,
+        log_absent: np.ndarray,
+    ) -> Batch:
+        first = np.zeros(len(positions), bool)
+        first[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
+        shown = positions[~first] - 1  # events that are item tokens
+        token_items = self.data.item[shown]
+        ids, rows = np.unique(np.concatenate([token_items, target_items, candidates]), return_inverse=True)
+        tokens = np.full(len(positions), len(ids))
+        tokens[~first] = rows[: len(token_items)]
+        value = np.zeros(len(positions), np.float32)
+        value[~first] = (self.data.value[shown] - self.value_mean) * self.value_scale
+        return Batch(
+            item_ids=_kjt({"item_id": Ragged(np.arange(len(ids) + 1), ids)}),
+            item_features=self._features(self.data.items, self.item_features, ids, self.item_rows),
+            item_dense=torch.from_numpy(self.data.items.dense[ids]),
+            item_known=torch.from_numpy(self.item_known[ids]),
+            users=self._users(user),
+            user_dense=torch.from_numpy(self.data.users.dense[user]),
+            user_known=torch.from_numpy(self.user_known[user]),
+            history=self._history(shown, first, lengths),
+            value=torch.from_numpy(value),
+            lengths=torch.from_numpy(lengths),
+            tokens=torch.from_numpy(tokens),
+            targets=torch.from_numpy(rows[len(token_items) : len(token_items) + len(target_items)]),
+            candidates=torch.from_numpy(rows[len(token_items) + len(target_items) :]),
+            log_absent=torch.from_numpy(log_absent),
+        )
+
+    def _features(
+        self, source: EntityFeatures, features: list[Feature], rows: np.ndarray, least: int
+    ) -> KeyedJaggedTensor:
+        taken = {f.name: source.sparse[f.name].take(rows) for f in features}
+        short = max(0, least - len(rows))
+        if short:
+            taken = {
+                name: Ragged(np.concatenate([r.offsets, np.full(short, r.offsets[-1])]), r.values)
+                for name, r in taken.items()
+            }
+        return _kjt(taken)
+
+    def _users(self, user: np.ndarray) -> KeyedJaggedTensor:
+        known = self.user_known[user] > 0
+        ids = Ragged(np.concatenate([[0], np.cumsum(known)]), user[known])
+        return _kjt(
+            {"user_id": ids, **{f.name: self.data.users.sparse[f.name].take(user) for f in self.user_features}}
+        )
+
+    def _history(self, shown: np.ndarray, first: np.ndarray, lengths: np.ndarray) -> KeyedJaggedTensor:
+        """Event code + 1 and gap bucket + 1 of each token; 0 at the prefix."""
+        event, gap = np.zeros(len(first), np.int64), np.zeros(len(first), np.int64)
+        event[~first] = self.data.event[shown] + 1
+        if self.data.schema.timestamps:
+            begins = np.isin(shown, self.data.offsets[:-1])
+            since = np.where(begins, 0, self.data.timestamp[shown] - self.data.timestamp[shown - 1])
+            gap[~first] = np.minimum(np.log2(since + 1).astype(np.int64), GAP_BUCKETS - 2) + 1
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return _kjt({"event": Ragged(offsets, event), "gap": Ragged(offsets, gap)})
+
+
+def _spans(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start[0], start[0]+1, … lengths[0] of them, then those of start[1] …"""
+    before = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(start - before, lengths)
+
+
+def _kjt(features: dict[str, Ragged]) -> KeyedJaggedTensor:
+    def join(parts: list[np.ndarray]) -> Tensor:
+        joined = np.concatenate(parts) if parts else np.zeros(0, np.int64)
+        return torch.from_numpy(joined.astype(np.int64, copy=False))
+
+    return KeyedJaggedTensor(
+        keys=list(features),
+        values=join([r.values for r in features.values()]),
+        lengths=join([r.lengths for r in features.values()]),
+    )

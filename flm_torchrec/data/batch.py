@@ -1,0 +1,45 @@
+"""One rank's share of a step, as tensors: what the loader yields and the model takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+
+@dataclass
+class Batch(Pipelineable):
+    """B sequences over N different items, T tokens and C candidates.
+
+    Every item that occurs, as history, target or candidate, is looked up once: the other fields index those N
+    rows. A sequence of n targets has n tokens: the user's prefix token, then the n-1 items before the last
+    target; token t predicts target t.
+    """
+
+    item_ids: KeyedJaggedTensor  # key item_id, stride N, every length 1
+    item_features: KeyedJaggedTensor  # a key a sparse item feature, stride N or more (empty rows at the end)
+    item_dense: Tensor  # [N, F_item]
+    item_known: Tensor  # [N] float: 1 where training events hold the item, else 0: its id says nothing
+    users: KeyedJaggedTensor  # key user_id and a key a sparse user feature, stride B
+    user_dense: Tensor  # [B, F_user]
+    user_known: Tensor  # [B] float
+    history: KeyedJaggedTensor  # keys event and gap, stride B, lengths as below
+    value: Tensor  # [T] float: standardised value of the event, 0 at the prefix
+    lengths: Tensor  # [B] tokens of each sequence; their sum is T
+    tokens: Tensor  # [T] row of the item, or N at the prefix
+    targets: Tensor  # [T] row of the next item; empty where there is nothing to learn
+    candidates: Tensor  # [C] rows of the items that the softmax runs over
+    log_absent: Tensor  # [C, 2] log-probability that one in-batch, one drawn negative is not this item
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)})
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        for f in fields(self):
+            getattr(self, f.name).record_stream(stream)
+
+    def pin_memory(self) -> Batch:
+        return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})

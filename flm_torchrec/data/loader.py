@@ -1,0 +1,143 @@
+"""Training batches: windows over the events of each user, shuffled, shared out over the ranks."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from flm_torchrec.data.assemble import Assembler, Candidates
+from flm_torchrec.data.batch import Batch
+from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.splits import Splits
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Spans of training events: each event is the target of exactly one."""
+
+    user: np.ndarray  # [windows] int64
+    start: np.ndarray  # [windows] int64
+    end: np.ndarray  # [windows] int64
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+
+def windows(data: PreparedData, splits: Splits, max_history: int) -> Windows:
+    """Cut each user's training events into spans of at most `max_history` + 1, counted from the newest."""
+    span = max_history + 1
+    events = splits.train_end - data.offsets[:-1]
+    counts = -(-events // span)
+    user = np.repeat(np.arange(data.schema.users), counts)
+    nth = np.arange(len(user)) - np.repeat(np.cumsum(counts) - counts, counts)
+    end = splits.train_end[user] - nth * span
+    return Windows(user, np.maximum(end - span, data.offsets[user]), end)
+
+
+class Negatives:
+    """Draws negatives by popularity ** power, the same for any number of ranks."""
+
+    def __init__(self, counts: np.ndarray, number: int | Literal["all"], power: float) -> None:
+        self.number = number
+        self.items = len(counts)
+        weights = np.where(counts > 0, counts, 0).astype(np.float64) ** power * (counts > 0)
+        self.cumulative = np.cumsum(weights / weights.sum())
+        popularity = counts / counts.sum()
+        # An item that is all of the data would be absent with probability 0; a bound keeps the logarithm finite.
+        absent = np.log1p(-np.minimum(np.stack([popularity, weights / weights.sum()], 1), 1 - 1e-6))
+        self.log_absent = absent.astype(np.float32)
+
+    def draw(self, rng: np.random.Generator, rank: int, world_size: int) -> Candidates:
+        if self.number == "all":
+            return Candidates(np.arange(rank, self.items, world_size), None)
+        drawn = np.searchsorted(self.cumulative, rng.random(self.number), side="right")
+        return Candidates(np.minimum(drawn, self.items - 1)[rank::world_size], self.log_absent)
+
+
+class TrainLoader:
+    """Yields this rank's batches of an epoch.
+
+    The order depends on seed and epoch alone: a global batch holds the same sequences and drawn negatives
+    at any number of ranks, and rank r of W takes every W-th of them. The last batch of an epoch may be short.
+    """
+
+    def __init__(
+        self,
+        spans: Windows,
+        assembler: Assembler,
+        negatives: Negatives,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.spans = spans
+        self.assembler = assembler
+        self.negatives = negatives
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return -(-len(self.spans) // self.batch_size)
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        order = np.random.default_rng([self.seed, number]).permutation(len(self.spans))
+        for step in range(len(self)):
+            rows = order[step * self.batch_size : (step + 1) * self.batch_size]
+            rng = np.random.default_rng([self.seed, number, step])
+            drawn = self.negatives.draw(rng, self.rank, self.world_size)
+            user, start, end = self._share(rows)
+            yield self.assembler.training(user, start, end, drawn)
+
+    def _share(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rank's rows, with empty spans so that every rank has equally many: sharded pooling needs one stride."""
+        mine = rows[self.rank :: self.world_size]
+        user, start, end = self.spans.user[mine], self.spans.start[mine], self.spans.end[mine]
+        short = -(-len(rows) // self.world_size) - len(mine)
+        pad = np.zeros(short, np.int64)
+        return np.concatenate([user, pad]), np.concatenate([start, pad]), np.concatenate([end, pad])
+
+
+class Prefetch:
+    """Runs an iterator in a thread, `depth` items ahead; an exception there is raised here."""
+
+    def __init__(self, source: Iterator[Batch], depth: int = 2) -> None:
+        self.source = source
+        self.buffer: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._fill, daemon=True)
+        self.thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            while (item := self.buffer.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            self.stopped.set()
+
+    def _fill(self) -> None:
+        try:
+            for item in self.source:
+                if not self._put(item):
+                    return
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: Batch | BaseException | None) -> bool:
+        while not self.stopped.is_set():
+            try:
+                self.buffer.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False

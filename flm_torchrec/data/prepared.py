@@ -1,0 +1,183 @@
+"""A prepared data set in memory: interactions by user, features by row (see docs/layout.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flm_torchrec.data.schema import Feature, Schema
+from flm_torchrec.errors import DataError
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of differing length: row *i* is `values[offsets[i]:offsets[i + 1]]`."""
+
+    offsets: np.ndarray  # [rows + 1] int64
+    values: np.ndarray  # [offsets[-1]]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def row(self, index: int) -> np.ndarray:
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+    def take(self, rows: np.ndarray) -> Ragged:
+        """The rows named, in that order; no Python loop over them."""
+        lengths = self.lengths[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        positions = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths)
+        return Ragged(offsets, self.values[positions])
+
+
+@dataclass(frozen=True)
+class EntityFeatures:
+    """All features of the users or of the items."""
+
+    sparse: dict[str, Ragged]
+    """By feature name: codes, int64, one ragged row an entity (length 0 where unknown)."""
+    dense: np.ndarray
+    """[rows, F] float32: numeric and dense features side by side in the schema's order, 0 where unknown."""
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What `flm prepare` wrote, loaded whole into memory: about 20 bytes an interaction."""
+
+    path: Path
+    schema: Schema
+    offsets: np.ndarray  # [users + 1] int64, into the arrays of interactions
+    item: np.ndarray  # [interactions] int64
+    timestamp: np.ndarray  # [interactions] int64, seconds, ascending in a user
+    event: np.ndarray  # [interactions] int32
+    value: np.ndarray  # [interactions] float32
+    segment: np.ndarray | None  # [interactions] str
+    items: EntityFeatures
+    users: EntityFeatures
+
+    @cached_property
+    def user_keys(self) -> list[str]:
+        return _keys(self.path / "users.parquet", "user_key")
+
+    @cached_property
+    def item_keys(self) -> list[str]:
+        return _keys(self.path / "items.parquet", "item_key")
+
+    @cached_property
+    def titles(self) -> list[str]:
+        """What to show to people, by item: the schema's title column, or the item's key."""
+        if not self.schema.title:
+            return self.item_keys
+        shown = _keys(self.path / "items.parquet", self.schema.title)
+        return [title or key for title, key in zip(shown, self.item_keys, strict=True)]
+
+
+def load_prepared(path: str | Path) -> PreparedData:
+    """Load and check the folder that `flm prepare` wrote.
+
+    Raises:
+        DataError: a file is missing or corrupt, lacks a column, or has an id outside the vocabulary.
+    """
+    path = Path(path)
+    schema = Schema.load(path / "schema.yaml")
+    files = sorted((path / "interactions").glob("*.parquet"))
+    if not files:
+        raise DataError(f"{path / 'interactions'}: no Parquet file; prepare the data again")
+    columns = ["user_id", "item_id", "timestamp", "event", "value"]
+    tables = [_read(file, columns, optional=("segment",)) for file in files]
+    table = pa.concat_tables(tables)
+    arrays = {name: table[name].to_numpy() for name in columns}
+    _check_ids(arrays["user_id"], schema.users, "user_id", path)
+    _check_ids(arrays["item_id"], schema.items, "item_id", path)
+    if np.any(np.diff(arrays["user_id"]) < 0):
+        raise DataError(f"{path / 'interactions'}: rows are not sorted by user_id; prepare the data again")
+    counts = np.bincount(arrays["user_id"], minlength=schema.users)
+    return PreparedData(
+        path=path,
+        schema=schema,
+        offsets=np.concatenate([[0], np.cumsum(counts)]),
+        item=arrays["item_id"],
+        timestamp=arrays["timestamp"],
+        event=arrays["event"],
+        value=arrays["value"],
+        segment=table["segment"].to_numpy() if "segment" in table.column_names else None,
+        items=_entity(path / "items.parquet", schema, "item", schema.items),
+        users=_entity(path / "users.parquet", schema, "user", schema.users),
+    )
+
+
+def _read(file: Path, columns: list[str], optional: tuple[str, ...] = ()) -> pa.Table:
+    if not file.is_file():
+        raise DataError(f"{file}: not found; prepare the data again")
+    try:
+        present = pq.read_schema(file).names
+        missing = [c for c in columns if c not in present]
+        if missing:
+            raise DataError(f"{file}: no column '{missing[0]}' (it has {', '.join(present)})")
+        return pq.read_table(file, columns=columns + [c for c in optional if c in present])
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{file}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _keys(file: Path, column: str) -> list[str]:
+    return _read(file, [column])[column].to_pylist()
+
+
+def _check_ids(ids: np.ndarray, size: int, name: str, path: Path) -> None:
+    if len(ids) == 0:
+        raise DataError(f"{path / 'interactions'}: no rows; check the filters given to 'flm prepare'")
+    if ids.min() < 0 or ids.max() >= size:
+        bad = int(np.flatnonzero((ids < 0) | (ids >= size))[0])
+        raise DataError(
+            f"{path / 'interactions'}: row {bad} has {name} {ids[bad]}, outside 0 … {size - 1} of schema.yaml"
+        )
+
+
+def _entity(file: Path, schema: Schema, entity: str, rows: int) -> EntityFeatures:
+    features = [f for f in schema.features if f.entity == entity]
+    table = _read(file, [f"{entity}_id"] + [f.column for f in features])
+    if len(table) != rows:
+        raise DataError(f"{file}: {len(table)} rows, but schema.yaml says {rows}; prepare the data again")
+    sparse = {f.name: _codes(table[f.column].combine_chunks(), f, file) for f in features if f.sparse}
+    dense = [_numbers(table[f.column].combine_chunks(), f, file) for f in features if not f.sparse]
+    matrix = np.concatenate(dense, axis=1) if dense else np.zeros((rows, 0), np.float32)
+    return EntityFeatures(sparse, matrix)
+
+
+def _codes(column: pa.Array, feature: Feature, file: Path) -> Ragged:
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        values = column.flatten().to_numpy(zero_copy_only=False)
+    elif pa.types.is_integer(column.type):
+        lengths = column.is_valid().to_numpy(zero_copy_only=False)
+        values = column.drop_null().to_numpy(zero_copy_only=False)
+    else:
+        raise DataError(f"{file}: column '{feature.column}' is {column.type}, not int32 or a list of int32")
+    if len(values) and (values.min() < 0 or values.max() >= feature.cardinality):
+        raise DataError(f"{file}: column '{feature.column}' has a code outside 0 … {feature.cardinality - 1}")
+    offsets = np.concatenate([[0], np.cumsum(lengths.astype(np.int64))])
+    return Ragged(offsets, values.astype(np.int64))
+
+
+def _numbers(column: pa.Array, feature: Feature, file: Path) -> np.ndarray:
+    if pa.types.is_fixed_size_list(column.type):
+        width, flat = column.type.list_size, column.fill_null([0.0] * column.type.list_size).flatten()
+    elif pa.types.is_floating(column.type):
+        width, flat = 1, column.fill_null(0.0)
+    else:
+        raise DataError(f"{file}: column '{feature.column}' is {column.type}, not float32 or a list of it")
+    if width != feature.width:
+        raise DataError(f"{file}: column '{feature.column}' is {width} wide, the schema says {feature.width}")
+    numbers = flat.to_numpy(zero_copy_only=False).reshape(-1, width).astype(np.float32)
+    if not np.isfinite(numbers).all():
+        raise DataError(f"{file}: column '{feature.column}' has NaN or infinity; clean it and prepare again")
+    return numbers

@@ -1,0 +1,103 @@
+"""What a prepared data set holds: every feature, its kind, its table and its cardinality (`schema.yaml`)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+import yaml
+
+from flm_torchrec.errors import DataError
+
+Kind = Literal["categorical", "multi_categorical", "text", "numeric", "dense"]
+Entity = Literal["user", "item"]
+
+SPARSE_KINDS: tuple[Kind, ...] = ("categorical", "multi_categorical", "text")
+DENSE_KINDS: tuple[Kind, ...] = ("numeric", "dense")
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One feature of a user or an item.
+
+    `column` of `users.parquet` or `items.parquet` holds it, by kind:
+    categorical int32 in [0, cardinality), null where unknown; multi_categorical and text list<int32> of such
+    codes (a text's are hashed tokens); numeric float32, standardised; dense fixed_size_list<float32>[width].
+    """
+
+    name: str
+    entity: Entity
+    kind: Kind
+    column: str
+    table: str = ""
+    """Embedding table of a sparse feature: features that name the same table share its rows."""
+    cardinality: int = 0
+    """Rows of the table (sparse kinds)."""
+    width: int = 0
+    """Numbers per row (dense kinds; 1 for numeric)."""
+
+    @property
+    def sparse(self) -> bool:
+        return self.kind in SPARSE_KINDS
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The contents of `schema.yaml`."""
+
+    name: str
+    source: str
+    users: int
+    items: int
+    interactions: int
+    events: tuple[str, ...] = ("interaction",)
+    """Names of the event codes, in order of code."""
+    timestamps: bool = True
+    """False where the source has only an order: the timestamp is then the position in the user's sequence."""
+    title: str = ""
+    """Column of items.parquet to show to people (a string); empty: the item's key."""
+    features: tuple[Feature, ...] = field(default=())
+
+    def of(self, entity: Entity, *, sparse: bool) -> tuple[Feature, ...]:
+        return tuple(f for f in self.features if f.entity == entity and f.sparse == sparse)
+
+    def save(self, path: Path) -> None:
+        record = asdict(self)
+        record["events"] = list(self.events)
+        record["features"] = [
+            {k: v for k, v in asdict(f).items() if v not in ("", 0)} for f in self.features
+        ]
+        path.write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Schema:
+        """Read and check `schema.yaml`.
+
+        Raises:
+            DataError: the file is missing, is no YAML, or has an unknown key, kind, or an impossible size.
+        """
+        if not path.is_file():
+            raise DataError(f"{path}: not found; make the data with 'flm prepare --output {path.parent}'")
+        try:
+            record = yaml.safe_load(path.read_text(encoding="utf-8"))
+            features = tuple(Feature(**f) for f in record.pop("features", ()))
+            schema = cls(**{**record, "events": tuple(record["events"])}, features=features)
+        except (yaml.YAMLError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"{path}: not a schema ({reason}); prepare the data again") from error
+        for feature in schema.features:
+            _check(feature, path)
+        return schema
+
+
+def _check(feature: Feature, path: Path) -> None:
+    where = f"{path}: feature '{feature.name}'"
+    if feature.kind not in get_args(Kind):
+        raise DataError(f"{where}: unknown kind '{feature.kind}'; use one of {', '.join(get_args(Kind))}")
+    if feature.entity not in get_args(Entity):
+        raise DataError(f"{where}: unknown entity '{feature.entity}'; use 'user' or 'item'")
+    if feature.sparse and (feature.cardinality < 1 or not feature.table):
+        raise DataError(f"{where}: a {feature.kind} feature needs 'table' and a 'cardinality' of at least 1")
+    if not feature.sparse and feature.width < 1:
+        raise DataError(f"{where}: a {feature.kind} feature needs a 'width' of at least 1")

@@ -1,0 +1,96 @@
+"""Which events are learnt from and which are predicted: leave-one-out and time splits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.errors import DataError
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Predictions to make: for example *e*, the events `offsets[user[e]] : end[e]` are known, event `end[e]` is next.
+
+    Where there is no next event (export), `end` is the end of the user's events.
+    """
+
+    user: np.ndarray  # [E] int64
+    end: np.ndarray  # [E] int64, index into the arrays of interactions
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def take(self, rows: np.ndarray) -> Examples:
+        return Examples(self.user[rows], self.end[rows])
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training events, as a prefix of each user's, and the examples of validation and test."""
+
+    train_end: np.ndarray  # [users] int64: user u learns from events offsets[u]:train_end[u]
+    valid: Examples
+    test: Examples
+
+    def fit(self, data: PreparedData) -> np.ndarray:
+        """[interactions] bool: the events that may be learnt from."""
+        position = np.arange(len(data.item))
+        return position < np.repeat(self.train_end, np.diff(data.offsets))
+
+
+def split(data: PreparedData, kind: str, holdout: float) -> Splits:
+    """Split by `data.split` of the config.
+
+    leave-one-out: of a user with three events or more, the last is test and the one before it validation.
+    time: the newest `holdout` share of all events is test, as much before it validation; a user's first event in
+    each is predicted from all events before it.
+
+    Raises:
+        DataError: nothing is left to validate or test on, or a time split of data without timestamps.
+    """
+    splits = _leave_one_out(data) if kind == "leave-one-out" else _by_time(data, holdout)
+    for name, examples in (("validation", splits.valid), ("test", splits.test)):
+        if len(examples) == 0:
+            raise DataError(
+                f"{data.path}: no {name} example in a {kind} split; users need three events"
+                " (leave-one-out) or events after the cut (time)"
+            )
+    return splits
+
+
+def everyone(data: PreparedData) -> Examples:
+    """One example a user, at the end of all that is known of them: for export."""
+    return Examples(np.arange(data.schema.users), data.offsets[1:])
+
+
+def _leave_one_out(data: PreparedData) -> Splits:
+    ends = data.offsets[1:]
+    enough = np.diff(data.offsets) >= 3
+    users = np.flatnonzero(enough)
+    return Splits(
+        train_end=np.where(enough, ends - 2, ends),
+        valid=Examples(users, ends[users] - 2),
+        test=Examples(users, ends[users] - 1),
+    )
+
+
+def _by_time(data: PreparedData, holdout: float) -> Splits:
+    if not data.schema.timestamps:
+        raise DataError(f"{data.path}: has no timestamps; use data.split=leave-one-out")
+    valid_from, test_from = np.quantile(data.timestamp, [1 - 2 * holdout, 1 - holdout], method="higher")
+    users = np.repeat(np.arange(data.schema.users), np.diff(data.offsets))
+
+    def before(cut: float) -> np.ndarray:
+        counts = np.bincount(users[data.timestamp < cut], minlength=data.schema.users)
+        return data.offsets[:-1] + counts
+
+    train_end, valid_end, ends = before(valid_from), before(test_from), data.offsets[1:]
+    in_valid, in_test = np.flatnonzero(valid_end > train_end), np.flatnonzero(ends > valid_end)
+    return Splits(
+        train_end=train_end,
+        valid=Examples(in_valid, train_end[in_valid]),
+        test=Examples(in_test, valid_end[in_test]),
+    )

@@ -1,0 +1,86 @@
+"""Model → DistributedModelParallel, its optimizer, and tables that start alike under any plan."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.optim import _apply_optimizer_in_backward
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardingEnv, ShardingPlan
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.optim import Adagrad, Adam, RowWiseAdagrad
+from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+from flm_torchrec.config.schema import TrainConfig
+from flm_torchrec.distributed.comm import Comm
+from flm_torchrec.distributed.plan import sharders
+from flm_torchrec.errors import ConfigError
+
+SPARSE_OPTIMIZERS = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": Adagrad, "adam": Adam}
+BLOCK_ROWS = 65536
+
+
+def shard(model: nn.Module, plan: ShardingPlan, comm: Comm, config: TrainConfig) -> DistributedModelParallel:
+    """Fuse the tables' optimizer into backward, shard by the plan, and set the tables' first values.
+
+    Raises:
+        ConfigError: the optimizer has no kernel on this device.
+    """
+    if config.sparse_optimizer == "adam" and comm.device.type == "cpu":
+        raise ConfigError("train.sparse_optimizer: 'adam' has no CPU kernel in FBGEMM; use 'rowwise_adagrad'")
+    optimizer = SPARSE_OPTIMIZERS[config.sparse_optimizer]
+    for module in model.modules():
+        if isinstance(module, EmbeddingBagCollection | EmbeddingCollection):
+            _apply_optimizer_in_backward(optimizer, module.parameters(), {"lr": config.sparse_lr})
+    sharded = DistributedModelParallel(
+        module=model,
+        env=ShardingEnv.from_process_group(torch.distributed.GroupMember.WORLD),
+        device=comm.device,
+        plan=plan,
+        sharders=sharders(),
+    )
+    for name, tensor in sharded.state_dict().items():
+        if isinstance(tensor, ShardedTensor):
+            _initialise(name, tensor, config.seed)
+    return sharded
+
+
+def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> CombinedOptimizer:
+    """The fused optimizer of the tables, which steps in backward, and AdamW with clipping for the dense part."""
+    dense = dict(in_backward_optimizer_filter(model.named_parameters()))
+
+    def adamw(params: list[nn.Parameter]) -> torch.optim.AdamW:
+        decayed = [p for p in params if p.dim() >= 2]
+        others = [p for p in params if p.dim() < 2]
+        return torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=config.dense_lr,
+        )
+
+    clipped = GradientClippingOptimizer(
+        KeyedOptimizerWrapper(dense, adamw), clipping=GradientClipping.NORM, max_gradient=config.clip
+    )
+    return CombinedOptimizer([("tables", model.fused_optimizer), ("dense", clipped)])  # type: ignore[list-item]
+
+
+def _initialise(name: str, table: ShardedTensor, seed: int) -> None:
+    """N(0, 1/D) drawn block by block of rows, so that a row starts alike wherever the plan puts it."""
+    dim = table.size(1)
+    for shard in table.local_shards():
+        (row, column), (rows, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
+        for first, block in _blocks(name, seed, row, row + rows, dim):
+            low, high = max(first, row), min(first + BLOCK_ROWS, row + rows)
+            values = block[low - first : high - first, column : column + columns]
+            shard.tensor.detach()[low - row : high - row].copy_(values)
+
+
+def _blocks(name: str, seed: int, start: int, end: int, dim: int) -> Iterator[tuple[int, Tensor]]:
+    for block in range(start // BLOCK_ROWS, -(-end // BLOCK_ROWS)):
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{name}/{seed}/{block}".encode()))
+        yield block * BLOCK_ROWS, torch.randn(BLOCK_ROWS, dim, generator=generator) * dim**-0.5

@@ -1,0 +1,198 @@
+"""The dense part: item vectors, three heads and their fusion, all in one space. Knows no tables and no files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flm_torchrec.model.transformer import CausalTransformer
+
+HEADS = ("content", "collaborative", "sequential")
+REPRESENTATIONS = (*HEADS, "fused")
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Sizes of what the tower takes; D is the width of every table."""
+
+    dim: int
+    item_features: int
+    """Sparse item features; pooled to D each."""
+    item_dense: int
+    user_features: int
+    """Sparse user features beside the user's id."""
+    user_dense: int
+    history: int
+    """Tables that say something of an event itself: its kind, the time before it."""
+    max_tokens: int
+
+
+@dataclass
+class Looked:
+    """What the tables gave for a batch."""
+
+    item_id: Tensor  # [N, D]
+    item_features: Tensor  # [N, item_features * D]
+    user: Tensor  # [B, (1 + user_features) * D]: the id first
+    history: Tensor  # [T, history * D]
+
+
+@dataclass
+class Encoded:
+    """What the tower makes of a batch."""
+
+    items: Tensor  # [N, D]
+    content_items: Tensor  # [N, D]: from features alone, as an item without a known id has
+    representations: dict[str, Tensor]  # by name of REPRESENTATIONS, [T, D]
+
+
+class Tower(nn.Module):
+    """Looked-up rows of a batch → item vectors [N, D] and a representation [T, D] by each head and by fusion.
+
+    At each token, every head sees the user and the tokens so far, never a later one:
+
+    * content: features of the items so far and of the user, no ids;
+    * collaborative: the ids of the user and of the items so far (two-tower: Covington et al., RecSys 2016);
+    * sequential: a causal Transformer over item id + item content + event (Kang & McAuley, SASRec, ICDM 2018).
+
+    A score is the dot product of a representation with an item vector.
+    """
+
+    def __init__(
+        self,
+        widths: Widths,
+        layers: int,
+        attention_heads: int,
+        dropout: float,
+        id_dropout: float,
+        fusion: str,
+        fused_reaches_heads: bool,
+    ) -> None:
+        super().__init__()
+        dim = widths.dim
+        self.dim = dim
+        self.id_dropout = id_dropout
+        self.fused_reaches_heads = fused_reaches_heads
+        self.item_content = _mlp(widths.item_features * dim + widths.item_dense, dim)
+        self.user_content = _mlp(widths.user_features * dim + widths.user_dense, dim)
+        self.event = nn.Linear(widths.history * dim + 1, dim)
+        self.start = nn.Parameter(torch.zeros(dim))
+        self.transformer = CausalTransformer(dim, layers, attention_heads, dropout, widths.max_tokens)
+        self.content_head = _Head(3 * dim, dim, dropout)
+        self.collaborative_head = _Head(3 * dim, dim, dropout)
+        self.fusion = FUSIONS[fusion](dim)
+
+    def forward(
+        self, looked: Looked, item_dense: Tensor, item_known: Tensor, user_dense: Tensor, user_known: Tensor,
+        value: Tensor, lengths: Tensor, tokens: Tensor,
+    ) -> Encoded:
+        """See `Encoded`; `item_known` [N] and `user_known` [B] are 1 where an id was trained, else 0."""
+        item_id = looked.item_id * self._shown(item_known)
+        content = self.item_content(torch.cat([looked.item_features, item_dense], 1))
+        vectors = item_id + content
+
+        user_id, user_features = looked.user[:, : self.dim], looked.user[:, self.dim :]
+        user_id = user_id * self._shown(user_known)
+        profile = self.user_content(torch.cat([user_features, user_dense], 1))  # [B, D]
+
+        row = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)  # [T]
+        place = torch.arange(len(row), device=row.device) - (torch.cumsum(lengths, 0) - lengths)[row]
+        mean_id, last_id = _so_far(_gather(item_id, tokens), row, place, lengths)
+        mean_content, last_content = _so_far(_gather(content, tokens), row, place, lengths)
+        heads = {
+            "content": self.content_head(torch.cat([mean_content, last_content, profile[row]], 1)),
+            "collaborative": self.collaborative_head(torch.cat([user_id[row], mean_id, last_id], 1)),
+            "sequential": self._sequential(vectors, profile, looked.history, value, row, place, tokens, lengths),
+        }
+        return Encoded(vectors, content, {**heads, "fused": self._fuse(list(heads.values()))})
+
+    def _fuse(self, heads: list[Tensor]) -> Tensor:
+        stacked = torch.stack(heads, 1)  # [T, heads, D]
+        return self.fusion(stacked if self.fused_reaches_heads else stacked.detach())
+
+    def _sequential(
+        self, vectors: Tensor, profile: Tensor, history: Tensor, value: Tensor,
+        row: Tensor, place: Tensor, tokens: Tensor, lengths: Tensor,
+    ) -> Tensor:
+        prefix = (place == 0).unsqueeze(1)
+        x = _gather(vectors, tokens) + self.event(torch.cat([history, value.unsqueeze(1)], 1))
+        x = torch.where(prefix, profile[row] + self.start, x)  # [T, D]
+        return self.transformer(x, row, place, lengths)
+
+    def _shown(self, known: Tensor) -> Tensor:
+        """[rows, 1]: 0 where the id is unknown or, in training, hidden by chance (DropoutNet, NeurIPS 2017)."""
+        if self.training and self.id_dropout > 0:
+            known = known * (torch.rand_like(known) >= self.id_dropout)
+        return known.unsqueeze(1)
+
+
+class _Head(nn.Module):
+    """What a head knows at a token [T, inputs] → the feature space [T, D]."""
+
+    def __init__(self, inputs: int, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Dropout(dropout), nn.Linear(inputs, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim), nn.LayerNorm(dim)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class GatedFusion(nn.Module):
+    """h = sum over heads k of g_k h_k, g = softmax(W [h_1; h_2; h_3]): mixture of experts, the heads its experts."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(len(HEADS) * dim, len(HEADS))
+
+    def weights(self, stacked: Tensor) -> Tensor:
+        """[T, heads, D] → [T, heads], summing to 1."""
+        return torch.softmax(self.gate(stacked.flatten(1)), 1)
+
+    def forward(self, stacked: Tensor) -> Tensor:
+        return (stacked * self.weights(stacked).unsqueeze(2)).sum(1)
+
+
+class SumFusion(nn.Module):
+    """h = w_1 h_1 + w_2 h_2 + w_3 h_3, the weights learned but the same for everyone."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((len(HEADS), 1), 1 / len(HEADS)))
+
+    def forward(self, stacked: Tensor) -> Tensor:
+        return (stacked * self.scale).sum(1)
+
+
+class ConcatFusion(nn.Module):
+    """h = mean of the heads + MLP([h_1; h_2; h_3])."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mlp = _mlp(len(HEADS) * dim, dim)
+
+    def forward(self, stacked: Tensor) -> Tensor:
+        return stacked.mean(1) + self.mlp(stacked.flatten(1))
+
+
+FUSIONS = {"gated": GatedFusion, "sum": SumFusion, "concat": ConcatFusion}
+
+
+def _mlp(inputs: int, dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+
+def _gather(rows: Tensor, tokens: Tensor) -> Tensor:
+    """[N, D], [T] → [T, D]; zeros at a prefix token, whose index is N."""
+    return F.pad(rows, (0, 0, 0, 1))[tokens]
+
+
+def _so_far(x: Tensor, row: Tensor, place: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """[T, D] → mean over the sequence's items up to each token, and the item at the token; zeros at a prefix."""
+    total = torch.cumsum(x, 0)
+    before = F.pad(total, (0, 0, 1, 0))[torch.cumsum(lengths, 0) - lengths][row]  # sum of all earlier sequences
+    return (total - before) / place.clamp(min=1).unsqueeze(1), x

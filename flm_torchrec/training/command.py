@@ -1,0 +1,27 @@
+"""`flm train`."""
+
+from __future__ import annotations
+
+import argparse
+
+from flm_torchrec.config import add_config_arguments, config_from_arguments
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "train",
+        help="pretrain a model on prepared data",
+        description="Pretrain a model on prepared data. Leaves a run folder with config, plan, metrics and the best"
+        " checkpoint. Any setting can be given as --section.field VALUE.",
+        allow_abbrev=False,
+    )
+    add_config_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    config = config_from_arguments(args)
+    # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
+    from flm_torchrec.training.job import pretrain
+
+    pretrain(config)

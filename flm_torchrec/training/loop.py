@@ -1,0 +1,156 @@
+"""The training loop: steps, validation, early stopping, best checkpoint."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from flm_torchrec.config.schema import TrainConfig
+from flm_torchrec.data.batch import Batch
+from flm_torchrec.data.loader import Prefetch, TrainLoader
+from flm_torchrec.distributed.comm import Comm
+from flm_torchrec.errors import RunError
+from flm_torchrec.model.pretrain import Outputs
+from flm_torchrec.training.record import Record
+from flm_torchrec.training.schedule import Schedule
+
+Validate = Callable[[], dict[str, float]]
+Save = Callable[[int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How training ended."""
+
+    steps: int
+    best_step: int
+    best: float
+    seconds: float
+    """In steps alone, validation left out."""
+
+
+def fit(
+    model: DistributedModelParallel, optimizer: Optimizer, loader: TrainLoader,
+    config: TrainConfig, comm: Comm, record: Record, validate: Validate, save: Save,
+) -> Finished:  # fmt: skip
+    """Train until the epochs or steps are used up, or validation has not improved for `patience` times.
+
+    Raises:
+        RunError: the loss is no longer a number, or `train.select` names no validation metric.
+    """
+    total = total_steps(config, len(loader))
+    every = config.eval_every or len(loader)
+    schedule = Schedule(optimizer, config.warmup_steps, total)
+    best, best_step, stale, spent, step = -math.inf, 0, 0, 0.0, 0
+    meter = _Meter(comm)
+    model.train()
+    began = time.monotonic()
+    for step, outputs in enumerate(_steps(model, optimizer, schedule, _batches(loader, total), comm), start=1):
+        meter.add(outputs)
+        if step % config.log_every == 0 or step == total:
+            values = meter.read(step)
+            record.scalars(step, {**values, "lr_factor": schedule.factor})
+            record.step(step, _status(values))
+        if step % every and step != total:
+            continue
+        spent += time.monotonic() - began
+        metrics = validate()
+        score = _selected(metrics, config.select)
+        record.scalars(step, {f"valid/{name}": value for name, value in metrics.items()})
+        improved = score > best
+        record.say(
+            f"step {step}/{total}  validation {config.select} {score:.4f}{'  best so far' if improved else ''}"
+        )
+        if improved:
+            best, best_step, stale = score, step, 0
+            save(step, metrics)
+        else:
+            stale += 1
+        if config.patience and stale >= config.patience:
+            record.say(f"stopping early: no gain in {stale} validations")
+            break
+        began = time.monotonic()
+    return Finished(step, best_step, best, spent)
+
+
+def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    total = config.epochs * steps_per_epoch
+    return min(total, config.max_steps) if config.max_steps else total
+
+
+def _batches(loader: TrainLoader, total: int) -> Iterator[Batch]:
+    for step, (epoch, batch) in enumerate((e, b) for e in range(total) for b in loader.epoch(e)):
+        if step == total:
+            return
+        yield batch
+
+
+def _steps(
+    model: DistributedModelParallel, optimizer: Optimizer, schedule: Schedule, batches: Iterator[Batch], comm: Comm
+) -> Iterator[Outputs]:
+    """Train on each batch and yield its outputs: pipelined on a GPU, prefetched on a CPU."""
+    ahead = iter(Prefetch(batches))
+    if comm.device.type == "cuda":
+        pipeline = TrainPipelineSparseDist(model, optimizer, comm.device)
+        for step in range(schedule.total):
+            schedule.set(step)
+            yield pipeline.progress(ahead)
+        return
+    for step, batch in enumerate(ahead):
+        schedule.set(step)
+        optimizer.zero_grad()
+        loss, outputs = model(batch)
+        loss.backward()
+        optimizer.step()
+        yield outputs
+
+
+class _Meter:
+    """Mean losses since the last reading, over all ranks, and the rate of samples."""
+
+    def __init__(self, comm: Comm) -> None:
+        self.comm = comm
+        self._reset()
+
+    def _reset(self) -> None:
+        self.total: dict[str, Tensor] = {}
+        self.steps = 0
+        self.sequences = 0
+        self.since = time.monotonic()
+
+    def add(self, outputs: Outputs) -> None:
+        for name, loss in outputs.losses.items():
+            self.total[name] = self.total.get(name, 0.0) + loss
+        self.steps += 1
+        self.sequences += outputs.sequences
+
+    def read(self, step: int) -> dict[str, float]:
+        counts = torch.tensor(float(self.sequences), device=self.comm.device)
+        sums = self.comm.all_reduce_sum(torch.stack([counts, *self.total.values()]))
+        sequences, *losses = sums.tolist()
+        for name, loss in zip(self.total, losses, strict=True):
+            if not math.isfinite(loss):
+                raise RunError(f"step {step}: the {name} loss is {loss}; lower train.dense_lr or train.sparse_lr")
+        values = {f"loss/{name}": loss / self.steps for name, loss in zip(self.total, losses, strict=True)}
+        values["samples_per_second"] = sequences / max(1e-9, time.monotonic() - self.since)
+        self._reset()
+        return values
+
+
+def _status(values: dict[str, float]) -> str:
+    losses = "  ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
+    return f"{values['samples_per_second']:.0f} samples/s  {losses}"
+
+
+def _selected(metrics: dict[str, float], name: str) -> float:
+    if name not in metrics:
+        raise RunError(f"train.select: no validation metric '{name}'; known: {', '.join(metrics)}")
+    return metrics[name]
