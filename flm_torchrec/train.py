@@ -13,8 +13,13 @@ from flm_torchrec.cli import main
 
 
 def script_arguments(argv: Sequence[str]) -> list[str]:
-    """Arguments without the path of this script, which a launcher may pass on as the first of them."""
-    return list(argv[1:] if argv and Path(argv[0]).name == Path(__file__).name else argv)
+    """Options without what a launcher passes on before them: the path of this script, a lone `--`."""
+    rest = list(argv)
+    if rest and Path(rest[0]).name == Path(__file__).name:
+        rest.pop(0)
+    if rest and rest[0] == "--":
+        rest.pop(0)
+    return rest
 
 
 if __name__ == "__main__":

@@ -46,8 +46,12 @@ class ModelConfig:
     ] = "gated"
     id_dropout: Annotated[
         Share,
-        Field(description="share of ids hidden in training, so that content carries unseen items and users"),
+        Field(description="share of item ids hidden in training, so that content carries unseen items"),
     ] = 0.1
+    user_id_dropout: Annotated[
+        float,
+        Field(ge=0, le=1, description="share of user ids hidden in training; 1: users are their history alone"),
+    ] = 0.9
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

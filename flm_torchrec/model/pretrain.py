@@ -102,7 +102,8 @@ class Dense(nn.Module):
             layers=model.layers,
             attention_heads=model.attention_heads,
             dropout=model.dropout,
-            id_dropout=model.id_dropout,
+            item_id_dropout=model.id_dropout,
+            user_id_dropout=model.user_id_dropout,
             fusion=model.fusion,
             fused_reaches_heads=loss.fused_reaches_heads,
         )

@@ -67,14 +67,16 @@ class Tower(nn.Module):
         layers: int,
         attention_heads: int,
         dropout: float,
-        id_dropout: float,
+        item_id_dropout: float,
+        user_id_dropout: float,
         fusion: str,
         fused_reaches_heads: bool,
     ) -> None:
         super().__init__()
         dim = widths.dim
         self.dim = dim
-        self.id_dropout = id_dropout
+        self.item_id_dropout = item_id_dropout
+        self.user_id_dropout = user_id_dropout
         self.fused_reaches_heads = fused_reaches_heads
         self.item_content = _mlp(widths.item_features * dim + widths.item_dense, dim)
         self.user_content = _mlp(widths.user_features * dim + widths.user_dense, dim)
@@ -90,12 +92,12 @@ class Tower(nn.Module):
         value: Tensor, lengths: Tensor, tokens: Tensor,
     ) -> Encoded:
         """See `Encoded`; `item_known` [N] and `user_known` [B] are 1 where an id was trained, else 0."""
-        item_id = looked.item_id * self._shown(item_known)
+        item_id = looked.item_id * self._shown(item_known, self.item_id_dropout)
         content = self.item_content(torch.cat([looked.item_features, item_dense], 1))
         vectors = item_id + content
 
         user_id, user_features = looked.user[:, : self.dim], looked.user[:, self.dim :]
-        user_id = user_id * self._shown(user_known)
+        user_id = user_id * self._shown(user_known, self.user_id_dropout)
         profile = self.user_content(torch.cat([user_features, user_dense], 1))  # [B, D]
 
         row = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)  # [T]
@@ -122,10 +124,10 @@ class Tower(nn.Module):
         x = torch.where(prefix, profile[row] + self.start, x)  # [T, D]
         return self.transformer(x, row, place, lengths)
 
-    def _shown(self, known: Tensor) -> Tensor:
+    def _shown(self, known: Tensor, dropout: float) -> Tensor:
         """[rows, 1]: 0 where the id is unknown or, in training, hidden by chance (DropoutNet, NeurIPS 2017)."""
-        if self.training and self.id_dropout > 0:
-            known = known * (torch.rand_like(known) >= self.id_dropout)
+        if self.training and dropout > 0:
+            known = known * (torch.rand_like(known) >= dropout)
         return known.unsqueeze(1)
 
 

@@ -1,0 +1,60 @@
+# Each target sets up everything it needs; a second call reuses it.
+PYTHON ?= python3
+FLM_DATA ?= ../shared/data
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/ready
+# A CUDA driver decides which build of torch and fbgemm can load.
+DRIVER := $(shell (ldconfig -p 2>/dev/null | grep -q libcuda.so.1 || command -v nvidia-smi >/dev/null 2>&1) && echo gpu || echo cpu)
+
+.PHONY: help venv train test lint beauty ml-100k clean
+
+help:
+	@echo "make train    set up, then prepare, pretrain, evaluate, export and recommend on synthetic data"
+	@echo "make test     set up, then style, types and tests"
+	@echo "make beauty   the same as train on Amazon Beauty in FLM_DATA/beauty  (FLM_DATA=$(FLM_DATA))"
+	@echo "make ml-100k  the same on MovieLens 100K in FLM_DATA/ml-100k"
+	@echo "make venv     set up only; make clean removes .venv and caches, keeps data and runs"
+
+venv: $(STAMP)
+
+$(STAMP): requirements/base.txt requirements/$(DRIVER).txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than 3.11; call make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+		{ echo "error: $(PYTHON) has no venv module; install it (Debian: apt-get install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
+	$(if $(filter gpu,$(DRIVER)),$(BIN)/pip install --quiet torch==2.13.0)
+	$(BIN)/pip install --quiet --no-deps -r requirements/$(DRIVER).txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -c 'import flm_torchrec'
+	touch $@
+
+# $(call job,NAME,SOURCE,INPUT OPTIONS,USER)
+define job
+	$(BIN)/flm prepare --source $(2) $(3) --output data/$(1) --overwrite
+	$(BIN)/flm train --config configs/$(subst -,_,$(1)).yaml
+	$(BIN)/flm evaluate --run runs/$(1)
+	$(BIN)/flm export --run runs/$(1) --output exports/$(1) --overwrite
+	$(BIN)/flm recommend --export exports/$(1) --user $(4) -k 10
+endef
+
+train: $(STAMP)
+	$(call job,synthetic,synthetic,,u0)
+
+beauty: $(STAMP)
+	$(call job,beauty,amazon-s3rec,--input $(FLM_DATA)/beauty,1)
+
+ml-100k: $(STAMP)
+	$(call job,ml-100k,movielens-100k,--input $(FLM_DATA)/ml-100k,196)
+
+lint: $(STAMP)
+	$(BIN)/ruff check flm_torchrec launch tests tools
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

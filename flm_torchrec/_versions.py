@@ -1,0 +1,64 @@
+"""Do the installed torch, torchrec and fbgemm fit each other and this machine? Asked without importing them."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from importlib import metadata
+
+MEND_CPU = "pip install --no-deps -r requirements/cpu.txt"
+MEND_GPU = "pip install --no-deps -r requirements/gpu.txt"
+
+
+def check_versions() -> None:
+    """Raise one line that names a wrong mix and its mend.
+
+    fbgemm 1.N is built against torch 2.(N+5), and torchrec 1.N against fbgemm 1.N.
+
+    Raises:
+        ImportError: a package is missing, both builds of fbgemm are there, versions do not fit, or fbgemm's CUDA
+            build is on a machine without a driver.
+    """
+    torch, torchrec = _version("torch"), _version("torchrec")
+    cpu, cuda = _version("fbgemm-gpu-cpu"), _version("fbgemm-gpu")
+    mend = MEND_GPU if _has_driver() else MEND_CPU
+    if cpu and cuda:
+        raise ImportError(
+            "fbgemm-gpu and fbgemm-gpu-cpu are both installed and overwrite each other;"
+            f" run: pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu && {mend}"
+        )
+    fbgemm = cpu or cuda
+    for name, version in (("torch", torch), ("torchrec", torchrec), ("fbgemm-gpu or fbgemm-gpu-cpu", fbgemm)):
+        if version is None:
+            raise ImportError(f"{name} is not installed; run: {mend}")
+    assert torch and torchrec and fbgemm
+    if _minor(torch) != _minor(fbgemm) + 5 or _minor(torchrec) != _minor(fbgemm):
+        raise ImportError(
+            f"torch {torch}, torchrec {torchrec} and fbgemm {fbgemm} do not fit (fbgemm 1.N goes with torchrec 1.N"
+            f" and torch 2.(N+5)); run: {mend}"
+        )
+    if cuda and not _has_driver():
+        raise ImportError(
+            "fbgemm-gpu is the CUDA build and this machine has no CUDA driver;"
+            f" run: pip uninstall -y fbgemm-gpu && {MEND_CPU}"
+        )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _minor(version: str) -> int:
+    found = re.match(r"\d+\.(\d+)", version)
+    return int(found.group(1)) if found else -1
+
+
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,151 @@
+"""`flm prepare`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flm_torchrec.config.load import nearest
+from flm_torchrec.errors import DataError
+
+if TYPE_CHECKING:
+    from flm_torchrec.data.raw import Raw
+
+SOURCES = ("synthetic", "movielens-100k", "amazon-s3rec", "parquet", "csv")
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "prepare",
+        help="turn logs and features into the layout that everything else reads",
+        description="Turn a source into prepared data: cleaned, de-duplicated, ids and features coded, as Parquet.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--source", default="synthetic", metavar="NAME", help=f"one of {', '.join(SOURCES)} (default: %(default)s)"
+    )
+    parser.add_argument("--input", type=Path, metavar="PATH", help="folder of the source, or file of your logs")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace older prepared data (default: refuse)")
+    _add_cleaning(parser.add_argument_group("cleaning"))
+    _add_logs(parser.add_argument_group("your own logs (parquet, csv)"))
+    _add_synthetic(parser.add_argument_group("synthetic: made-up logs with planted structure, for trying things out"))
+    parser.set_defaults(run=run)
+
+
+def _add_cleaning(group: Any) -> None:
+    group.add_argument(
+        "--k-core", type=int, default=0, metavar="K",
+        help="keep users and items with at least K events (default: %(default)s, all)",
+    )  # fmt: skip
+    group.add_argument("--min-value", type=float, metavar="X", help="drop events of a lower value (default: none)")
+    group.add_argument(
+        "--dedup", choices=("none", "exact", "consecutive", "first", "last"), default="none",
+        help="exact: same user, item, time, event; consecutive: the same item again at once; first, last: keep that"
+        " event of a user with an item (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--min-count", type=int, default=1, metavar="N",
+        help="values of a categorical feature on fewer rows become unknown (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--text-buckets", type=int, default=10_000, metavar="N",
+        help="rows of a text feature's table, into which words are hashed (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep-unseen-items", action="store_true", help="also items of the items file without events (default: drop)"
+    )
+
+
+def _add_logs(group: Any) -> None:
+    group.add_argument(
+        "--columns", default="user=user_id,item=item_id,timestamp=timestamp", metavar="ROLE=COLUMN,…",
+        help="roles: user, item, timestamp, event, value (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--time-unit", choices=("s", "ms", "us", "ns"), default="s",
+        help="unit of numeric timestamps; ISO dates are read as they are (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument("--separator", default=",", help="of CSV columns (default: '%(default)s')")
+    group.add_argument("--list-separator", default="|", help="inside a column of lists (default: '%(default)s')")
+    for side in ("item", "user"):
+        group.add_argument(f"--{side}s", type=Path, metavar="FILE", help=f"features of {side}s (default: none)")
+        group.add_argument(
+            f"--{side}-key", default=f"{side}_id", metavar="COLUMN", help="its id column (default: %(default)s)"
+        )
+        group.add_argument(
+            f"--{side}-features", default="", metavar="COLUMN:KIND,…",
+            help="kinds: categorical, multi_categorical, text, numeric, dense (default: none)",
+        )  # fmt: skip
+    group.add_argument("--title", default="", metavar="COLUMN", help="text feature to show to people (default: the id)")
+
+
+def _add_synthetic(group: Any) -> None:
+    for name, default, text in (
+        ("users", 2000, "users"),
+        ("items", 1000, "items"),
+        ("events", 30, "mean events a user"),
+        ("seed", 0, "the same seed gives the same data"),
+    ):
+        option = f"--synthetic-{name}"
+        group.add_argument(option, type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)")
+    for name in ("content", "collaborative", "sequential"):
+        group.add_argument(
+            f"--synthetic-{name}", type=float, default=1.0, metavar="X",
+            help=f"strength of the {name} signal relative to the others (default: %(default)s)",
+        )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    started = time.monotonic()
+    if args.source not in SOURCES:
+        raise DataError(f"--source '{args.source}' is not known; {nearest(args.source, SOURCES)}")
+    for option, least in (("k_core", 0), ("min_count", 1), ("text_buckets", 1)):
+        if getattr(args, option) < least:
+            raise DataError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be at least {least}")
+    # Imported here: a wrong option should be told at once.
+    from flm_torchrec.data.prepare import Options, check_output, prepare
+
+    check_output(args.output, args.overwrite)
+    options = Options(
+        args.k_core, args.min_value, args.dedup, args.min_count, args.text_buckets, args.keep_unseen_items
+    )
+    report = prepare(_read(args), args.output, options)
+    dropped = sum(reason["rows"] for reason in report["dropped"].values())
+    made_up = " (synthetic: made up from a seed)" if args.source == "synthetic" else ""
+    print(
+        f"{args.output}: {report['rows_kept']} events of {report['users']} users with {report['items']} items"
+        f"{made_up}; {dropped} of {report['rows_read']} rows dropped, sparsity {report['sparsity']:.4%},"
+        f" {time.monotonic() - started:.1f} s"
+    )
+    for reason, detail in report["dropped"].items():
+        print(f"  dropped {detail['rows']}: {reason} (e.g. {detail['examples'][0]})")
+    print(f"next: flm train --data.path {args.output}")
+
+
+def _read(args: argparse.Namespace) -> Raw:
+    from flm_torchrec.data.sources import logs, movielens, s3rec, synthetic
+
+    if args.source == "synthetic":
+        given = {name: getattr(args, f"synthetic_{name}") for name in vars(synthetic.Recipe())}
+        return synthetic.read(synthetic.Recipe(**given))
+    if args.input is None:
+        raise DataError(f"--input: name the folder or file of the source '{args.source}'")
+    if not args.input.exists():
+        raise DataError(f"{args.input}: not found; --input must name the folder or file of the source")
+    if args.source in ("movielens-100k", "amazon-s3rec"):
+        return (movielens if args.source == "movielens-100k" else s3rec).read(args.input)
+    sides: dict[Any, logs.Side] = {}
+    for side in ("item", "user"):
+        file = getattr(args, f"{side}s")
+        option = f"--{side}-features"
+        if file is not None:
+            sides[side] = logs.Side(
+                file, getattr(args, f"{side}_key"), logs.parse_kinds(getattr(args, f"{side}_features"), option)
+            )
+    mapping = logs.Mapping(
+        logs.parse_columns(args.columns), args.time_unit, args.separator, args.list_separator, sides, args.title
+    )
+    return logs.read(args.source, args.input, mapping)

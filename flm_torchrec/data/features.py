@@ -1,0 +1,127 @@
+"""Feature columns of a source → codes, tokens and numbers, and what the schema says of them."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import polars as pl
+
+from flm_torchrec.data.raw import Declared
+from flm_torchrec.data.schema import Feature
+from flm_torchrec.errors import DataError
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One feature, ready to be written."""
+
+    feature: Feature
+    columns: list[pl.Series]
+    """The column of codes or numbers; for a text, the text before it."""
+    vocabulary: pl.DataFrame | None
+    """Columns code and value, of categorical kinds."""
+
+
+def encode(declared: Declared, column: pl.Series, min_count: int, text_buckets: int) -> Encoded:
+    """Encode one column, a row an entity.
+
+    Args:
+        min_count: rarer values of a categorical feature become unknown.
+        text_buckets: rows of a text feature's table, into which its words are hashed.
+
+    Raises:
+        DataError: the column's type does not fit its kind.
+    """
+    try:
+        return _ENCODERS[declared.kind](declared, column, min_count, text_buckets)
+    except (pl.exceptions.PolarsError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{declared.entity} feature '{declared.name}': its column is {column.dtype}, which does not fit kind"
+            f" {declared.kind} ({reason}); declare another kind or mend the column"
+        ) from error
+
+
+def _vocabulary(values: pl.Series, min_count: int) -> pl.DataFrame:
+    counts = values.drop_nulls().value_counts(name="count").filter(pl.col("count") >= min_count)
+    ordered = counts.select(pl.col(values.name).alias("value")).sort("value")
+    return ordered.select(pl.int_range(pl.len(), dtype=pl.Int32).alias("code"), "value")
+
+
+def _to_codes(values: pl.Series, vocabulary: pl.DataFrame) -> pl.Series:
+    return values.replace_strict(vocabulary["value"], vocabulary["code"], default=None, return_dtype=pl.Int32)
+
+
+def _categorical(declared: Declared, column: pl.Series, min_count: int, text_buckets: int) -> Encoded:
+    if isinstance(column.dtype, pl.List | pl.Array):
+        raise TypeError("a list; use multi_categorical")
+    values = column.cast(pl.String)
+    vocabulary = _vocabulary(values, min_count)
+    return Encoded(_sparse(declared, declared.name, len(vocabulary)), [_to_codes(values, vocabulary)], vocabulary)
+
+
+def _multi_categorical(declared: Declared, column: pl.Series, min_count: int, text_buckets: int) -> Encoded:
+    lists = column.cast(pl.List(pl.String)).fill_null([])
+    vocabulary = _vocabulary(lists.explode().rename("value"), min_count)
+    frame = pl.DataFrame({"lists": lists})
+    codes = frame.select(
+        pl.col("lists")
+        .list.eval(pl.element().replace_strict(vocabulary["value"], vocabulary["code"], default=None, return_dtype=pl.Int32))
+        .list.drop_nulls()
+        .alias(declared.name)
+    )[declared.name]
+    return Encoded(_sparse(declared, declared.name, len(vocabulary)), [codes], vocabulary)
+
+
+def _text(declared: Declared, column: pl.Series, min_count: int, text_buckets: int) -> Encoded:
+    text = column.cast(pl.String).fill_null("")
+    words = text.str.to_lowercase().str.extract_all(r"[\p{L}\p{N}]+")
+    known = words.explode().drop_nulls().unique()
+    # crc32 is the same on every machine and in every version, which Python's and polars' own hashes are not.
+    buckets = pl.Series([zlib.crc32(w.encode()) % text_buckets for w in known], dtype=pl.Int32)
+    frame = pl.DataFrame({"words": words})
+    name = f"{declared.name}_tokens"
+    tokens = frame.select(
+        pl.col("words").list.eval(pl.element().replace_strict(known, buckets, return_dtype=pl.Int32)).alias(name)
+    )[name]
+    return Encoded(_sparse(declared, name, text_buckets), [text.rename(declared.name), tokens], None)
+
+
+def _numeric(declared: Declared, column: pl.Series, min_count: int, text_buckets: int) -> Encoded:
+    numbers = column.cast(pl.Float64)
+    numbers = numbers.set(~numbers.is_finite().fill_null(False), None)
+    spread = numbers.std() or 1.0
+    scaled = ((numbers - (numbers.mean() or 0.0)) / spread).cast(pl.Float32)  # type: ignore[operator]
+    return Encoded(_dense(declared, 1), [scaled], None)
+
+
+def _vector(declared: Declared, column: pl.Series, min_count: int, text_buckets: int) -> Encoded:
+    lists = column.cast(pl.List(pl.Float32))
+    widths = lists.list.len().drop_nulls().unique().sort().to_list()
+    if len(widths) != 1 or widths[0] == 0:
+        raise DataError(
+            f"{declared.entity} feature '{declared.name}': vectors of {len(widths)} different widths {widths[:5]};"
+            " a dense feature needs one"
+        )
+    return Encoded(_dense(declared, widths[0]), [lists.list.to_array(widths[0])], None)
+
+
+_ENCODERS = {
+    "categorical": _categorical,
+    "multi_categorical": _multi_categorical,
+    "text": _text,
+    "numeric": _numeric,
+    "dense": _vector,
+}
+
+
+def _sparse(declared: Declared, column: str, cardinality: int) -> Feature:
+    table = f"{declared.entity}_{declared.name}"
+    return Feature(
+        declared.name, declared.entity, declared.kind, column, table=table, cardinality=max(1, cardinality)
+    )
+
+
+def _dense(declared: Declared, width: int) -> Feature:
+    return Feature(declared.name, declared.entity, declared.kind, declared.name, width=width)

@@ -1,0 +1,101 @@
+"""MovieLens 100K (Harper & Konstan, ACM TiiS 2015): GroupLens' own files, or RecBole's atomic ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+
+from flm_torchrec.data.raw import Declared, Raw
+from flm_torchrec.data.sources.tables import read_csv
+from flm_torchrec.errors import DataError
+
+GENRES = (
+    "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
+    "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
+)  # fmt: skip
+FEATURES = (
+    Declared("title", "item", "text"),
+    Declared("release_year", "item", "categorical"),
+    Declared("genres", "item", "multi_categorical"),
+    Declared("age", "user", "numeric"),
+    Declared("gender", "user", "categorical"),
+    Declared("occupation", "user", "categorical"),
+    Declared("region", "user", "categorical"),
+)
+
+
+def read(folder: Path) -> Raw:
+    """Read u.data, u.item, u.user, or ml-100k.inter, .item, .user, whichever the folder has.
+
+    Raises:
+        DataError: neither is whole, or a column is missing.
+    """
+    if (folder / "u.data").is_file():
+        inter, items, users = _grouplens(folder)
+    elif (folder / "ml-100k.inter").is_file():
+        inter, items, users = _atomic(folder)
+    else:
+        raise DataError(f"{folder}: neither u.data nor ml-100k.inter is here; --input must be the folder with them")
+    return Raw(
+        name="ml-100k",
+        source="movielens-100k",
+        interactions=inter.select(
+            "file",
+            "row",
+            pl.col("user"),
+            pl.col("item"),
+            pl.col("timestamp").cast(pl.Int64, strict=False),
+            pl.lit("rating").alias("event"),
+            pl.col("rating").cast(pl.Float64, strict=False).alias("value"),
+        ),
+        items=items,
+        users=users.with_columns(age=pl.col("age").cast(pl.Float64, strict=False), region=pl.col("zip").str.slice(0, 1)),
+        features=FEATURES,
+        title="title",
+    )
+
+
+def _atomic(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    inter = read_csv(folder / "ml-100k.inter", "\t")
+    items = read_csv(folder / "ml-100k.item", "\t")
+    users = read_csv(folder / "ml-100k.user", "\t")
+    return (
+        _named(inter, "ml-100k.inter", {"user_id": "user", "item_id": "item", "rating": "rating", "timestamp": "timestamp"}),
+        _named(
+            items,
+            "ml-100k.item",
+            {"item_id": "key", "movie_title": "title", "release_year": "release_year", "class": "genres"},
+        ).with_columns(genres=pl.col("genres").str.split(" ")),
+        _named(
+            users,
+            "ml-100k.user",
+            {"user_id": "key", "age": "age", "gender": "gender", "occupation": "occupation", "zip_code": "zip"},
+        ),
+    )
+
+
+def _named(frame: pl.DataFrame, file: str, names: dict[str, str]) -> pl.DataFrame:
+    """Atomic columns are called name:type."""
+    present = {column.split(":")[0]: column for column in frame.columns}
+    for name in names:
+        if name not in present:
+            raise DataError(f"{file}: no column '{name}' (it has {', '.join(present)})")
+    kept = [c for c in ("file", "row") if c in frame.columns]
+    return frame.select(*kept, *(pl.col(present[old]).alias(new) for old, new in names.items()))
+
+
+def _grouplens(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    inter = read_csv(folder / "u.data", "\t", columns=("user", "item", "rating", "timestamp"))
+    users = read_csv(folder / "u.user", "|", columns=("key", "age", "gender", "occupation", "zip"))
+    columns = ("key", "title", "release_date", "video_date", "url", *GENRES)
+    items = read_csv(folder / "u.item", "|", columns=columns, encoding="latin-1")
+    flags = [pl.when(pl.col(g) == "1").then(pl.lit(g)) for g in GENRES]
+    items = items.select(
+        "key",
+        # The year stands in a column of its own; the title repeats it in brackets.
+        pl.col("title").str.replace(r"\s*\(\d{4}\)\s*$", ""),
+        pl.col("release_date").str.extract(r"(\d{4})").alias("release_year"),
+        pl.concat_list(flags).list.drop_nulls().alias("genres"),
+    )
+    return inter, items, users

@@ -1,0 +1,73 @@
+"""`flm evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from flm_torchrec.errors import RunError
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="rank every item for held-out events: each head, their fusion, popularity, item-kNN",
+        description="Rank all items for the held-out event of each user, the user's earlier items left out, by each"
+        " head, by the fused representation and by the baselines. Writes RUN/evaluation-SPLIT.json.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", required=True, dest="run_folder", metavar="DIR", help="run folder of 'flm train'")
+    parser.add_argument(
+        "--split", choices=("test", "valid"), default="test", help="examples to rank (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--user", action="append", default=[], metavar="KEY",
+        help="only this user, by the id of the source; may be repeated (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown (default: a table)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
+    from rich.console import Console
+
+    from flm_torchrec.evaluation.evaluate import evaluate
+    from flm_torchrec.evaluation.report import markdown, show
+    from flm_torchrec.training.restore import restore
+
+    with restore(args.run_folder) as restored:
+        examples = restored.splits.test if args.split == "test" else restored.splits.valid
+        if args.user:
+            examples = examples.take(_rows_of(args.user, restored.data.user_keys, examples.user.tolist()))
+        evaluation = evaluate(
+            restored.data, examples, restored.fit, restored.encoder_for(examples), restored.comm,
+            restored.config.eval, args.split,
+        )  # fmt: skip
+        if not restored.comm.main:
+            return
+        if not args.user:
+            file = Path(args.run_folder) / f"evaluation-{args.split}.json"
+            file.write_text(json.dumps(evaluation.to_json(), indent=2), encoding="utf-8")
+        if args.markdown:
+            print(markdown(evaluation), end="")
+            return
+        show(evaluation, Console(), _oracle(restored.data.path))
+
+
+def _rows_of(keys: list[str], user_keys: list[str], users: list[int]) -> list[int]:
+    """Indices of the examples of the users named."""
+    place = {key: user for user, key in enumerate(user_keys)}
+    example = {user: row for row, user in enumerate(users)}
+    for key in keys:
+        if key not in place:
+            raise RunError(f"--user '{key}': not in users.parquet; ids are those of the source, e.g. '{user_keys[0]}'")
+        if place[key] not in example:
+            raise RunError(f"--user '{key}': has no held-out event in this split; choose another user")
+    return [example[place[key]] for key in keys]
+
+
+def _oracle(data: Path) -> dict[str, dict[str, float]] | None:
+    """What the source knows of the best possible ranking: only the synthetic one does."""
+    return json.loads((data / "report.json").read_text(encoding="utf-8")).get("oracle")

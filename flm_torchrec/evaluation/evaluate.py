@@ -1,0 +1,81 @@
+"""Every head, their fusion and the baselines on the same examples, in one table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from flm_torchrec.config.schema import EvalConfig
+from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.splits import Examples
+from flm_torchrec.evaluation.baselines import ItemKNN, Popularity
+from flm_torchrec.evaluation.protocol import Comm, Encoder, Scorer
+from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, Ranked, count_ranks, rank_targets
+
+COVERAGE_AT = 10
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics by name of scorer: over all examples, and by segment of the example's next event."""
+
+    split: str
+    users: int
+    table: dict[str, dict[str, float]]
+    segments: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate_heads(
+    data: PreparedData, examples: Examples, encoder: Encoder, comm: Comm, config: EvalConfig
+) -> dict[str, float]:
+    """Metrics of the heads alone, named such as `fused/ndcg@10`: for validation while training; collective."""
+    scorer = HeadScorer(encoder, data.schema.items, config.item_block, comm)
+    ranked = rank_targets(data, examples, scorer, comm, _blocks(config))
+    return {
+        f"{name}/{metric}": value
+        for name in scorer.names
+        for metric, value in count_ranks(ranked, name, data.schema.items, comm).metrics(config.ks).items()
+    }
+
+
+def evaluate(
+    data: PreparedData, examples: Examples, fit: np.ndarray, encoder: Encoder, comm: Comm,
+    config: EvalConfig, split: str,
+) -> Evaluation:  # fmt: skip
+    """Rank the true item of every example by every head and baseline; collective.
+
+    Args:
+        fit: [interactions] bool, the events that the baselines may learn from.
+        split: name of the examples, for the report.
+    """
+    scorers: list[Scorer] = [
+        Popularity(data, fit),
+        ItemKNN(data, fit, examples, config.neighbours),
+        HeadScorer(encoder, data.schema.items, config.item_block, comm),
+    ]
+    labels = data.segment[examples.end] if data.segment is not None else None
+    table: dict[str, dict[str, float]] = {}
+    segments: dict[str, dict[str, dict[str, float]]] = {}
+    for scorer in scorers:
+        ranked = rank_targets(data, examples, scorer, comm, _blocks(config), COVERAGE_AT)
+        for name in scorer.names:
+            counts = count_ranks(ranked, name, data.schema.items, comm, (COVERAGE_AT,))
+            table[name] = counts.metrics(config.ks)
+            for label in [] if labels is None else np.unique(labels):
+                part = count_ranks(_only(ranked, labels == label), name, data.schema.items, comm)
+                segments.setdefault(str(label), {})[name] = part.metrics(config.ks)
+    return Evaluation(split, len(examples), table, segments)
+
+
+def _only(ranked: Ranked, wanted: np.ndarray) -> Ranked:
+    kept = wanted[ranked.rows]
+    return Ranked(ranked.rows[kept], {n: r[kept] for n, r in ranked.ranks.items()}, {})
+
+
+def _blocks(config: EvalConfig) -> Blocks:
+    return Blocks(config.user_block, config.item_block)

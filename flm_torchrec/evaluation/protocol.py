@@ -1,0 +1,47 @@
+"""What evaluation and export need of a model and of the other ranks."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+HEADS = ("content", "collaborative", "sequential", "fused")
+
+
+class Encoder(Protocol):
+    """Users and items → vectors in one space. Both calls are collective: all ranks make them equally often."""
+
+    dim: int
+
+    def users(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """[b] indices of examples → by name of HEADS, [b, D] float32."""
+
+    def items(self, ids: np.ndarray, content_only: bool = False) -> Tensor:
+        """[n] item ids → [n, D] float32; `content_only`: from features alone."""
+
+
+class Comm(Protocol):
+    """The ranks."""
+
+    rank: int
+    world_size: int
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, all of one shape."""
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks, in a new tensor."""
+
+
+class Scorer(Protocol):
+    """Scores items for users, in one way or several."""
+
+    names: tuple[str, ...]
+
+    def block(self, rows: np.ndarray) -> Any:
+        """What is known of the examples `rows` [b]. Collective: all ranks call it equally often."""
+
+    def scores(self, known: Any, name: str, start: int, stop: int) -> Tensor:
+        """[b, stop - start] float32 scores of the items `start:stop` for the examples of `block`."""

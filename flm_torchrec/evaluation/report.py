@@ -1,0 +1,44 @@
+"""The evaluation as tables: on the terminal and in Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flm_torchrec.evaluation.evaluate import Evaluation
+
+
+def show(evaluation: Evaluation, console: Console, oracle: dict[str, Any] | None = None) -> None:
+    """Print the table of all examples, then one a segment."""
+    title = f"{evaluation.split}: {evaluation.users} users, every item ranked, the user's earlier items left out"
+    console.print(_table(title, evaluation.table))
+    for label, table in evaluation.segments.items():
+        rows = dict(table)
+        if oracle and label in oracle:
+            rows["oracle (best possible)"] = oracle[label]
+        console.print(_table(f"users whose next event was planted as '{label}'", rows))
+
+
+def markdown(evaluation: Evaluation) -> str:
+    """The table of all examples as Markdown."""
+    columns = list(next(iter(evaluation.table.values())))
+    lines = [f"| {evaluation.split} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, metrics in evaluation.table.items():
+        lines.append(f"| {name} | " + " | ".join(f"{metrics[c]:.4f}" for c in columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _table(title: str, rows: dict[str, dict[str, float]]) -> Table:
+    columns = list(next(iter(rows.values())))
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    best = {c: max(metrics.get(c, 0.0) for name, metrics in rows.items() if "oracle" not in name) for c in columns}
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, metrics in rows.items():
+        cells = [f"{metrics[c]:.4f}" if c in metrics else "" for c in columns]
+        bold = [c in metrics and metrics[c] == best[c] for c in columns]
+        table.add_row(name, *(f"[bold]{x}[/bold]" if b else x for x, b in zip(cells, bold, strict=True)))
+    return table

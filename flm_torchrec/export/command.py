@@ -1,0 +1,88 @@
+"""`flm export` and `flm recommend`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from flm_torchrec.evaluation.protocol import HEADS
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    _add_export(subparsers)
+    _add_recommend(subparsers)
+
+
+def _add_export(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "export",
+        help="write user and item embeddings as Parquet, and a faiss index",
+        description="Write the embeddings of a run's best model: users by each head and fused, items in the one space"
+        " that all heads score against, and a faiss index over the items.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", required=True, dest="run_folder", metavar="DIR", help="run folder of 'flm train'")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an older export (default: refuse)")
+    parser.add_argument(
+        "--index", choices=("flat", "hnsw"), default="flat",
+        help="faiss index: flat is exact, hnsw faster for millions of items (default: %(default)s)",
+    )  # fmt: skip
+    parser.set_defaults(run=run_export)
+
+
+def _add_recommend(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "recommend",
+        help="recommend items to a user, from an export alone",
+        description="Recommend items to a user, from an export alone.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--export", required=True, metavar="DIR", help="folder of 'flm export'")
+    parser.add_argument("--user", required=True, metavar="KEY", help="user, by the id of the source")
+    parser.add_argument("-k", type=int, default=10, help="number of items (default: %(default)s)")
+    parser.add_argument("--head", default="fused", help=f"one of {', '.join(HEADS)} (default: %(default)s)")
+    parser.add_argument("--include-seen", action="store_true", help="also items the user has had (default: without)")
+    parser.add_argument("--json", action="store_true", help="print JSON (default: a table)")
+    parser.set_defaults(run=run_recommend)
+
+
+def run_export(args: argparse.Namespace) -> None:
+    # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
+    from flm_torchrec.data.splits import everyone
+    from flm_torchrec.export.write import check_output, export
+    from flm_torchrec.training.restore import restore
+
+    check_output(args.output, args.overwrite)
+    with restore(args.run_folder) as restored:
+        encoder = restored.encoder_for(everyone(restored.data))
+        block = restored.config.eval.user_block
+        manifest = export(
+            restored.data, encoder, restored.comm, args.output, restored.version, args.index, block
+        )
+    if manifest is not None:
+        print(
+            f"{args.output}: {manifest.users} users x {len(manifest.heads)} heads, {manifest.items} items,"
+            f" {manifest.dim} numbers each; {manifest.index} index, recall@100 {manifest.index_recall:.4f};"
+            f" model {manifest.model_version}"
+        )
+
+
+def run_recommend(args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from flm_torchrec.export.recommend import Recommender
+
+    found = Recommender(args.export).recommend(args.user, args.k, args.head, args.include_seen)
+    if args.json:
+        print(json.dumps([asdict(r) for r in found], indent=2))
+        return
+    table = Table(title=f"for user {args.user}, by {args.head}", title_justify="left")
+    for column in ("", "item", "title", "score"):
+        table.add_column(column, justify="right" if column in ("", "score") else "left")
+    for place, r in enumerate(found, start=1):
+        table.add_row(str(place), r.item_key, r.title, f"{r.score:.3f}")
+    Console().print(table)

@@ -1,0 +1,1 @@
+"""torchx components that launch pretraining on clusters."""
