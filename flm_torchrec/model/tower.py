@@ -54,8 +54,9 @@ class Tower(nn.Module):
 
     At each token, every head sees the user and the tokens so far, never a later one:
 
-    * content: features of the items so far and of the user, no ids;
-    * collaborative: the ids of the user and of the items so far (two-tower: Covington et al., RecSys 2016);
+    * content: features of the user and of the items so far, no ids;
+    * collaborative: the ids of the user and of the items so far, whatever their order (two-tower: Covington et
+      al., RecSys 2016);
     * sequential: a causal Transformer over item id + item content + event (Kang & McAuley, SASRec, ICDM 2018).
 
     A score is the dot product of a representation with an item vector.
@@ -83,8 +84,8 @@ class Tower(nn.Module):
         self.event = nn.Linear(widths.history * dim + 1, dim)
         self.start = nn.Parameter(torch.zeros(dim))
         self.transformer = CausalTransformer(dim, layers, attention_heads, dropout, widths.max_tokens)
-        self.content_head = _Head(3 * dim, dim, dropout)
-        self.collaborative_head = _Head(3 * dim, dim, dropout)
+        self.content_head = _Head(2 * dim, dim, dropout)
+        self.collaborative_head = _Head(2 * dim, dim, dropout)
         self.fusion = FUSIONS[fusion](dim)
 
     def forward(
@@ -102,11 +103,11 @@ class Tower(nn.Module):
 
         row = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)  # [T]
         place = torch.arange(len(row), device=row.device) - (torch.cumsum(lengths, 0) - lengths)[row]
-        mean_id, last_id = _so_far(_gather(item_id, tokens), row, place, lengths)
-        mean_content, last_content = _so_far(_gather(content, tokens), row, place, lengths)
+        mean_id = _so_far(_gather(item_id, tokens), row, place, lengths)
+        mean_content = _so_far(_gather(content, tokens), row, place, lengths)
         heads = {
-            "content": self.content_head(torch.cat([mean_content, last_content, profile[row]], 1)),
-            "collaborative": self.collaborative_head(torch.cat([user_id[row], mean_id, last_id], 1)),
+            "content": self.content_head(torch.cat([mean_content, profile[row]], 1)),
+            "collaborative": self.collaborative_head(torch.cat([user_id[row], mean_id], 1)),
             "sequential": self._sequential(vectors, profile, looked.history, value, row, place, tokens, lengths),
         }
         return Encoded(vectors, content, {**heads, "fused": self._fuse(list(heads.values()))})
@@ -193,8 +194,8 @@ def _gather(rows: Tensor, tokens: Tensor) -> Tensor:
     return F.pad(rows, (0, 0, 0, 1))[tokens]
 
 
-def _so_far(x: Tensor, row: Tensor, place: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """[T, D] → mean over the sequence's items up to each token, and the item at the token; zeros at a prefix."""
+def _so_far(x: Tensor, row: Tensor, place: Tensor, lengths: Tensor) -> Tensor:
+    """[T, D] → [T, D], mean over the sequence's items up to each token; zeros at a prefix."""
     total = torch.cumsum(x, 0)
     before = F.pad(total, (0, 0, 1, 0))[torch.cumsum(lengths, 0) - lengths][row]  # sum of all earlier sequences
-    return (total - before) / place.clamp(min=1).unsqueeze(1), x
+    return (total - before) / place.clamp(min=1).unsqueeze(1)

@@ -1,0 +1,53 @@
+"""Shared by the tests: small prepared data, real processes over gloo, real data where it is there."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flm_torchrec.data.prepare import Options, prepare
+from flm_torchrec.data.prepared import PreparedData, load_prepared
+from flm_torchrec.data.sources import synthetic
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    """Synthetic data of 120 users and 150 items."""
+    folder = tmp_path_factory.mktemp("small") / "data"
+    prepare(synthetic.read(synthetic.Recipe(users=120, items=150, events=12, seed=1)), folder, Options())
+    return load_prepared(folder)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of the real data sets; skips where there is none."""
+    folder = Path(os.environ.get("FLM_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} is not there; name its folder in FLM_DATA")
+    return folder
+
+
+@pytest.fixture
+def ranks():
+    """Run a script as several gloo ranks on this machine: `ranks(2, [script, *arguments])` → standard output."""
+
+    def launch(count: int, command: list[str], timeout: int = 240) -> str:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", str(port)]
+        done = subprocess.run(
+            [sys.executable, *launcher, *command], env=environment, capture_output=True, text=True, timeout=timeout
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    return launch

@@ -1,0 +1,145 @@
+"""Cleaning, coding and writing of prepared data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flm_torchrec.data.clean import Dropped, deduplicate, in_order, k_core
+from flm_torchrec.data.features import encode
+from flm_torchrec.data.prepare import Options, check_output, prepare
+from flm_torchrec.data.prepared import load_prepared
+from flm_torchrec.data.raw import Declared, Raw
+from flm_torchrec.errors import DataError
+
+EVENTS = st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("xyzw"), st.integers(0, 5)), min_size=1, max_size=40)
+
+
+def frame(events: list[tuple[str, str, int]]) -> pl.DataFrame:
+    users, items, times = zip(*events, strict=True)
+    return pl.DataFrame(
+        {
+            "file": "f", "row": range(1, len(events) + 1), "user": users, "item": items, "timestamp": times,
+            "event": "view", "value": 1.0,
+        }
+    )  # fmt: skip
+
+
+@given(EVENTS, st.integers(0, 4))
+def test_k_core_leaves_k_of_each_and_takes_nothing_it_could_leave(events: list[tuple[str, str, int]], k: int) -> None:
+    start = frame(events)
+    kept = k_core(start, k, dropped := Dropped())
+    assert len(kept) + sum(dropped.counts.values()) == len(start)
+    for column in ("user", "item"):
+        assert kept.is_empty() or kept[column].value_counts()["count"].min() >= k
+    # The k-core is the largest such set: peeling one row at a time ends at the same rows.
+    rows = start.rows(named=True)
+    while bad := [r for r in rows if min(sum(r[c] == o[c] for o in rows) for c in ("user", "item")) < k]:
+        rows.remove(bad[0])
+    assert sorted(kept["row"]) == sorted(r["row"] for r in rows)
+
+
+@given(EVENTS)
+def test_deduplication_keeps_one_of_each(events: list[tuple[str, str, int]]) -> None:
+    ordered = in_order(frame(events))
+    exact = deduplicate(ordered, "exact", Dropped())
+    assert sorted(exact.select("user", "item", "timestamp").rows()) == sorted(set(events))
+    for how, pick in (("first", min), ("last", max)):
+        kept = deduplicate(ordered, how, Dropped())
+        expected = {(u, i): pick(t for v, j, t in events if (u, i) == (v, j)) for u, i, _ in events}
+        assert {(u, i): t for u, i, t in kept.select("user", "item", "timestamp").rows()} == expected
+    consecutive = deduplicate(ordered, "consecutive", Dropped()).select("user", "item").rows()
+    assert all(a != b for a, b in zip(consecutive, consecutive[1:], strict=False))
+    assert deduplicate(ordered, "none", Dropped()).equals(ordered)
+
+
+@given(EVENTS)
+def test_nothing_is_lost_on_the_way_to_memory(tmp_path_factory: pytest.TempPathFactory, events) -> None:  # type: ignore[no-untyped-def]
+    folder = tmp_path_factory.mktemp("round") / "data"
+    prepare(Raw("r", "test", frame(events)), folder, Options())
+    data = load_prepared(folder)
+    users = [data.user_keys[u] for u in range(data.schema.users) for _ in range(data.offsets[u], data.offsets[u + 1])]
+    found = list(zip(users, [data.item_keys[i] for i in data.item], data.timestamp.tolist(), strict=True))
+    assert sorted(found) == sorted(events)
+    assert [(u, t) for u, _, t in found] == sorted((u, t) for u, _, t in found)
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    events = [("b", "y", 3), ("a", "x", 1), ("b", "x", 2), ("a", "y", 0)]
+    for name in ("one", "two"):
+        prepare(Raw("r", "test", frame(events)), tmp_path / name, Options())
+    files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file())
+    assert len(files) >= 5
+    assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
+
+
+def test_bad_rows_are_counted_with_their_place(tmp_path: Path) -> None:
+    good = [("a", "x", 1), ("a", "y", 2)]
+    rows = frame([*good, ("a", "z", -1), ("b", "x", 3), ("b", "x", 4)]).with_columns(
+        value=pl.Series([1.0, 2.0, 3.0, float("nan"), None]), item=pl.Series(["x", "y", "z", "x", None])
+    )
+    report = prepare(Raw("r", "test", rows), tmp_path / "d", Options())
+    assert report["rows_kept"] == 2
+    assert {reason: d["rows"] for reason, d in report["dropped"].items()} == {
+        "no item": 1, "negative timestamp": 1, "value missing or not a finite number": 1,
+    }  # fmt: skip
+    assert report["dropped"]["negative timestamp"]["examples"] == ["f: row 3"]
+    assert report["users_with_fewer_than_3_events"] == 1
+    assert json.loads((tmp_path / "d" / "report.json").read_text())["rows_read"] == 5
+
+
+def test_when_nothing_is_left_the_error_says_why_and_nothing_is_written(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="none of 1 rows is left.*negative timestamp.*f: row 1"):
+        prepare(Raw("r", "test", frame([("a", "x", -1)])), tmp_path / "d", Options())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_in_use_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(DataError, match="holds no prepared data"):
+        check_output(tmp_path, overwrite=True)
+    prepare(Raw("r", "test", frame([("a", "x", 1)])), tmp_path / "d", Options())
+    with pytest.raises(DataError, match="--overwrite"):
+        check_output(tmp_path / "d", overwrite=False)
+    check_output(tmp_path / "d", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "codes"),
+    [
+        ("categorical", ["b", "a", None, "b"], [1, 0, None, 1]),
+        ("multi_categorical", [["b", "a"], [], None, ["b"]], [[1, 0], [], [], [1]]),
+        ("numeric", [1.0, 3.0, None, 2.0], [-1.0, 1.0, None, 0.0]),
+        ("dense", [[1.0, 2.0], [3.0, 4.0], None, [5.0, 6.0]], [[1.0, 2.0], [3.0, 4.0], None, [5.0, 6.0]]),
+    ],
+)
+def test_each_kind_is_coded_as_documented(kind, values, codes) -> None:  # type: ignore[no-untyped-def]
+    coded = encode(Declared("f", "item", kind), pl.Series("f", values), 1, 10)
+    assert coded.columns[-1].to_list() == codes
+
+
+def test_words_are_hashed_alike_everywhere() -> None:
+    coded = encode(Declared("t", "item", "text"), pl.Series("t", ["Deep sea", "SEA!", ""]), 1, 1000)
+    tokens = coded.columns[-1].to_list()
+    assert tokens[0][1] == tokens[1][0] == 223  # crc32("sea") % 1000
+    assert tokens[2] == [] and coded.feature.cardinality == 1000
+
+
+def test_rare_values_become_unknown() -> None:
+    coded = encode(Declared("f", "item", "categorical"), pl.Series("f", ["a", "a", "b"]), 2, 10)
+    assert coded.columns[-1].to_list() == [0, 0, None] and coded.feature.cardinality == 1
+
+
+def test_vectors_of_differing_width_are_refused() -> None:
+    with pytest.raises(DataError, match=r"different widths \[1, 2\]"):
+        encode(Declared("f", "item", "dense"), pl.Series("f", [[1.0], [1.0, 2.0]]), 1, 10)
+
+
+def test_a_list_is_no_category() -> None:
+    with pytest.raises(DataError, match="use multi_categorical"):
+        encode(Declared("f", "item", "categorical"), pl.Series("f", [["a"]]), 1, 10)
