@@ -138,12 +138,10 @@ def _seconds(frame: pl.DataFrame, mapping: Mapping, file: Path) -> pl.Expr:
     if kind != pl.String:
         raise DataError(f"{file}: column '{name}' is {kind}, not a time; map timestamp to another column")
     whole = column.cast(pl.Int64, strict=False).floordiv(UNITS[mapping.time_unit])
-    dates = column.str.to_datetime(strict=False, time_zone="UTC", ambiguous="null") if _has_dates(frame[name]) else None
-    return whole if dates is None else pl.coalesce(whole, dates.dt.epoch("s"))
-
-
-def _has_dates(column: pl.Series) -> bool:
-    return bool(column.str.contains(r"^\d{4}-\d{2}-\d{2}").any())
+    plain = column.str.replace("T", " ").str.replace(r"Z$", "")
+    local = [plain.str.to_datetime(form, strict=False) for form in ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d")]
+    zoned = plain.str.to_datetime("%Y-%m-%d %H:%M:%S%.f%:z", strict=False)
+    return pl.coalesce(whole, *(time.dt.epoch("s") for time in (*local, zoned)))
 
 
 def _side(frame: pl.DataFrame, side: Side, list_separator: str) -> pl.DataFrame:

@@ -25,7 +25,7 @@ from flm_torchrec.errors import DataError
 MECHANISMS = ("content", "collaborative", "sequential")
 GENRES = ("comedy", "drama", "history", "horror", "music", "nature", "romance", "science", "sport", "travel", "war", "western")
 BRANDS = 40
-GROUPS = 24
+GROUPS = 16
 SUCCESSORS = 5
 START = 1_600_000_000
 """Unix seconds of the first event."""

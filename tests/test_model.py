@@ -1,0 +1,248 @@
+"""The tower, its heads, the softmax and the loader: behaviour that must hold whatever the weights."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from flm_torchrec.data.assemble import Assembler
+from flm_torchrec.data.loader import Negatives, Prefetch, TrainLoader, Windows, windows
+from flm_torchrec.data.prepared import PreparedData, Ragged
+from flm_torchrec.data.splits import split
+from flm_torchrec.errors import DataError
+from flm_torchrec.model import softmax
+from flm_torchrec.model.pretrain import _first_places
+from flm_torchrec.model.softmax import inclusion_log_probability, sampled_softmax
+from flm_torchrec.model.tower import FUSIONS, REPRESENTATIONS, Encoded, Looked, Tower, Widths
+
+DIM = 8
+
+
+def make_tower(fusion: str = "gated", reach: bool = True) -> Tower:
+    torch.manual_seed(0)
+    widths = Widths(DIM, item_features=2, item_dense=1, user_features=1, user_dense=2, history=2, max_tokens=6)
+    return Tower(widths, 2, 2, 0.1, 0.1, 0.1, fusion, reach).eval()
+
+
+def inputs(items: int = 7, lengths: tuple[int, ...] = (3, 1, 4), seed: int = 1) -> dict:
+    g = torch.Generator().manual_seed(seed)
+    count, users = sum(lengths), len(lengths)
+    tokens = torch.randint(0, items, (count,), generator=g)
+    tokens[torch.tensor([sum(lengths[:b]) for b in range(users)])] = items
+    looked = Looked(
+        item_id=torch.randn(items, DIM, generator=g),
+        item_features=torch.randn(items, 2 * DIM, generator=g),
+        user=torch.randn(users, 2 * DIM, generator=g),
+        history=torch.randn(count, 2 * DIM, generator=g),
+    )
+    return {
+        "looked": looked, "item_dense": torch.randn(items, 1, generator=g), "item_known": torch.ones(items),
+        "user_dense": torch.randn(users, 2, generator=g), "user_known": torch.ones(users),
+        "value": torch.zeros(count), "lengths": torch.tensor(lengths), "tokens": tokens,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_every_head_gives_a_vector_in_the_one_space(fusion: str) -> None:
+    out = make_tower(fusion)(**inputs())
+    assert out.items.shape == out.content_items.shape == (7, DIM)
+    assert tuple(out.representations) == REPRESENTATIONS
+    assert all(h.shape == (8, DIM) for h in out.representations.values())
+
+
+def test_no_head_sees_a_later_token() -> None:
+    tower, batch = make_tower(), inputs()
+    before = tower(**batch).representations
+    changed = {**batch, "tokens": batch["tokens"].clone(), "value": batch["value"].clone()}
+    changed["tokens"][7] = (batch["tokens"][7] + 1) % 7  # the last token of the third sequence
+    changed["value"][7] = 3.0
+    after = tower(**changed).representations
+    for name in REPRESENTATIONS:
+        torch.testing.assert_close(before[name][:7], after[name][:7])
+        assert not torch.allclose(before[name][7], after[name][7]), name
+
+
+def test_sequences_of_a_batch_do_not_touch_each_other() -> None:
+    tower, batch = make_tower(), inputs()
+    alone = {**batch, "lengths": batch["lengths"][2:], "tokens": batch["tokens"][4:], "value": batch["value"][4:]}
+    alone["looked"] = Looked(
+        batch["looked"].item_id, batch["looked"].item_features, batch["looked"].user[2:], batch["looked"].history[4:]
+    )
+    alone["user_dense"], alone["user_known"] = batch["user_dense"][2:], batch["user_known"][2:]
+    together, single = tower(**batch), tower(**alone)
+    for name in REPRESENTATIONS:
+        torch.testing.assert_close(together.representations[name][4:], single.representations[name])
+
+
+def changes(field: str) -> set[str]:
+    """Which representations change when one of the looked-up inputs does."""
+    tower, batch = make_tower(), inputs()
+    before = tower(**batch)
+    other = Looked(**vars(batch["looked"]))
+    value = getattr(other, field).clone()
+    if field == "user":
+        value[:, :DIM] += 1.0  # the id alone
+    else:
+        value += torch.randn(value.shape, generator=torch.Generator().manual_seed(9))
+    setattr(other, field, value)
+    after = tower(**{**batch, "looked": other})
+    return {n for n in REPRESENTATIONS if not torch.allclose(before.representations[n], after.representations[n])}
+
+
+def test_the_content_head_knows_no_ids_and_the_collaborative_head_nothing_else() -> None:
+    assert changes("item_id") == {"collaborative", "sequential", "fused"}
+    assert changes("user") == {"collaborative", "fused"}
+    assert changes("item_features") == {"content", "sequential", "fused"}
+    assert changes("history") == {"sequential", "fused"}
+
+
+def test_an_item_without_a_known_id_is_its_content() -> None:
+    batch = inputs()
+    batch["item_known"][3] = 0.0
+    out: Encoded = make_tower()(**batch)
+    torch.testing.assert_close(out.items[3], out.content_items[3])
+    assert not torch.allclose(out.items[2], out.content_items[2])
+
+
+def test_a_gradient_of_h_stops_at_the_fusion_if_told_to() -> None:
+    for reach in (True, False):
+        tower, batch = make_tower(reach=reach), inputs()
+        tower(**batch).representations["fused"].sum().backward()
+        touched = {n.split(".")[0] for n, p in tower.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+        assert "fusion" in touched and ("transformer" in touched) == reach
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 20), st.integers(2, 30), st.integers(0, 10_000))
+def test_softmax_and_its_gradients_are_those_of_cross_entropy(queries: int, items: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    query, vectors = (torch.randn(n, 5, generator=g, dtype=torch.double) for n in (queries, items))
+    log_q, scale = -torch.rand(items, generator=g, dtype=torch.double), torch.tensor(0.7, dtype=torch.double)
+    target = torch.randint(0, items, (queries,), generator=g)
+    leaves = [x.requires_grad_() for x in (query, vectors, scale)]
+    logits = scale * query @ vectors.T - log_q + F.one_hot(target, items) * log_q
+    expected = F.cross_entropy(logits, target, reduction="sum")
+    found = sampled_softmax(query, vectors, target, log_q, scale)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_softmax_is_the_same_in_chunks_and_leaves_out_what_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    query, vectors, target = torch.randn(50, 4, generator=g), torch.randn(20, 4, generator=g), torch.arange(50) % 10
+    log_q = torch.zeros(20)
+    log_q[10:] = math.inf
+    whole = sampled_softmax(query, vectors, target, log_q, torch.tensor(1.0))
+    monkeypatch.setattr(softmax, "CHUNK_ELEMENTS", 60)
+    torch.testing.assert_close(sampled_softmax(query, vectors, target, log_q, torch.tensor(1.0)), whole)
+    torch.testing.assert_close(whole, F.cross_entropy(query @ vectors[:10].T, target, reduction="sum"))
+
+
+def test_the_corrected_partition_function_is_unbiased() -> None:
+    """Mean over many draws of sum exp(s) / pi, candidates drawn as the loader does, is the full sum."""
+    rng = np.random.default_rng(0)
+    popularity = rng.dirichlet(np.ones(30))
+    drawn, in_batch = 12, 5
+    negatives = Negatives((popularity * 10_000).astype(int) + 1, drawn, 0.5)
+    counts = (popularity * 10_000).astype(int) + 1
+    scores = torch.from_numpy(rng.normal(size=30))
+    log_pi = inclusion_log_probability(torch.from_numpy(negatives.log_absent), in_batch, drawn).double()
+    estimates = []
+    for _ in range(4000):
+        targets = rng.choice(30, size=in_batch, p=counts / counts.sum())
+        found = np.unique(np.concatenate([targets, negatives.draw(rng, 0, 1).items]))
+        estimates.append(float((scores[found] - log_pi[found]).exp().sum()))
+    assert np.mean(estimates) == pytest.approx(float(scores.exp().sum()), rel=0.03)
+
+
+def test_targets_are_found_among_the_candidates_of_all_ranks() -> None:
+    candidates, real = torch.tensor([4, 9, 0, 2, 9, 4]), torch.tensor([True, True, False, True, True, True])
+    place, repeated = _first_places(candidates, real, torch.tensor([9, 2, 4]))
+    assert place.tolist() == [1, 3, 0]
+    assert repeated.tolist() == [False, False, False, False, True, True]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 13), min_size=1, max_size=8), st.integers(1, 6))
+def test_each_training_event_is_the_target_of_one_window(events: list[int], history: int) -> None:
+    class Data:
+        offsets = np.concatenate([[0], np.cumsum(events)])
+        schema = type("S", (), {"users": len(events)})
+
+    class Splits:
+        train_end = Data.offsets[1:]
+
+    cut: Windows = windows(Data, Splits, history)  # type: ignore[arg-type]
+    covered = [e for s, t in zip(cut.start, cut.end, strict=True) for e in range(s, t)]
+    assert sorted(covered) == list(range(sum(events)))
+    assert all(t - s <= history + 1 for s, t in zip(cut.start, cut.end, strict=True))
+    assert all(Data.offsets[u] <= s and t <= Data.offsets[u + 1] for u, s, t in zip(cut.user, cut.start, cut.end, strict=True))
+
+
+def loader(data: PreparedData, rank: int = 0, world_size: int = 1) -> TrainLoader:
+    splits = split(data, "leave-one-out", 0.1)
+    fit = splits.fit(data)
+    negatives = Negatives(np.bincount(data.item[fit], minlength=data.schema.items), 20, 0.5)
+    spans = windows(data, splits, 5)
+    return TrainLoader(spans, Assembler(data, fit), negatives, 64, 3, rank, world_size)
+
+
+def targets(batch) -> list[int]:  # type: ignore[no-untyped-def]
+    return batch.item_ids.values()[batch.targets].tolist()
+
+
+def test_ranks_share_each_global_batch_with_nothing_lost_or_repeated(small: PreparedData) -> None:
+    whole, parts = loader(small), [loader(small, r, 3) for r in range(3)]
+    for one, *shares in zip(whole.epoch(1), *(p.epoch(1) for p in parts), strict=True):
+        assert sorted(targets(one)) == sorted(t for s in shares for t in targets(s))
+        assert len({len(s.lengths) for s in shares}) == 1
+        together = {i for s in shares for i in s.item_ids.values()[s.candidates].tolist()}
+        assert set(one.item_ids.values()[one.candidates].tolist()) == together
+
+
+def test_a_token_holds_the_item_before_its_target(small: PreparedData) -> None:
+    batch = next(iter(loader(small).epoch(0)))
+    ids = batch.item_ids.values()
+    ends = torch.cumsum(batch.lengths, 0).tolist()
+    for start, end in zip([0, *ends], ends, strict=False):
+        assert batch.tokens[start] == len(ids)
+        assert batch.tokens[start + 1 : end].tolist() == batch.targets[start : end - 1].tolist()
+
+
+def test_epochs_differ_and_repeat_with_the_seed(small: PreparedData) -> None:
+    first, again, second = (targets(next(iter(loader(small).epoch(e)))) for e in (0, 0, 1))
+    assert first == again != second
+
+
+def test_features_follow_their_items(small: PreparedData) -> None:
+    batch = next(iter(loader(small).epoch(0)))
+    genre = batch.item_features["genre"]
+    for row in (0, 5, len(batch.item_known) - 1):
+        item = int(batch.item_ids.values()[row])
+        found = genre.values()[genre.offsets()[row] : genre.offsets()[row + 1]].tolist()
+        assert found == small.items.sparse["genre"].row(item).tolist()
+        np.testing.assert_array_equal(batch.item_dense[row].numpy(), small.items.dense[item])
+
+
+def test_an_error_while_prefetching_reaches_the_caller() -> None:
+    def broken():  # type: ignore[no-untyped-def]
+        yield 1
+        raise DataError("bad shard")
+
+    with pytest.raises(DataError, match="bad shard"):
+        list(Prefetch(broken()))
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=4), min_size=1, max_size=6), st.data())
+def test_ragged_rows_are_taken_as_lists_would_be(rows: list[list[int]], data: st.DataObject) -> None:
+    ragged = Ragged(np.cumsum([0, *map(len, rows)]), np.array([x for r in rows for x in r], np.int64))
+    wanted = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=8))
+    taken = ragged.take(np.array(wanted, np.int64))
+    assert [taken.row(i).tolist() for i in range(len(taken))] == [rows[w] for w in wanted]

@@ -1,0 +1,177 @@
+"""Ranks, metrics and baselines against brute force, by hand, and against an independent library."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchmetrics.functional.retrieval import (
+    retrieval_hit_rate,
+    retrieval_normalized_dcg,
+    retrieval_reciprocal_rank,
+)
+
+from flm_torchrec.config.schema import EvalConfig
+from flm_torchrec.data.prepared import EntityFeatures, PreparedData
+from flm_torchrec.data.schema import Schema
+from flm_torchrec.data.splits import Examples, split
+from flm_torchrec.errors import RunError
+from flm_torchrec.evaluation.baselines import ItemKNN, Popularity
+from flm_torchrec.evaluation.evaluate import evaluate
+from flm_torchrec.evaluation.metrics import RankCounts
+from flm_torchrec.evaluation.protocol import HEADS
+from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, count_ranks, rank_targets
+
+
+@dataclasses.dataclass
+class Alone:
+    """A single process."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor]
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone()
+
+
+class RandomEncoder:
+    """Fixed random vectors, small integers so that ties happen."""
+
+    dim = 4
+
+    def __init__(self, users: int, items: int, seed: int = 0) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.user = {h: torch.randint(-2, 3, (users, 4), generator=g).float() for h in HEADS}
+        self.item = torch.randint(-2, 3, (items, 4), generator=g).float()
+
+    def users(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        return {h: v[rows] for h, v in self.user.items()}
+
+    def items(self, ids: np.ndarray, content_only: bool = False) -> torch.Tensor:
+        return self.item[ids] * (0.5 if content_only else 1.0)
+
+
+def make_data(histories: list[list[int]], items: int) -> PreparedData:
+    lengths = [len(h) for h in histories]
+    count, nothing = sum(lengths), EntityFeatures({}, np.zeros((0, 0), np.float32))
+    return PreparedData(
+        path=Path("none"), schema=Schema("t", "t", len(histories), items, count),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]), item=np.array(sum(histories, []), np.int64),
+        timestamp=np.arange(count), event=np.zeros(count, np.int32), value=np.ones(count, np.float32),
+        segment=None, items=nothing, users=nothing,
+    )  # fmt: skip
+
+
+HISTORIES = st.lists(st.lists(st.integers(0, 11), min_size=3, max_size=8), min_size=1, max_size=9)
+
+
+@settings(deadline=None)
+@given(HISTORIES, st.integers(1, 5), st.integers(1, 15), st.integers(0, 99))
+def test_ranks_are_those_of_brute_force(histories: list[list[int]], users: int, items: int, seed: int) -> None:
+    data = make_data(histories, 12)
+    examples = split(data, "leave-one-out", 0.1).test
+    encoder = RandomEncoder(len(histories), 12, seed)
+    scorer = HeadScorer(encoder, 12, items, Alone())
+    ranked = rank_targets(data, examples, scorer, Alone(), Blocks(users, items), top_k=3)
+    for row, history in enumerate(histories):
+        for head in HEADS:
+            scores = (encoder.user[head][row] @ encoder.item.T).numpy()
+            *seen, target = history
+            others = [i for i in range(12) if i not in seen and i != target]
+            assert ranked.ranks[head][row] == 1 + sum(scores[i] >= scores[target] for i in others)
+            allowed = sorted((scores[i] for i in [*others, target]), reverse=True)[:3]
+            assert scores[ranked.top[head][row][: len(allowed)]].tolist() == allowed
+
+
+def test_a_scorer_that_knows_nothing_ranks_last() -> None:
+    data = make_data([[0, 1, 2]], 10)
+    encoder = RandomEncoder(1, 10)
+    encoder.item.zero_()
+    ranked = rank_targets(data, Examples(np.array([0]), np.array([2])), HeadScorer(encoder, 10, 4, Alone()), Alone(), Blocks())
+    assert ranked.ranks["fused"].tolist() == [8]  # ten items less the two seen
+
+
+def test_a_model_that_diverged_is_refused() -> None:
+    encoder = RandomEncoder(1, 10)
+    encoder.item[3] = float("nan")
+    with pytest.raises(RunError, match="item vectors: not a number"):
+        HeadScorer(encoder, 10, 4, Alone())
+    encoder = RandomEncoder(1, 10)
+    encoder.user["content"][:] = float("inf")
+    with pytest.raises(RunError, match="content head"):
+        HeadScorer(encoder, 10, 4, Alone()).block(np.array([0]))
+
+
+def test_metrics_of_a_hand_worked_case() -> None:
+    """Ranks 1, 2, 4 and 11 of 20 items: 1/log2(2) = 1, 1/log2(3) = 0.6309, 1/log2(5) = 0.4307."""
+    counts = RankCounts(np.bincount([0, 1, 3, 10], minlength=20), {10: 5})
+    assert counts.hit_rate(1) == 0.25 and counts.hit_rate(10) == 0.75 and counts.hit_rate(20) == 1.0
+    assert counts.ndcg(10) == pytest.approx((1 + 0.63093 + 0.43068) / 4, abs=1e-5)
+    assert counts.mrr() == pytest.approx((1 + 1 / 2 + 1 / 4 + 1 / 11) / 4)
+    assert counts.coverage(10) == 0.25
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 30))
+def test_metrics_agree_with_torchmetrics(ranks: list[int], k: int) -> None:
+    counts = RankCounts(np.bincount(np.array(ranks) - 1, minlength=30), {})
+    scores = torch.arange(30, 0, -1).float()
+    relevant = [torch.arange(1, 31) == r for r in ranks]
+    assert counts.hit_rate(k) == pytest.approx(np.mean([retrieval_hit_rate(scores, t, k) for t in relevant]))
+    assert counts.ndcg(k) == pytest.approx(np.mean([retrieval_normalized_dcg(scores, t, k) for t in relevant]), abs=1e-6)
+    assert counts.mrr() == pytest.approx(np.mean([retrieval_reciprocal_rank(scores, t) for t in relevant]), abs=1e-6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(HISTORIES, st.integers(1, 12))
+def test_item_knn_is_that_of_dense_numpy(histories: list[list[int]], neighbours: int) -> None:
+    data = make_data(histories, 12)
+    splits = split(data, "leave-one-out", 0.1)
+    scorer = ItemKNN(data, splits.fit(data), splits.test, neighbours)
+    seen = np.zeros((len(histories), 12))
+    for row, history in enumerate(histories):
+        seen[row, history[:-2]] = 1
+    norms = np.linalg.norm(seen, axis=0)
+    cosine = seen.T @ seen / np.maximum(np.outer(norms, norms), 1e-12)
+    np.fill_diagonal(cosine, 0)
+    for row in cosine:
+        row[row < np.sort(row)[::-1][neighbours - 1]] = 0
+    expected = np.stack([sum(cosine[i] for i in h[:-1]) for h in histories])
+    known = scorer.block(np.arange(len(histories)))
+    found = torch.cat([scorer.scores(known, "item-kNN", 0, 5), scorer.scores(known, "item-kNN", 5, 12)], 1)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+
+
+def test_popularity_counts_training_events_alone() -> None:
+    data = make_data([[0, 0, 1, 2], [1, 1, 0, 2]], 3)
+    scorer = Popularity(data, split(data, "leave-one-out", 0.1).fit(data))
+    assert scorer.scores(2, "popularity", 0, 3).tolist() == [[2.0, 2.0, 0.0]] * 2
+
+
+def test_all_rows_of_the_table_rank_the_same_users(small: PreparedData) -> None:
+    splits = split(small, "leave-one-out", 0.1)
+    encoder = RandomEncoder(len(splits.test), small.schema.items)
+    found = evaluate(small, splits.test, splits.fit(small), encoder, Alone(), EvalConfig(ks=(5,)), "test")
+    assert list(found.table) == ["popularity", "item-kNN", *HEADS]
+    assert all(set(m) == {"hr@5", "ndcg@5", "mrr", "coverage@10"} for m in found.table.values())
+    shares = {s: np.mean(small.segment[splits.test.end] == s) for s in found.segments}
+    for name, metrics in found.table.items():
+        weighted = sum(shares[s] * found.segments[s][name]["hr@5"] for s in found.segments)
+        assert weighted == pytest.approx(metrics["hr@5"])
+
+
+def test_counts_of_parts_add_up(small: PreparedData) -> None:
+    examples = split(small, "leave-one-out", 0.1).test
+    encoder = RandomEncoder(len(examples), small.schema.items)
+    ranked = rank_targets(small, examples, HeadScorer(encoder, small.schema.items, 64, Alone()), Alone(), Blocks(16, 64), 10)
+    counts = count_ranks(ranked, "fused", small.schema.items, Alone(), (10,))
+    assert counts.users == len(examples)
+    assert counts.covered[10] == len(np.unique(ranked.top["fused"]))
