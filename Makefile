@@ -1,6 +1,9 @@
 # Each target sets up everything it needs; a second call reuses it.
 PYTHON ?= python3
 FLM_DATA ?= ../shared/data
+# Where the CPU build of torch is found if the configured indexes lack it.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH := $(shell sed -n 's/^torch==//p' requirements/cpu.txt)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/ready
@@ -25,7 +28,14 @@ $(STAMP): requirements/base.txt requirements/$(DRIVER).txt pyproject.toml
 		{ echo "error: $(PYTHON) has no venv module; install it (Debian: apt-get install python3-venv)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
-	$(if $(filter gpu,$(DRIVER)),$(BIN)/pip install --quiet torch==2.13.0)
+ifeq ($(DRIVER),gpu)
+	$(BIN)/pip install --quiet torch==$(TORCH)
+else
+	@# The default index gives Linux a CUDA build of torch, which does not load without its libraries.
+	if $(BIN)/pip index versions torch 2>/dev/null | grep -qF '$(TORCH)+cpu'; \
+		then $(BIN)/pip install --quiet --no-deps torch==$(TORCH); \
+		else $(BIN)/pip install --quiet --no-deps torch==$(TORCH) --extra-index-url $(TORCH_CPU_INDEX); fi
+endif
 	$(BIN)/pip install --quiet --no-deps -r requirements/$(DRIVER).txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	$(BIN)/python -c 'import flm_torchrec'

@@ -130,7 +130,7 @@ class TrainConfig:
         Literal["rowwise_adagrad", "adagrad", "adam"],
         Field(description="optimizer of the tables, fused into backward; adam needs a GPU"),
     ] = "rowwise_adagrad"
-    sparse_lr: Annotated[Rate, Field(description="learning rate of the tables")] = 0.05
+    sparse_lr: Annotated[Rate, Field(description="learning rate of the tables")] = 0.2
     warmup_steps: Annotated[int, Field(ge=0, description="steps of linear warm-up, then cosine decay")] = 100
     clip: Annotated[Rate, Field(description="largest norm of the dense gradient")] = 1.0
     eval_every: Annotated[int, Field(ge=0, description="steps between validations; 0: once an epoch")] = 0

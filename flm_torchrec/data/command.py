@@ -84,9 +84,9 @@ def _add_logs(group: Any) -> None:
 
 def _add_synthetic(group: Any) -> None:
     for name, default, text in (
-        ("users", 2000, "users"),
+        ("users", 4000, "users"),
         ("items", 1000, "items"),
-        ("events", 30, "mean events a user"),
+        ("events", 40, "mean events a user"),
         ("seed", 0, "the same seed gives the same data"),
     ):
         option = f"--synthetic-{name}"

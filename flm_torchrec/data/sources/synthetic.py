@@ -38,9 +38,9 @@ NOUNS = ("Bridge", "Candle", "Door", "Engine", "Forest", "Garden", "Harbour", "I
 class Recipe:
     """Size and strengths."""
 
-    users: int = 2000
+    users: int = 4000
     items: int = 1000
-    events: int = 30
+    events: int = 40
     """Mean events a user."""
     content: float = 1.0
     collaborative: float = 1.0

@@ -1,0 +1,59 @@
+"""Run by test_distributed as one rank or several: train some steps, print the global losses, then rank everyone.
+
+Arguments: prepared data, file for the results, overrides of the config.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import torch
+
+from flm_torchrec.config import load_config
+from flm_torchrec.data.prepared import load_prepared
+from flm_torchrec.data.splits import split
+from flm_torchrec.distributed.comm import process_group
+from flm_torchrec.distributed.shard import make_optimizer
+from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, rank_targets
+from flm_torchrec.training.job import build, encoder, make_loader
+
+STEPS = 20
+
+
+def main(path: str, output: str, overrides: list[str]) -> None:
+    # Dropout draws differ by rank, so equality of losses can be asked for only without it.
+    fixed = ["model.dropout=0", "model.id_dropout=0", "model.user_id_dropout=0", "distributed.threads=1"]
+    config = load_config(None, [*fixed, *overrides])
+    data = load_prepared(path)
+    splits = split(data, "leave-one-out", 0.1)
+    with process_group(config.distributed) as comm:
+        model, plan = build(data.schema, config, comm)
+        optimizer = make_optimizer(model, config.train)
+        loader = make_loader(data, splits, config, comm)
+        batches = (batch for epoch in range(STEPS) for batch in loader.epoch(epoch))
+        losses = []
+        model.train()
+        for _, batch in zip(range(STEPS), batches, strict=False):
+            optimizer.zero_grad()
+            loss, outputs = model(batch)
+            loss.backward()
+            optimizer.step()
+            shares = torch.stack(list(outputs.losses.values()))
+            losses.append(comm.all_reduce_sum(shares).tolist())
+        encode = encoder(model, data, splits.fit(data), splits.test, config, comm)
+        scorer = HeadScorer(encode, data.schema.items, 64, comm)
+        ranked = rank_targets(data, splits.test, scorer, comm, Blocks(16, 64))
+        everyone = np.zeros(len(splits.test), np.int64)
+        everyone[ranked.rows] = ranked.ranks["fused"]
+        total = comm.all_reduce_sum(torch.from_numpy(everyone))
+        if comm.main:
+            types = sorted({c.sharding_type for m in plan.plan.values() for c in m.values()})
+            result = {"losses": losses, "ranks": total.tolist(), "sharding": types}
+            with open(output, "w", encoding="utf-8") as file:
+                json.dump(result, file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

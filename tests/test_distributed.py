@@ -1,0 +1,71 @@
+"""Real processes over gloo: the same numbers at any number of ranks and under any sharding."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flm_torchrec.data.prepared import PreparedData
+from tests.conftest import ROOT
+
+JOB = str(ROOT / "tests" / "steps_job.py")
+SMALL = ["model.dim=16", "train.batch_size=31", "data.max_history=6", "train.sparse_lr=0.1"]
+
+
+def steps(ranks, data: PreparedData, output: Path, count: int, *overrides: str) -> dict:  # type: ignore[no-untyped-def]
+    ranks(count, [JOB, str(data.path), str(output), *SMALL, *overrides])
+    return json.loads(output.read_text())
+
+
+@pytest.fixture(scope="module")
+def one(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """Losses and ranks of a single process without a launcher, by `loss.negatives`."""
+    found = {}
+    for negatives in ("16", "all"):
+        output = tmp_path_factory.mktemp("one") / "one.json"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+        command = [sys.executable, JOB, str(small.path), str(output), *SMALL, f"loss.negatives={negatives}"]
+        subprocess.run(command, check=True, env=environment, capture_output=True)
+        found[negatives] = json.loads(output.read_text())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("count", "sharding", "negatives"),
+    [(2, "auto", "16"), (2, "table_wise", "all"), (2, "row_wise", "16"), (2, "column_wise", "16"), (4, "row_wise", "all")],
+)
+def test_losses_and_ranks_do_not_depend_on_ranks_or_sharding(  # type: ignore[no-untyped-def]
+    ranks, small: PreparedData, tmp_path: Path, one: dict[str, dict], count: int, sharding: str, negatives: str
+) -> None:
+    overrides = (f"distributed.sharding={sharding}", f"loss.negatives={negatives}")
+    many = steps(ranks, small, tmp_path / "many.json", count, *overrides)
+    if sharding != "auto":
+        assert many["sharding"] == [sharding]
+    losses, alone = np.array(many["losses"]), np.array(one[negatives]["losses"])
+    assert losses.shape == (20, 4) and losses[0, 3] > losses[-1, 3]
+    np.testing.assert_allclose(losses, alone, rtol=1e-4)
+    # The weights differ in their last bits after 20 steps, so a near tie may fall the other way.
+    assert np.mean(np.array(many["ranks"]) == np.array(one[negatives]["ranks"])) > 0.95
+
+
+FLM = ["-m", "flm_torchrec", "--"]
+
+
+def test_a_run_of_two_ranks_is_evaluated_alike_by_one_two_and_four(ranks, small: PreparedData, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """One checkpoint, three world sizes: every metric of every row to the last digit."""
+    run = tmp_path / "run"
+    options = [f"--{pair.split('=')[0]}={pair.split('=')[1]}" for pair in SMALL]
+    ranks(2, [*FLM, "train", f"--data.path={small.path}", f"--train.run={run}", "--train.epochs=2",
+              "--eval.user_block=16", "--eval.item_block=64", "--distributed.sharding=row_wise", *options])  # fmt: skip
+    found = []
+    for count in (1, 2, 4):
+        ranks(count, [*FLM, "evaluate", "--run", str(run)])
+        found.append(json.loads((run / "evaluation-test.json").read_text()))
+    assert found[0] == found[1] == found[2]
+    assert found[0]["users"] == 120
