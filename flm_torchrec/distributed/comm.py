@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,6 +86,8 @@ def process_group(config: DistributedConfig) -> Iterator[Comm]:
     Raises:
         ConfigError: CUDA asked for and not there.
     """
+    # PyTorch warns here of a renamed function that TorchRec calls; nobody who trains can do anything about it.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     device = _device(config.device)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cuda":

@@ -10,7 +10,7 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
-from flm_torchrec.config import Config
+from flm_torchrec.config import Config, nearest
 from flm_torchrec.data.assemble import Assembler
 from flm_torchrec.data.loader import Negatives, TrainLoader, windows
 from flm_torchrec.data.prepared import PreparedData, load_prepared
@@ -19,11 +19,14 @@ from flm_torchrec.data.splits import Examples, Splits, split
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.distributed.plan import describe, make_plan
 from flm_torchrec.distributed.shard import make_optimizer, shard
+from flm_torchrec.errors import ConfigError
+from flm_torchrec.evaluation.evaluate import evaluate_heads
+from flm_torchrec.evaluation.protocol import HEADS
 from flm_torchrec.model.pretrain import PretrainModel
 from flm_torchrec.training.checkpoint import save_checkpoint
 from flm_torchrec.training.encode import ModelEncoder
 from flm_torchrec.training.loop import Finished, fit, total_steps
-from flm_torchrec.training.record import Record, new_run_folder
+from flm_torchrec.training.record import Record, check_run_folder, new_run_folder
 
 BEST = "checkpoints/best"
 
@@ -65,15 +68,28 @@ def pretrain(config: Config) -> Finished:
     Raises:
         FlmError: config, data or run folder is wrong; before anything is written where that can be known.
     """
+    check_select(config)
+    check_run_folder(config)
+    data = load_prepared(config.data.path)
+    splits = split(data, config.data.split, config.data.holdout)
     with process_group(config.distributed) as comm:
-        data = load_prepared(config.data.path)
-        splits = split(data, config.data.split, config.data.holdout)
-        folder = new_run_folder(config) if comm.main else None
         model, plan = build(data.schema, config, comm)
         loader = make_loader(data, splits, config, comm)
+        # After planning, which all ranks do together: by now each has looked for an older run.
+        folder = new_run_folder(config) if comm.main else None
         with Record(folder, total_steps(config.train, len(loader))) as record:
             record.write_json("plan.json", describe(plan))
             return _fit(model, loader, data, splits, config, comm, record)
+
+
+def check_select(config: Config) -> None:
+    """Raise ConfigError where `train.select` is no metric that validation will have."""
+    metrics = ["mrr", *(f"{m}@{k}" for m in ("hr", "ndcg") for k in config.eval.ks)]
+    known = [f"{head}/{metric}" for head in HEADS for metric in metrics]
+    if config.train.select not in known:
+        raise ConfigError(
+            f"train.select: no validation metric '{config.train.select}'; {nearest(config.train.select, known)}"
+        )
 
 
 def _fit(

@@ -44,7 +44,7 @@ def fit(
     """Train until the epochs or steps are used up, or validation has not improved for `patience` times.
 
     Raises:
-        RunError: the loss is no longer a number, or `train.select` names no validation metric.
+        RunError: the loss is no longer a number.
     """
     total = total_steps(config, len(loader))
     every = config.eval_every or len(loader)
@@ -63,7 +63,7 @@ def fit(
             continue
         spent += time.monotonic() - began
         metrics = validate()
-        score = _selected(metrics, config.select)
+        score = metrics[config.select]
         record.scalars(step, {f"valid/{name}": value for name, value in metrics.items()})
         improved = score > best
         record.say(
@@ -149,8 +149,3 @@ def _status(values: dict[str, float]) -> str:
     losses = "  ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
     return f"{values['samples_per_second']:.0f} samples/s  {losses}"
 
-
-def _selected(metrics: dict[str, float], name: str) -> float:
-    if name not in metrics:
-        raise RunError(f"train.select: no validation metric '{name}'; known: {', '.join(metrics)}")
-    return metrics[name]

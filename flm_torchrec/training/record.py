@@ -19,20 +19,30 @@ from flm_torchrec.config import Config, to_yaml
 from flm_torchrec.errors import RunError
 
 
-def new_run_folder(config: Config) -> Path:
-    """Make the run folder, config in it.
+def check_run_folder(config: Config) -> None:
+    """Refuse to replace anything but an older run, and that only when asked; every rank calls it.
 
     Raises:
-        RunError: it exists and `train.overwrite` is not set, or it cannot be written.
+        RunError: the folder is in use.
     """
     folder = Path(config.train.run)
-    if folder.exists() and any(folder.iterdir()):
-        if not config.train.overwrite:
-            raise RunError(f"{folder}: exists; give another --train.run, or --train.overwrite true to replace it")
-        if not (folder / "config.yaml").is_file():
-            raise RunError(f"{folder}: is no run folder, so it is not replaced; give another --train.run")
-        shutil.rmtree(folder)
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "config.yaml").is_file():
+        raise RunError(f"{folder}: exists and is no run folder, so it is not replaced; give another --train.run")
+    if not config.train.overwrite:
+        raise RunError(f"{folder}: exists; give another --train.run, or --train.overwrite true to replace it")
+
+
+def new_run_folder(config: Config) -> Path:
+    """Make the run folder anew, config in it; rank 0 calls it.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    folder = Path(config.train.run)
     try:
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     except OSError as error:

@@ -1,0 +1,156 @@
+"""The main job end to end by its commands, and what they say when something is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from flm_torchrec.cli import main
+from flm_torchrec.config import load_config
+from flm_torchrec.config.load import sections
+from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.train import script_arguments
+
+TINY = ["--model.dim", "16", "--train.batch_size", "32", "--data.max_history", "8", "--train.eval_every", "5"]
+
+
+@pytest.fixture(scope="module")
+def finished(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of ten steps."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    options = ["--data.path", str(small.path), "--train.run", str(run), "--train.max_steps", "10"]
+    assert main(["train", *options, *TINY, "--train.log_every", "2"]) == 0
+    return run
+
+
+def test_a_run_folder_holds_what_it_should(finished: Path) -> None:
+    assert load_config(finished / "config.yaml").train.max_steps == 10
+    tables = json.loads((finished / "plan.json").read_text())
+    assert {"item_id", "user_id", "item_genre", "user_interests", "event", "gap"} <= set(tables)
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss/fused"] for line in lines if "loss/fused" in line]
+    assert len(losses) == 5 and losses[-1] < losses[0]
+    assert [line["step"] for line in lines if "valid/fused/ndcg@10" in line] == [5, 10]
+    assert "step 10/10" in (finished / "train.log").read_text()
+    assert list((finished / "tensorboard").iterdir())
+    assert json.loads((finished / "checkpoints" / "best" / "meta.json").read_text())["step"] in (5, 10)
+
+
+def test_the_job_from_run_to_recommendations(
+    finished: Path, small: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--run", str(finished)]) == 0
+    table = json.loads((finished / "evaluation-test.json").read_text())["table"]
+    assert list(table) == ["popularity", "item-kNN", "content", "collaborative", "sequential", "fused"]
+    assert main(["export", "--run", str(finished), "--output", str(tmp_path / "e")]) == 0
+    capsys.readouterr()
+    assert main(["recommend", "--export", str(tmp_path / "e"), "--user", "u3", "-k", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    items = np.stack(pq.read_table(tmp_path / "e" / "items.parquet")["embedding"].to_numpy())
+    users = np.stack(pq.read_table(tmp_path / "e" / "users.parquet")["fused"].to_numpy())
+    user = small.user_keys.index("u3")
+    scores = items @ users[user]
+    scores[small.item[small.offsets[user] : small.offsets[user + 1]]] = -np.inf
+    assert [f["item_key"] for f in found] == [small.item_keys[i] for i in np.argsort(-scores)[:4]]
+    np.testing.assert_allclose([f["score"] for f in found], np.sort(scores)[::-1][:4], rtol=1e-5)
+
+
+def test_one_user_can_be_evaluated(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--run", str(finished), "--user", "u5", "--markdown"]) == 0
+    assert "| fused |" in capsys.readouterr().out
+
+
+def test_a_time_split_is_trained_and_evaluated(small: PreparedData, tmp_path: Path) -> None:
+    options = ["--data.path", str(small.path), "--train.run", str(tmp_path / "r"), "--train.max_steps", "3"]
+    assert main(["train", *options, *TINY, "--data.split", "time", "--data.holdout", "0.2"]) == 0
+    assert main(["evaluate", "--run", str(tmp_path / "r")]) == 0
+    assert json.loads((tmp_path / "r" / "evaluation-test.json").read_text())["users"] < 120
+
+
+def test_early_stopping_keeps_the_best(small: PreparedData, tmp_path: Path) -> None:
+    options = ["--data.path", str(small.path), "--train.run", str(tmp_path / "r"), "--train.epochs", "50"]
+    fast = ["--train.dense_lr", "0.1", "--train.sparse_lr", "5", "--train.patience", "1", "--train.warmup_steps", "0"]
+    assert main(["train", *options, *TINY, "--train.eval_every", "4", *fast]) == 0
+    log = (tmp_path / "r" / "train.log").read_text()
+    assert "stopping early" in log
+    steps = [int(line.split("step ")[1].split("/")[0]) for line in log.splitlines() if "best so far" in line]
+    assert json.loads((tmp_path / "r" / "checkpoints" / "best" / "meta.json").read_text())["step"] == steps[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data.path", "{d}/none"], "none/schema.yaml: not found"),
+        (["train", "--config", "{d}/none.yaml"], "none.yaml: No such file"),
+        (["train", "--train.batchsize", "3"], "did you mean '--train.batch_size'"),
+        (["train", "--train.batch_size", "many"], "train.batch_size"),
+        (["train", "--data.path", "{data}", "--train.run", "{run}"], "--train.overwrite true"),
+        (["train", "--data.path", "{data}", "--train.run", "{d}", "--train.overwrite", "true"], "is no run folder"),
+        (["train", "--data.path", "{data}", "--train.run", "{d}/r", "--train.sparse_optimizer", "adam"], "no CPU kernel"),
+        (["train", "--data.path", "{data}", "--train.run", "{d}/r", "--distributed.device", "cuda"], "sees no GPU"),
+        (["train", "--data.path", "{data}", "--train.run", "{d}/r", "--train.select", "loss"], "no validation metric 'loss'"),
+        (["train", "--data.path", "{data}", "--train.run", "{d}/r", "--distributed.memory_gib", "0.00001"], "do not fit"),
+        (["train", "--data.path", "{broken}", "--train.run", "{d}/r"], "not a readable Parquet file"),
+        (["evaluate", "--run", "{d}/none"], "no config.yaml"),
+        (["evaluate", "--run", "{run}", "--user", "nobody"], "--user 'nobody': not in users.parquet"),
+        (["export", "--run", "{d}/none", "--output", "{d}/e"], "no config.yaml"),
+        (["export", "--run", "{run}", "--output", "{d}"], "is no export"),
+        (["recommend", "--export", "{d}/none", "--user", "u0"], "manifest.json: not found"),
+        (["evalute"], "invalid choice: 'evalute'"),
+        (["recommend", "--export", "{d}"], "--user"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told_in_one_line_and_nothing_is_left(
+    finished: Path, small: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    arguments: list[str], message: str,
+) -> None:  # fmt: skip
+    (tmp_path / "file").touch()
+    broken = tmp_path / "broken"
+    shutil.copytree(small.path, broken)
+    (broken / "interactions" / "part-00000.parquet").write_bytes(b"PAR1 and then nothing")
+    names = {"d": tmp_path, "run": finished, "data": small.path, "broken": broken}
+    filled = [a.format(**names) for a in arguments]
+    try:
+        code = main(filled)
+    except SystemExit as stop:
+        code = stop.code  # type: ignore[assignment]
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "broken"}
+
+
+@pytest.mark.parametrize("command", ["", "prepare", "train", "evaluate", "export", "recommend"])
+def test_help_is_there_at_every_level(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    assert len(capsys.readouterr().out) > 300
+
+
+def test_every_setting_says_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = capsys.readouterr().out
+    settings = [f"--{section}.{f.name}" for section, kind in sections().items() for f in dataclasses.fields(kind)]
+    assert all(f"{setting} VALUE" in out for setting in settings)
+    assert "".join(out.split()).count("(default:") == len(settings) < 60
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (["flm_torchrec/train.py", "--", "--config", "x"], ["--config", "x"]),
+        (["flm_torchrec/train.py", "--config", "x"], ["--config", "x"]),
+        (["--config", "x"], ["--config", "x"]),
+        ([], []),
+    ],
+)
+def test_the_script_drops_what_a_launcher_adds(given: list[str], taken: list[str]) -> None:
+    assert script_arguments(given) == taken
