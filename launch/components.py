@@ -3,9 +3,8 @@
 The schedulers are torchx's own: slurm, kubernetes (Volcano), aws_batch. `--dryrun` shows what would be submitted.
 """
 
-from __future__ import annotations
-
-from typing import Optional
+# torchx reads the types of the parameters from the source and knows only typing's old names.
+from typing import Dict, List, Optional
 
 from torchx import specs
 from torchx.components import dist
@@ -20,8 +19,8 @@ def pretrain(
     memory_gib: int = 1000,
     image: str = "flm_torchrec:latest",
     max_retries: int = 0,
-    env: Optional[dict[str, str]] = None,  # noqa: UP045 - torchx reads no other spelling
-    mounts: Optional[list[str]] = None,  # noqa: UP045
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
 ) -> specs.AppDef:
     """Pretrain over nodes; everything after `--` goes to `flm train`.
 

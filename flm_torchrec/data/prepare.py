@@ -168,4 +168,5 @@ def _report(
         "sparsity": 1 - len(frame) / (schema.users * schema.items),
         "options": asdict(options),
         **raw.notes,
+        **({"oracle": raw.oracle} if raw.oracle and len(frame) == len(raw.interactions) else {}),
     }

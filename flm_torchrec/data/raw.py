@@ -38,3 +38,5 @@ class Raw:
     timestamps: bool = True
     notes: dict[str, Any] = field(default_factory=dict)
     """Goes into report.json as it is."""
+    oracle: dict[str, dict[str, float]] | None = None
+    """Best possible scores, where the source knows them; they hold only while no row is dropped."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 
 from flm_torchrec.data.raw import Declared, Raw
-from flm_torchrec.data.sources.tables import read_csv
+from flm_torchrec.data.sources.tables import read_csv, with_place
 from flm_torchrec.errors import DataError
 
 GENRES = (
@@ -57,39 +57,31 @@ def read(folder: Path) -> Raw:
 
 
 def _atomic(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    inter = read_csv(folder / "ml-100k.inter", "\t")
-    items = read_csv(folder / "ml-100k.item", "\t")
-    users = read_csv(folder / "ml-100k.user", "\t")
+    inter = {"user_id": "user", "item_id": "item", "rating": "rating", "timestamp": "timestamp"}
+    items = {"item_id": "key", "movie_title": "title", "release_year": "release_year", "class": "genres"}
+    users = {"user_id": "key", "age": "age", "gender": "gender", "occupation": "occupation", "zip_code": "zip"}
     return (
-        _named(inter, "ml-100k.inter", {"user_id": "user", "item_id": "item", "rating": "rating", "timestamp": "timestamp"}),
-        _named(
-            items,
-            "ml-100k.item",
-            {"item_id": "key", "movie_title": "title", "release_year": "release_year", "class": "genres"},
-        ).with_columns(genres=pl.col("genres").str.split(" ")),
-        _named(
-            users,
-            "ml-100k.user",
-            {"user_id": "key", "age": "age", "gender": "gender", "occupation": "occupation", "zip_code": "zip"},
-        ),
+        with_place(_named(folder / "ml-100k.inter", inter), folder / "ml-100k.inter"),
+        _named(folder / "ml-100k.item", items).with_columns(genres=pl.col("genres").str.split(" ")),
+        _named(folder / "ml-100k.user", users),
     )
 
 
-def _named(frame: pl.DataFrame, file: str, names: dict[str, str]) -> pl.DataFrame:
+def _named(file: Path, names: dict[str, str]) -> pl.DataFrame:
     """Atomic columns are called name:type."""
+    frame = read_csv(file, "\t", quoted=False)
     present = {column.split(":")[0]: column for column in frame.columns}
     for name in names:
         if name not in present:
-            raise DataError(f"{file}: no column '{name}' (it has {', '.join(present)})")
-    kept = [c for c in ("file", "row") if c in frame.columns]
-    return frame.select(*kept, *(pl.col(present[old]).alias(new) for old, new in names.items()))
+            raise DataError(f"{file}: no column '{name}' (it has {', '.join(present)}); download the file again")
+    return frame.select(pl.col(present[old]).alias(new) for old, new in names.items())
 
 
 def _grouplens(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    inter = read_csv(folder / "u.data", "\t", columns=("user", "item", "rating", "timestamp"))
-    users = read_csv(folder / "u.user", "|", columns=("key", "age", "gender", "occupation", "zip"))
+    inter = read_csv(folder / "u.data", "\t", names=("user", "item", "rating", "timestamp"), quoted=False)
+    users = read_csv(folder / "u.user", "|", names=("key", "age", "gender", "occupation", "zip"), quoted=False)
     columns = ("key", "title", "release_date", "video_date", "url", *GENRES)
-    items = read_csv(folder / "u.item", "|", columns=columns, encoding="latin-1")
+    items = read_csv(folder / "u.item", "|", names=columns, encoding="latin-1", quoted=False)
     flags = [pl.when(pl.col(g) == "1").then(pl.lit(g)) for g in GENRES]
     items = items.select(
         "key",
@@ -98,4 +90,4 @@ def _grouplens(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
         pl.col("release_date").str.extract(r"(\d{4})").alias("release_year"),
         pl.concat_list(flags).list.drop_nulls().alias("genres"),
     )
-    return inter, items, users
+    return with_place(inter, folder / "u.data"), items, users

@@ -36,29 +36,50 @@ def read(folder: Path) -> Raw:
 def _sequences(file: Path) -> pl.DataFrame:
     if not file.is_file():
         raise DataError(f"{file}: not found; it must stand beside the attributes")
-    users, items, lines = [], [], []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        user, *sequence = line.split()[:1] + line.split()[1:] or [""]
-        if not sequence:
+    sequences: dict[str, tuple[int, list[str]]] = {}
+    for number, line in enumerate(_text(file).splitlines(), start=1):
+        user, *items = line.split() or [""]
+        if not items:
             raise DataError(f"{file}:{number}: needs a user and at least one item, separated by spaces")
-        users.append(user)
-        items.append(sequence)
-        lines.append(number)
-    if not users:
-        raise DataError(f"{file}: is empty")
-    frame = pl.DataFrame({"file": file.name, "row": lines, "user": users, "item": items})
-    places = pl.col("item").list.len().map_elements(lambda n: list(range(n)), return_dtype=pl.List(pl.Int64))
+        if user in sequences:
+            first = sequences[user][0]
+            raise DataError(f"{file}:{number}: user '{user}' has a line already, {first}; join the two")
+        sequences[user] = number, items
+    if not sequences:
+        raise DataError(f"{file}: is empty; it needs a line a user")
+    frame = pl.DataFrame(
+        {
+            "row": [number for number, _ in sequences.values()],
+            "user": list(sequences),
+            "item": [items for _, items in sequences.values()],
+        }
+    )
     return (
-        frame.with_columns(timestamp=places)
+        frame.with_columns(timestamp=pl.int_ranges(pl.col("item").list.len()))
         .explode("item", "timestamp")
-        .with_columns(event=pl.lit("review"), value=pl.lit(1.0))
+        .with_columns(file=pl.lit(file.name), event=pl.lit("review"), value=pl.lit(1.0))
     )
 
 
 def _attributes(file: Path) -> pl.DataFrame:
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        values = [[str(a) for a in attributes] for attributes in record.values()]
-    except (ValueError, AttributeError, TypeError) as error:
-        raise DataError(f"{file}: must be JSON of the form {{item: [attribute, …]}} ({error})") from error
-    return pl.DataFrame({"key": list(record), "attributes": values}, schema_overrides={"attributes": pl.List(pl.String)})
+        record = json.loads(_text(file))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}:{error.lineno}: not JSON ({error.msg}); mend the file") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{file}: must be JSON of the form {{item: [attribute, …]}}, not a {type(record).__name__}")
+    for item, attributes in record.items():
+        if not isinstance(attributes, list):
+            raise DataError(f"{file}: item '{item}' must have a list of attributes, not {attributes!r}")
+    values = [[str(a) for a in attributes] for attributes in record.values()]
+    return pl.DataFrame({"key": list(record), "attributes": values}, schema_overrides=_TYPES)
+
+
+_TYPES = {"key": pl.String, "attributes": pl.List(pl.String)}
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 at byte {error.start}; save it as UTF-8") from error

@@ -2,64 +2,97 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import polars as pl
 
+from flm_torchrec.config.load import nearest
 from flm_torchrec.errors import DataError
 
 
 def read_csv(
-    file: Path, separator: str, columns: tuple[str, ...] | None = None, encoding: str = "utf-8"
+    file: Path,
+    separator: str,
+    *,
+    wanted: Iterable[str] | None = None,
+    names: tuple[str, ...] | None = None,
+    encoding: str = "utf-8",
+    quoted: bool = True,
 ) -> pl.DataFrame:
-    """All columns as text, with columns `file` and `row` (from 1, the header not counted) before them.
+    """A CSV file as text.
 
     Args:
-        columns: names of the columns, where the file has no header.
+        wanted: the columns to read; all where None.
+        names: names of the columns, where the file has no header.
+        quoted: double quotes enclose a field; else they are part of it.
 
     Raises:
-        DataError: missing, empty or malformed file.
+        DataError: missing, empty or malformed file, or a column is missing.
     """
     _check_there(file)
     try:
         frame = pl.read_csv(
-            file, separator=separator, has_header=columns is None, new_columns=columns, infer_schema=False,
-            encoding=encoding, quote_char='"' if separator == "," else None,
+            file, separator=separator, has_header=names is None, infer_schema=False, encoding=encoding,
+            quote_char='"' if quoted else None,
         )  # fmt: skip
-    except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: not a readable table ({_first_line(error)}); check separator and encoding") from error
-    if columns is not None and len(frame.columns) < len(columns):
-        raise DataError(f"{file}: {len(frame.columns)} columns, expected {len(columns)}: {', '.join(columns)}")
-    return _with_place(frame, file)
+    except (pl.exceptions.PolarsError, UnicodeDecodeError, ValueError) as error:
+        raise DataError(
+            f"{file}: not a readable table ({first_line(error)}); mend the line, or give the right separator and"
+            " encoding"
+        ) from error
+    if names is not None:
+        if len(frame.columns) != len(names):
+            raise DataError(f"{file}: {len(frame.columns)} columns, expected {len(names)}: {', '.join(names)}")
+        frame.columns = list(names)
+    wanted = _check_columns(file, wanted, frame.columns)
+    return _some(frame.select(wanted), file)
 
 
-def read_parquet(file: Path) -> pl.DataFrame:
-    """The table, with columns `file` and `row` (from 1) before its own.
+def read_parquet(file: Path, *, wanted: Iterable[str] | None = None) -> pl.DataFrame:
+    """A Parquet file.
+
+    Args:
+        wanted: the columns to read; all where None.
 
     Raises:
-        DataError: missing, empty or corrupt file.
+        DataError: missing, empty or corrupt file, or a column is missing.
     """
     _check_there(file)
     try:
-        return _with_place(pl.read_parquet(file), file)
+        present = pl.read_parquet_schema(file)
+        return _some(pl.read_parquet(file, columns=_check_columns(file, wanted, present)), file)
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError(f"{file}: not a readable Parquet file ({_first_line(error)}); write it again") from error
+        raise DataError(f"{file}: not a readable Parquet file ({first_line(error)}); write it again") from error
 
 
-def _with_place(frame: pl.DataFrame, file: Path) -> pl.DataFrame:
+def with_place(frame: pl.DataFrame, file: Path) -> pl.DataFrame:
+    """Add the columns `file` and `row` (from 1, a header not counted), by which errors name a row."""
+    return frame.with_columns(pl.lit(file.name).alias("file"), pl.int_range(1, pl.len() + 1).alias("row"))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, fit for one line of an error of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _check_columns(file: Path, wanted: Iterable[str] | None, present: Iterable[str]) -> list[str]:
+    present = list(present)
+    for column in wanted or ():
+        if column not in present:
+            raise DataError(f"{file}: no column '{column}'; {nearest(column, present)}")
+    return present if wanted is None else list(dict.fromkeys(wanted))
+
+
+def _some(frame: pl.DataFrame, file: Path) -> pl.DataFrame:
     if len(frame) == 0:
-        raise DataError(f"{file}: has no rows")
-    clash = [c for c in ("file", "row") if c in frame.columns]
-    kept = frame.drop(clash)
-    return kept.select(pl.lit(file.name).alias("file"), pl.int_range(1, pl.len() + 1).alias("row"), pl.all())
+        raise DataError(f"{file}: has no rows; give a file with data")
+    return frame
 
 
 def _check_there(file: Path) -> None:
     if not file.is_file():
-        raise DataError(f"{file}: not found")
+        raise DataError(f"{file}: not found; give the path of a file")
     if file.stat().st_size == 0:
-        raise DataError(f"{file}: is empty")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise DataError(f"{file}: is empty; give a file with data")

@@ -1,0 +1,61 @@
+"""Launching by torchx: the documented lines as typed, and what would be submitted to clusters."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flm_torchrec.data.prepared import PreparedData
+from tests.conftest import ROOT
+
+
+def torchx(*arguments: str) -> subprocess.CompletedProcess[str]:
+    folder = str(Path(sys.executable).parent)
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHONWARNINGS": "ignore"}
+    command = [f"{folder}/torchx", "run", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.parametrize("shape", ["1x2", "2x1"])
+def test_the_line_of_the_readme_works_as_typed(small: PreparedData, tmp_path: Path, shape: str) -> None:
+    """One agent with two ranks, and two agents with one rank each that find each other by rendezvous."""
+    options = ["--data.path", str(small.path), "--train.run", str(tmp_path / "run"), "--train.max_steps", "3"]
+    small_model = ["--model.dim", "16", "--train.batch_size", "32", "--data.max_history", "8"]
+    done = torchx("dist.ddp", "-j", shape, "flm_torchrec/train.py", "--", *options, *small_model)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "2 ranks on cpu" in (tmp_path / "run" / "train.log").read_text()
+    assert json.loads((tmp_path / "run" / "checkpoints" / "best" / "meta.json").read_text())["step"] == 3
+
+
+def test_a_wrong_option_ends_the_job_with_its_line(tmp_path: Path) -> None:
+    done = torchx("dist.ddp", "-j", "1x1", "flm_torchrec/train.py", "--", "--train.batchsize", "3")
+    assert done.returncode != 0
+    assert "did you mean '--train.batch_size'" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "config", "expected"),
+    [
+        ("slurm", "partition=gpu", [r"--cpus-per-task=96", r"--mem=1024000", r"--gpus-per-task=8", r"partition=gpu"]),
+        ("kubernetes", "queue=research", [r"nvidia\.com/gpu: '8'", r"memory: 1024000M", r"queue: research", r"image: mine:1"]),
+    ],
+)
+def test_what_clusters_would_get(scheduler: str, config: str, expected: list[str]) -> None:
+    done = torchx(
+        "-s", scheduler, "-cfg", config, "--dryrun", "launch/components.py:pretrain", "--nodes", "2",
+        "--nproc_per_node", "8", "--image", "mine:1", "--", "--config", "configs/beauty.yaml",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for pattern in [*expected, r"--nnodes 2", r"--nproc_per_node 8", r"configs/beauty\.yaml"]:
+        assert re.search(pattern, re.sub(r"['\s]+", " ", done.stdout).replace(": 8 ", ": '8' ")), pattern
+
+
+def test_more_ranks_than_gpus_are_refused() -> None:
+    done = torchx("-s", "slurm", "--dryrun", "launch/components.py:pretrain", "--nproc_per_node", "9")
+    assert done.returncode != 0 and "a rank takes one GPU" in done.stdout + done.stderr
