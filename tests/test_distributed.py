@@ -38,7 +38,13 @@ def one(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 @pytest.mark.parametrize(
     ("count", "sharding", "negatives"),
-    [(2, "auto", "16"), (2, "table_wise", "all"), (2, "row_wise", "16"), (2, "column_wise", "16"), (4, "row_wise", "all")],
+    [
+        (2, "auto", "16"),
+        (2, "table_wise", "all"),
+        (2, "row_wise", "16"),
+        (2, "column_wise", "16"),
+        (4, "row_wise", "all"),
+    ],
 )
 def test_losses_and_ranks_do_not_depend_on_ranks_or_sharding(  # type: ignore[no-untyped-def]
     ranks, small: PreparedData, tmp_path: Path, one: dict[str, dict], count: int, sharding: str, negatives: str

@@ -43,7 +43,11 @@ def test_a_wrong_option_ends_the_job_with_its_line(tmp_path: Path) -> None:
     ("scheduler", "config", "expected"),
     [
         ("slurm", "partition=gpu", [r"--cpus-per-task=96", r"--mem=1024000", r"--gpus-per-task=8", r"partition=gpu"]),
-        ("kubernetes", "queue=research", [r"nvidia\.com/gpu: '8'", r"memory: 1024000M", r"queue: research", r"image: mine:1"]),
+        (
+            "kubernetes",
+            "queue=research",
+            [r"nvidia\.com/gpu: '8'", r"memory: 1024000M", r"queue: research", r"image: mine:1"],
+        ),
     ],
 )
 def test_what_clusters_would_get(scheduler: str, config: str, expected: list[str]) -> None:

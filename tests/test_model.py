@@ -114,7 +114,9 @@ def test_a_gradient_of_h_stops_at_the_fusion_if_told_to() -> None:
     for reach in (True, False):
         tower, batch = make_tower(reach=reach), inputs()
         tower(**batch).representations["fused"].sum().backward()
-        touched = {n.split(".")[0] for n, p in tower.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+        touched = {
+            n.split(".")[0] for n, p in tower.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
+        }
         assert "fusion" in touched and ("transformer" in touched) == reach
 
 
@@ -183,7 +185,9 @@ def test_each_training_event_is_the_target_of_one_window(events: list[int], hist
     covered = [e for s, t in zip(cut.start, cut.end, strict=True) for e in range(s, t)]
     assert sorted(covered) == list(range(sum(events)))
     assert all(t - s <= history + 1 for s, t in zip(cut.start, cut.end, strict=True))
-    assert all(Data.offsets[u] <= s and t <= Data.offsets[u + 1] for u, s, t in zip(cut.user, cut.start, cut.end, strict=True))
+    assert all(
+        Data.offsets[u] <= s and t <= Data.offsets[u + 1] for u, s, t in zip(cut.user, cut.start, cut.end, strict=True)
+    )
 
 
 def loader(data: PreparedData, rank: int = 0, world_size: int = 1) -> TrainLoader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from flm_torchrec.data.prepared import load_prepared
 from flm_torchrec.data.raw import Declared, Raw
 from flm_torchrec.errors import DataError
 
-EVENTS = st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("xyzw"), st.integers(0, 5)), min_size=1, max_size=40)
+EVENTS = st.lists(
+    st.tuples(st.sampled_from("abcd"), st.sampled_from("xyzw"), st.integers(0, 5)), min_size=1, max_size=40
+)
 
 
 def frame(events: list[tuple[str, str, int]]) -> pl.DataFrame:
@@ -54,7 +57,7 @@ def test_deduplication_keeps_one_of_each(events: list[tuple[str, str, int]]) -> 
         expected = {(u, i): pick(t for v, j, t in events if (u, i) == (v, j)) for u, i, _ in events}
         assert {(u, i): t for u, i, t in kept.select("user", "item", "timestamp").rows()} == expected
     consecutive = deduplicate(ordered, "consecutive", Dropped()).select("user", "item").rows()
-    assert all(a != b for a, b in zip(consecutive, consecutive[1:], strict=False))
+    assert all(a != b for a, b in itertools.pairwise(consecutive))
     assert deduplicate(ordered, "none", Dropped()).equals(ordered)
 
 
@@ -94,7 +97,7 @@ def test_bad_rows_are_counted_with_their_place(tmp_path: Path) -> None:
 
 
 def test_when_nothing_is_left_the_error_says_why_and_nothing_is_written(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="none of 1 rows is left.*negative timestamp.*f: row 1"):
+    with pytest.raises(DataError, match=r"none of 1 rows is left.*negative timestamp.*f: row 1"):
         prepare(Raw("r", "test", frame([("a", "x", -1)])), tmp_path / "d", Options())
     assert list(tmp_path.iterdir()) == []
 

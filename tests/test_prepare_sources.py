@@ -39,7 +39,8 @@ GROUPLENS = {
     "11|Unknown|||" + "|" + "|".join(["1"] + ["0"] * 18) + "\n",
 }
 ATOMIC = {
-    "ml-100k.inter": "user_id:token\titem_id:token\trating:float\ttimestamp:float\n1\t10\t5\t100\n1\t11\t3\t90\n2\t10\t4\t80\n",
+    "ml-100k.inter": "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+    "1\t10\t5\t100\n1\t11\t3\t90\n2\t10\t4\t80\n",
     "ml-100k.user": "user_id:token\tage:token\tgender:token\toccupation:token\tzip_code:token\n"
     "1\t24\tM\ttechnician\t85711\n2\t53\tF\tother\t94043\n",
     "ml-100k.item": "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
@@ -92,7 +93,9 @@ def test_own_logs_from_csv(tmp_path: Path) -> None:
 
 def test_own_logs_from_several_parquet_files_with_dates(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    frame = pl.DataFrame({"user_id": [1, 2], "item_id": [7, 8], "timestamp": ["2024-01-01", "2024-01-02T03:00:00+02:00"]})
+    frame = pl.DataFrame(
+        {"user_id": [1, 2], "item_id": [7, 8], "timestamp": ["2024-01-01", "2024-01-02T03:00:00+02:00"]}
+    )
     frame.write_parquet(tmp_path / "in" / "a.parquet")
     frame.with_columns(item_id=pl.lit(9)).write_parquet(tmp_path / "in" / "b.parquet")
     assert flm("prepare", "--source", "parquet", "--input", tmp_path / "in", "--output", tmp_path / "out") == 0

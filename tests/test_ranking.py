@@ -64,7 +64,7 @@ def make_data(histories: list[list[int]], items: int) -> PreparedData:
     count, nothing = sum(lengths), EntityFeatures({}, np.zeros((0, 0), np.float32))
     return PreparedData(
         path=Path("none"), schema=Schema("t", "t", len(histories), items, count),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]), item=np.array(sum(histories, []), np.int64),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]), item=np.array([i for h in histories for i in h], np.int64),
         timestamp=np.arange(count), event=np.zeros(count, np.int32), value=np.ones(count, np.float32),
         segment=None, items=nothing, users=nothing,
     )  # fmt: skip
@@ -95,7 +95,9 @@ def test_a_scorer_that_knows_nothing_ranks_last() -> None:
     data = make_data([[0, 1, 2]], 10)
     encoder = RandomEncoder(1, 10)
     encoder.item.zero_()
-    ranked = rank_targets(data, Examples(np.array([0]), np.array([2])), HeadScorer(encoder, 10, 4, Alone()), Alone(), Blocks())
+    ranked = rank_targets(
+        data, Examples(np.array([0]), np.array([2])), HeadScorer(encoder, 10, 4, Alone()), Alone(), Blocks()
+    )
     assert ranked.ranks["fused"].tolist() == [8]  # ten items less the two seen
 
 
@@ -126,7 +128,9 @@ def test_metrics_agree_with_torchmetrics(ranks: list[int], k: int) -> None:
     scores = torch.arange(30, 0, -1).float()
     relevant = [torch.arange(1, 31) == r for r in ranks]
     assert counts.hit_rate(k) == pytest.approx(np.mean([retrieval_hit_rate(scores, t, k) for t in relevant]))
-    assert counts.ndcg(k) == pytest.approx(np.mean([retrieval_normalized_dcg(scores, t, k) for t in relevant]), abs=1e-6)
+    assert counts.ndcg(k) == pytest.approx(
+        np.mean([retrieval_normalized_dcg(scores, t, k) for t in relevant]), abs=1e-6
+    )
     assert counts.mrr() == pytest.approx(np.mean([retrieval_reciprocal_rank(scores, t) for t in relevant]), abs=1e-6)
 
 
@@ -171,7 +175,9 @@ def test_all_rows_of_the_table_rank_the_same_users(small: PreparedData) -> None:
 def test_counts_of_parts_add_up(small: PreparedData) -> None:
     examples = split(small, "leave-one-out", 0.1).test
     encoder = RandomEncoder(len(examples), small.schema.items)
-    ranked = rank_targets(small, examples, HeadScorer(encoder, small.schema.items, 64, Alone()), Alone(), Blocks(16, 64), 10)
+    ranked = rank_targets(
+        small, examples, HeadScorer(encoder, small.schema.items, 64, Alone()), Alone(), Blocks(16, 64), 10
+    )
     counts = count_ranks(ranked, "fused", small.schema.items, Alone(), (10,))
     assert counts.users == len(examples)
     assert counts.covered[10] == len(np.unique(ranked.top["fused"]))

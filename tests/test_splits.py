@@ -37,7 +37,9 @@ def test_a_time_split_learns_only_from_before_the_cut(small: PreparedData) -> No
     assert learnt.max() < valid.min() and valid.max() < test.min()
     assert 0.5 < fit.mean() < 0.7
     # What comes before the example's event is older than it, and the example is the user's first in its window.
-    assert all(small.offsets[u] <= e < small.offsets[u + 1] for u, e in zip(splits.test.user, splits.test.end, strict=True))
+    assert all(
+        small.offsets[u] <= e < small.offsets[u + 1] for u, e in zip(splits.test.user, splits.test.end, strict=True)
+    )
 
 
 def test_a_time_split_needs_timestamps(small: PreparedData) -> None:

@@ -41,9 +41,7 @@ class ModelConfig:
     layers: Annotated[int, Field(ge=0, description="Transformer blocks of the sequential head")] = 2
     attention_heads: Annotated[Count, Field(description="attention heads of a block; divides dim")] = 2
     dropout: Annotated[Share, Field(description="share of activations dropped in training")] = 0.2
-    fusion: Annotated[
-        Literal["gated", "sum", "concat"], Field(description="how the three heads become h")
-    ] = "gated"
+    fusion: Annotated[Literal["gated", "sum", "concat"], Field(description="how the three heads become h")] = "gated"
     id_dropout: Annotated[
         Share,
         Field(description="share of item ids hidden in training, so that content carries unseen items"),
@@ -70,9 +68,7 @@ class LossConfig:
     content: Annotated[Weight, Field(description="weight of the content head's loss")] = 1.0
     collaborative: Annotated[Weight, Field(description="weight of the collaborative head's loss")] = 1.0
     sequential: Annotated[Weight, Field(description="weight of the sequential head's loss")] = 1.0
-    fused: Annotated[
-        Weight, Field(description="weight of the loss of h itself, which is what trains the fusion")
-    ] = 1.0
+    fused: Annotated[Weight, Field(description="weight of the loss of h itself, which is what trains the fusion")] = 1.0
     fused_reaches_heads: Annotated[
         bool, Field(description="let the loss of h change the heads and tables, not the fusion alone")
     ] = True
@@ -138,9 +134,7 @@ class TrainConfig:
     patience: Annotated[
         int, Field(ge=0, description="validations without gain before stopping early; 0: never stop early")
     ] = 5
-    select: Annotated[str, Field(description="validation metric that chooses the best checkpoint")] = (
-        "fused/ndcg@10"
-    )
+    select: Annotated[str, Field(description="validation metric that chooses the best checkpoint")] = "fused/ndcg@10"
     log_every: Annotated[Count, Field(description="steps between lines of metrics.jsonl")] = 10
 
 

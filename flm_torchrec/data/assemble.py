@@ -121,9 +121,7 @@ class Assembler:
     def _users(self, user: np.ndarray) -> KeyedJaggedTensor:
         known = self.user_known[user] > 0
         ids = Ragged(np.concatenate([[0], np.cumsum(known)]), user[known])
-        return _kjt(
-            {"user_id": ids, **{f.name: self.data.users.sparse[f.name].take(user) for f in self.user_features}}
-        )
+        return _kjt({"user_id": ids, **{f.name: self.data.users.sparse[f.name].take(user) for f in self.user_features}})
 
     def _history(self, shown: np.ndarray, first: np.ndarray, lengths: np.ndarray) -> KeyedJaggedTensor:
         """Event code + 1 and gap bucket + 1 of each token; 0 at the prefix."""

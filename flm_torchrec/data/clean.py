@@ -25,12 +25,18 @@ class Dropped:
         if len(out) == 0:
             return frame
         self.counts[reason] = self.counts.get(reason, 0) + len(out)
-        shown = out.head(EXAMPLES).select("file", "row").iter_rows()
-        self.examples.setdefault(reason, []).extend(f"{file}: row {row}" for file, row in shown)
+        examples = self.examples.setdefault(reason, [])
+        shown = out.head(EXAMPLES - len(examples)).select("file", "row").iter_rows()
+        examples.extend(f"{file}: row {row}" for file, row in shown)
         return frame.filter(~bad.fill_null(False))
 
     def to_json(self) -> dict[str, Any]:
         return {reason: {"rows": n, "examples": self.examples[reason]} for reason, n in self.counts.items()}
+
+
+def _finite(value: pl.Expr) -> pl.Expr:
+    """As it will be stored: a number too large for float32 is none."""
+    return value.cast(pl.Float32).is_finite().fill_null(False)
 
 
 def drop_bad(frame: pl.DataFrame, dropped: Dropped, min_value: float | None) -> pl.DataFrame:
@@ -40,7 +46,7 @@ def drop_bad(frame: pl.DataFrame, dropped: Dropped, min_value: float | None) -> 
         ("no item", pl.col("item").is_null() | (pl.col("item") == "")),
         ("timestamp missing or unreadable", pl.col("timestamp").is_null()),
         ("negative timestamp", pl.col("timestamp") < 0),
-        ("value missing or not a finite number", pl.col("value").is_null() | ~pl.col("value").is_finite()),
+        ("value missing or not a finite number", ~_finite(pl.col("value"))),
     ]
     if min_value is not None:
         rules.append((f"value below {min_value}", pl.col("value") < min_value))
@@ -76,8 +82,8 @@ DEDUP: dict[str, Callable[[pl.DataFrame], pl.Expr]] = {
     "first": _first,
     "last": _last,
 }
-"""Which rows of an ordered frame are duplicates. exact: same user, item, time and event; consecutive: the same
-item again at once; first, last: keep a user's first or last event with an item."""
+"""Which rows of an ordered frame are duplicates. exact: same user, item, time and event; consecutive: the same item
+again at once; first, last: keep a user's first or last event with an item."""
 
 
 def deduplicate(frame: pl.DataFrame, how: str, dropped: Dropped) -> pl.DataFrame:
@@ -86,7 +92,7 @@ def deduplicate(frame: pl.DataFrame, how: str, dropped: Dropped) -> pl.DataFrame
 
 
 def k_core(frame: pl.DataFrame, k: int, dropped: Dropped) -> pl.DataFrame:
-    """Repeat until every user and every item has at least k rows (Seidman 1983)."""
+    """Drop rows until every user and every item has at least k rows (Seidman 1983)."""
     while k > 1:
         rare = (pl.len().over("user") < k) | (pl.len().over("item") < k)
         kept = dropped.take(frame, rare, f"outside the {k}-core")

@@ -44,13 +44,21 @@ def encode(declared: Declared, column: pl.Series, min_count: int, text_buckets: 
 
 
 def _vocabulary(values: pl.Series, min_count: int) -> pl.DataFrame:
-    counts = values.drop_nulls().value_counts(name="count").filter(pl.col("count") >= min_count)
-    ordered = counts.select(pl.col(values.name).alias("value")).sort("value")
+    counts = values.drop_nulls().rename("value").value_counts(name="count")
+    ordered = counts.filter((pl.col("count") >= min_count) & (pl.col("value") != "")).select("value").sort("value")
     return ordered.select(pl.int_range(pl.len(), dtype=pl.Int32).alias("code"), "value")
 
 
-def _to_codes(values: pl.Series, vocabulary: pl.DataFrame) -> pl.Series:
-    return values.replace_strict(vocabulary["value"], vocabulary["code"], default=None, return_dtype=pl.Int32)
+def _coded(column: pl.Series, values: pl.Series, codes: pl.Series) -> pl.Series:
+    """Each value's code, of values or of lists of them; one that has no code is null, or left out of its list."""
+
+    def code(of: pl.Expr) -> pl.Expr:
+        # The cast: of a column with no values at all polars keeps the type.
+        return of.replace_strict(values, codes, default=None, return_dtype=pl.Int32).cast(pl.Int32)
+
+    whole = pl.col(column.name)
+    listed = isinstance(column.dtype, pl.List)
+    return column.to_frame().select(whole.list.eval(code(pl.element()).drop_nulls()) if listed else code(whole)).to_series()
 
 
 def _categorical(declared: Declared, column: pl.Series, min_count: int, text_buckets: int) -> Encoded:
@@ -58,19 +66,14 @@ def _categorical(declared: Declared, column: pl.Series, min_count: int, text_buc
         raise TypeError("a list; use multi_categorical")
     values = column.cast(pl.String)
     vocabulary = _vocabulary(values, min_count)
-    return Encoded(_sparse(declared, declared.name, len(vocabulary)), [_to_codes(values, vocabulary)], vocabulary)
+    codes = _coded(values, vocabulary["value"], vocabulary["code"])
+    return Encoded(_sparse(declared, declared.name, len(vocabulary)), [codes], vocabulary)
 
 
 def _multi_categorical(declared: Declared, column: pl.Series, min_count: int, text_buckets: int) -> Encoded:
     lists = column.cast(pl.List(pl.String)).fill_null([])
-    vocabulary = _vocabulary(lists.explode().rename("value"), min_count)
-    frame = pl.DataFrame({"lists": lists})
-    codes = frame.select(
-        pl.col("lists")
-        .list.eval(pl.element().replace_strict(vocabulary["value"], vocabulary["code"], default=None, return_dtype=pl.Int32))
-        .list.drop_nulls()
-        .alias(declared.name)
-    )[declared.name]
+    vocabulary = _vocabulary(lists.explode(), min_count)
+    codes = _coded(lists, vocabulary["value"], vocabulary["code"])
     return Encoded(_sparse(declared, declared.name, len(vocabulary)), [codes], vocabulary)
 
 
@@ -80,11 +83,8 @@ def _text(declared: Declared, column: pl.Series, min_count: int, text_buckets: i
     known = words.explode().drop_nulls().unique()
     # crc32 is the same on every machine and in every version, which Python's and polars' own hashes are not.
     buckets = pl.Series([zlib.crc32(w.encode()) % text_buckets for w in known], dtype=pl.Int32)
-    frame = pl.DataFrame({"words": words})
     name = f"{declared.name}_tokens"
-    tokens = frame.select(
-        pl.col("words").list.eval(pl.element().replace_strict(known, buckets, return_dtype=pl.Int32)).alias(name)
-    )[name]
+    tokens = _coded(words, known, buckets).rename(name)
     return Encoded(_sparse(declared, name, text_buckets), [text.rename(declared.name), tokens], None)
 
 
@@ -93,6 +93,11 @@ def _numeric(declared: Declared, column: pl.Series, min_count: int, text_buckets
     numbers = numbers.set(~numbers.is_finite().fill_null(False), None)
     spread = numbers.std() or 1.0
     scaled = ((numbers - (numbers.mean() or 0.0)) / spread).cast(pl.Float32)  # type: ignore[operator]
+    if not scaled.is_finite().all():
+        raise DataError(
+            f"{declared.entity} feature '{declared.name}': numbers up to {numbers.abs().max():g} cannot be standardised;"
+            " mend or scale the column"
+        )
     return Encoded(_dense(declared, 1), [scaled], None)
 
 
@@ -100,11 +105,12 @@ def _vector(declared: Declared, column: pl.Series, min_count: int, text_buckets:
     lists = column.cast(pl.List(pl.Float32))
     widths = lists.list.len().drop_nulls().unique().sort().to_list()
     if len(widths) != 1 or widths[0] == 0:
+        found = f"vectors of widths {', '.join(map(str, widths[:5]))}" if widths else "no vector"
         raise DataError(
-            f"{declared.entity} feature '{declared.name}': vectors of {len(widths)} different widths {widths[:5]};"
-            " a dense feature needs one"
+            f"{declared.entity} feature '{declared.name}': {found}; a dense feature needs one width above 0 for all"
         )
-    return Encoded(_dense(declared, widths[0]), [lists.list.to_array(widths[0])], None)
+    whole = lists.list.eval(pl.element().is_finite().fill_null(False)).list.all()
+    return Encoded(_dense(declared, widths[0]), [lists.set(~whole, None).list.to_array(widths[0])], None)
 
 
 _ENCODERS = {
@@ -118,9 +124,7 @@ _ENCODERS = {
 
 def _sparse(declared: Declared, column: str, cardinality: int) -> Feature:
     table = f"{declared.entity}_{declared.name}"
-    return Feature(
-        declared.name, declared.entity, declared.kind, column, table=table, cardinality=max(1, cardinality)
-    )
+    return Feature(declared.name, declared.entity, declared.kind, column, table=table, cardinality=max(1, cardinality))
 
 
 def _dense(declared: Declared, width: int) -> Feature:

@@ -105,7 +105,9 @@ def _whole(output: Path) -> Iterator[Path]:
 def _entities(described: pl.DataFrame | None, seen: pl.Series, keep_unseen: bool) -> pl.DataFrame:
     """One row an entity, in the order of its id: keys that are numbers by number, then the others by letter."""
     keys = pl.DataFrame({"key": seen.unique()}).with_columns(_seen=pl.lit(True))
-    joined = keys if described is None else keys.join(described, "key", "full" if keep_unseen else "left", coalesce=True)
+    joined = (
+        keys if described is None else keys.join(described, "key", "full" if keep_unseen else "left", coalesce=True)
+    )
     number = pl.col("key").cast(pl.Int64, strict=False)
     return joined.sort(number.is_null(), number, "key").with_columns(_seen=pl.col("_seen").fill_null(False))
 
@@ -113,7 +115,7 @@ def _entities(described: pl.DataFrame | None, seen: pl.Series, keep_unseen: bool
 def _write_interactions(
     folder: Path, frame: pl.DataFrame, users: pl.DataFrame, items: pl.DataFrame, events: list[str]
 ) -> None:
-    def ids(column: str, keys: pl.Series, kind: type[pl.DataType]) -> pl.Expr:
+    def ids(column: str, keys: pl.Series, kind: type[pl.Int32] | type[pl.Int64]) -> pl.Expr:
         return pl.col(column).replace_strict(keys, pl.int_range(len(keys), dtype=kind, eager=True), return_dtype=kind)
 
     rows = frame.select(

@@ -65,9 +65,7 @@ class Schema:
     def save(self, path: Path) -> None:
         record = asdict(self)
         record["events"] = list(self.events)
-        record["features"] = [
-            {k: v for k, v in asdict(f).items() if v not in ("", 0)} for f in self.features
-        ]
+        record["features"] = [{k: v for k, v in asdict(f).items() if v not in ("", 0)} for f in self.features]
         path.write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
 
     @classmethod

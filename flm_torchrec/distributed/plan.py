@@ -98,7 +98,9 @@ def _topology(comm: Comm, config: DistributedConfig) -> Topology:
         memory = {"ddr_cap_bytes": given or psutil.virtual_memory().total // comm.local_world_size}
     return TopologyFactory.create_topology(
         trainer_config=TrainerConfig(
-            world_size=comm.world_size, local_world_size=comm.local_world_size, **memory  # type: ignore[arg-type]
+            world_size=comm.world_size,
+            local_world_size=comm.local_world_size,
+            **memory,  # type: ignore[arg-type]
         ),
         kernel_config=KernelConfig(compute_device=comm.device.type),
     )

@@ -14,7 +14,7 @@ from flm_torchrec.data.splits import Examples
 class Popularity:
     """Scores an item by the number of its training events."""
 
-    names = ("popularity",)
+    names: tuple[str, ...] = ("popularity",)
 
     def __init__(self, data: PreparedData, fit: np.ndarray) -> None:
         counts = np.bincount(data.item[fit], minlength=data.schema.items)
@@ -34,7 +34,7 @@ class ItemKNN:
     each item (Sarwar et al., WWW 2001; Deshpande & Karypis, ACM TOIS 2004).
     """
 
-    names = ("item-kNN",)
+    names: tuple[str, ...] = ("item-kNN",)
 
     def __init__(self, data: PreparedData, fit: np.ndarray, examples: Examples, neighbours: int) -> None:
         self.examples = examples

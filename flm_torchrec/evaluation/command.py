@@ -31,6 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
+    import numpy as np
     from rich.console import Console
 
     from flm_torchrec.evaluation.evaluate import evaluate
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     with restore(args.run_folder) as restored:
         examples = restored.splits.test if args.split == "test" else restored.splits.valid
         if args.user:
-            examples = examples.take(_rows_of(args.user, restored.data.user_keys, examples.user.tolist()))
+            examples = examples.take(np.array(_rows_of(args.user, restored.data.user_keys, examples.user.tolist())))
         evaluation = evaluate(
             restored.data, examples, restored.fit, restored.encoder_for(examples), restored.comm,
             restored.config.eval, args.split,

@@ -25,8 +25,11 @@ class Encoder(Protocol):
 class Comm(Protocol):
     """The ranks."""
 
-    rank: int
-    world_size: int
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all ranks, all of one shape."""

@@ -40,7 +40,7 @@ class HeadScorer:
     Holds one vector an item on every rank, items x D x 4 bytes; each rank encodes its share of the blocks.
     """
 
-    names = HEADS
+    names: tuple[str, ...] = HEADS
 
     def __init__(self, encoder: Encoder, items: int, block: int, comm: Comm) -> None:
         self.encoder = encoder
@@ -93,7 +93,9 @@ def rank_targets(
     Raises:
         RunError: a score is not a number.
     """
-    rows, ranks, top = [], {n: [] for n in scorer.names}, {n: [] for n in scorer.names}
+    rows: list[np.ndarray] = []
+    ranks: dict[str, list[np.ndarray]] = {n: [] for n in scorer.names}
+    top: dict[str, list[np.ndarray]] = {n: [] for n in scorer.names}
     for block in user_blocks(len(examples), blocks.users, comm):
         known = scorer.block(block)
         if len(block) == 0:
@@ -148,9 +150,7 @@ def _rank_block(
     return rank, ids
 
 
-def _masked(
-    scorer: Scorer, known: Any, name: str, start: int, stop: int, target: Tensor, seen: Ragged
-) -> Tensor:
+def _masked(scorer: Scorer, known: Any, name: str, start: int, stop: int, target: Tensor, seen: Ragged) -> Tensor:
     scores = scorer.scores(known, name, start, stop)
     rows = np.repeat(np.arange(len(seen)), seen.lengths)
     here = (seen.values >= start) & (seen.values < stop)

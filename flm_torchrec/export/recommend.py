@@ -64,6 +64,8 @@ class Recommender:
         if len(rows) == 0:
             known = pq.read_table(self.folder / USERS, columns=["user_key"])["user_key"].to_pylist()
             close = get_close_matches(key, known[:100_000], n=1) or known[:1]
-            raise RunError(f"user '{key}': not in {self.folder / USERS}; ids are those of the source, e.g. '{close[0]}'")
+            raise RunError(
+                f"user '{key}': not in {self.folder / USERS}; ids are those of the source, e.g. '{close[0]}'"
+            )
         vector = np.asarray(rows[head][0].as_py(), np.float32)
         return vector, np.asarray(rows["seen"][0].as_py(), np.int64)

@@ -90,9 +90,7 @@ def export(
     return manifest
 
 
-def _item_tables(
-    data: PreparedData, encoder: Encoder, comm: Comm, block: int
-) -> Iterator[tuple[pa.Table, np.ndarray]]:
+def _item_tables(data: PreparedData, encoder: Encoder, comm: Comm, block: int) -> Iterator[tuple[pa.Table, np.ndarray]]:
     both = zip(
         item_vectors(encoder, data.schema.items, block, comm),
         item_vectors(encoder, data.schema.items, block, comm, content_only=True),
@@ -111,9 +109,7 @@ def _item_tables(
         yield table, vectors.numpy()
 
 
-def _user_tables(
-    data: PreparedData, encoder: Encoder, comm: Comm, block: int
-) -> Iterator[tuple[pa.Table, np.ndarray]]:
+def _user_tables(data: PreparedData, encoder: Encoder, comm: Comm, block: int) -> Iterator[tuple[pa.Table, np.ndarray]]:
     examples = everyone(data)
     for mine in user_blocks(len(examples), block, comm):
         encoded = torch.stack([encoder.users(mine)[head] for head in HEADS])  # [heads, b, D]

@@ -26,7 +26,8 @@ MAX_LOG_SCALE = math.log(100.0)
 class Gather(Protocol):
     """What the loss needs of the other ranks."""
 
-    world_size: int
+    @property
+    def world_size(self) -> int: ...
 
     def concat(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """[n, …] of each rank → those of all ranks, equally long each, and [ranks * longest] bool: which are real.

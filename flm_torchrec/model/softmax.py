@@ -9,7 +9,7 @@ CHUNK_ELEMENTS = 2**20
 """Logits held at once, 4 MiB in fp32: near a CPU's cache, small on a GPU."""
 
 
-def inclusion_log_probability(log_absent: Tensor, in_batch: int, drawn: int) -> Tensor:
+def inclusion_log_probability(log_absent: Tensor, in_batch: Tensor | int, drawn: int) -> Tensor:
     """[C]: log-probability that an item is among the candidates of a step.
 
     It is a candidate unless none of `in_batch` targets and none of `drawn` negatives is it:

@@ -15,9 +15,7 @@ META = torch.device("meta")
 
 def item_id_table(schema: Schema, dim: int) -> EmbeddingCollection:
     """The one table of item ids, shared by history, positives and negatives."""
-    config = EmbeddingConfig(
-        name="item_id", embedding_dim=dim, num_embeddings=schema.items, feature_names=["item_id"]
-    )
+    config = EmbeddingConfig(name="item_id", embedding_dim=dim, num_embeddings=schema.items, feature_names=["item_id"])
     return EmbeddingCollection(tables=[config], device=META)
 
 
@@ -29,9 +27,7 @@ def item_feature_tables(schema: Schema, dim: int) -> EmbeddingBagCollection | No
 
 def user_tables(schema: Schema, dim: int) -> EmbeddingBagCollection:
     """The table of user ids, which an unknown user leaves out, and those of the users' sparse features."""
-    ids = EmbeddingBagConfig(
-        name="user_id", embedding_dim=dim, num_embeddings=schema.users, feature_names=["user_id"]
-    )
+    ids = EmbeddingBagConfig(name="user_id", embedding_dim=dim, num_embeddings=schema.users, feature_names=["user_id"])
     return EmbeddingBagCollection(tables=[ids, *_bags(schema.of("user", sparse=True), dim)], device=META)
 
 

@@ -89,8 +89,15 @@ class Tower(nn.Module):
         self.fusion = FUSIONS[fusion](dim)
 
     def forward(
-        self, looked: Looked, item_dense: Tensor, item_known: Tensor, user_dense: Tensor, user_known: Tensor,
-        value: Tensor, lengths: Tensor, tokens: Tensor,
+        self,
+        looked: Looked,
+        item_dense: Tensor,
+        item_known: Tensor,
+        user_dense: Tensor,
+        user_known: Tensor,
+        value: Tensor,
+        lengths: Tensor,
+        tokens: Tensor,
     ) -> Encoded:
         """See `Encoded`; `item_known` [N] and `user_known` [B] are 1 where an id was trained, else 0."""
         item_id = looked.item_id * self._shown(item_known, self.item_id_dropout)
@@ -117,8 +124,15 @@ class Tower(nn.Module):
         return self.fusion(stacked if self.fused_reaches_heads else stacked.detach())
 
     def _sequential(
-        self, vectors: Tensor, profile: Tensor, history: Tensor, value: Tensor,
-        row: Tensor, place: Tensor, tokens: Tensor, lengths: Tensor,
+        self,
+        vectors: Tensor,
+        profile: Tensor,
+        history: Tensor,
+        value: Tensor,
+        row: Tensor,
+        place: Tensor,
+        tokens: Tensor,
+        lengths: Tensor,
     ) -> Tensor:
         prefix = (place == 0).unsqueeze(1)
         x = _gather(vectors, tokens) + self.event(torch.cat([history, value.unsqueeze(1)], 1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +100,6 @@ def _fit(
     encode = encoder(model, data, learnt, valid, config, comm)
 
     def validate() -> dict[str, float]:
-        from flm_torchrec.evaluation.evaluate import evaluate_heads
 
         return evaluate_heads(data, valid, encode, comm, config.eval)
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count, islice
 
 import torch
 from torch import Tensor
@@ -53,7 +54,9 @@ def fit(
     meter = _Meter(comm)
     model.train()
     began = time.monotonic()
-    for step, outputs in enumerate(_steps(model, optimizer, schedule, _batches(loader, total), comm), start=1):
+    steps = pipelined_steps if comm.device.type == "cuda" else plain_steps
+    batches = iter(Prefetch(_batches(loader, total)))
+    for step, outputs in enumerate(steps(model, optimizer, schedule, batches, comm.device), start=1):
         meter.add(outputs)
         if step % config.log_every == 0 or step == total:
             values = meter.read(step)
@@ -66,9 +69,7 @@ def fit(
         score = metrics[config.select]
         record.scalars(step, {f"valid/{name}": value for name, value in metrics.items()})
         improved = score > best
-        record.say(
-            f"step {step}/{total}  validation {config.select} {score:.4f}{'  best so far' if improved else ''}"
-        )
+        record.say(f"step {step}/{total}  validation {config.select} {score:.4f}{'  best so far' if improved else ''}")
         if improved:
             best, best_step, stale = score, step, 0
             save(step, metrics)
@@ -87,30 +88,39 @@ def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
 
 
 def _batches(loader: TrainLoader, total: int) -> Iterator[Batch]:
-    for step, (epoch, batch) in enumerate((e, b) for e in range(total) for b in loader.epoch(e)):
-        if step == total:
-            return
-        yield batch
+    """Epoch after epoch, `total` batches in all."""
+    return islice((batch for epoch in count() for batch in loader.epoch(epoch)), total)
 
 
-def _steps(
-    model: DistributedModelParallel, optimizer: Optimizer, schedule: Schedule, batches: Iterator[Batch], comm: Comm
+def plain_steps(
+    model: DistributedModelParallel,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    batches: Iterator[Batch],
+    device: torch.device,
 ) -> Iterator[Outputs]:
-    """Train on each batch and yield its outputs: pipelined on a GPU, prefetched on a CPU."""
-    ahead = iter(Prefetch(batches))
-    if comm.device.type == "cuda":
-        pipeline = TrainPipelineSparseDist(model, optimizer, comm.device)
-        for step in range(schedule.total):
-            schedule.set(step)
-            yield pipeline.progress(ahead)
-        return
-    for step, batch in enumerate(ahead):
+    """Train on each batch and yield its outputs."""
+    for step, batch in enumerate(batches):
         schedule.set(step)
         optimizer.zero_grad()
-        loss, outputs = model(batch)
+        loss, outputs = model(batch.to(device))
         loss.backward()
         optimizer.step()
         yield outputs
+
+
+def pipelined_steps(
+    model: DistributedModelParallel,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    batches: Iterator[Batch],
+    device: torch.device,
+) -> Iterator[Outputs]:
+    """The same, the next batch's copy to the device and its input distribution overlapping this one's compute."""
+    pipeline = TrainPipelineSparseDist(model, optimizer, device, execute_all_batches=True)
+    for step in range(schedule.total):
+        schedule.set(step)
+        yield pipeline.progress(batches)
 
 
 class _Meter:
@@ -148,4 +158,3 @@ class _Meter:
 def _status(values: dict[str, float]) -> str:
     losses = "  ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
     return f"{values['samples_per_second']:.0f} samples/s  {losses}"
-

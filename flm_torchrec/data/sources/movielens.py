@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 
 from flm_torchrec.data.raw import Declared, Raw
-from flm_torchrec.data.sources.tables import read_csv, with_place
+from flm_torchrec.data.sources.tables import check_unique, read_csv, with_place
 from flm_torchrec.errors import DataError
 
 GENRES = (
@@ -37,20 +37,24 @@ def read(folder: Path) -> Raw:
         inter, items, users = _atomic(folder)
     else:
         raise DataError(f"{folder}: neither u.data nor ml-100k.inter is here; --input must be the folder with them")
+    for side, keys in (("item", items["key"]), ("user", users["key"])):
+        check_unique(keys, folder, f"id of the {side}s")
     return Raw(
         name="ml-100k",
         source="movielens-100k",
         interactions=inter.select(
             "file",
             "row",
-            pl.col("user"),
-            pl.col("item"),
-            pl.col("timestamp").cast(pl.Int64, strict=False),
+            "user",
+            "item",
+            pl.col("timestamp").cast(pl.Float64, strict=False).cast(pl.Int64, strict=False),
             pl.lit("rating").alias("event"),
             pl.col("rating").cast(pl.Float64, strict=False).alias("value"),
         ),
         items=items,
-        users=users.with_columns(age=pl.col("age").cast(pl.Float64, strict=False), region=pl.col("zip").str.slice(0, 1)),
+        users=users.with_columns(
+            age=pl.col("age").cast(pl.Float64, strict=False), region=pl.col("zip").str.slice(0, 1)
+        ),
         features=FEATURES,
         title="title",
     )

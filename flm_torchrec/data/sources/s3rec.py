@@ -75,7 +75,7 @@ def _attributes(file: Path) -> pl.DataFrame:
     return pl.DataFrame({"key": list(record), "attributes": values}, schema_overrides=_TYPES)
 
 
-_TYPES = {"key": pl.String, "attributes": pl.List(pl.String)}
+_TYPES: dict[str, pl.DataType | type[pl.DataType]] = {"key": pl.String, "attributes": pl.List(pl.String)}
 
 
 def _text(file: Path) -> str:

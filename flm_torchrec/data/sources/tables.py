@@ -71,6 +71,17 @@ def with_place(frame: pl.DataFrame, file: Path) -> pl.DataFrame:
     return frame.with_columns(pl.lit(file.name).alias("file"), pl.int_range(1, pl.len() + 1).alias("row"))
 
 
+def check_unique(keys: pl.Series, file: Path, what: str) -> None:
+    """Check that no key describes two rows.
+
+    Raises:
+        DataError: one does.
+    """
+    twice = keys.filter(keys.is_duplicated())
+    if len(twice):
+        raise DataError(f"{file}: key '{twice[0]}' occurs more than once as {what}; keep one row of it")
+
+
 def first_line(error: Exception) -> str:
     """What an error says, fit for one line of an error of ours."""
     lines = str(error).strip().splitlines()

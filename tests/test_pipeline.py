@@ -1,0 +1,58 @@
+"""The pipelined step that GPUs take gives the numbers of the plain step; TorchRec runs it on a CPU too."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from flm_torchrec.config import load_config
+from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.splits import split
+from flm_torchrec.distributed.comm import process_group
+from flm_torchrec.distributed.shard import make_optimizer
+from flm_torchrec.training.job import build, make_loader
+from flm_torchrec.training.loop import pipelined_steps, plain_steps
+from flm_torchrec.training.schedule import Schedule
+
+
+def losses(data: PreparedData, pipelined: bool) -> list[float]:
+    fixed = ["model.dropout=0", "model.id_dropout=0", "model.user_id_dropout=0", "model.dim=16", "train.batch_size=32"]
+    config = load_config(None, fixed)
+    with process_group(config.distributed) as comm:
+        model, _ = build(data.schema, config, comm)
+        model.train()
+        optimizer = make_optimizer(model, config.train)
+        schedule = Schedule(optimizer, 2, 8)
+        batches = (
+            b
+            for _, b in zip(
+                range(8),
+                (
+                    b
+                    for e in range(8)
+                    for b in make_loader(data, split(data, "leave-one-out", 0.1), config, comm).epoch(e)
+                ),
+                strict=False,
+            )
+        )
+        steps = pipelined_steps if pipelined else plain_steps
+        found = steps(model, optimizer, schedule, batches, comm.device)
+        return [float(torch.stack(list(outputs.losses.values())).sum()) for outputs in found]
+
+
+def test_pipelined_steps_are_plain_steps(small: PreparedData) -> None:
+    plain, pipelined = losses(small, False), losses(small, True)
+    assert len(plain) == 8 and plain[-1] < plain[0]
+    assert pipelined == pytest.approx(plain, rel=1e-5)
+
+
+def test_without_item_features_the_model_still_trains(small: PreparedData) -> None:
+    bare = dataclasses.replace(small, schema=dataclasses.replace(small.schema, features=()))
+    bare = dataclasses.replace(
+        bare,
+        items=dataclasses.replace(small.items, sparse={}, dense=small.items.dense[:, :0]),
+        users=dataclasses.replace(small.users, sparse={}, dense=small.users.dense[:, :0]),
+    )
+    assert len(losses(bare, True)) == len(losses(bare, False)) == 8
