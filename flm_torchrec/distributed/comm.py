@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,6 +89,9 @@ def process_group(config: DistributedConfig) -> Iterator[Comm]:
     """
     # PyTorch warns here of a renamed function that TorchRec calls; nobody who trains can do anything about it.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    # TorchRec calls what PyTorch deprecates, and a Linear of no inputs stands where a schema has no features.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
     device = _device(config.device)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cuda":

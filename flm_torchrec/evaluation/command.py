@@ -54,7 +54,9 @@ def run(args: argparse.Namespace) -> None:
         if args.markdown:
             print(markdown(evaluation), end="")
             return
-        show(evaluation, Console(), _oracle(restored.data.path))
+        console = Console()
+        # Into a file or a pipe the whole table, not one squeezed into 80 columns.
+        show(evaluation, console if console.is_terminal else Console(width=120), _oracle(restored.data.path))
 
 
 def _rows_of(keys: list[str], user_keys: list[str], users: list[int]) -> list[int]:
