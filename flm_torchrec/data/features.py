@@ -58,7 +58,8 @@ def _coded(column: pl.Series, values: pl.Series, codes: pl.Series) -> pl.Series:
 
     whole = pl.col(column.name)
     listed = isinstance(column.dtype, pl.List)
-    return column.to_frame().select(whole.list.eval(code(pl.element()).drop_nulls()) if listed else code(whole)).to_series()
+    coded = whole.list.eval(code(pl.element()).drop_nulls()) if listed else code(whole)
+    return column.to_frame().select(coded).to_series()
 
 
 def _categorical(declared: Declared, column: pl.Series, min_count: int, text_buckets: int) -> Encoded:
@@ -95,8 +96,8 @@ def _numeric(declared: Declared, column: pl.Series, min_count: int, text_buckets
     scaled = ((numbers - (numbers.mean() or 0.0)) / spread).cast(pl.Float32)  # type: ignore[operator]
     if not scaled.is_finite().all():
         raise DataError(
-            f"{declared.entity} feature '{declared.name}': numbers up to {numbers.abs().max():g} cannot be standardised;"
-            " mend or scale the column"
+            f"{declared.entity} feature '{declared.name}': its largest numbers cannot be"
+            " standardised; mend or scale the column"
         )
     return Encoded(_dense(declared, 1), [scaled], None)
 
