@@ -139,12 +139,12 @@ def test_items_without_events_are_kept_on_request(tmp_path: Path) -> None:
         (["--source", "csv", "--input", "{d}/logs.csv", "--columns", COLUMNS, "--items", "{d}/twice.csv",
           "--item-key", "sku"], "key 'x' occurs more than once"),
         (["--source", "csv", "--input", "{d}/logs.csv", "--columns", COLUMNS, "--items", "{d}/items.csv",
-          "--item-key", "sku", "--item-features", "name:numeric"], "column 'name' is declared numeric"),
+          "--item-key", "sku", "--item-features", "name:numeric"], "column 'name' is String, and Float64"),
         (["--source", "csv", "--input", "{d}/logs.csv", "--columns", COLUMNS, "--items", "{d}/ragged.csv",
-          "--item-key", "sku", "--item-features", "vec:dense"], "different widths"),
+          "--item-key", "sku", "--item-features", "vec:dense"], "vectors of widths 1, 2"),
         (["--source", "csv", "--input", "{d}/logs.csv", "--columns", COLUMNS, "--k-core", "9"], "outside the 9-core"),
         (["--source", "amazon-s3rec", "--input", "{d}/folder"], "0 files NAME_item2attributes.json"),
-        (["--source", "amazon-s3rec", "--input", "{d}/badjson"], "must be JSON"),
+        (["--source", "amazon-s3rec", "--input", "{d}/badjson"], "X_item2attributes.json:1: not JSON"),
         (["--source", "amazon-s3rec", "--input", "{d}/badline"], "X.txt:2: needs a user and at least one item"),
         (["--source", "movielens-100k", "--input", "{d}/folder"], "neither u.data nor ml-100k.inter"),
         (["--source", "synthetic", "--synthetic-users", "1"], "do not go together"),
@@ -180,13 +180,13 @@ def test_synthetic_data_follow_the_recipe() -> None:
     assert rows.select("user", "item").is_unique().all()
     shares = dict(rows["segment"].value_counts(normalize=True).iter_rows())
     assert shares["sequential"] == pytest.approx(0.75, abs=0.02) and "collaborative" not in shares
-    oracle = raw.notes["oracle"]
+    oracle = raw.oracle
     assert oracle["all"]["ndcg@10"] > 0.3 and "collaborative" not in oracle
 
 
 def test_the_oracle_is_better_than_popularity_on_each_signal() -> None:
     raw = synthetic.read(synthetic.Recipe(users=600, items=300, events=20))
-    oracle = raw.notes["oracle"]
+    oracle = raw.oracle
     for name in synthetic.MECHANISMS:
         assert oracle[f"only_{name}"]["ndcg@10"] > 0.12, name
 
