@@ -17,7 +17,7 @@ def show(evaluation: Evaluation, console: Console, oracle: dict[str, Any] | None
     for label, table in evaluation.segments.items():
         rows = dict(table)
         if oracle and label in oracle:
-            rows["oracle (best possible)"] = oracle[label]
+            rows["oracle of the mixture"] = oracle[label]
         console.print(_table(f"users whose next event was planted as '{label}'", rows))
 
 
