@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from flm_torchrec.data.batch import Batch
-from flm_torchrec.data.prepared import EntityFeatures, PreparedData, Ragged
+from flm_torchrec.data.prepared import EntityFeatures, PreparedData, Ragged, spans
 from flm_torchrec.data.schema import Feature
 
 GAP_BUCKETS = 32
@@ -49,7 +49,7 @@ class Assembler:
     def training(self, user: np.ndarray, start: np.ndarray, end: np.ndarray, drawn: Candidates) -> Batch:
         """Learn to predict the events `start[b]:end[b]` of `user[b]`; an empty span is a sequence of no tokens."""
         lengths = end - start
-        positions = _spans(start, lengths)
+        positions = spans(start, lengths)
         target_items = self.data.item[positions]
         if drawn.log_absent is None:
             candidates = drawn.items
@@ -62,7 +62,7 @@ class Assembler:
     def encoding(self, user: np.ndarray, start: np.ndarray, end: np.ndarray) -> Batch:
         """Represent `user[b]` after the events `start[b]:end[b]`: the last token of each sequence."""
         lengths = end - start + 1
-        positions = _spans(start, lengths)  # the last of each is the event to come: used for its place alone
+        positions = spans(start, lengths)  # the last of each is the event to come: used for its place alone
         nothing = np.zeros(0, np.int64)
         return self._batch(user, lengths, positions, nothing, nothing, np.zeros((0, 2), np.float32))
 
@@ -133,12 +133,6 @@ class Assembler:
             gap[~first] = np.minimum(np.log2(since + 1).astype(np.int64), GAP_BUCKETS - 2) + 1
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         return _kjt({"event": Ragged(offsets, event), "gap": Ragged(offsets, gap)})
-
-
-def _spans(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """start[0], start[0]+1, … lengths[0] of them, then those of start[1] …"""
-    before = np.cumsum(lengths) - lengths
-    return np.arange(lengths.sum()) + np.repeat(start - before, lengths)
 
 
 def _kjt(features: dict[str, Ragged]) -> KeyedJaggedTensor:

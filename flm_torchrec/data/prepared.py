@@ -14,6 +14,12 @@ from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.errors import DataError
 
 
+def spans(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start[0], start[0] + 1, … lengths[0] of them, then those of start[1] …"""
+    before = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(start - before, lengths)
+
+
 @dataclass(frozen=True)
 class Ragged:
     """Rows of differing length: row *i* is `values[offsets[i]:offsets[i + 1]]`."""
@@ -35,8 +41,7 @@ class Ragged:
         """The rows named, in that order; no Python loop over them."""
         lengths = self.lengths[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        positions = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths)
-        return Ragged(offsets, self.values[positions])
+        return Ragged(offsets, self.values[spans(self.offsets[:-1][rows], lengths)])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.prepared import PreparedData, spans
 from flm_torchrec.data.splits import Examples
 
 
@@ -50,8 +50,8 @@ class ItemKNN:
         start = self.data.offsets[examples.user]
         lengths = examples.end - start
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        places = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)
-        history = (np.ones(len(places), np.float32), self.data.item[places], offsets)
+        items = self.data.item[spans(start, lengths)]
+        history = (np.ones(len(items), np.float32), items, offsets)
         return sp.csr_matrix(history, shape=(len(rows), self.data.schema.items))
 
     def scores(self, known: sp.csr_matrix, name: str, start: int, stop: int) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flm_torchrec.data.prepared import PreparedData, Ragged
+from flm_torchrec.data.prepared import PreparedData, spans
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.metrics import RankCounts
@@ -24,6 +24,14 @@ class Ranked:
     rows: np.ndarray  # [e] indices of examples
     ranks: dict[str, np.ndarray]  # [e] int64, 1 is best
     top: dict[str, np.ndarray]  # [e, K] int64 item ids, best first
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Items to leave out of the ranking: item `items[i]` for row `rows[i]` of a block of users."""
+
+    rows: Tensor
+    items: Tensor
 
 
 @dataclass(frozen=True)
@@ -125,22 +133,22 @@ def count_ranks(ranked: Ranked, name: str, items: int, comm: Comm, ks: tuple[int
 
 
 def _rank_block(
-    scorer: Scorer, known: Any, name: str, target: Tensor, seen: Ragged, items: int, block: int, top_k: int
+    scorer: Scorer, known: Any, name: str, target: Tensor, seen: Seen, items: int, block: int, top_k: int
 ) -> tuple[Tensor, Tensor]:
     """Ranks [b] and the ids of the top items [b, K]. Targets are scored by the same product as all others."""
-    spans = [(s, min(s + block, items)) for s in range(0, items, block)]
-    only = _masked(scorer, known, name, *spans[0], target, seen) if len(spans) == 1 else None
+    ranges = [(s, min(s + block, items)) for s in range(0, items, block)]
+    only = _masked(scorer, known, name, *ranges[0], seen) if len(ranges) == 1 else None
     truth = torch.empty(len(target))
-    for start, stop in spans:
+    for start, stop in ranges:
         here = (target >= start) & (target < stop)
-        scores = only if only is not None else _masked(scorer, known, name, start, stop, target, seen)
+        scores = only if only is not None else _masked(scorer, known, name, start, stop, seen)
         truth[here] = scores[here, target[here] - start]
     if torch.isnan(truth).any():
         raise RunError(f"{name}: a score is not a number; the model has diverged, train again with a lower rate")
     rank = torch.zeros(len(target), dtype=torch.int64)
     best, ids = torch.empty(len(target), 0), torch.empty(len(target), 0, dtype=torch.int64)
-    for start, stop in spans:
-        scores = only if only is not None else _masked(scorer, known, name, start, stop, target, seen)
+    for start, stop in ranges:
+        scores = only if only is not None else _masked(scorer, known, name, start, stop, seen)
         rank += (scores >= truth[:, None]).sum(1)  # the true item counts itself: the 1 of 1 + others
         if top_k:
             values, places = scores.topk(min(top_k, stop - start), 1)
@@ -150,25 +158,22 @@ def _rank_block(
     return rank, ids
 
 
-def _masked(scorer: Scorer, known: Any, name: str, start: int, stop: int, target: Tensor, seen: Ragged) -> Tensor:
+def _masked(scorer: Scorer, known: Any, name: str, start: int, stop: int, seen: Seen) -> Tensor:
     scores = scorer.scores(known, name, start, stop)
-    rows = np.repeat(np.arange(len(seen)), seen.lengths)
-    here = (seen.values >= start) & (seen.values < stop)
-    scores[torch.from_numpy(rows[here]), torch.from_numpy(seen.values[here] - start)] = -torch.inf
+    here = (seen.items >= start) & (seen.items < stop)
+    scores[seen.rows[here], seen.items[here] - start] = -torch.inf
     return scores
 
 
-def _target_and_seen(data: PreparedData, examples: Examples) -> tuple[Tensor, Ragged]:
-    """Target ids [b], and by row the items of the known events but the target."""
+def _target_and_seen(data: PreparedData, examples: Examples) -> tuple[Tensor, Seen]:
+    """Target ids [b], and where the items of the known events stand, the target left out."""
     target = data.item[examples.end]
     start = data.offsets[examples.user]
     lengths = examples.end - start
     rows = np.repeat(np.arange(len(target)), lengths)
-    before = np.cumsum(lengths) - lengths
-    items = data.item[np.arange(len(rows)) - before[rows] + start[rows]]
+    items = data.item[spans(start, lengths)]
     kept = items != target[rows]
-    counts = np.bincount(rows[kept], minlength=len(target))
-    return torch.from_numpy(target), Ragged(np.concatenate([[0], np.cumsum(counts)]), items[kept])
+    return torch.from_numpy(target), Seen(torch.from_numpy(rows[kept]), torch.from_numpy(items[kept]))
 
 
 def _check_finite(vectors: Tensor, what: str) -> None:
