@@ -47,8 +47,6 @@ class Comm:
             dist.all_reduce(total)
         return total
 
-    sum = all_reduce_sum
-
     def concat(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """[n, …] of each rank → [ranks * longest, …], padded with zeros, and [ranks * longest] bool: real rows.
 

@@ -44,7 +44,8 @@ def export(
 ) -> Manifest | None:
     """Write the export; collective, rank 0 writes and returns the manifest.
 
-    Rows are encoded and written block by block; the index alone is held in memory, items x D x 4 bytes.
+    Rows are encoded and written block by block; rank 0 alone holds the index, items x D x 4 bytes, and beside an
+    approximate one an exact one to measure it by.
 
     Args:
         encoder: of `everyone(data)`, each user after all known events.
@@ -57,13 +58,12 @@ def export(
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
     search = _new_index(index, encoder.dim)
-    exact = faiss.IndexFlatIP(encoder.dim)
-    tables = _item_tables(data, encoder, comm, block)
+    exact = search if index == "flat" else faiss.IndexFlatIP(encoder.dim)
     with _Writer(fresh / ITEMS if main else None) as writer:
-        for table, vectors in tables:
+        for table, vectors in _item_tables(data, encoder, comm, block):
             writer.write(table)
-            search.add(vectors)
-            exact.add(vectors)
+            for held in {search, exact} if main else ():
+                held.add(vectors)
     sample = np.zeros((0, encoder.dim), np.float32)
     with _Writer(fresh / USERS if main else None) as writer:
         for table, fused in _user_tables(data, encoder, comm, block):
@@ -112,7 +112,8 @@ def _item_tables(data: PreparedData, encoder: Encoder, comm: Comm, block: int) -
 def _user_tables(data: PreparedData, encoder: Encoder, comm: Comm, block: int) -> Iterator[tuple[pa.Table, np.ndarray]]:
     examples = everyone(data)
     for mine in user_blocks(len(examples), block, comm):
-        encoded = torch.stack([encoder.users(mine)[head] for head in HEADS])  # [heads, b, D]
+        by_head = encoder.users(mine)
+        encoded = torch.stack([by_head[head] for head in HEADS])  # [heads, b, D]
         count = comm.all_gather(torch.tensor(len(mine)))
         padded = torch.cat([encoded, encoded.new_zeros(len(HEADS), block - len(mine), encoder.dim)], 1)
         first = int(mine[0]) - comm.rank * block if len(mine) else 0

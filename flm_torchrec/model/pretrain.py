@@ -35,7 +35,7 @@ class Gather(Protocol):
         Differentiable: each rank gets back the gradient that all ranks together have for its rows.
         """
 
-    def sum(self, value: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks; no gradient."""
 
 
@@ -146,7 +146,7 @@ class Dense(nn.Module):
         vectors, real = self.gather.concat(encoded.items[batch.candidates])  # [C, D], [C]
         candidate_ids, _ = self.gather.concat(item_ids[batch.candidates])
         log_absent, _ = self.gather.concat(batch.log_absent)
-        count = self.gather.sum(torch.tensor(float(len(batch.targets)), device=vectors.device))
+        count = self.gather.all_reduce_sum(torch.tensor(float(len(batch.targets)), device=vectors.device))
         place, repeated = _first_places(candidate_ids, real, item_ids[batch.targets])
         log_q = self._log_q(log_absent, count).masked_fill(repeated | ~real, math.inf)
 
