@@ -6,6 +6,7 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given
@@ -112,6 +113,94 @@ def test_output_in_use_is_not_replaced(tmp_path: Path) -> None:
     check_output(tmp_path / "d", overwrite=True)
 
 
+def test_prepare_itself_replaces_older_data_only_when_asked(tmp_path: Path) -> None:
+    for events, overwrite in (([("a", "x", 1)], False), ([("a", "x", 1), ("a", "y", 2)], True)):
+        prepare(Raw("r", "test", frame(events)), tmp_path / "d", Options(), overwrite)
+    assert load_prepared(tmp_path / "d").schema.interactions == 2
+    with pytest.raises(DataError, match="--overwrite"):
+        prepare(Raw("r", "test", frame([("a", "x", 1)])), tmp_path / "d", Options())
+    assert load_prepared(tmp_path / "d").schema.interactions == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_an_interrupted_write_leaves_the_older_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(Raw("r", "test", frame([("a", "x", 1)])), tmp_path / "d", Options())
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flm_torchrec.data.schema.Schema.save", full)
+    with pytest.raises(DataError, match="d: cannot be written \\(No space left on device\\)"):
+        prepare(Raw("r", "test", frame([("a", "y", 1)])), tmp_path / "d", Options(), overwrite=True)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@given(EVENTS, st.integers(1, 6))
+def test_a_user_is_never_split_between_files(tmp_path_factory, events, rows) -> None:  # type: ignore[no-untyped-def]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flm_torchrec.data.prepare.ROWS_PER_FILE", rows)
+        folder = tmp_path_factory.mktemp("parts") / "data"
+        prepare(Raw("r", "test", frame(events)), folder, Options())
+    parts = [pl.read_parquet(p)["user_id"].to_list() for p in sorted((folder / "interactions").iterdir())]
+    rows_of = list(itertools.chain(*parts))
+    assert rows_of == sorted(rows_of) and len(rows_of) == len(events)
+    assert all(parts) and all(one[-1] < two[0] for one, two in itertools.pairwise(parts))
+
+
+def test_ids_follow_the_numbers_in_the_keys(tmp_path: Path) -> None:
+    keys = ["u10", "u2", "10", "2", "02", "b", "B7x"]
+    prepare(Raw("r", "test", frame([(k, k, 0) for k in keys])), tmp_path / "d", Options())
+    data = load_prepared(tmp_path / "d")
+    assert data.user_keys == data.item_keys == ["02", "2", "10", "B7x", "b", "u2", "u10"]
+
+
+def test_a_value_too_large_for_float32_is_dropped(tmp_path: Path) -> None:
+    rows = frame([("a", "x", 1), ("a", "y", 2)]).with_columns(value=pl.Series([1e300, 3e38]))
+    report = prepare(Raw("r", "test", rows), tmp_path / "d", Options())
+    assert report["rows_kept"] == 1 and np.isfinite(load_prepared(tmp_path / "d").value).all()
+
+
+def test_values_below_the_least_are_dropped(tmp_path: Path) -> None:
+    rows = frame([("a", "x", 1), ("a", "y", 2)]).with_columns(value=pl.Series([3.0, 2.9]))
+    report = prepare(Raw("r", "test", rows), tmp_path / "d", Options(min_value=3.0))
+    assert report["dropped"] == {"value below 3.0": {"rows": 1, "examples": ["f: row 2"]}}
+
+
+def test_the_report_names_five_rows_a_reason_and_counts_them_all(tmp_path: Path) -> None:
+    # Two rounds of the k-core: the counts add up, the examples stay five.
+    events = [("a", "x", 0), ("a", "y", 1), ("b", "x", 0), ("b", "y", 1), *[(f"c{n}", "z", 0) for n in range(9)]]
+    events += [("d", "z", 0), ("d", "w", 1), ("e", "w", 0)]
+    report = prepare(Raw("r", "test", frame(events)), tmp_path / "d", Options(k_core=2))
+    outside = report["dropped"]["outside the 2-core"]
+    assert report["rows_kept"] == 4 and outside["rows"] == 12 and len(outside["examples"]) == 5
+
+
+def test_the_report_describes_the_data(tmp_path: Path) -> None:
+    events = [("a", i, n) for n, i in enumerate("wxyz")] + [("b", "w", 0), ("b", "w", 0)]
+    described = pl.DataFrame({"key": ["w", "x", "y"], "tags": [["t"], [], None], "name": ["", "", "named"]})
+    raw = Raw(
+        "r", "test", frame(events), described,
+        features=(Declared("tags", "item", "multi_categorical"), Declared("name", "item", "text")),
+    )  # fmt: skip
+    report = prepare(raw, tmp_path / "d", Options(dedup="exact"))
+    assert (report["rows_read"], report["rows_kept"], report["duplicates"]) == (6, 5, 1)
+    assert (report["users"], report["items"], report["items_without_features"]) == (2, 4, 2)
+    assert report["users_with_fewer_than_3_events"] == 1 and report["events_per_user"]["100%"] == 4
+    assert report["sparsity"] == 1 - 5 / 8 and report["options"]["dedup"] == "exact"
+
+
+def test_features_of_which_nothing_is_known_still_load(tmp_path: Path) -> None:
+    kinds = {"c": "categorical", "m": "multi_categorical", "t": "text", "n": "numeric"}
+    described = pl.DataFrame({"key": ["other"], "c": ["a"], "m": [["a"]], "t": ["a"], "n": [1.0]})
+    raw = Raw("r", "test", frame([("a", "x", 1)]), described, features=tuple(
+        Declared(name, "item", kind) for name, kind in kinds.items()  # type: ignore[arg-type]
+    ))  # fmt: skip
+    prepare(raw, tmp_path / "d", Options())
+    items = load_prepared(tmp_path / "d").items
+    assert [len(codes.values) for codes in items.sparse.values()] == [0, 0, 0] and items.dense.tolist() == [[0.0]]
+
+
 @pytest.mark.parametrize(
     ("kind", "values", "codes"),
     [
@@ -141,6 +230,18 @@ def test_rare_values_become_unknown() -> None:
 def test_vectors_of_differing_width_are_refused() -> None:
     with pytest.raises(DataError, match="vectors of widths 1, 2"):
         encode(Declared("f", "item", "dense"), pl.Series("f", [[1.0], [1.0, 2.0]]), 1, 10)
+
+
+def test_numbers_and_vectors_that_are_not_finite_become_unknown() -> None:
+    number = encode(Declared("f", "item", "numeric"), pl.Series("f", [1.0, float("nan"), 3.0, float("inf")]), 1, 10)
+    assert [n is None for n in number.columns[0].to_list()] == [False, True, False, True]
+    vector = encode(Declared("f", "item", "dense"), pl.Series("f", [[1.0, 2.0], [float("nan"), 1.0]]), 1, 10)
+    assert vector.columns[0].to_list() == [[1.0, 2.0], None]
+
+
+def test_numbers_too_large_to_standardise_are_refused() -> None:
+    with pytest.raises(DataError, match="'f': its largest numbers cannot be standardised"):
+        encode(Declared("f", "item", "numeric"), pl.Series("f", [1e308, 1.7e308]), 1, 10)
 
 
 def test_a_list_is_no_category() -> None:

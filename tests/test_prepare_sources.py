@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from flm_torchrec.cli import main
 from flm_torchrec.data.prepare import Options, prepare
 from flm_torchrec.data.prepared import PreparedData, load_prepared
-from flm_torchrec.data.sources import logs, movielens, s3rec, synthetic
+from flm_torchrec.data.sources import logs, movielens, s3rec
 from flm_torchrec.errors import DataError
 
 
@@ -104,11 +106,84 @@ def test_own_logs_from_several_parquet_files_with_dates(tmp_path: Path) -> None:
     assert data.timestamp.tolist() == [1704067200, 1704067200, 1704157200, 1704157200]
 
 
-def test_millisecond_timestamps(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("times", "unit", "seconds"),
+    [
+        ([1700000000123], "ms", 1700000000),
+        ([1700000000_999_999], "us", 1700000000),
+        # As a float this rounds up to the next second.
+        ([1699999999_999_999_999], "ns", 1699999999),
+        ([1700000000.9], "s", 1700000000),
+        (["1700000000"], "s", 1700000000),
+        (["1700000000.5"], "s", 1700000000),
+        ([" 1700000000123 "], "ms", 1700000000),
+        ([datetime(2023, 11, 14, 22, 13, 20)], "ms", 1700000000),
+        ([datetime(2023, 11, 15, 0, 13, 20, tzinfo=timezone(timedelta(hours=2)))], "s", 1700000000),
+        ([date(2023, 11, 14)], "s", 1699920000),
+        (["2023-11-14"], "s", 1699920000),
+        (["2023-11-14T22:13"], "s", 1699999980),
+        (["2023-11-14 22:13:20"], "s", 1700000000),
+        (["2023-11-14T22:13:20.250Z"], "s", 1700000000),
+        (["2023-11-15T00:13:20+02:00"], "s", 1700000000),
+        (["2023-11-15T00:13:20.5+0200"], "s", 1700000000),
+        (["yesterday"], "s", None),
+        ([float("nan")], "s", None),
+    ],
+)
+def test_timestamps(tmp_path: Path, times: list[object], unit: str, seconds: int | None) -> None:
     file = tmp_path / "l.parquet"
-    pl.DataFrame({"user_id": ["a"], "item_id": ["x"], "timestamp": [1700000000123]}).write_parquet(file)
-    mapping = logs.Mapping(logs.parse_columns("user=user_id,item=item_id,timestamp=timestamp"), time_unit="ms")
-    assert logs.read("parquet", file, mapping).interactions["timestamp"].to_list() == [1700000000]
+    pl.DataFrame({"user_id": ["a"], "item_id": ["x"], "timestamp": times}).write_parquet(file)
+    mapping = logs.Mapping(logs.parse_columns("user=user_id, item=item_id, timestamp=timestamp"), time_unit=unit)
+    assert logs.read("parquet", file, mapping).interactions["timestamp"].to_list() == [seconds]
+
+
+def test_logs_without_times_keep_their_order_across_files(tmp_path: Path) -> None:
+    write(tmp_path / "in", {"1.csv": "u,i\na,x\nb,x\na,y\n", "2.csv": "u,i\na,z\nb,w\n", "other.csv": "no,logs\n"})
+    arguments = ("--source", "csv", "--input", tmp_path / "in" / "[0-9].csv", "--columns", "user=u,item=i")
+    assert flm("prepare", *arguments, "--output", tmp_path / "out") == 0
+    data = load_prepared(tmp_path / "out")
+    assert not data.schema.timestamps
+    assert [data.item_keys[i] for i in data.item] == ["x", "y", "z", "x", "w"]
+    assert data.timestamp.tolist() == [0, 1, 2, 0, 1]
+
+
+def test_keys_agree_between_files_that_store_them_differently(tmp_path: Path) -> None:
+    """A missing value makes whole numbers floats in many tools: 7.0 is the item 7 all the same."""
+    pl.DataFrame({"user_id": [1, 1, 2], "item_id": [7.0, None, 8.0]}).write_parquet(tmp_path / "l.parquet")
+    write(tmp_path, {"items.csv": "item_id,brand\n7,b\n8,c\n"})
+    arguments = ("--source", "parquet", "--input", tmp_path / "l.parquet", "--columns", "user=user_id,item=item_id")
+    options = ("--items", tmp_path / "items.csv", "--item-features", "brand:categorical")
+    assert flm("prepare", *arguments, *options, "--output", tmp_path / "out") == 0
+    data = load_prepared(tmp_path / "out")
+    assert data.item_keys == ["7", "8"] and data.items.sparse["brand"].values.tolist() == [0, 1]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["dropped"] == {"no item": {"rows": 1, "examples": ["l.parquet: row 2"]}}
+
+
+def test_features_of_users_and_their_own_separators(tmp_path: Path) -> None:
+    write(tmp_path, {
+        "logs.csv": 'user_id\titem_id\tvalue\nann\t"x\ty"\t2\nbob\tz\t3\n',
+        "users.csv": "name\tlikes\tage\nann\tart;tea\t30\nbob\t\t50\n",
+    })  # fmt: skip
+    options = ("--columns", "user=user_id,item=item_id,value=value", "--users", tmp_path / "users.csv",
+               "--user-key", "name", "--user-features", "likes:multi_categorical,age:numeric",
+               "--separator", "\\t", "--list-separator", ";")  # fmt: skip
+    assert flm("prepare", "--source", "csv", "--input", tmp_path / "logs.csv", *options,
+               "--output", tmp_path / "out") == 0  # fmt: skip
+    data = load_prepared(tmp_path / "out")
+    assert data.item_keys == ["x\ty", "z"] and data.value.tolist() == [2.0, 3.0]
+    assert data.users.sparse["likes"].lengths.tolist() == [2, 0]
+    np.testing.assert_allclose(data.users.dense, [[-0.70710677], [0.70710677]])
+
+
+def test_s3rec_keeps_the_order_of_a_line(tmp_path: Path) -> None:
+    write(tmp_path / "in", {"Toys.txt": "2 9 7 9\n1 7 8\n", "Toys_item2attributes.json": '{"7": [3, 1], "9": []}'})
+    assert flm("prepare", "--source", "amazon-s3rec", "--input", tmp_path / "in", "--output", tmp_path / "out") == 0
+    data = load_prepared(tmp_path / "out")
+    assert data.schema.name == "toys" and not data.schema.timestamps and data.user_keys == ["1", "2"]
+    assert [data.item_keys[i] for i in data.item] == ["7", "8", "9", "7", "9"]
+    assert data.timestamp.tolist() == [0, 1, 0, 1, 2]
+    assert data.items.sparse["attributes"].lengths.tolist() == [2, 0, 0]
 
 
 def test_items_without_events_are_kept_on_request(tmp_path: Path) -> None:
@@ -148,6 +223,24 @@ def test_items_without_events_are_kept_on_request(tmp_path: Path) -> None:
         (["--source", "amazon-s3rec", "--input", "{d}/badline"], "X.txt:2: needs a user and at least one item"),
         (["--source", "movielens-100k", "--input", "{d}/folder"], "neither u.data nor ml-100k.inter"),
         (["--source", "synthetic", "--synthetic-users", "1"], "do not go together"),
+        (["--source", "synthetic", "--input", "{d}/logs.csv"], "'synthetic' reads nothing; name yours with --source"),
+        (["--source", "csv", "--input", "{d}/x*.csv"], "x\\*.csv: not found"),
+        (["--source", "csv", "--input", "{d}/wide.csv"], "wide.csv: not a readable table"),
+        (["--source", "csv", "--input", "{d}/logs.csv", "--separator", ";;"], "logs.csv: not a readable table.*single"),
+        (["--source", "parquet", "--input", "{d}/lists.parquet"], "lists.parquet: column 'user_id' is List"),
+        (["--source", "parquet", "--input", "{d}/flags.parquet"], "flags.parquet: column 'timestamp' is Boolean, not"),
+        (["--source", "csv", "--input", "{d}/logs.csv", "--item-features", "name:text"], "name the file .*--items"),
+        (["--source", "csv", "--input", "{d}/logs.csv", "--columns", COLUMNS, "--items", "{d}/items.csv",
+          "--item-key", "sku", "--item-features", "a.b:text"], "'a.b' cannot name a feature"),
+        (["--source", "csv", "--input", "{d}/logs.csv", "--columns", COLUMNS, "--items", "{d}/items.csv",
+          "--item-key", "sku", "--item-features", "nme:text"], "items.csv: no column 'nme'; did you mean 'name'"),
+        (["--source", "csv", "--input", "{d}/logs.csv", "--columns", COLUMNS, "--title", "name"], "--title 'name'"),
+        (["--source", "amazon-s3rec", "--input", "{d}/twolines"], "X.txt:3: user '1' has a line already, 1"),
+        (["--source", "amazon-s3rec", "--input", "{d}/badlist"], "item '2' must have a list of attributes, not 'ab'"),
+        (["--source", "amazon-s3rec", "--input", "{d}/badshape"], "must be JSON of the form"),
+        (["--source", "movielens-100k", "--input", "{d}/twicefilm"], "key '10' occurs more than once as id of the"),
+        (["--source", "movielens-100k", "--input", "{d}/nocolumn"], "ml-100k.item: no column 'class'"),
+        (["--min-count", "0"], "--min-count 0: must be at least 1"),
         (["--text-buckets", "0"], "--text-buckets 0: must be at least 1"),
     ],
 )  # fmt: skip
@@ -160,35 +253,23 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         "twice.csv": "sku\nx\nx\n", "ragged.csv": "sku,vec\nx,1|2\ny,1\n",
     })  # fmt: skip
     (inputs / "folder").mkdir()
+    write(inputs, {"wide.csv": "user_id,item_id,timestamp\na,x,1\nb,y,2,3\n"})
+    keys = {"user_id": [[1]], "item_id": [1], "timestamp": [1]}
+    pl.DataFrame(keys).write_parquet(inputs / "lists.parquet")
+    pl.DataFrame({**keys, "user_id": [1], "timestamp": [True]}).write_parquet(inputs / "flags.parquet")
+    write(inputs / "twolines", {"X.txt": "1 2\n2 3\n1 4\n", "X_item2attributes.json": "{}"})
+    write(inputs / "badlist", {"X.txt": "1 2\n", "X_item2attributes.json": '{"2": "ab"}'})
+    write(inputs / "badshape", {"X.txt": "1 2\n", "X_item2attributes.json": "[1]"})
+    write(inputs / "twicefilm", {**ATOMIC, "ml-100k.item": ATOMIC["ml-100k.item"] + "10\tAgain\t\t\n"})
+    write(inputs / "nocolumn", {**ATOMIC, "ml-100k.item": "item_id:token\tmovie_title:t\trelease_year:t\n1\ta\tb\n"})
     write(inputs / "badjson", {"X.txt": "1 2\n", "X_item2attributes.json": "[1,"})
     write(inputs / "badline", {"X.txt": "1 2\n3\n", "X_item2attributes.json": "{}"})
     filled = [a.format(d=inputs) for a in arguments]
     assert flm("prepare", "--output", tmp_path / "out", *filled) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
-    import re
-
     assert re.search(message, error), error
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
-
-
-def test_synthetic_data_follow_the_recipe() -> None:
-    recipe = synthetic.Recipe(users=400, items=200, events=20, content=1, collaborative=0, sequential=3, seed=5)
-    raw = synthetic.read(recipe)
-    rows = raw.interactions
-    assert rows.equals(synthetic.read(recipe).interactions)
-    assert rows.select("user", "item").is_unique().all()
-    shares = dict(rows["segment"].value_counts(normalize=True).iter_rows())
-    assert shares["sequential"] == pytest.approx(0.75, abs=0.02) and "collaborative" not in shares
-    oracle = raw.oracle
-    assert oracle["all"]["ndcg@10"] > 0.3 and "collaborative" not in oracle
-
-
-def test_the_oracle_is_better_than_popularity_on_each_signal() -> None:
-    raw = synthetic.read(synthetic.Recipe(users=600, items=300, events=20))
-    oracle = raw.oracle
-    for name in synthetic.MECHANISMS:
-        assert oracle[f"only_{name}"]["ndcg@10"] > 0.12, name
 
 
 def test_unknown_kind_in_the_schema_is_refused(small: PreparedData, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +14,11 @@ from flm_torchrec.errors import DataError
 
 if TYPE_CHECKING:
     from flm_torchrec.data.raw import Raw
-
-SOURCES = ("synthetic", "movielens-100k", "amazon-s3rec", "parquet", "csv")
+    from flm_torchrec.data.schema import Entity
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `prepare` to the subcommands."""
     parser = subparsers.add_parser(
         "prepare",
         help="turn logs and features into the layout that everything else reads",
@@ -24,10 +26,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--source", default="synthetic", metavar="NAME", help=f"one of {', '.join(SOURCES)} (default: %(default)s)"
-    )
-    parser.add_argument("--input", type=Path, metavar="PATH", help="folder of the source, or file of your logs")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+        "--source", default="synthetic", metavar="NAME",
+        help=f"one of {', '.join(SOURCES)}; synthetic is made up, not data about people (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--input", type=Path, metavar="PATH",
+        help="folder of the source; for your own logs a file, a folder, or a pattern in quotes such as"
+        " 'logs/2024-*.csv' (needed by all sources but synthetic)",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write (required)")
     parser.add_argument("--overwrite", action="store_true", help="replace older prepared data (default: refuse)")
     _add_cleaning(parser.add_argument_group("cleaning"))
     _add_logs(parser.add_argument_group("your own logs (parquet, csv)"))
@@ -38,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def _add_cleaning(group: Any) -> None:
     group.add_argument(
         "--k-core", type=int, default=0, metavar="K",
-        help="keep users and items with at least K events (default: %(default)s, all)",
+        help="keep users and items with at least K events each, repeated until all have (default: %(default)s, all)",
     )  # fmt: skip
     group.add_argument("--min-value", type=float, metavar="X", help="drop events of a lower value (default: none)")
     group.add_argument(
@@ -48,27 +55,28 @@ def _add_cleaning(group: Any) -> None:
     )  # fmt: skip
     group.add_argument(
         "--min-count", type=int, default=1, metavar="N",
-        help="values of a categorical feature on fewer rows become unknown (default: %(default)s)",
+        help="values of a categorical feature that occur fewer times become unknown (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--text-buckets", type=int, default=10_000, metavar="N",
         help="rows of a text feature's table, into which words are hashed (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--keep-unseen-items", action="store_true", help="also items of the items file without events (default: drop)"
+        "--keep-unseen-items", action="store_true", help="also keep described items without events (default: drop)"
     )
 
 
 def _add_logs(group: Any) -> None:
     group.add_argument(
         "--columns", default="user=user_id,item=item_id,timestamp=timestamp", metavar="ROLE=COLUMN,…",
-        help="roles: user, item, timestamp, event, value (default: %(default)s)",
+        help="roles: user, item, timestamp, event, value; without a timestamp the order of the rows counts"
+        " (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--time-unit", choices=("s", "ms", "us", "ns"), default="s",
         help="unit of numeric timestamps; ISO dates are read as they are (default: %(default)s)",
     )  # fmt: skip
-    group.add_argument("--separator", default=",", help="of CSV columns (default: '%(default)s')")
+    group.add_argument("--separator", default=",", help="of CSV columns, one character (default: '%(default)s')")
     group.add_argument("--list-separator", default="|", help="inside a column of lists (default: '%(default)s')")
     for side in ("item", "user"):
         group.add_argument(f"--{side}s", type=Path, metavar="FILE", help=f"features of {side}s (default: none)")
@@ -99,12 +107,18 @@ def _add_synthetic(group: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Prepare, and say in a few lines what came of it.
+
+    Raises:
+        DataError: an option, an input or the output is wrong.
+    """
     started = time.monotonic()
     if args.source not in SOURCES:
         raise DataError(f"--source '{args.source}' is not known; {nearest(args.source, SOURCES)}")
     for option, least in (("k_core", 0), ("min_count", 1), ("text_buckets", 1)):
         if getattr(args, option) < least:
             raise DataError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be at least {least}")
+    _check_input(args.source, args.input)
     # Imported here: a wrong option should be told at once.
     from flm_torchrec.data.prepare import Options, check_output, prepare
 
@@ -112,40 +126,77 @@ def run(args: argparse.Namespace) -> None:
     options = Options(
         args.k_core, args.min_value, args.dedup, args.min_count, args.text_buckets, args.keep_unseen_items
     )
-    report = prepare(_read(args), args.output, options)
-    dropped = sum(reason["rows"] for reason in report["dropped"].values())
-    made_up = " (synthetic: made up from a seed)" if args.source == "synthetic" else ""
+    report = prepare(SOURCES[args.source](args), args.output, options, args.overwrite)
+    _tell(report, args.output, time.monotonic() - started)
+
+
+def _check_input(source: str, path: Path | None) -> None:
+    if source == "synthetic":
+        if path is not None:
+            raise DataError(f"--input {path}: the source 'synthetic' reads nothing; name yours with --source")
+        return
+    if path is None:
+        raise DataError(f"--input: name the folder or file of the source '{source}'")
+    if not path.exists() and not glob.glob(str(path)):
+        raise DataError(f"{path}: not found; --input must name the folder or file of the source")
+
+
+def _tell(report: dict[str, Any], output: Path, seconds: float) -> None:
+    made_up = " (synthetic: made up from a seed)" if report["source"] == "synthetic" else ""
+    dropped = report["rows_read"] - report["rows_kept"]
     print(
-        f"{args.output}: {report['rows_kept']} events of {report['users']} users with {report['items']} items"
-        f"{made_up}; {dropped} of {report['rows_read']} rows dropped, sparsity {report['sparsity']:.4%},"
-        f" {time.monotonic() - started:.1f} s"
+        f"{output}: {report['rows_kept']} events of {report['users']} users with {report['items']} items{made_up};"
+        f" {dropped} of {report['rows_read']} rows dropped, sparsity {report['sparsity']:.4%}, {seconds:.1f} s"
     )
     for reason, detail in report["dropped"].items():
         print(f"  dropped {detail['rows']}: {reason} (e.g. {detail['examples'][0]})")
-    print(f"next: flm train --data.path {args.output}")
+    if report["items_without_features"]:
+        print(f"  {report['items_without_features']} items have no features: only their ids tell of them")
+    print(f"next: flm train --data.path {output}")
 
 
-def _read(args: argparse.Namespace) -> Raw:
-    from flm_torchrec.data.sources import logs, movielens, s3rec, synthetic
+def _synthetic(args: argparse.Namespace) -> Raw:
+    from flm_torchrec.data.sources import synthetic
 
-    if args.source == "synthetic":
-        given = {name: getattr(args, f"synthetic_{name}") for name in vars(synthetic.Recipe())}
-        return synthetic.read(synthetic.Recipe(**given))
-    if args.input is None:
-        raise DataError(f"--input: name the folder or file of the source '{args.source}'")
-    if not args.input.exists():
-        raise DataError(f"{args.input}: not found; --input must name the folder or file of the source")
-    if args.source in ("movielens-100k", "amazon-s3rec"):
-        return (movielens if args.source == "movielens-100k" else s3rec).read(args.input)
-    sides: dict[Any, logs.Side] = {}
-    for side in ("item", "user"):
-        file = getattr(args, f"{side}s")
-        option = f"--{side}-features"
+    given = {name: getattr(args, f"synthetic_{name}") for name in vars(synthetic.Recipe())}
+    return synthetic.read(synthetic.Recipe(**given))
+
+
+def _movielens(args: argparse.Namespace) -> Raw:
+    from flm_torchrec.data.sources import movielens
+
+    return movielens.read(args.input)
+
+
+def _s3rec(args: argparse.Namespace) -> Raw:
+    from flm_torchrec.data.sources import s3rec
+
+    return s3rec.read(args.input)
+
+
+def _logs(args: argparse.Namespace) -> Raw:
+    from flm_torchrec.data.sources import logs
+
+    entities: tuple[Entity, ...] = ("item", "user")
+    sides = {}
+    for side in entities:
+        file, option = getattr(args, f"{side}s"), f"--{side}-features"
+        kinds = logs.parse_kinds(getattr(args, f"{side}_features"), option)
+        if kinds and file is None:
+            raise DataError(f"{option}: name the file that has them with --{side}s")
         if file is not None:
-            sides[side] = logs.Side(
-                file, getattr(args, f"{side}_key"), logs.parse_kinds(getattr(args, f"{side}_features"), option)
-            )
-    mapping = logs.Mapping(
-        logs.parse_columns(args.columns), args.time_unit, args.separator, args.list_separator, sides, args.title
-    )
+            sides[side] = logs.Side(file, getattr(args, f"{side}_key"), kinds)
+    columns = logs.parse_columns(args.columns)
+    separator = args.separator.replace("\\t", "\t")  # as typed in a shell
+    mapping = logs.Mapping(columns, args.time_unit, separator, args.list_separator, sides, args.title)
     return logs.read(args.source, args.input, mapping)
+
+
+SOURCES: dict[str, Callable[[argparse.Namespace], Raw]] = {
+    "synthetic": _synthetic,
+    "movielens-100k": _movielens,
+    "amazon-s3rec": _s3rec,
+    "parquet": _logs,
+    "csv": _logs,
+}
+"""What reads a source."""

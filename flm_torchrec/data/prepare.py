@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from flm_torchrec.data.clean import Dropped, deduplicate, drop_bad, in_order, k_core
@@ -33,12 +34,16 @@ class Options:
     keep_unseen_items: bool = False
 
 
-def prepare(raw: Raw, output: Path, options: Options) -> dict[str, Any]:
+def prepare(raw: Raw, output: Path, options: Options, overwrite: bool = False) -> dict[str, Any]:
     """Write the layout; returns the report. The folder appears whole or not at all.
 
+    Args:
+        overwrite: replace older prepared data; anything else in the way is never replaced.
+
     Raises:
-        DataError: no rows are left, or a feature cannot be encoded.
+        DataError: no rows are left, a feature cannot be encoded, or the folder is in use.
     """
+    check_output(output, overwrite)
     dropped = Dropped()
     frame = drop_bad(raw.interactions, dropped, options.min_value)
     frame = deduplicate(in_order(frame), options.dedup, dropped)
@@ -89,27 +94,30 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _whole(output: Path) -> Iterator[Path]:
-    fresh = output.with_name(output.name + ".tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
+    """A folder to fill, which becomes `output` at the end; until then `output` stays as it was."""
+    output = output.resolve()
     try:
-        fresh.mkdir(parents=True)
-        yield fresh
-        shutil.rmtree(output, ignore_errors=True)
-        fresh.rename(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as name:
+            fresh, old = Path(name) / "fresh", Path(name) / "old"
+            fresh.mkdir()
+            yield fresh
+            if output.exists():
+                output.rename(old)
+            fresh.rename(output)
     except OSError as error:
-        raise DataError(f"{output}: cannot be written ({error.strerror}); give another --output") from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        raise DataError(f"{output}: cannot be written ({error.strerror or error}); give another --output") from error
 
 
 def _entities(described: pl.DataFrame | None, seen: pl.Series, keep_unseen: bool) -> pl.DataFrame:
-    """One row an entity, in the order of its id: keys that are numbers by number, then the others by letter."""
-    keys = pl.DataFrame({"key": seen.unique()}).with_columns(_seen=pl.lit(True))
-    joined = (
-        keys if described is None else keys.join(described, "key", "full" if keep_unseen else "left", coalesce=True)
-    )
-    number = pl.col("key").cast(pl.Int64, strict=False)
-    return joined.sort(number.is_null(), number, "key").with_columns(_seen=pl.col("_seen").fill_null(False))
+    """One row an entity, in the order of its id: by the text before the number at a key's end, then by number."""
+    rows = pl.DataFrame({"key": seen.unique()}).with_columns(_seen=pl.lit(True))
+    if described is not None:
+        rows = rows.join(described, "key", "full" if keep_unseen else "left", coalesce=True)
+    parts = [pl.col("key").str.extract(r"^(.*?)(\d{1,18})$", group) for group in (1, 2)]
+    # Two keys such as 7 and 07 tie by number; the key itself settles it.
+    ordered = rows.sort(pl.coalesce(parts[0], "key"), parts[1].cast(pl.Int64), "key")
+    return ordered.with_columns(pl.col("_seen").fill_null(False))
 
 
 def _write_interactions(
@@ -153,8 +161,8 @@ def _report(
 ) -> dict[str, Any]:
     per_user = frame.group_by("user").len()["len"]
     quantiles = {f"{q:.0%}": per_user.quantile(q, "nearest") for q in (0.0, 0.25, 0.5, 0.75, 0.99, 1.0)}
-    described = [f.name for f in raw.features if f.entity == "item"]
-    bare = pl.all_horizontal(pl.col(c).is_null() for c in described) if described else pl.lit(True)
+    known = [_known(items[f.name]) for f in raw.features if f.entity == "item"]
+    bare = len(items) if not known else int((~np.any(known, axis=0)).sum())
     return {
         "source": raw.source,
         "rows_read": len(raw.interactions),
@@ -163,7 +171,7 @@ def _report(
         "duplicates": sum(n for reason, n in dropped.counts.items() if reason.startswith("duplicate")),
         "users": schema.users,
         "items": schema.items,
-        "items_without_features": items.select(bare.alias("bare"))["bare"].sum() if described else schema.items,
+        "items_without_features": bare,
         "items_never_interacted": int((~items["_seen"]).sum()),
         "users_with_fewer_than_3_events": int((per_user < 3).sum()),
         "events_per_user": quantiles,
@@ -172,3 +180,13 @@ def _report(
         **raw.notes,
         **({"oracle": raw.oracle} if raw.oracle and len(frame) == len(raw.interactions) else {}),
     }
+
+
+def _known(column: pl.Series) -> np.ndarray:
+    """Where an item has the feature: neither null nor an empty list or text."""
+    known = column.is_not_null()
+    if isinstance(column.dtype, pl.List):
+        known &= column.list.len().fill_null(0) > 0
+    elif column.dtype == pl.String:
+        known &= (column != "").fill_null(False)
+    return known.to_numpy()

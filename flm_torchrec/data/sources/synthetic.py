@@ -48,9 +48,9 @@ BLOCK = 256
 class Recipe:
     """Size and strengths."""
 
-    users: int = 2000
+    users: int = 4000
     items: int = 1000
-    events: int = 30
+    events: int = 40
     """Mean events a user."""
     content: float = 1.0
     collaborative: float = 1.0
