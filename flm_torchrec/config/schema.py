@@ -69,9 +69,15 @@ class LossConfig:
     collaborative: Annotated[Weight, Field(description="weight of the collaborative head's loss")] = 1.0
     sequential: Annotated[Weight, Field(description="weight of the sequential head's loss")] = 1.0
     fused: Annotated[Weight, Field(description="weight of the loss of h itself, which is what trains the fusion")] = 1.0
-    fused_reaches_heads: Annotated[
-        bool, Field(description="let the loss of h change the heads and tables, not the fusion alone")
-    ] = True
+    fusion_holdout: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="share of users whose newest training event the heads do not learn, the fusion alone does;"
+            " 0: heads and fusion learn every event together",
+        ),
+    ] = 0.2
     negatives: Annotated[
         int | Literal["all"],
         Field(description="items drawn per global batch beside the in-batch ones; 'all': full softmax"),
@@ -79,6 +85,9 @@ class LossConfig:
     negative_power: Annotated[
         float, Field(ge=0, le=1, description="negatives are drawn with probability ~ popularity ** this")
     ] = 0.5
+    precision: Annotated[
+        Literal["fp32", "bf16"], Field(description="of the products of the softmax, the bulk of a step's work")
+    ] = "fp32"
     temperature: Annotated[Rate, Field(description="start of the learned temperature of each softmax")] = 1.0
 
     @model_validator(mode="after")

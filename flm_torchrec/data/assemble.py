@@ -33,10 +33,14 @@ class Assembler:
         fit: [interactions] bool, the training events: ids outside them are unknown to the model.
         item_rows: least stride of `item_features`; ranks that must agree on it over gloo (reduce-scatter of
             row-wise tables) set it to the largest N that can occur.
+        fusion_only: [interactions] bool, training events kept from the heads; None: none.
     """
 
-    def __init__(self, data: PreparedData, fit: np.ndarray, item_rows: int = 0) -> None:
+    def __init__(
+        self, data: PreparedData, fit: np.ndarray, item_rows: int = 0, fusion_only: np.ndarray | None = None
+    ) -> None:
         self.data = data
+        self.fusion_only = fusion_only if fusion_only is not None else np.zeros(len(fit), bool)
         self.item_rows = item_rows
         users = np.repeat(np.arange(data.schema.users), np.diff(data.offsets))
         self.item_known = (np.bincount(data.item[fit], minlength=data.schema.items) > 0).astype(np.float32)
@@ -102,6 +106,7 @@ class Assembler:
             lengths=torch.from_numpy(lengths),
             tokens=torch.from_numpy(tokens),
             targets=torch.from_numpy(rows[len(token_items) : len(token_items) + len(target_items)]),
+            fusion_only=torch.from_numpy(self.fusion_only[positions[: len(target_items)]]),
             candidates=torch.from_numpy(rows[len(token_items) + len(target_items) :]),
             log_absent=torch.from_numpy(log_absent),
         )

@@ -19,6 +19,7 @@ from flm_torchrec.model.tables import history_tables, item_feature_tables, item_
 from flm_torchrec.model.tower import REPRESENTATIONS, Encoded, Looked, Tower, Widths
 
 HISTORY_KEYS = ("event", "gap")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_LOG_SCALE = math.log(100.0)
 """Bound of the learned inverse temperature, as in CLIP (Radford et al. 2021)."""
 
@@ -106,7 +107,7 @@ class Dense(nn.Module):
             item_id_dropout=model.id_dropout,
             user_id_dropout=model.user_id_dropout,
             fusion=model.fusion,
-            fused_reaches_heads=loss.fused_reaches_heads,
+            stacked=loss.fusion_holdout > 0,
         )
         start = -math.log(loss.temperature)
         self.log_scale = nn.ParameterDict({name: nn.Parameter(torch.tensor(start)) for name in REPRESENTATIONS})
@@ -146,9 +147,10 @@ class Dense(nn.Module):
         vectors, real = self.gather.concat(encoded.items[batch.candidates])  # [C, D], [C]
         candidate_ids, _ = self.gather.concat(item_ids[batch.candidates])
         log_absent, _ = self.gather.concat(batch.log_absent)
-        count = self.gather.all_reduce_sum(torch.tensor(float(len(batch.targets)), device=vectors.device))
+        parts = {False: ~batch.fusion_only, True: batch.fusion_only}
+        counts = self.gather.all_reduce_sum(torch.stack([parts[False].sum(), parts[True].sum()]).float())
         place, repeated = _first_places(candidate_ids, real, item_ids[batch.targets])
-        log_q = self._log_q(log_absent, count).masked_fill(repeated | ~real, math.inf)
+        log_q = self._log_q(log_absent, counts.sum()).masked_fill(repeated | ~real, math.inf)
 
         total, losses = vectors.new_zeros(()), {}
         for name, query in encoded.representations.items():
@@ -158,7 +160,12 @@ class Dense(nn.Module):
                 total = total + 0.0 * (query.sum() + self.log_scale[name])
                 continue
             scale = self.log_scale[name].clamp(max=MAX_LOG_SCALE).exp()
-            loss = sampled_softmax(query, vectors, place, log_q, scale) / count
+            # Stacked generalization: a fusion fitted to events that the heads have learnt would trust most the head
+            # that memorises best (Wolpert, Neural Networks 1992).
+            apart = name == "fused" and self.tower.stacked
+            items, rows = vectors.detach() if apart else vectors, parts[apart]
+            summed = sampled_softmax(query[rows], items, place[rows], log_q, scale, PRECISIONS[self.config.precision])
+            loss = summed / counts[int(apart)].clamp(min=1)
             losses[name] = loss.detach()
             total = total + weight * loss
         return total * self.gather.world_size, Outputs(encoded, losses, int((batch.lengths > 0).sum()))

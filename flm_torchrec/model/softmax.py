@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**20
-"""Logits held at once, 4 MiB in fp32: near a CPU's cache, small on a GPU."""
+CHUNK_BYTES = 2**22
+"""Of the logits held at once: near a CPU's cache, small on a GPU."""
 
 
 def inclusion_log_probability(log_absent: Tensor, in_batch: Tensor | int, drawn: int) -> Tensor:
@@ -19,7 +19,9 @@ def inclusion_log_probability(log_absent: Tensor, in_batch: Tensor | int, drawn:
     return torch.log(-torch.expm1(absent).clamp(max=-1e-12))
 
 
-def sampled_softmax(query: Tensor, items: Tensor, target: Tensor, log_q: Tensor, scale: Tensor) -> Tensor:
+def sampled_softmax(
+    query: Tensor, items: Tensor, target: Tensor, log_q: Tensor, scale: Tensor, precision: torch.dtype | None = None
+) -> Tensor:
     """Sum over T queries of -log softmax(scale * query . items)[target], Z estimated from the candidates.
 
     Each candidate but the target stands for 1 / pi items like it: its logit is lowered by log_q = log pi. The
@@ -34,11 +36,12 @@ def sampled_softmax(query: Tensor, items: Tensor, target: Tensor, log_q: Tensor,
         log_q: [C] log-probability of each candidate to be one; +inf takes it out (padding, a repeated item).
             All zero for a full softmax.
         scale: [] inverse temperature.
+        precision: of the logits and of the products with them; None: that of `items`. Sums stay in the latter.
 
     Returns:
-        [] the summed loss; its gradient is exact for query, items and scale.
+        [] the summed loss; its gradient is that of query, items and scale.
     """
-    return _SampledSoftmax.apply(query, items, target, log_q, scale)
+    return _SampledSoftmax.apply(query, items, target, log_q, scale, precision or items.dtype)
 
 
 class _SampledSoftmax(torch.autograd.Function):
@@ -46,24 +49,29 @@ class _SampledSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx, query: Tensor, items: Tensor, target: Tensor, log_q: Tensor, scale: Tensor
+        ctx, query: Tensor, items: Tensor, target: Tensor, log_q: Tensor, scale: Tensor, precision: torch.dtype
     ) -> Tensor:
         loss = query.new_zeros(())
         query_grad, items_grad = torch.empty_like(query), torch.zeros_like(items)
-        chunk = max(1, CHUNK_ELEMENTS // max(1, len(items)))
-        buffer = query.new_empty(min(chunk, len(query)), len(items))
-        scaled, corrections = query * scale, -log_q
+        scaled = query * scale
+        low_items, low_scaled, corrections = (x.to(precision) for x in (items, scaled, -log_q))
+        chunk = max(1, CHUNK_BYTES // (precision.itemsize * max(1, len(items))))
+        buffer = low_items.new_empty(min(chunk, len(query)), len(items))
         for at in range(0, len(query), chunk):
-            part, own = scaled[at : at + chunk], target[at : at + chunk, None]
-            shares = torch.addmm(corrections, part, items.T, out=buffer[: len(part)])  # logits, [t, C]
-            truth = shares.gather(1, own).add_(log_q[own])
-            shares.scatter_(1, own, truth)
+            part, own = low_scaled[at : at + chunk], target[at : at + chunk]
+            shares = torch.addmm(corrections, part, low_items.T, out=buffer[: len(part)])  # logits, [t, C]
+            truth = (scaled[at : at + chunk] * items[own]).sum(1, keepdim=True)
+            shares.scatter_(1, own[:, None], truth.to(precision))
             largest = shares.amax(1, keepdim=True)
-            total = shares.sub_(largest).exp_().sum(1, keepdim=True)
+            total = shares.sub_(largest).exp_().sum(1, keepdim=True, dtype=items.dtype)
             loss += (total.log() + largest - truth).sum()
             # softmax = shares / total; dividing the narrow factors instead saves a pass over [t, C].
-            query_grad[at : at + chunk] = shares @ items / total - items[own[:, 0]]
-            items_grad.addmm_(shares.T, part / total)
+            query_grad[at : at + chunk] = (shares @ low_items).to(items.dtype) / total - items[own]
+            weighted = (scaled[at : at + chunk] / total).to(precision)
+            if precision == items.dtype:
+                items_grad.addmm_(shares.T, weighted)
+            else:
+                items_grad += shares.T @ weighted
         items_grad.index_add_(0, target, scaled, alpha=-1.0)
         scale_grad = (query_grad * query).sum()
         ctx.save_for_backward(query_grad.mul_(scale), items_grad, scale_grad)
@@ -72,4 +80,4 @@ class _SampledSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         query_grad, items_grad, scale_grad = ctx.saved_tensors
-        return query_grad * grad, items_grad * grad, None, None, scale_grad * grad
+        return query_grad * grad, items_grad * grad, None, None, scale_grad * grad, None

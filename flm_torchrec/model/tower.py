@@ -71,14 +71,14 @@ class Tower(nn.Module):
         item_id_dropout: float,
         user_id_dropout: float,
         fusion: str,
-        fused_reaches_heads: bool,
+        stacked: bool,
     ) -> None:
         super().__init__()
         dim = widths.dim
         self.dim = dim
         self.item_id_dropout = item_id_dropout
         self.user_id_dropout = user_id_dropout
-        self.fused_reaches_heads = fused_reaches_heads
+        self.stacked = stacked
         self.item_content = _mlp(widths.item_features * dim + widths.item_dense, dim)
         self.user_content = _mlp(widths.user_features * dim + widths.user_dense, dim)
         self.event = nn.Linear(widths.history * dim + 1, dim)
@@ -120,8 +120,8 @@ class Tower(nn.Module):
         return Encoded(vectors, content, {**heads, "fused": self._fuse(list(heads.values()))})
 
     def _fuse(self, heads: list[Tensor]) -> Tensor:
-        stacked = torch.stack(heads, 1)  # [T, heads, D]
-        return self.fusion(stacked if self.fused_reaches_heads else stacked.detach())
+        together = torch.stack(heads, 1)  # [T, heads, D]
+        return self.fusion(together.detach() if self.stacked else together)
 
     def _sequential(
         self,

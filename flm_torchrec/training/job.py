@@ -14,7 +14,7 @@ from flm_torchrec.data.assemble import Assembler
 from flm_torchrec.data.loader import Negatives, TrainLoader, windows
 from flm_torchrec.data.prepared import PreparedData, load_prepared
 from flm_torchrec.data.schema import Schema
-from flm_torchrec.data.splits import Examples, Splits, split
+from flm_torchrec.data.splits import Examples, Splits, newest, split
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.distributed.plan import describe, make_plan
 from flm_torchrec.distributed.shard import make_optimizer, shard
@@ -52,7 +52,12 @@ def make_loader(data: PreparedData, splits: Splits, config: Config, comm: Comm) 
     negatives = Negatives(counts, config.loss.negatives, config.loss.negative_power)
     return TrainLoader(
         windows(data, splits, config.data.max_history),
-        Assembler(data, learnt, item_rows=_most_items(data.schema, config, comm)),
+        Assembler(
+            data,
+            learnt,
+            item_rows=_most_items(data.schema, config, comm),
+            fusion_only=newest(data, splits, config.loss.fusion_holdout, config.train.seed),
+        ),
         negatives,
         config.train.batch_size,
         config.train.seed,
