@@ -8,6 +8,9 @@ from torch import Tensor
 CHUNK_BYTES = 2**22
 """Of the logits held at once: near a CPU's cache, small on a GPU."""
 
+TINY = torch.finfo(torch.float32).tiny
+"""Least share whose logarithm is taken."""
+
 
 def inclusion_log_probability(log_absent: Tensor, in_batch: Tensor | int, drawn: int) -> Tensor:
     """[C]: log-probability that an item is among the candidates of a step.
@@ -59,19 +62,16 @@ class _SampledSoftmax(torch.autograd.Function):
         buffer = low_items.new_empty(min(chunk, len(query)), len(items))
         for at in range(0, len(query), chunk):
             part, own = low_scaled[at : at + chunk], target[at : at + chunk]
-            shares = torch.addmm(corrections, part, low_items.T, out=buffer[: len(part)])  # logits, [t, C]
-            truth = (scaled[at : at + chunk] * items[own]).sum(1, keepdim=True)
-            shares.scatter_(1, own[:, None], truth.to(precision))
-            largest = shares.amax(1, keepdim=True)
-            total = shares.sub_(largest).exp_().sum(1, keepdim=True, dtype=items.dtype)
-            loss += (total.log() + largest - truth).sum()
-            # softmax = shares / total; dividing the narrow factors instead saves a pass over [t, C].
-            query_grad[at : at + chunk] = (shares @ low_items).to(items.dtype) / total - items[own]
-            weighted = (scaled[at : at + chunk] / total).to(precision)
+            logits = torch.addmm(corrections, part, low_items.T, out=buffer[: len(part)])  # [t, C]
+            truth = (scaled[at : at + chunk] * items[own]).sum(1)
+            logits.scatter_(1, own[:, None], truth.to(precision)[:, None])
+            shares = torch.softmax(logits, 1, out=logits)
+            loss -= shares.gather(1, own[:, None]).to(items.dtype).clamp(min=TINY).log().sum()
+            query_grad[at : at + chunk] = (shares @ low_items).to(items.dtype) - items[own]
             if precision == items.dtype:
-                items_grad.addmm_(shares.T, weighted)
+                items_grad.addmm_(shares.T, part)
             else:
-                items_grad += shares.T @ weighted
+                items_grad += shares.T @ part
         items_grad.index_add_(0, target, scaled, alpha=-1.0)
         scale_grad = (query_grad * query).sum()
         ctx.save_for_backward(query_grad.mul_(scale), items_grad, scale_grad)
