@@ -20,14 +20,15 @@ from flm_torchrec.model import softmax
 from flm_torchrec.model.pretrain import _first_places
 from flm_torchrec.model.softmax import inclusion_log_probability, sampled_softmax
 from flm_torchrec.model.tower import FUSIONS, REPRESENTATIONS, Encoded, Looked, Tower, Widths
+from flm_torchrec.model.transformer import BLOCKS
 
 DIM = 8
 
 
-def make_tower(fusion: str = "gated", stacked: bool = False) -> Tower:
+def make_tower(fusion: str = "gated", stacked: bool = False, block: str = "transformer", relative: bool = False) -> Tower:
     torch.manual_seed(0)
     widths = Widths(DIM, item_features=2, item_dense=1, user_features=1, user_dense=2, history=2, max_tokens=6)
-    return Tower(widths, 2, 2, 0.1, 0.1, 0.1, fusion, stacked).eval()
+    return Tower(widths, 2, 2, 0.1, 0.1, 0.1, fusion, stacked, block, relative).eval()
 
 
 def inputs(items: int = 7, lengths: tuple[int, ...] = (3, 1, 4), seed: int = 1) -> dict:
@@ -44,7 +45,7 @@ def inputs(items: int = 7, lengths: tuple[int, ...] = (3, 1, 4), seed: int = 1) 
     return {
         "looked": looked, "item_dense": torch.randn(items, 1, generator=g), "item_known": torch.ones(items),
         "user_dense": torch.randn(users, 2, generator=g), "user_known": torch.ones(users),
-        "value": torch.zeros(count), "lengths": torch.tensor(lengths), "tokens": tokens,
+        "value": torch.zeros(count), "time": torch.arange(count), "lengths": torch.tensor(lengths), "tokens": tokens,
     }  # fmt: skip
 
 
@@ -56,8 +57,9 @@ def test_every_head_gives_a_vector_in_the_one_space(fusion: str) -> None:
     assert all(h.shape == (8, DIM) for h in out.representations.values())
 
 
-def test_no_head_sees_a_later_token() -> None:
-    tower, batch = make_tower(), inputs()
+@pytest.mark.parametrize(("block", "relative"), [(b, r) for b in BLOCKS for r in (False, True)])
+def test_no_head_sees_a_later_token(block: str, relative: bool) -> None:
+    tower, batch = make_tower(block=block, relative=relative), inputs()
     before = tower(**batch).representations
     changed = {**batch, "tokens": batch["tokens"].clone(), "value": batch["value"].clone()}
     changed["tokens"][7] = (batch["tokens"][7] + 1) % 7  # the last token of the third sequence
@@ -70,7 +72,7 @@ def test_no_head_sees_a_later_token() -> None:
 
 def test_sequences_of_a_batch_do_not_touch_each_other() -> None:
     tower, batch = make_tower(), inputs()
-    alone = {**batch, "lengths": batch["lengths"][2:], "tokens": batch["tokens"][4:], "value": batch["value"][4:]}
+    alone = {**batch, "time": batch["time"][4:], "lengths": batch["lengths"][2:], "tokens": batch["tokens"][4:], "value": batch["value"][4:]}
     alone["looked"] = Looked(
         batch["looked"].item_id, batch["looked"].item_features, batch["looked"].user[2:], batch["looked"].history[4:]
     )

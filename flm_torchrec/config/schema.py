@@ -41,6 +41,12 @@ class ModelConfig:
     layers: Annotated[int, Field(ge=0, description="Transformer blocks of the sequential head")] = 2
     attention_heads: Annotated[Count, Field(description="attention heads of a block; divides dim")] = 2
     dropout: Annotated[Share, Field(description="share of activations dropped in training")] = 0.2
+    block: Annotated[
+        Literal["transformer", "hstu"], Field(description="of the sequential head: softmax or pointwise attention")
+    ] = "transformer"
+    relative_bias: Annotated[
+        bool, Field(description="bias of attention by distance in position and in time")
+    ] = False
     fusion: Annotated[Literal["gated", "sum", "concat"], Field(description="how the three heads become h")] = "gated"
     id_dropout: Annotated[
         Share,
@@ -78,6 +84,11 @@ class LossConfig:
             " 0: heads and fusion learn every event together",
         ),
     ] = 0.2
+    attribute: Annotated[Weight, Field(description="weight of the item-attribute contrast")] = 0.0
+    same_target: Annotated[Weight, Field(description="weight of the contrast of histories of one target")] = 0.0
+    weighting: Annotated[Literal["fixed", "uncertainty"], Field(description="how the heads' losses are weighed")] = (
+        "fixed"
+    )
     negatives: Annotated[
         int | Literal["all"],
         Field(description="items drawn per global batch beside the in-batch ones; 'all': full softmax"),

@@ -103,6 +103,7 @@ class Assembler:
             user_known=torch.from_numpy(self.user_known[user]),
             history=self._history(shown, first, lengths),
             value=torch.from_numpy(value),
+            time=torch.from_numpy(self._time(shown, first, lengths)),
             lengths=torch.from_numpy(lengths),
             tokens=torch.from_numpy(tokens),
             targets=torch.from_numpy(rows[len(token_items) : len(token_items) + len(target_items)]),
@@ -127,6 +128,15 @@ class Assembler:
         known = self.user_known[user] > 0
         ids = Ragged(np.concatenate([[0], np.cumsum(known)]), user[known])
         return _kjt({"user_id": ids, **{f.name: self.data.users.sparse[f.name].take(user) for f in self.user_features}})
+
+    def _time(self, shown: np.ndarray, first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """[T] int64; without timestamps all zero."""
+        time = np.zeros(len(first), np.int64)
+        if self.data.schema.timestamps and len(shown):
+            time[~first] = self.data.timestamp[shown]
+            begin = np.minimum(np.cumsum(lengths) - lengths + 1, len(first) - 1)  # the first shown event
+            time[~first] -= np.repeat(time[begin], np.maximum(lengths - 1, 0))
+        return time
 
     def _history(self, shown: np.ndarray, first: np.ndarray, lengths: np.ndarray) -> KeyedJaggedTensor:
         """Event code + 1 and gap bucket + 1 of each token; 0 at the prefix."""

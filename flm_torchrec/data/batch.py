@@ -28,6 +28,7 @@ class Batch(Pipelineable):
     user_known: Tensor  # [B] float
     history: KeyedJaggedTensor  # keys event and gap, stride B, lengths as below
     value: Tensor  # [T] float: standardised value of the event, 0 at the prefix
+    time: Tensor  # [T] seconds since the first event of the sequence, 0 at the prefix
     lengths: Tensor  # [B] tokens of each sequence; their sum is T
     tokens: Tensor  # [T] row of the item, or N at the prefix
     targets: Tensor  # [T] row of the next item; empty where there is nothing to learn

@@ -108,7 +108,18 @@ class Dense(nn.Module):
             user_id_dropout=model.user_id_dropout,
             fusion=model.fusion,
             stacked=loss.fusion_holdout > 0,
+            block=model.block,
+            relative_bias=model.relative_bias,
         )
+        self.log_variance = (
+            nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in REPRESENTATIONS[:3]})
+            if loss.weighting == "uncertainty"
+            else None
+        )
+        if loss.attribute > 0:
+            self.attribute_scale = nn.Parameter(torch.tensor(2.0))
+        if loss.same_target > 0:
+            self.same_scale = nn.Parameter(torch.tensor(2.0))
         start = -math.log(loss.temperature)
         self.log_scale = nn.ParameterDict({name: nn.Parameter(torch.tensor(start)) for name in REPRESENTATIONS})
 
@@ -137,6 +148,7 @@ class Dense(nn.Module):
             value=batch.value,
             lengths=batch.lengths,
             tokens=batch.tokens,
+            time=batch.time,
         )
         if not self.training:
             return ids.new_zeros(()), Outputs(encoded, {}, 0)
@@ -167,14 +179,52 @@ class Dense(nn.Module):
             summed = sampled_softmax(query[rows], items, place[rows], log_q, scale, PRECISIONS[self.config.precision])
             loss = summed / counts[int(apart)].clamp(min=1)
             losses[name] = loss.detach()
+            if self.log_variance is not None and name != "fused":
+                loss = loss * torch.exp(-self.log_variance[name]) + self.log_variance[name]
             total = total + weight * loss
+        for name, loss in self._auxiliary(batch, encoded, vectors).items():
+            losses[name] = loss.detach()
+            total = total + getattr(self.config, name) * loss
         return total * self.gather.world_size, Outputs(encoded, losses, int((batch.lengths > 0).sum()))
+
+    def _auxiliary(self, batch: Batch, encoded: Encoded, vectors: Tensor) -> dict[str, Tensor]:
+        """This rank's share of the other objectives' means."""
+        losses = {}
+        if self.config.attribute > 0:
+            mine = torch.unique(batch.targets)
+            queries = F.normalize(encoded.item_ids[mine], dim=1)
+            keys = F.normalize(encoded.content_items[mine], dim=1)
+            logits = queries @ keys.T * self.attribute_scale.clamp(max=MAX_LOG_SCALE).exp()
+            place = torch.arange(len(mine), device=mine.device)
+            losses["attribute"] = (F.cross_entropy(logits, place) + F.cross_entropy(logits.T, place)) / 2
+        if self.config.same_target > 0:
+            losses["same_target"] = _same_target(
+                encoded.representations["sequential"][~batch.fusion_only],
+                batch.targets[~batch.fusion_only],
+                self.same_scale.clamp(max=MAX_LOG_SCALE).exp(),
+            )
+        return losses
 
     def _log_q(self, log_absent: Tensor, in_batch: Tensor) -> Tensor:
         """[C]; zero where every item is a candidate."""
         if self.config.negatives == "all":
             return torch.zeros_like(log_absent[:, 0])
         return inclusion_log_probability(log_absent, in_batch, self.config.negatives)
+
+
+def _same_target(h: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+    """InfoNCE between tokens that lead to the same item (DuoRec, WSDM 2022), others of that item no negatives."""
+    order = torch.argsort(targets + torch.rand(len(targets), device=targets.device) * 0.5)
+    ordered = targets[order]
+    after = torch.roll(ordered, -1) == ordered
+    query, key = order[after.nonzero()[:, 0]], order[(after.nonzero()[:, 0] + 1) % len(order)]
+    if len(query) == 0:
+        return 0.0 * (h.sum() + scale)
+    h = F.normalize(h, dim=1)
+    logits = h[query] @ h[key].T * scale
+    same = targets[query][:, None] == targets[key][None, :]
+    same.fill_diagonal_(False)
+    return F.cross_entropy(logits.masked_fill(same, -torch.inf), torch.arange(len(query), device=h.device))
 
 
 def _join(features: KeyedTensor, keys: list[str]) -> Tensor:

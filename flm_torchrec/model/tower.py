@@ -45,6 +45,7 @@ class Encoded:
     """What the tower makes of a batch."""
 
     items: Tensor  # [N, D]
+    item_ids: Tensor  # [N, D]: from ids alone
     content_items: Tensor  # [N, D]: from features alone, as an item without a known id has
     representations: dict[str, Tensor]  # by name of REPRESENTATIONS, [T, D]
 
@@ -72,6 +73,8 @@ class Tower(nn.Module):
         user_id_dropout: float,
         fusion: str,
         stacked: bool,
+        block: str,
+        relative_bias: bool,
     ) -> None:
         super().__init__()
         dim = widths.dim
@@ -83,7 +86,9 @@ class Tower(nn.Module):
         self.user_content = _mlp(widths.user_features * dim + widths.user_dense, dim)
         self.event = nn.Linear(widths.history * dim + 1, dim)
         self.start = nn.Parameter(torch.zeros(dim))
-        self.transformer = CausalTransformer(dim, layers, attention_heads, dropout, widths.max_tokens)
+        self.transformer = CausalTransformer(
+            dim, layers, attention_heads, dropout, widths.max_tokens, block, relative_bias
+        )
         self.content_head = _Head(2 * dim, dim, dropout)
         self.collaborative_head = _Head(2 * dim, dim, dropout)
         self.fusion = FUSIONS[fusion](dim)
@@ -98,6 +103,7 @@ class Tower(nn.Module):
         value: Tensor,
         lengths: Tensor,
         tokens: Tensor,
+        time: Tensor,
     ) -> Encoded:
         """See `Encoded`; `item_known` [N] and `user_known` [B] are 1 where an id was trained, else 0."""
         item_id = looked.item_id * self._shown(item_known, self.item_id_dropout)
@@ -115,9 +121,11 @@ class Tower(nn.Module):
         heads = {
             "content": self.content_head(torch.cat([mean_content, profile[row]], 1)),
             "collaborative": self.collaborative_head(torch.cat([user_id[row], mean_id], 1)),
-            "sequential": self._sequential(vectors, profile, looked.history, value, row, place, tokens, lengths),
+            "sequential": self._sequential(
+                vectors, profile, looked.history, value, row, place, tokens, lengths, time
+            ),
         }
-        return Encoded(vectors, content, {**heads, "fused": self._fuse(list(heads.values()))})
+        return Encoded(vectors, item_id, content, {**heads, "fused": self._fuse(list(heads.values()))})
 
     def _fuse(self, heads: list[Tensor]) -> Tensor:
         together = torch.stack(heads, 1)  # [T, heads, D]
@@ -133,11 +141,12 @@ class Tower(nn.Module):
         place: Tensor,
         tokens: Tensor,
         lengths: Tensor,
+        time: Tensor,
     ) -> Tensor:
         prefix = (place == 0).unsqueeze(1)
         x = _gather(vectors, tokens) + self.event(torch.cat([history, value.unsqueeze(1)], 1))
         x = torch.where(prefix, profile[row] + self.start, x)  # [T, D]
-        return self.transformer(x, row, place, lengths)
+        return self.transformer(x, row, place, lengths, time)
 
     def _shown(self, known: Tensor, dropout: float) -> Tensor:
         """[rows, 1]: 0 where the id is unknown or, in training, hidden by chance (DropoutNet, NeurIPS 2017)."""
