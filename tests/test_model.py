@@ -25,10 +25,13 @@ from flm_torchrec.model.transformer import BLOCKS
 DIM = 8
 
 
-def make_tower(fusion: str = "gated", stacked: bool = False, block: str = "transformer", relative: bool = False) -> Tower:
+def make_tower(
+    fusion: str = "gated", stacked: bool = False, block: str = "transformer", relative: bool = False,
+    cosine: bool = False,
+) -> Tower:  # fmt: skip
     torch.manual_seed(0)
     widths = Widths(DIM, item_features=2, item_dense=1, user_features=1, user_dense=2, history=2, max_tokens=6)
-    return Tower(widths, 2, 2, 0.1, 0.1, 0.1, fusion, stacked, block, relative).eval()
+    return Tower(widths, 2, 2, 0.1, 0.1, 0.1, fusion, stacked, block, relative, cosine).eval()
 
 
 def inputs(items: int = 7, lengths: tuple[int, ...] = (3, 1, 4), seed: int = 1) -> dict:
@@ -72,7 +75,8 @@ def test_no_head_sees_a_later_token(block: str, relative: bool) -> None:
 
 def test_sequences_of_a_batch_do_not_touch_each_other() -> None:
     tower, batch = make_tower(), inputs()
-    alone = {**batch, "time": batch["time"][4:], "lengths": batch["lengths"][2:], "tokens": batch["tokens"][4:], "value": batch["value"][4:]}
+    alone = {**batch, **{name: batch[name][4:] for name in ("time", "tokens", "value")}}
+    alone["lengths"] = batch["lengths"][2:]
     alone["looked"] = Looked(
         batch["looked"].item_id, batch["looked"].item_features, batch["looked"].user[2:], batch["looked"].history[4:]
     )

@@ -21,7 +21,7 @@ from flm_torchrec.data.prepared import EntityFeatures, PreparedData
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import Examples, split
 from flm_torchrec.errors import RunError
-from flm_torchrec.evaluation.baselines import ItemKNN, Popularity
+from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Popularity
 from flm_torchrec.evaluation.evaluate import evaluate
 from flm_torchrec.evaluation.metrics import RankCounts
 from flm_torchrec.evaluation.protocol import HEADS
@@ -154,6 +154,26 @@ def test_item_knn_is_that_of_dense_numpy(histories: list[list[int]], neighbours:
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
 
 
+@settings(deadline=None, max_examples=30)
+@given(HISTORIES, st.floats(0.5, 50))
+def test_ease_solves_its_regression(histories: list[list[int]], l2: float) -> None:
+    """Column j of the weights is the ridge regression of item j on the others: its gradient there is zero."""
+    data = make_data(histories, 12)
+    splits = split(data, "leave-one-out", 0.1)
+    scorer = EASE(data, splits.fit(data), splits.test, l2)
+    seen = np.zeros((len(histories), 12))
+    for row, history in enumerate(histories):
+        seen[row, history[:-2]] = 1
+    assert np.all(np.diag(scorer.weights) == 0)
+    gradient = seen.T @ (seen @ scorer.weights - seen) + l2 * scorer.weights
+    np.fill_diagonal(gradient, 0)
+    np.testing.assert_allclose(gradient, 0, atol=1e-4 * max(1, l2))
+    known = scorer.block(np.arange(len(histories)))
+    found = torch.cat([scorer.scores(known, "EASE-R", 0, 5), scorer.scores(known, "EASE-R", 5, 12)], 1)
+    expected = np.stack([sum(scorer.weights[i] for i in h[:-1]) for h in histories])
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+
+
 def test_popularity_counts_training_events_alone() -> None:
     data = make_data([[0, 0, 1, 2], [1, 1, 0, 2]], 3)
     scorer = Popularity(data, split(data, "leave-one-out", 0.1).fit(data))
@@ -164,7 +184,7 @@ def test_all_rows_of_the_table_rank_the_same_users(small: PreparedData) -> None:
     splits = split(small, "leave-one-out", 0.1)
     encoder = RandomEncoder(len(splits.test), small.schema.items)
     found = evaluate(small, splits.test, splits.fit(small), encoder, Alone(), EvalConfig(ks=(5,)), "test")
-    assert list(found.table) == ["popularity", "item-kNN", *HEADS]
+    assert list(found.table) == ["popularity", "item-kNN", "EASE-R", *HEADS]
     assert all(set(m) == {"hr@5", "ndcg@5", "mrr", "coverage@10"} for m in found.table.values())
     shares = {s: np.mean(small.segment[splits.test.end] == s) for s in found.segments}
     for name, metrics in found.table.items():

@@ -2,8 +2,10 @@
 
 from flm_torchrec.config.load import (
     add_config_arguments,
+    add_overrides,
     config_from_arguments,
     from_dict,
+    given_overrides,
     load_config,
     nearest,
     to_yaml,
@@ -13,8 +15,10 @@ from flm_torchrec.config.schema import Config
 __all__ = [
     "Config",
     "add_config_arguments",
+    "add_overrides",
     "config_from_arguments",
     "from_dict",
+    "given_overrides",
     "load_config",
     "nearest",
     "to_yaml",

@@ -51,8 +51,10 @@ def from_dict(values: dict[str, Any], source: str) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The resolved config, every field written out; `load_config` reads it back equal."""
-    record = asdict(config)
-    record["eval"]["ks"] = list(record["eval"]["ks"])
+    record = {
+        section: {name: list(value) if isinstance(value, tuple) else value for name, value in content.items()}
+        for section, content in asdict(config).items()
+    }
     return yaml.safe_dump(record, sort_keys=False)
 
 
@@ -64,7 +66,13 @@ def sections() -> dict[str, type]:
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--config FILE` and one `--section.field VALUE` for every setting, with help and default."""
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; options below override it")
-    for section, kind in sections().items():
+    add_overrides(parser, sections())
+
+
+def add_overrides(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Add one `--section.field VALUE` for every setting of the sections named."""
+    for section in names:
+        kind = sections()[section]
         group = parser.add_argument_group(section, (kind.__doc__ or "").split("\n")[0])
         hints = get_type_hints(kind, include_extras=True)
         for field in fields(kind):
@@ -81,8 +89,13 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def config_from_arguments(args: argparse.Namespace) -> Config:
     """The config of a parser made with `add_config_arguments`."""
+    return load_config(args.config, given_overrides(args))
+
+
+def given_overrides(args: argparse.Namespace) -> list[str]:
+    """What was given of `add_overrides`, as `load_config` takes it."""
     given = {k.removeprefix("override:"): v for k, v in vars(args).items() if k.startswith("override:")}
-    return load_config(args.config, [f"{key}={value}" for key, value in given.items() if value is not None])
+    return [f"{key}={value}" for key, value in given.items() if value is not None]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -30,6 +30,10 @@ class DataConfig:
     holdout: Annotated[
         float, Field(gt=0, lt=0.5, description="time split: share of the events in validation, and in test")
     ] = 0.1
+    features: Annotated[
+        Literal["all", "none"] | tuple[str, ...],
+        Field(description="features of users and items to use: all, none (ids alone), or a list of names"),
+    ] = "all"
     max_history: Annotated[Count, Field(description="events of a user that the model sees at once")] = 50
 
 
@@ -47,6 +51,9 @@ class ModelConfig:
     relative_bias: Annotated[
         bool, Field(description="bias of attention by distance in position and in time")
     ] = False
+    similarity: Annotated[
+        Literal["dot", "cosine"], Field(description="of a representation and an item; cosine: all vectors have length 1")
+    ] = "dot"
     fusion: Annotated[Literal["gated", "sum", "concat"], Field(description="how the three heads become h")] = "gated"
     id_dropout: Annotated[
         Share,
@@ -166,6 +173,10 @@ class EvalConfig:
     user_block: Annotated[Count, Field(description="users scored at once")] = 256
     item_block: Annotated[Count, Field(description="items scored at once")] = 16384
     neighbours: Annotated[Count, Field(description="item-kNN baseline: neighbours kept per item")] = 100
+    ease_items: Annotated[
+        int, Field(ge=0, description="EASE-R baseline: largest catalogue it is fitted to (8 items^2 bytes); 0: never")
+    ] = 15_000
+    ease_l2: Annotated[Rate, Field(description="EASE-R baseline: its regularisation")] = 100.0
 
 
 @dataclass(frozen=True, config=STRICT)

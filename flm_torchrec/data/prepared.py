@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -86,14 +87,19 @@ class PreparedData:
         return [title or key for title, key in zip(shown, self.item_keys, strict=True)]
 
 
-def load_prepared(path: str | Path) -> PreparedData:
+def load_prepared(path: str | Path, features: str | Sequence[str] = "all") -> PreparedData:
     """Load and check the folder that `flm prepare` wrote.
+
+    Args:
+        features: names of those to keep, or "all" or "none"; the schema then has no others.
 
     Raises:
         DataError: a file is missing or corrupt, lacks a column, or has an id outside the vocabulary.
     """
     path = Path(path)
     schema = Schema.load(path / "schema.yaml")
+    if features != "all":
+        schema = schema.keeping(() if features == "none" else features, path)
     files = sorted((path / "interactions").glob("*.parquet"))
     if not files:
         raise DataError(f"{path / 'interactions'}: no Parquet file; prepare the data again")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import yaml
 
+from flm_torchrec.config import nearest
 from flm_torchrec.errors import DataError
 
 Kind = Literal["categorical", "multi_categorical", "text", "numeric", "dense"]
@@ -61,6 +63,18 @@ class Schema:
 
     def of(self, entity: Entity, *, sparse: bool) -> tuple[Feature, ...]:
         return tuple(f for f in self.features if f.entity == entity and f.sparse == sparse)
+
+    def keeping(self, names: Sequence[str], path: Path) -> Schema:
+        """With the features named alone.
+
+        Raises:
+            DataError: the schema, read from `path`, has no such feature.
+        """
+        known = [f.name for f in self.features]
+        for name in names:
+            if name not in known:
+                raise DataError(f"{path}: no feature '{name}' in schema.yaml; {nearest(name, known)}")
+        return replace(self, features=tuple(f for f in self.features if f.name in names))
 
     def save(self, path: Path) -> None:
         record = asdict(self)

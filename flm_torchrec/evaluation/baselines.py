@@ -1,10 +1,11 @@
-"""What any model must beat: popularity and item-to-item neighbours, ranked by the same code."""
+"""What any model must beat: popularity, item-to-item neighbours, a linear autoencoder, ranked by the same code."""
 
 from __future__ import annotations
 
 import numpy as np
 import scipy.sparse as sp
 import torch
+from scipy import linalg
 from torch import Tensor
 
 from flm_torchrec.data.prepared import PreparedData, spans
@@ -27,23 +28,12 @@ class Popularity:
         return self.counts[start:stop].repeat(known, 1)
 
 
-class ItemKNN:
-    """Scores an item by its summed cosine similarity to the items of the user's known events.
+class _FromHistory:
+    """Scores items by a weight from each known item of the user to each item, summed."""
 
-    Cosine over the binary user x item matrix of training events, the `neighbours` most similar items kept for
-    each item (Sarwar et al., WWW 2001; Deshpande & Karypis, ACM TOIS 2004).
-    """
-
-    names: tuple[str, ...] = ("item-kNN",)
-
-    def __init__(self, data: PreparedData, fit: np.ndarray, examples: Examples, neighbours: int) -> None:
-        self.examples = examples
+    def __init__(self, data: PreparedData, examples: Examples) -> None:
         self.data = data
-        users = np.repeat(np.arange(data.schema.users), np.diff(data.offsets))
-        shape = (data.schema.users, data.schema.items)
-        seen = sp.csr_matrix((np.ones(int(fit.sum()), np.float32), (users[fit], data.item[fit])), shape=shape)
-        seen.data[:] = 1.0  # a repeated event counts once
-        self.similar = _nearest(seen, neighbours).tocsc()
+        self.examples = examples
 
     def block(self, rows: np.ndarray) -> sp.csr_matrix:
         examples = self.examples.take(rows)
@@ -54,8 +44,54 @@ class ItemKNN:
         history = (np.ones(len(items), np.float32), items, offsets)
         return sp.csr_matrix(history, shape=(len(rows), self.data.schema.items))
 
+
+class ItemKNN(_FromHistory):
+    """Scores an item by its summed cosine similarity to the items of the user's known events.
+
+    Cosine over the binary user x item matrix of training events, the `neighbours` most similar items kept for
+    each item (Sarwar et al., WWW 2001; Deshpande & Karypis, ACM TOIS 2004).
+    """
+
+    names: tuple[str, ...] = ("item-kNN",)
+
+    def __init__(self, data: PreparedData, fit: np.ndarray, examples: Examples, neighbours: int) -> None:
+        super().__init__(data, examples)
+        self.similar = _nearest(_seen(data, fit), neighbours).tocsc()
+
     def scores(self, known: sp.csr_matrix, name: str, start: int, stop: int) -> Tensor:
         return torch.from_numpy((known @ self.similar[:, start:stop]).toarray())
+
+
+class EASE(_FromHistory):
+    """Scores by the closed-form linear autoencoder without self-weights, EASE-R (Steck, WWW 2019).
+
+    P = (X'X + l2 I)^-1 of the binary user x item matrix X; the weight from i to j is -P_ij / P_jj. Memory is
+    8 items^2 bytes, time grows with items^3.
+    """
+
+    names: tuple[str, ...] = ("EASE-R",)
+
+    def __init__(self, data: PreparedData, fit: np.ndarray, examples: Examples, l2: float) -> None:
+        super().__init__(data, examples)
+        seen = _seen(data, fit)
+        gram = (seen.T @ seen).toarray()
+        gram[np.diag_indices_from(gram)] += l2
+        inverse = linalg.inv(gram, overwrite_a=True, check_finite=False)
+        self.weights = inverse / -np.diag(inverse)
+        np.fill_diagonal(self.weights, 0.0)
+
+    def scores(self, known: sp.csr_matrix, name: str, start: int, stop: int) -> Tensor:
+        return torch.from_numpy(known @ self.weights[:, start:stop])
+
+
+def _seen(data: PreparedData, fit: np.ndarray) -> sp.csr_matrix:
+    """[users, items]: 1 where a training event says so; a repeated event counts once."""
+    users = np.repeat(np.arange(data.schema.users), np.diff(data.offsets))
+    shape = (data.schema.users, data.schema.items)
+    seen = sp.csr_matrix((np.ones(int(fit.sum()), np.float32), (users[fit], data.item[fit])), shape=shape)
+    seen.sum_duplicates()
+    seen.data[:] = 1.0
+    return seen
 
 
 def _nearest(seen: sp.csr_matrix, neighbours: int, block: int = 1024) -> sp.csr_matrix:

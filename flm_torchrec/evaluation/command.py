@@ -6,13 +6,14 @@ import argparse
 import json
 from pathlib import Path
 
+from flm_torchrec.config import add_overrides, given_overrides
 from flm_torchrec.errors import RunError
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "evaluate",
-        help="rank every item for held-out events: each head, their fusion, popularity, item-kNN",
+        help="rank every item for held-out events: each head, their fusion and baselines",
         description="Rank all items for the held-out event of each user, the user's earlier items left out, by each"
         " head, by the fused representation and by the baselines. Writes RUN/evaluation-SPLIT.json.",
         allow_abbrev=False,
@@ -26,6 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="only this user, by the id of the source; may be repeated (default: all)",
     )  # fmt: skip
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown (default: a table)")
+    add_overrides(parser, ["eval"])
     parser.set_defaults(run=run)
 
 
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     from flm_torchrec.evaluation.report import markdown, show
     from flm_torchrec.training.restore import restore
 
-    with restore(args.run_folder) as restored:
+    with restore(args.run_folder, given_overrides(args)) as restored:
         examples = restored.splits.test if args.split == "test" else restored.splits.valid
         if args.user:
             examples = examples.take(np.array(_rows_of(args.user, restored.data.user_keys, examples.user.tolist())))

@@ -10,7 +10,7 @@ import numpy as np
 from flm_torchrec.config.schema import EvalConfig
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.data.splits import Examples
-from flm_torchrec.evaluation.baselines import ItemKNN, Popularity
+from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Popularity
 from flm_torchrec.evaluation.protocol import Comm, Encoder, Scorer
 from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, Ranked, count_ranks, rank_targets
 
@@ -56,6 +56,7 @@ def evaluate(
     scorers: list[Scorer] = [
         Popularity(data, fit),
         ItemKNN(data, fit, examples, config.neighbours),
+        *([EASE(data, fit, examples, config.ease_l2)] if data.schema.items <= config.ease_items else []),
         HeadScorer(encoder, data.schema.items, config.item_block, comm),
     ]
     labels = data.segment[examples.end] if data.segment is not None else None

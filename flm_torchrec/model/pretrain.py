@@ -110,6 +110,7 @@ class Dense(nn.Module):
             stacked=loss.fusion_holdout > 0,
             block=model.block,
             relative_bias=model.relative_bias,
+            cosine=model.similarity == "cosine",
         )
         self.log_variance = (
             nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in REPRESENTATIONS[:3]})

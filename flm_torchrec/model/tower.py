@@ -75,6 +75,7 @@ class Tower(nn.Module):
         stacked: bool,
         block: str,
         relative_bias: bool,
+        cosine: bool,
     ) -> None:
         super().__init__()
         dim = widths.dim
@@ -82,6 +83,7 @@ class Tower(nn.Module):
         self.item_id_dropout = item_id_dropout
         self.user_id_dropout = user_id_dropout
         self.stacked = stacked
+        self.cosine = cosine
         self.item_content = _mlp(widths.item_features * dim + widths.item_dense, dim)
         self.user_content = _mlp(widths.user_features * dim + widths.user_dense, dim)
         self.event = nn.Linear(widths.history * dim + 1, dim)
@@ -125,7 +127,11 @@ class Tower(nn.Module):
                 vectors, profile, looked.history, value, row, place, tokens, lengths, time
             ),
         }
-        return Encoded(vectors, item_id, content, {**heads, "fused": self._fuse(list(heads.values()))})
+        found = {**heads, "fused": self._fuse(list(heads.values()))}
+        if self.cosine:
+            vectors, content = F.normalize(vectors, dim=1), F.normalize(content, dim=1)
+            found = {name: F.normalize(h, dim=1) for name, h in found.items()}
+        return Encoded(vectors, looked.item_id, content, found)
 
     def _fuse(self, heads: list[Tensor]) -> Tensor:
         together = torch.stack(heads, 1)  # [T, heads, D]

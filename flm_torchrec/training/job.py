@@ -74,7 +74,7 @@ def pretrain(config: Config) -> Finished:
     """
     check_select(config)
     check_run_folder(config)
-    data = load_prepared(config.data.path)
+    data = load_prepared(config.data.path, config.data.features)
     splits = split(data, config.data.split, config.data.holdout)
     with process_group(config.distributed) as comm:
         model, plan = build(data.schema, config, comm)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +39,12 @@ class Restored:
 
 
 @contextmanager
-def restore(run: str | Path, device: str | None = None) -> Iterator[Restored]:
+def restore(run: str | Path, overrides: Sequence[str] = ()) -> Iterator[Restored]:
     """Load a run's best checkpoint onto the ranks of this job; collective.
 
     Args:
         run: run folder.
-        device: instead of the config's `distributed.device`.
+        overrides: of the run's config, such as `distributed.device=cpu`; none that changes what was trained.
 
     Raises:
         RunError: no run, no checkpoint, or data that changed since.
@@ -53,9 +53,8 @@ def restore(run: str | Path, device: str | None = None) -> Iterator[Restored]:
     if not (run / "config.yaml").is_file():
         raise RunError(f"{run}: no config.yaml, so no run folder; make one with 'flm train --train.run {run}'")
     read_meta(run / BEST)
-    overrides = [] if device is None else [f"distributed.device={device}"]
     config = load_config(run / "config.yaml", overrides)
-    data = load_prepared(config.data.path)
+    data = load_prepared(config.data.path, config.data.features)
     splits = split(data, config.data.split, config.data.holdout)
     with process_group(config.distributed) as comm:
         model, _ = build(data.schema, config, comm)

@@ -1,0 +1,181 @@
+"""Train variants of a config with several seeds, evaluate each, print mean ± std as a Markdown table.
+
+    python tools/ablate.py configs/studies/beauty.yaml --output runs/beauty-study --seeds 0 1 2
+
+A study is a YAML file: `config`, the file that all variants start from; `settings`, overrides for all of them; and
+`variants`, overrides by name. What is done already is not done again: call it anew after an interruption, or with
+more seeds or variants. A run made with other settings than the study now says is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from flm_torchrec.config import Config, load_config, nearest, to_yaml
+from flm_torchrec.errors import ConfigError, FlmError, RunError
+
+BASELINES = ("popularity", "item-kNN", "EASE-R")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One variant with one seed."""
+
+    variant: str
+    seed: int
+    config: Config
+    overrides: list[str]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.train.run)
+
+
+def read_study(file: Path, output: Path, seeds: Sequence[int], only: Sequence[str]) -> list[Run]:
+    """All runs of a study, every config checked.
+
+    Raises:
+        ConfigError: the file, a variant or a setting in it is wrong.
+    """
+    try:
+        study = yaml.safe_load(file.read_text(encoding="utf-8"))
+        start, shared, variants = study["config"], study.get("settings") or {}, study["variants"]
+        variants = {name: {**shared, **(changes or {})} for name, changes in variants.items()}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{file}: not a study ({reason}); it needs 'config' and 'variants', see tools/ablate.py"
+        ) from error
+    for name in only:
+        if name not in variants:
+            raise ConfigError(f"--only '{name}': no such variant in {file}; {nearest(name, variants)}")
+    runs = []
+    for name in only or variants:
+        for seed in seeds:
+            folder = output / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{seed}"
+            settings = {**variants[name], "train.seed": seed, "train.run": str(folder), "train.overwrite": True}
+            overrides = [
+                f"{key}={yaml.safe_dump(value, default_flow_style=True).split(chr(10))[0]}"
+                for key, value in settings.items()
+            ]
+            runs.append(Run(name, seed, load_config(start, overrides), [start, *overrides]))
+    folders = [run.folder for run in runs]
+    if len(set(folders)) < len(folders):
+        raise ConfigError(f"{file}: two variants have names that differ in signs alone; rename one")
+    return runs
+
+
+def result_of(run: Run, split: str) -> dict[str, Any] | None:
+    """The evaluation of a finished run, or None.
+
+    Raises:
+        RunError: the run was made with other settings.
+    """
+    file = run.folder / f"evaluation-{split}.json"
+    if not file.is_file():
+        return None
+    if (run.folder / "config.yaml").read_text(encoding="utf-8") != to_yaml(run.config):
+        raise RunError(
+            f"{run.folder}: made with other settings than the study has now; remove it or give another --output"
+        )
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def execute(run: Run, split: str, threads: int) -> str | None:
+    """Train and evaluate in processes of their own; returns what went wrong."""
+    start, *overrides = run.overrides
+    settings = [part for o in overrides for part in (f"--{o.partition('=')[0]}", o.partition("=")[2])]
+    flm = [sys.executable, "-m", "flm_torchrec"]
+    steps = [[*flm, "train", "--config", start, *settings]]
+    if (run.folder / "finished").is_file() and (run.folder / "config.yaml").read_text() == to_yaml(run.config):
+        steps = []
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    log = run.folder.with_suffix(".log")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with log.open("w", encoding="utf-8") as output:
+        for step in [*steps, [*flm, "evaluate", "--run", str(run.folder), "--split", split]]:
+            if subprocess.run(step, stdout=output, stderr=subprocess.STDOUT, env=environment).returncode:
+                return f"{run.variant}, seed {run.seed}: failed, see {log}"
+            if step[3] == "train":
+                (run.folder / "finished").touch()
+    return None
+
+
+def table(runs: Sequence[Run], split: str, metrics: Sequence[str]) -> str:
+    """Markdown: a row a variant and scorer; mean ± sample standard deviation over the seeds."""
+    lines = [
+        f"| variant | row | seeds | {' | '.join(m.upper() for m in metrics)} |",
+        "|---|---|---" + "|---" * len(metrics) + "|",
+    ]
+    shown: set[str] = set()
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        result = result_of(run, split)
+        if result is not None:
+            found.setdefault(run.variant, []).append(result["table"])
+    for variant, tables in found.items():
+        weights = next(run.config.loss for run in runs if run.variant == variant)
+        for row in tables[0]:
+            if row in shown or getattr(weights, row, 1.0) == 0:
+                continue  # a head that was not trained says nothing
+            name = "" if row in BASELINES else variant
+            if row in BASELINES:
+                shown.add(row)
+            values = [[t[row][m] for t in tables] for m in metrics]
+            cells = [_cell(v if row not in BASELINES else v[:1]) for v in values]
+            lines.append(f"| {name} | {row} | {len(tables) if name else ''} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float]) -> str:
+    spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{spread}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("study", type=Path, help="YAML file of variants")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the runs (required)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="(default: 0)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="these variants alone (default: all)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once, cores shared (default: 1)")
+    parser.add_argument("--split", choices=("valid", "test"), default="valid", help="examples to rank (default: valid)")
+    parser.add_argument(
+        "--metrics", nargs="+", default=["hr@10", "ndcg@10"], metavar="NAME", help="columns (default: hr@10 ndcg@10)"
+    )
+    parser.add_argument("--table", action="store_true", help="train nothing: print the table of what is there")
+    args = parser.parse_args()
+    try:
+        if args.jobs < 1:
+            raise ConfigError(f"--jobs {args.jobs}: must be at least 1")
+        runs = read_study(args.study, args.output, args.seeds, args.only)
+        todo = [] if args.table else [run for run in runs if result_of(run, args.split) is None]
+        threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            failures = [f for f in pool.map(lambda run: execute(run, args.split, threads), todo) if f]
+        print(table(runs, args.split, args.metrics))
+    except FlmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
