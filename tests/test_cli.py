@@ -34,7 +34,7 @@ def test_a_run_folder_holds_what_it_should(finished: Path) -> None:
     tables = json.loads((finished / "plan.json").read_text())
     assert {"item_id", "user_id", "item_genre", "user_interests", "event", "gap"} <= set(tables)
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss/fused"] for line in lines if "loss/fused" in line]
+    losses = [line["loss/sequential"] for line in lines if "loss/sequential" in line]
     assert len(losses) == 5 and losses[-1] < losses[0]
     assert [line["step"] for line in lines if "valid/fused/ndcg@10" in line] == [5, 10]
     assert "step 10/10" in (finished / "train.log").read_text()
@@ -47,7 +47,7 @@ def test_the_job_from_run_to_recommendations(
 ) -> None:
     assert main(["evaluate", "--run", str(finished)]) == 0
     table = json.loads((finished / "evaluation-test.json").read_text())["table"]
-    assert list(table) == ["popularity", "item-kNN", "content", "collaborative", "sequential", "fused"]
+    assert list(table) == ["popularity", "item-kNN", "EASE-R", "content", "collaborative", "sequential", "fused"]
     assert main(["export", "--run", str(finished), "--output", str(tmp_path / "e")]) == 0
     capsys.readouterr()
     assert main(["recommend", "--export", str(tmp_path / "e"), "--user", "u3", "-k", "4", "--json"]) == 0

@@ -19,9 +19,9 @@ from torchmetrics.functional.retrieval import (
 from flm_torchrec.config.schema import EvalConfig
 from flm_torchrec.data.prepared import EntityFeatures, PreparedData
 from flm_torchrec.data.schema import Schema
-from flm_torchrec.data.splits import Examples, split
+from flm_torchrec.data.splits import COLD_ITEM, Examples, split
 from flm_torchrec.errors import RunError
-from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Popularity
+from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Popularity, Random
 from flm_torchrec.evaluation.evaluate import evaluate
 from flm_torchrec.evaluation.metrics import RankCounts
 from flm_torchrec.evaluation.protocol import HEADS
@@ -55,8 +55,8 @@ class RandomEncoder:
     def users(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         return {h: v[rows] for h, v in self.user.items()}
 
-    def items(self, ids: np.ndarray, content_only: bool = False) -> torch.Tensor:
-        return self.item[ids] * (0.5 if content_only else 1.0)
+    def items(self, ids: np.ndarray, of: str = "all") -> torch.Tensor:
+        return self.item[ids] * (0.5 if of == "content" else 1.0)
 
 
 def make_data(histories: list[list[int]], items: int) -> PreparedData:
@@ -178,6 +178,23 @@ def test_popularity_counts_training_events_alone() -> None:
     data = make_data([[0, 0, 1, 2], [1, 1, 0, 2]], 3)
     scorer = Popularity(data, split(data, "leave-one-out", 0.1).fit(data))
     assert scorer.scores(2, "popularity", 0, 3).tolist() == [[2.0, 2.0, 0.0]] * 2
+
+
+def test_held_out_items_are_ranked_among_all_and_among_themselves(small: PreparedData) -> None:
+    splits = split(small, "cold-start", 0.2)
+    encoder = RandomEncoder(len(splits.test), small.schema.items)
+    config, cold = EvalConfig(ks=(5,), ease_items=0), splits.cold_items
+    assert cold is not None
+    found = evaluate(small, splits.test, splits.fit(small), encoder, Alone(), config, "test", cold)
+    assert list(found.table) == ["popularity", "item-kNN", *HEADS, "random", "content alone", "ids alone"]
+    assert set(found.segments) == {"warm", "cold user", "cold item", "cold item, among those alone"}
+    assert found.segments["cold item, among those alone"]["popularity"]["hr@5"] == 0.0  # all tie, ties count against
+    ranked = rank_targets(small, splits.test, Random(), Alone(), Blocks(), among=cold)
+    rows = np.flatnonzero(splits.test.label == COLD_ITEM)
+    assert ranked.ranks["random"][rows].max() <= cold.sum()
+    assert found.segments["cold item, among those alone"]["random"]["hr@5"] == np.mean(
+        ranked.ranks["random"][rows] <= 5
+    )
 
 
 def test_all_rows_of_the_table_rank_the_same_users(small: PreparedData) -> None:

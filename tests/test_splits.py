@@ -7,8 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from flm_torchrec.data.assemble import Assembler, Candidates
 from flm_torchrec.data.prepared import PreparedData
-from flm_torchrec.data.splits import everyone, split
+from flm_torchrec.data.splits import COLD_ITEM, everyone, split
 from flm_torchrec.errors import DataError
 
 
@@ -58,3 +59,37 @@ def test_nobody_to_test_on_is_an_error(small: PreparedData) -> None:
 def test_everyone_is_represented_after_all_events(small: PreparedData) -> None:
     examples = everyone(small)
     assert len(examples) == small.schema.users and examples.end[-1] == len(small.item)
+
+
+def test_a_cold_start_split_never_learns_from_its_items_and_users(small: PreparedData) -> None:
+    splits = split(small, "cold-start", 0.2)
+    fit = splits.fit(small)
+    assert splits.cold_items is not None and splits.cold_items.sum() == round(0.2 * len(np.unique(small.item)))
+    assert not splits.cold_items[small.item[fit]].any() and fit.any()
+    users = np.repeat(np.arange(small.schema.users), np.diff(small.offsets))
+    for part, other in ((splits.valid, splits.test), (splits.test, splits.valid)):
+        assert part.label is not None and other.label is not None
+        cold = part.label == COLD_ITEM
+        assert cold.any() and (splits.cold_items[small.item[part.end]] == cold).all()
+        assert not np.isin(small.item[part.end[cold]], small.item[other.end]).any()
+        new = part.user[part.label == "cold user"]
+        assert len(new) and not np.isin(users[fit], new).any()
+        assert (part.end > small.offsets[part.user]).all() and not fit[part.end].any()
+    again = split(small, "cold-start", 0.2)
+    assert (again.test.end == splits.test.end).all()
+
+
+def test_batches_leave_out_held_out_items_as_if_they_had_not_happened(small: PreparedData) -> None:
+    splits = split(small, "cold-start", 0.2)
+    fit = splits.fit(small)
+    users = np.flatnonzero(splits.train_end > small.offsets[:-1])
+    start, end = small.offsets[users], splits.train_end[users]
+    drawn = Candidates(np.arange(small.schema.items), None)
+    batch = Assembler(small, fit).training(users, start, end, drawn)
+    ids, at = batch.item_ids.values().numpy(), 0
+    for row, (first, last) in enumerate(zip(start, end, strict=True)):
+        kept = [int(small.item[p]) for p in range(first, last) if fit[p]]
+        span = slice(at, at + int(batch.lengths[row]))
+        assert ids[batch.targets[span]].tolist() == kept
+        assert ids[batch.tokens[span][1:]].tolist() == kept[:-1]
+        at = span.stop

@@ -24,11 +24,20 @@ class DataConfig:
 
     path: Annotated[str, Field(description="folder written by 'flm prepare'")] = "data/synthetic"
     split: Annotated[
-        Literal["leave-one-out", "time"],
-        Field(description="leave-one-out: a user's last event is test, the one before validation; time: by date"),
+        Literal["leave-one-out", "time", "cold-start"],
+        Field(
+            description="leave-one-out: a user's last event is test, the one before validation; time: by date;"
+            " cold-start: some items and users are never learnt from"
+        ),
     ] = "leave-one-out"
     holdout: Annotated[
-        float, Field(gt=0, lt=0.5, description="time split: share of the events in validation, and in test")
+        float,
+        Field(
+            gt=0,
+            lt=0.5,
+            description="time: share of the events in validation, and in test;"
+            " cold-start: share of the items, and of the users, held out, half of it for validation",
+        ),
     ] = 0.1
     features: Annotated[
         Literal["all", "none"] | tuple[str, ...],
@@ -52,7 +61,7 @@ class ModelConfig:
         bool, Field(description="bias of attention by distance in position and in time")
     ] = False
     similarity: Annotated[
-        Literal["dot", "cosine"], Field(description="of a representation and an item; cosine: all vectors have length 1")
+        Literal["dot", "cosine"], Field(description="of representation and item; cosine: all vectors have length 1")
     ] = "dot"
     fusion: Annotated[Literal["gated", "sum", "concat"], Field(description="how the three heads become h")] = "gated"
     id_dropout: Annotated[

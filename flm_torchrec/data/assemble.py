@@ -40,6 +40,7 @@ class Assembler:
         self, data: PreparedData, fit: np.ndarray, item_rows: int = 0, fusion_only: np.ndarray | None = None
     ) -> None:
         self.data = data
+        self.fit = fit
         self.fusion_only = fusion_only if fusion_only is not None else np.zeros(len(fit), bool)
         self.item_rows = item_rows
         users = np.repeat(np.arange(data.schema.users), np.diff(data.offsets))
@@ -51,9 +52,14 @@ class Assembler:
         self.user_features = [f for f in data.schema.features if f.entity == "user" and f.sparse]
 
     def training(self, user: np.ndarray, start: np.ndarray, end: np.ndarray, drawn: Candidates) -> Batch:
-        """Learn to predict the events `start[b]:end[b]` of `user[b]`; an empty span is a sequence of no tokens."""
-        lengths = end - start
-        positions = spans(start, lengths)
+        """Learn to predict the events `start[b]:end[b]` of `user[b]`; an empty span is a sequence of no tokens.
+
+        Events of a span that are held out are left out, as if they had not happened.
+        """
+        positions = spans(start, end - start)
+        learnt = self.fit[positions]
+        lengths = np.bincount(np.repeat(np.arange(len(user)), end - start)[learnt], minlength=len(user))
+        positions = positions[learnt]
         target_items = self.data.item[positions]
         if drawn.log_absent is None:
             candidates = drawn.items
@@ -86,7 +92,7 @@ class Assembler:
     ) -> Batch:
         first = np.zeros(len(positions), bool)
         first[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
-        shown = positions[~first] - 1  # events that are item tokens
+        shown = positions[:-1][~first[1:]]  # events that are item tokens: each but a sequence's last
         token_items = self.data.item[shown]
         ids, rows = np.unique(np.concatenate([token_items, target_items, candidates]), return_inverse=True)
         tokens = np.full(len(positions), len(ids))

@@ -9,6 +9,9 @@ import numpy as np
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.errors import DataError
 
+COLD_ITEM = "cold item"
+"""Label of the examples whose next item is held out."""
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -19,12 +22,13 @@ class Examples:
 
     user: np.ndarray  # [E] int64
     end: np.ndarray  # [E] int64, index into the arrays of interactions
+    label: np.ndarray | None = None  # [E] str: what kind of prediction it is, by which a table is broken down
 
     def __len__(self) -> int:
         return len(self.user)
 
     def take(self, rows: np.ndarray) -> Examples:
-        return Examples(self.user[rows], self.end[rows])
+        return Examples(self.user[rows], self.end[rows], None if self.label is None else self.label[rows])
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,13 @@ class Splits:
     train_end: np.ndarray  # [users] int64: user u learns from events offsets[u]:train_end[u]
     valid: Examples
     test: Examples
+    cold_items: np.ndarray | None = None  # [items] bool: held out, whoever they are met by
 
     def fit(self, data: PreparedData) -> np.ndarray:
         """[interactions] bool: the events that may be learnt from."""
         position = np.arange(len(data.item))
-        return position < np.repeat(self.train_end, np.diff(data.offsets))
+        fit = position < np.repeat(self.train_end, np.diff(data.offsets))
+        return fit if self.cold_items is None else fit & ~self.cold_items[data.item]
 
 
 def newest(data: PreparedData, splits: Splits, share: float, seed: int) -> np.ndarray:
@@ -56,11 +62,15 @@ def split(data: PreparedData, kind: str, holdout: float) -> Splits:
     leave-one-out: of a user with three events or more, the last is test and the one before it validation.
     time: the newest `holdout` share of all events is test, as much before it validation; a user's first event in
     each is predicted from all events before it.
+    cold-start: `holdout` of the items and of the users with three events are never learnt from, half of each for
+    validation and half for test. Predicted are every event of such an item, the last event of such a user, and of
+    the other users what leave-one-out would; labels say which is which. The same for any seed.
 
     Raises:
         DataError: nothing is left to validate or test on, or a time split of data without timestamps.
     """
-    splits = _leave_one_out(data) if kind == "leave-one-out" else _by_time(data, holdout)
+    makers = {"leave-one-out": _leave_one_out, "time": _by_time, "cold-start": _cold_start}
+    splits = makers[kind](data, holdout)
     for name, examples in (("validation", splits.valid), ("test", splits.test)):
         if len(examples) == 0:
             raise DataError(
@@ -75,7 +85,7 @@ def everyone(data: PreparedData) -> Examples:
     return Examples(np.arange(data.schema.users), data.offsets[1:])
 
 
-def _leave_one_out(data: PreparedData) -> Splits:
+def _leave_one_out(data: PreparedData, _: float) -> Splits:
     ends = data.offsets[1:]
     enough = np.diff(data.offsets) >= 3
     users = np.flatnonzero(enough)
@@ -103,3 +113,38 @@ def _by_time(data: PreparedData, holdout: float) -> Splits:
         valid=Examples(in_valid, train_end[in_valid]),
         test=Examples(in_test, valid_end[in_test]),
     )
+
+
+def _cold_start(data: PreparedData, holdout: float) -> Splits:
+    rng = np.random.default_rng(0)
+    warm = _leave_one_out(data, holdout)
+    cold_item = _drawn_parts(rng, np.unique(data.item), holdout, data.schema.items)
+    cold_user = _drawn_parts(rng, warm.test.user, holdout, data.schema.users)
+    users = np.repeat(np.arange(data.schema.users), np.diff(data.offsets))
+    later = np.arange(len(data.item)) > data.offsets[users]  # a first event has nothing to be predicted from
+
+    def examples(part: int, known: Examples) -> Examples:
+        events = np.flatnonzero((cold_item[data.item] == part) & later)
+        lasting = warm.test.take(np.flatnonzero(cold_user[warm.test.user] == part))
+        parts = {
+            "warm": known.take(np.flatnonzero(cold_user[known.user] == 0)),
+            "cold user": lasting,
+        }
+        parts = {name: e.take(np.flatnonzero(cold_item[data.item[e.end]] == 0)) for name, e in parts.items()}
+        parts[COLD_ITEM] = Examples(users[events], events)
+        return Examples(
+            user=np.concatenate([e.user for e in parts.values()]),
+            end=np.concatenate([e.end for e in parts.values()]),
+            label=np.concatenate([np.full(len(e), name) for name, e in parts.items()]),
+        )
+
+    train_end = np.where(cold_user > 0, data.offsets[:-1], warm.train_end)
+    return Splits(train_end, examples(1, warm.valid), examples(2, warm.test), cold_item > 0)
+
+
+def _drawn_parts(rng: np.random.Generator, ids: np.ndarray, share: float, size: int) -> np.ndarray:
+    """[size]: 1 and 2 for half of a random share of the ids each, else 0."""
+    chosen = rng.choice(ids, round(share * len(ids)), replace=False)
+    part = np.zeros(size, np.int8)
+    part[chosen[: len(chosen) // 2]], part[chosen[len(chosen) // 2 :]] = 1, 2
+    return part

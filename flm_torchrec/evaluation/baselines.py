@@ -28,6 +28,20 @@ class Popularity:
         return self.counts[start:stop].repeat(known, 1)
 
 
+class Random:
+    """Scores at random: what chance gives."""
+
+    names: tuple[str, ...] = ("random",)
+
+    def block(self, rows: np.ndarray) -> np.ndarray:
+        return rows
+
+    def scores(self, known: np.ndarray, name: str, start: int, stop: int) -> Tensor:
+        # Asked twice for the same block, it must say the same.
+        generator = torch.Generator().manual_seed(int(known[0]) * 1_000_003 + start)
+        return torch.rand(len(known), stop - start, generator=generator)
+
+
 class _FromHistory:
     """Scores items by a weight from each known item of the user to each item, summed."""
 

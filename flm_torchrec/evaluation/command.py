@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
             examples = examples.take(np.array(_rows_of(args.user, restored.data.user_keys, examples.user.tolist())))
         evaluation = evaluate(
             restored.data, examples, restored.fit, restored.encoder_for(examples), restored.comm,
-            restored.config.eval, args.split,
+            restored.config.eval, args.split, restored.splits.cold_items,
         )  # fmt: skip
         if not restored.comm.main:
             return

@@ -9,8 +9,8 @@ import numpy as np
 
 from flm_torchrec.config.schema import EvalConfig
 from flm_torchrec.data.prepared import PreparedData
-from flm_torchrec.data.splits import Examples
-from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Popularity
+from flm_torchrec.data.splits import COLD_ITEM, Examples
+from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Popularity, Random
 from flm_torchrec.evaluation.protocol import Comm, Encoder, Scorer
 from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, Ranked, count_ranks, rank_targets
 
@@ -45,32 +45,47 @@ def evaluate_heads(
 
 def evaluate(
     data: PreparedData, examples: Examples, fit: np.ndarray, encoder: Encoder, comm: Comm,
-    config: EvalConfig, split: str,
+    config: EvalConfig, split: str, cold_items: np.ndarray | None = None,
 ) -> Evaluation:  # fmt: skip
     """Rank the true item of every example by every head and baseline; collective.
 
     Args:
         fit: [interactions] bool, the events that the baselines may learn from.
         split: name of the examples, for the report.
+        cold_items: [items] bool, those held out of training: examples of one are ranked among all items and once
+            more among these alone, also by content and by ids alone and by chance.
     """
+    items, block = data.schema.items, config.item_block
     scorers: list[Scorer] = [
         Popularity(data, fit),
         ItemKNN(data, fit, examples, config.neighbours),
-        *([EASE(data, fit, examples, config.ease_l2)] if data.schema.items <= config.ease_items else []),
-        HeadScorer(encoder, data.schema.items, config.item_block, comm),
+        *([EASE(data, fit, examples, config.ease_l2)] if items <= config.ease_items else []),
+        HeadScorer(encoder, items, block, comm),
     ]
-    labels = data.segment[examples.end] if data.segment is not None else None
-    table: dict[str, dict[str, float]] = {}
-    segments: dict[str, dict[str, dict[str, float]]] = {}
+    if cold_items is not None:
+        scorers += [
+            Random(),
+            HeadScorer(encoder, items, block, comm, "content", {"content alone": "content"}),
+            HeadScorer(encoder, items, block, comm, "id", {"ids alone": "collaborative"}),
+        ]
+    labels = examples.label
+    if labels is None and data.segment is not None:
+        labels = data.segment[examples.end]
+    found = Evaluation(split, len(examples), {})
     for scorer in scorers:
         ranked = rank_targets(data, examples, scorer, comm, _blocks(config), COVERAGE_AT)
+        among = None
+        if cold_items is not None:
+            among = rank_targets(data, examples, scorer, comm, _blocks(config), among=cold_items)
         for name in scorer.names:
-            counts = count_ranks(ranked, name, data.schema.items, comm, (COVERAGE_AT,))
-            table[name] = counts.metrics(config.ks)
+            found.table[name] = count_ranks(ranked, name, items, comm, (COVERAGE_AT,)).metrics(config.ks)
             for label in [] if labels is None else np.unique(labels):
-                part = count_ranks(_only(ranked, labels == label), name, data.schema.items, comm)
-                segments.setdefault(str(label), {})[name] = part.metrics(config.ks)
-    return Evaluation(split, len(examples), table, segments)
+                part = count_ranks(_only(ranked, labels == label), name, items, comm)
+                found.segments.setdefault(str(label), {})[name] = part.metrics(config.ks)
+            if among is not None and labels is not None:
+                part = count_ranks(_only(among, labels == COLD_ITEM), name, items, comm)
+                found.segments.setdefault(f"{COLD_ITEM}, among those alone", {})[name] = part.metrics(config.ks)
+    return found
 
 
 def _only(ranked: Ranked, wanted: np.ndarray) -> Ranked:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from torch import Tensor
 
+Of = Literal["all", "content", "id"]
 HEADS = ("content", "collaborative", "sequential", "fused")
 
 
@@ -18,8 +19,8 @@ class Encoder(Protocol):
     def users(self, rows: np.ndarray) -> dict[str, Tensor]:
         """[b] indices of examples → by name of HEADS, [b, D] float32."""
 
-    def items(self, ids: np.ndarray, content_only: bool = False) -> Tensor:
-        """[n] item ids → [n, D] float32; `content_only`: from features alone."""
+    def items(self, ids: np.ndarray, of: Of = "all") -> Tensor:
+        """[n] item ids → [n, D] float32, made of the id and the features, or of one of them alone."""
 
 
 class Comm(Protocol):

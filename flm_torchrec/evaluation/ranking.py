@@ -14,7 +14,7 @@ from flm_torchrec.data.prepared import PreparedData, spans
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.metrics import RankCounts
-from flm_torchrec.evaluation.protocol import HEADS, Comm, Encoder, Scorer
+from flm_torchrec.evaluation.protocol import HEADS, Comm, Encoder, Of, Scorer
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,13 @@ class HeadScorer:
     Holds one vector an item on every rank, items x D x 4 bytes; each rank encodes its share of the blocks.
     """
 
-    names: tuple[str, ...] = HEADS
-
-    def __init__(self, encoder: Encoder, items: int, block: int, comm: Comm) -> None:
+    def __init__(
+        self, encoder: Encoder, items: int, block: int, comm: Comm, of: Of = "all", heads: dict[str, str] | None = None
+    ) -> None:
         self.encoder = encoder
-        self.vectors = torch.cat([v for _, v in item_vectors(encoder, items, block, comm)])  # [items, D]
+        self.heads = heads or {head: head for head in HEADS}  # by name in the table
+        self.names = tuple(self.heads)
+        self.vectors = torch.cat([v for _, v in item_vectors(encoder, items, block, comm, of)])  # [items, D]
         _check_finite(self.vectors, "item vectors")
 
     def block(self, rows: np.ndarray) -> dict[str, Tensor]:
@@ -62,18 +64,18 @@ class HeadScorer:
         return known
 
     def scores(self, known: dict[str, Tensor], name: str, start: int, stop: int) -> Tensor:
-        return known[name] @ self.vectors[start:stop].T
+        return known[self.heads[name]] @ self.vectors[start:stop].T
 
 
 def item_vectors(
-    encoder: Encoder, items: int, block: int, comm: Comm, content_only: bool = False
+    encoder: Encoder, items: int, block: int, comm: Comm, of: Of = "all"
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Blocks of item ids with their vectors [n, D], the same on every rank; each encodes every W-th block."""
     starts = range(0, items, block)
     for first in range(0, len(starts), comm.world_size):
         ids = [np.arange(s, min(s + block, items)) for s in starts[first : first + comm.world_size]]
         mine = ids[comm.rank] if comm.rank < len(ids) else np.zeros(0, np.int64)
-        vectors = encoder.items(mine, content_only=content_only)
+        vectors = encoder.items(mine, of)
         padded = torch.cat([vectors, vectors.new_zeros(block - len(mine), encoder.dim)])
         for block_ids, gathered in zip(ids, comm.all_gather(padded), strict=False):
             yield block_ids, gathered[: len(block_ids)]
@@ -91,12 +93,17 @@ def user_blocks(examples: int, block: int, comm: Comm) -> Iterator[np.ndarray]:
 
 
 def rank_targets(
-    data: PreparedData, examples: Examples, scorer: Scorer, comm: Comm, blocks: Blocks, top_k: int = 0
-) -> Ranked:
+    data: PreparedData, examples: Examples, scorer: Scorer, comm: Comm, blocks: Blocks, top_k: int = 0,
+    among: np.ndarray | None = None,
+) -> Ranked:  # fmt: skip
     """Rank each example's true item among all items but those of its known events; collective.
 
     rank = 1 + number of other items that score at least as high: a tie counts against the scorer, so one that
     gives every item the same score looks as bad as it is. The true item is ranked even if it occurred before.
+
+    Args:
+        top_k: best items to keep for each example.
+        among: [items] bool, rank only these; None: all.
 
     Raises:
         RunError: a score is not a number.
@@ -108,7 +115,7 @@ def rank_targets(
         known = scorer.block(block)
         if len(block) == 0:
             continue
-        target, seen = _target_and_seen(data, examples.take(block))
+        target, seen = _target_and_seen(data, examples.take(block), among)
         rows.append(block)
         for name in scorer.names:
             found, best = _rank_block(scorer, known, name, target, seen, data.schema.items, blocks.items, top_k)
@@ -165,13 +172,17 @@ def _masked(scorer: Scorer, known: Any, name: str, start: int, stop: int, seen: 
     return scores
 
 
-def _target_and_seen(data: PreparedData, examples: Examples) -> tuple[Tensor, Seen]:
-    """Target ids [b], and where the items of the known events stand, the target left out."""
+def _target_and_seen(data: PreparedData, examples: Examples, among: np.ndarray | None) -> tuple[Tensor, Seen]:
+    """Target ids [b], and where the items not to rank stand: those of the known events, but never the target."""
     target = data.item[examples.end]
     start = data.offsets[examples.user]
     lengths = examples.end - start
     rows = np.repeat(np.arange(len(target)), lengths)
     items = data.item[spans(start, lengths)]
+    if among is not None:
+        outside = np.flatnonzero(~among)
+        rows = np.concatenate([rows, np.repeat(np.arange(len(target)), len(outside))])
+        items = np.concatenate([items, np.tile(outside, len(target))])
     kept = items != target[rows]
     return torch.from_numpy(target), Seen(torch.from_numpy(rows[kept]), torch.from_numpy(items[kept]))
 

@@ -18,14 +18,19 @@ def show(evaluation: Evaluation, console: Console, oracle: dict[str, Any] | None
         rows = dict(table)
         if oracle and label in oracle:
             rows["oracle of the mixture"] = oracle[label]
-        console.print(_table(f"users whose next event was planted as '{label}'", rows))
+        console.print(_table(f"of these, '{label}'", rows))
 
 
 def markdown(evaluation: Evaluation) -> str:
-    """The table of all examples as Markdown."""
-    columns = list(next(iter(evaluation.table.values())))
-    lines = [f"| {evaluation.split} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, metrics in evaluation.table.items():
+    """The table of all examples as Markdown, then one a segment."""
+    tables = {evaluation.split: evaluation.table, **evaluation.segments}
+    return "\n".join(_markdown(title, rows) for title, rows in tables.items())
+
+
+def _markdown(title: str, rows: dict[str, dict[str, float]]) -> str:
+    columns = list(next(iter(rows.values())))
+    lines = [f"| {title} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, metrics in rows.items():
         lines.append(f"| {name} | " + " | ".join(f"{metrics[c]:.4f}" for c in columns) + " |")
     return "\n".join(lines) + "\n"
 

@@ -93,7 +93,7 @@ def export(
 def _item_tables(data: PreparedData, encoder: Encoder, comm: Comm, block: int) -> Iterator[tuple[pa.Table, np.ndarray]]:
     both = zip(
         item_vectors(encoder, data.schema.items, block, comm),
-        item_vectors(encoder, data.schema.items, block, comm, content_only=True),
+        item_vectors(encoder, data.schema.items, block, comm, of="content"),
         strict=True,
     )
     for (ids, vectors), (_, content) in both:

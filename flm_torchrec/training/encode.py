@@ -11,7 +11,8 @@ from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.distributed.comm import Comm
-from flm_torchrec.model.pretrain import Encoded
+from flm_torchrec.evaluation.protocol import Of
+from flm_torchrec.model.tower import Encoded
 
 
 class ModelEncoder:
@@ -46,11 +47,11 @@ class ModelEncoder:
         encoded = self._encode(batch)
         return {name: h[last.to(h.device)].cpu() for name, h in encoded.representations.items()}
 
-    def items(self, ids: np.ndarray, content_only: bool = False) -> Tensor:
-        """[n] item ids → [n, D] float32; `content_only`: from features alone, as for an item never seen."""
+    def items(self, ids: np.ndarray, of: Of = "all") -> Tensor:
+        """[n] item ids → [n, D] float32; of "content": as for an item never seen; of "id": the row of the table."""
         wanted, place = np.unique(self._padded(ids), return_inverse=True)
         encoded = self._encode(self.assembler.items(wanted))
-        vectors = encoded.content_items if content_only else encoded.items
+        vectors = {"all": encoded.items, "content": encoded.content_items, "id": encoded.item_ids}[of]
         return vectors.cpu()[torch.from_numpy(place[: len(ids)])]
 
     def _padded(self, indices: np.ndarray) -> np.ndarray:
