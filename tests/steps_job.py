@@ -13,11 +13,10 @@ import torch
 
 from flm_torchrec.config import load_config
 from flm_torchrec.data.prepared import load_prepared
-from flm_torchrec.data.splits import split
 from flm_torchrec.distributed.comm import process_group
-from flm_torchrec.distributed.shard import make_optimizer
 from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, rank_targets
-from flm_torchrec.training.job import build, encoder, make_loader
+from flm_torchrec.training.job import Job
+from flm_torchrec.training.scope import scope_of
 
 STEPS = 20
 
@@ -27,11 +26,9 @@ def main(path: str, output: str, overrides: list[str]) -> None:
     fixed = ["model.dropout=0", "model.id_dropout=0", "model.user_id_dropout=0", "distributed.threads=1"]
     config = load_config(None, [*fixed, *overrides])
     data = load_prepared(path)
-    splits = split(data, "leave-one-out", 0.1)
     with process_group(config.distributed) as comm:
-        model, plan = build(data.schema, config, comm)
-        optimizer = make_optimizer(model, config.train)
-        loader = make_loader(data, splits, config, comm)
+        job = Job(config, data, scope_of(config, data), comm)
+        model, plan, optimizer, loader = job.model, job.plan, job.optimizer, job.loader
         batches = (batch for epoch in range(STEPS) for batch in loader.epoch(epoch))
         losses = []
         model.train()
@@ -42,10 +39,11 @@ def main(path: str, output: str, overrides: list[str]) -> None:
             optimizer.step()
             shares = torch.stack(list(outputs.losses.values()))
             losses.append(comm.all_reduce_sum(shares).tolist())
-        encode = encoder(model, data, splits.fit(data), splits.test, config, comm)
+        test = job.scope.splits.test
+        encode = job.encoder(test)
         scorer = HeadScorer(encode, data.schema.items, 64, comm)
-        ranked = rank_targets(data, splits.test, scorer, comm, Blocks(16, 64))
-        everyone = np.zeros(len(splits.test), np.int64)
+        ranked = rank_targets(data, test, scorer, comm, Blocks(16, 64))
+        everyone = np.zeros(len(test), np.int64)
         everyone[ranked.rows] = ranked.ranks["fused"]
         total = comm.all_reduce_sum(torch.from_numpy(everyone))
         if comm.main:

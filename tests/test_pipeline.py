@@ -3,42 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import islice
 
 import pytest
 import torch
 
 from flm_torchrec.config import load_config
 from flm_torchrec.data.prepared import PreparedData
-from flm_torchrec.data.splits import split
 from flm_torchrec.distributed.comm import process_group
-from flm_torchrec.distributed.shard import make_optimizer
-from flm_torchrec.training.job import build, make_loader
+from flm_torchrec.training.job import Job
 from flm_torchrec.training.loop import pipelined_steps, plain_steps
 from flm_torchrec.training.schedule import Schedule
+from flm_torchrec.training.scope import scope_of
 
 
 def losses(data: PreparedData, pipelined: bool) -> list[float]:
     fixed = ["model.dropout=0", "model.id_dropout=0", "model.user_id_dropout=0", "model.dim=16", "train.batch_size=32"]
     config = load_config(None, fixed)
     with process_group(config.distributed) as comm:
-        model, _ = build(data.schema, config, comm)
-        model.train()
-        optimizer = make_optimizer(model, config.train)
-        schedule = Schedule(optimizer, 2, 8)
-        batches = (
-            b
-            for _, b in zip(
-                range(8),
-                (
-                    b
-                    for e in range(8)
-                    for b in make_loader(data, split(data, "leave-one-out", 0.1), config, comm).epoch(e)
-                ),
-                strict=False,
-            )
-        )
+        job = Job(config, data, scope_of(config, data), comm)
+        job.model.train()
+        schedule = Schedule(job.optimizer, 2, 8)
+        batches = islice((batch for epoch in range(8) for batch in job.loader.epoch(epoch)), 8)
         steps = pipelined_steps if pipelined else plain_steps
-        found = steps(model, optimizer, schedule, batches, comm.device)
+        found = steps(job.model, job.optimizer, schedule, batches, comm.device)
         return [float(torch.stack(list(outputs.losses.values())).sum()) for outputs in found]
 
 

@@ -8,6 +8,7 @@ from flm_torchrec.config.load import (
     given_overrides,
     load_config,
     nearest,
+    sections,
     to_yaml,
 )
 from flm_torchrec.config.schema import Config
@@ -21,5 +22,6 @@ __all__ = [
     "given_overrides",
     "load_config",
     "nearest",
+    "sections",
     "to_yaml",
 ]

@@ -162,7 +162,7 @@ class TrainConfig:
         Literal["rowwise_adagrad", "adagrad", "adam"],
         Field(description="optimizer of the tables, fused into backward; adam needs a GPU"),
     ] = "rowwise_adagrad"
-    sparse_lr: Annotated[Rate, Field(description="learning rate of the tables")] = 0.2
+    sparse_lr: Annotated[Weight, Field(description="learning rate of the tables; 0: they stay as they are")] = 0.2
     warmup_steps: Annotated[int, Field(ge=0, description="steps of linear warm-up, then cosine decay")] = 100
     clip: Annotated[Rate, Field(description="largest norm of the dense gradient")] = 1.0
     eval_every: Annotated[int, Field(ge=0, description="steps between validations; 0: once an epoch")] = 0
@@ -189,6 +189,35 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class FinetuneConfig:
+    """What a pretrained run is fine-tuned for ('flm finetune')."""
+
+    source: Annotated[str, Field(description="run folder of the pretraining; empty: this run is a pretraining")] = ""
+    start: Annotated[
+        Literal["pretrained", "scratch"], Field(description="first weights: the source's, or new ones as a control")
+    ] = "pretrained"
+    task: Annotated[
+        Literal["next-item", "label"],
+        Field(description="next-item: as in pretraining; label: is the value of an event at least the threshold"),
+    ] = "next-item"
+    threshold: Annotated[float, Field(description="label: least value of a positive event")] = 4.0
+    cohort: Annotated[
+        Literal["all", "new"], Field(description="users to learn from and predict for; new: those the source never saw")
+    ] = "all"
+    share: Annotated[
+        float, Field(gt=0, le=1, description="share to learn from: of users (next-item), of labelled events (label)")
+    ] = 1.0
+    tower: Annotated[
+        Literal["frozen", "partial", "full"],
+        Field(
+            description="what learns of the dense part; frozen: what is new and the fusion; partial: also the heads and"
+            " the last block; full: all"
+        ),
+    ] = "full"
+    sparse_lr: Annotated[Weight, Field(description="learning rate of the source's tables; 0: they stay")] = 0.02
+
+
+@dataclass(frozen=True, config=STRICT)
 class Config:
     """One run."""
 
@@ -198,3 +227,4 @@ class Config:
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    finetune: FinetuneConfig = Field(default_factory=FinetuneConfig)

@@ -34,20 +34,26 @@ class Assembler:
         item_rows: least stride of `item_features`; ranks that must agree on it over gloo (reduce-scatter of
             row-wise tables) set it to the largest N that can occur.
         fusion_only: [interactions] bool, training events kept from the heads; None: none.
+        labels: [interactions] float32, 1 or 0, NaN where there is none. With labels the values of events, which
+            the labels come from, are hidden.
+        known: [interactions] bool, events that made ids known to the model; None: `fit`.
     """
 
     def __init__(
-        self, data: PreparedData, fit: np.ndarray, item_rows: int = 0, fusion_only: np.ndarray | None = None
-    ) -> None:
+        self, data: PreparedData, fit: np.ndarray, item_rows: int = 0, fusion_only: np.ndarray | None = None,
+        labels: np.ndarray | None = None, known: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
         self.data = data
         self.fit = fit
         self.fusion_only = fusion_only if fusion_only is not None else np.zeros(len(fit), bool)
         self.item_rows = item_rows
         users = np.repeat(np.arange(data.schema.users), np.diff(data.offsets))
-        self.item_known = (np.bincount(data.item[fit], minlength=data.schema.items) > 0).astype(np.float32)
-        self.user_known = (np.bincount(users[fit], minlength=data.schema.users) > 0).astype(np.float32)
-        spread = float(data.value[fit].std())
-        self.value_mean, self.value_scale = float(data.value[fit].mean()), 1.0 / spread if spread > 1e-6 else 0.0
+        known = fit if known is None else known
+        self.item_known = (np.bincount(data.item[known], minlength=data.schema.items) > 0).astype(np.float32)
+        self.user_known = (np.bincount(users[known], minlength=data.schema.users) > 0).astype(np.float32)
+        self.labels = labels if labels is not None else np.full(len(fit), np.nan, np.float32)
+        spread = float(data.value[known].std()) if labels is None else 0.0
+        self.value_mean, self.value_scale = float(data.value[known].mean()), 1.0 / spread if spread > 1e-6 else 0.0
         self.item_features = [f for f in data.schema.features if f.entity == "item" and f.sparse]
         self.user_features = [f for f in data.schema.features if f.entity == "user" and f.sparse]
 
@@ -114,6 +120,7 @@ class Assembler:
             tokens=torch.from_numpy(tokens),
             targets=torch.from_numpy(rows[len(token_items) : len(token_items) + len(target_items)]),
             fusion_only=torch.from_numpy(self.fusion_only[positions[: len(target_items)]]),
+            label=torch.from_numpy(self.labels[positions[: len(target_items)]]),
             candidates=torch.from_numpy(rows[len(token_items) + len(target_items) :]),
             log_absent=torch.from_numpy(log_absent),
         )

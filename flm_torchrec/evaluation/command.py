@@ -41,14 +41,15 @@ def run(args: argparse.Namespace) -> None:
     from flm_torchrec.training.restore import restore
 
     with restore(args.run_folder, given_overrides(args)) as restored:
-        examples = restored.splits.test if args.split == "test" else restored.splits.valid
+        job = restored.job
+        examples = job.scope.splits.test if args.split == "test" else job.scope.splits.valid
         if args.user:
-            examples = examples.take(np.array(_rows_of(args.user, restored.data.user_keys, examples.user.tolist())))
+            examples = examples.take(np.array(_rows_of(args.user, job.data.user_keys, examples.user.tolist())))
         evaluation = evaluate(
-            restored.data, examples, restored.fit, restored.encoder_for(examples), restored.comm,
-            restored.config.eval, args.split, restored.splits.cold_items,
+            job.data, examples, job.scope.known, job.encoder(examples), job.comm, job.config.eval, args.split,
+            job.scope.splits.cold_items,
         )  # fmt: skip
-        if not restored.comm.main:
+        if not job.comm.main:
             return
         if not args.user:
             file = Path(args.run_folder) / f"evaluation-{args.split}.json"
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
             return
         console = Console()
         # Into a file or a pipe the whole table, not one squeezed into 80 columns.
-        show(evaluation, console if console.is_terminal else Console(width=120), _oracle(restored.data.path))
+        show(evaluation, console if console.is_terminal else Console(width=120), _oracle(job.data.path))
 
 
 def _rows_of(keys: list[str], user_keys: list[str], users: list[int]) -> list[int]:

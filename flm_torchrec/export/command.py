@@ -57,9 +57,10 @@ def run_export(args: argparse.Namespace) -> None:
 
     check_output(args.output, args.overwrite)
     with restore(args.run_folder) as restored:
-        encoder = restored.encoder_for(everyone(restored.data))
-        block = restored.config.eval.user_block
-        manifest = export(restored.data, encoder, restored.comm, args.output, restored.version, args.index, block)
+        job = restored.job
+        encoder = job.encoder(everyone(job.data))
+        block = job.config.eval.user_block
+        manifest = export(job.data, encoder, job.comm, args.output, restored.version, args.index, block)
     if manifest is not None:
         print(
             f"{args.output}: {manifest.users} users x {len(manifest.heads)} heads, {manifest.items} items,"

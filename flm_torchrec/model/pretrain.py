@@ -49,36 +49,8 @@ class Outputs:
     """By name of REPRESENTATIONS, []: this rank's share of the mean over all ranks' targets, no gradient."""
     sequences: int
     """Sequences of this rank that had something to learn."""
-
-
-class PretrainModel(nn.Module):
-    """Tables, tower and loss of one schema.
-
-    Args:
-        schema: what the data holds.
-        model, loss: settings.
-        max_tokens: longest sequence, prefix included.
-        gather: access to the other ranks' candidates.
-    """
-
-    def __init__(self, schema: Schema, model: ModelConfig, loss: LossConfig, max_tokens: int, gather: Gather) -> None:
-        super().__init__()
-        self.item_id = item_id_table(schema, model.dim)
-        self.item_features = item_feature_tables(schema, model.dim)
-        self.users = user_tables(schema, model.dim)
-        self.history = history_tables(schema, model.dim)
-        self.dense = Dense(schema, model, loss, max_tokens, gather)
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Outputs]:
-        """The loss to minimise, averaged over all ranks' targets, and what led to it.
-
-        The loss is scaled such that the mean of its gradients over the ranks is the gradient of the global mean.
-        """
-        item_id = self.item_id(batch.item_ids)
-        features = self.item_features(batch.item_features) if self.item_features is not None else None
-        users = self.users(batch.users)
-        history = self.history(batch.history)
-        return self.dense(batch, item_id, features, users, history)
+    logits: Tensor | None = None
+    """[T] of the label task."""
 
 
 class Dense(nn.Module):
@@ -151,8 +123,11 @@ class Dense(nn.Module):
             tokens=batch.tokens,
             time=batch.time,
         )
+        return self._result(batch, encoded)
+
+    def _result(self, batch: Batch, encoded: Encoded) -> tuple[Tensor, Outputs]:
         if not self.training:
-            return ids.new_zeros(()), Outputs(encoded, {}, 0)
+            return encoded.items.new_zeros(()), Outputs(encoded, {}, 0)
         return self._loss(batch, encoded)
 
     def _loss(self, batch: Batch, encoded: Encoded) -> tuple[Tensor, Outputs]:
@@ -211,6 +186,38 @@ class Dense(nn.Module):
         if self.config.negatives == "all":
             return torch.zeros_like(log_absent[:, 0])
         return inclusion_log_probability(log_absent, in_batch, self.config.negatives)
+
+
+class PretrainModel(nn.Module):
+    """Tables, tower and loss of one schema.
+
+    Args:
+        schema: what the data holds.
+        model, loss: settings.
+        max_tokens: longest sequence, prefix included.
+        gather: access to the other ranks' candidates.
+    """
+
+    dense_kind: type[Dense] = Dense
+
+    def __init__(self, schema: Schema, model: ModelConfig, loss: LossConfig, max_tokens: int, gather: Gather) -> None:
+        super().__init__()
+        self.item_id = item_id_table(schema, model.dim)
+        self.item_features = item_feature_tables(schema, model.dim)
+        self.users = user_tables(schema, model.dim)
+        self.history = history_tables(schema, model.dim)
+        self.dense = self.dense_kind(schema, model, loss, max_tokens, gather)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Outputs]:
+        """The loss to minimise, averaged over all ranks' targets, and what led to it.
+
+        The loss is scaled such that the mean of its gradients over the ranks is the gradient of the global mean.
+        """
+        item_id = self.item_id(batch.item_ids)
+        features = self.item_features(batch.item_features) if self.item_features is not None else None
+        users = self.users(batch.users)
+        history = self.history(batch.history)
+        return self.dense(batch, item_id, features, users, history)
 
 
 def _same_target(h: Tensor, targets: Tensor, scale: Tensor) -> Tensor:

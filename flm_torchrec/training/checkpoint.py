@@ -9,11 +9,13 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.errors import RunError
 
 META = "meta.json"
+DENSE = "dense."
 
 
 def save_checkpoint(folder: Path, model: nn.Module, meta: dict[str, Any], comm: Comm) -> None:
@@ -50,6 +52,32 @@ def load_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
         raise RunError(f"{folder}: the checkpoint does not load ({reason}); train again") from error
     model.load_state_dict(state["model"])
     return meta
+
+
+def load_matching(folder: Path, model: nn.Module, tables: bool) -> str:
+    """Fill what the model shares with a checkpoint, by name and shape, and say what that was; collective.
+
+    Args:
+        tables: also the embedding tables; False where ids mean something else.
+
+    Raises:
+        RunError: the checkpoint does not load, or shares nothing.
+    """
+    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    state = model.state_dict()
+    shared = {
+        name: tensor
+        for name, tensor in state.items()
+        if isinstance(found := stored.get(f"model.{name}"), TensorStorageMetadata)
+        and found.size == tensor.size()
+        and (tables or name.startswith(DENSE))
+    }
+    if not shared:
+        raise RunError(f"{folder}: nothing in it fits this model; fine-tune with the model settings of the source")
+    dcp.load({"model": shared}, checkpoint_id=folder)
+    model.load_state_dict({**state, **shared})
+    fresh = sorted(state.keys() - shared.keys())
+    return f"{len(shared)} of {len(state)} tensors from {folder}; new: {', '.join(fresh) or 'none'}"
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -1,69 +1,38 @@
-"""Pretraining as a whole: data, plan, model, loop, best checkpoint."""
+"""Training as a whole: data, plan, model, loop, best checkpoint."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
-from flm_torchrec.config import Config, nearest
+from flm_torchrec.config import Config, load_config, nearest
 from flm_torchrec.data.assemble import Assembler
 from flm_torchrec.data.loader import Negatives, TrainLoader, windows
 from flm_torchrec.data.prepared import PreparedData, load_prepared
 from flm_torchrec.data.schema import Schema
-from flm_torchrec.data.splits import Examples, Splits, newest, split
+from flm_torchrec.data.splits import Examples, newest
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.distributed.plan import describe, make_plan
 from flm_torchrec.distributed.shard import make_optimizer, shard
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.evaluation.evaluate import evaluate_heads
 from flm_torchrec.evaluation.protocol import HEADS
+from flm_torchrec.model.label import LabelModel
 from flm_torchrec.model.pretrain import PretrainModel
-from flm_torchrec.training.checkpoint import save_checkpoint
+from flm_torchrec.training.checkpoint import load_matching, save_checkpoint
 from flm_torchrec.training.encode import ModelEncoder
 from flm_torchrec.training.loop import Finished, fit, total_steps
 from flm_torchrec.training.record import Record, check_run_folder, new_run_folder
+from flm_torchrec.training.scope import Scope, same_data, scope_of
 
 BEST = "checkpoints/best"
-
-
-def build(schema: Schema, config: Config, comm: Comm) -> tuple[DistributedModelParallel, ShardingPlan]:
-    """The sharded model with its first weights, the same for any number of ranks."""
-    torch.manual_seed(config.train.seed)
-    model = PretrainModel(schema, config.model, config.loss, config.data.max_history + 1, comm)
-    plan = make_plan(model, comm, config.distributed, -(-config.train.batch_size // comm.world_size))
-    return shard(model, plan, comm, config.train), plan
-
-
-def encoder(
-    model: DistributedModelParallel, data: PreparedData, fit: np.ndarray, examples: Examples, config: Config, comm: Comm
-) -> ModelEncoder:
-    block = max(config.eval.user_block, -(-config.eval.item_block // config.data.max_history))
-    return ModelEncoder(model, data, fit, examples, comm, config.model.dim, config.data.max_history, block)
-
-
-def make_loader(data: PreparedData, splits: Splits, config: Config, comm: Comm) -> TrainLoader:
-    """This rank's training batches."""
-    learnt = splits.fit(data)
-    counts = np.bincount(data.item[learnt], minlength=data.schema.items)
-    negatives = Negatives(counts, config.loss.negatives, config.loss.negative_power)
-    return TrainLoader(
-        windows(data, splits, config.data.max_history),
-        Assembler(
-            data,
-            learnt,
-            item_rows=_most_items(data.schema, config, comm),
-            fusion_only=newest(data, splits, config.loss.fusion_holdout, config.train.seed),
-        ),
-        negatives,
-        config.train.batch_size,
-        config.train.seed,
-        comm.rank,
-        comm.world_size,
-    )
 
 
 def pretrain(config: Config) -> Finished:
@@ -75,15 +44,13 @@ def pretrain(config: Config) -> Finished:
     check_select(config)
     check_run_folder(config)
     data = load_prepared(config.data.path, config.data.features)
-    splits = split(data, config.data.split, config.data.holdout)
+    scope = scope_of(config, data)
     with process_group(config.distributed) as comm:
-        model, plan = build(data.schema, config, comm)
-        loader = make_loader(data, splits, config, comm)
+        job = Job(config, data, scope, comm)
         # After planning, which all ranks do together: by now each has looked for an older run.
         folder = new_run_folder(config) if comm.main else None
-        with Record(folder, total_steps(config.train, len(loader))) as record:
-            record.write_json("plan.json", describe(plan))
-            return _fit(model, loader, data, splits, config, comm, record)
+        with Record(folder, job.total_steps) as record:
+            return job.fit(record)
 
 
 def check_select(config: Config) -> None:
@@ -96,34 +63,121 @@ def check_select(config: Config) -> None:
         )
 
 
-def _fit(
-    model: DistributedModelParallel, loader: TrainLoader, data: PreparedData, splits: Splits,
-    config: Config, comm: Comm, record: Record,
-) -> Finished:  # fmt: skip
-    learnt = splits.fit(data)
-    valid = _sample(splits.valid, config.train.eval_users, config.train.seed)
-    encode = encoder(model, data, learnt, valid, config, comm)
+class Job:
+    """A sharded model on its data: of pretraining, or of fine-tuning with the source's weights in it. Collective."""
 
-    def validate() -> dict[str, float]:
+    def __init__(self, config: Config, data: PreparedData, scope: Scope, comm: Comm) -> None:
+        self.config = config
+        self.data = data
+        self.scope = scope
+        self.comm = comm
+        self.loaded = "new weights"
+        tuning = config.finetune
+        if not tuning.source or tuning.start == "scratch":
+            self.model, self.plan = build(data.schema, config, comm)
+        else:
+            source = load_config(Path(tuning.source) / "config.yaml")
+            tables = same_data(source, config)
+            if tables:
+                config = replace(config, train=replace(config.train, sparse_lr=tuning.sparse_lr))
+            self.model, self.plan = build(data.schema, config, comm, freeze=True)
+            self.loaded = load_matching(Path(tuning.source) / BEST, self.model, tables)
+        self.loader = make_loader(data, scope, self.config, comm)
+        self.optimizer = make_optimizer(self.model, config.train)
 
-        return evaluate_heads(data, valid, encode, comm, config.eval)
+    @property
+    def total_steps(self) -> int:
+        return total_steps(self.config.train, len(self.loader))
 
-    def save(step: int, metrics: dict[str, float]) -> None:
-        meta = {"step": step, "valid": metrics, "data": data.schema.name}
-        save_checkpoint(Path(config.train.run) / BEST, model, meta, comm)
+    def encoder(self, examples: Examples) -> ModelEncoder:
+        """The model as an encoder of the examples' users and of items."""
+        config = self.config
+        block = max(config.eval.user_block, -(-config.eval.item_block // config.data.max_history))
+        return ModelEncoder(
+            self.model, self.data, self.scope.known, examples, self.comm, config.model.dim, config.data.max_history,
+            block,
+        )  # fmt: skip
 
-    record.say(
-        f"{data.schema.name}: {data.schema.users} users, {data.schema.items} items, {int(learnt.sum())} events to"
-        f" learn from; {comm.world_size} {'ranks' if comm.world_size > 1 else 'rank'} on {comm.device.type}"
+    def fit(self, record: Record, validate: Callable[[], dict[str, float]] | None = None) -> Finished:
+        """Train and keep the best checkpoint; `validate` instead of the ranking of validation examples."""
+        config, data, comm = self.config, self.data, self.comm
+        record.write_json("plan.json", describe(self.plan))
+        if validate is None:
+            valid = _sample(self.scope.splits.valid, config.train.eval_users, config.train.seed)
+            encode = self.encoder(valid)
+
+            def validate() -> dict[str, float]:
+                return evaluate_heads(data, valid, encode, comm, config.eval)
+
+        def save(step: int, metrics: dict[str, float]) -> None:
+            meta = {"step": step, "valid": metrics, "data": data.schema.name}
+            save_checkpoint(Path(config.train.run) / BEST, self.model, meta, comm)
+
+        record.say(
+            f"{data.schema.name}: {data.schema.users} users, {data.schema.items} items, {int(self.scope.fit.sum())}"
+            f" events to learn from; {comm.world_size} {'ranks' if comm.world_size > 1 else 'rank'} on"
+            f" {comm.device.type}"
+        )
+        torch.manual_seed(config.train.seed + comm.rank)  # from here on dropout, which ranks draw apart
+        finished = fit(self.model, self.optimizer, self.loader, config.train, comm, record, validate, save)
+        record.say(
+            f"{finished.steps} steps in {finished.seconds:.0f} s;"
+            f" best {config.train.select} {finished.best:.4f} at step {finished.best_step}"
+        )
+        return finished
+
+
+def build(
+    schema: Schema, config: Config, comm: Comm, freeze: bool = False
+) -> tuple[DistributedModelParallel, ShardingPlan]:
+    """The sharded model with its first weights, the same for any number of ranks.
+
+    Args:
+        freeze: keep from learning what `finetune.tower` says.
+    """
+    torch.manual_seed(config.train.seed)
+    label = bool(config.finetune.source) and config.finetune.task == "label"
+    kind = LabelModel if label else PretrainModel
+    model = kind(schema, config.model, config.loss, config.data.max_history + 1, comm)
+    if freeze:
+        _freeze(model, config)
+    plan = make_plan(model, comm, config.distributed, -(-config.train.batch_size // comm.world_size))
+    return shard(model, plan, comm, config.train), plan
+
+
+def make_loader(data: PreparedData, scope: Scope, config: Config, comm: Comm) -> TrainLoader:
+    """This rank's training batches."""
+    counts = np.bincount(data.item[scope.fit], minlength=data.schema.items)
+    labels = scope.labels.fit if scope.labels is not None else None
+    drawn = config.loss.negatives if labels is None else 0
+    return TrainLoader(
+        windows(data, scope.splits, config.data.max_history),
+        Assembler(
+            data,
+            scope.fit,
+            item_rows=_most_items(data.schema, config, comm),
+            fusion_only=newest(data, scope.splits, config.loss.fusion_holdout, config.train.seed),
+            labels=labels,
+            known=scope.known,
+        ),
+        Negatives(counts, drawn, config.loss.negative_power),
+        config.train.batch_size,
+        config.train.seed,
+        comm.rank,
+        comm.world_size,
     )
-    torch.manual_seed(config.train.seed + comm.rank)  # from here on dropout, which ranks draw apart
-    optimizer = make_optimizer(model, config.train)
-    finished = fit(model, optimizer, loader, config.train, comm, record, validate, save)
-    record.say(
-        f"{finished.steps} steps in {finished.seconds:.0f} s;"
-        f" best {config.train.select} {finished.best:.4f} at step {finished.best_step}"
-    )
-    return finished
+
+
+def _freeze(model: PretrainModel, config: Config) -> None:
+    tower = model.dense.tower
+    learning: list[nn.Module] = [tower.fusion]
+    if config.finetune.tower != "frozen":
+        last = list(tower.transformer.blocks)[-1:]
+        learning += [tower.content_head, tower.collaborative_head, tower.transformer.norm, *last]
+    if config.finetune.tower != "full":
+        tower.requires_grad_(False)
+        for module in learning:
+            module.requires_grad_(True)
 
 
 def _most_items(schema: Schema, config: Config, comm: Comm) -> int:

@@ -8,34 +8,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from torchrec.distributed.model_parallel import DistributedModelParallel
-
-from flm_torchrec.config import Config, load_config
-from flm_torchrec.data.prepared import PreparedData, load_prepared
-from flm_torchrec.data.splits import Examples, Splits, split
-from flm_torchrec.distributed.comm import Comm, process_group
+from flm_torchrec.config import load_config
+from flm_torchrec.data.prepared import load_prepared
+from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import RunError
 from flm_torchrec.training.checkpoint import load_checkpoint, read_meta
-from flm_torchrec.training.encode import ModelEncoder
-from flm_torchrec.training.job import BEST, build, encoder
+from flm_torchrec.training.job import BEST, Job
+from flm_torchrec.training.scope import scope_of
 
 
 @dataclass(frozen=True)
 class Restored:
     """A run's best model with the data it was trained on."""
 
-    config: Config
-    data: PreparedData
-    splits: Splits
-    fit: np.ndarray  # [interactions] bool: the events it was trained on
-    comm: Comm
-    model: DistributedModelParallel
+    job: Job
     version: str
     """Run name, step and a digest of its config: which model made an export."""
-
-    def encoder_for(self, examples: Examples) -> ModelEncoder:
-        return encoder(self.model, self.data, self.fit, examples, self.config, self.comm)
 
 
 @contextmanager
@@ -54,18 +42,15 @@ def restore(run: str | Path, overrides: Sequence[str] = ()) -> Iterator[Restored
         raise RunError(f"{run}: no config.yaml, so no run folder; make one with 'flm train --train.run {run}'")
     read_meta(run / BEST)
     config = load_config(run / "config.yaml", overrides)
+    if config.finetune.task == "label" and config.finetune.source:
+        raise RunError(f"{run}: was fine-tuned to tell labels, not to rank; its test metrics are in finetune.json")
     data = load_prepared(config.data.path, config.data.features)
-    splits = split(data, config.data.split, config.data.holdout)
+    scope = scope_of(config, data)
     with process_group(config.distributed) as comm:
-        model, _ = build(data.schema, config, comm)
-        meta = load_checkpoint(run / BEST, model)
+        job = Job(config, data, scope, comm)
+        meta = load_checkpoint(run / BEST, job.model)
         digest = hashlib.sha256((run / "config.yaml").read_bytes()).hexdigest()[:8]
         yield Restored(
-            config=config,
-            data=data,
-            splits=splits,
-            fit=splits.fit(data),
-            comm=comm,
-            model=model,
+            job=job,
             version=f"{run.name}-{meta['step']}-{digest}",
         )

@@ -1,0 +1,73 @@
+"""What a fine-tuning learns from: a cohort of users, a share of their labelled events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.splits import Examples, Splits
+from flm_torchrec.errors import DataError
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Positive or negative events, by part; each part is [interactions] float32: 1, 0, NaN where not labelled.
+
+    The parts are of different users.
+    """
+
+    fit: np.ndarray
+    valid: np.ndarray
+    test: np.ndarray
+
+
+def of_cohort(splits: Splits, data: PreparedData, cohort: np.ndarray, share: float, seed: int) -> Splits:
+    """Predict for the users of `cohort` [users] bool alone; learn from a share of them, drawn once.
+
+    Raises:
+        DataError: nobody is left to learn from or to predict for.
+    """
+    learners = np.flatnonzero(cohort & (splits.train_end > data.offsets[:-1]))
+    drawn = np.random.default_rng(seed).permutation(learners)[: max(1, round(share * len(learners)))]
+    train_end = data.offsets[:-1].copy()
+    train_end[drawn] = splits.train_end[drawn]
+
+    def only(examples: Examples) -> Examples:
+        return examples.take(np.flatnonzero(cohort[examples.user]))
+
+    chosen = replace(splits, train_end=train_end, valid=only(splits.valid), test=only(splits.test))
+    if not len(learners) or not len(chosen.valid) or not len(chosen.test):
+        raise DataError(
+            f"{data.path}: no user of the cohort has events to learn from and to predict; take finetune.cohort=all,"
+            " or a pretraining with data.split=cold-start, which leaves some users out"
+        )
+    return chosen
+
+
+def label_events(data: PreparedData, cohort: np.ndarray, threshold: float, share: float, seed: int) -> Labels:
+    """Label events by value >= threshold: of 60 % of the cohort's users to learn from, 20 % to choose, 20 % to test.
+
+    Args:
+        share: of the learnable events, the share whose label is known, drawn once.
+
+    Raises:
+        DataError: labels are all the same, or a part has none.
+    """
+    users = np.random.default_rng(0).permutation(np.flatnonzero(cohort))  # the same to test on for any seed
+    part = np.full(data.schema.users, -1)
+    for number, some in enumerate(np.split(users, [int(0.6 * len(users)), int(0.8 * len(users))])):
+        part[some] = number
+    of_event = np.repeat(part, np.diff(data.offsets))
+    label = (data.value >= threshold).astype(np.float32)
+    parts = [np.where(of_event == number, label, np.nan).astype(np.float32) for number in range(3)]
+    learnable = np.random.default_rng(seed).permutation(np.flatnonzero(of_event == 0))
+    parts[0][learnable[max(1, round(share * len(learnable))) :]] = np.nan
+    for name, values in zip(("learn from", "choose by", "test on"), parts, strict=True):
+        if len(np.unique(values[~np.isnan(values)])) < 2:
+            raise DataError(
+                f"{data.path}: the labels to {name} are not of both kinds at finetune.threshold={threshold};"
+                " choose another threshold, a larger finetune.share or finetune.cohort"
+            )
+    return Labels(*parts)

@@ -1,0 +1,47 @@
+"""A yes or no about an event: will this user like this item? On top of what pretraining made."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flm_torchrec.config.schema import LossConfig, ModelConfig
+from flm_torchrec.data.batch import Batch
+from flm_torchrec.data.schema import Schema
+from flm_torchrec.model.pretrain import Dense, Gather, Outputs, PretrainModel
+from flm_torchrec.model.tower import REPRESENTATIONS, Encoded
+
+
+class LabelDense(Dense):
+    """logit of an event = MLP([h_k * v for each representation k before it, h, v]), v the item's vector."""
+
+    def __init__(self, schema: Schema, model: ModelConfig, loss: LossConfig, max_tokens: int, gather: Gather) -> None:
+        super().__init__(schema, model, loss, max_tokens, gather)
+        dim = self.tower.dim
+        self.label_head = nn.Sequential(
+            nn.LayerNorm((len(REPRESENTATIONS) + 2) * dim),
+            nn.Linear((len(REPRESENTATIONS) + 2) * dim, 2 * dim),
+            nn.GELU(),
+            nn.Dropout(self.tower.transformer.dropout.p),
+            nn.Linear(2 * dim, 1),
+        )
+
+    def _result(self, batch: Batch, encoded: Encoded) -> tuple[Tensor, Outputs]:
+        items = encoded.items[batch.targets]
+        found = encoded.representations
+        joint = torch.cat([*(h * items for h in found.values()), found["fused"], items], 1)
+        logits = self.label_head(joint).squeeze(1)  # [T]
+        labelled = ~torch.isnan(batch.label)
+        count = self.gather.all_reduce_sum(labelled.sum().float()).clamp(min=1)
+        summed = F.binary_cross_entropy_with_logits(logits[labelled], batch.label[labelled], reduction="sum")
+        # Parameters that the label does not reach must have a gradient too, or the ranks would wait for each other.
+        reached = summed / count + 0.0 * sum(scale for scale in self.log_scale.values())
+        outputs = Outputs(encoded, {"label": (summed / count).detach()}, int(labelled.sum()), logits.detach())
+        return reached * self.gather.world_size, outputs
+
+
+class LabelModel(PretrainModel):
+    """The pretrained model with a label head instead of the next-item losses; takes the same batches."""
+
+    dense_kind = LabelDense

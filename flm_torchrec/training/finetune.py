@@ -1,0 +1,101 @@
+"""Fine-tuning: a pretrained run → the same model for a new task, a new cohort or a new domain, with its control."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from flm_torchrec.config import Config, load_config, nearest
+from flm_torchrec.data.prepared import load_prepared
+from flm_torchrec.distributed.comm import Comm, process_group
+from flm_torchrec.errors import ConfigError, RunError
+from flm_torchrec.evaluation.evaluate import evaluate_heads
+from flm_torchrec.training.checkpoint import load_checkpoint, read_meta
+from flm_torchrec.training.job import BEST, Job, check_select
+from flm_torchrec.training.label import label_metrics
+from flm_torchrec.training.record import Record, check_run_folder, new_run_folder
+from flm_torchrec.training.scope import scope_of
+
+SELECT = {"next-item": "fused/ndcg@10", "label": "label/auc"}
+
+
+def source_config(source: Path, overrides: list[str]) -> Config:
+    """The source's config with overrides; what chooses the checkpoint follows the task unless it is given.
+
+    Raises:
+        FlmError: the source is no finished run, or a setting is wrong.
+    """
+    if not (source / "config.yaml").is_file():
+        raise RunError(f"{source}: no config.yaml, so no run folder; --finetune.source must name one of 'flm train'")
+    read_meta(source / BEST)
+    given = {o.partition("=")[0] for o in overrides}
+    if "train.run" not in given:
+        raise ConfigError("--train.run: name the folder to write, beside that of the source")
+    task = load_config(source / "config.yaml", overrides).finetune.task
+    select = [] if "train.select" in given else [f"train.select={SELECT[task]}"]
+    return load_config(source / "config.yaml", [*overrides, *select])
+
+
+def finetune(config: Config, control: bool) -> dict[str, Any]:
+    """Fine-tune into RUN/pretrained and, as a control, train the same from new weights into RUN/scratch; collective.
+
+    Returns test metrics by first weights, written to RUN/finetune.json too. The checkpoint is chosen on validation.
+
+    Raises:
+        FlmError: config, data or run folder is wrong; before anything is written where that can be known.
+    """
+    root = Path(config.train.run)
+    if root.resolve() == Path(config.finetune.source).resolve():
+        raise RunError(f"{root}: is the source itself; give another --train.run")
+    starts: tuple[Literal["pretrained", "scratch"], ...] = ("pretrained", "scratch") if control else ("pretrained",)
+    runs = [
+        replace(
+            config,
+            train=replace(config.train, run=str(root / start)),
+            finetune=replace(config.finetune, start=start),
+        )
+        for start in starts
+    ]
+    for run in runs:
+        _check(run)
+        check_run_folder(run)
+    found: dict[str, Any] = {}
+    with process_group(config.distributed) as comm:
+        for run in runs:
+            found[run.finetune.start] = _one(run, comm)
+        if comm.main:
+            report = {"task": config.finetune.task, "share": config.finetune.share, "test": found}
+            (root / "finetune.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    return found
+
+
+def _check(config: Config) -> None:
+    if config.finetune.task == "next-item":
+        check_select(config)
+    elif config.train.select != SELECT["label"]:
+        raise ConfigError(
+            f"train.select: no label metric '{config.train.select}'; {nearest(config.train.select, [SELECT['label']])}"
+        )
+
+
+def _one(config: Config, comm: Comm) -> dict[str, float]:
+    data = load_prepared(config.data.path, config.data.features)
+    job = Job(config, data, scope_of(config, data), comm)
+    folder = new_run_folder(config) if comm.main else None
+    with Record(folder, job.total_steps) as record:
+        record.say(f"{config.finetune.task} from {config.finetune.start} weights; {job.loaded}")
+        labels = job.scope.labels
+        if labels is None:
+            job.fit(record)
+        else:
+            shape = (config.train.batch_size, config.data.max_history)
+            job.fit(record, lambda: label_metrics(job.model, data, labels.valid, job.scope.known, comm, *shape))
+        load_checkpoint(Path(config.train.run) / BEST, job.model)
+        if labels is None:
+            test = evaluate_heads(data, job.scope.splits.test, job.encoder(job.scope.splits.test), comm, config.eval)
+        else:
+            test = label_metrics(job.model, data, labels.test, job.scope.known, comm, *shape)
+        record.scalars(job.total_steps, {f"test/{name}": value for name, value in test.items()})
+    return test

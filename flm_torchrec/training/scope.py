@@ -1,0 +1,66 @@
+"""Which events a run learns from and which ids it then knows: of pretraining, or of a fine-tuning's cohort."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flm_torchrec.config import Config, load_config
+from flm_torchrec.data.cohort import Labels, label_events, of_cohort
+from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.splits import Examples, Splits, split
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a run may use of its data."""
+
+    splits: Splits
+    fit: np.ndarray  # [interactions] bool: events it learns from
+    known: np.ndarray  # [interactions] bool: events that its ids were learnt from, those of its source included
+    labels: Labels | None = None
+
+
+def scope_of(config: Config, data: PreparedData) -> Scope:
+    """The scope that the config describes, the same whenever it is asked for.
+
+    Raises:
+        FlmError: the split leaves nothing, or the source of a fine-tuning is no run.
+    """
+    tuning = config.finetune
+    if not tuning.source:
+        splits = split(data, config.data.split, config.data.holdout)
+        return Scope(splits, splits.fit(data), splits.fit(data))
+    seen = np.zeros(len(data.item), bool)
+    source = load_config(Path(tuning.source) / "config.yaml")
+    if same_data(source, config):
+        seen = scope_of(source, data).known
+    users = np.repeat(np.arange(data.schema.users), np.diff(data.offsets))
+    cohort = np.ones(data.schema.users, bool)
+    if tuning.cohort == "new":
+        cohort[users[seen]] = False
+    labels = None
+    if tuning.task == "label":
+        labels = label_events(data, cohort, tuning.threshold, tuning.share, config.train.seed)
+        splits = spans_of(data, labels.fit)
+    else:
+        whole = split(data, config.data.split, config.data.holdout)
+        splits = of_cohort(whole, data, cohort, tuning.share, config.train.seed)
+    fit = splits.fit(data)
+    return Scope(splits, fit, fit | seen if tuning.start == "pretrained" else fit, labels)
+
+
+def spans_of(data: PreparedData, labels: np.ndarray) -> Splits:
+    """All events of the users who have a label, nothing to predict by rank."""
+    users = np.repeat(np.arange(data.schema.users), np.diff(data.offsets))
+    labelled = np.isin(np.arange(data.schema.users), users[~np.isnan(labels)])
+    ends = np.where(labelled, data.offsets[1:], data.offsets[:-1])
+    nobody = Examples(np.zeros(0, np.int64), np.zeros(0, np.int64))
+    return Splits(ends, nobody, nobody)
+
+
+def same_data(source: Config, config: Config) -> bool:
+    """Whether ids mean the same: otherwise the tables of the source are of no use."""
+    return Path(source.data.path).resolve() == Path(config.data.path).resolve()

@@ -1,0 +1,159 @@
+"""Fine-tuning: whom it learns from, what it takes over, what it leaves alone, what it reports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flm_torchrec.cli import main
+from flm_torchrec.config import load_config
+from flm_torchrec.data.cohort import label_events, of_cohort
+from flm_torchrec.data.prepare import Options, prepare
+from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.sources import synthetic
+from flm_torchrec.data.splits import split
+from flm_torchrec.distributed.comm import process_group
+from flm_torchrec.errors import DataError
+from flm_torchrec.training.job import Job
+from flm_torchrec.training.restore import restore
+from flm_torchrec.training.scope import scope_of
+
+SMALL = ["--model.dim", "16", "--train.batch_size", "32", "--train.max_steps", "6", "--eval.ks", "[10]"]
+
+
+@pytest.fixture(scope="module")
+def source(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short pretraining that left some users and items out."""
+    run = tmp_path_factory.mktemp("pretrained") / "run"
+    split_ = ["--data.split", "cold-start", "--data.holdout", "0.3"]
+    assert main(["train", "--data.path", str(small.path), "--train.run", str(run), *split_, *SMALL]) == 0
+    return run
+
+
+def tune(source: Path, run: Path, *arguments: str) -> int:
+    return main(["finetune", "--finetune.source", str(source), "--train.run", str(run), *arguments])
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.floats(0.01, 1.0), st.integers(0, 99))
+def test_a_share_of_the_cohort_is_learnt_from(small: PreparedData, share: float, seed: int) -> None:
+    cohort = np.arange(small.schema.users) % 3 == 0
+    whole = split(small, "leave-one-out", 0.1)
+    chosen = of_cohort(whole, small, cohort, share, seed)
+    learners = np.flatnonzero(chosen.train_end > small.offsets[:-1])
+    assert cohort[learners].all() and len(learners) == max(1, round(share * cohort.sum()))
+    assert cohort[chosen.test.user].all() and len(chosen.test) == cohort.sum()
+    assert not chosen.fit(small)[chosen.valid.end].any() and not chosen.fit(small)[chosen.test.end].any()
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.floats(0.05, 1.0), st.integers(0, 99))
+def test_labels_of_one_user_are_in_one_part(small: PreparedData, share: float, seed: int) -> None:
+    threshold = float(np.median(small.value)) if len(np.unique(small.value)) > 1 else 1.0
+    values = np.where(np.arange(len(small.value)) % 2, threshold, threshold - 1).astype(np.float32)
+    data = PreparedData(**{**vars(small), "value": values})
+    everyone = np.ones(small.schema.users, bool)
+    labels = label_events(data, everyone, threshold, share, seed)
+    users = np.repeat(np.arange(small.schema.users), np.diff(small.offsets))
+    parts = [set(users[~np.isnan(p)]) for p in (labels.fit, labels.valid, labels.test)]
+    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+    assert len(parts[1] | parts[2]) == small.schema.users - int(0.6 * small.schema.users)
+    known = ~np.isnan(labels.test)
+    assert ((values >= threshold)[known] == labels.test[known].astype(bool)).all()
+    whole = label_events(data, everyone, threshold, 1.0, seed)
+    assert (~np.isnan(labels.fit)).sum() == max(1, round(share * (~np.isnan(whole.fit)).sum()))
+
+
+def test_labels_of_one_kind_are_refused(small: PreparedData) -> None:
+    with pytest.raises(DataError, match=r"finetune\.threshold=99"):
+        label_events(small, np.ones(small.schema.users, bool), 99.0, 1.0, 0)
+
+
+def test_new_users_are_those_the_source_never_saw(source: Path, small: PreparedData) -> None:
+    overrides = [f"finetune.source={source}", "finetune.cohort=new", "data.split=leave-one-out"]
+    scope = scope_of(load_config(source / "config.yaml", overrides), small)
+    seen = scope_of(load_config(source / "config.yaml"), small).fit
+    users = np.repeat(np.arange(small.schema.users), np.diff(small.offsets))
+    assert not set(users[scope.fit]) & set(users[seen]) and (scope.known == scope.fit | seen).all()
+    assert set(scope.splits.test.user) <= set(range(small.schema.users)) - set(users[seen])
+    overrides += ["finetune.start=scratch"]
+    scratch = scope_of(load_config(source / "config.yaml", overrides), small)
+    assert (scratch.known == scratch.fit).all() and (scratch.fit == scope.fit).all()
+
+
+@pytest.mark.parametrize(("tower", "moves"), [("frozen", False), ("partial", True), ("full", True)])
+def test_what_is_frozen_stays(source: Path, small: PreparedData, tower: str, moves: bool) -> None:
+    overrides = [f"finetune.source={source}", f"finetune.tower={tower}", "finetune.sparse_lr=0"]
+    config = load_config(source / "config.yaml", overrides)
+    with process_group(config.distributed) as comm:
+        job = Job(config, small, scope_of(config, small), comm)
+        before = {n: t.detach().clone() for n, t in job.model.module.dense.state_dict().items()}
+        table = job.model.module.item_id.state_dict()["embeddings.item_id.weight"].local_shards()[0].tensor.clone()
+        job.model.train()
+        for _, batch in zip(range(3), job.loader.epoch(0), strict=False):
+            job.optimizer.zero_grad()
+            job.model(batch)[0].backward()
+            job.optimizer.step()
+        after = job.model.module.dense.state_dict()
+        changed = [n.removeprefix("tower.") for n in before if not torch.equal(before[n], after[n])]
+        moved = {".".join(n.split(".")[:2]) for n in changed}
+        assert ("transformer.blocks" in moved) == moves and ("transformer.position" in moved) == (tower == "full")
+        assert any(name.startswith("fusion") for name in moved)
+        same = job.model.module.item_id.state_dict()["embeddings.item_id.weight"].local_shards()[0].tensor
+        assert torch.equal(table, same)
+
+
+def test_next_item_for_new_users_with_its_control(
+    source: Path, small: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "tuned"
+    new = ["--finetune.cohort", "new", "--finetune.share", "0.5", "--data.split", "leave-one-out"]
+    assert tune(source, run, *new) == 0
+    report = json.loads((run / "finetune.json").read_text())
+    assert set(report["test"]) == {"pretrained", "scratch"} and "fused/ndcg@10" in report["test"]["scratch"]
+    assert "test, pretrained: " in capsys.readouterr().out
+    with restore(run / "pretrained") as restored:
+        assert restored.job.config.finetune.start == "pretrained"
+    assert main(["evaluate", "--run", str(run / "pretrained")]) == 0
+    table = json.loads((run / "pretrained" / "evaluation-test.json").read_text())["table"]
+    assert table["fused"]["ndcg@10"] == pytest.approx(report["test"]["pretrained"]["fused/ndcg@10"])
+
+
+def test_a_new_domain_gets_new_tables_and_the_old_tower(source: Path, tmp_path: Path) -> None:
+    prepare(synthetic.read(synthetic.Recipe(users=60, items=110, events=10, seed=5)), tmp_path / "other", Options())
+    run = tmp_path / "tuned"
+    other = ["--data.path", str(tmp_path / "other"), "--data.split", "leave-one-out", "--no-control"]
+    assert tune(source, run, *other) == 0
+    log = (run / "pretrained" / "train.log").read_text()
+    assert "new: " in log and "item_id.embeddings.item_id.weight" in log and "dense.tower.transformer" not in log
+
+
+def test_labels(source: Path, small: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = np.sort(np.unique(small.value))
+    threshold = str(values[len(values) // 2])
+    run = tmp_path / "labels"
+    task = ["--finetune.task", "label", "--finetune.threshold", threshold]
+    if len(values) == 1:
+        assert tune(source, run, *task) == 2 and "not of both kinds" in capsys.readouterr().err
+        assert not run.exists()
+        return
+    assert tune(source, run, *task, "--no-control") == 0
+
+
+def test_wrong_requests_end_in_one_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error(*arguments: str) -> str:
+        assert main(["finetune", *arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "--finetune.source" in error("--train.run", "x")
+    assert "no config.yaml" in error("--finetune.source", str(tmp_path), "--train.run", "x")
+    assert "--train.run" in error("--finetune.source", str(source))
+    assert "source itself" in error("--finetune.source", str(source), "--train.run", str(source))
+    label = ["--finetune.source", str(source), "--train.run", str(tmp_path / "t"), "--finetune.task", "label"]
+    assert "label/auc" in error(*label, "--train.select", "label/auk")
