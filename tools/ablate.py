@@ -17,14 +17,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from flm_torchrec.config import Config, load_config, nearest, to_yaml
+from flm_torchrec.config import Config, load_config, nearest
 from flm_torchrec.errors import ConfigError, FlmError, RunError
 
 BASELINES = ("popularity", "item-kNN", "EASE-R")
@@ -87,11 +87,17 @@ def result_of(run: Run, split: str) -> dict[str, Any] | None:
     file = run.folder / f"evaluation-{split}.json"
     if not file.is_file():
         return None
-    if (run.folder / "config.yaml").read_text(encoding="utf-8") != to_yaml(run.config):
+    if not _as_configured(run):
         raise RunError(
             f"{run.folder}: made with other settings than the study has now; remove it or give another --output"
         )
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _as_configured(run: Run) -> bool:
+    """Whether the folder was made with the run's settings, on however many threads."""
+    made = load_config(run.folder / "config.yaml")
+    return replace(made, distributed=run.config.distributed) == run.config
 
 
 def execute(run: Run, split: str, threads: int) -> str | None:
@@ -100,14 +106,14 @@ def execute(run: Run, split: str, threads: int) -> str | None:
     settings = [part for o in overrides for part in (f"--{o.partition('=')[0]}", o.partition("=")[2])]
     flm = [sys.executable, "-m", "flm_torchrec"]
     steps = [[*flm, "train", "--config", start, *settings]]
-    if (run.folder / "finished").is_file() and (run.folder / "config.yaml").read_text() == to_yaml(run.config):
+    steps[0] += ["--distributed.threads", str(threads)]
+    if (run.folder / "finished").is_file() and _as_configured(run):
         steps = []
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     log = run.folder.with_suffix(".log")
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with log.open("w", encoding="utf-8") as output:
         for step in [*steps, [*flm, "evaluate", "--run", str(run.folder), "--split", split]]:
-            if subprocess.run(step, stdout=output, stderr=subprocess.STDOUT, env=environment).returncode:
+            if subprocess.run(step, stdout=output, stderr=subprocess.STDOUT).returncode:
                 return f"{run.variant}, seed {run.seed}: failed, see {log}"
             if step[3] == "train":
                 (run.folder / "finished").touch()

@@ -105,6 +105,8 @@ class LossConfig:
     weighting: Annotated[Literal["fixed", "uncertainty"], Field(description="how the heads' losses are weighed")] = (
         "fixed"
     )
+    kind: Annotated[Literal["softmax", "gbce"], Field(description="loss of every head over the candidates")] = "softmax"
+    calibration: Annotated[float, Field(ge=0, le=1, description="t of gBCE")] = 0.75
     negatives: Annotated[
         int | Literal["all"],
         Field(description="items drawn per global batch beside the in-batch ones; 'all': full softmax"),
@@ -165,6 +167,9 @@ class TrainConfig:
     sparse_lr: Annotated[Weight, Field(description="learning rate of the tables; 0: they stay as they are")] = 0.2
     warmup_steps: Annotated[int, Field(ge=0, description="steps of linear warm-up, then cosine decay")] = 100
     clip: Annotated[Rate, Field(description="largest norm of the dense gradient")] = 1.0
+    average: Annotated[
+        Share, Field(description="decay of the moving average of weights that is validated and saved; 0: none")
+    ] = 0.0
     eval_every: Annotated[int, Field(ge=0, description="steps between validations; 0: once an epoch")] = 0
     eval_users: Annotated[int, Field(ge=0, description="users of a validation, drawn once; 0: all")] = 0
     patience: Annotated[

@@ -14,9 +14,10 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 from flm_torchrec.config.schema import LossConfig, ModelConfig
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.schema import Schema
+from flm_torchrec.model.gbce import gbce
 from flm_torchrec.model.softmax import inclusion_log_probability, sampled_softmax
 from flm_torchrec.model.tables import history_tables, item_feature_tables, item_id_table, user_tables
-from flm_torchrec.model.tower import REPRESENTATIONS, Encoded, Looked, Tower, Widths
+from flm_torchrec.model.tower import HEADS, REPRESENTATIONS, Encoded, Looked, Tower, Widths
 
 HISTORY_KEYS = ("event", "gap")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -60,6 +61,7 @@ class Dense(nn.Module):
         super().__init__()
         self.gather = gather
         self.config = loss
+        self.items = schema.items
         self.item_keys = [f.name for f in schema.of("item", sparse=True)]
         self.user_keys = ["user_id", *(f.name for f in schema.of("user", sparse=True))]
         widths = Widths(
@@ -152,7 +154,12 @@ class Dense(nn.Module):
             # that memorises best (Wolpert, Neural Networks 1992).
             apart = name == "fused" and self.tower.stacked
             items, rows = vectors.detach() if apart else vectors, parts[apart]
-            summed = sampled_softmax(query[rows], items, place[rows], log_q, scale, PRECISIONS[self.config.precision])
+            if self.config.kind == "gbce":
+                absent = torch.isinf(log_q)
+                summed = gbce(query[rows], items, place[rows], absent, scale, self.items, self.config.calibration)
+            else:
+                precision = PRECISIONS[self.config.precision]
+                summed = sampled_softmax(query[rows], items, place[rows], log_q, scale, precision)
             loss = summed / counts[int(apart)].clamp(min=1)
             losses[name] = loss.detach()
             if self.log_variance is not None and name != "fused":
@@ -174,11 +181,9 @@ class Dense(nn.Module):
             place = torch.arange(len(mine), device=mine.device)
             losses["attribute"] = (F.cross_entropy(logits, place) + F.cross_entropy(logits.T, place)) / 2
         if self.config.same_target > 0:
-            losses["same_target"] = _same_target(
-                encoded.representations["sequential"][~batch.fusion_only],
-                batch.targets[~batch.fusion_only],
-                self.same_scale.clamp(max=MAX_LOG_SCALE).exp(),
-            )
+            rows, scale = ~batch.fusion_only, self.same_scale.clamp(max=MAX_LOG_SCALE).exp()
+            heads = [h[rows] for name, h in encoded.representations.items() if name in HEADS]
+            losses["same_target"] = sum(_same_target(h, batch.targets[rows], scale) for h in heads) / len(heads)
         return losses
 
     def _log_q(self, log_absent: Tensor, in_batch: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from flm_torchrec.data.loader import Prefetch, TrainLoader
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.errors import RunError
 from flm_torchrec.model.pretrain import Outputs
+from flm_torchrec.training.average import WeightAverage
 from flm_torchrec.training.record import Record
 from flm_torchrec.training.schedule import Schedule
 
@@ -52,12 +53,14 @@ def fit(
     schedule = Schedule(optimizer, config.warmup_steps, total)
     best, best_step, stale, spent, step = -math.inf, 0, 0, 0.0, 0
     meter = _Meter(comm)
+    average = WeightAverage(model, config.average)
     model.train()
     began = time.monotonic()
     steps = pipelined_steps if comm.device.type == "cuda" else plain_steps
     batches = iter(Prefetch(_batches(loader, total)))
     for step, outputs in enumerate(steps(model, optimizer, schedule, batches, comm.device), start=1):
         meter.add(outputs)
+        average.update()
         if step % config.log_every == 0 or step == total:
             values = meter.read(step)
             record.scalars(step, {**values, "lr_factor": schedule.factor})
@@ -65,14 +68,16 @@ def fit(
         if step % every and step != total:
             continue
         spent += time.monotonic() - began
-        metrics = validate()
-        score = metrics[config.select]
+        with average.applied():
+            metrics = validate()
+            score = metrics[config.select]
+            improved = score > best
+            if improved:
+                save(step, metrics)
         record.scalars(step, {f"valid/{name}": value for name, value in metrics.items()})
-        improved = score > best
         record.say(f"step {step}/{total}  validation {config.select} {score:.4f}{'  best so far' if improved else ''}")
         if improved:
             best, best_step, stale = score, step, 0
-            save(step, metrics)
         else:
             stale += 1
         if config.patience and stale >= config.patience:
