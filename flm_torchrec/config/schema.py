@@ -165,7 +165,9 @@ class TrainConfig:
         Field(description="optimizer of the tables, fused into backward; adam needs a GPU"),
     ] = "rowwise_adagrad"
     sparse_lr: Annotated[Weight, Field(description="learning rate of the tables; 0: they stay as they are")] = 0.2
-    warmup_steps: Annotated[int, Field(ge=0, description="steps of linear warm-up, then cosine decay")] = 100
+    warmup_steps: Annotated[
+        int, Field(ge=0, description="steps of linear warm-up, at most a tenth of all; then cosine decay")
+    ] = 100
     clip: Annotated[Rate, Field(description="largest norm of the dense gradient")] = 1.0
     average: Annotated[
         Share, Field(description="decay of the moving average of weights that is validated and saved; 0: none")

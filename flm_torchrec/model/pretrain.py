@@ -183,7 +183,8 @@ class Dense(nn.Module):
         if self.config.same_target > 0:
             rows, scale = ~batch.fusion_only, self.same_scale.clamp(max=MAX_LOG_SCALE).exp()
             heads = [h[rows] for name, h in encoded.representations.items() if name in HEADS]
-            losses["same_target"] = sum(_same_target(h, batch.targets[rows], scale) for h in heads) / len(heads)
+            found = torch.stack([_same_target(h, batch.targets[rows], scale) for h in heads])
+            losses["same_target"] = found.mean()
         return losses
 
     def _log_q(self, log_absent: Tensor, in_batch: Tensor) -> Tensor:

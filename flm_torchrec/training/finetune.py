@@ -41,7 +41,8 @@ def source_config(source: Path, overrides: list[str]) -> Config:
 def finetune(config: Config, control: bool) -> dict[str, Any]:
     """Fine-tune into RUN/pretrained and, as a control, train the same from new weights into RUN/scratch; collective.
 
-    Returns test metrics by first weights, written to RUN/finetune.json too. The checkpoint is chosen on validation.
+    Returns test metrics by first weights, and as `found` those of the source before any step where it can do the
+    task; written to RUN/finetune.json too. The checkpoint is chosen on validation.
 
     Raises:
         FlmError: config, data or run folder is wrong; before anything is written where that can be known.
@@ -64,7 +65,7 @@ def finetune(config: Config, control: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with process_group(config.distributed) as comm:
         for run in runs:
-            found[run.finetune.start] = _one(run, comm)
+            found |= _one(run, comm)
         if comm.main:
             report = {"task": config.finetune.task, "share": config.finetune.share, "test": found}
             (root / "finetune.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
@@ -80,22 +81,25 @@ def _check(config: Config) -> None:
         )
 
 
-def _one(config: Config, comm: Comm) -> dict[str, float]:
+def _one(config: Config, comm: Comm) -> dict[str, dict[str, float]]:
     data = load_prepared(config.data.path, config.data.features)
     job = Job(config, data, scope_of(config, data), comm)
+    labels, splits = job.scope.labels, job.scope.splits
+
+    def measure(part: Literal["valid", "test"]) -> dict[str, float]:
+        if labels is None:
+            examples = getattr(splits, part)
+            return evaluate_heads(data, examples, job.encoder(examples), comm, config.eval)
+        shape = (config.train.batch_size, config.data.max_history)
+        return label_metrics(job.model, data, getattr(labels, part), job.scope.known, comm, *shape)
+
     folder = new_run_folder(config) if comm.main else None
     with Record(folder, job.total_steps) as record:
-        record.say(f"{config.finetune.task} from {config.finetune.start} weights; {job.loaded}")
-        labels = job.scope.labels
-        if labels is None:
-            job.fit(record)
-        else:
-            shape = (config.train.batch_size, config.data.max_history)
-            job.fit(record, lambda: label_metrics(job.model, data, labels.valid, job.scope.known, comm, *shape))
+        record.say(f"{config.finetune.task} from {config.finetune.start} weights; {job.loaded or 'all new'}")
+        found = {"found": measure("test")} if job.loaded and labels is None else {}
+        job.fit(record, None if labels is None else lambda: measure("valid"))
         load_checkpoint(Path(config.train.run) / BEST, job.model)
-        if labels is None:
-            test = evaluate_heads(data, job.scope.splits.test, job.encoder(job.scope.splits.test), comm, config.eval)
-        else:
-            test = label_metrics(job.model, data, labels.test, job.scope.known, comm, *shape)
-        record.scalars(job.total_steps, {f"test/{name}": value for name, value in test.items()})
-    return test
+        found[config.finetune.start] = measure("test")
+        for start, test in found.items():
+            record.scalars(job.total_steps, {f"test/{start}/{name}": value for name, value in test.items()})
+    return found

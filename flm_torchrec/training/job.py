@@ -71,7 +71,7 @@ class Job:
         self.data = data
         self.scope = scope
         self.comm = comm
-        self.loaded = "new weights"
+        self.loaded: str | None = None
         tuning = config.finetune
         if not tuning.source or tuning.start == "scratch":
             self.model, self.plan = build(data.schema, config, comm)
@@ -119,7 +119,8 @@ class Job:
             f" {comm.device.type}"
         )
         torch.manual_seed(config.train.seed + comm.rank)  # from here on dropout, which ranks draw apart
-        finished = fit(self.model, self.optimizer, self.loader, config.train, comm, record, validate, save)
+        tuned = self.loaded is not None
+        finished = fit(self.model, self.optimizer, self.loader, config.train, comm, record, validate, save, tuned)
         record.say(
             f"{finished.steps} steps in {finished.seconds:.0f} s;"
             f" best {config.train.select} {finished.best:.4f} at step {finished.best_step}"

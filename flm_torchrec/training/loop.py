@@ -40,10 +40,13 @@ class Finished:
 
 
 def fit(
-    model: DistributedModelParallel, optimizer: Optimizer, loader: TrainLoader,
-    config: TrainConfig, comm: Comm, record: Record, validate: Validate, save: Save,
+    model: DistributedModelParallel, optimizer: Optimizer, loader: TrainLoader, config: TrainConfig, comm: Comm,
+    record: Record, validate: Validate, save: Save, as_found: bool = False,
 ) -> Finished:  # fmt: skip
     """Train until the epochs or steps are used up, or validation has not improved for `patience` times.
+
+    Args:
+        as_found: the model as it is given is the first to be validated, and kept if none is better.
 
     Raises:
         RunError: the loss is no longer a number.
@@ -51,9 +54,12 @@ def fit(
     total = total_steps(config, len(loader))
     every = config.eval_every or len(loader)
     schedule = Schedule(optimizer, config.warmup_steps, total)
-    best, best_step, stale, spent, step = -math.inf, 0, 0, 0.0, 0
-    meter = _Meter(comm)
     average = WeightAverage(model, config.average)
+    best = _Best(config.select, average, record, validate, save)
+    spent, step = 0.0, 0
+    if as_found:
+        best.judge(0, total)
+    meter = _Meter(comm)
     model.train()
     began = time.monotonic()
     steps = pipelined_steps if comm.device.type == "cuda" else plain_steps
@@ -68,23 +74,41 @@ def fit(
         if step % every and step != total:
             continue
         spent += time.monotonic() - began
-        with average.applied():
-            metrics = validate()
-            score = metrics[config.select]
-            improved = score > best
-            if improved:
-                save(step, metrics)
-        record.scalars(step, {f"valid/{name}": value for name, value in metrics.items()})
-        record.say(f"step {step}/{total}  validation {config.select} {score:.4f}{'  best so far' if improved else ''}")
-        if improved:
-            best, best_step, stale = score, step, 0
-        else:
-            stale += 1
-        if config.patience and stale >= config.patience:
-            record.say(f"stopping early: no gain in {stale} validations")
+        best.judge(step, total)
+        if config.patience and best.stale >= config.patience:
+            record.say(f"stopping early: no gain in {best.stale} validations")
             break
         began = time.monotonic()
-    return Finished(step, best_step, best, spent)
+    return Finished(step, best.step, best.score, spent)
+
+
+class _Best:
+    """Validates, and saves whatever is better than all before."""
+
+    def __init__(
+        self, select: str, average: WeightAverage, record: Record, validate: Validate, save: Save
+    ) -> None:
+        self.select = select
+        self.average = average
+        self.record = record
+        self.validate = validate
+        self.save = save
+        self.score, self.step, self.stale = -math.inf, 0, 0
+
+    def judge(self, step: int, total: int) -> None:
+        with self.average.applied():
+            metrics = self.validate()
+            score = metrics[self.select]
+            improved = score > self.score
+            if improved:
+                self.save(step, metrics)
+        self.record.scalars(step, {f"valid/{name}": value for name, value in metrics.items()})
+        mark = "  best so far" if improved else ""
+        self.record.say(f"step {step}/{total}  validation {self.select} {score:.4f}{mark}")
+        if improved:
+            self.score, self.step, self.stale = score, step, 0
+        else:
+            self.stale += 1
 
 
 def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:

@@ -22,7 +22,7 @@ class Schedule:
     def __init__(self, optimizer: Optimizer, warmup: int, total: int) -> None:
         self.groups: list[dict[str, Any]] = list(optimizer.param_groups)
         self.peaks = [group["lr"] for group in self.groups]
-        self.warmup = warmup
+        self.warmup = min(warmup, total // 10)  # a short run, such as a fine-tuning, must get past it
         self.total = total
         self.factor = 0.0
 

@@ -1,0 +1,83 @@
+"""The tools of a study: what they run, what they do not run again, what they refuse."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flm_torchrec.data.prepared import PreparedData
+from tests.conftest import ROOT
+
+QUICK = {"model.dim": 8, "model.layers": 1, "train.batch_size": 32, "train.max_steps": 3, "eval.ks": [10]}
+
+
+def tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / name), *arguments], capture_output=True, text=True, cwd=ROOT, timeout=240
+    )
+
+
+def write_study(file: Path, data: Path, **changes: object) -> None:
+    config = file.with_name("config.yaml")
+    config.write_text(yaml.safe_dump({"data": {"path": str(data)}}))
+    variants = {"all heads": {}, "content alone": {"loss.collaborative": 0, "loss.sequential": 0, "loss.fused": 0}}
+    file.write_text(yaml.safe_dump({"config": str(config), "settings": {**QUICK, **changes}, "variants": variants}))
+
+
+def test_a_study_is_run_once_and_told_in_markdown(small: PreparedData, tmp_path: Path) -> None:
+    study, runs = tmp_path / "study.yaml", tmp_path / "runs"
+    write_study(study, small.path)
+    command = [str(study), "--output", str(runs), "--seeds", "0", "1"]
+    done = tool("ablate.py", *command)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in done.stdout.splitlines()]
+    assert ["all heads", "fused", "2"] in rows and ["content alone", "content", "2"] in rows
+    assert ["content alone", "fused", "2"] not in rows and [row[1] for row in rows].count("popularity") == 1
+    assert " ± " in done.stdout
+
+    checkpoints = {f: f.stat().st_mtime_ns for f in runs.rglob("meta.json")}
+    (runs / "all-heads-1" / "evaluation-valid.json").unlink()
+    again = tool("ablate.py", *command)
+    assert again.stdout == done.stdout
+    assert {f: f.stat().st_mtime_ns for f in runs.rglob("meta.json")} == checkpoints
+
+    write_study(study, small.path, **{"model.dropout": 0.4})
+    refused = tool("ablate.py", *command)
+    assert refused.returncode == 2 and "other settings" in refused.stderr and len(refused.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({"model.dimm": 3}, "did you mean 'dim'"), ({"model.dim": 7}, "model.dim 7")],
+)
+def test_a_wrong_study_is_refused_before_anything_runs(
+    small: PreparedData, tmp_path: Path, change: dict, told: str
+) -> None:
+    study = tmp_path / "study.yaml"
+    write_study(study, small.path, **change)
+    done = tool("ablate.py", str(study), "--output", str(tmp_path / "runs"))
+    assert done.returncode == 2 and told in done.stderr and not (tmp_path / "runs").exists()
+
+
+def test_fine_tuning_is_studied_by_share(small: PreparedData, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    settings = [part for key, value in QUICK.items() for part in (f"--{key}", str(value))]
+    subprocess.run(
+        [sys.executable, "-m", "flm_torchrec", "train", "--data.path", str(small.path), "--train.run", str(source),
+         "--data.split", "cold-start", "--data.holdout", "0.3", *settings], check=True, cwd=ROOT,
+    )  # fmt: skip
+    command = ["--source", str(source), "--output", str(tmp_path / "study"), "--shares", "0.3", "1"]
+    options = ["--", "--finetune.cohort", "new", "--data.split", "leave-one-out"]
+    done = tool("finetune_study.py", *command, *options)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ")[:2] for line in done.stdout.splitlines()[2:]]
+    starts = ["pretrained, tuned", "pretrained, as it is", "from scratch"]
+    assert rows == [[f"| {share}", start] for share in ("30%", "100%") for start in starts]
+    assert (tmp_path / "study" / "study.svg").read_text().startswith("<?xml")
+    assert tool("finetune_study.py", *command, *options).stdout == done.stdout
+    wrong = tool("finetune_study.py", *command, "--metrics", "fused/ndgc@10", *options)
+    assert wrong.returncode == 1 and "no 'fused/ndgc@10'" in wrong.stderr
