@@ -22,7 +22,7 @@ from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import DataError
 from flm_torchrec.training.job import Job
 from flm_torchrec.training.restore import restore
-from flm_torchrec.training.scope import scope_of
+from flm_torchrec.training.scope import load_data, scope_of
 
 SMALL = ["--model.dim", "16", "--train.batch_size", "32", "--train.max_steps", "6", "--eval.ks", "[10]"]
 
@@ -134,16 +134,40 @@ def test_a_new_domain_gets_new_tables_and_the_old_tower(source: Path, tmp_path: 
     assert "new: " in log and "item_id.embeddings.item_id.weight" in log and "dense.tower.transformer" not in log
 
 
-def test_labels(source: Path, small: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    values = np.sort(np.unique(small.value))
-    threshold = str(values[len(values) // 2])
-    run = tmp_path / "labels"
-    task = ["--finetune.task", "label", "--finetune.threshold", threshold]
-    if len(values) == 1:
-        assert tune(source, run, *task) == 2 and "not of both kinds" in capsys.readouterr().err
-        assert not run.exists()
-        return
-    assert tune(source, run, *task, "--no-control") == 0
+@pytest.fixture(scope="module")
+def rated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Events with ratings: of even items nearly always 5, of odd ones nearly always 2."""
+    folder = tmp_path_factory.mktemp("rated")
+    rng = np.random.default_rng(0)
+    lines = ["user_id,item_id,timestamp,value"]
+    for user in range(80):
+        for time, item in enumerate(rng.choice(40, 12, replace=False)):
+            likes = (item % 2 == 0) != (rng.random() < 0.05)
+            lines.append(f"u{user},i{item},{time},{5 if likes else 2}")
+    (folder / "events.csv").write_text("\n".join(lines))
+    columns = "user=user_id,item=item_id,timestamp=timestamp,value=value"
+    given = ["--input", str(folder / "events.csv"), "--columns", columns]
+    assert main(["prepare", "--source", "csv", *given, "--output", str(folder / "data")]) == 0
+    return folder / "data"
+
+
+def test_labels_are_told_from_pretrained_and_from_new_weights(rated: Path, tmp_path: Path) -> None:
+    source, run = tmp_path / "source", tmp_path / "labels"
+    hidden = ["--data.path", str(rated), "--data.values", "false"]
+    assert main(["train", *hidden, "--train.run", str(source), *SMALL]) == 0
+    task = ["--finetune.task", "label", "--train.max_steps", "60", "--train.dense_lr", "0.01"]
+    assert tune(source, run, *task) == 0
+    report = json.loads((run / "finetune.json").read_text())
+    assert report["task"] == "label" and set(report["test"]) == {"pretrained", "scratch"}
+    for test in report["test"].values():
+        assert test["label/auc"] > 0.85 and test["label/ne"] < 0.8 and test["label/events"] == 16 * 12
+    assert main(["evaluate", "--run", str(run / "pretrained")]) == 2  # it tells labels, it does not rank
+
+
+def test_labels_of_one_kind_end_in_one_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The synthetic source has no values: all are 1."""
+    assert tune(source, tmp_path / "labels", "--finetune.task", "label") == 2
+    assert "not of both kinds" in capsys.readouterr().err and not (tmp_path / "labels").exists()
 
 
 def test_wrong_requests_end_in_one_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,3 +181,11 @@ def test_wrong_requests_end_in_one_line(source: Path, tmp_path: Path, capsys: py
     assert "source itself" in error("--finetune.source", str(source), "--train.run", str(source))
     label = ["--finetune.source", str(source), "--train.run", str(tmp_path / "t"), "--finetune.task", "label"]
     assert "label/auc" in error(*label, "--train.select", "label/auk")
+
+
+def test_values_that_will_be_labels_are_hidden_from_pretraining(rated: Path, source: Path) -> None:
+    shown = load_data(load_config(None, [f"data.path={rated}"]))
+    hidden = load_data(load_config(None, [f"data.path={rated}", "data.values=false"]))
+    assert set(shown.value) == {2, 5} and set(hidden.value) == {1} and (hidden.item == shown.item).all()
+    tuning = [f"data.path={rated}", "data.values=false", f"finetune.source={source}", "finetune.task=label"]
+    np.testing.assert_array_equal(load_data(load_config(None, tuning)).value, shown.value)

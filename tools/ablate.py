@@ -1,10 +1,10 @@
 """Train variants of a config with several seeds, evaluate each, print mean ± std as a Markdown table.
 
-    python tools/ablate.py configs/studies/beauty.yaml --output runs/beauty-study --seeds 0 1 2
+    python tools/ablate.py configs/studies/heads.yaml --output runs/heads --seeds 0 1 2
 
-A study is a YAML file: `config`, the file that all variants start from; `settings`, overrides for all of them; and
-`variants`, overrides by name. What is done already is not done again: call it anew after an interruption, or with
-more seeds or variants. A run made with other settings than the study now says is refused.
+A study is a YAML file: `config`, the file that all variants start from (or --config); `settings`, overrides for all of
+them; and `variants`, overrides by name. What is done already is not done again: call it anew after an interruption, or
+with more seeds or variants. A run made with other settings than the study now says is refused.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ class Run:
         return Path(self.config.train.run)
 
 
-def read_study(file: Path, output: Path, seeds: Sequence[int], only: Sequence[str]) -> list[Run]:
-    """All runs of a study, every config checked.
+def read_study(file: Path, config: str | None, output: Path, seeds: Sequence[int], only: Sequence[str]) -> list[Run]:
+    """All runs of a study, every config checked; `config` in place of the file's own.
 
     Raises:
         ConfigError: the file, a variant or a setting in it is wrong.
     """
     try:
         study = yaml.safe_load(file.read_text(encoding="utf-8"))
-        start, shared, variants = study["config"], study.get("settings") or {}, study["variants"]
+        start, shared, variants = config or study["config"], study.get("settings") or {}, study["variants"]
         variants = {name: {**shared, **(changes or {})} for name, changes in variants.items()}
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
@@ -156,6 +156,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("study", type=Path, help="YAML file of variants")
+    parser.add_argument("--config", metavar="FILE", help="config to start from (default: the study's)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the runs (required)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="(default: 0)")
     parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="these variants alone (default: all)")
@@ -169,7 +170,7 @@ def main() -> int:
     try:
         if args.jobs < 1:
             raise ConfigError(f"--jobs {args.jobs}: must be at least 1")
-        runs = read_study(args.study, args.output, args.seeds, args.only)
+        runs = read_study(args.study, args.config, args.output, args.seeds, args.only)
         todo = [] if args.table else [run for run in runs if result_of(run, args.split) is None]
         threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
         with ThreadPoolExecutor(args.jobs) as pool:

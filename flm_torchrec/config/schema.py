@@ -43,6 +43,9 @@ class DataConfig:
         Literal["all", "none"] | tuple[str, ...],
         Field(description="features of users and items to use: all, none (ids alone), or a list of names"),
     ] = "all"
+    values: Annotated[
+        bool, Field(description="show the model the values (ratings) of past events; false: they will be labels later")
+    ] = True
     max_history: Annotated[Count, Field(description="events of a user that the model sees at once")] = 50
 
 
@@ -101,12 +104,6 @@ class LossConfig:
         ),
     ] = 0.2
     attribute: Annotated[Weight, Field(description="weight of the item-attribute contrast")] = 0.0
-    same_target: Annotated[Weight, Field(description="weight of the contrast of histories of one target")] = 0.0
-    weighting: Annotated[Literal["fixed", "uncertainty"], Field(description="how the heads' losses are weighed")] = (
-        "fixed"
-    )
-    kind: Annotated[Literal["softmax", "gbce"], Field(description="loss of every head over the candidates")] = "softmax"
-    calibration: Annotated[float, Field(ge=0, le=1, description="t of gBCE")] = 0.75
     negatives: Annotated[
         int | Literal["all"],
         Field(description="items drawn per global batch beside the in-batch ones; 'all': full softmax"),
@@ -169,9 +166,6 @@ class TrainConfig:
         int, Field(ge=0, description="steps of linear warm-up, at most a tenth of all; then cosine decay")
     ] = 100
     clip: Annotated[Rate, Field(description="largest norm of the dense gradient")] = 1.0
-    average: Annotated[
-        Share, Field(description="decay of the moving average of weights that is validated and saved; 0: none")
-    ] = 0.0
     eval_every: Annotated[int, Field(ge=0, description="steps between validations; 0: once an epoch")] = 0
     eval_users: Annotated[int, Field(ge=0, description="users of a validation, drawn once; 0: all")] = 0
     patience: Annotated[

@@ -36,7 +36,8 @@ class LabelDense(Dense):
         count = self.gather.all_reduce_sum(labelled.sum().float()).clamp(min=1)
         summed = F.binary_cross_entropy_with_logits(logits[labelled], batch.label[labelled], reduction="sum")
         # Parameters that the label does not reach must have a gradient too, or the ranks would wait for each other.
-        reached = summed / count + 0.0 * sum(scale for scale in self.log_scale.values())
+        unreached = [*self.log_scale.values(), *([self.attribute_scale] if self.attribute > 0 else [])]
+        reached = summed / count + 0.0 * torch.stack(unreached).sum()
         outputs = Outputs(encoded, {"label": (summed / count).detach()}, int(labelled.sum()), logits.detach())
         return reached * self.gather.world_size, outputs
 

@@ -14,19 +14,23 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 from flm_torchrec.config.schema import LossConfig, ModelConfig
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.schema import Schema
-from flm_torchrec.model.gbce import gbce
 from flm_torchrec.model.softmax import inclusion_log_probability, sampled_softmax
 from flm_torchrec.model.tables import history_tables, item_feature_tables, item_id_table, user_tables
-from flm_torchrec.model.tower import HEADS, REPRESENTATIONS, Encoded, Looked, Tower, Widths
+from flm_torchrec.model.tower import REPRESENTATIONS, Encoded, Looked, Tower, Widths
 
 HISTORY_KEYS = ("event", "gap")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_LOG_SCALE = math.log(100.0)
 """Bound of the learned inverse temperature, as in CLIP (Radford et al. 2021)."""
+ATTRIBUTE_LOG_SCALE = 2.0
+"""Start of the item-attribute contrast's own."""
 
 
 class Gather(Protocol):
     """What the loss needs of the other ranks."""
+
+    @property
+    def rank(self) -> int: ...
 
     @property
     def world_size(self) -> int: ...
@@ -47,7 +51,7 @@ class Outputs:
 
     encoded: Encoded
     losses: dict[str, Tensor]
-    """By name of REPRESENTATIONS, []: this rank's share of the mean over all ranks' targets, no gradient."""
+    """By name of REPRESENTATIONS, and "attribute", []: this rank's share of the mean over all ranks, no gradient."""
     sequences: int
     """Sequences of this rank that had something to learn."""
     logits: Tensor | None = None
@@ -61,7 +65,6 @@ class Dense(nn.Module):
         super().__init__()
         self.gather = gather
         self.config = loss
-        self.items = schema.items
         self.item_keys = [f.name for f in schema.of("item", sparse=True)]
         self.user_keys = ["user_id", *(f.name for f in schema.of("user", sparse=True))]
         widths = Widths(
@@ -86,15 +89,10 @@ class Dense(nn.Module):
             relative_bias=model.relative_bias,
             cosine=model.similarity == "cosine",
         )
-        self.log_variance = (
-            nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in REPRESENTATIONS[:3]})
-            if loss.weighting == "uncertainty"
-            else None
-        )
-        if loss.attribute > 0:
-            self.attribute_scale = nn.Parameter(torch.tensor(2.0))
-        if loss.same_target > 0:
-            self.same_scale = nn.Parameter(torch.tensor(2.0))
+        # Without features every item has the same content, which says nothing of its id.
+        self.attribute = loss.attribute if widths.item_features + widths.item_dense else 0.0
+        if self.attribute > 0:
+            self.attribute_scale = nn.Parameter(torch.tensor(ATTRIBUTE_LOG_SCALE))
         start = -math.log(loss.temperature)
         self.log_scale = nn.ParameterDict({name: nn.Parameter(torch.tensor(start)) for name in REPRESENTATIONS})
 
@@ -154,38 +152,37 @@ class Dense(nn.Module):
             # that memorises best (Wolpert, Neural Networks 1992).
             apart = name == "fused" and self.tower.stacked
             items, rows = vectors.detach() if apart else vectors, parts[apart]
-            if self.config.kind == "gbce":
-                absent = torch.isinf(log_q)
-                summed = gbce(query[rows], items, place[rows], absent, scale, self.items, self.config.calibration)
-            else:
-                precision = PRECISIONS[self.config.precision]
-                summed = sampled_softmax(query[rows], items, place[rows], log_q, scale, precision)
+            summed = sampled_softmax(query[rows], items, place[rows], log_q, scale, PRECISIONS[self.config.precision])
             loss = summed / counts[int(apart)].clamp(min=1)
             losses[name] = loss.detach()
-            if self.log_variance is not None and name != "fused":
-                loss = loss * torch.exp(-self.log_variance[name]) + self.log_variance[name]
             total = total + weight * loss
-        for name, loss in self._auxiliary(batch, encoded, vectors).items():
-            losses[name] = loss.detach()
-            total = total + getattr(self.config, name) * loss
+        if self.attribute > 0:
+            loss = self._attribute_contrast(batch, encoded)
+            losses["attribute"] = loss.detach()
+            total = total + self.attribute * loss
         return total * self.gather.world_size, Outputs(encoded, losses, int((batch.lengths > 0).sum()))
 
-    def _auxiliary(self, batch: Batch, encoded: Encoded, vectors: Tensor) -> dict[str, Tensor]:
-        """This rank's share of the other objectives' means."""
-        losses = {}
-        if self.config.attribute > 0:
-            mine = torch.unique(batch.targets)
-            queries = F.normalize(encoded.item_ids[mine], dim=1)
-            keys = F.normalize(encoded.content_items[mine], dim=1)
-            logits = queries @ keys.T * self.attribute_scale.clamp(max=MAX_LOG_SCALE).exp()
-            place = torch.arange(len(mine), device=mine.device)
-            losses["attribute"] = (F.cross_entropy(logits, place) + F.cross_entropy(logits.T, place)) / 2
-        if self.config.same_target > 0:
-            rows, scale = ~batch.fusion_only, self.same_scale.clamp(max=MAX_LOG_SCALE).exp()
-            heads = [h[rows] for name, h in encoded.representations.items() if name in HEADS]
-            found = torch.stack([_same_target(h, batch.targets[rows], scale) for h in heads])
-            losses["same_target"] = found.mean()
-        return losses
+    def _attribute_contrast(self, batch: Batch, encoded: Encoded) -> Tensor:
+        """This rank's share of the mean InfoNCE between an item's id and its content, among all ranks' targets.
+
+        Aligns the two views of an item that S3-Rec's item-attribute objective predicts from each other (Zhou et al.,
+        CIKM 2020), in both directions as CLIP does (Radford et al., ICML 2021).
+        """
+        mine = torch.unique(batch.targets)
+        ids = F.normalize(encoded.item_ids[mine], dim=1)
+        contents = F.normalize(encoded.content_items[mine], dim=1)
+        all_ids, real = self.gather.concat(ids)
+        all_contents, _ = self.gather.concat(contents)
+        keys, _ = self.gather.concat(batch.item_ids.values()[mine])
+        place, repeated = _first_places(keys, real, batch.item_ids.values()[mine])
+        log_q = torch.zeros_like(all_ids[:, 0]).masked_fill(repeated | ~real, math.inf)
+        # An item that several ranks have is a query on the first of them alone.
+        start = self.gather.rank * (len(real) // self.gather.world_size)
+        first = place == start + torch.arange(len(mine), device=mine.device)
+        scale = self.attribute_scale.clamp(max=MAX_LOG_SCALE).exp()
+        summed = sampled_softmax(ids[first], all_contents, place[first], log_q, scale)
+        summed = summed + sampled_softmax(contents[first], all_ids, place[first], log_q, scale)
+        return summed / (2 * (real & ~repeated).sum())
 
     def _log_q(self, log_absent: Tensor, in_batch: Tensor) -> Tensor:
         """[C]; zero where every item is a candidate."""
@@ -224,21 +221,6 @@ class PretrainModel(nn.Module):
         users = self.users(batch.users)
         history = self.history(batch.history)
         return self.dense(batch, item_id, features, users, history)
-
-
-def _same_target(h: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-    """InfoNCE between tokens that lead to the same item (DuoRec, WSDM 2022), others of that item no negatives."""
-    order = torch.argsort(targets + torch.rand(len(targets), device=targets.device) * 0.5)
-    ordered = targets[order]
-    after = torch.roll(ordered, -1) == ordered
-    query, key = order[after.nonzero()[:, 0]], order[(after.nonzero()[:, 0] + 1) % len(order)]
-    if len(query) == 0:
-        return 0.0 * (h.sum() + scale)
-    h = F.normalize(h, dim=1)
-    logits = h[query] @ h[key].T * scale
-    same = targets[query][:, None] == targets[key][None, :]
-    same.fill_diagonal_(False)
-    return F.cross_entropy(logits.masked_fill(same, -torch.inf), torch.arange(len(query), device=h.device))
 
 
 def _join(features: KeyedTensor, keys: list[str]) -> Tensor:

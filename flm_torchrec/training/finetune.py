@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flm_torchrec.config import Config, load_config, nearest
-from flm_torchrec.data.prepared import load_prepared
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.errors import ConfigError, RunError
 from flm_torchrec.evaluation.evaluate import evaluate_heads
@@ -16,7 +15,7 @@ from flm_torchrec.training.checkpoint import load_checkpoint, read_meta
 from flm_torchrec.training.job import BEST, Job, check_select
 from flm_torchrec.training.label import label_metrics
 from flm_torchrec.training.record import Record, check_run_folder, new_run_folder
-from flm_torchrec.training.scope import scope_of
+from flm_torchrec.training.scope import load_data, scope_of
 
 SELECT = {"next-item": "fused/ndcg@10", "label": "label/auc"}
 
@@ -82,7 +81,7 @@ def _check(config: Config) -> None:
 
 
 def _one(config: Config, comm: Comm) -> dict[str, dict[str, float]]:
-    data = load_prepared(config.data.path, config.data.features)
+    data = load_data(config)
     job = Job(config, data, scope_of(config, data), comm)
     labels, splits = job.scope.labels, job.scope.splits
 

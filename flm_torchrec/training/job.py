@@ -15,7 +15,7 @@ from torchrec.distributed.types import ShardingPlan
 from flm_torchrec.config import Config, load_config, nearest
 from flm_torchrec.data.assemble import Assembler
 from flm_torchrec.data.loader import Negatives, TrainLoader, windows
-from flm_torchrec.data.prepared import PreparedData, load_prepared
+from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import Examples, newest
 from flm_torchrec.distributed.comm import Comm, process_group
@@ -30,7 +30,7 @@ from flm_torchrec.training.checkpoint import load_matching, save_checkpoint
 from flm_torchrec.training.encode import ModelEncoder
 from flm_torchrec.training.loop import Finished, fit, total_steps
 from flm_torchrec.training.record import Record, check_run_folder, new_run_folder
-from flm_torchrec.training.scope import Scope, same_data, scope_of
+from flm_torchrec.training.scope import Scope, load_data, same_data, scope_of
 
 BEST = "checkpoints/best"
 
@@ -43,7 +43,7 @@ def pretrain(config: Config) -> Finished:
     """
     check_select(config)
     check_run_folder(config)
-    data = load_prepared(config.data.path, config.data.features)
+    data = load_data(config)
     scope = scope_of(config, data)
     with process_group(config.distributed) as comm:
         job = Job(config, data, scope, comm)

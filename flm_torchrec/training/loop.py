@@ -20,7 +20,6 @@ from flm_torchrec.data.loader import Prefetch, TrainLoader
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.errors import RunError
 from flm_torchrec.model.pretrain import Outputs
-from flm_torchrec.training.average import WeightAverage
 from flm_torchrec.training.record import Record
 from flm_torchrec.training.schedule import Schedule
 
@@ -54,8 +53,7 @@ def fit(
     total = total_steps(config, len(loader))
     every = config.eval_every or len(loader)
     schedule = Schedule(optimizer, config.warmup_steps, total)
-    average = WeightAverage(model, config.average)
-    best = _Best(config.select, average, record, validate, save)
+    best = _Best(config.select, record, validate, save)
     spent, step = 0.0, 0
     if as_found:
         best.judge(0, total)
@@ -66,7 +64,6 @@ def fit(
     batches = iter(Prefetch(_batches(loader, total)))
     for step, outputs in enumerate(steps(model, optimizer, schedule, batches, comm.device), start=1):
         meter.add(outputs)
-        average.update()
         if step % config.log_every == 0 or step == total:
             values = meter.read(step)
             record.scalars(step, {**values, "lr_factor": schedule.factor})
@@ -85,28 +82,23 @@ def fit(
 class _Best:
     """Validates, and saves whatever is better than all before."""
 
-    def __init__(
-        self, select: str, average: WeightAverage, record: Record, validate: Validate, save: Save
-    ) -> None:
+    def __init__(self, select: str, record: Record, validate: Validate, save: Save) -> None:
         self.select = select
-        self.average = average
         self.record = record
         self.validate = validate
         self.save = save
         self.score, self.step, self.stale = -math.inf, 0, 0
 
     def judge(self, step: int, total: int) -> None:
-        with self.average.applied():
-            metrics = self.validate()
-            score = metrics[self.select]
-            improved = score > self.score
-            if improved:
-                self.save(step, metrics)
+        metrics = self.validate()
+        score = metrics[self.select]
+        improved = score > self.score
         self.record.scalars(step, {f"valid/{name}": value for name, value in metrics.items()})
         mark = "  best so far" if improved else ""
         self.record.say(f"step {step}/{total}  validation {self.select} {score:.4f}{mark}")
         if improved:
             self.score, self.step, self.stale = score, step, 0
+            self.save(step, metrics)
         else:
             self.stale += 1
 

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flm_torchrec.config import load_config
-from flm_torchrec.data.prepared import load_prepared
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import RunError
 from flm_torchrec.training.checkpoint import load_checkpoint, read_meta
 from flm_torchrec.training.job import BEST, Job
-from flm_torchrec.training.scope import scope_of
+from flm_torchrec.training.scope import load_data, scope_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def restore(run: str | Path, overrides: Sequence[str] = ()) -> Iterator[Restored
     config = load_config(run / "config.yaml", overrides)
     if config.finetune.task == "label" and config.finetune.source:
         raise RunError(f"{run}: was fine-tuned to tell labels, not to rank; its test metrics are in finetune.json")
-    data = load_prepared(config.data.path, config.data.features)
+    data = load_data(config)
     scope = scope_of(config, data)
     with process_group(config.distributed) as comm:
         job = Job(config, data, scope, comm)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from flm_torchrec.config import Config, load_config
 from flm_torchrec.data.cohort import Labels, label_events, of_cohort
-from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.prepared import PreparedData, load_prepared
 from flm_torchrec.data.splits import Examples, Splits, split
 
 
@@ -21,6 +21,14 @@ class Scope:
     fit: np.ndarray  # [interactions] bool: events it learns from
     known: np.ndarray  # [interactions] bool: events that its ids were learnt from, those of its source included
     labels: Labels | None = None
+
+
+def load_data(config: Config) -> PreparedData:
+    """The data that the config names, as the model may see it."""
+    data = load_prepared(config.data.path, config.data.features)
+    tells_labels = config.finetune.source and config.finetune.task == "label"
+    # Fine-tuning for labels makes them of the values, and hides these from the model itself.
+    return data if config.data.values or tells_labels else replace(data, value=np.ones_like(data.value))
 
 
 def scope_of(config: Config, data: PreparedData) -> Scope:
