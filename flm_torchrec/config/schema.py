@@ -56,17 +56,23 @@ class ModelConfig:
     dim: Annotated[Count, Field(description="width of the one feature space")] = 64
     layers: Annotated[int, Field(ge=0, description="Transformer blocks of the sequential head")] = 2
     attention_heads: Annotated[Count, Field(description="attention heads of a block; divides dim")] = 2
-    dropout: Annotated[Share, Field(description="share of activations dropped in training")] = 0.2
+    dropout: Annotated[Share, Field(description="share of activations dropped in training")] = 0.1
     block: Annotated[
         Literal["transformer", "hstu"], Field(description="of the sequential head: softmax or pointwise attention")
-    ] = "transformer"
+    ] = "hstu"
     relative_bias: Annotated[
         bool, Field(description="bias of attention by distance in position and in time")
     ] = False
     similarity: Annotated[
         Literal["dot", "cosine"], Field(description="of representation and item; cosine: all vectors have length 1")
-    ] = "dot"
-    fusion: Annotated[Literal["gated", "sum", "concat"], Field(description="how the three heads become h")] = "gated"
+    ] = "cosine"
+    fusion: Annotated[
+        Literal["gated", "sum", "concat"],
+        Field(
+            description="how the three heads become h; sum: by weights chosen on validation after training;"
+            " gated, concat: learned, set loss.fused"
+        ),
+    ] = "sum"
     id_dropout: Annotated[
         Share,
         Field(description="share of item ids hidden in training, so that content carries unseen items"),
@@ -93,17 +99,8 @@ class LossConfig:
     content: Annotated[Weight, Field(description="weight of the content head's loss")] = 1.0
     collaborative: Annotated[Weight, Field(description="weight of the collaborative head's loss")] = 1.0
     sequential: Annotated[Weight, Field(description="weight of the sequential head's loss")] = 1.0
-    fused: Annotated[Weight, Field(description="weight of the loss of h itself, which is what trains the fusion")] = 1.0
-    fusion_holdout: Annotated[
-        float,
-        Field(
-            ge=0,
-            le=1,
-            description="share of users whose newest training event the heads do not learn, the fusion alone does;"
-            " 0: heads and fusion learn every event together",
-        ),
-    ] = 0.2
-    attribute: Annotated[Weight, Field(description="weight of the item-attribute contrast")] = 0.0
+    fused: Annotated[Weight, Field(description="weight of the loss of h itself, which reaches fusion and heads")] = 0.0
+    attribute: Annotated[Weight, Field(description="weight of the contrast between an item's id and its content")] = 0.1
     negatives: Annotated[
         int | Literal["all"],
         Field(description="items drawn per global batch beside the in-batch ones; 'all': full softmax"),
@@ -114,7 +111,7 @@ class LossConfig:
     precision: Annotated[
         Literal["fp32", "bf16"], Field(description="of the products of the softmax, the bulk of a step's work")
     ] = "fp32"
-    temperature: Annotated[Rate, Field(description="start of the learned temperature of each softmax")] = 1.0
+    temperature: Annotated[Rate, Field(description="start of the learned temperature of each softmax")] = 0.07
 
     @model_validator(mode="after")
     def _check(self) -> LossConfig:
@@ -161,7 +158,7 @@ class TrainConfig:
         Literal["rowwise_adagrad", "adagrad", "adam"],
         Field(description="optimizer of the tables, fused into backward; adam needs a GPU"),
     ] = "rowwise_adagrad"
-    sparse_lr: Annotated[Weight, Field(description="learning rate of the tables; 0: they stay as they are")] = 0.2
+    sparse_lr: Annotated[Weight, Field(description="learning rate of the tables; 0: they stay as they are")] = 0.4
     warmup_steps: Annotated[
         int, Field(ge=0, description="steps of linear warm-up, at most a tenth of all; then cosine decay")
     ] = 100
@@ -171,7 +168,9 @@ class TrainConfig:
     patience: Annotated[
         int, Field(ge=0, description="validations without gain before stopping early; 0: never stop early")
     ] = 5
-    select: Annotated[str, Field(description="validation metric that chooses the best checkpoint")] = "fused/ndcg@10"
+    select: Annotated[str, Field(description="validation metric that chooses the best checkpoint")] = (
+        "sequential/ndcg@10"
+    )
     log_every: Annotated[Count, Field(description="steps between lines of metrics.jsonl")] = 10
 
 

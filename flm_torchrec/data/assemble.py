@@ -33,19 +33,17 @@ class Assembler:
         fit: [interactions] bool, the training events: ids outside them are unknown to the model.
         item_rows: least stride of `item_features`; ranks that must agree on it over gloo (reduce-scatter of
             row-wise tables) set it to the largest N that can occur.
-        fusion_only: [interactions] bool, training events kept from the heads; None: none.
         labels: [interactions] float32, 1 or 0, NaN where there is none. With labels the values of events, which
             the labels come from, are hidden.
         known: [interactions] bool, events that made ids known to the model; None: `fit`.
     """
 
     def __init__(
-        self, data: PreparedData, fit: np.ndarray, item_rows: int = 0, fusion_only: np.ndarray | None = None,
-        labels: np.ndarray | None = None, known: np.ndarray | None = None,
+        self, data: PreparedData, fit: np.ndarray, item_rows: int = 0, labels: np.ndarray | None = None,
+        known: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         self.data = data
         self.fit = fit
-        self.fusion_only = fusion_only if fusion_only is not None else np.zeros(len(fit), bool)
         self.item_rows = item_rows
         users = np.repeat(np.arange(data.schema.users), np.diff(data.offsets))
         known = fit if known is None else known
@@ -119,7 +117,6 @@ class Assembler:
             lengths=torch.from_numpy(lengths),
             tokens=torch.from_numpy(tokens),
             targets=torch.from_numpy(rows[len(token_items) : len(token_items) + len(target_items)]),
-            fusion_only=torch.from_numpy(self.fusion_only[positions[: len(target_items)]]),
             label=torch.from_numpy(self.labels[positions[: len(target_items)]]),
             candidates=torch.from_numpy(rows[len(token_items) + len(target_items) :]),
             log_absent=torch.from_numpy(log_absent),

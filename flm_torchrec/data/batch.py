@@ -32,7 +32,6 @@ class Batch(Pipelineable):
     lengths: Tensor  # [B] tokens of each sequence; their sum is T
     tokens: Tensor  # [T] row of the item, or N at the prefix
     targets: Tensor  # [T] row of the next item; empty where there is nothing to learn
-    fusion_only: Tensor  # [T] bool: targets kept from the heads, for the fusion alone to learn
     label: Tensor  # [T] float: 1 or 0 for a target that has a label, else NaN
     candidates: Tensor  # [C] rows of the items that the softmax runs over
     log_absent: Tensor  # [C, 2] log-probability that one in-batch, one drawn negative is not this item

@@ -47,15 +47,6 @@ class Splits:
         return fit if self.cold_items is None else fit & ~self.cold_items[data.item]
 
 
-def newest(data: PreparedData, splits: Splits, share: float, seed: int) -> np.ndarray:
-    """[interactions] bool: the newest training event of a share of the users who have two or more."""
-    users = np.flatnonzero(splits.train_end - data.offsets[:-1] >= 2)
-    chosen = np.random.default_rng(seed).choice(users, round(share * len(users)), replace=False)
-    marked = np.zeros(len(data.item), bool)
-    marked[splits.train_end[chosen] - 1] = True
-    return marked
-
-
 def split(data: PreparedData, kind: str, holdout: float) -> Splits:
     """Split by `data.split` of the config.
 

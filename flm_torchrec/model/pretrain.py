@@ -84,7 +84,6 @@ class Dense(nn.Module):
             item_id_dropout=model.id_dropout,
             user_id_dropout=model.user_id_dropout,
             fusion=model.fusion,
-            stacked=loss.fusion_holdout > 0,
             block=model.block,
             relative_bias=model.relative_bias,
             cosine=model.similarity == "cosine",
@@ -135,10 +134,9 @@ class Dense(nn.Module):
         vectors, real = self.gather.concat(encoded.items[batch.candidates])  # [C, D], [C]
         candidate_ids, _ = self.gather.concat(item_ids[batch.candidates])
         log_absent, _ = self.gather.concat(batch.log_absent)
-        parts = {False: ~batch.fusion_only, True: batch.fusion_only}
-        counts = self.gather.all_reduce_sum(torch.stack([parts[False].sum(), parts[True].sum()]).float())
+        targets = self.gather.all_reduce_sum(torch.tensor(float(len(batch.targets)), device=vectors.device))
         place, repeated = _first_places(candidate_ids, real, item_ids[batch.targets])
-        log_q = self._log_q(log_absent, counts.sum()).masked_fill(repeated | ~real, math.inf)
+        log_q = self._log_q(log_absent, targets).masked_fill(repeated | ~real, math.inf)
 
         total, losses = vectors.new_zeros(()), {}
         for name, query in encoded.representations.items():
@@ -148,12 +146,8 @@ class Dense(nn.Module):
                 total = total + 0.0 * (query.sum() + self.log_scale[name])
                 continue
             scale = self.log_scale[name].clamp(max=MAX_LOG_SCALE).exp()
-            # Stacked generalization: a fusion fitted to events that the heads have learnt would trust most the head
-            # that memorises best (Wolpert, Neural Networks 1992).
-            apart = name == "fused" and self.tower.stacked
-            items, rows = vectors.detach() if apart else vectors, parts[apart]
-            summed = sampled_softmax(query[rows], items, place[rows], log_q, scale, PRECISIONS[self.config.precision])
-            loss = summed / counts[int(apart)].clamp(min=1)
+            summed = sampled_softmax(query, vectors, place, log_q, scale, PRECISIONS[self.config.precision])
+            loss = summed / targets.clamp(min=1)
             losses[name] = loss.detach()
             total = total + weight * loss
         if self.attribute > 0:

@@ -72,7 +72,6 @@ class Tower(nn.Module):
         item_id_dropout: float,
         user_id_dropout: float,
         fusion: str,
-        stacked: bool,
         block: str,
         relative_bias: bool,
         cosine: bool,
@@ -82,7 +81,6 @@ class Tower(nn.Module):
         self.dim = dim
         self.item_id_dropout = item_id_dropout
         self.user_id_dropout = user_id_dropout
-        self.stacked = stacked
         self.cosine = cosine
         self.item_content = _mlp(widths.item_features * dim + widths.item_dense, dim)
         self.user_content = _mlp(widths.user_features * dim + widths.user_dense, dim)
@@ -127,15 +125,15 @@ class Tower(nn.Module):
                 vectors, profile, looked.history, value, row, place, tokens, lengths, time
             ),
         }
-        found = {**heads, "fused": self._fuse(list(heads.values()))}
         if self.cosine:
             vectors, content = F.normalize(vectors, dim=1), F.normalize(content, dim=1)
-            found = {name: F.normalize(h, dim=1) for name, h in found.items()}
-        return Encoded(vectors, looked.item_id, content, found)
+            heads = {name: F.normalize(h, dim=1) for name, h in heads.items()}
+        return Encoded(vectors, looked.item_id, content, {**heads, "fused": self.fuse(heads)})
 
-    def _fuse(self, heads: list[Tensor]) -> Tensor:
-        together = torch.stack(heads, 1)  # [T, heads, D]
-        return self.fusion(together.detach() if self.stacked else together)
+    def fuse(self, heads: dict[str, Tensor]) -> Tensor:
+        """[rows, D] by name of HEADS → h [rows, D]."""
+        h = self.fusion(torch.stack([heads[name] for name in HEADS], 1))
+        return F.normalize(h, dim=1) if self.cosine else h
 
     def _sequential(
         self,
@@ -190,11 +188,19 @@ class GatedFusion(nn.Module):
 
 
 class SumFusion(nn.Module):
-    """h = w_1 h_1 + w_2 h_2 + w_3 h_3, the weights learned but the same for everyone."""
+    """h = w_1 h_1 + w_2 h_2 + w_3 h_3, the weights the same for everyone.
+
+    Scores are linear in h, so this adds the heads' scores up: an ensemble in one vector.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.full((len(HEADS), 1), 1 / len(HEADS)))
+
+    def set_weights(self, weights: Tensor) -> None:
+        """Take these [heads] in place of what was learned."""
+        with torch.no_grad():
+            self.scale.copy_(weights[:, None])
 
     def forward(self, stacked: Tensor) -> Tensor:
         return (stacked * self.scale).sum(1)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from flm_torchrec.config import Config, load_config, nearest
+from flm_torchrec.config import Config, load_config
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.errors import ConfigError, RunError
 from flm_torchrec.evaluation.evaluate import evaluate_heads
@@ -17,7 +17,7 @@ from flm_torchrec.training.label import label_metrics
 from flm_torchrec.training.record import Record, check_run_folder, new_run_folder
 from flm_torchrec.training.scope import load_data, scope_of
 
-SELECT = {"next-item": "fused/ndcg@10", "label": "label/auc"}
+LABEL_SELECT = "label/auc"
 
 
 def source_config(source: Path, overrides: list[str]) -> Config:
@@ -33,7 +33,7 @@ def source_config(source: Path, overrides: list[str]) -> Config:
     if "train.run" not in given:
         raise ConfigError("--train.run: name the folder to write, beside that of the source")
     task = load_config(source / "config.yaml", overrides).finetune.task
-    select = [] if "train.select" in given else [f"train.select={SELECT[task]}"]
+    select = [f"train.select={LABEL_SELECT}"] if task == "label" and "train.select" not in given else []
     return load_config(source / "config.yaml", [*overrides, *select])
 
 
@@ -74,10 +74,8 @@ def finetune(config: Config, control: bool) -> dict[str, Any]:
 def _check(config: Config) -> None:
     if config.finetune.task == "next-item":
         check_select(config)
-    elif config.train.select != SELECT["label"]:
-        raise ConfigError(
-            f"train.select: no label metric '{config.train.select}'; {nearest(config.train.select, [SELECT['label']])}"
-        )
+    elif config.train.select != LABEL_SELECT:
+        raise ConfigError(f"train.select: no label metric '{config.train.select}'; the one there is: {LABEL_SELECT}")
 
 
 def _one(config: Config, comm: Comm) -> dict[str, dict[str, float]]:

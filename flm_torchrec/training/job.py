@@ -17,17 +17,20 @@ from flm_torchrec.data.assemble import Assembler
 from flm_torchrec.data.loader import Negatives, TrainLoader, windows
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.data.schema import Schema
-from flm_torchrec.data.splits import Examples, newest
+from flm_torchrec.data.splits import Examples
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.distributed.plan import describe, make_plan
 from flm_torchrec.distributed.shard import make_optimizer, shard
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.evaluation.evaluate import evaluate_heads
 from flm_torchrec.evaluation.protocol import HEADS
+from flm_torchrec.evaluation.ranking import Blocks
 from flm_torchrec.model.label import LabelModel
 from flm_torchrec.model.pretrain import PretrainModel
-from flm_torchrec.training.checkpoint import load_matching, save_checkpoint
+from flm_torchrec.model.tower import HEADS as TRAINED_HEADS
+from flm_torchrec.training.checkpoint import load_checkpoint, load_matching, save_checkpoint
 from flm_torchrec.training.encode import ModelEncoder
+from flm_torchrec.training.fusion import choose_weights
 from flm_torchrec.training.loop import Finished, fit, total_steps
 from flm_torchrec.training.record import Record, check_run_folder, new_run_folder
 from flm_torchrec.training.scope import Scope, load_data, same_data, scope_of
@@ -61,6 +64,11 @@ def check_select(config: Config) -> None:
         raise ConfigError(
             f"train.select: no validation metric '{config.train.select}'; {nearest(config.train.select, known)}"
         )
+    head = config.train.select.partition("/")[0]
+    if getattr(config.loss, head) == 0:
+        raise ConfigError(f"train.select: the {head} head is not trained; set loss.{head}, or select by another head")
+    if config.model.fusion != "sum" and config.loss.fused == 0:
+        raise ConfigError(f"loss.fused is 0, so nothing trains model.fusion={config.model.fusion}; set one of the two")
 
 
 class Job:
@@ -102,9 +110,10 @@ class Job:
         """Train and keep the best checkpoint; `validate` instead of the ranking of validation examples."""
         config, data, comm = self.config, self.data, self.comm
         record.write_json("plan.json", describe(self.plan))
+        ranks = validate is None
+        valid = _sample(self.scope.splits.valid, config.train.eval_users, config.train.seed)
+        encode = self.encoder(valid)
         if validate is None:
-            valid = _sample(self.scope.splits.valid, config.train.eval_users, config.train.seed)
-            encode = self.encoder(valid)
 
             def validate() -> dict[str, float]:
                 return evaluate_heads(data, valid, encode, comm, config.eval)
@@ -125,7 +134,22 @@ class Job:
             f"{finished.steps} steps in {finished.seconds:.0f} s;"
             f" best {config.train.select} {finished.best:.4f} at step {finished.best_step}"
         )
+        if ranks and config.model.fusion == "sum":
+            self._weigh_heads(valid, encode, record)
         return finished
+
+    def _weigh_heads(self, valid: Examples, encode: ModelEncoder, record: Record) -> None:
+        """Put the fusion's weights that rank validation best into the best checkpoint."""
+        config, best = self.config, Path(self.config.train.run) / BEST
+        meta = load_checkpoint(best, self.model)
+        trained = [name for name in TRAINED_HEADS if getattr(config.loss, name) > 0]
+        blocks = Blocks(config.eval.user_block, config.eval.item_block)
+        metric = config.train.select.partition("/")[2]
+        weights, score = choose_weights(self.data, valid, encode, self.comm, blocks, trained, metric)
+        self.model.module.dense.tower.fusion.set_weights(weights)
+        named = dict(zip(TRAINED_HEADS, weights.tolist(), strict=True))
+        save_checkpoint(best, self.model, {**meta, "fusion": named}, self.comm)
+        record.say(f"fusion weights {named}: validation fused/{metric} {score:.4f}")
 
 
 def build(
@@ -157,7 +181,6 @@ def make_loader(data: PreparedData, scope: Scope, config: Config, comm: Comm) ->
             data,
             scope.fit,
             item_rows=_most_items(data.schema, config, comm),
-            fusion_only=newest(data, scope.splits, config.loss.fusion_holdout, config.train.seed),
             labels=labels,
             known=scope.known,
         ),

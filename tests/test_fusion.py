@@ -1,0 +1,96 @@
+"""Fusion weights chosen on validation: what they find, what they leave out, where they end up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from flm_torchrec.cli import main
+from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.splits import Examples, split
+from flm_torchrec.distributed.comm import Comm
+from flm_torchrec.evaluation.protocol import Of
+from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, count_ranks, rank_targets
+from flm_torchrec.training.fusion import choose_weights
+from flm_torchrec.training.restore import restore
+
+DIM = 16
+HEADS = ("content", "collaborative", "sequential")
+
+
+class Planted:
+    """Heads whose vector is the true item's plus noise of a given size, drawn apart for each."""
+
+    dim = DIM
+
+    def __init__(self, data: PreparedData, examples: Examples, noise: dict[str, float]) -> None:
+        g = torch.Generator().manual_seed(0)
+        self.vectors = torch.nn.functional.normalize(torch.randn(data.schema.items, DIM, generator=g), dim=1)
+        truth = self.vectors[torch.from_numpy(data.item[examples.end])]
+        self.heads = {n: truth + size * torch.randn(truth.shape, generator=g) for n, size in noise.items()}
+
+    def users(self, rows: np.ndarray) -> dict[str, Tensor]:
+        return {name: h[torch.from_numpy(rows)] for name, h in self.heads.items()}
+
+    def items(self, ids: np.ndarray, of: Of = "all") -> Tensor:
+        return self.vectors[torch.from_numpy(ids)]
+
+
+@pytest.fixture
+def comm() -> Comm:
+    return Comm(rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
+
+
+def chosen(data: PreparedData, comm: Comm, noise: dict[str, float], heads: tuple[str, ...] = HEADS) -> tuple:
+    examples = split(data, "leave-one-out", 0.1).valid
+    encoder = Planted(data, examples, {**noise, "fused": 0.0})
+    weights, score = choose_weights(data, examples, encoder, comm, Blocks(16, 64), heads, "ndcg@10")
+    scorer = HeadScorer(encoder, data.schema.items, 64, comm)
+    ranked = rank_targets(data, examples, scorer, comm, Blocks(16, 64))
+    alone = [count_ranks(ranked, name, data.schema.items, comm).ndcg(10) for name in heads]
+    return dict(zip(HEADS, weights.tolist(), strict=True)), score, alone
+
+
+def test_heads_that_know_different_things_are_added_up(small: PreparedData, comm: Comm) -> None:
+    weights, score, alone = chosen(small, comm, dict.fromkeys(HEADS, 0.5))
+    assert min(weights.values()) > 0 and score > max(alone) + 0.05
+
+
+def test_a_head_of_noise_is_left_out(small: PreparedData, comm: Comm) -> None:
+    weights, score, alone = chosen(small, comm, {"content": 1e3, "collaborative": 0.3, "sequential": 0.3})
+    assert weights["content"] == 0 and weights["collaborative"] > 0 and score >= max(alone)
+
+
+def test_a_head_that_was_not_trained_takes_no_part(small: PreparedData, comm: Comm) -> None:
+    weights, score, alone = chosen(small, comm, dict.fromkeys(HEADS, 0.5), ("sequential",))
+    assert weights == {"content": 0.0, "collaborative": 0.0, "sequential": 1.0} and score == pytest.approx(alone[0])
+
+
+def test_the_weights_are_in_the_checkpoint(small: PreparedData, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ["--model.dim", "16", "--train.max_steps", "4", "--eval.ks", "[10]"]
+    assert main(["train", "--data.path", str(small.path), "--train.run", str(run), *options]) == 0
+    told = json.loads((run / "checkpoints" / "best" / "meta.json").read_text())["fusion"]
+    with restore(run) as restored:
+        scale = restored.job.model.module.dense.tower.fusion.scale.flatten().tolist()
+    assert scale == pytest.approx([told[name] for name in HEADS]) and max(scale) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--loss.sequential", "0"], "set loss.sequential"),
+        (["--train.select", "fused/ndcg@10"], "set loss.fused"),
+        (["--model.fusion", "gated"], "model.fusion=gated"),
+    ],
+)
+def test_what_nothing_trains_is_refused(
+    small: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], told: str
+) -> None:
+    arguments = ["train", "--data.path", str(small.path), "--train.run", str(tmp_path / "run"), *options]
+    assert main(arguments) == 2 and told in capsys.readouterr().err and not (tmp_path / "run").exists()
