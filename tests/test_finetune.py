@@ -116,7 +116,7 @@ def test_next_item_for_new_users_with_its_control(
     new = ["--finetune.cohort", "new", "--finetune.share", "0.5", "--data.split", "leave-one-out"]
     assert tune(source, run, *new) == 0
     report = json.loads((run / "finetune.json").read_text())
-    assert set(report["test"]) == {"pretrained", "scratch"} and "fused/ndcg@10" in report["test"]["scratch"]
+    assert set(report["test"]) == {"found", "pretrained", "scratch"} and "fused/ndcg@10" in report["test"]["scratch"]
     assert "test, pretrained: " in capsys.readouterr().out
     with restore(run / "pretrained") as restored:
         assert restored.job.config.finetune.start == "pretrained"
@@ -162,6 +162,21 @@ def test_labels_are_told_from_pretrained_and_from_new_weights(rated: Path, tmp_p
     for test in report["test"].values():
         assert test["label/auc"] > 0.85 and test["label/ne"] < 0.8 and test["label/events"] == 16 * 12
     assert main(["evaluate", "--run", str(run / "pretrained")]) == 2  # it tells labels, it does not rank
+
+
+def test_two_ranks_fine_tune_as_one(ranks, rated: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """The same losses and choice of checkpoint, hence the same test metrics, but for the order of sums."""
+    source = tmp_path / "source"
+    still = ["--model.dropout", "0", "--model.id_dropout", "0", "--model.user_id_dropout", "0"]
+    assert main(["train", "--data.path", str(rated), "--train.run", str(source), *SMALL, *still]) == 0
+    found = []
+    for count in (1, 2):
+        run = tmp_path / f"ranks{count}"
+        task = ["--finetune.task", "label", "--train.max_steps", "12", "--no-control"]
+        given = ["--finetune.source", str(source), "--train.run", str(run), *task]
+        ranks(count, ["-m", "flm_torchrec", "--", "finetune", *given])
+        found.append(json.loads((run / "finetune.json").read_text())["test"]["pretrained"])
+    assert found[0] == pytest.approx(found[1], rel=1e-3) and found[1]["label/events"] == 16 * 12
 
 
 def test_labels_of_one_kind_end_in_one_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
