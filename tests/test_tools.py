@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,13 @@ def test_a_study_is_run_once_and_told_in_markdown(small: PreparedData, tmp_path:
     again = tool("ablate.py", *command)
     assert again.stdout == done.stdout
     assert {f: f.stat().st_mtime_ns for f in runs.rglob("meta.json")} == checkpoints
+
+    ensemble = tool("ensemble.py", str(runs / "all-heads-0"), str(runs / "all-heads-1"))
+    assert ensemble.returncode == 0, ensemble.stderr
+    alone = json.loads((runs / "all-heads-1" / "evaluation-valid.json").read_text())["table"]["fused"]
+    rows = [line.split(" | ") for line in ensemble.stdout.splitlines()]
+    assert [row[0] for row in rows[2:]] == [f"| {runs}/all-heads-0", f"| {runs}/all-heads-1", "| together"]
+    assert rows[3][1:] == [f"{alone['hr@10']:.4f}", f"{alone['ndcg@10']:.4f} |"]
 
     write_study(study, small.path, **{"model.dropout": 0.4})
     refused = tool("ablate.py", *command)
