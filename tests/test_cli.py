@@ -138,7 +138,8 @@ def test_every_setting_says_its_default(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     out = capsys.readouterr().out
-    settings = [f"--{section}.{f.name}" for section, kind in sections().items() for f in dataclasses.fields(kind)]
+    kinds = {section: kind for section, kind in sections().items() if section != "finetune"}
+    settings = [f"--{section}.{f.name}" for section, kind in kinds.items() for f in dataclasses.fields(kind)]
     assert all(f"{setting} VALUE" in out for setting in settings)
     assert "".join(out.split()).count("(default:") == len(settings) < 60
 

@@ -194,6 +194,9 @@ def test_wrong_requests_end_in_one_line(source: Path, tmp_path: Path, capsys: py
     assert "no config.yaml" in error("--finetune.source", str(tmp_path), "--train.run", "x")
     assert "--train.run" in error("--finetune.source", str(source))
     assert "source itself" in error("--finetune.source", str(source), "--train.run", str(source))
+    config = tmp_path / "tuning.yaml"
+    config.write_text(f"finetune: {{source: {source}}}")
+    assert main(["train", "--config", str(config)]) == 2 and "flm finetune" in capsys.readouterr().err
     label = ["--finetune.source", str(source), "--train.run", str(tmp_path / "t"), "--finetune.task", "label"]
     assert "label/auc" in error(*label, "--train.select", "label/auk")
 

@@ -64,9 +64,9 @@ def sections() -> dict[str, type]:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--config FILE` and one `--section.field VALUE` for every setting, with help and default."""
+    """Add `--config FILE` and one `--section.field VALUE` for every setting of a pretraining."""
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; options below override it")
-    add_overrides(parser, sections())
+    add_overrides(parser, [name for name in sections() if name != "finetune"])
 
 
 def add_overrides(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:

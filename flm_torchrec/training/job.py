@@ -44,6 +44,8 @@ def pretrain(config: Config) -> Finished:
     Raises:
         FlmError: config, data or run folder is wrong; before anything is written where that can be known.
     """
+    if config.finetune.source:
+        raise ConfigError("finetune.source: is set; 'flm train' pretrains, fine-tune with 'flm finetune'")
     check_select(config)
     check_run_folder(config)
     data = load_data(config)
