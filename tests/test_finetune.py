@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def test_a_share_of_the_cohort_is_learnt_from(small: PreparedData, share: float,
 def test_labels_of_one_user_are_in_one_part(small: PreparedData, share: float, seed: int) -> None:
     threshold = float(np.median(small.value)) if len(np.unique(small.value)) > 1 else 1.0
     values = np.where(np.arange(len(small.value)) % 2, threshold, threshold - 1).astype(np.float32)
-    data = PreparedData(**{**vars(small), "value": values})
+    data = dataclasses.replace(small, value=values)
     everyone = np.ones(small.schema.users, bool)
     labels = label_events(data, everyone, threshold, share, seed)
     users = np.repeat(np.arange(small.schema.users), np.diff(small.offsets))

@@ -25,8 +25,10 @@ import numpy as np
 import yaml
 
 from flm_torchrec.config import Config, load_config, nearest
+from flm_torchrec.config.schema import LossConfig
 from flm_torchrec.errors import ConfigError, FlmError, RunError
 
+HEADS = ("content", "collaborative", "sequential")
 BASELINES = ("popularity", "item-kNN", "EASE-R")
 
 
@@ -133,10 +135,10 @@ def table(runs: Sequence[Run], split: str, metrics: Sequence[str]) -> str:
         if result is not None:
             found.setdefault(run.variant, []).append(result["table"])
     for variant, tables in found.items():
-        weights = next(run.config.loss for run in runs if run.variant == variant)
+        loss = next(run.config.loss for run in runs if run.variant == variant)
         for row in tables[0]:
-            if row in shown or getattr(weights, row, 1.0) == 0:
-                continue  # a head that was not trained says nothing
+            if row in shown or not _says_something(loss, row):
+                continue
             name = "" if row in BASELINES else variant
             if row in BASELINES:
                 shown.add(row)
@@ -144,6 +146,12 @@ def table(runs: Sequence[Run], split: str, metrics: Sequence[str]) -> str:
             cells = [_cell(v if row not in BASELINES else v[:1]) for v in values]
             lines.append(f"| {name} | {row} | {len(tables) if name else ''} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _says_something(loss: LossConfig, row: str) -> bool:
+    """A head that was not trained does not, nor does a fusion of one head."""
+    trained = [head for head in HEADS if getattr(loss, head) > 0]
+    return row in trained or (len(trained) > 1 if row == "fused" else row not in HEADS)
 
 
 def _cell(values: list[float]) -> str:
