@@ -30,7 +30,7 @@ def execute(folder: Path, arguments: Sequence[str]) -> str | None:
     if (folder / "finetune.json").is_file():
         return None
     folder.parent.mkdir(parents=True, exist_ok=True)
-    log = folder.with_suffix(".log")
+    log = folder.parent / f"{folder.name}.log"
     flm = [sys.executable, "-m", "flm_torchrec", "finetune"]
     command = [*flm, "--train.run", str(folder), "--train.overwrite", "true", *arguments]
     with log.open("w", encoding="utf-8") as output:
