@@ -176,7 +176,7 @@ class Dense(nn.Module):
         scale = self.attribute_scale.clamp(max=MAX_LOG_SCALE).exp()
         summed = sampled_softmax(ids[first], all_contents, place[first], log_q, scale)
         summed = summed + sampled_softmax(contents[first], all_ids, place[first], log_q, scale)
-        return summed / (2 * (real & ~repeated).sum())
+        return summed / (2 * (real & ~repeated).sum()).clamp(min=1)
 
     def _log_q(self, log_absent: Tensor, in_batch: Tensor) -> Tensor:
         """[C]; zero where every item is a candidate."""
