@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -115,7 +115,7 @@ class Prefetch:
         self.thread = threading.Thread(target=self._fill, daemon=True)
         self.thread.start()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         try:
             while (item := self.buffer.get()) is not None:
                 if isinstance(item, BaseException):
@@ -123,6 +123,7 @@ class Prefetch:
                 yield item
         finally:
             self.stopped.set()
+            self.thread.join()  # a thread still inside PyTorch when the interpreter ends would abort the process
 
     def _fill(self) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import count, islice
 
@@ -61,21 +62,21 @@ def fit(
     model.train()
     began = time.monotonic()
     steps = pipelined_steps if comm.device.type == "cuda" else plain_steps
-    batches = iter(Prefetch(_batches(loader, total)))
-    for step, outputs in enumerate(steps(model, optimizer, schedule, batches, comm.device), start=1):
-        meter.add(outputs)
-        if step % config.log_every == 0 or step == total:
-            values = meter.read(step)
-            record.scalars(step, {**values, "lr_factor": schedule.factor})
-            record.step(step, _status(values))
-        if step % every and step != total:
-            continue
-        spent += time.monotonic() - began
-        best.judge(step, total)
-        if config.patience and best.stale >= config.patience:
-            record.say(f"stopping early: no gain in {best.stale} validations")
-            break
-        began = time.monotonic()
+    with closing(iter(Prefetch(_batches(loader, total)))) as batches:
+        for step, outputs in enumerate(steps(model, optimizer, schedule, batches, comm.device), start=1):
+            meter.add(outputs)
+            if step % config.log_every == 0 or step == total:
+                values = meter.read(step)
+                record.scalars(step, {**values, "lr_factor": schedule.factor})
+                record.step(step, _status(values))
+            if step % every and step != total:
+                continue
+            spent += time.monotonic() - began
+            best.judge(step, total)
+            if config.patience and best.stale >= config.patience:
+                record.say(f"stopping early: no gain in {best.stale} validations")
+                break
+            began = time.monotonic()
     return Finished(step, best.step, best.score, spent)
 
 
