@@ -19,7 +19,8 @@ from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.errors import FlmError, RunError
-from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, count_ranks, rank_targets
+from flm_torchrec.evaluation.evaluate import blocks_of
+from flm_torchrec.evaluation.ranking import HeadScorer, count_ranks, rank_targets
 from flm_torchrec.training.restore import restore
 
 
@@ -83,8 +84,7 @@ def main() -> int:
     print("| scorer | " + " | ".join(f"HR@{k} | NDCG@{k}" for k in first.eval.ks) + " |")
     print("|---" * (1 + 2 * len(first.eval.ks)) + "|")
     for name, group in [*((str(r), [m]) for r, m in zip(args.runs, members, strict=True)), ("together", members)]:
-        blocks = Blocks(first.eval.user_block, first.eval.item_block)
-        ranked = rank_targets(first.data, first.examples, Summed(group), comm, blocks)
+        ranked = rank_targets(first.data, first.examples, Summed(group), comm, blocks_of(first.eval))
         counts = count_ranks(ranked, "ensemble", first.data.schema.items, comm)
         cells = " | ".join(f"{counts.hit_rate(k):.4f} | {counts.ndcg(k):.4f}" for k in first.eval.ks)
         print(f"| {name} | {cells} |")

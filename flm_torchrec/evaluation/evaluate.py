@@ -35,7 +35,7 @@ def evaluate_heads(
 ) -> dict[str, float]:
     """Metrics of the heads alone, named such as `fused/ndcg@10`: for validation while training; collective."""
     scorer = HeadScorer(encoder, data.schema.items, config.item_block, comm)
-    ranked = rank_targets(data, examples, scorer, comm, _blocks(config))
+    ranked = rank_targets(data, examples, scorer, comm, blocks_of(config))
     return {
         f"{name}/{metric}": value
         for name in scorer.names
@@ -73,10 +73,10 @@ def evaluate(
         labels = data.segment[examples.end]
     found = Evaluation(split, len(examples), {})
     for scorer in scorers:
-        ranked = rank_targets(data, examples, scorer, comm, _blocks(config), COVERAGE_AT)
+        ranked = rank_targets(data, examples, scorer, comm, blocks_of(config), COVERAGE_AT)
         among = None
         if cold_items is not None:
-            among = rank_targets(data, examples, scorer, comm, _blocks(config), among=cold_items)
+            among = rank_targets(data, examples, scorer, comm, blocks_of(config), among=cold_items)
         for name in scorer.names:
             found.table[name] = count_ranks(ranked, name, items, comm, (COVERAGE_AT,)).metrics(config.ks)
             for label in [] if labels is None else np.unique(labels):
@@ -93,5 +93,6 @@ def _only(ranked: Ranked, wanted: np.ndarray) -> Ranked:
     return Ranked(ranked.rows[kept], {n: r[kept] for n, r in ranked.ranks.items()}, {})
 
 
-def _blocks(config: EvalConfig) -> Blocks:
+def blocks_of(config: EvalConfig) -> Blocks:
+    """How much is scored at once."""
     return Blocks(config.user_block, config.item_block)

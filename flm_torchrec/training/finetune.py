@@ -81,6 +81,7 @@ def _check(config: Config) -> None:
 def _one(config: Config, comm: Comm) -> dict[str, dict[str, float]]:
     data = load_data(config)
     job = Job(config, data, scope_of(config, data), comm)
+    job.take_over()
     labels, splits = job.scope.labels, job.scope.splits
 
     def measure(part: Literal["valid", "test"]) -> dict[str, float]:

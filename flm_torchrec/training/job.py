@@ -22,9 +22,8 @@ from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.distributed.plan import describe, make_plan
 from flm_torchrec.distributed.shard import make_optimizer, shard
 from flm_torchrec.errors import ConfigError
-from flm_torchrec.evaluation.evaluate import evaluate_heads
+from flm_torchrec.evaluation.evaluate import blocks_of, evaluate_heads
 from flm_torchrec.evaluation.protocol import HEADS
-from flm_torchrec.evaluation.ranking import Blocks
 from flm_torchrec.model.label import LabelModel
 from flm_torchrec.model.pretrain import PretrainModel
 from flm_torchrec.model.tower import HEADS as TRAINED_HEADS
@@ -74,7 +73,10 @@ def check_select(config: Config) -> None:
 
 
 class Job:
-    """A sharded model on its data: of pretraining, or of fine-tuning with the source's weights in it. Collective."""
+    """A sharded model on its data, of pretraining or of fine-tuning, with new weights until others are loaded.
+
+    Collective.
+    """
 
     def __init__(self, config: Config, data: PreparedData, scope: Scope, comm: Comm) -> None:
         self.config = config
@@ -86,14 +88,20 @@ class Job:
         if not tuning.source or tuning.start == "scratch":
             self.model, self.plan = build(data.schema, config, comm)
         else:
-            source = load_config(Path(tuning.source) / "config.yaml")
-            tables = same_data(source, config)
-            if tables:
+            if self._same_tables():
                 config = replace(config, train=replace(config.train, sparse_lr=tuning.sparse_lr))
             self.model, self.plan = build(data.schema, config, comm, freeze=True)
-            self.loaded = load_matching(Path(tuning.source) / BEST, self.model, tables)
         self.loader = make_loader(data, scope, self.config, comm)
         self.optimizer = make_optimizer(self.model, config.train)
+
+    def take_over(self) -> None:
+        """Put the weights of the fine-tuning's source into the model, unless it starts from scratch."""
+        if self.config.finetune.start == "pretrained":
+            source = Path(self.config.finetune.source) / BEST
+            self.loaded = load_matching(source, self.model, self._same_tables())
+
+    def _same_tables(self) -> bool:
+        return same_data(load_config(Path(self.config.finetune.source) / "config.yaml"), self.config)
 
     @property
     def total_steps(self) -> int:
@@ -145,7 +153,7 @@ class Job:
         config, best = self.config, Path(self.config.train.run) / BEST
         meta = load_checkpoint(best, self.model)
         trained = [name for name in TRAINED_HEADS if getattr(config.loss, name) > 0]
-        blocks = Blocks(config.eval.user_block, config.eval.item_block)
+        blocks = blocks_of(config.eval)
         metric = config.train.select.partition("/")[2]
         weights, score = choose_weights(self.data, valid, encode, self.comm, blocks, trained, metric)
         self.model.module.dense.tower.fusion.set_weights(weights)
