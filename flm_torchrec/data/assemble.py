@@ -45,7 +45,7 @@ class Assembler:
         self.data = data
         self.fit = fit
         self.item_rows = item_rows
-        users = np.repeat(np.arange(data.schema.users), np.diff(data.offsets))
+        users = data.event_users()
         known = fit if known is None else known
         self.item_known = (np.bincount(data.item[known], minlength=data.schema.items) > 0).astype(np.float32)
         self.user_known = (np.bincount(users[known], minlength=data.schema.users) > 0).astype(np.float32)

@@ -70,6 +70,10 @@ class PreparedData:
     items: EntityFeatures
     users: EntityFeatures
 
+    def event_users(self) -> np.ndarray:
+        """[interactions] int64: whose event it is."""
+        return np.repeat(np.arange(self.schema.users), np.diff(self.offsets))
+
     @cached_property
     def user_keys(self) -> list[str]:
         return _keys(self.path / "users.parquet", "user_key")

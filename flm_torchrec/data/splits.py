@@ -91,7 +91,7 @@ def _by_time(data: PreparedData, holdout: float) -> Splits:
     if not data.schema.timestamps:
         raise DataError(f"{data.path}: has no timestamps; use data.split=leave-one-out")
     valid_from, test_from = np.quantile(data.timestamp, [1 - 2 * holdout, 1 - holdout], method="higher")
-    users = np.repeat(np.arange(data.schema.users), np.diff(data.offsets))
+    users = data.event_users()
 
     def before(cut: float) -> np.ndarray:
         counts = np.bincount(users[data.timestamp < cut], minlength=data.schema.users)
@@ -111,7 +111,7 @@ def _cold_start(data: PreparedData, holdout: float) -> Splits:
     warm = _leave_one_out(data, holdout)
     cold_item = _drawn_parts(rng, np.unique(data.item), holdout, data.schema.items)
     cold_user = _drawn_parts(rng, warm.test.user, holdout, data.schema.users)
-    users = np.repeat(np.arange(data.schema.users), np.diff(data.offsets))
+    users = data.event_users()
     later = np.arange(len(data.item)) > data.offsets[users]  # a first event has nothing to be predicted from
 
     def examples(part: int, known: Examples) -> Examples:

@@ -100,7 +100,7 @@ class EASE(_FromHistory):
 
 def _seen(data: PreparedData, fit: np.ndarray) -> sp.csr_matrix:
     """[users, items]: 1 where a training event says so; a repeated event counts once."""
-    users = np.repeat(np.arange(data.schema.users), np.diff(data.offsets))
+    users = data.event_users()
     shape = (data.schema.users, data.schema.items)
     seen = sp.csr_matrix((np.ones(int(fit.sum()), np.float32), (users[fit], data.item[fit])), shape=shape)
     seen.sum_duplicates()

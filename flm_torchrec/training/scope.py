@@ -45,7 +45,7 @@ def scope_of(config: Config, data: PreparedData) -> Scope:
     source = load_config(Path(tuning.source) / "config.yaml")
     if same_data(source, config):
         seen = scope_of(source, data).known
-    users = np.repeat(np.arange(data.schema.users), np.diff(data.offsets))
+    users = data.event_users()
     cohort = np.ones(data.schema.users, bool)
     if tuning.cohort == "new":
         cohort[users[seen]] = False
@@ -62,7 +62,7 @@ def scope_of(config: Config, data: PreparedData) -> Scope:
 
 def spans_of(data: PreparedData, labels: np.ndarray) -> Splits:
     """All events of the users who have a label, nothing to predict by rank."""
-    users = np.repeat(np.arange(data.schema.users), np.diff(data.offsets))
+    users = data.event_users()
     labelled = np.isin(np.arange(data.schema.users), users[~np.isnan(labels)])
     ends = np.where(labelled, data.offsets[1:], data.offsets[:-1])
     nobody = Examples(np.zeros(0, np.int64), np.zeros(0, np.int64))
