@@ -7,41 +7,20 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import KernelConfig, PlannerError, TopologyFactory, TrainerConfig
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ModuleSharder, ShardingPlan, ShardingType
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from flm_torchrec.config.schema import DistributedConfig
 from flm_torchrec.distributed.comm import Comm
+from flm_torchrec.distributed.sharders import SHARDING_TYPES, sharders
 from flm_torchrec.errors import ConfigError
 
 RESERVED = 0.15
 """Share of the memory kept from tables, for the dense part, activations and batches."""
-# data_parallel is left out: its optimizer state is keyed otherwise, so a run could not resume under another plan.
-SHARDING_TYPES = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.COLUMN_WISE.value]
-
-
-class BagSharder(EmbeddingBagCollectionSharder):
-    """Offers row-wise sharding on a CPU too, which the stock sharder leaves out."""
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        return SHARDING_TYPES
-
-
-class SequenceSharder(EmbeddingCollectionSharder):
-    """Offers row-wise sharding on a CPU too, which the stock sharder leaves out."""
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        return SHARDING_TYPES
-
-
-def sharders() -> list[ModuleSharder[nn.Module]]:
-    return [BagSharder(), SequenceSharder()]  # type: ignore[list-item]
 
 
 def make_plan(model: nn.Module, comm: Comm, config: DistributedConfig, batch_size: int) -> ShardingPlan:
