@@ -58,7 +58,7 @@ class Checkpoints:
         self.optimizer = optimizer
         self.comm = comm
         self.data = data
-        self.pending: Future[None] | None = None
+        self.pending: tuple[Future[None], threading.Thread] | None = None
         self.failed = ""
 
     def check_space(self) -> None:
@@ -95,7 +95,6 @@ class Checkpoints:
         meta = {**asdict(progress), "data": self.data, "ranks": self.comm.world_size}
         target = (folder or self.folder) / f"step-{progress.step:09d}"
         future: Future[None] = Future()
-        self.pending = future
 
         def run() -> None:
             try:
@@ -106,15 +105,18 @@ class Checkpoints:
             except BaseException as error:
                 future.set_exception(error)
 
-        threading.Thread(target=run, name="checkpoint", daemon=True).start()
+        thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        thread.start()
+        self.pending = future, thread
 
     def wait(self) -> None:
         """Wait for the save under way, if any, and note how it ended."""
         if self.pending is None:
             return
-        pending, self.pending, self.failed = self.pending, None, ""
+        (future, thread), self.pending, self.failed = self.pending, None, ""
+        thread.join()
         try:
-            pending.result()
+            future.result()
         except RunError as error:
             self.failed = str(error)
 
@@ -184,7 +186,9 @@ class Checkpoints:
         state = self._state()
         if ranks == self.comm.world_size:  # each rank draws its own dropout: with other ranks there is nothing to go on
             state |= {name: torch.empty(there[name], dtype=torch.uint8) for name in _rng_names(self.comm)}
-        extra = {n for n in there if not n.startswith(RNG)} - set(_names(state))
+        # A rank's optimizer knows the tables that it holds rows of.
+        known = set().union(*self.comm.gather(_names(state)))
+        extra = {name for name in there if not name.startswith(RNG)} - known
         if extra:
             raise RunError(f"{folder}: holds {min(extra)}, which this model lacks; resume with the settings of the run")
         storage.read(folder, state, self.comm.saving)
