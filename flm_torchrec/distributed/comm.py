@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flm_torchrec.config.schema import DistributedConfig
+from flm_torchrec.distributed.join import join
 from flm_torchrec.errors import ConfigError, RunError
 
 LOST = re.compile(r"timed? ?out|connection (was )?(closed|reset|refused)|closed by peer|broken pipe", re.IGNORECASE)
@@ -146,32 +147,23 @@ def process_group(config: DistributedConfig) -> Iterator[Comm]:
         torch.set_num_threads(config.threads or max(1, cores // local_world_size))
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=config.timeout)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    store = join(backend, timeout)
     control, saving = (dist.new_group(timeout=timeout, backend="gloo") for _ in range(2))
     try:
         yield Comm(dist.get_rank(), dist.get_world_size(), local_world_size, device, control, saving)
     except RuntimeError as error:
         if dist.get_world_size() == 1 or not LOST.search(str(error)):
             raise
-        raise RunError(_who_is_lost(config.timeout, error)) from error
+        raise RunError(_who_is_lost(dist.PrefixStore("roll-call", store), config.timeout, error)) from error
     finally:
         dist.destroy_process_group()
 
 
-def restarted() -> bool:
-    """Whether the launcher started this job anew after a failure (torchrun's --max_restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def _who_is_lost(timeout: float, error: RuntimeError) -> str:
+def _who_is_lost(store: dist.Store, timeout: float, error: RuntimeError) -> str:
     """Every rank that still runs reports to the store, which the launcher keeps alive, and sees who does not."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     reason = " ".join(str(error).split())[:200]
     try:
-        store = dist.PrefixStore("roll-call", dist.distributed_c10d._get_default_store())
         store.set(str(rank), "here")
         time.sleep(ROLL_CALL)
         lost = [str(r) for r in range(world_size) if not store.check([str(r)])]

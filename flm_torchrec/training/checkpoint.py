@@ -282,9 +282,13 @@ def _copy(tensor: Tensor | ShardedTensor) -> Tensor | ShardedTensor:
     if not isinstance(tensor, ShardedTensor):
         return tensor.detach().to("cpu", copy=True)
     described = deepcopy(tensor.metadata())
+    own = []
     for entry in described.shards_metadata:
-        entry.placement = _remote_device(f"rank:{entry.placement.rank()}/cpu")
-    own = [entry for entry in described.shards_metadata if entry.placement.rank() == dist.get_rank()]
+        assert entry.placement is not None
+        rank = entry.placement.rank()
+        entry.placement = _remote_device(f"rank:{rank}/cpu")
+        if rank == dist.get_rank():
+            own.append(entry)
     shards = [
         Shard(shard.tensor.detach().to("cpu", copy=True), entry)
         for shard, entry in zip(tensor.local_shards(), own, strict=True)

@@ -18,7 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from flm_torchrec.config import Config, load_config, to_yaml
 from flm_torchrec.data.prepared import PreparedData
-from flm_torchrec.distributed.comm import Comm, restarted
+from flm_torchrec.distributed.comm import Comm
+from flm_torchrec.distributed.join import restarted
 from flm_torchrec.errors import RunError
 
 FREE = (
