@@ -97,7 +97,7 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(
     assert process.returncode == 75 and "go on with --train.existing resume" in told
     stopped = storage.read_meta(newest(run))["step"]
     assert 5 <= stopped < STEPS
-    with pytest.raises(RunError, match="--train.existing replace to start anew, resume to go on"):
+    with pytest.raises(RunError, match=r"--train\.existing replace to start anew, resume to go on"):
         pretrain(load_config(None, overrides(small, run)))
     pretrain(load_config(None, overrides(small, run, "train.existing=resume")))
     assert f"resuming after step {stopped}" in (run / "train.log").read_text()
@@ -160,7 +160,7 @@ def test_a_damaged_state_is_told_and_the_one_before_it_used(small: PreparedData,
     log = (run / "train.log").read_text()
     assert f"not used: {last}: {file.name} has changed since it was written" in log
     assert f"resuming after step {STEPS - 5}" in log
-    assert storage.damage(last) == [] and same(run / checkpoint.BEST, run / checkpoint.BEST)
+    assert storage.damage(last) == []
     after = tensors(run / checkpoint.BEST)
     assert all(torch.equal(before[name], after[name]) for name in before)
     for folder in (run / "checkpoints").glob("step-*"):
@@ -193,7 +193,7 @@ def test_resuming_on_other_data_is_refused(small: PreparedData, undisturbed: Pat
     assert _fingerprint(other) == small.fingerprint
     (other / "schema.yaml").write_text((other / "schema.yaml").read_text() + "\n")
     assert _fingerprint(other) != small.fingerprint
-    with pytest.raises(RunError, match="made with other data than data.path holds now"):
+    with pytest.raises(RunError, match=r"made with other data than data\.path holds now"):
         pretrain(load_config(None, [*overrides(small, undisturbed, "train.existing=resume"), f"data.path={other}"]))
 
 
@@ -292,7 +292,7 @@ def test_ten_bad_losses_in_a_row_end_the_run_under_either_policy(small: Prepared
     explode = ["train.sparse_lr=1e38", "train.dense_lr=1e30", "train.warmup_steps=0", "train.eval_every=1000"]
     with pytest.raises(NonFinite, match="for 10 steps in a row"):
         pretrain(load_config(None, [*overrides(small, run, "train.non_finite=skip"), *explode]))
-    with pytest.raises(NonFinite, match="batch and state before it are in .*non-finite"):
+    with pytest.raises(NonFinite, match=r"batch and state before it are in .*non-finite"):
         pretrain(load_config(None, [*overrides(small, run, "train.existing=replace"), *explode]))
     assert list((run / "non-finite").glob("*.npz")) and list((run / "non-finite").glob("step-*/SHA256SUMS"))
     assert not list((run / "checkpoints").glob("step-*"))

@@ -148,10 +148,15 @@ class Record(AbstractContextManager["Record"]):
         if self.folder is None:
             return
         line = {"step": step, "seconds": round(time.monotonic() - self.started, 3), **values}
-        self.metrics.write(json.dumps(line) + "\n")
-        self.metrics.flush()
-        for name, value in values.items():
-            self.curves.add_scalar(name, value, step)
+        try:
+            self.metrics.write(json.dumps(line) + "\n")
+            self.metrics.flush()
+            for name, value in values.items():
+                self.curves.add_scalar(name, value, step)
+        except OSError as error:
+            raise RunError(
+                f"{self.folder}: cannot be written ({error.strerror}); mend that and go on with --train.existing resume"
+            ) from error
 
     def say(self, text: str) -> None:
         """To the log and to the person watching."""
@@ -171,5 +176,10 @@ class Record(AbstractContextManager["Record"]):
         if error is not None:
             self.log.error("stopped by %s: %s", type(error).__name__, error)
         self.progress.stop()
-        self.metrics.close()
-        self.curves.close()
+        try:
+            self.metrics.close()
+            self.curves.close()
+        except OSError:
+            if error is None:
+                raise
+            # A full disk, of which `error` tells.

@@ -57,6 +57,24 @@ def read(folder: Path, tensors: dict[str, Any], group: dist.ProcessGroup) -> Non
         raise RunError(f"{folder}: the checkpoint does not fit this model ({_reason(error)})") from error
 
 
+def read_all(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole, by name; needs no model and no other ranks, but room for all of it.
+
+    Raises:
+        RunError: it does not load.
+    """
+    try:
+        state = {}
+        for name, entry in _Reader(folder).read_metadata().state_dict_metadata.items():
+            if not isinstance(entry, dcp_metadata.TensorStorageMetadata):
+                raise ValueError(f"{name} is no tensor")
+            state[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        dcp.load(state, storage_reader=_Reader(folder), planner=_Planner(), no_dist=True)
+    except (dcp.api.CheckpointException, ValueError, RuntimeError, OSError, pickle.UnpicklingError) as error:
+        raise RunError(f"{folder}: no readable checkpoint ({_reason(error)})") from error
+    return state
+
+
 def stored(folder: Path) -> dict[str, torch.Size]:
     """Sizes of the tensors that a checkpoint holds, by name.
 
