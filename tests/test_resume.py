@@ -18,10 +18,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flm_torchrec.config import load_config
 from flm_torchrec.data.batch import Batch
+from flm_torchrec.data.loader import Negatives, TrainLoader, windows
 from flm_torchrec.data.prepared import PreparedData, load_prepared
+from flm_torchrec.data.splits import split
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import FlmError, RunError
 from flm_torchrec.training import checkpoint, storage
@@ -32,6 +36,7 @@ from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.scope import scope_of
 from tests.conftest import ROOT
 from tests.test_checkpoint import tensors
+from tools.replay import replay
 
 STEPS = 40
 TRAIN = [
@@ -296,3 +301,39 @@ def test_ten_bad_losses_in_a_row_end_the_run_under_either_policy(small: Prepared
         pretrain(load_config(None, [*overrides(small, run, "train.existing=replace"), *explode]))
     assert list((run / "non-finite").glob("*.npz")) and list((run / "non-finite").glob("step-*/SHA256SUMS"))
     assert not list((run / "checkpoints").glob("step-*"))
+    told = replay(next((run / "non-finite").glob("*.npz")))
+    assert told[0].startswith("state after step") and any(line.startswith("loss sequential = ") for line in told)
+    with pytest.raises(RunError, match=r"not RUN/non-finite/step-"):
+        replay(run / "config.yaml")
+
+
+@settings(deadline=None, max_examples=30)
+@given(steps=st.integers(0, 60), batch_size=st.integers(1, 40), before=st.integers(1, 3), after=st.integers(1, 3))
+def test_what_is_learnt_from_does_not_depend_on_where_or_on_how_many_ranks_a_run_resumed(
+    small: PreparedData, steps: int, batch_size: int, before: int, after: int
+) -> None:
+    """Sequences of the steps before a stop, at some ranks, and after it, at others: those of one run, each once."""
+    spans = windows(small, split(small, "leave-one-out", 0.1), 5)
+
+    def taken(first: int, last: int, ranks: int) -> list[list[tuple[int, int, int]]]:
+        """By step: user, start and end of each sequence that is not there to fill up ranks, in any order."""
+        found: list[list[tuple[int, int, int]]] = [[] for _ in range(first, last)]
+        for rank in range(ranks):
+            loader = TrainLoader(spans, Recorder(), Negatives(np.ones(3), 0, 1.0), batch_size, 7, rank, ranks)  # type: ignore[arg-type]
+            for step, rows in zip(found, loader.after(first), strict=False):
+                step += [row for row in rows if row[1] != row[2]]  # type: ignore[union-attr]
+        return [sorted(step) for step in found]
+
+    end = steps + 2 * -(-len(spans) // batch_size)
+    whole = taken(0, end, 1)
+    assert taken(0, steps, before) + taken(steps, end, after) == whole
+    epoch = -(-len(spans) // batch_size)
+    rows = sorted(row for step in whole[:epoch] for row in step)
+    assert rows == sorted(zip(spans.user.tolist(), spans.start.tolist(), spans.end.tolist(), strict=True))
+
+
+class Recorder:
+    """In place of the assembler: what it was asked for."""
+
+    def training(self, user: np.ndarray, start: np.ndarray, end: np.ndarray, drawn: object) -> object:
+        return list(zip(user.tolist(), start.tolist(), end.tolist(), strict=True))

@@ -36,7 +36,7 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0
-    """Spent in steps."""
+    """Spent in steps and their checkpoints."""
     best: float | None = None
     best_step: int = 0
     stale: int = 0
@@ -152,7 +152,7 @@ class Checkpoints:
         for folder in self.comm.gather(self._states())[0]:
             wrong = find_damage(folder, self.comm)
             if not wrong:
-                return self._load(folder), damaged
+                return self.load(folder), damaged
             damaged.append(f"{folder}: {'; '.join(wrong)}")
         if damaged:
             raise RunError(
@@ -173,7 +173,12 @@ class Checkpoints:
     def _state(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()["state"]}
 
-    def _load(self, folder: Path) -> Progress:
+    def load(self, folder: Path) -> Progress:
+        """Set model, optimizer and random numbers to a state, whose files are not checked.
+
+        Raises:
+            RunError: it is of other data, or does not fit the model.
+        """
         meta = storage.read_meta(folder)
         if meta.pop("data") != self.data:
             raise RunError(

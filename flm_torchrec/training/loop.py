@@ -37,7 +37,7 @@ class Finished:
     best_step: int
     best: float
     seconds: float
-    """In steps alone, validation left out."""
+    """In steps and their checkpoints, validation left out."""
 
 
 def fit(
@@ -77,17 +77,19 @@ def fit(
                 checkpoints.finish()
                 raise
             progress.step += 1
-            progress.seconds += time.monotonic() - began
             if outputs is not None:
                 meter.add(outputs)
             if progress.step % config.log_every == 0 or progress.step == total:
                 values = meter.read()
                 record.scalars(progress.step, {**values, "lr_factor": schedule.factor})
                 record.step(progress.step, _status(values))
+            progress.seconds += time.monotonic() - began
             if progress.step % every == 0 or progress.step == total:
                 best.judge(total)
                 meter.restart()
+            began = time.monotonic()
             _checkpoint(progress, total, config, checkpoints, record, guard.stopping)
+            progress.seconds += time.monotonic() - began
     checkpoints.finish()
     assert progress.best is not None
     return Finished(progress.step, progress.best_step, progress.best, progress.seconds)
