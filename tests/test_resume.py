@@ -165,12 +165,12 @@ def test_a_damaged_state_is_told_and_the_one_before_it_used(small: PreparedData,
     log = (run / "train.log").read_text()
     assert f"not used: {last}: {file.name} has changed since it was written" in log
     assert f"resuming after step {STEPS - 5}" in log
-    assert storage.damage(last) == []
+    assert storage.damage(last) == [] and storage.damage(last.with_name(f"damaged-{last.name}"))
     after = tensors(run / checkpoint.BEST)
     assert all(torch.equal(before[name], after[name]) for name in before)
     for folder in (run / "checkpoints").glob("step-*"):
         (folder / storage.SUMS).unlink()
-    with pytest.raises(RunError, match="no older checkpoint is whole either"):
+    with pytest.raises(RunError, match="and no older one is whole"):
         pretrain(load_config(None, overrides(small, run, "train.existing=resume")))
 
 

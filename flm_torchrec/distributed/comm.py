@@ -47,19 +47,23 @@ class Comm:
         """Rank 0 writes files and speaks to people."""
         return self.rank == 0
 
+    def _group(self, tensor: Tensor) -> dist.ProcessGroup | None:
+        """NCCL takes no tensor in host memory: those go over gloo. None: the default group."""
+        return self.control if self.device.type == "cuda" and not tensor.is_cuda else None
+
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all ranks, all of one shape; no gradient."""
         if self.world_size == 1:
             return [tensor]
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor.contiguous())
+        dist.all_gather(parts, tensor.contiguous(), group=self._group(tensor))
         return parts
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks, in a new tensor; no gradient."""
         total = tensor.detach().clone()
         if self.world_size > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self._group(tensor))
         return total
 
     def concat(self, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Iterable
 from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -71,6 +72,8 @@ class Checkpoints:
         need = (KEPT + 3) * (sum(self.comm.gather(own)) + dense)
 
         def check() -> None:
+            nonlocal need
+            need -= sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
             free = shutil.disk_usage(self.best.parents[1]).free
             if free < need:
                 raise RunError(
@@ -142,21 +145,25 @@ class Checkpoints:
     def restore(self) -> tuple[Progress, list[str]] | None:
         """Load the newest state that is whole and undamaged; None where there is none. And what was found damaged.
 
+        What is damaged is put aside, under a name that retention does not count.
+
         Raises:
             RunError: the state is of other data, or does not fit the model.
         """
         if self.comm.main:
             for folder in (self.best, *self._states()):
                 storage.restore_older(folder)
-        damaged: list[str] = []
+        damaged: dict[Path, str] = {}
         for folder in self.comm.gather(self._states())[0]:
             wrong = find_damage(folder, self.comm)
             if not wrong:
-                return self.load(folder), damaged
-            damaged.append(f"{folder}: {'; '.join(wrong)}")
+                progress = self.load(folder)
+                self.comm.on_main(lambda: _put_aside(damaged))
+                return progress, list(damaged.values())
+            damaged[folder] = f"{folder}: {'; '.join(wrong)}"
         if damaged:
             raise RunError(
-                f"{damaged[0]}; no older checkpoint is whole either, so there is nothing to resume from;"
+                f"{next(iter(damaged.values()))}; and no older one is whole, so there is nothing to go on from;"
                 " train anew with --train.existing replace"
             )
         return None
@@ -256,6 +263,13 @@ def find_damage(folder: Path, comm: Comm) -> list[str]:
 def _refuse_damage(folder: Path, comm: Comm) -> None:
     if wrong := find_damage(folder, comm):
         raise RunError(f"{folder}: {'; '.join(wrong)}; copy it anew, or train again")
+
+
+def _put_aside(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        aside = folder.with_name(f"damaged-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
 
 
 def _rng_names(comm: Comm) -> list[str]:

@@ -22,7 +22,9 @@ LABEL_SELECT = "label/auc"
 
 
 def source_config(source: Path, overrides: list[str]) -> Config:
-    """The source's config with overrides; what chooses the checkpoint follows the task unless it is given.
+    """The source's config with overrides.
+
+    What chooses the checkpoint follows the task, and a folder that exists is refused, unless they are given.
 
     Raises:
         FlmError: the source is no finished run, or a setting is wrong.
@@ -35,7 +37,7 @@ def source_config(source: Path, overrides: list[str]) -> Config:
         raise ConfigError("--train.run: name the folder to write, beside that of the source")
     task = load_config(source / "config.yaml", overrides).finetune.task
     select = [f"train.select={LABEL_SELECT}"] if task == "label" and "train.select" not in given else []
-    return load_config(source / "config.yaml", [*overrides, *select])
+    return load_config(source / "config.yaml", ["train.existing=refuse", *overrides, *select])
 
 
 def finetune(config: Config, control: bool) -> dict[str, Any]:
