@@ -132,7 +132,7 @@ def test_code_where_a_tensor_should_be_is_refused(state: Path, tmp_path: Path) -
     whole[info.offset : info.offset + len(payload)] = payload
     file.write_bytes(bytes(whole))
     with pytest.raises(RunError, match="does not fit"):
-        storage.read(state, {"model": {"dense.attribute_scale": torch.zeros(())}}, None)  # type: ignore[arg-type]
+        storage.read(state, {"model": {"dense.attribute_scale": torch.zeros(())}}, None)
     assert not (tmp_path / "mark").exists()
 
 
@@ -150,7 +150,7 @@ def test_a_save_that_fails_leaves_what_was_there(state: Path, monkeypatch: pytes
 
     monkeypatch.setattr(storage.os, "fsync", full)
     with pytest.raises(RunError, match="No space left on device"):
-        storage.write(state, {"a": torch.ones(3)}, {"step": 9}, None)  # type: ignore[arg-type]
+        storage.write(state, {"a": torch.ones(3)}, {"step": 9}, None)
     assert storage.damage(state) == [] and storage.read_meta(state)["step"] == 4
 
 

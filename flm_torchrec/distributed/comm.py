@@ -37,9 +37,9 @@ class Comm:
     world_size: int
     local_world_size: int
     device: torch.device
-    control: dist.ProcessGroup
+    control: dist.ProcessGroup | None = None
     """Over gloo on every device: small words between ranks that must not wait for a GPU."""
-    saving: dist.ProcessGroup
+    saving: dist.ProcessGroup | None = None
     """Over gloo, for the thread that writes checkpoints while the others train."""
 
     @property

@@ -33,7 +33,7 @@ SUMS = "SHA256SUMS"
 PART = ".sums"
 
 
-def write(folder: Path, tensors: dict[str, Any], meta: dict[str, Any], group: dist.ProcessGroup) -> None:
+def write(folder: Path, tensors: dict[str, Any], meta: dict[str, Any], group: dist.ProcessGroup | None) -> None:
     """Write tensors (each rank its shards) and `meta`; collective over `group`. What was there stays until then.
 
     Raises:
@@ -45,7 +45,7 @@ def write(folder: Path, tensors: dict[str, Any], meta: dict[str, Any], group: di
         raise RunError(f"{folder}: checkpoint not written ({_reason(error)}); what was there before is kept") from error
 
 
-def read(folder: Path, tensors: dict[str, Any], group: dist.ProcessGroup) -> None:
+def read(folder: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None) -> None:
     """Fill the tensors, wherever their shards were when they were written; collective over `group`.
 
     Raises:
