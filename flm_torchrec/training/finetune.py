@@ -63,9 +63,10 @@ def finetune(config: Config, control: bool) -> dict[str, Any]:
     ]
     for run in runs:
         _check(run)
-        check_run_folder(run)
     found: dict[str, Any] = {}
     with process_group(config.distributed) as comm:
+        for run in runs:
+            check_run_folder(run, comm)
         for run in runs:
             found |= _one(run, comm)
         if comm.main:

@@ -44,10 +44,10 @@ def pretrain(config: Config) -> Finished:
     if config.finetune.source:
         raise ConfigError("finetune.source: is set; 'flm train' pretrains, fine-tune with 'flm finetune'")
     check_select(config)
-    check_run_folder(config)
     data = load_data(config)
     scope = scope_of(config, data)
     with process_group(config.distributed) as comm:
+        check_run_folder(config, comm)
         job = Job(config, data, scope, comm)
         with open_run_folder(config, data, comm, job.total_steps) as record:
             return job.fit(record)

@@ -29,22 +29,28 @@ FREE = (
 """Sections and settings that a resumed run may have otherwise than it began; data are compared by fingerprint."""
 
 
-def check_run_folder(config: Config) -> bool:
-    """Whether to go on in the run folder, rather than to make it anew; every rank calls it.
+def check_run_folder(config: Config, comm: Comm) -> bool:
+    """Whether to go on in the run folder, rather than to make it anew; collective.
 
     Raises:
         RunError: the folder is in use, or holds a run with other settings than those to resume with.
     """
+    # The launcher counts restarts by node, and only on the one that failed.
+    again = comm.any(restarted())[0]
+    return comm.on_main(lambda: _goes_on(config, again))
+
+
+def _goes_on(config: Config, again: bool) -> bool:
     folder = Path(config.train.run)
     if not folder.exists() or not any(folder.iterdir()):
         return False
     if not (folder / "config.yaml").is_file():
         raise RunError(f"{folder}: exists and is no run folder, so it is not replaced; give another --train.run")
-    if config.train.existing == "refuse" and not restarted():
+    if config.train.existing == "refuse" and not again:
         raise RunError(
             f"{folder}: exists; give another --train.run, or --train.existing replace to start anew, resume to go on"
         )
-    if config.train.existing == "replace" and not restarted():
+    if config.train.existing == "replace" and not again:
         return False
     changed = _changed(load_config(folder / "config.yaml"), config)
     if changed and config.train.existing == "replace":
@@ -76,7 +82,7 @@ def open_run_folder(config: Config, data: PreparedData, comm: Comm, steps: int) 
         RunError: it cannot be written, or some rank does not see it.
     """
     folder = Path(config.train.run)
-    resumed = comm.gather(check_run_folder(config))[0]
+    resumed = check_run_folder(config, comm)
 
     def make() -> None:
         try:
