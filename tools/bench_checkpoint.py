@@ -58,7 +58,7 @@ def measure(job: Job, folder: Path, every: int, pairs: int) -> dict[bool, list[t
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=100, help="steps of a block (default: 100)")
-    parser.add_argument("--pairs", type=int, default=4, help="blocks with a checkpoint, and as many without (default: 4)")
+    parser.add_argument("--pairs", type=int, default=4, help="blocks with one, and as many without (default: 4)")
     add_config_arguments(parser)
     args = parser.parse_args(argv)
     try:
