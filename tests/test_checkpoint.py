@@ -92,6 +92,16 @@ def test_any_changed_byte_is_found_wherever_it_is(state: Path) -> None:
     assert storage.damage(state) == []
 
 
+def test_sums_cut_short_at_the_end_of_any_line_are_found(state: Path) -> None:
+    lines = (state / storage.SUMS).read_bytes().splitlines(keepends=True)
+    assert len(lines) > 3
+    for count in range(len(lines)):
+        (state / storage.SUMS).write_bytes(b"".join(lines[:count]))
+        assert storage.damage(state), count
+    (state / storage.SUMS).write_bytes(b"".join(lines[1:]))
+    assert storage.damage(state)
+
+
 def test_ranks_share_the_reading_and_miss_nothing(state: Path) -> None:
     for file in state.iterdir():
         if file.name != storage.SUMS:
@@ -115,6 +125,23 @@ def test_a_pickle_that_would_run_code_is_refused(state: Path, tmp_path: Path) ->
     with pytest.raises(RunError, match=r"asks for .*mkdir"):
         storage.stored(state)
     assert not (tmp_path / "mark").exists()
+
+
+def test_a_pickle_cannot_change_a_class_for_the_whole_process(state: Path) -> None:
+    """BUILD with a pair as state sets attributes on whatever is on the stack, here the class itself."""
+    before = dcp.metadata.Metadata.__init__
+    build = b"".join([
+        pickle.PROTO + b"\x02", pickle.GLOBAL + b"torch.distributed.checkpoint.metadata\nMetadata\n",
+        pickle.NONE, pickle.EMPTY_DICT, pickle.UNICODE + b"__init__\n", pickle.NONE, pickle.SETITEM, pickle.TUPLE2,
+        pickle.BUILD, pickle.STOP,
+    ])  # fmt: skip
+    (state / ".metadata").write_bytes(build)
+    with pytest.raises(RunError, match="sets a state on <class"):
+        storage.stored(state)
+    assert dcp.metadata.Metadata.__init__ is before
+    (state / ".metadata").write_bytes(pickle.dumps(dcp.metadata.BytesStorageMetadata()))
+    with pytest.raises(RunError, match="describes no tensors"):
+        storage.stored(state)
 
 
 def test_code_where_a_tensor_should_be_is_refused(state: Path, tmp_path: Path) -> None:
@@ -152,9 +179,11 @@ def test_a_save_that_fails_leaves_what_was_there(state: Path, monkeypatch: pytes
     with pytest.raises(RunError, match="No space left on device"):
         storage.write(state, {"a": torch.ones(3)}, {"step": 9}, None)
     assert storage.damage(state) == [] and storage.read_meta(state)["step"] == 4
+    assert [file.name for file in state.parent.iterdir()] == ["state"]
 
 
 def test_an_interruption_between_the_two_renames_is_mended(state: Path) -> None:
     state.rename(state.with_name("state.old"))
-    storage.restore_older(state)
-    assert storage.damage(state) == []
+    (state.parent / "other.tmp").mkdir()
+    storage.restore_older(state.parent)
+    assert storage.damage(state) == [] and [file.name for file in state.parent.iterdir()] == ["state"]

@@ -27,11 +27,11 @@ from flm_torchrec.data.loader import Negatives, TrainLoader, windows
 from flm_torchrec.data.prepared import PreparedData, load_prepared
 from flm_torchrec.data.splits import split
 from flm_torchrec.distributed.comm import process_group
-from flm_torchrec.errors import FlmError, RunError
+from flm_torchrec.errors import RunError
 from flm_torchrec.training import checkpoint, storage
 from flm_torchrec.training.guard import Guard, NonFinite, as_arrays, from_arrays
 from flm_torchrec.training.job import Job, pretrain
-from flm_torchrec.training.loop import plain_steps
+from flm_torchrec.training.loop import STEPS as KINDS_OF_STEPS
 from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.scope import scope_of
 from tests.conftest import ROOT
@@ -196,7 +196,10 @@ def test_resuming_on_other_data_is_refused(small: PreparedData, undisturbed: Pat
     part = next((other / "interactions").glob("*.parquet"))
     part.write_bytes(part.read_bytes())
     assert _fingerprint(other) == small.fingerprint
-    (other / "schema.yaml").write_text((other / "schema.yaml").read_text() + "\n")
+    table = pq.read_table(part)
+    changed = table["item_id"].to_numpy().copy()
+    changed[0] = (changed[0] + 1) % small.schema.items
+    pq.write_table(table.set_column(table.schema.get_field_index("item_id"), "item_id", [changed]), part)
     assert _fingerprint(other) != small.fingerprint
     with pytest.raises(RunError, match=r"made with other data than data\.path holds now"):
         pretrain(load_config(None, [*overrides(small, undisturbed, "train.existing=resume"), f"data.path={other}"]))
@@ -238,13 +241,18 @@ def test_a_full_disk_while_training_keeps_what_is_saved(
     with pytest.raises(RunError, match="No space left on device"):
         pretrain(load_config(None, overrides(small, tmp_path / "run")))
     assert "step-000000010: checkpoint not written" in (tmp_path / "run" / "train.log").read_text()
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
     assert newest(tmp_path / "run").name == f"step-{STEPS - 5:09d}" and storage.damage(newest(tmp_path / "run")) == []
 
 
 def test_a_run_folder_that_cannot_be_written_is_refused(small: PreparedData, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(FlmError, match="file"):
+    with pytest.raises(RunError, match="is a file; give another --train"):
+        pretrain(load_config(None, overrides(small, tmp_path / "file")))
+    with pytest.raises(RunError, match=r"Not a directory; mend that, or give another --train\.run"):
         pretrain(load_config(None, overrides(small, tmp_path / "file" / "run")))
+    with pytest.raises(RunError, match=r"mend that, or give another --train\.run"):
+        pretrain(load_config(None, overrides(small, Path("/proc/run"))))
 
 
 def poisoned(loader, bad: int):  # type: ignore[no-untyped-def]
@@ -254,35 +262,37 @@ def poisoned(loader, bad: int):  # type: ignore[no-untyped-def]
         yield batch
 
 
-def test_a_batch_whose_loss_is_no_number_is_left_out_or_ends_the_run(small: PreparedData, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_batch_whose_loss_is_no_number_is_left_out_or_ends_the_run(
+    small: PreparedData, tmp_path: Path, kind: str
+) -> None:
+    """In plain steps and in those of the pipeline that GPUs take."""
     config = load_config(None, ["model.dim=16", "train.batch_size=32", "distributed.threads=1"])
     with process_group(config.distributed) as comm:
         job = Job(config, small, scope_of(config, small), comm)
         job.model.train()
-        schedule = Schedule(job.optimizer, 2, 8)
+        state: list[list[torch.Tensor]] = []
 
         def run(policy: str, bad: int) -> list[bool]:
             guard = Guard(comm, policy, tmp_path / policy)
-            batches = islice(poisoned(job.loader, bad), 3)
-            found = []
-            for outputs in plain_steps(job.model, job.optimizer, schedule, batches, comm.device, guard):
-                found.append(outputs is not None)
+            steps = KINDS_OF_STEPS[kind](job.model, job.optimizer, Schedule(job.optimizer, 2, 8), comm.device, guard)
+            batches, found = islice(poisoned(job.loader, bad), 3), []
+            for step in range(3):
+                found.append(steps.take(batches, step) is not None)
                 state.append([t.clone() for t in job.model.parameters()])
+            steps.release()
             return found
 
-        state: list[list[torch.Tensor]] = []
         assert run("skip", 1) == [True, False, True]
         assert all(torch.equal(a, b) for a, b in zip(state[0], state[1], strict=True))
         assert not all(torch.equal(a, b) for a, b in zip(state[1], state[2], strict=True))
         assert all(bool(t.isfinite().all()) for t in state[2])
         with pytest.raises(NonFinite, match=r"step 2: the .*sequential.* loss of rank 0 is not a number"):
             run("stop", 1)
-    kept = tmp_path / "stop" / "step-000000002-rank-0.npz"
-    with np.load(kept, allow_pickle=False) as arrays:
+    with np.load(tmp_path / "stop" / "step-000000002-rank-0.npz", allow_pickle=False) as arrays:
         batch = from_arrays(arrays)
     assert bool(batch.value.isnan().all())
-    expected = next(islice(poisoned(job.loader, 1), 1, 2))
-    assert_same_batch(batch, expected)
+    assert_same_batch(batch, next(islice(poisoned(job.loader, 1), 1, 2)))
 
 
 def assert_same_batch(found: Batch, expected: Batch) -> None:

@@ -28,7 +28,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from flm_torchrec.config import load_config
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import FlmError, RunError
-from flm_torchrec.training.checkpoint import BEST, CHECKPOINTS, Checkpoints
+from flm_torchrec.training.checkpoint import BEST, CHECKPOINTS, Checkpoints, load_checkpoint
 from flm_torchrec.training.job import Job
 from flm_torchrec.training.scope import load_data, scope_of
 from flm_torchrec.training.storage import read_all
@@ -42,6 +42,10 @@ LONGEST = 900.0
 """Seconds after which a trial has failed."""
 
 
+class Skipped(Exception):
+    """A trial that this machine does not allow."""
+
+
 @dataclass(frozen=True)
 class Study:
     """What all trials share."""
@@ -51,6 +55,14 @@ class Study:
     ranks: int
     steps: int
     rng: random.Random
+    jobs: list[subprocess.Popen[bytes]]
+
+    def end(self) -> None:
+        """Leave no job behind, whatever became of a trial."""
+        for job in self.jobs:
+            if job.poll() is None:
+                for process in [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]:
+                    process.kill()
 
     def settings(self, run: Path) -> list[str]:
         validate = f"train.eval_every={max(1, self.steps // 2)}"
@@ -68,6 +80,7 @@ class Study:
         log = self.folder / f"{run.name}.log"
         with log.open("ab") as output:
             job = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        self.jobs.append(job)
         return Trial(run, job, log)
 
 
@@ -155,7 +168,7 @@ def full_disk(study: Study, calm: Path) -> str:
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "none", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
-        return "NOT RUN: mounting a small disk needs root"
+        raise Skipped("mounting a small disk needs root")
     try:
         trial = study.launch(disk / "run")
         trial.until_step(study.steps // 4)
@@ -186,7 +199,7 @@ def _written(file) -> bool:  # type: ignore[no-untyped-def]
 def corruptions(study: Study, calm: Path, times: int) -> str:
     """A bit flipped in, the end cut off, or a whole file missing of the newest state: the one before must be loaded."""
     older, newer = sorted((calm / CHECKPOINTS).glob("step-*"))[-2:]
-    expected = {k.removeprefix("model."): v for k, v in read_all(older).items() if k.startswith("model.")}
+    expected = read_all(older)
     config = load_config(None, study.settings(study.folder / "damaged"))
     data = load_data(config)
     kinds: dict[str, int] = {}
@@ -196,24 +209,51 @@ def corruptions(study: Study, calm: Path, times: int) -> str:
         for _ in range(times):
             run = study.folder / "damaged"
             shutil.copytree(older, run / CHECKPOINTS / older.name)
-            kind, what = damage(Path(shutil.copytree(newer, run / CHECKPOINTS / newer.name)), study.rng)
+            shutil.copytree(calm / BEST, run / BEST)
+            newer_copy = Path(shutil.copytree(newer, run / CHECKPOINTS / newer.name))
+            kind, what = damage(newer_copy, study.rng)
             found = Checkpoints(run, job.model, job.optimizer, comm, data.fingerprint).restore()
-            older_used = found is not None and len(found[1]) == 1 and older.name == f"step-{found[0].step:09d}"
-            if not older_used or not all(_holds(v, expected[name]) for name, v in job.model.state_dict().items()):
+            older_used = found is not None and found[1] == [newer_copy] and older.name == f"step-{found[0].step:09d}"
+            if not older_used or not _holds(job, expected):
                 missed.append(what)
             kinds[kind] = kinds.get(kind, 0) + 1
             shutil.rmtree(run)
+        missed += _damaged_best(job, calm / BEST, study.folder / "damaged", times, study.rng)
     if missed:
         raise RunError(f"{len(missed)} of {times} not found: {'; '.join(missed[:3])}")
     listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    return f"{times} of {times} found ({listed}), the state before loaded each time"
+    return (
+        f"{times} of {times} found ({listed}), the state before loaded each time; {times} of {times} of the best model"
+    )
 
 
-def _holds(tensor: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether a tensor of this only rank is the one expected."""
+def _holds(job: Job, expected: dict[str, torch.Tensor]) -> bool:
+    """Whether model and optimizer of this only rank are those expected."""
+    held = {f"model.{name}": tensor for name, tensor in job.model.state_dict().items()}
+    for key, state in job.optimizer.state_dict()["state"].items():
+        held |= {f"optimizer.{key}.{name}": tensor for name, tensor in state.items()}
+    wanted = {name: tensor for name, tensor in expected.items() if not name.startswith("rng.")}
+    return held.keys() == wanted.keys() and all(torch.equal(_whole(held[n]), t) for n, t in wanted.items())
+
+
+def _whole(tensor: torch.Tensor | ShardedTensor) -> torch.Tensor:
     if isinstance(tensor, ShardedTensor):
-        tensor = torch.cat([shard.tensor for shard in tensor.local_shards()])
-    return torch.equal(tensor, expected)
+        return torch.cat([shard.tensor for shard in tensor.local_shards()])
+    return tensor
+
+
+def _damaged_best(job: Job, best: Path, run: Path, times: int, rng: random.Random) -> list[str]:
+    """Damage that loading the best model did not notice."""
+    missed = []
+    for _ in range(times):
+        _, what = damage(Path(shutil.copytree(best, run)), rng)
+        try:
+            load_checkpoint(run, job.model, job.comm)
+            missed.append(what)
+        except RunError:
+            pass  # as it should be
+        shutil.rmtree(run)
+    return missed
 
 
 def damage(folder: Path, rng: random.Random) -> tuple[str, str]:
@@ -273,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.output.exists():
             raise RunError(f"{args.output}: exists; give another --output")
         args.output.mkdir(parents=True)
-        study = Study(args.data, args.output, args.ranks, args.steps, random.Random(args.seed))
+        study = Study(args.data, args.output, args.ranks, args.steps, random.Random(args.seed), [])
         calm = study.launch(args.output / "calm")
         calm.succeed()
     except FlmError as error:
@@ -292,6 +332,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             result = f"ok      {name}: {trial()}"
         except RunError as error:
             result, failed = f"FAILED  {name}: {error}", True
+        except Skipped as reason:
+            result = f"skipped {name}: {reason}"
+        finally:
+            study.end()
         print(f"{result}  ({time.monotonic() - began:.0f} s)", flush=True)
     return int(failed)
 

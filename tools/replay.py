@@ -36,6 +36,7 @@ def replay(file: Path) -> list[str]:
     Raises:
         RunError: the file is no batch, or lies in no run folder.
     """
+    file = file.resolve()
     named = re.fullmatch(r"step-(\d{9})-rank-\d+\.npz", file.name)
     run = file.parents[1]
     if not named or not (run / "config.yaml").is_file():

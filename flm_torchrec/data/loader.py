@@ -121,10 +121,10 @@ class Prefetch:
         self.source = source
         self.buffer: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
         self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self._fill, daemon=True)
-        self.thread.start()
 
     def __iter__(self) -> Generator[Batch, None, None]:
+        thread = threading.Thread(target=self._fill, daemon=True)
+        thread.start()
         try:
             while (item := self.buffer.get()) is not None:
                 if isinstance(item, BaseException):
@@ -132,7 +132,7 @@ class Prefetch:
                 yield item
         finally:
             self.stopped.set()
-            self.thread.join()  # a thread still inside PyTorch when the interpreter ends would abort the process
+            thread.join()  # a thread still inside PyTorch when the interpreter ends would abort the process
 
     def _fill(self) -> None:
         try:

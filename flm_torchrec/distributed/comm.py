@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flm_torchrec.config.schema import DistributedConfig
 from flm_torchrec.distributed.join import join
-from flm_torchrec.errors import ConfigError, RunError
+from flm_torchrec.errors import ConfigError, FlmError, RunError
 
 LOST = re.compile(r"timed? ?out|connection (was )?(closed|reset|refused)|closed by peer|broken pipe", re.IGNORECASE)
 """What backends say of a collective that a rank did not join."""
@@ -41,6 +41,17 @@ class Comm:
     """Over gloo on every device: small words between ranks that must not wait for a GPU."""
     saving: dist.ProcessGroup | None = None
     """Over gloo, for the thread that writes checkpoints while the others train."""
+    launch: dist.Store | None = None
+    """What the launcher keeps over all attempts of a job; None where each start is a job of its own."""
+
+    def remember(self, word: str) -> None:
+        """Leave a word to later attempts of this job, should the launcher start it anew."""
+        if self.launch is not None and self.main:
+            self.launch.set(f"word/{word}", "")
+
+    def remembers(self, word: str) -> bool:
+        """Whether an earlier attempt of this job, or this one, has left the word. Collective."""
+        return self.gather(self.launch is not None and self.launch.check([f"word/{word}"]))[0]
 
     @property
     def main(self) -> bool:
@@ -103,15 +114,17 @@ class Comm:
         """What `action` returns on rank 0, small, on each rank. Collective.
 
         Raises:
-            RunError: that of rank 0, on every rank, so that none is left waiting.
+            FlmError: that of rank 0, or what a file system told it, on every rank, so that none is left waiting.
         """
         done: T | None = None
-        error: RunError | None = None
+        error: FlmError | None = None
         if self.main:
             try:
                 done = action()
-            except RunError as raised:
+            except FlmError as raised:
                 error = raised
+            except OSError as raised:
+                error = RunError(f"{raised.filename}: {raised.strerror}; mend that, or give another --train.run")
         done, error = self.gather((done, error))[0]
         if error is not None:
             raise error
@@ -151,10 +164,12 @@ def process_group(config: DistributedConfig) -> Iterator[Comm]:
         torch.set_num_threads(config.threads or max(1, cores // local_world_size))
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=config.timeout)
-    store = join(backend, timeout)
-    control, saving = (dist.new_group(timeout=timeout, backend="gloo") for _ in range(2))
+    store, launch = join(backend, timeout)
+    control = dist.new_group(timeout=timeout, backend="gloo")
+    # A disk may take its time: a rank that waits there for others has not hung.
+    saving = dist.new_group(timeout=10 * timeout, backend="gloo")
     try:
-        yield Comm(dist.get_rank(), dist.get_world_size(), local_world_size, device, control, saving)
+        yield Comm(dist.get_rank(), dist.get_world_size(), local_world_size, device, control, saving, launch)
     except RuntimeError as error:
         if dist.get_world_size() == 1 or not LOST.search(str(error)):
             raise

@@ -15,27 +15,23 @@ POLL = 0.05
 """Seconds between looks at who has joined."""
 
 
-def restarted() -> bool:
-    """Whether the launcher started this job anew after a failure (torchrun's --max_restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def join(backend: str, timeout: timedelta) -> dist.Store:
+def join(backend: str, timeout: timedelta) -> tuple[dist.Store, dist.Store | None]:
     """Make the process group that the launcher described in the environment, or one of this process alone.
 
-    Returns the store that its ranks share.
+    Returns the store of this attempt's ranks, and the launcher's own, which its later attempts share; None if there is
+    no launcher.
 
     Raises:
         RunError: a rank did not come within the timeout.
     """
-    store: dist.Store
     if "WORLD_SIZE" not in os.environ:
-        rank, world_size, store = 0, 1, dist.HashStore()
-    else:
-        given, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-        store = fresh_store(given, rank, world_size, timeout)
+        store: dist.Store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        return store, None
+    given, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    store = fresh_store(given, rank, world_size, timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    return store
+    return store, given
 
 
 def fresh_store(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:

@@ -27,6 +27,8 @@ CHECKPOINTS = "checkpoints"
 BEST = f"{CHECKPOINTS}/best"
 DENSE = "dense."
 RNG = "rng."
+LEAVE = 10.0
+"""Seconds that an error waits for a save under way."""
 KEPT = 2
 """Newest states that are kept: should one turn out damaged, there is the one before."""
 
@@ -73,7 +75,8 @@ class Checkpoints:
 
         def check() -> None:
             nonlocal need
-            need -= sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+            held = [file for folder in (self.best, *self._states()) for file in folder.glob("*")]
+            need -= sum(file.stat().st_size for file in held)
             free = shutil.disk_usage(self.best.parents[1]).free
             if free < need:
                 raise RunError(
@@ -89,12 +92,17 @@ class Checkpoints:
         Args:
             folder: where to, if it is no state to resume from.
 
-        A save that fails leaves `failed` and the older checkpoints; `finish` raises if it was the last.
+        A save that fails leaves `failed` and the older checkpoints; `finish` raises if it was the last. So does one
+        of weights that are no numbers, unless it has a folder of its own: it would take the place of one that has use.
         """
         self.wait()
         tensors = _copies({**self._state(), f"{RNG}{self.comm.rank}": torch.get_rng_state()})
         if self.comm.device.type == "cuda":
             tensors[f"{RNG}cuda.{self.comm.rank}"] = torch.cuda.get_rng_state()
+        broken = any(not bool(t.isfinite().all()) for t in _leaves(tensors) if not isinstance(t, ShardedTensor))
+        if self.comm.any(broken)[0] and folder is None:
+            self.failed = f"{self.folder}: the weights after step {progress.step} are not all numbers, so not saved"
+            return
         meta = {**asdict(progress), "data": self.data, "ranks": self.comm.world_size}
         target = (folder or self.folder) / f"step-{progress.step:09d}"
         future: Future[None] = Future()
@@ -123,6 +131,11 @@ class Checkpoints:
         except RunError as error:
             self.failed = str(error)
 
+    def close(self) -> None:
+        """Leave no thread behind that writes, where training ends by an error; it has ended or soon will."""
+        if self.pending is not None:
+            self.pending[1].join(LEAVE)
+
     def finish(self) -> None:
         """Wait for the last save.
 
@@ -142,36 +155,51 @@ class Checkpoints:
         self.wait()
         storage.write(self.best, {"model": self.model.state_dict()}, {**meta, "data": self.data}, self.comm.saving)
 
-    def restore(self) -> tuple[Progress, list[str]] | None:
-        """Load the newest state that is whole and undamaged; None where there is none. And what was found damaged.
+    def restore(self) -> tuple[Progress, list[Path], list[str]] | None:
+        """Load the newest state that is whole and undamaged; None where there is none.
 
-        What is damaged is put aside, under a name that retention does not count.
+        Returns also the states found damaged, and what is wrong with them and with the best model.
 
         Raises:
             RunError: the state is of other data, or does not fit the model.
         """
-        if self.comm.main:
-            for folder in (self.best, *self._states()):
-                storage.restore_older(folder)
-        damaged: dict[Path, str] = {}
+        damaged: list[Path] = []
+        told: list[str] = []
         for folder in self.comm.gather(self._states())[0]:
             wrong = find_damage(folder, self.comm)
-            if not wrong:
-                progress = self.load(folder)
-                self.comm.on_main(lambda: _put_aside(damaged))
-                return progress, list(damaged.values())
-            damaged[folder] = f"{folder}: {'; '.join(wrong)}"
+            if wrong:
+                damaged.append(folder)
+                told.append(f"{folder}: {'; '.join(wrong)}")
+                continue
+            progress = self.load(folder)
+            if progress.best is not None and (wrong := find_damage(self.best, self.comm)):
+                progress.best = None  # the next validation makes a new one
+                told.append(f"{self.best}: {'; '.join(wrong)}")
+            return progress, damaged, told
         if damaged:
             raise RunError(
-                f"{next(iter(damaged.values()))}; and no older one is whole, so there is nothing to go on from;"
-                " train anew with --train.existing replace"
+                f"{told[0]}; and no older one is whole, so there is nothing to go on from; train anew with"
+                " --train.existing replace"
             )
         return None
 
+    def tidy(self) -> None:
+        """Mend and clear away what an interruption left half done."""
+        self.comm.on_main(lambda: storage.restore_older(self.folder))
+
+    def put_aside(self, damaged: Iterable[Path]) -> None:
+        """Rename damaged states, so that retention does not count them."""
+
+        def rename() -> None:
+            for folder in damaged:
+                aside = folder.with_name(f"damaged-{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+
+        self.comm.on_main(rename)
+
     def _states(self) -> list[Path]:
-        """Newest first; one that is not there under its name but under that of `replace` counts."""
-        names = {folder.name.removesuffix(".old") for folder in self.folder.glob("step-*") if folder.suffix != ".tmp"}
-        return [self.folder / name for name in sorted(names, reverse=True)]
+        return sorted(self.folder.glob("step-*[0-9]"), reverse=True)
 
     def _retire(self) -> None:
         for folder in self._states()[KEPT:]:
@@ -187,17 +215,22 @@ class Checkpoints:
             RunError: it is of other data, or does not fit the model.
         """
         meta = storage.read_meta(folder)
-        if meta.pop("data") != self.data:
+        try:
+            data, ranks = meta.pop("data"), meta.pop("ranks")
+            progress = Progress(**meta)
+        except (KeyError, TypeError) as error:
+            raise RunError(f"{folder}/{storage.META}: not that of a state to resume from ({error})") from error
+        if data != self.data:
             raise RunError(
                 f"{folder}: made with other data than data.path holds now; resume with that data, or train anew with"
                 " --train.existing replace"
             )
-        ranks = meta.pop("ranks")
         there = storage.stored(folder)
         prepare_state(self.optimizer, [n.removeprefix("optimizer.") for n in there if n.startswith("optimizer.")])
         state = self._state()
-        if ranks == self.comm.world_size:  # each rank draws its own dropout: with other ranks there is nothing to go on
-            state |= {name: torch.empty(there[name], dtype=torch.uint8) for name in _rng_names(self.comm)}
+        # Each rank draws its own dropout: with other ranks, or on another device, there is nothing to go on from.
+        drawn = [name for name in _rng_names(self.comm) if name in there and ranks == self.comm.world_size]
+        state |= {name: torch.empty(there[name], dtype=torch.uint8) for name in drawn}
         # A rank's optimizer knows the tables that it holds rows of.
         known = set().union(*self.comm.gather(_names(state)))
         extra = {name for name in there if not name.startswith(RNG)} - known
@@ -206,13 +239,10 @@ class Checkpoints:
         storage.read(folder, state, self.comm.saving)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict({"state": state["optimizer"]})
-        set_step(self.model, meta["step"])
-        if ranks == self.comm.world_size:
-            cpu, *cuda = _rng_names(self.comm)
-            torch.set_rng_state(state[cpu])
-            for name in cuda:
-                torch.cuda.set_rng_state(state[name])
-        return Progress(**meta)
+        set_step(self.model, progress.step)
+        for name in drawn:
+            (torch.cuda.set_rng_state if name.startswith(f"{RNG}cuda.") else torch.set_rng_state)(state[name])
+        return progress
 
 
 def load_checkpoint(folder: Path, model: nn.Module, comm: Comm) -> dict[str, Any]:
@@ -263,13 +293,6 @@ def find_damage(folder: Path, comm: Comm) -> list[str]:
 def _refuse_damage(folder: Path, comm: Comm) -> None:
     if wrong := find_damage(folder, comm):
         raise RunError(f"{folder}: {'; '.join(wrong)}; copy it anew, or train again")
-
-
-def _put_aside(folders: Iterable[Path]) -> None:
-    for folder in folders:
-        aside = folder.with_name(f"damaged-{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
 
 
 def _rng_names(comm: Comm) -> list[str]:

@@ -22,6 +22,8 @@ NON_FINITE = "non-finite"
 """Folder of a run: batches whose loss was no number, and the state before a stop."""
 MOST_SKIPPED = 10
 """Steps in a row: by then it is the weights that are no numbers, and no batch will help."""
+MOST_KEPT = 20
+"""Batches in that folder: enough to find the cause, too few to fill a disk."""
 
 
 class NonFinite(RunError):
@@ -71,13 +73,7 @@ class Guard(AbstractContextManager["Guard"]):
             self.skipped = 0
             return True
         self.skipped += 1
-        name = f"step-{step:09d}-rank-{self.comm.rank}.npz"
-        if broken:
-            self.folder.mkdir(exist_ok=True)
-            with (self.folder / name).open("wb") as file:
-                np.savez(file, **as_arrays(batch))  # type: ignore[arg-type]
-        bad = [head for head, value in outputs.losses.items() if not bool(torch.isfinite(value))]
-        found = self.comm.gather(f"{', '.join(bad) or 'summed'} loss of rank {self.comm.rank}" if broken else "")
+        found = self.comm.gather(self._keep(step, batch, outputs) if broken else "")
         text = f"step {step}: the {' and the '.join(filter(None, found))} is not a number"
         if self.policy == "stop":
             raise NonFinite(
@@ -90,6 +86,19 @@ class Guard(AbstractContextManager["Guard"]):
                 " train.sparse_lr and train anew"
             )
         return False
+
+    def _keep(self, step: int, batch: Batch, outputs: Outputs) -> str:
+        """Write the batch for replay, if not many are there already; what was wrong with it."""
+        bad = [head for head, value in outputs.losses.items() if not bool(torch.isfinite(value))]
+        told = f"{', '.join(bad) or 'summed'} loss of rank {self.comm.rank}"
+        try:
+            self.folder.mkdir(exist_ok=True)
+            if len(list(self.folder.glob("*.npz"))) < MOST_KEPT:
+                with (self.folder / f"step-{step:09d}-rank-{self.comm.rank}.npz").open("wb") as file:
+                    np.savez(file, **as_arrays(batch))  # type: ignore[arg-type]
+        except OSError as error:
+            return f"{told} (its batch is not kept: {error.strerror})"
+        return told
 
 
 def as_arrays(batch: Batch) -> dict[str, np.ndarray]:

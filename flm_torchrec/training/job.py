@@ -136,8 +136,8 @@ class Job:
         torch.manual_seed(config.train.seed + comm.rank)  # from here on dropout, which ranks draw apart
         tuned = self.loaded is not None
         checkpoints = Checkpoints(Path(config.train.run), self.model, self.optimizer, comm, data.fingerprint)
-        checkpoints.check_space()
         progress = self._resume(checkpoints, record) if record.resumed else Progress()
+        checkpoints.check_space()
         finished = fit(
             self.model, self.optimizer, self.loader, config.train, comm, record, validate, checkpoints, progress, tuned
         )
@@ -150,11 +150,17 @@ class Job:
         return finished
 
     def _resume(self, checkpoints: Checkpoints, record: Record) -> Progress:
+        checkpoints.tidy()
         found = checkpoints.restore()
-        progress, damaged = found or (Progress(), [])
-        for line in damaged:
+        if found is None:
+            record.say("no checkpoint yet: starting anew")
+            record.rewind(-1)
+            return Progress()
+        progress, damaged, told = found
+        for line in told:
             record.say(f"not used: {line}")
-        record.say(f"resuming after step {progress.step}" if found else "no checkpoint yet: starting anew")
+        checkpoints.put_aside(damaged)
+        record.say(f"resuming after step {progress.step}")
         record.rewind(progress.step)
         return progress
 

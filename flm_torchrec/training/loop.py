@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -61,20 +61,20 @@ def fit(
         best.judge(total)
     meter = _Meter(comm)
     model.train()
-    steps = pipelined_steps if comm.device.type == "cuda" else plain_steps
     with (
         Guard(comm, config.non_finite, Path(config.run) / NON_FINITE) as guard,
+        closing(checkpoints),
         closing(iter(Prefetch(islice(loader.after(progress.step), total - progress.step)))) as batches,
     ):
-        taken = steps(model, optimizer, schedule, batches, comm.device, guard, progress.step)
+        steps = STEPS[comm.device.type](model, optimizer, schedule, comm.device, guard)
         while progress.step < total and not best.done(config.patience):
             began = time.monotonic()
             try:
-                outputs = next(taken)
+                outputs = steps.take(batches, progress.step)
             except NonFinite:
                 # Backward has not run on any rank: this is the state before the step. Not one to resume from.
                 checkpoints.save(progress, Path(config.run) / NON_FINITE)
-                checkpoints.finish()
+                checkpoints.wait()
                 raise
             progress.step += 1
             if outputs is not None:
@@ -85,26 +85,28 @@ def fit(
                 record.step(progress.step, _status(values))
             progress.seconds += time.monotonic() - began
             if progress.step % every == 0 or progress.step == total:
+                steps.release()
                 best.judge(total)
                 meter.restart()
             began = time.monotonic()
-            _checkpoint(progress, total, config, checkpoints, record, guard.stopping)
+            _checkpoint(progress, total, config, checkpoints, record, guard)
             progress.seconds += time.monotonic() - began
-    checkpoints.finish()
+        steps.release()
+        checkpoints.finish()
     assert progress.best is not None
     return Finished(progress.step, progress.best_step, progress.best, progress.seconds)
 
 
 def _checkpoint(
-    progress: Progress, total: int, config: TrainConfig, checkpoints: Checkpoints, record: Record, stopping: bool
+    progress: Progress, total: int, config: TrainConfig, checkpoints: Checkpoints, record: Record, guard: Guard
 ) -> None:
     stale = config.patience and progress.stale >= config.patience
     due = config.checkpoint_every and progress.step % config.checkpoint_every == 0
-    if due or stopping or stale or progress.step == total:
+    if due or guard.stopping or stale or progress.step == total:
         checkpoints.save(progress)
         if checkpoints.failed:
             record.say(f"step {progress.step}: {checkpoints.failed}")
-    if stopping and progress.step < total:
+    if guard.stopping and progress.step < total:
         checkpoints.finish()
         raise Interrupted(
             f"stopped by SIGTERM at step {progress.step} of {total}, all saved; go on with --train.existing resume"
@@ -148,54 +150,59 @@ def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     return min(total, config.max_steps) if config.max_steps else total
 
 
-def plain_steps(
-    model: DistributedModelParallel,
-    optimizer: Optimizer,
-    schedule: Schedule,
-    batches: Iterator[Batch],
-    device: torch.device,
-    guard: Guard,
-    first: int = 0,
-) -> Iterator[Outputs | None]:
-    """Train on each batch, the first of step `first` counted from 0; yield its outputs, None if it was skipped."""
-    for step, batch in enumerate(batches, first):
-        schedule.set(step)
-        optimizer.zero_grad()
-        moved = batch.to(device)
-        loss, outputs = model(moved)
-        learns = guard.passes(step + 1, moved, loss, outputs)
-        if learns:
-            loss.backward()
-            optimizer.step()
-        yield outputs if learns else None
+class PlainSteps:
+    """Forward, backward, update, one batch after the other."""
 
-
-def pipelined_steps(
-    model: DistributedModelParallel,
-    optimizer: Optimizer,
-    schedule: Schedule,
-    batches: Iterator[Batch],
-    device: torch.device,
-    guard: Guard,
-    first: int = 0,
-) -> Iterator[Outputs | None]:
-    """The same, the next batch's copy to the device and its input distribution overlapping this one's compute."""
-    pipeline = _Pipeline(model, optimizer, device, guard)
-    for step in range(first, schedule.total):
-        schedule.set(step)
-        pipeline.step = step + 1
-        outputs = pipeline.progress(batches)
-        yield outputs if pipeline.learns else None
-
-
-class _Pipeline(TrainPipelineSparseDist[Batch, Outputs]):
-    """TorchRec's pipeline, which asks the guard between forward and backward."""
-
-    def __init__(self, model: nn.Module, optimizer: Optimizer, device: torch.device, guard: Guard) -> None:
-        super().__init__(model, optimizer, device, execute_all_batches=True, custom_model_fwd=self._forward)
+    def __init__(
+        self, model: DistributedModelParallel, optimizer: Optimizer, schedule: Schedule, device: torch.device,
+        guard: Guard,
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.device = device
         self.guard = guard
-        self.step = 0
+
+    def take(self, batches: Iterator[Batch], step: int) -> Outputs | None:
+        """Learn from the next batch, which is that of the step, counted from 0; None if the guard had it left out."""
+        self.schedule.set(step)
+        self.optimizer.zero_grad()
+        batch = next(batches).to(self.device)
+        loss, outputs = self.model(batch)
+        if not self.guard.passes(step + 1, batch, loss, outputs):
+            return None
+        loss.backward()
+        self.optimizer.step()
+        return outputs
+
+    def release(self) -> None:
+        """Let others use the model until the next step."""
+
+
+class PipelinedSteps(TrainPipelineSparseDist[Batch, Outputs]):
+    """The same, the next batch's copy to the device and its input distribution overlapping this one's compute."""
+
+    def __init__(
+        self, model: DistributedModelParallel, optimizer: Optimizer, schedule: Schedule, device: torch.device,
+        guard: Guard,
+    ) -> None:  # fmt: skip
+        super().__init__(model, optimizer, device, execute_all_batches=True, custom_model_fwd=self._forward)
+        self.schedule = schedule
+        self.guard = guard
+        self.number = 0
         self.learns = True
+
+    def take(self, batches: Iterator[Batch], step: int) -> Outputs | None:
+        """As `PlainSteps.take`."""
+        self.schedule.set(step)
+        self.number = step + 1
+        outputs = self.progress(batches)
+        return outputs if self.learns else None
+
+    def release(self) -> None:
+        """Let others use the model until the next step: its modules would give them what is on its way for that."""
+        if self._model_attached:
+            self.detach()
 
     def _forward(self, batch: Batch | None) -> tuple[Tensor, Outputs]:
         loss, outputs = self._model(batch)
@@ -205,13 +212,16 @@ class _Pipeline(TrainPipelineSparseDist[Batch, Outputs]):
 
     def _backward(self, losses: Tensor) -> None:
         # Asked here and not in forward: by now the input distribution of the next batch is under way.
-        self.learns = self.guard.passes(self.step, self.made[0], losses, self.made[1])
+        self.learns = self.guard.passes(self.number, self.made[0], losses, self.made[1])
         if self.learns:
             super()._backward(losses)
 
     def _optimizer_step(self) -> None:
         if self.learns:
             super()._optimizer_step()
+
+
+STEPS: dict[str, type[PlainSteps] | type[PipelinedSteps]] = {"cpu": PlainSteps, "cuda": PipelinedSteps}
 
 
 class _Meter:

@@ -19,9 +19,10 @@ from torch.utils.tensorboard import SummaryWriter
 from flm_torchrec.config import Config, load_config, to_yaml
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.distributed.comm import Comm
-from flm_torchrec.distributed.join import restarted
 from flm_torchrec.errors import RunError
+from flm_torchrec.training.storage import replace
 
+FINGERPRINT = "vocabulary/fingerprint"
 FREE = (
     "distributed", "eval", "data.path", "train.run", "train.existing", "train.log_every", "train.checkpoint_every",
     "train.non_finite",
@@ -35,27 +36,32 @@ def check_run_folder(config: Config, comm: Comm) -> bool:
     Raises:
         RunError: the folder is in use, or holds a run with other settings than those to resume with.
     """
-    # The launcher counts restarts by node, and only on the one that failed.
-    again = comm.any(restarted())[0]
+    again = comm.remembers(_opened(config))
     return comm.on_main(lambda: _goes_on(config, again))
+
+
+def _opened(config: Config) -> str:
+    """What an attempt leaves to those that the launcher starts after it: that the run folder is this job's own."""
+    return f"opened {Path(config.train.run).resolve()}"
 
 
 def _goes_on(config: Config, again: bool) -> bool:
     folder = Path(config.train.run)
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder}: is a file; give another --train.run")
     if not folder.exists() or not any(folder.iterdir()):
         return False
     if not (folder / "config.yaml").is_file():
         raise RunError(f"{folder}: exists and is no run folder, so it is not replaced; give another --train.run")
-    if config.train.existing == "refuse" and not again:
+    if again:
+        return True
+    if config.train.existing == "refuse":
         raise RunError(
             f"{folder}: exists; give another --train.run, or --train.existing replace to start anew, resume to go on"
         )
-    if config.train.existing == "replace" and not again:
+    if config.train.existing == "replace":
         return False
-    changed = _changed(load_config(folder / "config.yaml"), config)
-    if changed and config.train.existing == "replace":
-        return False  # the older run of another job, which this one had no time to replace before it was restarted
-    if changed:
+    if changed := _changed(load_config(folder / "config.yaml"), config):
         raise RunError(
             f"{folder}: was made with {changed}; resume with the same settings, or start anew with --train.existing"
             " replace"
@@ -85,20 +91,32 @@ def open_run_folder(config: Config, data: PreparedData, comm: Comm, steps: int) 
     resumed = check_run_folder(config, comm)
 
     def make() -> None:
-        try:
-            if not resumed:
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True, exist_ok=True)
-                data.save_vocabulary(folder / "vocabulary")
+        fresh = folder.with_name(folder.name + ".tmp")
+        if resumed:
+            _check_data(folder, data)
             write_text(folder / "config.yaml", to_yaml(config))
-        except OSError as error:
-            raise RunError(f"{folder}: cannot be written ({error.strerror}); give another --train.run") from error
+            return
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        data.save_vocabulary(fresh / "vocabulary")
+        (fresh / FINGERPRINT).write_text(data.fingerprint, encoding="ascii")
+        (fresh / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        replace(fresh, folder)
 
     comm.on_main(make)
+    comm.remember(_opened(config))
     blind = [rank for rank, sees in enumerate(comm.gather((folder / "config.yaml").is_file())) if not sees]
     if blind:
         raise RunError(f"{folder}: not seen by rank {blind[0]}; --train.run must be on storage that all nodes share")
     return Record(folder if comm.main else None, steps, resumed)
+
+
+def _check_data(folder: Path, data: PreparedData) -> None:
+    if (folder / FINGERPRINT).read_text(encoding="ascii") != data.fingerprint:
+        raise RunError(
+            f"{folder}: made with other data than data.path holds now; resume with that data, or train anew with"
+            " --train.existing replace"
+        )
 
 
 def write_text(file: Path, text: str) -> None:
@@ -136,12 +154,14 @@ class Record(AbstractContextManager["Record"]):
             self.progress.update(self.task, completed=step, status=status)
 
     def rewind(self, step: int) -> None:
-        """Forget what was recorded after the step that a resumed run goes on from; it comes again."""
+        """Forget what was recorded after the step that a resumed run goes on from, and tests; they come again."""
         if self.folder is None:
             return
         file = self.folder / "metrics.jsonl"
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        kept = [
+            line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step and "test/" not in line
+        ]
         self.metrics.close()
         write_text(file, "".join(kept))
         self.metrics = file.open("a", encoding="utf-8")

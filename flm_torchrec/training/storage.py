@@ -12,8 +12,9 @@ import os
 import pickle
 import re
 import shutil
+from dataclasses import is_dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,10 @@ from flm_torchrec.errors import RunError
 META = "meta.json"
 SUMS = "SHA256SUMS"
 PART = ".sums"
+FRESH = ".tmp"
+OLD = ".old"
+UNREADABLE = (pickle.UnpicklingError, ValueError, TypeError, AttributeError, KeyError, IndexError)
+"""What taking a broken pickle for a description of tensors may raise."""
 
 
 def write(folder: Path, tensors: dict[str, Any], meta: dict[str, Any], group: dist.ProcessGroup | None) -> None:
@@ -39,9 +44,12 @@ def write(folder: Path, tensors: dict[str, Any], meta: dict[str, Any], group: di
     Raises:
         RunError: it cannot be written, on every rank, with the reason of the rank that failed.
     """
+    writer = _Writer(folder, meta)
     try:
-        dcp.save(tensors, storage_writer=_Writer(folder, meta), process_group=group)
+        dcp.save(tensors, storage_writer=writer, process_group=group)
     except (dcp.api.CheckpointException, OSError) as error:
+        if writer.coordinator:  # all ranks are past writing: they raise together
+            shutil.rmtree(_beside(folder), ignore_errors=True)
         raise RunError(f"{folder}: checkpoint not written ({_reason(error)}); what was there before is kept") from error
 
 
@@ -53,7 +61,7 @@ def read(folder: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None)
     """
     try:
         dcp.load(tensors, storage_reader=_Reader(folder), planner=_Planner(), process_group=group)
-    except (dcp.api.CheckpointException, ValueError, RuntimeError, OSError) as error:
+    except (dcp.api.CheckpointException, OSError, EOFError, *UNREADABLE) as error:
         raise RunError(f"{folder}: the checkpoint does not fit this model ({_reason(error)})") from error
 
 
@@ -70,7 +78,7 @@ def read_all(folder: Path) -> dict[str, torch.Tensor]:
                 raise ValueError(f"{name} is no tensor")
             state[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
         dcp.load(state, storage_reader=_Reader(folder), planner=_Planner(), no_dist=True)
-    except (dcp.api.CheckpointException, ValueError, RuntimeError, OSError, pickle.UnpicklingError) as error:
+    except (dcp.api.CheckpointException, RuntimeError, OSError, EOFError, *UNREADABLE) as error:
         raise RunError(f"{folder}: no readable checkpoint ({_reason(error)})") from error
     return state
 
@@ -83,7 +91,7 @@ def stored(folder: Path) -> dict[str, torch.Size]:
     """
     try:
         found = _Reader(folder).read_metadata().state_dict_metadata
-    except (OSError, pickle.UnpicklingError, EOFError) as error:
+    except (OSError, EOFError, *UNREADABLE) as error:
         raise RunError(f"{folder}: no readable checkpoint ({_reason(error)})") from error
     return {name: getattr(entry, "size", torch.Size()) for name, entry in found.items()}
 
@@ -112,8 +120,11 @@ def damage(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         return [f"{SUMS} is not readable ({_reason(error)})"]
     found = [re.fullmatch(r"([0-9a-f]{64})  ([\w.-]+)\n", line) for line in lines]
-    if not all(found) or not {META, ".metadata"} <= {match[2] for match in found if match}:
+    # META comes last, so that sums cut short at the end of a line lack it.
+    if not found or not all(found) or found[-1][2] != META:  # type: ignore[index]
         return [f"{SUMS} is not as it was written"]
+    if {file.name for file in folder.iterdir()} != {SUMS, *(match[2] for match in found if match)}:
+        return [f"{SUMS} does not name just the files that are there"]
     wrong = []
     for match in found[share::shares]:
         assert match is not None
@@ -131,8 +142,9 @@ class _Writer(dcp.FileSystemWriter):
 
     def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
         self.final = folder
-        self.fresh = folder.with_name(folder.name + ".tmp")
+        self.fresh = _beside(folder)
         self.meta = meta
+        self.coordinator = False
         super().__init__(self.fresh)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -140,9 +152,13 @@ class _Writer(dcp.FileSystemWriter):
         self.coordinator = is_coordinator
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        if self.coordinator:  # the others make the folder too, and write into it only when all are past this
-            shutil.rmtree(self.fresh, ignore_errors=True)
+        if not self.coordinator:
+            return plan  # they write when all are past this, into the folder that is then there
+        shutil.rmtree(self.fresh, ignore_errors=True)
         return super().prepare_local_plan(plan)
+
+    def storage_meta(self) -> dcp_metadata.StorageMeta:
+        return dcp_metadata.StorageMeta()  # DCP would put the path of the folder here, which may change
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         done = super().write_data(plan, planner)
@@ -156,32 +172,52 @@ class _Writer(dcp.FileSystemWriter):
         super().finish(metadata, results)
         (self.fresh / META).write_text(json.dumps(self.meta, indent=2), encoding="utf-8")
         parts = sorted(self.fresh.glob("*" + PART))
-        lines = [f"{_digest(self.fresh / name)}  {name}\n" for name in (".metadata", META)]
-        lines += [part.read_text(encoding="ascii") for part in parts]
+        lines = [part.read_text(encoding="ascii") for part in parts]
+        lines += [f"{_digest(self.fresh / name)}  {name}\n" for name in (".metadata", META)]
         for part in parts:
             part.unlink()
-        with (self.fresh / SUMS).open("w", encoding="ascii") as file:
-            file.write("".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
+        (self.fresh / SUMS).write_text("".join(lines), encoding="ascii")
+        for path in (self.fresh / META, self.fresh / SUMS, self.fresh):
+            _sync(path)
         replace(self.fresh, self.final)
 
 
 def replace(fresh: Path, folder: Path) -> None:
     """Put a whole folder where an older one may be; `restore_older` mends an interruption between the two renames."""
-    old = folder.with_name(folder.name + ".old")
+    old = folder.with_name(folder.name + OLD)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     fresh.rename(folder)
+    _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def restore_older(folder: Path) -> None:
-    """Bring back what `replace` had moved away when it was interrupted."""
-    old = folder.with_name(folder.name + ".old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)
+    """Bring back what `replace` had moved away when it was interrupted, and clear away what it had not finished."""
+    for old in folder.glob("*" + OLD):
+        if not old.with_suffix("").exists():
+            old.rename(old.with_suffix(""))
+    clear(folder)
+
+
+def clear(folder: Path) -> None:
+    """Remove what interrupted writes left in a folder of checkpoints."""
+    for left in [*folder.glob("*" + FRESH), *folder.glob("*" + OLD)]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _beside(folder: Path) -> Path:
+    return folder.with_name(folder.name + FRESH)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class _Reader(dcp.FileSystemReader):
@@ -189,7 +225,9 @@ class _Reader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata: Metadata = _Unpickler(file).load()
+            metadata = _Unpickler(file).load()
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+            raise pickle.UnpicklingError(".metadata describes no tensors")
         for info in metadata.storage_data.values():
             if PurePath(info.relative_path).name != info.relative_path:
                 raise pickle.UnpicklingError(f"'{info.relative_path}' lies outside the folder")
@@ -203,21 +241,33 @@ class _Planner(DefaultLoadPlanner):
         raise ValueError(f"{read_item.storage_index.fqn} is no tensor")
 
 
-class _Unpickler(pickle.Unpickler):
-    """Refuses whatever DCP's metadata has no need of: a pickle may name any function, and have it called."""
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    """Refuses whatever DCP's metadata has no need of: a pickle may name any function, and have it called.
+
+    The one written in Python, because only there can it be seen what a state is set on: set on a class, or on any
+    other thing that the whole process shares, it would change that for good.
+    """
+
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
 
     def find_class(self, module: str, name: str) -> Any:
         if module == dcp_metadata.__name__ and name in (*dcp_metadata.__all__, "_MEM_FORMAT_ENCODING"):
             return getattr(dcp_metadata, name)
-        if module == "torch.distributed.checkpoint.filesystem" and name == "_StorageInfo":
+        if (module, name) == (_StorageInfo.__module__, "_StorageInfo"):
             return _StorageInfo
         if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
             return getattr(torch, name)
         if (module, name) == ("torch.serialization", "_get_layout"):
             return torch.serialization._get_layout
-        if module == "pathlib" and name in ("PosixPath", "Path", "PurePosixPath"):
-            return PurePath
         raise pickle.UnpicklingError(f".metadata asks for {module}.{name}, which no checkpoint does")
+
+    def load_build(self) -> None:
+        target = self.stack[-2]  # type: ignore[attr-defined]
+        if not is_dataclass(target) or isinstance(target, type):
+            raise pickle.UnpicklingError(f".metadata sets a state on {target!r}, which no checkpoint does")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]
 
 
 def _digest(file: Path) -> str:
