@@ -12,8 +12,10 @@ from torchrec.distributed.types import PipelineType
 
 from flm_torchrec.distributed.cluster import Cluster
 from flm_torchrec.distributed.constraints import Lookup, Rules, constraints
+from flm_torchrec.distributed.estimate import DENSE_BYTES, RESERVED
 from flm_torchrec.distributed.planfile import describe
-from flm_torchrec.distributed.planner import DENSE_BYTES, RESERVED, Solved, solve
+from flm_torchrec.distributed.planner import Solved, solve
+from flm_torchrec.distributed.volume import sent_bytes
 
 TABLE_PARTS = ("weights", "optimizer", "input_output", "pipeline")
 
@@ -67,6 +69,7 @@ def report(workload: Workload, cluster: Cluster, solved: Solved, pipeline: Pipel
         "ranks": ranks,
         "critical_rank": critical["rank"],
         "step_ms": {**critical["ms"], "dense_all_reduce": _dense_all_reduce(workload, cluster)},
+        "sent": {**sent_bytes(solved), "dense": _dense_sent(workload, cluster)},
         "memory_max": max(memory),
         "balance": {
             "memory": max(memory) * len(memory) / sum(memory),
@@ -121,7 +124,7 @@ def _tables(solved: Solved) -> list[dict[str, Any]]:
             "dim": option.tensor.shape[1],
             "bytes": option.tensor.numel() * option.tensor.element_size(),
             "ids_per_sample": sum(
-                length * bags for length, bags in zip(option.input_lengths, _bags(solved, option.name), strict=True)
+                length * bags for length, bags in zip(option.input_lengths, solved.bags(option.name), strict=True)
             ),
             "sharding_type": option.sharding_type,
             "kernel": option.compute_kernel,
@@ -131,18 +134,14 @@ def _tables(solved: Solved) -> list[dict[str, Any]]:
     ]
 
 
-def _bags(solved: Solved, table: str) -> list[float]:
-    assert solved.enumerator._constraints is not None
-    return solved.enumerator._constraints[table].num_poolings or []
+def _dense_sent(workload: Workload, cluster: Cluster) -> float:
+    """Bytes that a rank sends in a ring all-reduce of the dense gradients: 2 (W - 1) / W of them (Patarasuk and Yuan
+    2009, Bandwidth optimal all-reduce algorithms)."""
+    ranks = cluster.world_size
+    return 2 * (ranks - 1) / ranks * workload.dense_bytes / DENSE_BYTES * 4
 
 
 def _dense_all_reduce(workload: Workload, cluster: Cluster) -> float:
-    """Milliseconds of a ring all-reduce of the dense gradients at the slowest link; DDP hides some of it in backward.
-
-    A rank sends 2 (W - 1) / W times the bytes (Patarasuk and Yuan 2009, Bandwidth optimal all-reduce algorithms).
-    """
-    gradients = workload.dense_bytes / DENSE_BYTES * 4
-    ranks = cluster.world_size
-    hardware = cluster.hardware
-    bandwidth = hardware.inter_gbps if cluster.nodes > 1 else hardware.intra_gbps
-    return 2 * (ranks - 1) / ranks * gradients / (bandwidth * 1e6)
+    """Milliseconds at the slowest link; DDP hides some of it in backward."""
+    bandwidth = cluster.hardware.inter_gbps if cluster.nodes > 1 else cluster.hardware.intra_gbps
+    return _dense_sent(workload, cluster) / (bandwidth * 1e6)

@@ -16,8 +16,9 @@ from torchrec.distributed.types import PipelineType, ShardingPlan
 from flm_torchrec.config.schema import DistributedConfig
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.distributed.constraints import Lookup, constraints, read_rules, table_configs
+from flm_torchrec.distributed.estimate import dense_bytes
 from flm_torchrec.distributed.planfile import load_plan
-from flm_torchrec.distributed.planner import Infeasible, dense_bytes, solve
+from flm_torchrec.distributed.planner import Infeasible, solve
 from flm_torchrec.errors import ConfigError
 
 

@@ -31,13 +31,15 @@ class Grid:
 def summary(made: dict[str, Any]) -> list[str]:
     """What to know first."""
     cluster, balance = made["cluster"], made["balance"]
-    step, slowest = made["step_ms"], made["critical_rank"]
+    step, slowest, sent = made["step_ms"], made["critical_rank"], made["sent"]
     return [
         f"{cluster['nodes']} x {cluster['per_node']} {cluster['name']}: fits; fullest rank {size(made['memory_max'])}"
         f" of {size(made['capacity'])}, of which {size(made['for_tables'])} may hold tables",
         f"tables' part of a step: {step['total']:.3f} ms on rank {slowest}, the critical one: compute"
         f" {step['compute']:.3f}, communication {step['communication']:.3f}, prefetch {step['prefetch']:.3f};"
         f" all-reduce of the dense part {step['dense_all_reduce']:.3f} ms more",
+        f"a rank sends in a step, on average: ids {size(sent['ids'])}, vectors and their gradients"
+        f" {size(sent['vectors'])}, dense gradients {size(sent['dense'])}",
         f"balance (largest / mean over the ranks): memory {balance['memory']:.2f}, time {balance['time']:.2f}",
     ]
 

@@ -15,7 +15,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from flm_torchrec.config.schema import STRICT
 from flm_torchrec.distributed.capacity import Workload
 from flm_torchrec.distributed.constraints import Lookup, checked, read_yaml
-from flm_torchrec.distributed.planner import DENSE_BYTES
+from flm_torchrec.distributed.estimate import DENSE_BYTES
 from flm_torchrec.errors import ConfigError
 
 META = torch.device("meta")
@@ -64,6 +64,10 @@ def read_spec(path: Path) -> Spec:
     for number, entry in enumerate(tables):
         name = str(entry.get("name", number)) if isinstance(entry, dict) else str(number)
         checked(TableSpec, entry, list(TableSpec.__dataclass_fields__), f"--spec: {path}: table '{name}'")
+        if "." in name or hasattr(nn.ModuleDict(), name):
+            raise ConfigError(
+                f"--spec: {path}: table '{name}': PyTorch keeps this name to itself; use '{name}_id' or so"
+            )
         if name in names:
             raise ConfigError(f"--spec: {path}: two tables are named '{name}'; give each a name of its own")
         names.add(name)

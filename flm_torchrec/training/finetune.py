@@ -34,7 +34,8 @@ def source_config(source: Path, overrides: list[str]) -> Config:
         raise ConfigError("--train.run: name the folder to write, beside that of the source")
     task = load_config(source / "config.yaml", overrides).finetune.task
     select = [f"train.select={LABEL_SELECT}"] if task == "label" and "train.select" not in given else []
-    return load_config(source / "config.yaml", [*overrides, *select])
+    # The source's plan is for its own data and ranks.
+    return load_config(source / "config.yaml", ["distributed.plan=''", *overrides, *select])
 
 
 def finetune(config: Config, control: bool) -> dict[str, Any]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import islice
+
 from flm_torchrec.data.loader import TrainLoader
 from flm_torchrec.distributed.constraints import Lookup
 
+BATCHES = 4
+
 
 def lookups_of(loader: TrainLoader) -> dict[str, Lookup]:
-    """By feature, of one sequence: counted in this rank's first training batch, the same every time."""
-    batch = next(loader.epoch(0))
-    sequences = len(batch.lengths)
-    found = {}
-    for features in (batch.item_ids, batch.item_features, batch.users, batch.history):
-        bags = features.stride()
-        if not features.keys():
-            continue
-        for name, ids in zip(features.keys(), features.length_per_key(), strict=True):
-            found[name] = Lookup(pooling=ids / max(1, bags), bags=bags / sequences)
-    return found
+    """By feature, of one sequence: counted in this rank's first training batches, the same every time."""
+    sequences = 0
+    ids: Counter[str] = Counter()
+    bags: Counter[str] = Counter()
+    for batch in islice(loader.epoch(0), BATCHES):
+        sequences += len(batch.lengths)
+        for features in (batch.item_ids, batch.item_features, batch.users, batch.history):
+            for name, count in zip(features.keys(), features.length_per_key(), strict=True):
+                ids[name] += count
+                bags[name] += features.stride()
+    return {name: Lookup(ids[name] / max(1, bags[name]), bags[name] / sequences) for name in ids}

@@ -9,7 +9,7 @@ import torch
 from flm_torchrec.config import Config
 from flm_torchrec.distributed.capacity import Workload
 from flm_torchrec.distributed.comm import Comm
-from flm_torchrec.distributed.planner import dense_bytes
+from flm_torchrec.distributed.estimate import dense_bytes
 from flm_torchrec.training.job import make_loader, make_model
 from flm_torchrec.training.lookups import lookups_of
 from flm_torchrec.training.scope import load_data, scope_of
