@@ -15,6 +15,7 @@ from flm_torchrec.distributed.capacity import plan_on
 from flm_torchrec.distributed.cluster import make_cluster
 from flm_torchrec.distributed.constraints import Rules
 from flm_torchrec.distributed.plan import pipeline_of
+from flm_torchrec.distributed.sharders import BagSharder
 from flm_torchrec.distributed.spec import Spec, TableSpec, workload_of_spec
 from flm_torchrec.distributed.volume import sent_bytes
 from tests.conftest import ROOT
@@ -71,3 +72,12 @@ def test_bytes_sent_by_hand(pooled: bool, sharding: str, ids: float, vectors: fl
     rules = Rules(sharding_types=(sharding,))
     solved = plan_on(workload, make_cluster("h100", 1, 4), rules, pipeline_of("cuda"))
     assert sent_bytes(solved) == {"ids": ids, "vectors": vectors}
+
+
+def test_bytes_sent_within_nodes_and_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes of two ranks: each bag is summed on the two ranks of one node, and half of the bags go to the other."""
+    monkeypatch.setattr(BagSharder, "sharding_types", lambda self, device: ["table_wise", "table_row_wise"])
+    workload = workload_of_spec(Spec(tables=(TableSpec(name="t", rows=100, dim=8, pooling=3),), batch_size=10))
+    rules = Rules(sharding_types=("table_row_wise",))
+    solved = plan_on(workload, make_cluster("h100", 2, 2), rules, pipeline_of("cuda"))
+    assert sent_bytes(solved) == {"ids": 8 * (30 + 2 * 10) * 0.75, "vectors": 2 * 10 * 32 * (1 + 0.5)}

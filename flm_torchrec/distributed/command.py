@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +114,7 @@ def _question(args: argparse.Namespace, cluster: Cluster) -> Question:
     else:
         from flm_torchrec.training.workload import workload_of
 
-        workload = workload_of(config)
+        workload = cache(workload_of(config))
     names = [table.name for table in table_configs(workload(cluster.world_size).model)]
     rules = replace(read_rules(config.distributed, names), kernels=tuple(args.kernels))
     pipeline = PipelineType(PIPELINES[args.pipeline]) if args.pipeline else pipeline_of(cluster.hardware.device)

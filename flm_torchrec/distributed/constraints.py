@@ -17,8 +17,11 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 
 from flm_torchrec.config import nearest
 from flm_torchrec.config.schema import STRICT, DistributedConfig
-from flm_torchrec.distributed.sharders import SHARDING_TYPES
+from flm_torchrec.distributed.sharders import sharders
 from flm_torchrec.errors import ConfigError
+
+AUTO_TYPES = ("table_wise", "row_wise")
+"""What the planner may choose by itself: whole rows, on which row-wise Adagrad's result does not depend."""
 
 KERNELS = ("fused", "fused_uvm_caching", "fused_uvm")
 """In the device's memory; in host memory with a cache on the device; in host memory. The last two on a GPU only."""
@@ -48,7 +51,7 @@ class TableRule:
 class Rules:
     """What holds for all tables, and what a file says of single ones."""
 
-    sharding_types: Sequence[str] = tuple(SHARDING_TYPES)
+    sharding_types: Sequence[str] = AUTO_TYPES
     kernels: Sequence[str] = KERNELS[:1]
     tables: Mapping[str, TableRule] = field(default_factory=dict)
 
@@ -59,7 +62,7 @@ def read_rules(config: DistributedConfig, tables: Sequence[str]) -> Rules:
     Raises:
         ConfigError: an unreadable file, or an unknown table, key, type or kernel, with the nearest known one.
     """
-    types = SHARDING_TYPES if config.sharding == "auto" else [config.sharding]
+    types = AUTO_TYPES if config.sharding == "auto" else (config.sharding,)
     if not config.constraints:
         return Rules(types)
     path = Path(config.constraints)
@@ -95,6 +98,12 @@ def constraints(model: nn.Module, rules: Rules, lookups: Mapping[str, Lookup]) -
             feature_names=list(table.feature_names),
         )
     return found
+
+
+def offered_types() -> list[str]:
+    """Sharding types that some kind of table may have, the plainest first."""
+    found = [name for sharder in sharders() for device in ("cpu", "cuda") for name in sharder.sharding_types(device)]
+    return list(dict.fromkeys(found))
 
 
 def table_configs(model: nn.Module) -> list[BaseEmbeddingConfig]:
@@ -151,7 +160,7 @@ def _rule(path: Path, table: str, entry: Any, tables: Sequence[str]) -> TableRul
         raise ConfigError(f"{where}: no table '{table}'; {nearest(table, tables)}")
     rule = checked(TableRule, entry, list(TableRule.__dataclass_fields__), f"{where}: table '{table}'")
     for name, given, known in (
-        ("sharding_types", rule.sharding_types, SHARDING_TYPES),
+        ("sharding_types", rule.sharding_types, offered_types()),
         ("compute_kernels", rule.compute_kernels, KERNELS),
     ):
         for value in given:

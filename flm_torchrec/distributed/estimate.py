@@ -11,8 +11,8 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import SharderDataMap, ShardingOption, Storage
 from torchrec.distributed.types import ModuleSharder, PipelineType, ShardingType
 
-from flm_torchrec.distributed.constraints import KERNELS
-from flm_torchrec.distributed.sharders import SHARDING_TYPES, sharders
+from flm_torchrec.distributed.constraints import KERNELS, offered_types
+from flm_torchrec.distributed.sharders import sharders
 
 RESERVED = 0.15
 """Share of the memory kept from tables, for activations, batches and the allocator."""
@@ -42,7 +42,7 @@ class Enumerator(EmbeddingEnumerator):
 
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
         options = super().enumerate(module, sharders)
-        tables = list(dict.fromkeys(option.fqn for option in options))
+        tables, types = list(dict.fromkeys(option.fqn for option in options)), offered_types()
         whole = {option.fqn for option in options if option.sharding_type == TABLE_WISE}
         # A table too narrow to cut is the same thing column-wise as table-wise, and called by the plainer name.
         options = [o for o in options if o.num_shards > 1 or o.sharding_type == TABLE_WISE or o.fqn not in whole]
@@ -50,7 +50,7 @@ class Enumerator(EmbeddingEnumerator):
             options,
             key=lambda option: (
                 tables.index(option.fqn),
-                SHARDING_TYPES.index(option.sharding_type),
+                types.index(option.sharding_type),
                 KERNELS.index(option.compute_kernel),
             ),
         )

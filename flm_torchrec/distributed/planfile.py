@@ -20,8 +20,7 @@ from torchrec.distributed.types import (
 
 from flm_torchrec.config import nearest
 from flm_torchrec.distributed.comm import Comm
-from flm_torchrec.distributed.constraints import KERNELS, table_configs
-from flm_torchrec.distributed.sharders import SHARDING_TYPES
+from flm_torchrec.distributed.constraints import KERNELS, offered_types, table_configs
 from flm_torchrec.errors import ConfigError
 
 
@@ -135,7 +134,7 @@ def _check(path: Path, name: str, table: Mapping[str, Any], size: tuple[int, int
     where = f"{path}: table '{name}'"
     if table["module"] != module:
         raise ConfigError(f"{where} is in module '{table['module']}', in the model in '{module}'; plan anew")
-    for key, known in (("sharding_type", SHARDING_TYPES), ("kernel", KERNELS)):
+    for key, known in (("sharding_type", offered_types()), ("kernel", KERNELS)):
         if table[key] not in known:
             raise ConfigError(f"{where}: no {key} '{table[key]}' is offered here; {nearest(str(table[key]), known)}")
     covered = 0

@@ -34,7 +34,8 @@ def summary(made: dict[str, Any]) -> list[str]:
     step, slowest, sent = made["step_ms"], made["critical_rank"], made["sent"]
     return [
         f"{cluster['nodes']} x {cluster['per_node']} {cluster['name']}: fits; fullest rank {size(made['memory_max'])}"
-        f" of {size(made['capacity'])}, of which {size(made['for_tables'])} may hold tables",
+        f" of {size(made['capacity'])}, of which {size(made['for_tables'])} may hold tables;"
+        f" {made['batch_size']} samples a rank and step",
         f"tables' part of a step: {step['total']:.3f} ms on rank {slowest}, the critical one: compute"
         f" {step['compute']:.3f}, communication {step['communication']:.3f}, prefetch {step['prefetch']:.3f};"
         f" all-reduce of the dense part {step['dense_all_reduce']:.3f} ms more",

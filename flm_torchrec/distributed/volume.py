@@ -25,14 +25,18 @@ def sent_bytes(solved: Solved) -> dict[str, float]:
 
 
 def _table(option: ShardingOption, solved: Solved) -> tuple[float, float]:
-    ranks = solved.topology.world_size
+    ranks, local = solved.topology.world_size, solved.topology.local_world_size
     away = (ranks - 1) / ranks
     per_sample = solved.bags(option.name)
     bags = option.batch_size * sum(per_sample)
     ids = option.batch_size * sum(n * b for n, b in zip(option.input_lengths, per_sample, strict=True))
     made = bags if option.is_pooled else ids
-    vectors = 2 * made * option.tensor.shape[1] * option.tensor.element_size() * away
+    vectors = 2 * made * option.tensor.shape[1] * option.tensor.element_size()
     if option.sharding_type == ShardingType.ROW_WISE.value:
         # Every rank makes a part of every bag, of all ranks' samples, and tells every rank how long its part is.
-        return ID_BYTES * (ids * away + bags * (ranks - 1)), vectors * (ranks if option.is_pooled else 1)
-    return option.num_shards * ID_BYTES * (ids + bags) * away, vectors
+        return ID_BYTES * (ids * away + bags * (ranks - 1)), vectors * away * (ranks if option.is_pooled else 1)
+    if option.sharding_type == ShardingType.TABLE_ROW_WISE.value:
+        # The same in one node; then each rank has whole bags to hand to the other nodes.
+        nodes = ranks / local
+        return ID_BYTES * (ids + local * bags) * away, vectors * (local - 1 + (nodes - 1) / nodes)
+    return option.num_shards * ID_BYTES * (ids + bags) * away, vectors * away

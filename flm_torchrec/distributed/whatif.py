@@ -13,9 +13,8 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 
 from flm_torchrec.distributed.capacity import Workload, plan_on, report
 from flm_torchrec.distributed.cluster import Cluster
-from flm_torchrec.distributed.constraints import Rules
+from flm_torchrec.distributed.constraints import AUTO_TYPES, Rules
 from flm_torchrec.distributed.planner import Infeasible
-from flm_torchrec.distributed.sharders import SHARDING_TYPES
 
 MOST_RANKS = 1024
 META = torch.device("meta")
@@ -135,10 +134,9 @@ def _changes(question: Question, cluster: Cluster) -> Iterator[tuple[str, str, Q
         return replace(question, workload=workload, rules=replace(rules, kernels=kernels or rules.kernels))
 
     rules = question.rules
-    restricted = set(rules.sharding_types) != set(SHARDING_TYPES) or rules.tables
-    if restricted:
-        free = Rules(SHARDING_TYPES, rules.kernels)
-        yield "any sharding, row-wise too", "no constraints of its kind", replace(question, rules=free)
+    if not set(AUTO_TYPES) <= set(rules.sharding_types) or rules.tables:
+        free = replace(question, rules=Rules(kernels=rules.kernels))
+        yield "table-wise or row-wise as the planner likes", "no constraints", free
     caching = ("fused", "fused_uvm_caching")
     if cluster.hardware.device == "cuda":
         yield "UVM caching", "tables in host memory, a fifth of the rows cached in HBM", changed(caching)
