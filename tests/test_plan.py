@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -16,7 +18,7 @@ from flm_torchrec.config.schema import DistributedConfig
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.distributed.capacity import Workload, plan_on, report
 from flm_torchrec.distributed.cluster import make_cluster
-from flm_torchrec.distributed.constraints import Rules, constraints, read_rules
+from flm_torchrec.distributed.constraints import Lookup, Rules, constraints, read_rules
 from flm_torchrec.distributed.plan import pipeline_of
 from flm_torchrec.distributed.planner import Infeasible
 from flm_torchrec.distributed.spec import read_spec, workload_of_spec
@@ -74,6 +76,18 @@ def test_memory_is_what_the_sizes_say(tmp_path: Path) -> None:
         assert rank["device"]["input_output"] == ids * 8 + out * 64 + 3 * 64 * 8
         assert rank["device"]["pipeline"] == ids * 8  # TrainPipelineSparseDist holds the next batch's ids too
     assert made["balance"]["memory"] == pytest.approx(1.0)
+
+
+def test_rows_that_are_looked_up_more_weigh_on_their_rank(tmp_path: Path) -> None:
+    asked = question(spec(tmp_path), sharding_types=("row_wise",))
+    even = asked.workload(2)
+    # Nine tenths of the ids of "item" are in the first half of its 1000 rows.
+    seen = np.repeat([3, 700], [9, 1])
+    skewed = replace(even, lookups={**even.lookups, "item": Lookup(pooling=20, seen=seen)})
+    reports = [replace(asked, workload=lambda _, at=at: at).report(make_cluster("h100", 1, 2)) for at in (even, skewed)]
+    usual, found = ([rank["device"]["input_output"] for rank in made["ranks"]] for made in reports)
+    more = (0.9 - 0.5) * 2 * 32 * 20 * (8 + 64)
+    assert found == [usual[0] + more, usual[1] - more]
 
 
 @pytest.mark.parametrize(("optimizer", "per_row"), [("sgd", 0), ("rowwise_adagrad", 4), ("adagrad", 64), ("adam", 128)])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic import dataclasses as pydantic
@@ -35,6 +36,22 @@ class Lookup:
     """Ids of one bag, as of one item's tags."""
     bags: float = 1.0
     """Bags of one sample, as the items of a sequence."""
+    seen: np.ndarray | None = None
+    """A sample of the ids, sorted: which rows they are. None: any row as often as another."""
+
+    def share(self, first: int, end: int) -> float | None:
+        """Of the ids, that are in rows first … end - 1."""
+        if self.seen is None or not len(self.seen):
+            return None
+        low, high = np.searchsorted(self.seen, [first, end])
+        return float(high - low) / len(self.seen)
+
+
+@dataclass(eq=False)
+class TableConstraints(ParameterConstraints):
+    """TorchRec's, and how each of the table's features is looked up."""
+
+    lookups: list[Lookup] = field(default_factory=list)
 
 
 @pydantic.dataclass(frozen=True, config=STRICT)
@@ -89,13 +106,14 @@ def constraints(model: nn.Module, rules: Rules, lookups: Mapping[str, Lookup]) -
                 f"distributed.constraints: table '{table.name}' has {len(used)} features"
                 f" ({', '.join(table.feature_names)}), but {len(factors)} pooling_factors; give one for each"
             )
-        found[table.name] = ParameterConstraints(
+        found[table.name] = TableConstraints(
             sharding_types=list(rule.sharding_types or rules.sharding_types),
             compute_kernels=list(rule.compute_kernels or rules.kernels),
             min_partition=rule.min_partition,
             pooling_factors=factors,
             num_poolings=[use.bags for use in used],
             feature_names=list(table.feature_names),
+            lookups=used,
         )
     return found
 

@@ -8,10 +8,10 @@ from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import SharderDataMap, ShardingOption, Storage
+from torchrec.distributed.planner.types import Shard, SharderDataMap, ShardingOption, Storage
 from torchrec.distributed.types import ModuleSharder, PipelineType, ShardingType
 
-from flm_torchrec.distributed.constraints import KERNELS, offered_types
+from flm_torchrec.distributed.constraints import KERNELS, TableConstraints, offered_types
 from flm_torchrec.distributed.sharders import sharders
 
 RESERVED = 0.15
@@ -22,7 +22,9 @@ INT8_ROW_BYTES = 8
 """Scale and bias of a row of int8, float32 each."""
 LENGTH_BYTES = 8
 """Of a bag's length: int64, as the batches hold it."""
-TABLE_WISE = ShardingType.TABLE_WISE.value
+ID_BYTES = 8
+"""Of an id: int64 too."""
+TABLE_WISE, ROW_WISE = ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value
 
 
 class Enumerator(EmbeddingEnumerator):
@@ -62,7 +64,7 @@ class Enumerator(EmbeddingEnumerator):
 
 
 class StorageEstimator(EmbeddingStorageEstimator):
-    """TorchRec's estimate, with the embeddings' outputs, the bags, and optimizer state counted as FBGEMM holds it.
+    """TorchRec's estimate with the embeddings' outputs, and what it leaves out, and optimizer state as FBGEMM has it.
 
     TorchRec takes state to be as wide as the weights and spread over column-wise shards; FBGEMM's is float32, and
     row-wise Adagrad has one number for each row of each shard.
@@ -84,7 +86,7 @@ class StorageEstimator(EmbeddingStorageEstimator):
             for shard in option.shards:
                 assert shard.storage is not None
                 extra = self._state(option, shard.size) + self._scales(option, shard.size)
-                shard.storage = shard.storage + extra + self._bags(option, shard.size)
+                shard.storage = shard.storage + extra + self._uncounted(option, shard)
 
     def split(self, option: ShardingOption, data: SharderDataMap) -> list[dict[str, Storage]]:
         """Memory of each shard: with and without look-ups, with and without the pipeline's copies."""
@@ -97,13 +99,13 @@ class StorageEstimator(EmbeddingStorageEstimator):
         for shard, without, used in zip(option.shards, idle.shards, busy.shards, strict=True):
             assert shard.storage and without.storage and used.storage
             state, scales = self._state(option, shard.size), self._scales(option, shard.size)
-            bags = self._bags(option, shard.size)
+            more = self._uncounted(option, shard)
             found.append(
                 {
                     "weights": without.storage + scales,
                     "optimizer": state,
-                    "input_output": used.storage - without.storage + bags,
-                    "pipeline": shard.storage - used.storage - state - scales - bags,
+                    "input_output": used.storage - without.storage + more,
+                    "pipeline": shard.storage - used.storage - state - scales - more,
                 }
             )
         return found
@@ -114,17 +116,25 @@ class StorageEstimator(EmbeddingStorageEstimator):
     def _scales(self, option: ShardingOption, size: list[int]) -> Storage:
         return self._placed(option, INT8_ROW_BYTES * size[0] if option.tensor.dtype == torch.int8 else 0)
 
-    def _bags(self, option: ShardingOption, size: list[int]) -> Storage:
-        """Lengths of all ranks' bags, and vectors of empty ones: both are there, TorchRec counts neither."""
-        if size[0] * size[1] == 0:
+    def _uncounted(self, option: ShardingOption, shard: Shard) -> Storage:
+        """What TorchRec leaves out: lengths of bags, vectors of empty ones, rows looked up more than others."""
+        if shard.size[0] * shard.size[1] == 0:
             return Storage(hbm=0, ddr=0)
         assert self._constraints is not None
-        poolings = self._constraints[option.name].num_poolings or []
-        bags = option.batch_size * self._topology.world_size * sum(poolings)
-        empty = sum(max(0.0, 1 - n) * b for n, b in zip(option.input_lengths, poolings, strict=True))
-        empty *= option.batch_size * self._topology.world_size if option.is_pooled else 0
-        amount = round(LENGTH_BYTES * bags + empty * size[1] * option.tensor.element_size())
-        return Storage(hbm=amount, ddr=0) if self._topology.compute_device == "cuda" else Storage(hbm=0, ddr=amount)
+        allowed = self._constraints[option.name]
+        assert isinstance(allowed, TableConstraints)
+        samples = option.batch_size * self._topology.world_size
+        vector = shard.size[1] * option.tensor.element_size()
+        amount = 0.0
+        for ids, use in zip(option.input_lengths, allowed.lookups, strict=True):
+            bags = samples * use.bags
+            amount += bags * (LENGTH_BYTES + (vector * max(0.0, 1 - ids) if option.is_pooled else 0))
+            share = use.share(shard.offset[0], shard.offset[0] + shard.size[0])
+            if option.sharding_type == ROW_WISE and share is not None:
+                more = share - 1 / self._topology.world_size
+                amount += more * bags * ids * (ID_BYTES + (0 if option.is_pooled else vector))
+        size = round(amount)
+        return Storage(hbm=size, ddr=0) if self._topology.compute_device == "cuda" else Storage(hbm=0, ddr=size)
 
     def _placed(self, option: ShardingOption, amount: int) -> Storage:
         on_device = option.compute_kernel == "fused" and self._topology.compute_device == "cuda"

@@ -5,10 +5,8 @@ from __future__ import annotations
 from torchrec.distributed.planner.types import ShardingOption
 from torchrec.distributed.types import ShardingType
 
+from flm_torchrec.distributed.estimate import ID_BYTES, LENGTH_BYTES
 from flm_torchrec.distributed.planner import Solved
-
-ID_BYTES = 8
-"""Of an id and of a bag's length: int64, as the batches hold them."""
 
 
 def sent_bytes(solved: Solved) -> dict[str, float]:
@@ -34,9 +32,11 @@ def _table(option: ShardingOption, solved: Solved) -> tuple[float, float]:
     vectors = 2 * made * option.tensor.shape[1] * option.tensor.element_size()
     if option.sharding_type == ShardingType.ROW_WISE.value:
         # Every rank makes a part of every bag, of all ranks' samples, and tells every rank how long its part is.
-        return ID_BYTES * (ids * away + bags * (ranks - 1)), vectors * away * (ranks if option.is_pooled else 1)
+        return ID_BYTES * ids * away + LENGTH_BYTES * bags * (ranks - 1), vectors * away * (
+            ranks if option.is_pooled else 1
+        )
     if option.sharding_type == ShardingType.TABLE_ROW_WISE.value:
         # The same in one node; then each rank has whole bags to hand to the other nodes.
         nodes = ranks / local
-        return ID_BYTES * (ids + local * bags) * away, vectors * (local - 1 + (nodes - 1) / nodes)
-    return option.num_shards * ID_BYTES * (ids + bags) * away, vectors * away
+        return (ID_BYTES * ids + LENGTH_BYTES * local * bags) * away, vectors * (local - 1 + (nodes - 1) / nodes)
+    return option.num_shards * (ID_BYTES * ids + LENGTH_BYTES * bags) * away, vectors * away

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from flm_torchrec.data.loader import TrainLoader
 from flm_torchrec.distributed.constraints import Lookup
@@ -14,12 +18,13 @@ BATCHES = 4
 def lookups_of(loader: TrainLoader) -> dict[str, Lookup]:
     """By feature, of one sequence: counted in this rank's first training batches, the same every time."""
     sequences = 0
-    ids: Counter[str] = Counter()
     bags: Counter[str] = Counter()
+    seen: defaultdict[str, list[Tensor]] = defaultdict(list)
     for batch in islice(loader.epoch(0), BATCHES):
         sequences += len(batch.lengths)
         for features in (batch.item_ids, batch.item_features, batch.users, batch.history):
-            for name, count in zip(features.keys(), features.length_per_key(), strict=True):
-                ids[name] += count
+            for name, ids in features.to_dict().items():
+                seen[name].append(ids.values())
                 bags[name] += features.stride()
-    return {name: Lookup(ids[name] / max(1, bags[name]), bags[name] / sequences) for name in ids}
+    rows = {name: np.sort(torch.cat(parts).numpy()) for name, parts in seen.items()}
+    return {name: Lookup(len(ids) / max(1, bags[name]), bags[name] / sequences, ids) for name, ids in rows.items()}
