@@ -127,6 +127,12 @@ def test_three_tables_that_fit_two_ranks_only_in_sum(tmp_path: Path) -> None:
     assert error.value.gap == pytest.approx(2 * 160_000_000 * 256 - 0.85 * 80 * GIB, rel=1e-3)
 
 
+def test_host_memory_can_be_what_is_missing() -> None:
+    asked, cluster = question(TEN_BILLION, kernels=("fused", "fused_uvm")), make_cluster("h100", 2, 0, ["host_gib=800"])
+    with pytest.raises(Infeasible, match=r"'item_id' needs 151\.\d\d GiB of host memory on a rank, .* 100\.00 GiB"):
+        asked.report(cluster)
+
+
 def flm(*arguments: str, seed: int = 0) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(seed), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "flm_torchrec", *arguments]

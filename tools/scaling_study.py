@@ -113,7 +113,9 @@ def memory_row(run: dict[str, Any]) -> list[str]:
     pairs = zip(map(sum, zip(*said, strict=True)), map(sum, zip(*found, strict=True)), strict=True)
     cells = [f"{amount:,.0f}" for pair in pairs for amount in pair]
     mean = sum(map(sum, said)) / sum(map(sum, found)) - 1
-    return [str(run["ranks"]), run["sharding"], *cells, f"{mean:+.1%}", f"{max(errors, key=abs):+.1%}"]
+    growth = max(rank["process_growth"] for rank in run["measured"]) / 2**20
+    shown = [f"{mean:+.1%}", f"{max(errors, key=abs):+.1%}", f"{growth:.0f}"]
+    return [str(run["ranks"]), run["sharding"], *cells, *shown]
 
 
 def sent_row(run: dict[str, Any]) -> list[str]:
@@ -134,7 +136,7 @@ def markdown(runs: Sequence[dict[str, Any]], larger: Sequence[dict[str, Any]], h
     """Three tables."""
     memory = ["ranks", "sharding"]
     memory += [f"{part}, {side}" for part in ("weights", "state", "in/out") for side in ("planned", "counted")]
-    memory += ["error, all ranks", "error, worst rank"]
+    memory += ["error, all ranks", "error, worst rank", "process grew, MiB"]
     sent = ["ranks", "sharding", "tables, planned", "counted", "error", "dense and loss, planned", "counted", "error"]
     simulated = ["ranks", "tables", "dense", "loss", "tables' step, ms", "of it communication", "memory, MiB"]
     rows = [

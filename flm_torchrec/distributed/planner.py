@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 from torch import nn
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
@@ -90,66 +91,65 @@ def solve(
 
 
 def _infeasible(options: list[ShardingOption], free: Topology, error: PlannerError) -> Infeasible:
-    """Which table is at fault: one that no rank can hold its part of, else the largest."""
-    cuda = free.compute_device == "cuda"
-    tier = "HBM" if cuda else "host memory"
+    """Which table is at fault, and by how much: one that no rank can hold its part of, else the largest."""
+    room = free.devices[0].storage
 
-    def device(storage: Storage | None) -> int:
-        assert storage is not None
-        return storage.hbm if cuda else storage.ddr
+    def missing(storage: Storage, times: int = 1) -> tuple[int, str, int]:
+        """What is lacking, of which memory, and what there is of it."""
+        host = (storage.ddr - times * room.ddr, "host memory", times * room.ddr)
+        return max(host, (storage.hbm - times * room.hbm, "HBM", times * room.hbm))
 
-    room = device(free.devices[0].storage)
-    shard: dict[str, ShardingOption] = {}
-    whole: dict[str, int] = {}
+    best: dict[str, ShardingOption] = {}
     for option in options:
-        total = device(option.total_storage)
-        whole[option.name] = min(total, whole.get(option.name, total))
-        if option.name not in shard or _largest(option, device) < _largest(shard[option.name], device):
-            shard[option.name] = option
-    worst = max(shard, key=lambda name: _largest(shard[name], device))
-    need = _largest(shard[worst], device)
-    if need > room:
-        return Infeasible(
-            f"table '{worst}' needs {_gib(need)} of {tier} on a rank, which has {_gib(room)} for tables:"
-            f" {_gib(need - room)} too much",
-            worst,
-            need - room,
-        )
-    largest = max(whole, key=lambda name: whole[name])
-    gap = sum(whole.values()) - room * free.world_size
+        if option.name not in best or missing(_largest(option)) < missing(_largest(best[option.name])):
+            best[option.name] = option
+    worst = max(best, key=lambda name: missing(_largest(best[name])))
+    gap, tier, there = missing(_largest(best[worst]))
     if gap > 0:
         return Infeasible(
-            f"table '{largest}', the largest, needs {_gib(whole[largest])} of {tier} and all tables"
-            f" {_gib(sum(whole.values()))}, but the {free.world_size} ranks have {_gib(room * free.world_size)} for"
-            f" tables: {_gib(gap)} too much",
+            f"table '{worst}' needs {_gib(gap + there)} of {tier} on a rank, which has {_gib(there)} for tables:"
+            f" {_gib(gap)} too much",
+            worst,
+            gap,
+        )
+    largest = max(best, key=lambda name: missing(best[name].total_storage))
+    total = reduce(Storage.__add__, (option.total_storage for option in best.values()))
+    gap, tier, there = missing(total, free.world_size)
+    if gap > 0:
+        return Infeasible(
+            f"all tables, '{largest}' the largest, need {_gib(gap + there)} of {tier}, but the {free.world_size} ranks"
+            f" have {_gib(there)} for tables: {_gib(gap)} too much",
             largest,
             gap,
         )
-    left, gap = _left_over(list(shard.values()), device, room, free.world_size)
+    left, gap = _left_over(list(best.values()), missing, free.world_size)
     reason = " ".join(str(error).split())[-200:]
     return Infeasible(
-        f"the tables fit the ranks' {tier} in all, but no way to share them out was found: table '{left or largest}'"
-        f" lacks {_gib(gap)} on the emptiest rank" + ("" if left else f" ({reason})"),
+        f"the tables fit the ranks' memory in all, but no way to share them out was found: table '{left or largest}'"
+        + (f" lacks {_gib(gap)} on the emptiest rank" if left else f" is the largest ({reason})"),
         left or largest,
         gap,
     )
 
 
-def _largest(option: ShardingOption, device: Callable[[Storage | None], int]) -> int:
-    return max(device(shard.storage) for shard in option.shards)
+def _largest(option: ShardingOption) -> Storage:
+    """Of each memory, what the shard with most of it takes."""
+    shards = [shard.storage for shard in option.shards if shard.storage]
+    return Storage(hbm=max(shard.hbm for shard in shards), ddr=max(shard.ddr for shard in shards))
 
 
 def _left_over(
-    options: list[ShardingOption], device: Callable[[Storage | None], int], room: int, ranks: int
+    options: list[ShardingOption], missing: Callable[[Storage], tuple[int, str, int]], ranks: int
 ) -> tuple[str, int]:
     """Put the largest first, each on the emptiest rank: the table that then has no place, and what it lacks."""
-    free = [room] * ranks
-    for option in sorted(options, key=lambda option: -_largest(option, device)):
+    taken = [Storage(hbm=0, ddr=0)] * ranks
+    for option in sorted(options, key=lambda option: missing(_largest(option)), reverse=True):
         for shard in option.shards:
-            emptiest = max(range(ranks), key=lambda rank: free[rank])
-            free[emptiest] -= device(shard.storage)
-            if free[emptiest] < 0:
-                return option.name, -free[emptiest]
+            assert shard.storage is not None
+            emptiest = min(range(ranks), key=lambda rank: missing(taken[rank] + shard.storage))
+            taken[emptiest] = taken[emptiest] + shard.storage
+            if missing(taken[emptiest])[0] > 0:
+                return option.name, missing(taken[emptiest])[0]
     return "", 0
 
 
