@@ -10,6 +10,7 @@ from torch import nn
 from torchrec.distributed.planner.types import Perf, Storage
 from torchrec.distributed.types import PipelineType
 
+from flm_torchrec.distributed.cache import prefetching
 from flm_torchrec.distributed.cluster import Cluster
 from flm_torchrec.distributed.constraints import Lookup, Rules, constraints
 from flm_torchrec.distributed.estimate import DENSE_BYTES, RESERVED
@@ -41,11 +42,14 @@ def plan_on(workload: Workload, cluster: Cluster, rules: Rules, pipeline: Pipeli
     Raises:
         Infeasible: the tables do not fit.
     """
+    allowed = constraints(workload.model, rules, workload.lookups)
+    if pipeline is PipelineType.TRAIN_PREFETCH_SPARSE_DIST:
+        prefetching(workload.model, allowed, workload.batch_size * cluster.world_size)
     return solve(
         workload.model,
         cluster.topology(),
         workload.batch_size,
-        constraints(workload.model, rules, workload.lookups),
+        allowed,
         workload.optimizer,
         workload.dense_bytes,
         pipeline,
