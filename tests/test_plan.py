@@ -12,6 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    EmbeddingLocation,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
 from torchrec.distributed.types import PipelineType
 
 from flm_torchrec.cli import main
@@ -20,6 +26,7 @@ from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.distributed.capacity import Workload, plan_on, report
 from flm_torchrec.distributed.cluster import make_cluster
 from flm_torchrec.distributed.constraints import Lookup, Rules, constraints, read_rules
+from flm_torchrec.distributed.estimate import state_bytes
 from flm_torchrec.distributed.plan import pipeline_of
 from flm_torchrec.distributed.planner import Infeasible
 from flm_torchrec.distributed.spec import read_spec, workload_of_spec
@@ -89,6 +96,17 @@ def test_rows_that_are_looked_up_more_weigh_on_their_rank(tmp_path: Path) -> Non
     usual, found = ([rank["device"]["input_output"] for rank in made["ranks"]] for made in reports)
     more = (0.9 - 0.5) * 2 * 32 * 20 * (8 + 64)
     assert found == [usual[0] + more, usual[1] - more]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("rowwise_adagrad", EmbOptimType.EXACT_ROWWISE_ADAGRAD), ("adagrad", EmbOptimType.EXACT_ADAGRAD)],
+)
+def test_state_is_what_fbgemm_allocates(name: str, kind: EmbOptimType) -> None:
+    place = (100, 16, EmbeddingLocation.HOST, ComputeDevice.CPU)
+    module = SplitTableBatchedEmbeddingBagsCodegen([place], optimizer=kind, weights_precision=SparseType.FP16)
+    state = module.momentum1_host
+    assert state.numel() * state.element_size() == state_bytes(name, 100, 16)
 
 
 def test_prefetching_moves_the_cost_of_misses_out_of_the_look_up() -> None:
