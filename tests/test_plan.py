@@ -160,6 +160,14 @@ def test_three_tables_that_fit_two_ranks_only_in_sum(tmp_path: Path) -> None:
     assert error.value.gap == pytest.approx(2 * 160_000_000 * 256 - 0.85 * 80 * GIB, rel=1e-3)
 
 
+def test_part_of_a_node_and_whole_ones() -> None:
+    cluster = make_cluster("a100-80", 2, 4)
+    assert [(c.nodes, c.per_node) for c in map(cluster.of_size, (2, 4, 8, 12))] == [(1, 2), (1, 4), (2, 4), (3, 4)]
+    assert cluster.of_size(2).describe()["per_node"] == 2
+    host = make_cluster("xeon-8480", 1, 0)  # its ranks share the host's memory
+    assert (host.capacity, host.of_size(1).capacity) == (512 * GIB, 1024 * GIB)
+
+
 def test_host_memory_can_be_what_is_missing() -> None:
     asked, cluster = question(TEN_BILLION, kernels=("fused", "fused_uvm")), make_cluster("h100", 2, 0, ["host_gib=800"])
     with pytest.raises(Infeasible, match=r"'item_id' needs 151\.\d\d GiB of host memory on a rank, .* 100\.00 GiB"):
@@ -245,6 +253,8 @@ def test_a_wrong_spec_is_told(
         (["--nodes", "0"], "at least one node"),
         (["--kernels", "uvm"], "no kernel 'uvm'; did you mean 'fused_uvm'?"),
         (["--sweep", "0"], "at least 1"),
+        (["--distributed.plan", "plan.json"], "compare two plans with --diff"),
+        (["--distributed.memory_gib", "3"], "--set hbm_gib=N"),
         (["--train.epochs", "3"], "leave train.epochs=3 out"),
         (["--hardware", "xeon-8480", "--kernels", "fused_uvm"], "none of its sharding types and kernels"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -116,7 +116,8 @@ class Cluster:
         )
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "nodes": self.nodes, "per_node": self.per_node, **_hardware(self.hardware)}
+        hardware = asdict(self.hardware)  # type: ignore[call-overload]
+        return {"name": self.name, **hardware, "nodes": self.nodes, "per_node": self.per_node}
 
 
 def make_cluster(name: str, nodes: int, per_node: int, overrides: Sequence[str] = ()) -> Cluster:
@@ -130,21 +131,19 @@ def make_cluster(name: str, nodes: int, per_node: int, overrides: Sequence[str] 
     """
     if name not in PRESETS:
         raise ConfigError(f"--hardware: no preset '{name}'; {nearest(name, PRESETS)}")
+    if nodes < 1 or per_node < 0:
+        raise ConfigError(f"--nodes {nodes}, --per-node {per_node}: a cluster has at least one node and rank")
     values = asdict(PRESETS[name])  # type: ignore[call-overload]
     for override in overrides:
         key, _, value = override.partition("=")
         if key not in values:
             raise ConfigError(f"--set: no value '{key}' of hardware; {nearest(key, values)}")
         values[key] = value
+    if per_node:
+        values["per_node"] = per_node
     try:
         hardware = TypeAdapter(Hardware).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"--set: {first['loc'][0]}: {first['msg']}, not {first['input']!r}") from error
-    if nodes < 1 or per_node < 0:
-        raise ConfigError(f"--nodes {nodes}, --per-node {per_node}: a cluster has at least one node and rank")
-    return Cluster(name, hardware, nodes, per_node or hardware.per_node)
-
-
-def _hardware(hardware: Hardware) -> dict[str, Any]:
-    return {field.name: getattr(hardware, field.name) for field in fields(hardware)}  # type: ignore[arg-type]
+    return Cluster(name, hardware, nodes, hardware.per_node)

@@ -98,6 +98,10 @@ def _question(args: argparse.Namespace, cluster: Cluster) -> Question:
     from flm_torchrec.distributed.whatif import Question
 
     config = config_from_arguments(args)
+    if config.distributed.plan:
+        raise ConfigError("distributed.plan: 'flm plan' makes a plan; leave it out, or compare two plans with --diff")
+    if config.distributed.memory_gib:
+        raise ConfigError("distributed.memory_gib: give it as the hardware's, with --set hbm_gib=N or host_gib=N")
     for kernel in args.kernels:
         if kernel not in KERNELS:
             raise ConfigError(f"--kernels: no kernel '{kernel}'; {nearest(kernel, KERNELS)}")

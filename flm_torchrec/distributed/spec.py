@@ -19,7 +19,7 @@ from flm_torchrec.distributed.estimate import DENSE_BYTES
 from flm_torchrec.errors import ConfigError
 
 META = torch.device("meta")
-PRECISIONS = {"fp32": DataType.FP32, "fp16": DataType.FP16, "int8": DataType.INT8}
+PRECISIONS = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 
 
 @dataclass(frozen=True, config=STRICT)
