@@ -68,7 +68,7 @@ class TableRule:
 class Rules:
     """What holds for all tables, and what a file says of single ones."""
 
-    sharding_types: Sequence[str] = AUTO_TYPES
+    sharding_types: Sequence[str] = tuple(AUTO_TYPES)
     kernels: Sequence[str] = KERNELS[:1]
     tables: Mapping[str, TableRule] = field(default_factory=dict)
 
@@ -79,7 +79,7 @@ def read_rules(config: DistributedConfig, tables: Sequence[str]) -> Rules:
     Raises:
         ConfigError: an unreadable file, or an unknown table, key, type or kernel, with the nearest known one.
     """
-    types = AUTO_TYPES if config.sharding == "auto" else (config.sharding,)
+    types = tuple(AUTO_TYPES) if config.sharding == "auto" else (config.sharding,)
     if not config.constraints:
         return Rules(types)
     path = Path(config.constraints)
