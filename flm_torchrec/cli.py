@@ -32,7 +32,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; 0 on success, 2 with one line on standard error where the user can mend it."""
+    """Run a subcommand; 0 on success, else one line on standard error.
+
+    2 where the user can mend it, 75 where training was asked to stop (SIGTERM) and can go on from its checkpoint.
+    """
     parser = _Parser(prog="flm", description=__doc__, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (data_command, distributed_command, training_command, evaluation_command, export_command):
@@ -42,5 +45,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
     except FlmError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     return 0

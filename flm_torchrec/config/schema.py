@@ -157,7 +157,13 @@ class TrainConfig:
     run: Annotated[str, Field(description="run folder: config, plan, metrics, log, curves, checkpoint")] = (
         "runs/default"
     )
-    overwrite: Annotated[bool, Field(description="replace an existing run folder")] = False
+    existing: Annotated[
+        Literal["refuse", "replace", "resume"],
+        Field(
+            description="what to do with a run folder that exists; resume: go on at its newest whole checkpoint, as a"
+            " job that its launcher starts anew always does"
+        ),
+    ] = "refuse"
     seed: Annotated[int, Field(ge=0, description="of weights, shuffling, dropout and negatives")] = 0
     batch_size: Annotated[Count, Field(description="sequences per step, over all ranks together")] = 256
     epochs: Annotated[Count, Field(description="passes over the training events, at most")] = 30
@@ -182,6 +188,13 @@ class TrainConfig:
         "sequential/ndcg@10"
     )
     log_every: Annotated[Count, Field(description="steps between lines of metrics.jsonl")] = 10
+    checkpoint_every: Annotated[
+        int, Field(ge=0, description="steps between checkpoints to resume from; 0: only when training ends")
+    ] = 100
+    non_finite: Annotated[
+        Literal["stop", "skip"],
+        Field(description="a loss of NaN or infinity; skip: leave the batch out, ten in a row stop the run"),
+    ] = "stop"
 
 
 @dataclass(frozen=True, config=STRICT)

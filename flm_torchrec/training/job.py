@@ -29,15 +29,13 @@ from flm_torchrec.evaluation.protocol import HEADS
 from flm_torchrec.model.label import LabelModel
 from flm_torchrec.model.pretrain import PretrainModel
 from flm_torchrec.model.tower import HEADS as TRAINED_HEADS
-from flm_torchrec.training.checkpoint import load_checkpoint, load_matching, save_checkpoint
+from flm_torchrec.training.checkpoint import BEST, Checkpoints, Progress, load_checkpoint, load_matching
 from flm_torchrec.training.encode import ModelEncoder
 from flm_torchrec.training.fusion import choose_weights
 from flm_torchrec.training.lookups import lookups_of
 from flm_torchrec.training.loop import Finished, fit, total_steps
-from flm_torchrec.training.record import Record, check_run_folder, new_run_folder
+from flm_torchrec.training.record import Record, check_run_folder, open_run_folder
 from flm_torchrec.training.scope import Scope, load_data, same_data, scope_of
-
-BEST = "checkpoints/best"
 
 
 def pretrain(config: Config) -> Finished:
@@ -49,14 +47,12 @@ def pretrain(config: Config) -> Finished:
     if config.finetune.source:
         raise ConfigError("finetune.source: is set; 'flm train' pretrains, fine-tune with 'flm finetune'")
     check_select(config)
-    check_run_folder(config)
     data = load_data(config)
     scope = scope_of(config, data)
     with process_group(config.distributed) as comm:
+        check_run_folder(config, comm)
         job = Job(config, data, scope, comm)
-        # After planning, which all ranks do together: by now each has looked for an older run.
-        folder = new_run_folder(config) if comm.main else None
-        with Record(folder, job.total_steps) as record:
+        with open_run_folder(config, data, comm, job.total_steps) as record:
             return job.fit(record)
 
 
@@ -102,7 +98,7 @@ class Job:
         """Put the weights of the fine-tuning's source into the model, unless it starts from scratch."""
         if self.config.finetune.start == "pretrained":
             source = Path(self.config.finetune.source) / BEST
-            self.loaded = load_matching(source, self.model, self._same_tables())
+            self.loaded = load_matching(source, self.model, self._same_tables(), self.comm)
 
     def _same_tables(self) -> bool:
         return same_data(load_config(Path(self.config.finetune.source) / "config.yaml"), self.config)
@@ -121,7 +117,11 @@ class Job:
         )  # fmt: skip
 
     def fit(self, record: Record, validate: Callable[[], dict[str, float]] | None = None) -> Finished:
-        """Train and keep the best checkpoint; `validate` instead of the ranking of validation examples."""
+        """Train, or go on where the run folder's newest checkpoint is, and keep the best checkpoint.
+
+        Args:
+            validate: instead of the ranking of validation examples.
+        """
         config, data, comm = self.config, self.data, self.comm
         record.write_json("plan.json", describe(self.plan, self.comm.world_size))
         ranks = validate is None
@@ -132,10 +132,6 @@ class Job:
             def validate() -> dict[str, float]:
                 return evaluate_heads(data, valid, encode, comm, config.eval)
 
-        def save(step: int, metrics: dict[str, float]) -> None:
-            meta = {"step": step, "valid": metrics, "data": data.schema.name}
-            save_checkpoint(Path(config.train.run) / BEST, self.model, meta, comm)
-
         record.say(
             f"{data.schema.name}: {data.schema.users} users, {data.schema.items} items, {int(self.scope.fit.sum())}"
             f" events to learn from; {comm.world_size} {'ranks' if comm.world_size > 1 else 'rank'} on"
@@ -143,26 +139,40 @@ class Job:
         )
         torch.manual_seed(config.train.seed + comm.rank)  # from here on dropout, which ranks draw apart
         tuned = self.loaded is not None
-        finished = fit(self.model, self.optimizer, self.loader, config.train, comm, record, validate, save, tuned)
+        checkpoints = Checkpoints(Path(config.train.run), self.model, self.optimizer, comm, data.fingerprint)
+        checkpoints.check_space()
+        progress = self._resume(checkpoints, record) if record.resumed else Progress()
+        finished = fit(
+            self.model, self.optimizer, self.loader, config.train, comm, record, validate, checkpoints, progress, tuned
+        )
         record.say(
             f"{finished.steps} steps in {finished.seconds:.0f} s;"
             f" best {config.train.select} {finished.best:.4f} at step {finished.best_step}"
         )
         if ranks and config.model.fusion == "sum":
-            self._weigh_heads(valid, encode, record)
+            self._weigh_heads(valid, encode, record, checkpoints)
         return finished
 
-    def _weigh_heads(self, valid: Examples, encode: ModelEncoder, record: Record) -> None:
+    def _resume(self, checkpoints: Checkpoints, record: Record) -> Progress:
+        found = checkpoints.restore()
+        progress, damaged = found or (Progress(), [])
+        for line in damaged:
+            record.say(f"not used: {line}")
+        record.say(f"resuming after step {progress.step}" if found else "no checkpoint yet: starting anew")
+        record.rewind(progress.step)
+        return progress
+
+    def _weigh_heads(self, valid: Examples, encode: ModelEncoder, record: Record, checkpoints: Checkpoints) -> None:
         """Put the fusion's weights that rank validation best into the best checkpoint."""
-        config, best = self.config, Path(self.config.train.run) / BEST
-        meta = load_checkpoint(best, self.model)
+        config = self.config
+        meta = load_checkpoint(checkpoints.best, self.model, self.comm)
         trained = [name for name in TRAINED_HEADS if getattr(config.loss, name) > 0]
         blocks = blocks_of(config.eval)
         metric = config.train.select.partition("/")[2]
         weights, score = choose_weights(self.data, valid, encode, self.comm, blocks, trained, metric)
         self.model.module.dense.tower.fusion.set_weights(weights)
         named = dict(zip(TRAINED_HEADS, weights.tolist(), strict=True))
-        save_checkpoint(best, self.model, {**meta, "fusion": named}, self.comm)
+        checkpoints.save_best({**meta, "fusion": named})
         record.say(f"fusion weights {named}: validation fused/{metric} {score:.4f}")
 
 
