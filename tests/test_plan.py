@@ -382,6 +382,8 @@ def test_a_plan_that_does_not_fit_is_refused(
     assert "no sharding_type 'rowwise' is offered here; did you mean 'row_wise'?" in refused(
         changed(sharding_type="rowwise")
     )
+    assert "no kernel 'fused_uvm' is offered here" in refused(changed(kernel="fused_uvm"))  # on a CPU
+    assert "no plan (ValueError" in refused(changed(shards=[{**shard, "offset": [0]}]))
     assert "in module 'users', in the model in 'item_id'" in refused(changed(module="users"))
     file.unlink()
     assert main(["train", *data, *TINY, "--train.run", str(tmp_path / "r"), "--distributed.plan", str(file)]) == 2

@@ -40,14 +40,14 @@ def make_plan(
     Raises:
         ConfigError: the tables do not fit, with the table at fault; or a file does not fit the model.
     """
-    if config.plan:
-        return load_plan(Path(config.plan), model, comm)
-    rules = read_rules(config, [table.name for table in table_configs(model)])
-    allowed = constraints(model, rules, lookups)
 
     def attempt() -> ShardingPlan | ConfigError:
-        topology, pipeline = _topology(comm, config), pipeline_of(comm.device.type)
         try:
+            if config.plan:
+                return load_plan(Path(config.plan), model, comm)
+            rules = read_rules(config, [table.name for table in table_configs(model)])
+            allowed = constraints(model, rules, lookups)
+            topology, pipeline = _topology(comm, config), pipeline_of(comm.device.type)
             return solve(model, topology, batch_size, allowed, optimizer, dense_bytes(model), pipeline).plan
         except Infeasible as error:
             return ConfigError(

@@ -59,7 +59,8 @@ def read_plan(path: Path) -> dict[str, Any]:
         for table in record["tables"].values():
             str(table["module"]), table["sharding_type"], table["kernel"]
             for shard in table["shards"]:
-                int(shard["rank"]), [int(n) for n in (*shard["offset"], *shard["size"])]
+                (row, column), (rows, columns) = shard["offset"], shard["size"]
+                int(shard["rank"]), int(row), int(column), int(rows), int(columns)
         int(record["world_size"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(
@@ -89,7 +90,7 @@ def load_plan(path: Path, model: nn.Module, comm: Comm) -> ShardingPlan:
         if name not in record["tables"]:
             raise ConfigError(f"{path}: has no table '{name}', which the model has; plan anew with 'flm plan'")
         table = record["tables"][name]
-        _check(path, name, table, size, modules[name], comm.world_size)
+        _check(path, name, table, size, modules[name], comm)
         module = plan.setdefault(table["module"], EmbeddingModuleShardingPlan())
         module[name] = _sharding(table, comm)  # type: ignore[index]
     return ShardingPlan(plan)
@@ -130,17 +131,19 @@ def _modules(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _check(path: Path, name: str, table: Mapping[str, Any], size: tuple[int, int], module: str, ranks: int) -> None:
+def _check(path: Path, name: str, table: Mapping[str, Any], size: tuple[int, int], module: str, comm: Comm) -> None:
     where = f"{path}: table '{name}'"
     if table["module"] != module:
         raise ConfigError(f"{where} is in module '{table['module']}', in the model in '{module}'; plan anew")
-    for key, known in (("sharding_type", offered_types()), ("kernel", KERNELS)):
+    kernels = KERNELS if comm.device.type == "cuda" else KERNELS[:1]
+    for key, known in (("sharding_type", offered_types()), ("kernel", kernels)):
         if table[key] not in known:
             raise ConfigError(f"{where}: no {key} '{table[key]}' is offered here; {nearest(str(table[key]), known)}")
     covered = 0
     for shard in table["shards"]:
-        if not 0 <= shard["rank"] < ranks:
-            raise ConfigError(f"{where}: a shard is on rank {shard['rank']}, outside 0 … {ranks - 1}; plan anew")
+        if not 0 <= shard["rank"] < comm.world_size:
+            last = comm.world_size - 1
+            raise ConfigError(f"{where}: a shard is on rank {shard['rank']}, outside 0 … {last}; plan anew")
         covered += shard["size"][0] * shard["size"][1]
     ends = [[o + s for o, s in zip(shard["offset"], shard["size"], strict=True)] for shard in table["shards"]]
     planned = tuple(max((end[axis] for end in ends), default=0) for axis in (0, 1))
