@@ -342,6 +342,8 @@ def test_the_plan_made_is_the_plan_trained_by(  # type: ignore[no-untyped-def]
     assert capsys.readouterr().out == "the plans are the same\n"
     assert main(["plan", "--diff", str(run / "plan.json"), str(tmp_path / "free" / "plan.json")]) == 0
     assert "user_id: sharding_type: row_wise -> table_wise" in capsys.readouterr().out
+    tool = [sys.executable, str(ROOT / "tools" / "plan_capacity.py"), "--diff", *[str(run / "plan.json")] * 2]
+    assert subprocess.run(tool, capture_output=True, text=True, check=True).stdout == "the plans are the same\n"
 
 
 def test_a_plan_that_does_not_fit_is_refused(

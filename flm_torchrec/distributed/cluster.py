@@ -47,8 +47,8 @@ class Hardware:
 # Host bandwidth: sockets x memory channels x transfers x 8 bytes, from the processor's page.
 PRESETS: dict[str, Hardware] = {
     # DGX-1 with Tesla V100 SXM2 32 GB: HBM2 900 GB/s, NVLink 300 GB/s, 4 x 100 Gb/s InfiniBand, PCIe 3.0 x16,
-    # 512 GB; 2 x Xeon E5-2698 v4 (4 channels DDR4-2400).
-    "v100": Hardware("cuda", 32, 512, 900, 153.6, 16, 150, 6.25, 8),
+    # 512 GB; 2 x Xeon E5-2698 v4 (4 channels, DDR4-2133 there).
+    "v100": Hardware("cuda", 32, 512, 900, 136.5, 16, 150, 6.25, 8),
     # DGX A100 640GB: HBM2e 2,039 GB/s, NVLink 600 GB/s, 8 x 200 Gb/s, PCIe 4.0 x16, 2 TB; 2 x EPYC 7742 (8 channels
     # DDR4-3200).
     "a100-80": Hardware("cuda", 80, 2048, 2039, 409.6, 32, 300, 25, 8),
