@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,7 @@ def main(folder: str, steps: int, overrides: list[str]) -> None:
         passing = Passing(job.model)
         job.model.train()
         sent, candidates, targets = Sent(comm.rank, comm.world_size), 0, 0
-        batches = (batch for epoch in count() for batch in job.loader.epoch(epoch))
-        for batch in islice(batches, steps):
+        for batch in islice(job.loader.after(0), steps):
             with sent:
                 job.optimizer.zero_grad()
                 loss, _ = job.model(batch)
