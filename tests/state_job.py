@@ -14,7 +14,7 @@ from pathlib import Path
 from flm_torchrec.config import load_config
 from flm_torchrec.data.prepared import load_prepared
 from flm_torchrec.distributed.comm import process_group
-from flm_torchrec.distributed.plan import describe
+from flm_torchrec.distributed.planfile import describe
 from flm_torchrec.training.checkpoint import Checkpoints, Progress
 from flm_torchrec.training.job import Job
 from flm_torchrec.training.scope import scope_of
@@ -50,7 +50,8 @@ def main(path: str, source: str, target: str, cases: list[str]) -> None:
             saving.save(progress)
             saving.finish()
             if comm.main:
-                shards = {table: len(entry["shards"]) for table, entry in describe(job.plan).items()}
+                tables = describe(job.plan, comm.world_size)["tables"]
+                shards = {table: len(entry["shards"]) for table, entry in tables.items()}
                 (Path(target) / name / "shards.json").write_text(json.dumps(shards))
 
 

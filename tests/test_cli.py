@@ -31,7 +31,7 @@ def finished(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def test_a_run_folder_holds_what_it_should(finished: Path) -> None:
     assert load_config(finished / "config.yaml").train.max_steps == 10
-    tables = json.loads((finished / "plan.json").read_text())
+    tables = json.loads((finished / "plan.json").read_text())["tables"]
     assert {"item_id", "user_id", "item_genre", "user_interests", "event", "gap"} <= set(tables)
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss/sequential"] for line in lines if "loss/sequential" in line]

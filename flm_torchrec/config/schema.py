@@ -133,6 +133,16 @@ class DistributedConfig:
         Literal["auto", "table_wise", "row_wise", "column_wise"],
         Field(description="auto: the planner chooses for each table"),
     ] = "auto"
+    plan: Annotated[
+        str, Field(description="plan.json of a run or of 'flm plan' to shard by, as it is; empty: the planner plans")
+    ] = ""
+    constraints: Annotated[
+        str,
+        Field(
+            description="YAML file of what the planner may do with single tables: TABLE: {sharding_types: [...],"
+            " compute_kernels: [...], min_partition: N, pooling_factors: [...]}"
+        ),
+    ] = ""
     threads: Annotated[int, Field(ge=0, description="CPU threads per rank; 0: cores / local ranks")] = 0
     memory_gib: Annotated[
         float, Field(ge=0, description="memory the planner may fill per rank, in GiB; 0: what the device has")

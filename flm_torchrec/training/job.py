@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,9 @@ from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.distributed.comm import Comm, process_group
-from flm_torchrec.distributed.plan import describe, make_plan
+from flm_torchrec.distributed.constraints import Lookup
+from flm_torchrec.distributed.plan import make_plan
+from flm_torchrec.distributed.planfile import describe
 from flm_torchrec.distributed.shard import make_optimizer, shard
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.evaluation.evaluate import blocks_of, evaluate_heads
@@ -30,6 +32,7 @@ from flm_torchrec.model.tower import HEADS as TRAINED_HEADS
 from flm_torchrec.training.checkpoint import BEST, Checkpoints, Progress, load_checkpoint, load_matching
 from flm_torchrec.training.encode import ModelEncoder
 from flm_torchrec.training.fusion import choose_weights
+from flm_torchrec.training.lookups import lookups_of
 from flm_torchrec.training.loop import Finished, fit, total_steps
 from flm_torchrec.training.record import Record, check_run_folder, open_run_folder
 from flm_torchrec.training.scope import Scope, load_data, same_data, scope_of
@@ -80,14 +83,15 @@ class Job:
         self.scope = scope
         self.comm = comm
         self.loaded: str | None = None
+        self.loader = make_loader(data, scope, config, comm)
+        looked = lookups_of(self.loader)
         tuning = config.finetune
         if not tuning.source or tuning.start == "scratch":
-            self.model, self.plan = build(data.schema, config, comm)
+            self.model, self.plan = build(data.schema, config, comm, looked)
         else:
             if self._same_tables():
                 config = replace(config, train=replace(config.train, sparse_lr=tuning.sparse_lr))
-            self.model, self.plan = build(data.schema, config, comm, freeze=True)
-        self.loader = make_loader(data, scope, self.config, comm)
+            self.model, self.plan = build(data.schema, config, comm, looked, freeze=True)
         self.optimizer = make_optimizer(self.model, config.train)
 
     def take_over(self) -> None:
@@ -119,7 +123,7 @@ class Job:
             validate: instead of the ranking of validation examples.
         """
         config, data, comm = self.config, self.data, self.comm
-        record.write_json("plan.json", describe(self.plan))
+        record.write_json("plan.json", describe(self.plan, self.comm.world_size))
         ranks = validate is None
         valid = _sample(self.scope.splits.valid, config.train.eval_users, config.train.seed)
         encode = self.encoder(valid)
@@ -179,21 +183,28 @@ class Job:
 
 
 def build(
-    schema: Schema, config: Config, comm: Comm, freeze: bool = False
+    schema: Schema, config: Config, comm: Comm, looked: Mapping[str, Lookup], freeze: bool = False
 ) -> tuple[DistributedModelParallel, ShardingPlan]:
     """The sharded model with its first weights, the same for any number of ranks.
 
     Args:
+        looked: how often features are looked up, for the planner.
         freeze: keep from learning what `finetune.tower` says.
     """
+    model = make_model(schema, config, comm)
+    if freeze:
+        _freeze(model, config)
+    batch_size = -(-config.train.batch_size // comm.world_size)
+    plan = make_plan(model, comm, config.distributed, batch_size, config.train.sparse_optimizer, looked)
+    return shard(model, plan, comm, config.train), plan
+
+
+def make_model(schema: Schema, config: Config, comm: Comm) -> PretrainModel:
+    """The model with its first dense weights; its tables are on the meta device."""
     torch.manual_seed(config.train.seed)
     label = bool(config.finetune.source) and config.finetune.task == "label"
     kind = LabelModel if label else PretrainModel
-    model = kind(schema, config.model, config.loss, config.data.max_history + 1, comm)
-    if freeze:
-        _freeze(model, config)
-    plan = make_plan(model, comm, config.distributed, -(-config.train.batch_size // comm.world_size))
-    return shard(model, plan, comm, config.train), plan
+    return kind(schema, config.model, config.loss, config.data.max_history + 1, comm)
 
 
 def make_loader(data: PreparedData, scope: Scope, config: Config, comm: Comm) -> TrainLoader:
