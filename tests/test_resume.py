@@ -11,6 +11,9 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
@@ -18,20 +21,24 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flm_torchrec.cli import main
 from flm_torchrec.config import load_config
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.loader import Negatives, TrainLoader, windows
 from flm_torchrec.data.prepared import PreparedData, load_prepared
 from flm_torchrec.data.splits import split
-from flm_torchrec.distributed.comm import process_group
+from flm_torchrec.distributed.comm import Comm, process_group
+from flm_torchrec.distributed.join import fresh_store
 from flm_torchrec.errors import RunError
 from flm_torchrec.training import checkpoint, storage
 from flm_torchrec.training.guard import Guard, NonFinite, as_arrays, from_arrays
 from flm_torchrec.training.job import Job, pretrain
 from flm_torchrec.training.loop import STEPS as KINDS_OF_STEPS
+from flm_torchrec.training.record import check_run_folder, open_run_folder
 from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.scope import scope_of
 from tests.conftest import ROOT
@@ -90,6 +97,18 @@ def start(arguments: list[str], **extra: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def start_ranks(count: int, options: list[str]) -> list[subprocess.Popen[str]]:
+    """`flm` as so many ranks with no launcher, so that each can be told, and asked, for itself."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    return [
+        start(["-m", "flm_torchrec", *options], RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank),
+              LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        for rank in range(count)
+    ]  # fmt: skip
+
+
 def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(
     small: PreparedData, tmp_path: Path, undisturbed: Path
 ) -> None:
@@ -112,6 +131,63 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(
     assert len({line["step"] for line in metrics(run)}) == len({line["step"] for line in metrics(undisturbed)})
 
 
+def test_sigterm_to_one_rank_stops_all_and_another_number_of_ranks_goes_on(small: PreparedData, tmp_path: Path) -> None:
+    """Without dropout, which each rank draws for itself, the end is that of one rank, but for the order of sums."""
+    still = ["--model.dropout", "0", "--model.id_dropout", "0", "--model.user_id_dropout", "0"]
+    options = [*TRAIN, *still, "--data.path", str(small.path), "--train.run"]
+    run = tmp_path / "run"
+    processes = start_ranks(2, [*options, str(run)])
+    wait_for(lambda: (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text()) > 0, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    told = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [75, 75], told
+    assert main([*options, str(run), "--train.existing", "resume"]) == 0
+    assert "resuming after step" in (run / "train.log").read_text()
+    assert main([*options, str(tmp_path / "whole")]) == 0
+    last, expected = metrics(run)[-2], metrics(tmp_path / "whole")[-2]
+    assert last["step"] == STEPS and last == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_job_started_anew_knows_its_own_run_from_another(small: PreparedData, tmp_path: Path) -> None:
+    """What its launcher keeps tells it; a folder that was there before is refused or replaced as ever."""
+    config = load_config(None, overrides(small, tmp_path / "run", "train.max_steps=5"))
+    pretrain(config)
+
+    def goes_on(launch: dist.Store | None, existing: str, path: Path = tmp_path / "run") -> bool:
+        comm = Comm(0, 1, 1, torch.device("cpu"), launch=launch)
+        train = replace(config.train, existing=existing, run=str(path))  # type: ignore[arg-type]
+        return check_run_folder(replace(config, train=train), comm)
+
+    fresh, own = dist.HashStore(), dist.HashStore()
+    with open_run_folder(replace(config, train=replace(config.train, existing="resume")),
+                         small, Comm(0, 1, 1, torch.device("cpu"), launch=own), 5):  # fmt: skip
+        pass
+    assert goes_on(own, "refuse") and goes_on(own, "replace") and goes_on(own, "resume")
+    assert not goes_on(fresh, "replace") and not goes_on(None, "replace")
+    with pytest.raises(RunError, match="exists; give another"):
+        goes_on(fresh, "refuse")
+    assert not goes_on(own, "refuse", tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_agree_on_a_part_of_the_store_that_none_before_them_used(world_size: int) -> None:
+    store = dist.HashStore()
+    names = []
+    for _ in range(3):  # each time over what the attempt before has left
+        with ThreadPoolExecutor(world_size) as pool:
+            ranks = [
+                pool.submit(fresh_store, store, rank, world_size, timedelta(seconds=20)) for rank in range(world_size)
+            ]
+            for rank, found in enumerate(ranks):
+                found.result().set("rank", str(rank))
+            assert {found.result().get("rank") for found in ranks} == {str(world_size - 1).encode()}
+            names.append(ranks[0].result())
+            assert not any(names[-1].check([key]) for key in ("old",))
+            names[-1].set("old", "")
+    with pytest.raises(RunError, match="rank 1 did not come"):
+        fresh_store(dist.HashStore(), 0, 2, timedelta(seconds=0.2))
+
+
 def test_a_killed_rank_is_started_anew_and_nothing_is_lost_or_repeated(small: PreparedData, tmp_path: Path) -> None:
     """SIGKILL to one of two ranks under torchrun's --max_restarts; weights as in a run of two that nothing befell."""
     runs = [tmp_path / name for name in ("calm", "killed")]
@@ -131,16 +207,8 @@ def test_a_killed_rank_is_started_anew_and_nothing_is_lost_or_repeated(small: Pr
 
 
 def test_a_hung_rank_is_named(small: PreparedData, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     options = [*TRAIN, "--data.path", str(small.path), "--train.run", str(tmp_path / "run"), "--train.max_steps", "0"]
-    options += ["--train.epochs", "100000", "--distributed.timeout", "6"]
-    processes = [
-        start(["-m", "flm_torchrec", *options], RANK=str(rank), WORLD_SIZE="3", LOCAL_RANK=str(rank),
-              LOCAL_WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        for rank in range(3)
-    ]  # fmt: skip
+    processes = start_ranks(3, [*options, "--train.epochs", "100000", "--distributed.timeout", "6"])
     try:
         file = tmp_path / "run" / "metrics.jsonl"
         wait_for(lambda: file.is_file() and len(file.read_text()) > 0, processes[0])
