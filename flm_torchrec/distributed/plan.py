@@ -16,7 +16,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 
 from flm_torchrec.config.schema import DistributedConfig
 from flm_torchrec.distributed.comm import Comm
-from flm_torchrec.distributed.sharders import SHARDING_TYPES, sharders
+from flm_torchrec.distributed.sharders import AUTO_TYPES, sharders
 from flm_torchrec.errors import ConfigError
 
 RESERVED = 0.15
@@ -86,7 +86,7 @@ def _topology(comm: Comm, config: DistributedConfig) -> Topology:
 
 
 def _constraints(model: nn.Module, config: DistributedConfig) -> dict[str, ParameterConstraints]:
-    types = SHARDING_TYPES if config.sharding == "auto" else [config.sharding]
+    types = AUTO_TYPES if config.sharding == "auto" else [config.sharding]
     kernels = [EmbeddingComputeKernel.FUSED.value]
     return {
         table.name: ParameterConstraints(sharding_types=types, compute_kernels=kernels)

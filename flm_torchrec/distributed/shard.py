@@ -19,7 +19,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from flm_torchrec.config.schema import TrainConfig
 from flm_torchrec.distributed.comm import Comm
-from flm_torchrec.distributed.sharders import sharders
+from flm_torchrec.distributed.sharders import check_whole_rows, sharders
 from flm_torchrec.errors import ConfigError
 
 SPARSE_OPTIMIZERS = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": Adagrad, "adam": Adam}
@@ -30,10 +30,11 @@ def shard(model: nn.Module, plan: ShardingPlan, comm: Comm, config: TrainConfig)
     """Fuse the tables' optimizer into backward, shard by the plan, and set the tables' first values.
 
     Raises:
-        ConfigError: the optimizer has no kernel on this device.
+        ConfigError: the optimizer has no kernel on this device, or does not go with the plan.
     """
     if config.sparse_optimizer == "adam" and comm.device.type == "cpu":
         raise ConfigError("train.sparse_optimizer: 'adam' has no CPU kernel in FBGEMM; use 'rowwise_adagrad'")
+    check_whole_rows(plan, config.sparse_optimizer)
     optimizer = SPARSE_OPTIMIZERS[config.sparse_optimizer]
     for module in model.modules():
         if isinstance(module, EmbeddingBagCollection | EmbeddingCollection):
