@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,19 +95,26 @@ def process_group(config: DistributedConfig) -> Iterator[Comm]:
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(config.threads or max(1, cores // local_world_size))
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=config.timeout)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if device.type == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(config.threads or max(1, cores // _ranks_on_this_host()))
     try:
         yield Comm(dist.get_rank(), dist.get_world_size(), local_world_size, device)
     finally:
         dist.destroy_process_group()
+
+
+def _ranks_on_this_host() -> int:
+    """Of all agents: LOCAL_WORLD_SIZE counts those of one, and a host may have several."""
+    names: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names.count(socket.gethostname())
 
 
 def _device(asked: str) -> torch.device:
