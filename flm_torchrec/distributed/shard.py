@@ -47,7 +47,7 @@ def shard(model: nn.Module, plan: ShardingPlan, comm: Comm, config: TrainConfig)
         sharders=sharders(),
     )
     for name, tensor in sharded.state_dict().items():
-        if isinstance(tensor, ShardedTensor):
+        if isinstance(tensor, ShardedTensor) and tensor.dtype.is_floating_point:  # else the ids of a managed table
             _initialise(name, tensor, config.seed)
     return sharded
 

@@ -7,6 +7,7 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ModuleSharder, ShardingPlan, ShardingType
 
+from flm_torchrec.distributed.managed import ManagedBagSharder
 from flm_torchrec.errors import ConfigError
 
 # Left out, each for a reason that tests/test_sharding.py shows. data_parallel: its optimizer state is kept apart and
@@ -44,7 +45,7 @@ class SequenceSharder(EmbeddingCollectionSharder):
 
 
 def sharders() -> list[ModuleSharder[nn.Module]]:
-    return [BagSharder(), SequenceSharder()]  # type: ignore[list-item]
+    return [BagSharder(), SequenceSharder(), ManagedBagSharder(BagSharder())]  # type: ignore[list-item]
 
 
 def check_whole_rows(plan: ShardingPlan, optimizer: str) -> None:

@@ -19,6 +19,7 @@ from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.distributed.comm import Comm, process_group
+from flm_torchrec.distributed.managed import check_managed
 from flm_torchrec.distributed.plan import describe, make_plan
 from flm_torchrec.distributed.shard import make_optimizer, shard
 from flm_torchrec.errors import ConfigError
@@ -176,6 +177,7 @@ def build(
     model = kind(schema, config.model, config.loss, config.data.max_history + 1, comm)
     if freeze:
         _freeze(model, config)
+    check_managed(model, comm.world_size, config.distributed.sharding)
     plan = make_plan(model, comm, config.distributed, -(-config.train.batch_size // comm.world_size))
     return shard(model, plan, comm, config.train), plan
 

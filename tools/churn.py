@@ -1,0 +1,153 @@
+"""Send millions of ids, most of them never seen before, through a table of fixed size, training it all the while.
+
+    python tools/churn.py --ids 10000000 --rows 100000
+
+Each step looks up a batch, half of it new ids, half drawn from the latest ids (the log of an id's age is even: a long
+tail), through the model's own user table, and takes an optimizer step. Prints Markdown: memory before and after,
+the share of look-ups that had a row of their own among the window of latest ids, and evictions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from flm_torchrec.config.schema import DistributedConfig, TrainConfig
+from flm_torchrec.data.rows import look_ups
+from flm_torchrec.data.schema import Schema, Table
+from flm_torchrec.distributed.comm import Comm, process_group
+from flm_torchrec.distributed.plan import make_plan
+from flm_torchrec.distributed.shard import make_optimizer, shard
+from flm_torchrec.model.tables import ManagedIds, user_tables
+
+WARM_UP = 50
+"""Steps before memory is first read: by then buffers and allocator have their size."""
+
+
+@dataclass
+class Told:
+    """Of one table."""
+
+    before_mib: float
+    after_mib: float
+    own_row: float
+    evictions: int
+    seconds: float
+
+
+class Stream:
+    """Batches of ids: half new, half of the `window` latest."""
+
+    def __init__(self, batch: int, window: int, seed: int) -> None:
+        self.new = batch // 2
+        self.window = window
+        self.rng = np.random.default_rng(seed)
+        self.next = window
+
+    def batch(self) -> np.ndarray:
+        """[batch] int64."""
+        age = np.exp(self.rng.random(self.new) * np.log(self.window)).astype(np.int64)
+        ids = np.concatenate([self.next - age, np.arange(self.next, self.next + self.new)])
+        self.next += self.new
+        return ids
+
+
+class Users(nn.Module):
+    """The model's table of user ids, alone."""
+
+    def __init__(self, schema: Schema, dim: int) -> None:
+        super().__init__()
+        self.fixed, self.managed = user_tables(schema, dim)
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        found = self.fixed(features) if self.fixed is not None else self.managed(features)[0]
+        return found.to_dict()["user_id"]
+
+
+def churn(table: Table, ids: int, dim: int, batch: int, window: int, comm: Comm) -> Told:
+    """Train until `ids` different ids have passed."""
+    users = table.rows if table.kind == "direct" else ids
+    schema = Schema("churn", "churn", users=users, items=1, interactions=1, tables={"user_id": table})
+    config = TrainConfig(sparse_lr=0.1)
+    model = Users(schema, dim)
+    model = shard(model, make_plan(model, comm, DistributedConfig(), batch), comm, config)
+    optimizer = make_optimizer(model, config)
+    managed = [m for m in model.modules() if isinstance(m, ManagedIds)]
+    kept = np.zeros(0, np.int64)
+    stream, process = Stream(batch, window, seed=0), psutil.Process()
+    began, before, own, looked, evictions, step = time.monotonic(), 0.0, 0, 0, 0, 0
+    while stream.next < ids:
+        drawn = stream.batch()
+        asked = look_ups(table, drawn)
+        values, lengths = torch.from_numpy(asked), torch.ones(len(asked), dtype=torch.int64)
+        out = model(KeyedJaggedTensor(keys=["user_id"], values=values, lengths=lengths))
+        optimizer.zero_grad()
+        (out - 1).square().mean().backward()
+        optimizer.step()
+        step += 1
+        if step == WARM_UP:
+            before = process.memory_info().rss / 2**20
+        if step >= WARM_UP:
+            recent = np.unique(look_ups(table, np.arange(max(0, stream.next - window), stream.next)), return_counts=True)
+            own += _own_rows(asked[: stream.new], recent, managed)
+            looked += stream.new
+            held = _held(managed)
+            evictions += int((~np.isin(kept, held)).sum())
+            kept = held
+    after = process.memory_info().rss / 2**20
+    return Told(before, after, own / max(1, looked), evictions, time.monotonic() - began)
+
+
+def _own_rows(asked: np.ndarray, recent: tuple[np.ndarray, np.ndarray], managed: list[ManagedIds]) -> int:
+    """How many of the look-ups of known ids have a row that no other id of the window has."""
+    if managed:
+        return int(np.isin(asked, _held(managed)).sum())
+    rows, ids = recent
+    place = np.minimum(np.searchsorted(rows, asked), len(rows) - 1)
+    return int(((rows[place] == asked) & (ids[place] == 1)).sum())
+
+
+def _held(managed: list[ManagedIds]) -> np.ndarray:
+    """Ids that have a row now."""
+    held = [m._mch_sorted_raw_ids.numpy() for m in managed]
+    return np.concatenate(held)[np.concatenate(held) < np.iinfo(np.int64).max] if held else np.zeros(0, np.int64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = {
+        "ids": (10_000_000, "different ids that pass"),
+        "rows": (100_000, "of the table"),
+        "dim": (16, "of a row"),
+        "batch": (8192, "look-ups a step"),
+        "window": (50_000, "latest ids, which the known half of a batch comes from"),
+    }
+    for name, (default, text) in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    args = parser.parse_args()
+    print("| table | memory before | after | look-ups of known ids with a row of their own | evictions | seconds |")
+    print("|---|---|---|---|---|---|")
+    tables = {
+        "hash": Table("hash", args.rows),
+        "zch lfu": Table("zch", args.rows, "lfu"),
+        "zch lru": Table("zch", args.rows, "lru"),
+    }
+    with process_group(DistributedConfig(device="cpu", threads=1)) as comm:
+        for name, table in tables.items():
+            told = churn(table, args.ids, args.dim, args.batch, args.window, comm)
+            print(
+                f"| {name} | {told.before_mib:.0f} MiB | {told.after_mib:.0f} MiB | {told.own_row:.1%} |"
+                f" {told.evictions} | {told.seconds:.0f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
