@@ -2,9 +2,9 @@
 
     python tools/churn.py --ids 10000000 --rows 100000
 
-Each step looks up a batch, half of it new ids, half drawn from the latest ids (the log of an id's age is even: a long
+Each step looks up a batch, half of it ids that come once, half regular ids (the logarithm of their rank is even: a long
 tail), through the model's own user table, and takes an optimizer step. Prints Markdown: memory before and after,
-the share of look-ups that had a row of their own among the window of latest ids, and evictions.
+the share of look-ups of regular ids whose row no other regular id has, and evictions.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ class Told:
 
 
 class Stream:
-    """Batches of ids: half new, half of the `window` latest."""
+    """Batches of ids: half of the `regulars`, which are 0, 1, …, then half new."""
 
-    def __init__(self, batch: int, window: int, seed: int) -> None:
+    def __init__(self, batch: int, regulars: int, seed: int) -> None:
         self.new = batch // 2
-        self.window = window
+        self.regulars = regulars
         self.rng = np.random.default_rng(seed)
-        self.next = window
+        self.next = regulars
 
     def batch(self) -> np.ndarray:
         """[batch] int64."""
-        age = np.exp(self.rng.random(self.new) * np.log(self.window)).astype(np.int64)
-        ids = np.concatenate([self.next - age, np.arange(self.next, self.next + self.new)])
+        known = np.exp(self.rng.random(self.new) * np.log(self.regulars)).astype(np.int64)
+        ids = np.concatenate([known, np.arange(self.next, self.next + self.new)])
         self.next += self.new
         return ids
 
@@ -71,7 +71,7 @@ class Users(nn.Module):
         return found.to_dict()["user_id"]
 
 
-def churn(table: Table, ids: int, dim: int, batch: int, window: int, comm: Comm) -> Told:
+def churn(table: Table, ids: int, dim: int, batch: int, regulars: int, comm: Comm) -> Told:
     """Train until `ids` different ids have passed."""
     users = table.rows if table.kind == "direct" else ids
     schema = Schema("churn", "churn", users=users, items=1, interactions=1, tables={"user_id": table})
@@ -81,7 +81,8 @@ def churn(table: Table, ids: int, dim: int, batch: int, window: int, comm: Comm)
     optimizer = make_optimizer(model, config)
     managed = [m for m in model.modules() if isinstance(m, ManagedIds)]
     kept = np.zeros(0, np.int64)
-    stream, process = Stream(batch, window, seed=0), psutil.Process()
+    shared = np.unique(look_ups(table, np.arange(regulars)), return_counts=True)
+    stream, process = Stream(batch, regulars, seed=0), psutil.Process()
     began, before, own, looked, evictions, step = time.monotonic(), 0.0, 0, 0, 0, 0
     while stream.next < ids:
         drawn = stream.batch()
@@ -95,8 +96,7 @@ def churn(table: Table, ids: int, dim: int, batch: int, window: int, comm: Comm)
         if step == WARM_UP:
             before = process.memory_info().rss / 2**20
         if step >= WARM_UP:
-            recent = np.unique(look_ups(table, np.arange(max(0, stream.next - window), stream.next)), return_counts=True)
-            own += _own_rows(asked[: stream.new], recent, managed)
+            own += _own_rows(asked[: stream.new], shared, managed)
             looked += stream.new
             held = _held(managed)
             evictions += int((~np.isin(kept, held)).sum())
@@ -105,11 +105,11 @@ def churn(table: Table, ids: int, dim: int, batch: int, window: int, comm: Comm)
     return Told(before, after, own / max(1, looked), evictions, time.monotonic() - began)
 
 
-def _own_rows(asked: np.ndarray, recent: tuple[np.ndarray, np.ndarray], managed: list[ManagedIds]) -> int:
-    """How many of the look-ups of known ids have a row that no other id of the window has."""
+def _own_rows(asked: np.ndarray, shared: tuple[np.ndarray, np.ndarray], managed: list[ManagedIds]) -> int:
+    """How many of the look-ups have a row that no other regular id has."""
     if managed:
         return int(np.isin(asked, _held(managed)).sum())
-    rows, ids = recent
+    rows, ids = shared
     place = np.minimum(np.searchsorted(rows, asked), len(rows) - 1)
     return int(((rows[place] == asked) & (ids[place] == 1)).sum())
 
@@ -126,13 +126,13 @@ def main() -> None:
         "ids": (10_000_000, "different ids that pass"),
         "rows": (100_000, "of the table"),
         "dim": (16, "of a row"),
-        "batch": (8192, "look-ups a step"),
-        "window": (50_000, "latest ids, which the known half of a batch comes from"),
+        "batch": (4096, "look-ups a step"),
+        "regulars": (50_000, "regular ids"),
     }
     for name, (default, text) in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
     args = parser.parse_args()
-    print("| table | memory before | after | look-ups of known ids with a row of their own | evictions | seconds |")
+    print("| table | memory before | after | look-ups of regular ids with a row of their own | evictions | seconds |")
     print("|---|---|---|---|---|---|")
     tables = {
         "hash": Table("hash", args.rows),
@@ -141,7 +141,7 @@ def main() -> None:
     }
     with process_group(DistributedConfig(device="cpu", threads=1)) as comm:
         for name, table in tables.items():
-            told = churn(table, args.ids, args.dim, args.batch, args.window, comm)
+            told = churn(table, args.ids, args.dim, args.batch, args.regulars, comm)
             print(
                 f"| {name} | {told.before_mib:.0f} MiB | {told.after_mib:.0f} MiB | {told.own_row:.1%} |"
                 f" {told.evictions} | {told.seconds:.0f} |",

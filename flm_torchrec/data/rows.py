@@ -42,12 +42,13 @@ def parse_tables(text: str) -> dict[str, Table]:
     """
     tables = {}
     for part in filter(None, text.split(",")):
-        match = re.fullmatch(r"([^=]+)=(direct|(hash):(\d+)|(zch):(\d+)(:(lfu|lru))?)", part)
+        match = re.fullmatch(r"([^=]+)=(?:direct|(hash):(\d+)|(zch):(\d+)(?::(lfu|lru))?)", part)
         if not match:
             raise DataError(f"--tables: '{part}' is not NAME=direct, NAME=hash:ROWS or NAME=zch:ROWS[:lfu|lru]")
-        name, kind, *rows = match[1], *match[2].split(":")
+        name, hashed, hash_rows, managed, zch_rows, eviction = match.groups()
+        kind, rows = hashed or managed or "direct", int(hash_rows or zch_rows or 0)
         try:
-            tables[name] = Table(kind, int(rows[0]) if rows else 0, *rows[1:])  # type: ignore[arg-type]
+            tables[name] = Table(kind, rows, eviction or "lfu")
         except ValueError as error:
             raise DataError(f"--tables: '{part}': {error}") from error
     return tables
