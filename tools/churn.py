@@ -25,7 +25,7 @@ from flm_torchrec.data.schema import Schema, Table
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.distributed.plan import make_plan
 from flm_torchrec.distributed.shard import make_optimizer, shard
-from flm_torchrec.model.tables import ManagedIds, user_tables
+from flm_torchrec.model.tables import EVICTION_INTERVAL, ManagedIds, user_tables
 
 WARM_UP = 50
 """Steps before memory is first read: by then buffers and allocator have their size."""
@@ -95,7 +95,7 @@ def churn(table: Table, ids: int, dim: int, batch: int, regulars: int, comm: Com
         step += 1
         if step == WARM_UP:
             before = process.memory_info().rss / 2**20
-        if step >= WARM_UP:
+        if step >= WARM_UP and step % EVICTION_INTERVAL == 0:
             own += _own_rows(asked[: stream.new], shared, managed)
             looked += stream.new
             held = _held(managed)

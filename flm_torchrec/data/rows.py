@@ -48,7 +48,7 @@ def parse_tables(text: str) -> dict[str, Table]:
         name, hashed, hash_rows, managed, zch_rows, eviction = match.groups()
         kind, rows = hashed or managed or "direct", int(hash_rows or zch_rows or 0)
         try:
-            tables[name] = Table(kind, rows, eviction or "lfu")
+            tables[name] = Table(kind, rows, eviction or "lfu")  # type: ignore[arg-type]
         except ValueError as error:
             raise DataError(f"--tables: '{part}': {error}") from error
     return tables
