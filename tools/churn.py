@@ -81,7 +81,8 @@ def churn(table: Table, ids: int, dim: int, batch: int, regulars: int, comm: Com
     optimizer = make_optimizer(model, config)
     managed = [m for m in model.modules() if isinstance(m, ManagedIds)]
     kept = np.zeros(0, np.int64)
-    shared = np.unique(look_ups(table, np.arange(regulars)), return_counts=True)
+    rows, ids_of_row = np.unique(look_ups(table, np.arange(regulars)), return_counts=True)
+    alone = rows[ids_of_row == 1]
     stream, process = Stream(batch, regulars, seed=0), psutil.Process()
     began, before, own, looked, evictions, step = time.monotonic(), 0.0, 0, 0, 0, 0
     while stream.next < ids:
@@ -95,29 +96,27 @@ def churn(table: Table, ids: int, dim: int, batch: int, regulars: int, comm: Com
         step += 1
         if step == WARM_UP:
             before = process.memory_info().rss / 2**20
-        if step >= WARM_UP and step % EVICTION_INTERVAL == 0:
-            own += _own_rows(asked[: stream.new], shared, managed)
-            looked += stream.new
+        if managed and step % EVICTION_INTERVAL == 0:  # the map changed before this step's look-ups
             held = _held(managed)
             evictions += int((~np.isin(kept, held)).sum())
             kept = held
+        if step > WARM_UP:
+            own += _own_rows(asked[: stream.new], kept if managed else alone)
+            looked += stream.new
     after = process.memory_info().rss / 2**20
     return Told(before, after, own / max(1, looked), evictions, time.monotonic() - began)
 
 
-def _own_rows(asked: np.ndarray, shared: tuple[np.ndarray, np.ndarray], managed: list[ManagedIds]) -> int:
-    """How many of the look-ups have a row that no other regular id has."""
-    if managed:
-        return int(np.isin(asked, _held(managed)).sum())
-    rows, ids = shared
-    place = np.minimum(np.searchsorted(rows, asked), len(rows) - 1)
-    return int(((rows[place] == asked) & (ids[place] == 1)).sum())
+def _own_rows(asked: np.ndarray, ordered: np.ndarray) -> int:
+    """How many of the look-ups are among those in `ordered`."""
+    place = np.minimum(np.searchsorted(ordered, asked), len(ordered) - 1)
+    return int((ordered[place] == asked).sum())
 
 
 def _held(managed: list[ManagedIds]) -> np.ndarray:
-    """Ids that have a row now."""
-    held = [m._mch_sorted_raw_ids.numpy() for m in managed]
-    return np.concatenate(held)[np.concatenate(held) < np.iinfo(np.int64).max] if held else np.zeros(0, np.int64)
+    """Ids that have a row now, in order."""
+    held = np.sort(np.concatenate([m._mch_sorted_raw_ids.numpy() for m in managed]))
+    return held[held < np.iinfo(np.int64).max]
 
 
 def main() -> None:

@@ -103,7 +103,7 @@ def train_on(hosts: list[Host], ranks: int, run: Path, options: list[str]) -> di
 
 def _place(log: Path) -> str:
     """What the agent said of itself once all agents had met."""
-    found = re.findall(r"(?:master_addr|group_rank|group_world_size|global_ranks)=\S+", log.read_text())
+    found = re.findall(r"(?:master_addr|group_rank|group_world_size)=\S+|global_ranks=\[[^]]*\]", log.read_text())
     return ", ".join(dict.fromkeys(found))
 
 
