@@ -60,9 +60,7 @@ class ModelConfig:
     block: Annotated[
         Literal["transformer", "hstu"], Field(description="of the sequential head: softmax or pointwise attention")
     ] = "hstu"
-    relative_bias: Annotated[
-        bool, Field(description="bias of attention by distance in position and in time")
-    ] = False
+    relative_bias: Annotated[bool, Field(description="bias of attention by distance in position and in time")] = False
     similarity: Annotated[
         Literal["dot", "cosine"], Field(description="of representation and item; cosine: all vectors have length 1")
     ] = "cosine"
@@ -133,6 +131,10 @@ class DistributedConfig:
         Literal["auto", "table_wise", "row_wise", "column_wise"],
         Field(description="auto: the planner chooses for each table"),
     ] = "auto"
+    dense: Annotated[
+        Literal["ddp", "fsdp"],
+        Field(description="dense part on every rank: ddp, whole; fsdp: a slice of its weights and optimizer state"),
+    ] = "ddp"
     threads: Annotated[int, Field(ge=0, description="CPU threads per rank; 0: cores / local ranks")] = 0
     memory_gib: Annotated[
         float, Field(ge=0, description="memory the planner may fill per rank, in GiB; 0: what the device has")

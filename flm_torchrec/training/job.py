@@ -179,7 +179,9 @@ def build(
         _freeze(model, config)
     check_managed(model, comm.world_size, config.distributed.sharding)
     plan = make_plan(model, comm, config.distributed, -(-config.train.batch_size // comm.world_size))
-    return shard(model, plan, comm, config.train), plan
+    # The fusion stays whole: its weights are set by hand after training.
+    sliced = [m for name, m in model.dense.tower.named_children() if name != "fusion"]
+    return shard(model, plan, comm, config.train, sliced if config.distributed.dense == "fsdp" else []), plan
 
 
 def make_loader(data: PreparedData, scope: Scope, config: Config, comm: Comm) -> TrainLoader:
