@@ -25,7 +25,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from flm_torchrec.config.schema import DistributedConfig, TrainConfig
-from flm_torchrec.distributed.comm import Comm, process_group
+from flm_torchrec.distributed.comm import Comm, process_group, ranks_on_this_host
 from flm_torchrec.distributed.shard import make_optimizer, shard
 from flm_torchrec.distributed.sharders import BAG_TYPES, SHARDING_TYPES, BagSharder, SequenceSharder
 from flm_torchrec.errors import ConfigError
@@ -245,6 +245,7 @@ def check_what_is_not_offered(comm: Comm, local: int) -> None:
 def main(folder: Path) -> None:
     with process_group(DistributedConfig(device="cpu", threads=1)) as comm:
         local = int(os.environ["LOCAL_WORLD_SIZE"])
+        assert ranks_on_this_host() == comm.world_size  # which shares out the cores, whatever the launcher says
         for bags in (True, False):
             check_cut_rows_are_refused(bags, comm, local)
             for dim, (optimizer, types) in product((8, 64), cases(bags).items()):

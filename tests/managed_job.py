@@ -1,7 +1,7 @@
 """Run by test_rows as two ranks: fixed and managed tables of one batch, sharded by rows, against pooling by hand.
 
-Argument: prepared data. No id has a row yet in a new managed table, so each reads the last row of the rank that its hash
-falls to. Fails on the first difference; rank 0 prints a line a mixture of tables.
+Argument: prepared data. No id has a row yet in a new managed table, so each reads the last row of the rank that its
+hash falls to. Fails on the first difference; rank 0 prints a line a mixture of tables.
 """
 
 from __future__ import annotations

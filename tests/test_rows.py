@@ -14,12 +14,16 @@ import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from flm_torchrec.config.schema import DistributedConfig, TrainConfig
 from flm_torchrec.data.prepare import Options, prepare
 from flm_torchrec.data.prepared import PreparedData, load_prepared
 from flm_torchrec.data.rows import MANAGED_IDS, by_table, look_ups, mix, parse_tables
 from flm_torchrec.data.schema import Feature, Schema, Table
 from flm_torchrec.data.sources import synthetic
+from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.distributed.managed import check_managed
+from flm_torchrec.distributed.plan import make_plan
+from flm_torchrec.distributed.shard import make_optimizer, shard
 from flm_torchrec.errors import ConfigError, DataError
 from flm_torchrec.model.tables import EVICTION_INTERVAL, user_tables
 from tests.conftest import ROOT
@@ -133,6 +137,38 @@ def test_ids_never_seen_change_nothing_outside_training() -> None:
     for _ in range(2 * EVICTION_INTERVAL):
         assert set(rows_of(list(range(1000, 1050)))) == {7}
     assert all(torch.equal(t, known[name]) for name, t in collection.state_dict().items())
+
+
+def test_a_row_that_a_new_id_takes_starts_from_nothing() -> None:
+    """Weights and optimizer state: what FBGEMM's kernel does on a GPU and managed.py on a CPU."""
+    schema = Schema("s", "s", users=10**9, items=1, interactions=1, tables={"user_id": Table("zch", 8, "lru")})
+    config = TrainConfig(sparse_lr=0.1)
+    with process_group(DistributedConfig(device="cpu", threads=1)) as comm:
+        _, managed = user_tables(schema, dim=4)
+        assert managed is not None
+        plan = make_plan(managed, comm, DistributedConfig(), 8)
+        model = shard(managed, plan, comm, config)
+        optimizer = make_optimizer(model, config)
+
+        def look_up(ids: list[int]) -> torch.Tensor:
+            lengths = torch.ones(len(ids), dtype=torch.int64)
+            return model(KeyedJaggedTensor(["user_id"], torch.tensor(ids), lengths=lengths))[0].to_dict()["user_id"]
+
+        def state() -> torch.Tensor:
+            (of_table,) = model.fused_optimizer.state_dict()["state"].values()
+            return of_table["user_id.momentum1"].local_shards()[0].tensor[:7].clone()
+
+        for step in range(1, 3 * EVICTION_INTERVAL + 1):
+            ids = list(range(100, 107) if step <= 2 * EVICTION_INTERVAL else range(200, 207))
+            found = look_up(ids)
+            taken_in = step in (EVICTION_INTERVAL, 3 * EVICTION_INTERVAL)
+            assert taken_in == (found.abs().max() == 0)
+            if taken_in:
+                assert state().count_nonzero() == 0
+            optimizer.zero_grad()
+            (found - 1).square().sum().backward()
+            optimizer.step()
+        assert state().count_nonzero() == 7
 
 
 def test_a_churn_of_new_ids_stays_in_its_memory_and_spares_the_regular_ones() -> None:

@@ -103,14 +103,14 @@ def process_group(config: DistributedConfig) -> Iterator[Comm]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if device.type == "cpu":
         cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(config.threads or max(1, cores // _ranks_on_this_host()))
+        torch.set_num_threads(config.threads or max(1, cores // ranks_on_this_host()))
     try:
         yield Comm(dist.get_rank(), dist.get_world_size(), local_world_size, device)
     finally:
         dist.destroy_process_group()
 
 
-def _ranks_on_this_host() -> int:
+def ranks_on_this_host() -> int:
     """Of all agents: LOCAL_WORLD_SIZE counts those of one, and a host may have several."""
     names: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(names, socket.gethostname())
