@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -76,6 +77,7 @@ def train_on(hosts: list[Host], ranks: int, run: Path, options: list[str]) -> di
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
+    shutil.rmtree(run, ignore_errors=True)
     agents = []
     for number, host in enumerate(hosts):
         command = [
@@ -83,7 +85,7 @@ def train_on(hosts: list[Host], ranks: int, run: Path, options: list[str]) -> di
             "--nproc_per_node", str(ranks), "--rdzv_backend", "c10d", "--rdzv_id", run.name,
             "--rdzv_endpoint", f"{hosts[0].address}:{port}", "--local_addr", host.address,
             "--rdzv_conf", f"is_host={int(number == 0)},join_timeout=60,connect_timeout=30",
-            "-m", "flm_torchrec.train", "--train.run", str(run), "--train.overwrite", "true", *options,
+            "-m", "flm_torchrec.train", "--train.run", str(run), *options,
         ]  # fmt: skip
         environment = {
             **os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "LOGLEVEL": "INFO",
