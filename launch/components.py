@@ -3,11 +3,14 @@
 The schedulers are torchx's own: slurm, kubernetes (Volcano), aws_batch. `--dryrun` shows what would be submitted.
 """
 
+import socket
+
 # torchx reads the types of the parameters from the source and knows only typing's old names.
 from typing import Dict, List, Optional
 
 from torchx import specs
 from torchx.components import dist
+from torchx.specs.finder import ComponentValidationException
 
 
 def pretrain(
@@ -19,6 +22,7 @@ def pretrain(
     memory_gib: int = 1000,
     image: str = "flm_torchrec:latest",
     max_retries: int = 0,
+    rdzv_port: int = 0,
     env: Optional[Dict[str, str]] = None,
     mounts: Optional[List[str]] = None,
 ) -> specs.AppDef:
@@ -34,11 +38,16 @@ def pretrain(
         image: container image with the package installed (kubernetes, aws_batch); slurm runs in the submitting
             folder
         max_retries: times the scheduler starts the job anew after a failure
+        rdzv_port: port on the first machine where agents meet; 0: one that is free here, so that two jobs on one
+            machine do not meet
         env: environment variables, A=1,B=2
         mounts: type=bind,src=/host,dst=/job and so on, as torchx takes them
     """
     if gpu and nproc_per_node > gpu:
-        raise ValueError(f"--nproc_per_node {nproc_per_node} is more than --gpu {gpu}: a rank takes one GPU")
+        # torchx shows this error as a line, any other as a traceback.
+        raise ComponentValidationException(
+            f"--nproc_per_node {nproc_per_node} is more than --gpu {gpu}: a rank takes one GPU; lower the first"
+        )
     return dist.ddp(
         *script_args,
         m="flm_torchrec.train",
@@ -48,7 +57,15 @@ def pretrain(
         gpu=gpu,
         memMB=memory_gib * 1024,
         j=f"{nodes}x{nproc_per_node}",
-        env=dict(env or {}),
+        # Finds .venv for jobs that start in this folder; in an image, which has no such file, bash passes over it.
+        env={"BASH_ENV": "launch/env.sh", **(env or {})},
         max_retries=max_retries,
+        rdzv_port=rdzv_port or _free_port(),
         mounts=mounts,
     )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

@@ -61,6 +61,20 @@ def test_losses_and_ranks_do_not_depend_on_ranks_or_sharding(  # type: ignore[no
     assert np.mean(np.array(many["ranks"]) == np.array(one[negatives]["ranks"])) > 0.95
 
 
+def test_a_dense_part_in_slices_learns_alike(ranks, small: PreparedData, tmp_path: Path, one: dict[str, dict]) -> None:  # type: ignore[no-untyped-def]
+    """FSDP: the same losses, clipping included, and a checkpoint that one rank reads whole."""
+    sliced = "distributed.dense=fsdp"
+    many = steps(ranks, small, tmp_path / "many.json", 4, sliced, "loss.negatives=16")
+    np.testing.assert_allclose(many["losses"], one["16"]["losses"], rtol=1e-4)
+    run, options = tmp_path / "run", [f"--{pair}" for pair in (*SMALL, sliced)]
+    ranks(2, [*FLM, "train", f"--data.path={small.path}", f"--train.run={run}", "--train.epochs=2", *options])
+    found = []
+    for count in (2, 1):
+        ranks(count, [*FLM, "evaluate", "--run", str(run)])
+        found.append((run / "evaluation-test.json").read_text())
+    assert found[0] == found[1]
+
+
 FLM = ["-m", "flm_torchrec", "--"]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from flm_torchrec.data.prepared import PreparedData
+from launch.components import pretrain
 from tests.conftest import ROOT
 
 
@@ -48,6 +49,11 @@ def test_a_wrong_option_ends_the_job_with_its_line(tmp_path: Path) -> None:
             "queue=research",
             [r"nvidia\.com/gpu: '8'", r"memory: 1024000M", r"queue: research", r"image: mine:1"],
         ),
+        (
+            "aws_batch",
+            "queue=research",
+            [r"type: GPU value: '8'", r"type: MEMORY value: 1024000", r"numNodes: 2", r"queue: research"],
+        ),
     ],
 )
 def test_what_clusters_would_get(scheduler: str, config: str, expected: list[str]) -> None:
@@ -56,10 +62,48 @@ def test_what_clusters_would_get(scheduler: str, config: str, expected: list[str
         "--nproc_per_node", "8", "--image", "mine:1", "--", "--config", "configs/beauty.yaml",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for pattern in [*expected, r"--nnodes 2", r"--nproc_per_node 8", r"configs/beauty\.yaml"]:
+    for pattern in [
+        *expected,
+        r"BASH_ENV",
+        r"launch/env\.sh",
+        r"--nnodes 2",
+        r"--nproc_per_node 8",
+        r"configs/beauty\.yaml",
+    ]:
         assert re.search(pattern, re.sub(r"['\s]+", " ", done.stdout).replace(": 8 ", ": '8' ")), pattern
 
 
-def test_more_ranks_than_gpus_are_refused() -> None:
+def test_more_ranks_than_gpus_are_refused_in_a_line() -> None:
     done = torchx("-s", "slurm", "--dryrun", "launch/components.py:pretrain", "--nproc_per_node", "9")
     assert done.returncode != 0 and "a rank takes one GPU" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_two_jobs_of_two_agents_meet_apart_on_one_machine() -> None:
+    """Locally agents meet on this machine, so each job has a port of its own."""
+    ports = set()
+    for _ in range(2):
+        role = pretrain(nodes=2, nproc_per_node=1, gpu=0).roles[0]
+        ports |= {role.port_map["c10d"]}
+        assert f":{role.port_map['c10d']} " in role.args[1]
+    assert len(ports) == 2 and 29500 not in ports
+    assert pretrain(nodes=2, gpu=8, rdzv_port=29500).roles[0].port_map == {"c10d": 29500}
+
+
+def test_variables_of_ones_own_do_not_lose_the_environment() -> None:
+    assert pretrain(env={"A": "1"}).roles[0].env.items() >= {"A": "1", "BASH_ENV": "launch/env.sh"}.items()
+    assert pretrain(env={"BASH_ENV": "mine.sh"}).roles[0].env["BASH_ENV"] == "mine.sh"
+
+
+def test_two_hosts_train_one_job(small: PreparedData, tmp_path: Path) -> None:
+    """In network namespaces where this machine allows them, else on two loopback addresses, as the tool then says."""
+    options = ["--data.path", str(small.path), "--train.max_steps", "4", "--train.log_every", "4", "--model.dim", "16"]
+    command = [sys.executable, str(ROOT / "tools" / "two_hosts.py"), "--output", str(tmp_path), "--", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert re.search("^two (network namespaces|agents on two loopback addresses)", done.stdout, re.MULTILINE)
+    agent = r"agent on (\S+): .*group_rank=(\d), group_world_size=2, .*global_ranks=\[(\d)\]"
+    agents = re.findall(agent, done.stdout)
+    assert len({address for address, _, _ in agents}) == 2
+    assert {(group, rank) for _, group, rank in agents} == {("0", "0"), ("1", "1")}
+    assert done.stdout.endswith("equal\n")

@@ -143,6 +143,10 @@ class DistributedConfig:
             " compute_kernels: [...], min_partition: N, pooling_factors: [...]}"
         ),
     ] = ""
+    dense: Annotated[
+        Literal["ddp", "fsdp"],
+        Field(description="dense part on every rank: ddp, whole; fsdp: a slice of its weights and optimizer state"),
+    ] = "ddp"
     threads: Annotated[int, Field(ge=0, description="CPU threads per rank; 0: cores / local ranks")] = 0
     memory_gib: Annotated[
         float, Field(ge=0, description="memory the planner may fill per rank, in GiB; 0: what the device has")

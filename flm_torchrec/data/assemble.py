@@ -11,6 +11,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.prepared import EntityFeatures, PreparedData, Ragged, spans
+from flm_torchrec.data.rows import look_ups
 from flm_torchrec.data.schema import Feature
 
 GAP_BUCKETS = 32
@@ -125,7 +126,7 @@ class Assembler:
     def _features(
         self, source: EntityFeatures, features: list[Feature], rows: np.ndarray, least: int
     ) -> KeyedJaggedTensor:
-        taken = {f.name: source.sparse[f.name].take(rows) for f in features}
+        taken = {f.name: self._look_ups(source, f, rows) for f in features}
         short = max(0, least - len(rows))
         if short:
             taken = {
@@ -136,8 +137,13 @@ class Assembler:
 
     def _users(self, user: np.ndarray) -> KeyedJaggedTensor:
         known = self.user_known[user] > 0
-        ids = Ragged(np.concatenate([[0], np.cumsum(known)]), user[known])
-        return _kjt({"user_id": ids, **{f.name: self.data.users.sparse[f.name].take(user) for f in self.user_features}})
+        ids = look_ups(self.data.schema.table("user_id"), user[known])
+        features = {f.name: self._look_ups(self.data.users, f, user) for f in self.user_features}
+        return _kjt({"user_id": Ragged(np.concatenate([[0], np.cumsum(known)]), ids), **features})
+
+    def _look_ups(self, source: EntityFeatures, feature: Feature, rows: np.ndarray) -> Ragged:
+        taken = source.sparse[feature.name].take(rows)
+        return Ragged(taken.offsets, look_ups(self.data.schema.table(feature.table), taken.values))
 
     def _time(self, shown: np.ndarray, first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """[T] int64; without timestamps all zero."""

@@ -62,6 +62,11 @@ def _add_cleaning(group: Any) -> None:
         help="rows of a text feature's table, into which words are hashed (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
+        "--tables", default="", metavar="NAME=KIND:ROWS,…",
+        help="for user_id or a sparse feature with more ids than rows: hash:ROWS, or zch:ROWS[:lfu|lru], where the ids"
+        " seen most or last keep a row each (default: every id has a row)",
+    )  # fmt: skip
+    group.add_argument(
         "--keep-unseen-items", action="store_true", help="also keep described items without events (default: drop)"
     )
 
@@ -121,10 +126,12 @@ def run(args: argparse.Namespace) -> None:
     _check_input(args.source, args.input)
     # Imported here: a wrong option should be told at once.
     from flm_torchrec.data.prepare import Options, check_output, prepare
+    from flm_torchrec.data.rows import parse_tables
 
     check_output(args.output, args.overwrite)
     options = Options(
-        args.k_core, args.min_value, args.dedup, args.min_count, args.text_buckets, args.keep_unseen_items
+        args.k_core, args.min_value, args.dedup, args.min_count, args.text_buckets, args.keep_unseen_items,
+        parse_tables(args.tables),
     )
     report = prepare(SOURCES[args.source](args), args.output, options, args.overwrite)
     _tell(report, args.output, time.monotonic() - started)

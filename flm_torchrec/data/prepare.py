@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,7 +16,8 @@ import polars as pl
 from flm_torchrec.data.clean import Dropped, deduplicate, drop_bad, in_order, k_core
 from flm_torchrec.data.features import Encoded, encode
 from flm_torchrec.data.raw import Raw
-from flm_torchrec.data.schema import Entity, Schema
+from flm_torchrec.data.rows import by_table
+from flm_torchrec.data.schema import Entity, Schema, Table
 from flm_torchrec.errors import DataError
 
 ROWS_PER_FILE = 5_000_000
@@ -32,6 +33,7 @@ class Options:
     min_count: int = 1
     text_buckets: int = 10_000
     keep_unseen_items: bool = False
+    tables: dict[str, Table] = field(default_factory=dict)
 
 
 def prepare(raw: Raw, output: Path, options: Options, overwrite: bool = False) -> dict[str, Any]:
@@ -62,10 +64,11 @@ def prepare(raw: Raw, output: Path, options: Options, overwrite: bool = False) -
         encode(f, (items if f.entity == "item" else users)[f.name], options.min_count, options.text_buckets)
         for f in raw.features
     ]
+    features = tuple(e.feature for e in encoded)
     schema = Schema(
         name=raw.name, source=raw.source, users=len(users), items=len(items), interactions=len(frame),
         events=tuple(events), timestamps=raw.timestamps, title=raw.title,
-        features=tuple(e.feature for e in encoded),
+        features=features, tables=by_table(options.tables, features),
     )  # fmt: skip
     report = _report(raw, frame, schema, items, dropped, options)
     with _whole(output) as folder:

@@ -14,9 +14,33 @@ from flm_torchrec.errors import DataError
 
 Kind = Literal["categorical", "multi_categorical", "text", "numeric", "dense"]
 Entity = Literal["user", "item"]
+TableKind = Literal["direct", "hash", "zch"]
+Eviction = Literal["lfu", "lru"]
 
 SPARSE_KINDS: tuple[Kind, ...] = ("categorical", "multi_categorical", "text")
 DENSE_KINDS: tuple[Kind, ...] = ("numeric", "dense")
+
+
+@dataclass(frozen=True)
+class Table:
+    """How the ids of an embedding table come to its rows.
+
+    direct: each id has a row of its own; hash: ids share `rows` rows by a hash, for good; zch: the ids seen most
+    (lfu) or last (lru) have a row of `rows` each, the others share the last row (TorchRec's managed collision).
+    """
+
+    kind: TableKind = "direct"
+    rows: int = 0
+    """Of hash and zch; direct has as many as there are ids."""
+    eviction: Eviction = "lfu"
+    """Of zch."""
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("kind", get_args(TableKind)), ("eviction", get_args(Eviction))):
+            if getattr(self, name) not in kinds:
+                raise ValueError(f"{name} '{getattr(self, name)}' is not one of {', '.join(kinds)}")
+        if self.kind != "direct" and not (isinstance(self.rows, int) and self.rows >= 2):
+            raise ValueError(f"{self.kind} needs 'rows' of at least 2, not {self.rows!r}")
 
 
 @dataclass(frozen=True)
@@ -64,6 +88,11 @@ class Schema:
     title: str = ""
     """Column of items.parquet to show to people (a string); empty: the item's key."""
     features: tuple[Feature, ...] = field(default=())
+    tables: dict[str, Table] = field(default_factory=dict)
+    """By name of a table, "user_id" or that of a feature; direct where it is not named."""
+
+    def table(self, name: str) -> Table:
+        return self.tables.get(name, Table())
 
     def of(self, entity: Entity, *, sparse: bool) -> tuple[Feature, ...]:
         return tuple(f for f in self.features if f.entity == entity and f.sparse == sparse)
@@ -84,6 +113,8 @@ class Schema:
         record = asdict(self)
         record["events"] = list(self.events)
         record["features"] = [{k: v for k, v in asdict(f).items() if v not in ("", 0)} for f in self.features]
+        if not self.tables:
+            del record["tables"]
         path.write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
 
     @classmethod
@@ -91,19 +122,24 @@ class Schema:
         """Read and check `schema.yaml`.
 
         Raises:
-            DataError: the file is missing, is no YAML, or has an unknown key, kind, or an impossible size.
+            DataError: the file is missing, is no YAML, or has an unknown key, kind, table, or an impossible size.
         """
         if not path.is_file():
             raise DataError(f"{path}: not found; make the data with 'flm prepare --output {path.parent}'")
         try:
             record = yaml.safe_load(path.read_text(encoding="utf-8"))
             features = tuple(Feature(**f) for f in record.pop("features", ()))
-            schema = cls(**{**record, "events": tuple(record["events"])}, features=features)
-        except (yaml.YAMLError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+            tables = {name: Table(**t) for name, t in record.pop("tables", {}).items()}
+            schema = cls(**{**record, "events": tuple(record["events"])}, features=features, tables=tables)
+        except (yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise DataError(f"{path}: not a schema ({reason}); prepare the data again") from error
         for feature in schema.features:
             _check(feature, path)
+        known = ["user_id", *(f.table for f in schema.features if f.sparse)]
+        for name in tables:
+            if name not in known:
+                raise DataError(f"{path}: tables: no table '{name}' to choose rows for; {nearest(name, known)}")
         return schema
 
 

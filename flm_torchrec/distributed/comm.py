@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -159,15 +160,15 @@ def process_group(config: DistributedConfig) -> Iterator[Comm]:
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(config.threads or max(1, cores // local_world_size))
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=config.timeout)
     store, launch = join(backend, timeout)
     control = dist.new_group(timeout=timeout, backend="gloo")
     # A disk may take its time: a rank that waits there for others has not hung.
     saving = dist.new_group(timeout=10 * timeout, backend="gloo")
+    if device.type == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(config.threads or max(1, cores // ranks_on_this_host(control)))
     try:
         yield Comm(dist.get_rank(), dist.get_world_size(), local_world_size, device, control, saving, launch)
     except RuntimeError as error:
@@ -176,6 +177,13 @@ def process_group(config: DistributedConfig) -> Iterator[Comm]:
         raise RunError(_who_is_lost(dist.PrefixStore("roll-call", store), config.timeout, error)) from error
     finally:
         dist.destroy_process_group()
+
+
+def ranks_on_this_host(group: dist.ProcessGroup) -> int:
+    """Of all agents: LOCAL_WORLD_SIZE counts those of one, and a host may have several."""
+    names: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname(), group=group)
+    return names.count(socket.gethostname())
 
 
 def _who_is_lost(store: dist.Store, timeout: float, error: RuntimeError) -> str:

@@ -18,11 +18,8 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 
 from flm_torchrec.config import nearest
 from flm_torchrec.config.schema import STRICT, DistributedConfig
-from flm_torchrec.distributed.sharders import sharders
+from flm_torchrec.distributed.sharders import AUTO_TYPES, sharders
 from flm_torchrec.errors import ConfigError
-
-AUTO_TYPES = ("table_wise", "row_wise")
-"""What the planner may choose by itself: whole rows, on which row-wise Adagrad's result does not depend."""
 
 KERNELS = ("fused", "fused_uvm_caching", "fused_uvm")
 """In the device's memory; in host memory with a cache on the device; in host memory. The last two on a GPU only."""

@@ -17,6 +17,7 @@ from torchrec.distributed.types import (
     ShardingPlan,
     ShardMetadata,
 )
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
 
 from flm_torchrec.config import nearest
 from flm_torchrec.distributed.comm import Comm
@@ -126,7 +127,8 @@ def _modules(model: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     for path, module in model.named_modules():
         if not any(path.startswith(f"{inner}.") for inner in found.values()):
-            configs = getattr(module, "embedding_bag_configs", None) or getattr(module, "embedding_configs", None)
+            tables = module._embedding_module if isinstance(module, ManagedCollisionEmbeddingBagCollection) else module
+            configs = getattr(tables, "embedding_bag_configs", None) or getattr(tables, "embedding_configs", None)
             found.update({table.name: path for table in configs()} if configs else {})
     return found
 

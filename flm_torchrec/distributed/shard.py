@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import _apply_optimizer_in_backward
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torch.distributed.tensor import DTensor
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.optim import Adagrad, Adam, RowWiseAdagrad
@@ -20,34 +23,46 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from flm_torchrec.config.schema import TrainConfig
 from flm_torchrec.distributed.comm import Comm
-from flm_torchrec.distributed.sharders import sharders
+from flm_torchrec.distributed.sharders import check_whole_rows, sharders
 from flm_torchrec.errors import ConfigError
 
 SPARSE_OPTIMIZERS = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": Adagrad, "adam": Adam}
 BLOCK_ROWS = 65536
 
 
-def shard(model: nn.Module, plan: ShardingPlan, comm: Comm, config: TrainConfig) -> DistributedModelParallel:
+def shard(
+    model: nn.Module, plan: ShardingPlan, comm: Comm, config: TrainConfig, sliced: Sequence[nn.Module] = ()
+) -> DistributedModelParallel:
     """Fuse the tables' optimizer into backward, shard by the plan, and set the tables' first values.
 
+    Args:
+        sliced: dense modules of the model whose weights are to lie in slices over the ranks (FSDP); others are
+            whole on each (DDP).
+
     Raises:
-        ConfigError: the optimizer has no kernel on this device.
+        ConfigError: the optimizer has no kernel on this device, or does not go with the plan.
     """
     if config.sparse_optimizer == "adam" and comm.device.type == "cpu":
         raise ConfigError("train.sparse_optimizer: 'adam' has no CPU kernel in FBGEMM; use 'rowwise_adagrad'")
+    check_whole_rows(plan, config.sparse_optimizer)
     optimizer = SPARSE_OPTIMIZERS[config.sparse_optimizer]
     for module in model.modules():
         if isinstance(module, EmbeddingBagCollection | EmbeddingCollection):
             _apply_optimizer_in_backward(optimizer, module.parameters(), {"lr": config.sparse_lr})
+    parameters = {p for module in sliced for p in module.parameters()}
+    names = [name for name, p in model.named_parameters() if p in parameters]
+    for module in sliced:
+        fully_shard(module.to(comm.device), mesh=init_device_mesh(comm.device.type, (comm.world_size,)))
     sharded = DistributedModelParallel(
         module=model,
         env=ShardingEnv.from_process_group(torch.distributed.GroupMember.WORLD),
         device=comm.device,
         plan=plan,
         sharders=sharders(),
+        data_parallel_wrapper=DefaultDataParallelWrapper(params_to_ignore=names),
     )
     for name, tensor in sharded.state_dict().items():
-        if isinstance(tensor, ShardedTensor):
+        if isinstance(tensor, ShardedTensor) and tensor.dtype.is_floating_point:  # else the ids of a managed table
             _initialise(name, tensor, config.seed)
     return sharded
 
@@ -64,8 +79,15 @@ def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Comb
             lr=config.dense_lr,
         )
 
+    world = torch.distributed.GroupMember.WORLD
+    # Without its group a sliced parameter would be passed over: TorchRec asks its local slice for a gradient.
+    sliced = {p: [world] for p in dense.values() if isinstance(p, DTensor)}
     clipped = GradientClippingOptimizer(
-        KeyedOptimizerWrapper(dense, adamw), clipping=GradientClipping.NORM, max_gradient=config.clip
+        KeyedOptimizerWrapper(dense, adamw),
+        clipping=GradientClipping.NORM,
+        max_gradient=config.clip,
+        enable_global_grad_clip=bool(sliced),
+        param_to_pgs=sliced,  # type: ignore[arg-type]
     )
     return CombinedOptimizer([("tables", model.fused_optimizer), ("dense", clipped)])  # type: ignore[list-item]
 

@@ -13,8 +13,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 
 from flm_torchrec.distributed.capacity import Workload, plan_on, report
 from flm_torchrec.distributed.cluster import Cluster
-from flm_torchrec.distributed.constraints import AUTO_TYPES, Rules
+from flm_torchrec.distributed.constraints import Rules
 from flm_torchrec.distributed.planner import Infeasible
+from flm_torchrec.distributed.sharders import AUTO_TYPES
 
 MOST_RANKS = 1024
 META = torch.device("meta")

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from flm_torchrec.config.schema import LossConfig, ModelConfig
 from flm_torchrec.data.batch import Batch
@@ -99,12 +99,12 @@ class Dense(nn.Module):
         self,
         batch: Batch,
         item_id: dict[str, JaggedTensor],
-        item_features: KeyedTensor | None,
-        users: KeyedTensor,
+        item_features: list[KeyedTensor],
+        users: list[KeyedTensor],
         history: dict[str, JaggedTensor],
     ) -> tuple[Tensor, Outputs]:
         ids = item_id["item_id"].values()
-        features = _join(item_features, self.item_keys)[: len(ids)] if item_features is not None else ids[:, :0]
+        features = _join(item_features, self.item_keys)[: len(ids)] if item_features else ids[:, :0]
         looked = Looked(
             item_id=ids,
             item_features=features,
@@ -200,8 +200,8 @@ class PretrainModel(nn.Module):
     def __init__(self, schema: Schema, model: ModelConfig, loss: LossConfig, max_tokens: int, gather: Gather) -> None:
         super().__init__()
         self.item_id = item_id_table(schema, model.dim)
-        self.item_features = item_feature_tables(schema, model.dim)
-        self.users = user_tables(schema, model.dim)
+        self.item_features, self.managed_item_features = item_feature_tables(schema, model.dim)
+        self.users, self.managed_users = user_tables(schema, model.dim)
         self.history = history_tables(schema, model.dim)
         self.dense = self.dense_kind(schema, model, loss, max_tokens, gather)
 
@@ -211,15 +211,21 @@ class PretrainModel(nn.Module):
         The loss is scaled such that the mean of its gradients over the ranks is the gradient of the global mean.
         """
         item_id = self.item_id(batch.item_ids)
-        features = self.item_features(batch.item_features) if self.item_features is not None else None
-        users = self.users(batch.users)
+        features = _pooled(self.item_features, self.managed_item_features, batch.item_features)
+        users = _pooled(self.users, self.managed_users, batch.users)
         history = self.history(batch.history)
         return self.dense(batch, item_id, features, users, history)
 
 
-def _join(features: KeyedTensor, keys: list[str]) -> Tensor:
+def _pooled(fixed: nn.Module | None, managed: nn.Module | None, features: KeyedJaggedTensor) -> list[KeyedTensor]:
+    """What the tables give for their keys; a managed one also tells which rows, which nobody asks."""
+    found = [] if fixed is None else [fixed(features)]
+    return found if managed is None else [*found, managed(features)[0]]
+
+
+def _join(features: list[KeyedTensor], keys: list[str]) -> Tensor:
     """[rows, len(keys) * D] in the order of keys, which a sharding plan may have changed."""
-    parts = features.to_dict()
+    parts = {key: values for tables in features for key, values in tables.to_dict().items()}
     return torch.cat([parts[key] for key in keys], 1)
 
 

@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
+from torchrec.modules.mc_modules import (
+    LFU_EvictionPolicy,
+    LRU_EvictionPolicy,
+    ManagedCollisionCollection,
+    ManagedCollisionModule,
+    MCHManagedCollisionModule,
+)
 
 from flm_torchrec.data.assemble import GAP_BUCKETS
+from flm_torchrec.data.rows import MANAGED_IDS
 from flm_torchrec.data.schema import Feature, Schema
+from flm_torchrec.errors import RunError
 
 # A string here would not do: TorchRec compares with torch.device("meta") to know that there is nothing to copy.
 META = torch.device("meta")
+EVICTION_INTERVAL = 10
+"""Steps after which a managed table takes in new ids in place of others."""
+
+Bags = tuple[EmbeddingBagCollection | None, ManagedCollisionEmbeddingBagCollection | None]
+"""Pooled tables of fixed rows, and those whose rows are given to ids as they come."""
+
+
+class ManagedIds(MCHManagedCollisionModule):
+    """TorchRec's map of ids to rows, with an error that says what to do."""
+
+    def validate_state(self) -> None:
+        """After loading: rows merge onto fewer ranks, but a rank's rows hold ids of all its range, in no order."""
+        try:
+            super().validate_state()
+        except AssertionError as error:
+            raise RunError(
+                f"table '{self._name}': managed rows can be read by as many ranks as wrote them, or a divisor of that,"
+                " not by these; start as many"
+            ) from error
 
 
 def item_id_table(schema: Schema, dim: int) -> EmbeddingCollection:
@@ -19,16 +51,16 @@ def item_id_table(schema: Schema, dim: int) -> EmbeddingCollection:
     return EmbeddingCollection(tables=[config], device=META)
 
 
-def item_feature_tables(schema: Schema, dim: int) -> EmbeddingBagCollection | None:
-    """Tables of the items' sparse features, or None where there are none."""
-    features = schema.of("item", sparse=True)
-    return EmbeddingBagCollection(tables=_bags(features, dim), device=META) if features else None
+def item_feature_tables(schema: Schema, dim: int) -> Bags:
+    """Tables of the items' sparse features."""
+    return _split(_bags(schema, schema.of("item", sparse=True), dim), schema)
 
 
-def user_tables(schema: Schema, dim: int) -> EmbeddingBagCollection:
+def user_tables(schema: Schema, dim: int) -> Bags:
     """The table of user ids, which an unknown user leaves out, and those of the users' sparse features."""
-    ids = EmbeddingBagConfig(name="user_id", embedding_dim=dim, num_embeddings=schema.users, feature_names=["user_id"])
-    return EmbeddingBagCollection(tables=[ids, *_bags(schema.of("user", sparse=True), dim)], device=META)
+    rows = _rows(schema, "user_id", schema.users)
+    ids = EmbeddingBagConfig(name="user_id", embedding_dim=dim, num_embeddings=rows, feature_names=["user_id"])
+    return _split([ids, *_bags(schema, schema.of("user", sparse=True), dim)], schema)
 
 
 def history_tables(schema: Schema, dim: int) -> EmbeddingCollection:
@@ -43,7 +75,37 @@ def history_tables(schema: Schema, dim: int) -> EmbeddingCollection:
     )
 
 
-def _bags(features: tuple[Feature, ...], dim: int) -> list[EmbeddingBagConfig]:
+def _rows(schema: Schema, name: str, ids: int) -> int:
+    table = schema.table(name)
+    return ids if table.kind == "direct" else table.rows
+
+
+def _split(configs: list[EmbeddingBagConfig], schema: Schema) -> Bags:
+    fixed = [c for c in configs if schema.table(c.name).kind != "zch"]
+    # A row starts from zero whenever a new id takes it.
+    managed = [replace(c, init_fn=nn.init.zeros_) for c in configs if schema.table(c.name).kind == "zch"]
+    tables = EmbeddingBagCollection(tables=fixed, device=META) if fixed else None
+    if not managed:
+        return tables, None
+    policies = {"lfu": LFU_EvictionPolicy, "lru": LRU_EvictionPolicy}
+    modules: dict[str, ManagedCollisionModule] = {
+        c.name: ManagedIds(
+            name=c.name,
+            zch_size=c.num_embeddings,
+            device=torch.device("cpu"),  # the map of ids must hold values before it is sharded
+            eviction_policy=policies[schema.table(c.name).eviction](),
+            eviction_interval=EVICTION_INTERVAL,
+            input_hash_size=MANAGED_IDS,
+            buckets=c.num_embeddings,  # any number of ranks that divides the rows
+        )
+        for c in managed
+    }
+    collection = EmbeddingBagCollection(tables=managed, device=META)
+    ids = ManagedCollisionCollection(modules, collection.embedding_bag_configs())
+    return tables, ManagedCollisionEmbeddingBagCollection(collection, ids)
+
+
+def _bags(schema: Schema, features: tuple[Feature, ...], dim: int) -> list[EmbeddingBagConfig]:
     """One table for each name in the schema; features that name the same table share it."""
     by_table: dict[str, list[Feature]] = {}
     for feature in features:
@@ -52,7 +114,7 @@ def _bags(features: tuple[Feature, ...], dim: int) -> list[EmbeddingBagConfig]:
         EmbeddingBagConfig(
             name=table,
             embedding_dim=dim,
-            num_embeddings=max(f.cardinality for f in shared),
+            num_embeddings=_rows(schema, table, max(f.cardinality for f in shared)),
             feature_names=[f.name for f in shared],
             pooling=PoolingType.SUM if all(f.kind == "categorical" for f in shared) else PoolingType.MEAN,
         )

@@ -20,6 +20,7 @@ from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.distributed.constraints import Lookup
+from flm_torchrec.distributed.managed import check_managed
 from flm_torchrec.distributed.plan import make_plan
 from flm_torchrec.distributed.planfile import describe
 from flm_torchrec.distributed.shard import make_optimizer, shard
@@ -194,9 +195,12 @@ def build(
     model = make_model(schema, config, comm)
     if freeze:
         _freeze(model, config)
+    check_managed(model, comm.world_size, config.distributed.sharding)
     batch_size = -(-config.train.batch_size // comm.world_size)
     plan = make_plan(model, comm, config.distributed, batch_size, config.train.sparse_optimizer, looked)
-    return shard(model, plan, comm, config.train), plan
+    # The fusion stays whole: its weights are set by hand after training.
+    sliced = [m for name, m in model.dense.tower.named_children() if name != "fusion"]
+    return shard(model, plan, comm, config.train, sliced if config.distributed.dense == "fsdp" else []), plan
 
 
 def make_model(schema: Schema, config: Config, comm: Comm) -> PretrainModel:

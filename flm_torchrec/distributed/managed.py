@@ -1,0 +1,65 @@
+"""Managed (ZCH) tables on any device: TorchRec's sharder, with what FBGEMM lacks on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchrec.distributed.mc_embeddingbag import (
+    ManagedCollisionEmbeddingBagCollectionSharder,
+    ShardedManagedCollisionEmbeddingBagCollection,
+)
+from torchrec.distributed.types import ParameterSharding, ShardingEnv
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
+
+from flm_torchrec.errors import ConfigError
+
+
+class _Sharded(ShardedManagedCollisionEmbeddingBagCollection):
+    def _evict(self, evictions_per_table: dict[str, Tensor | None]) -> None:
+        """Rows given to new ids start from zero, weights and optimizer state, as FBGEMM's kernel does on a GPU."""
+        if self._device.type != "cpu":
+            super()._evict(evictions_per_table)
+            return
+        for table, rows in evictions_per_table.items():
+            if rows is None:
+                continue
+            lookup, index = self._table_to_tbe_and_index[table]
+            with torch.no_grad():
+                lookup.split_embedding_weights()[int(index)][rows] = 0
+                for state in lookup.split_optimizer_states()[int(index)]:
+                    state[rows] = 0
+
+
+class ManagedBagSharder(ManagedCollisionEmbeddingBagCollectionSharder):
+    """Row-wise alone, which is all that TorchRec has for these tables."""
+
+    def shard(
+        self, module: ManagedCollisionEmbeddingBagCollection, params: dict[str, ParameterSharding], env: ShardingEnv,
+        device: torch.device | None = None, module_fqn: str | None = None,
+    ) -> _Sharded:  # fmt: skip
+        assert device is not None
+        return _Sharded(
+            module, params, ebc_sharder=self._e_sharder, mc_sharder=self._mc_sharder, env=env, device=device  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+def check_managed(model: nn.Module, ranks: int, sharding: str) -> None:
+    """Refuse what TorchRec cannot shard, before it is asked.
+
+    Raises:
+        ConfigError: a managed table whose rows do not divide by the ranks, or that is to be sharded otherwise.
+    """
+    for module in model.modules():
+        if not isinstance(module, ManagedCollisionEmbeddingBagCollection):
+            continue
+        for table in module._managed_collision_collection.embedding_configs():
+            if table.num_embeddings % ranks:
+                raise ConfigError(
+                    f"table '{table.name}': its {table.num_embeddings} managed rows do not divide by {ranks} ranks;"
+                    " prepare the data with a multiple of them in --tables"
+                )
+            if sharding not in ("auto", "row_wise"):
+                raise ConfigError(
+                    f"distributed.sharding: '{sharding}' does not go with the managed table '{table.name}', which is"
+                    " row_wise alone; use auto or row_wise"
+                )
