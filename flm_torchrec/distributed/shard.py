@@ -23,6 +23,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from flm_torchrec.config.schema import TrainConfig
 from flm_torchrec.distributed.comm import Comm
+from flm_torchrec.distributed.replicas import Replicated, group_of
 from flm_torchrec.distributed.sharders import check_whole_rows, sharders
 from flm_torchrec.errors import ConfigError
 
@@ -31,13 +32,15 @@ BLOCK_ROWS = 65536
 
 
 def shard(
-    model: nn.Module, plan: ShardingPlan, comm: Comm, config: TrainConfig, sliced: Sequence[nn.Module] = ()
+    model: nn.Module, plan: ShardingPlan, comm: Comm, config: TrainConfig, sliced: Sequence[nn.Module] = (),
+    replicas: int = 1,
 ) -> DistributedModelParallel:
     """Fuse the tables' optimizer into backward, shard by the plan, and set the tables' first values.
 
     Args:
         sliced: dense modules of the model whose weights are to lie in slices over the ranks (FSDP); others are
             whole on each (DDP).
+        replicas: groups of ranks that each hold all tables; the plan is for the ranks of one.
 
     Raises:
         ConfigError: the optimizer has no kernel on this device, or does not go with the plan.
@@ -53,14 +56,19 @@ def shard(
     names = [name for name, p in model.named_parameters() if p in parameters]
     for module in sliced:
         fully_shard(module.to(comm.device), mesh=init_device_mesh(comm.device.type, (comm.world_size,)))
-    sharded = DistributedModelParallel(
-        module=model,
-        env=ShardingEnv.from_process_group(torch.distributed.GroupMember.WORLD),
-        device=comm.device,
-        plan=plan,
-        sharders=sharders(),
-        data_parallel_wrapper=DefaultDataParallelWrapper(params_to_ignore=names),
-    )
+    wrapper = DefaultDataParallelWrapper(params_to_ignore=names)
+    sharded: DistributedModelParallel
+    if replicas > 1:
+        sharded = Replicated(model, plan, comm, group_of(comm, replicas), wrapper)
+    else:
+        sharded = DistributedModelParallel(
+            module=model,
+            env=ShardingEnv.from_process_group(torch.distributed.GroupMember.WORLD),
+            device=comm.device,
+            plan=plan,
+            sharders=sharders(),
+            data_parallel_wrapper=wrapper,
+        )
     for name, tensor in sharded.state_dict().items():
         if isinstance(tensor, ShardedTensor) and tensor.dtype.is_floating_point:  # else the ids of a managed table
             _initialise(name, tensor, config.seed)
