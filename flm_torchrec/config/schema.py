@@ -147,6 +147,13 @@ class DistributedConfig:
         Literal["ddp", "fsdp"],
         Field(description="dense part on every rank: ddp, whole; fsdp: a slice of its weights and optimizer state"),
     ] = "ddp"
+    replicas: Annotated[
+        Count,
+        Field(
+            description="groups of ranks that each hold all tables, and average them after every step (2D parallelism);"
+            " divides the ranks; 1: all ranks are one group"
+        ),
+    ] = 1
     threads: Annotated[int, Field(ge=0, description="CPU threads per rank; 0: cores / local ranks")] = 0
     memory_gib: Annotated[
         float, Field(ge=0, description="memory the planner may fill per rank, in GiB; 0: what the device has")

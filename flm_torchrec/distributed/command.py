@@ -100,6 +100,8 @@ def _question(args: argparse.Namespace, cluster: Cluster) -> Question:
     config = config_from_arguments(args)
     if config.distributed.plan:
         raise ConfigError("distributed.plan: 'flm plan' makes a plan; leave it out, or compare two plans with --diff")
+    if config.distributed.replicas > 1:
+        raise ConfigError("distributed.replicas: 'flm plan' plans one replica; leave it out, and give the nodes of one")
     if config.distributed.memory_gib:
         raise ConfigError("distributed.memory_gib: give it as the hardware's, with --set hbm_gib=N or host_gib=N")
     for kernel in args.kernels:

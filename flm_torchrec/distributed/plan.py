@@ -19,6 +19,7 @@ from flm_torchrec.distributed.constraints import Lookup, constraints, read_rules
 from flm_torchrec.distributed.estimate import dense_bytes
 from flm_torchrec.distributed.planfile import load_plan
 from flm_torchrec.distributed.planner import Infeasible, solve
+from flm_torchrec.distributed.replicas import group_of
 from flm_torchrec.errors import ConfigError
 
 
@@ -30,7 +31,7 @@ def make_plan(
     optimizer: str,
     lookups: Mapping[str, Lookup],
 ) -> ShardingPlan:
-    """Plan the model's tables over the ranks, or read `config.plan`; the same on every rank; collective.
+    """Plan the model's tables over the ranks of one replica, or read `config.plan`; the same on every rank; collective.
 
     Args:
         batch_size: sequences per rank and step.
@@ -41,17 +42,19 @@ def make_plan(
         ConfigError: the tables do not fit, with the table at fault; or a file does not fit the model.
     """
 
+    group = group_of(comm, config.replicas)
+
     def attempt() -> ShardingPlan | ConfigError:
         try:
             if config.plan:
-                return load_plan(Path(config.plan), model, comm)
+                return load_plan(Path(config.plan), model, group)
             rules = read_rules(config, [table.name for table in table_configs(model)])
             allowed = constraints(model, rules, lookups)
-            topology, pipeline = _topology(comm, config), pipeline_of(comm.device.type)
+            topology, pipeline = _topology(comm, group, config), pipeline_of(comm.device.type)
             return solve(model, topology, batch_size, allowed, optimizer, dense_bytes(model), pipeline).plan
         except Infeasible as error:
             return ConfigError(
-                f"the tables do not fit on {comm.world_size} ranks: {error}; use more ranks, a smaller model.dim, a"
+                f"the tables do not fit on {group.world_size} ranks: {error}; use more ranks, a smaller model.dim, a"
                 " --min-count in 'flm prepare', or raise distributed.memory_gib; 'flm plan' says what would fit"
             )
         except ConfigError as error:
@@ -69,7 +72,7 @@ def pipeline_of(device: str) -> PipelineType:
     return PipelineType.TRAIN_SPARSE_DIST if device == "cuda" else PipelineType.NONE
 
 
-def _topology(comm: Comm, config: DistributedConfig) -> Topology:
+def _topology(comm: Comm, group: Comm, config: DistributedConfig) -> Topology:
     given = int(config.memory_gib * 2**30) or None
     memory: dict[str, int | None]
     if comm.device.type == "cuda":
@@ -78,8 +81,8 @@ def _topology(comm: Comm, config: DistributedConfig) -> Topology:
         memory = {"ddr_cap_bytes": given or psutil.virtual_memory().total // comm.local_world_size}
     return TopologyFactory.create_topology(
         trainer_config=TrainerConfig(
-            world_size=comm.world_size,
-            local_world_size=comm.local_world_size,
+            world_size=group.world_size,
+            local_world_size=group.local_world_size,
             **memory,  # type: ignore[arg-type]
         ),
         kernel_config=KernelConfig(compute_device=comm.device.type),

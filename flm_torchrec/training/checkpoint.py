@@ -312,7 +312,9 @@ def _names(state: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def _bytes(tensor: ShardedTensor) -> int:
-    return sum(shard.tensor.numel() * shard.tensor.element_size() for shard in tensor.local_shards())
+    """That this rank writes: replicas share the work."""
+    own = sum(shard.tensor.numel() * shard.tensor.element_size() for shard in tensor.local_shards())
+    return own * dist.get_world_size(tensor._process_group) // dist.get_world_size()
 
 
 def _copies(state: dict[str, Any]) -> dict[str, Any]:

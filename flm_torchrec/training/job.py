@@ -124,7 +124,7 @@ class Job:
             validate: instead of the ranking of validation examples.
         """
         config, data, comm = self.config, self.data, self.comm
-        record.write_json("plan.json", describe(self.plan, self.comm.world_size))
+        record.write_json("plan.json", describe(self.plan, self.comm.world_size // config.distributed.replicas))
         ranks = validate is None
         valid = _sample(self.scope.splits.valid, config.train.eval_users, config.train.seed)
         encode = self.encoder(valid)
@@ -195,12 +195,13 @@ def build(
     model = make_model(schema, config, comm)
     if freeze:
         _freeze(model, config)
-    check_managed(model, comm.world_size, config.distributed.sharding)
+    check_managed(model, comm.world_size, config.distributed)
     batch_size = -(-config.train.batch_size // comm.world_size)
     plan = make_plan(model, comm, config.distributed, batch_size, config.train.sparse_optimizer, looked)
     # The fusion stays whole: its weights are set by hand after training.
     sliced = [m for name, m in model.dense.tower.named_children() if name != "fusion"]
-    return shard(model, plan, comm, config.train, sliced if config.distributed.dense == "fsdp" else []), plan
+    sliced = sliced if config.distributed.dense == "fsdp" else []
+    return shard(model, plan, comm, config.train, sliced, config.distributed.replicas), plan
 
 
 def make_model(schema: Schema, config: Config, comm: Comm) -> PretrainModel:

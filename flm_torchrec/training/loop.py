@@ -19,6 +19,7 @@ from flm_torchrec.config.schema import TrainConfig
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.loader import Prefetch, TrainLoader
 from flm_torchrec.distributed.comm import Comm
+from flm_torchrec.distributed.replicas import average_replicas
 from flm_torchrec.errors import Interrupted
 from flm_torchrec.model.pretrain import Outputs
 from flm_torchrec.training.checkpoint import Checkpoints, Progress
@@ -173,6 +174,7 @@ class PlainSteps:
             return None
         loss.backward()
         self.optimizer.step()
+        average_replicas(self.model)  # as TorchRec's pipeline does by itself
         return outputs
 
     def release(self) -> None:

@@ -41,8 +41,9 @@ def restore(run: str | Path, overrides: Sequence[str] = ()) -> Iterator[Restored
     if not (run / "config.yaml").is_file():
         raise RunError(f"{run}: no config.yaml, so no run folder; make one with 'flm train --train.run {run}'")
     read_meta(run / BEST)
-    # The plan of the training may be for another number of ranks; a checkpoint loads under any.
-    config = load_config(run / "config.yaml", ["distributed.plan=''", *overrides])
+    # The plan and replicas of the training may be for another number of ranks; a checkpoint loads under any.
+    own = ["distributed.plan=''", "distributed.replicas=1"]
+    config = load_config(run / "config.yaml", [*own, *overrides])
     if config.finetune.task == "label" and config.finetune.source:
         raise RunError(f"{run}: was fine-tuned to tell labels, not to rank; its test metrics are in finetune.json")
     data = load_data(config)
