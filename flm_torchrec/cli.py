@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from flm_torchrec.config import nearest
 from flm_torchrec.data import command as data_command
+from flm_torchrec.distributed import command as distributed_command
 from flm_torchrec.errors import FlmError
 from flm_torchrec.evaluation import command as evaluation_command
 from flm_torchrec.export import command as export_command
@@ -31,15 +32,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; 0 on success, 2 with one line on standard error where the user can mend it."""
+    """Run a subcommand; 0 on success, else one line on standard error.
+
+    2 where the user can mend it, 75 where training was asked to stop (SIGTERM) and can go on from its checkpoint.
+    """
     parser = _Parser(prog="flm", description=__doc__, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (data_command, training_command, evaluation_command, export_command):
+    for command in (data_command, distributed_command, training_command, evaluation_command, export_command):
         command.add_parser(subparsers)
     args = parser.parse_args(argv)
     try:
         args.run(args)
     except FlmError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     return 0

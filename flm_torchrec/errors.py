@@ -4,6 +4,8 @@
 class FlmError(Exception):
     """Base of all errors raised at the edge: names the file, row or field, what is wrong and how to mend it."""
 
+    exit_code = 2
+
 
 class ConfigError(FlmError):
     """A config file or a command-line override is wrong."""
@@ -15,3 +17,9 @@ class DataError(FlmError):
 
 class RunError(FlmError):
     """A run folder, checkpoint or export is missing, incomplete or does not fit."""
+
+
+class Interrupted(FlmError):
+    """Asked to stop (SIGTERM), and all is saved: start it again to go on."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: not done, try again

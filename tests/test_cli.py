@@ -31,7 +31,7 @@ def finished(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def test_a_run_folder_holds_what_it_should(finished: Path) -> None:
     assert load_config(finished / "config.yaml").train.max_steps == 10
-    tables = json.loads((finished / "plan.json").read_text())
+    tables = json.loads((finished / "plan.json").read_text())["tables"]
     assert {"item_id", "user_id", "item_genre", "user_interests", "event", "gap"} <= set(tables)
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss/sequential"] for line in lines if "loss/sequential" in line]
@@ -90,8 +90,8 @@ def test_early_stopping_keeps_the_best(small: PreparedData, tmp_path: Path) -> N
         (["train", "--config", "{d}/none.yaml"], "none.yaml: No such file"),
         (["train", "--train.batchsize", "3"], "did you mean '--train.batch_size'"),
         (["train", "--train.batch_size", "many"], "train.batch_size"),
-        (["train", "--data.path", "{data}", "--train.run", "{run}"], "--train.overwrite true"),
-        (["train", "--data.path", "{data}", "--train.run", "{d}", "--train.overwrite", "true"], "is no run folder"),
+        (["train", "--data.path", "{data}", "--train.run", "{run}"], "--train.existing replace"),
+        (["train", "--data.path", "{data}", "--train.run", "{d}", "--train.existing", "replace"], "is no run folder"),
         (["train", "--data.path", "{data}", "--train.run", "{d}/r", "--train.sparse_optimizer", "adam"], "CPU kernel"),
         (["train", "--data.path", "{data}", "--train.run", "{d}/r", "--distributed.device", "cuda"], "sees no GPU"),
         (["train", "--data.path", "{data}", "--train.run", "{d}/r", "--train.select", "loss"], "no validation metric"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -157,12 +158,19 @@ def test_labels_are_told_from_pretrained_and_from_new_weights(rated: Path, tmp_p
     hidden = ["--data.path", str(rated), "--data.values", "false"]
     assert main(["train", *hidden, "--train.run", str(source), *SMALL]) == 0
     task = ["--finetune.task", "label", "--train.max_steps", "60", "--train.dense_lr", "0.01"]
+    task += ["--train.checkpoint_every", "20", "--distributed.threads", "1"]
     assert tune(source, run, *task) == 0
     report = json.loads((run / "finetune.json").read_text())
     assert report["task"] == "label" and set(report["test"]) == {"pretrained", "scratch"}
     for test in report["test"].values():
         assert test["label/auc"] > 0.85 and test["label/ne"] < 0.8 and test["label/events"] == 16 * 12
     assert main(["evaluate", "--run", str(run / "pretrained")]) == 2  # it tells labels, it does not rank
+    assert tune(source, run, *task) == 2
+    # As if it had been stopped in the midst of the control: the states before are there, the end is not.
+    (run / "finetune.json").unlink()
+    shutil.rmtree(max((run / "scratch" / "checkpoints").glob("step-*")))
+    assert tune(source, run, *task, "--train.existing", "resume") == 0
+    assert json.loads((run / "finetune.json").read_text()) == report
 
 
 def test_two_ranks_fine_tune_as_one(ranks, rated: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -4,43 +4,56 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import islice
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from flm_torchrec.config import load_config
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.distributed.comm import process_group
+from flm_torchrec.training.guard import Guard
 from flm_torchrec.training.job import Job
-from flm_torchrec.training.loop import pipelined_steps, plain_steps
+from flm_torchrec.training.loop import STEPS
 from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.scope import scope_of
 
 
-def losses(data: PreparedData, pipelined: bool) -> list[float]:
+def losses(data: PreparedData, kind: str, folder: Path) -> list[float]:
+    """Of eight steps, between which the model encodes users, as validation does."""
     fixed = ["model.dropout=0", "model.id_dropout=0", "model.user_id_dropout=0", "model.dim=16", "train.batch_size=32"]
     config = load_config(None, fixed)
     with process_group(config.distributed) as comm:
         job = Job(config, data, scope_of(config, data), comm)
         job.model.train()
-        schedule = Schedule(job.optimizer, 2, 8)
-        batches = islice((batch for epoch in range(8) for batch in job.loader.epoch(epoch)), 8)
-        steps = pipelined_steps if pipelined else plain_steps
-        found = steps(job.model, job.optimizer, schedule, batches, comm.device)
-        return [float(torch.stack(list(outputs.losses.values())).sum()) for outputs in found]
+        encode = job.encoder(job.scope.splits.valid)
+        steps = STEPS[kind](
+            job.model, job.optimizer, Schedule(job.optimizer, 2, 8), comm.device, Guard(comm, "stop", folder)
+        )
+        batches = islice(job.loader.after(0), 8)
+        found = []
+        for step in range(8):
+            outputs = steps.take(batches, step)
+            assert outputs is not None
+            found.append(float(torch.stack(list(outputs.losses.values())).sum()))
+            if step % 3 == 0:
+                steps.release()
+                found.append(float(encode.users(np.arange(5))["fused"].sum()))
+        return found
 
 
-def test_pipelined_steps_are_plain_steps(small: PreparedData) -> None:
-    plain, pipelined = losses(small, False), losses(small, True)
-    assert len(plain) == 8 and plain[-1] < plain[0]
+def test_pipelined_steps_are_plain_steps(small: PreparedData, tmp_path: Path) -> None:
+    plain, pipelined = losses(small, "cpu", tmp_path), losses(small, "cuda", tmp_path)
+    assert len(plain) == 8 + 3 and plain[-1] < plain[0]
     assert pipelined == pytest.approx(plain, rel=1e-5)
 
 
-def test_without_item_features_the_model_still_trains(small: PreparedData) -> None:
+def test_without_item_features_the_model_still_trains(small: PreparedData, tmp_path: Path) -> None:
     bare = dataclasses.replace(small, schema=dataclasses.replace(small.schema, features=()))
     bare = dataclasses.replace(
         bare,
         items=dataclasses.replace(small.items, sparse={}, dense=small.items.dense[:, :0]),
         users=dataclasses.replace(small.users, sparse={}, dense=small.users.dense[:, :0]),
     )
-    assert len(losses(bare, True)) == len(losses(bare, False)) == 8
+    assert len(losses(bare, "cuda", tmp_path)) == len(losses(bare, "cpu", tmp_path)) == 8 + 3

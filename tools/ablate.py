@@ -68,7 +68,7 @@ def read_study(file: Path, config: str | None, output: Path, seeds: Sequence[int
     for name in only or variants:
         for seed in seeds:
             folder = output / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{seed}"
-            settings = {**variants[name], "train.seed": seed, "train.run": str(folder), "train.overwrite": True}
+            settings = {**variants[name], "train.seed": seed, "train.run": str(folder), "train.existing": "replace"}
             overrides = [
                 f"{key}={yaml.safe_dump(value, default_flow_style=True).split(chr(10))[0]}"
                 for key, value in settings.items()

@@ -32,7 +32,7 @@ def execute(folder: Path, arguments: Sequence[str]) -> str | None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.parent / f"{folder.name}.log"
     flm = [sys.executable, "-m", "flm_torchrec", "finetune"]
-    command = [*flm, "--train.run", str(folder), "--train.overwrite", "true", *arguments]
+    command = [*flm, "--train.run", str(folder), "--train.existing", "replace", *arguments]
     with log.open("w", encoding="utf-8") as output:
         if subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode:
             return f"{folder}: failed, see {log}"

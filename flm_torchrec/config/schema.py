@@ -137,6 +137,16 @@ class DistributedConfig:
         Literal["ddp", "fsdp"],
         Field(description="dense part on every rank: ddp, whole; fsdp: a slice of its weights and optimizer state"),
     ] = "ddp"
+    plan: Annotated[
+        str, Field(description="plan.json of a run or of 'flm plan' to shard by, as it is; empty: the planner plans")
+    ] = ""
+    constraints: Annotated[
+        str,
+        Field(
+            description="YAML file of what the planner may do with single tables: TABLE: {sharding_types: [...],"
+            " compute_kernels: [...], min_partition: N, pooling_factors: [...]}"
+        ),
+    ] = ""
     threads: Annotated[int, Field(ge=0, description="CPU threads per rank; 0: cores / local ranks")] = 0
     memory_gib: Annotated[
         float, Field(ge=0, description="memory the planner may fill per rank, in GiB; 0: what the device has")
@@ -151,7 +161,13 @@ class TrainConfig:
     run: Annotated[str, Field(description="run folder: config, plan, metrics, log, curves, checkpoint")] = (
         "runs/default"
     )
-    overwrite: Annotated[bool, Field(description="replace an existing run folder")] = False
+    existing: Annotated[
+        Literal["refuse", "replace", "resume"],
+        Field(
+            description="what to do with a run folder that exists; resume: go on at its newest whole checkpoint, as a"
+            " job that its launcher starts anew always does"
+        ),
+    ] = "refuse"
     seed: Annotated[int, Field(ge=0, description="of weights, shuffling, dropout and negatives")] = 0
     batch_size: Annotated[Count, Field(description="sequences per step, over all ranks together")] = 256
     epochs: Annotated[Count, Field(description="passes over the training events, at most")] = 30
@@ -176,6 +192,13 @@ class TrainConfig:
         "sequential/ndcg@10"
     )
     log_every: Annotated[Count, Field(description="steps between lines of metrics.jsonl")] = 10
+    checkpoint_every: Annotated[
+        int, Field(ge=0, description="steps between checkpoints to resume from; 0: only when training ends")
+    ] = 100
+    non_finite: Annotated[
+        Literal["stop", "skip"],
+        Field(description="a loss of NaN or infinity; skip: leave the batch out, ten in a row stop the run"),
+    ] = "stop"
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Literal
 
 import numpy as np
@@ -87,14 +88,22 @@ class TrainLoader:
     def __len__(self) -> int:
         return -(-len(self.spans) // self.batch_size)
 
-    def epoch(self, number: int) -> Iterator[Batch]:
+    def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
+        """Batches of an epoch from the `first` on, the same ones whatever came before."""
         order = np.random.default_rng([self.seed, number]).permutation(len(self.spans))
-        for step in range(len(self)):
+        for step in range(first, len(self)):
             rows = order[step * self.batch_size : (step + 1) * self.batch_size]
             rng = np.random.default_rng([self.seed, number, step])
             drawn = self.negatives.draw(rng, self.rank, self.world_size)
             user, start, end = self._share(rows)
             yield self.assembler.training(user, start, end, drawn)
+
+    def after(self, steps: int) -> Iterator[Batch]:
+        """Batches without end, those of the first `steps` steps left out: how a run resumes, at any number of ranks."""
+        epoch, first = divmod(steps, len(self))
+        yield from self.epoch(epoch, first)
+        for number in count(epoch + 1):
+            yield from self.epoch(number)
 
     def _share(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rank's rows, with empty spans so that every rank has equally many: sharded pooling needs one stride."""
@@ -112,10 +121,10 @@ class Prefetch:
         self.source = source
         self.buffer: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
         self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self._fill, daemon=True)
-        self.thread.start()
 
     def __iter__(self) -> Generator[Batch, None, None]:
+        thread = threading.Thread(target=self._fill, daemon=True)
+        thread.start()
         try:
             while (item := self.buffer.get()) is not None:
                 if isinstance(item, BaseException):
@@ -123,7 +132,7 @@ class Prefetch:
                 yield item
         finally:
             self.stopped.set()
-            self.thread.join()  # a thread still inside PyTorch when the interpreter ends would abort the process
+            thread.join()  # a thread still inside PyTorch when the interpreter ends would abort the process
 
     def _fill(self) -> None:
         try:

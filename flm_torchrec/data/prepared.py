@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +16,9 @@ import pyarrow.parquet as pq
 
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.errors import DataError
+
+FOOTER = 65536
+"""Bytes at the end of a file that its fingerprint covers."""
 
 
 def spans(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -73,6 +79,31 @@ class PreparedData:
     def event_users(self) -> np.ndarray:
         """[interactions] int64: whose event it is."""
         return np.repeat(np.arange(self.schema.users), np.diff(self.offsets))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the schema and of the size and end of every file, which tells other data at no cost that grows.
+
+        The end of a Parquet file has the sizes of its column chunks, with least and greatest value of each.
+        """
+        digest = hashlib.sha256((self.path / "schema.yaml").read_bytes())
+        for file in sorted(self.path.rglob("*.parquet")):
+            digest.update(str(file.relative_to(self.path)).encode())
+            with file.open("rb") as stream:
+                size = stream.seek(0, os.SEEK_END)
+                stream.seek(max(0, size - FOOTER))
+                digest.update(size.to_bytes(8, "little") + stream.read())
+        return digest.hexdigest()
+
+    def save_vocabulary(self, folder: Path) -> None:
+        """Write what rows of the tables stand for: the schema, keys of users and items, values behind codes."""
+        folder.mkdir()
+        shutil.copy(self.path / "schema.yaml", folder)
+        for entity in ("user", "item"):
+            file = f"{entity}s.parquet"
+            pq.write_table(_read(self.path / file, [f"{entity}_id", f"{entity}_key"]), folder / file)
+        if (self.path / "vocab").is_dir():
+            shutil.copytree(self.path / "vocab", folder / "vocab")
 
     @cached_property
     def user_keys(self) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal, get_args
 
 import yaml
@@ -62,6 +62,10 @@ class Feature:
     """Rows of the table (sparse kinds)."""
     width: int = 0
     """Numbers per row (dense kinds; 1 for numeric)."""
+
+    def __post_init__(self) -> None:
+        if PurePath(self.name).name != self.name:  # its vocabulary becomes a file of that name
+            raise DataError(f"feature '{self.name}': a name cannot hold a path; rename it")
 
     @property
     def sparse(self) -> bool:

@@ -1,71 +1,72 @@
-"""Which rank holds which rows: the planner's choice, readable and saved with the run."""
+"""Which rank holds which rows: the planner's choice, or that of a file."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
 
 import psutil
 import torch
 from torch import nn
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import KernelConfig, PlannerError, TopologyFactory, TrainerConfig
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.distributed.collective_utils import invoke_on_rank_and_broadcast_result
+from torchrec.distributed.planner import Topology
+from torchrec.distributed.planner.types import KernelConfig, TopologyFactory, TrainerConfig
+from torchrec.distributed.types import PipelineType, ShardingPlan
 
 from flm_torchrec.config.schema import DistributedConfig
 from flm_torchrec.distributed.comm import Comm
-from flm_torchrec.distributed.sharders import AUTO_TYPES, sharders
+from flm_torchrec.distributed.constraints import Lookup, constraints, read_rules, table_configs
+from flm_torchrec.distributed.estimate import dense_bytes
+from flm_torchrec.distributed.planfile import load_plan
+from flm_torchrec.distributed.planner import Infeasible, solve
 from flm_torchrec.errors import ConfigError
 
-RESERVED = 0.15
-"""Share of the memory kept from tables, for the dense part, activations and batches."""
 
-
-def make_plan(model: nn.Module, comm: Comm, config: DistributedConfig, batch_size: int) -> ShardingPlan:
-    """Plan the model's tables over the ranks; the same on every rank.
+def make_plan(
+    model: nn.Module,
+    comm: Comm,
+    config: DistributedConfig,
+    batch_size: int,
+    optimizer: str,
+    lookups: Mapping[str, Lookup],
+) -> ShardingPlan:
+    """Plan the model's tables over the ranks, or read `config.plan`; the same on every rank; collective.
 
     Args:
         batch_size: sequences per rank and step.
+        optimizer: of the tables, by its name in the config.
+        lookups: by feature, of one sequence.
 
     Raises:
-        ConfigError: the tables do not fit, with the planner's own reason.
+        ConfigError: the tables do not fit, with the table at fault; or a file does not fit the model.
     """
-    planner = EmbeddingShardingPlanner(
-        topology=_topology(comm, config),
-        batch_size=batch_size,
-        storage_reservation=FixedPercentageStorageReservation(RESERVED),
-        constraints=_constraints(model, config),
-        debug=False,
-    )
-    try:
-        return planner.collective_plan(model, sharders(), torch.distributed.GroupMember.WORLD)
-    except PlannerError as error:
-        reason = " ".join(str(error).split())[:400]
-        raise ConfigError(
-            f"the tables do not fit on {comm.world_size} ranks: {reason}; use more ranks, a smaller model.dim,"
-            " a --min-count in 'flm prepare', or raise distributed.memory_gib"
-        ) from error
+
+    def attempt() -> ShardingPlan | ConfigError:
+        try:
+            if config.plan:
+                return load_plan(Path(config.plan), model, comm)
+            rules = read_rules(config, [table.name for table in table_configs(model)])
+            allowed = constraints(model, rules, lookups)
+            topology, pipeline = _topology(comm, config), pipeline_of(comm.device.type)
+            return solve(model, topology, batch_size, allowed, optimizer, dense_bytes(model), pipeline).plan
+        except Infeasible as error:
+            return ConfigError(
+                f"the tables do not fit on {comm.world_size} ranks: {error}; use more ranks, a smaller model.dim, a"
+                " --min-count in 'flm prepare', or raise distributed.memory_gib; 'flm plan' says what would fit"
+            )
+        except ConfigError as error:
+            return error
+
+    # The error is handed round too, or the other ranks would wait for a plan that never comes.
+    found = invoke_on_rank_and_broadcast_result(torch.distributed.GroupMember.WORLD, 0, attempt)
+    if isinstance(found, ConfigError):
+        raise found
+    return found
 
 
-def describe(plan: ShardingPlan) -> dict[str, Any]:
-    """The plan as JSON: for each table its sharding type, kernel and shards (rank, first row and column, size)."""
-    tables = {}
-    for path, module in plan.plan.items():
-        assert isinstance(module, EmbeddingModuleShardingPlan)
-        for table, choice in module.items():
-            shards = choice.sharding_spec.shards if choice.sharding_spec else []  # type: ignore[attr-defined]
-            tables[table] = {
-                "module": path,
-                "sharding_type": choice.sharding_type,
-                "kernel": choice.compute_kernel,
-                "shards": [
-                    {"rank": s.placement.rank(), "offset": list(s.shard_offsets), "size": list(s.shard_sizes)}
-                    for s in shards
-                ],
-            }
-    return tables
+def pipeline_of(device: str) -> PipelineType:
+    """The input pipeline that training uses there."""
+    return PipelineType.TRAIN_SPARSE_DIST if device == "cuda" else PipelineType.NONE
 
 
 def _topology(comm: Comm, config: DistributedConfig) -> Topology:
@@ -83,19 +84,3 @@ def _topology(comm: Comm, config: DistributedConfig) -> Topology:
         ),
         kernel_config=KernelConfig(compute_device=comm.device.type),
     )
-
-
-def _constraints(model: nn.Module, config: DistributedConfig) -> dict[str, ParameterConstraints]:
-    types = AUTO_TYPES if config.sharding == "auto" else [config.sharding]
-    kernels = [EmbeddingComputeKernel.FUSED.value]
-    return {
-        table.name: ParameterConstraints(sharding_types=types, compute_kernels=kernels)
-        for module in model.modules()
-        if isinstance(module, EmbeddingBagCollection | EmbeddingCollection)
-        for table in _tables(module)
-    }
-
-
-def _tables(module: EmbeddingBagCollection | EmbeddingCollection) -> list[Any]:
-    bags = isinstance(module, EmbeddingBagCollection)
-    return module.embedding_bag_configs() if bags else module.embedding_configs()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -106,3 +107,25 @@ def _blocks(name: str, seed: int, start: int, end: int, dim: int) -> Iterator[tu
     for block in range(start // BLOCK_ROWS, -(-end // BLOCK_ROWS)):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name}/{seed}/{block}".encode()))
         yield block * BLOCK_ROWS, torch.randn(BLOCK_ROWS, dim, generator=generator) * dim**-0.5
+
+
+def prepare_state(optimizer: CombinedOptimizer, names: Iterable[str]) -> None:
+    """Make room for the state of the dense optimizer, which comes into being with the first step.
+
+    Args:
+        names: state that a checkpoint holds, such as `dense.WEIGHT.exp_avg`. What had no gradient has no state.
+    """
+    dense = dict(optimizer.optimizers)["dense"]
+    held = set(names)
+    for key, parameter in dense.params.items():
+        if f"dense.{key}.step" in held:
+            parameter.grad = torch.zeros_like(parameter)
+    dense.step()  # moves the weights, which the checkpoint then sets
+    dense.zero_grad()
+
+
+def set_step(model: nn.Module, step: int) -> None:
+    """Tell the tables' kernels how many steps they have done, which Adam corrects its moments by."""
+    for module in model.modules():
+        if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
+            module.set_optimizer_step(step)

@@ -23,9 +23,6 @@ BAG_TYPES = [
 ]
 """Of pooled tables; TorchRec's EmbeddingCollection has only the three above."""
 
-AUTO_TYPES = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value]
-"""What the planner may choose by itself: whole rows, so that no optimizer's result depends on its choice."""
-
 WHOLE_ROW_OPTIMIZERS = ("rowwise_adagrad",)
 """Optimizers with one number a row, which needs the whole row in one place."""
 

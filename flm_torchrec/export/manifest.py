@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from flm_torchrec.errors import RunError
 
@@ -52,6 +52,8 @@ def load_manifest(folder: Path) -> Manifest:
     if manifest.format != FORMAT:
         raise RunError(f"{file}: format {manifest.format}, this version reads {FORMAT}; export again")
     for name, digest in manifest.sha256.items():
+        if PurePath(name).name != name:
+            raise RunError(f"{file}: '{name}' lies outside the folder; export again")
         if not (folder / name).is_file():
             raise RunError(f"{folder / name}: not found; export again")
         if sha256(folder / name) != digest:

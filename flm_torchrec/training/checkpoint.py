@@ -1,60 +1,265 @@
-"""The best model of a run on disk, readable at any number of ranks."""
+"""The checkpoints of a run: the best model, and the newest whole states to resume from."""
 
 from __future__ import annotations
 
-import json
 import shutil
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future
+from copy import deepcopy
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed.remote_device import _remote_device
+from torchrec.optim.keyed import CombinedOptimizer
 
 from flm_torchrec.distributed.comm import Comm
+from flm_torchrec.distributed.shard import prepare_state, set_step
 from flm_torchrec.errors import RunError
+from flm_torchrec.training import storage
 
-META = "meta.json"
+CHECKPOINTS = "checkpoints"
+BEST = f"{CHECKPOINTS}/best"
 DENSE = "dense."
+RNG = "rng."
+LEAVE = 10.0
+"""Seconds that an error waits for a save under way."""
+KEPT = 2
+"""Newest states that are kept: should one turn out damaged, there is the one before."""
 
 
-def save_checkpoint(folder: Path, model: nn.Module, meta: dict[str, Any], comm: Comm) -> None:
-    """Write the model's shards and `meta`; collective. An older checkpoint stays until the new one is whole."""
-    fresh = folder.with_name(folder.name + ".tmp")
-    if comm.main:
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
-    comm.barrier()
-    dcp.save({"model": model.state_dict()}, checkpoint_id=fresh)
-    if comm.main:
-        (fresh / META).write_text(json.dumps(meta, indent=2), encoding="utf-8")
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    comm.barrier()
+@dataclass
+class Progress:
+    """Where training stands: with the tensors of a state, all that going on needs. The loader follows from `step`."""
+
+    step: int = 0
+    seconds: float = 0.0
+    """Spent in steps and their checkpoints."""
+    best: float | None = None
+    best_step: int = 0
+    stale: int = 0
+    """Validations since the best."""
 
 
-def load_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
+class Checkpoints:
+    """Writes and finds the checkpoints of one run; every method is collective.
+
+    Args:
+        run: run folder, which all ranks see.
+        data: fingerprint of the prepared data.
+    """
+
+    def __init__(self, run: Path, model: nn.Module, optimizer: CombinedOptimizer, comm: Comm, data: str) -> None:
+        self.best = run / BEST
+        self.folder = run / CHECKPOINTS
+        self.model = model
+        self.optimizer = optimizer
+        self.comm = comm
+        self.data = data
+        self.pending: tuple[Future[None], threading.Thread] | None = None
+        self.failed = ""
+
+    def check_space(self) -> None:
+        """Raise RunError, on every rank, where the disk has no room for the checkpoints that a run keeps."""
+        leaves = _leaves(self._state())
+        own = sum(_bytes(tensor) for tensor in leaves if isinstance(tensor, ShardedTensor))
+        # AdamW will hold two more of each dense tensor.
+        dense = 3 * sum(t.numel() * t.element_size() for t in leaves if not isinstance(t, ShardedTensor))
+        # The kept states and the one being written; the best model twice while it is replaced.
+        need = (KEPT + 3) * (sum(self.comm.gather(own)) + dense)
+
+        def check() -> None:
+            nonlocal need
+            held = [file for folder in (self.best, *self._states()) for file in folder.glob("*")]
+            need -= sum(file.stat().st_size for file in held)
+            free = shutil.disk_usage(self.best.parents[1]).free
+            if free < need:
+                raise RunError(
+                    f"{self.folder}: checkpoints need up to {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free;"
+                    " make room, or give another --train.run"
+                )
+
+        self.comm.on_main(check)
+
+    def save(self, progress: Progress, folder: Path | None = None) -> None:
+        """Copy the state now, write it while training goes on; waits for the one before.
+
+        Args:
+            folder: where to, if it is no state to resume from.
+
+        A save that fails leaves `failed` and the older checkpoints; `finish` raises if it was the last. So does one
+        of weights that are no numbers, unless it has a folder of its own: it would take the place of one that has use.
+        """
+        self.wait()
+        tensors = _copies({**self._state(), f"{RNG}{self.comm.rank}": torch.get_rng_state()})
+        if self.comm.device.type == "cuda":
+            tensors[f"{RNG}cuda.{self.comm.rank}"] = torch.cuda.get_rng_state()
+        broken = any(not bool(t.isfinite().all()) for t in _leaves(tensors) if not isinstance(t, ShardedTensor))
+        if self.comm.any(broken)[0] and folder is None:
+            self.failed = f"{self.folder}: the weights after step {progress.step} are not all numbers, so not saved"
+            return
+        meta = {**asdict(progress), "data": self.data, "ranks": self.comm.world_size}
+        target = (folder or self.folder) / f"step-{progress.step:09d}"
+        future: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                storage.write(target, tensors, meta, self.comm.saving)
+                if self.comm.main:
+                    self._retire()
+                future.set_result(None)
+            except BaseException as error:
+                future.set_exception(error)
+
+        thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        thread.start()
+        self.pending = future, thread
+
+    def wait(self) -> None:
+        """Wait for the save under way, if any, and note how it ended."""
+        if self.pending is None:
+            return
+        (future, thread), self.pending, self.failed = self.pending, None, ""
+        thread.join()
+        try:
+            future.result()
+        except RunError as error:
+            self.failed = str(error)
+
+    def close(self) -> None:
+        """Leave no thread behind that writes, where training ends by an error; it has ended or soon will."""
+        if self.pending is not None:
+            self.pending[1].join(LEAVE)
+
+    def finish(self) -> None:
+        """Wait for the last save.
+
+        Raises:
+            RunError: it failed.
+        """
+        self.wait()
+        if self.failed:
+            raise RunError(self.failed)
+
+    def save_best(self, meta: dict[str, Any]) -> None:
+        """Write the model as the best one, before training goes on.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        self.wait()
+        storage.write(self.best, {"model": self.model.state_dict()}, {**meta, "data": self.data}, self.comm.saving)
+
+    def restore(self) -> tuple[Progress, list[Path], list[str]] | None:
+        """Load the newest state that is whole and undamaged; None where there is none.
+
+        Returns also the states found damaged, and what is wrong with them and with the best model.
+
+        Raises:
+            RunError: the state is of other data, or does not fit the model.
+        """
+        damaged: list[Path] = []
+        told: list[str] = []
+        for folder in self.comm.gather(self._states())[0]:
+            wrong = find_damage(folder, self.comm)
+            if wrong:
+                damaged.append(folder)
+                told.append(f"{folder}: {'; '.join(wrong)}")
+                continue
+            progress = self.load(folder)
+            if progress.best is not None and (wrong := find_damage(self.best, self.comm)):
+                progress.best = None  # the next validation makes a new one
+                told.append(f"{self.best}: {'; '.join(wrong)}")
+            return progress, damaged, told
+        if damaged:
+            raise RunError(
+                f"{told[0]}; and no older one is whole, so there is nothing to go on from; train anew with"
+                " --train.existing replace"
+            )
+        return None
+
+    def tidy(self) -> None:
+        """Mend and clear away what an interruption left half done."""
+        self.comm.on_main(lambda: storage.restore_older(self.folder))
+
+    def put_aside(self, damaged: Iterable[Path]) -> None:
+        """Rename damaged states, so that retention does not count them."""
+
+        def rename() -> None:
+            for folder in damaged:
+                aside = folder.with_name(f"damaged-{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+
+        self.comm.on_main(rename)
+
+    def _states(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*[0-9]"), reverse=True)
+
+    def _retire(self) -> None:
+        for folder in self._states()[KEPT:]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _state(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()["state"]}
+
+    def load(self, folder: Path) -> Progress:
+        """Set model, optimizer and random numbers to a state, whose files are not checked.
+
+        Raises:
+            RunError: it is of other data, or does not fit the model.
+        """
+        meta = storage.read_meta(folder)
+        try:
+            data, ranks = meta.pop("data"), meta.pop("ranks")
+            progress = Progress(**meta)
+        except (KeyError, TypeError) as error:
+            raise RunError(f"{folder}/{storage.META}: not that of a state to resume from ({error})") from error
+        if data != self.data:
+            raise RunError(
+                f"{folder}: made with other data than data.path holds now; resume with that data, or train anew with"
+                " --train.existing replace"
+            )
+        there = storage.stored(folder)
+        prepare_state(self.optimizer, [n.removeprefix("optimizer.") for n in there if n.startswith("optimizer.")])
+        state = self._state()
+        # Each rank draws its own dropout: with other ranks, or on another device, there is nothing to go on from.
+        drawn = [name for name in _rng_names(self.comm) if name in there and ranks == self.comm.world_size]
+        state |= {name: torch.empty(there[name], dtype=torch.uint8) for name in drawn}
+        # A rank's optimizer knows the tables that it holds rows of.
+        known = set().union(*self.comm.gather(_names(state)))
+        extra = {name for name in there if not name.startswith(RNG)} - known
+        if extra:
+            raise RunError(f"{folder}: holds {min(extra)}, which this model lacks; resume with the settings of the run")
+        storage.read(folder, state, self.comm.saving)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict({"state": state["optimizer"]})
+        set_step(self.model, progress.step)
+        for name in drawn:
+            (torch.cuda.set_rng_state if name.startswith(f"{RNG}cuda.") else torch.set_rng_state)(state[name])
+        return progress
+
+
+def load_checkpoint(folder: Path, model: nn.Module, comm: Comm) -> dict[str, Any]:
     """Fill the model from a checkpoint and return its `meta`; collective.
 
     Raises:
-        RunError: there is none, or it does not fit the model.
+        RunError: there is none, it is damaged, or does not fit the model.
     """
-    meta = read_meta(folder)
+    meta = storage.read_meta(folder)
+    _refuse_damage(folder, comm)
     state = {"model": model.state_dict()}
-    try:
-        dcp.load(state, checkpoint_id=folder)
-    except (dcp.api.CheckpointException, ValueError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RunError(f"{folder}: the checkpoint does not load ({reason}); train again") from error
+    storage.read(folder, state, comm.saving)
     model.load_state_dict(state["model"])
     return meta
 
 
-def load_matching(folder: Path, model: nn.Module, tables: bool) -> str:
+def load_matching(folder: Path, model: nn.Module, tables: bool, comm: Comm) -> str:
     """Fill what the model shares with a checkpoint, by name and shape, and say what that was; collective.
 
     Args:
@@ -63,31 +268,73 @@ def load_matching(folder: Path, model: nn.Module, tables: bool) -> str:
     Raises:
         RunError: the checkpoint does not load, or shares nothing.
     """
-    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    _refuse_damage(folder, comm)
+    there = storage.stored(folder)
     state = model.state_dict()
     shared = {
         name: tensor
         for name, tensor in state.items()
-        if isinstance(found := stored.get(f"model.{name}"), TensorStorageMetadata)
-        and found.size == tensor.size()
-        and (tables or name.startswith(DENSE))
+        if there.get(f"model.{name}") == tensor.size() and (tables or name.startswith(DENSE))
     }
     if not shared:
         raise RunError(f"{folder}: nothing in it fits this model; fine-tune with the model settings of the source")
-    dcp.load({"model": shared}, checkpoint_id=folder)
+    storage.read(folder, {"model": shared}, comm.saving)
     model.load_state_dict({**state, **shared})
     fresh = sorted(state.keys() - shared.keys())
     return f"{len(shared)} of {len(state)} tensors from {folder}; new: {', '.join(fresh) or 'none'}"
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """`meta` of a checkpoint, without its weights.
+def find_damage(folder: Path, comm: Comm) -> list[str]:
+    """What is wrong with a checkpoint's files, the same on every rank; the ranks share the reading."""
+    found = comm.gather(storage.damage(folder, comm.rank, comm.world_size))
+    return sorted({problem for problems in found for problem in problems})
 
-    Raises:
-        RunError: there is no whole checkpoint.
-    """
-    file = folder / META
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file}: not readable ({error}); is this a run folder whose training ended?") from error
+
+def _refuse_damage(folder: Path, comm: Comm) -> None:
+    if wrong := find_damage(folder, comm):
+        raise RunError(f"{folder}: {'; '.join(wrong)}; copy it anew, or train again")
+
+
+def _rng_names(comm: Comm) -> list[str]:
+    cuda = [f"{RNG}cuda.{comm.rank}"] if comm.device.type == "cuda" else []
+    return [f"{RNG}{comm.rank}", *cuda]
+
+
+def _leaves(state: Any) -> list[Any]:
+    return [leaf for value in state.values() for leaf in _leaves(value)] if isinstance(state, dict) else [state]
+
+
+def _names(state: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in state.items():
+        found += _names(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+    return found
+
+
+def _bytes(tensor: ShardedTensor) -> int:
+    return sum(shard.tensor.numel() * shard.tensor.element_size() for shard in tensor.local_shards())
+
+
+def _copies(state: dict[str, Any]) -> dict[str, Any]:
+    """The same tensors in host memory of their own, which the next step does not change."""
+    return {name: _copies(v) if isinstance(v, dict) else _copy(v) for name, v in state.items()}
+
+
+def _copy(tensor: Tensor | ShardedTensor) -> Tensor | ShardedTensor:
+    if not isinstance(tensor, ShardedTensor):
+        return tensor.detach().to("cpu", copy=True)
+    described = deepcopy(tensor.metadata())
+    own = []
+    for entry in described.shards_metadata:
+        assert entry.placement is not None
+        rank = entry.placement.rank()
+        entry.placement = _remote_device(f"rank:{rank}/cpu")
+        if rank == dist.get_rank():
+            own.append(entry)
+    shards = [
+        Shard(shard.tensor.detach().to("cpu", copy=True), entry)
+        for shard, entry in zip(tensor.local_shards(), own, strict=True)
+    ]
+    return ShardedTensor._init_from_local_shards_and_global_metadata(
+        shards, sharded_tensor_metadata=described, process_group=tensor._process_group
+    )

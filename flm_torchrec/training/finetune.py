@@ -11,17 +11,20 @@ from flm_torchrec.config import Config, load_config
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.errors import ConfigError, RunError
 from flm_torchrec.evaluation.evaluate import evaluate_heads
-from flm_torchrec.training.checkpoint import load_checkpoint, read_meta
-from flm_torchrec.training.job import BEST, Job, check_select
+from flm_torchrec.training.checkpoint import BEST, load_checkpoint
+from flm_torchrec.training.job import Job, check_select
 from flm_torchrec.training.label import label_metrics
-from flm_torchrec.training.record import Record, check_run_folder, new_run_folder
+from flm_torchrec.training.record import check_run_folder, open_run_folder, write_text
 from flm_torchrec.training.scope import load_data, scope_of
+from flm_torchrec.training.storage import read_meta
 
 LABEL_SELECT = "label/auc"
 
 
 def source_config(source: Path, overrides: list[str]) -> Config:
-    """The source's config with overrides; what chooses the checkpoint follows the task unless it is given.
+    """The source's config with overrides.
+
+    What chooses the checkpoint follows the task, and a folder that exists is refused, unless they are given.
 
     Raises:
         FlmError: the source is no finished run, or a setting is wrong.
@@ -34,7 +37,9 @@ def source_config(source: Path, overrides: list[str]) -> Config:
         raise ConfigError("--train.run: name the folder to write, beside that of the source")
     task = load_config(source / "config.yaml", overrides).finetune.task
     select = [f"train.select={LABEL_SELECT}"] if task == "label" and "train.select" not in given else []
-    return load_config(source / "config.yaml", [*overrides, *select])
+    # The source's plan is for its own data and ranks.
+    own = ["train.existing=refuse", "distributed.plan=''"]
+    return load_config(source / "config.yaml", [*own, *overrides, *select])
 
 
 def finetune(config: Config, control: bool) -> dict[str, Any]:
@@ -60,14 +65,15 @@ def finetune(config: Config, control: bool) -> dict[str, Any]:
     ]
     for run in runs:
         _check(run)
-        check_run_folder(run)
     found: dict[str, Any] = {}
     with process_group(config.distributed) as comm:
+        for run in runs:
+            check_run_folder(run, comm)
         for run in runs:
             found |= _one(run, comm)
         if comm.main:
             report = {"task": config.finetune.task, "share": config.finetune.share, "test": found}
-            (root / "finetune.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+            write_text(root / "finetune.json", json.dumps(report, indent=2))
     return found
 
 
@@ -91,12 +97,11 @@ def _one(config: Config, comm: Comm) -> dict[str, dict[str, float]]:
         shape = (config.train.batch_size, config.data.max_history)
         return label_metrics(job.model, data, getattr(labels, part), job.scope.known, comm, *shape)
 
-    folder = new_run_folder(config) if comm.main else None
-    with Record(folder, job.total_steps) as record:
+    with open_run_folder(config, data, comm, job.total_steps) as record:
         record.say(f"{config.finetune.task} from {config.finetune.start} weights; {job.loaded or 'all new'}")
         found = {"found": measure("test")} if job.loaded and labels is None else {}
         job.fit(record, None if labels is None else lambda: measure("valid"))
-        load_checkpoint(Path(config.train.run) / BEST, job.model)
+        load_checkpoint(Path(config.train.run) / BEST, job.model, comm)
         found[config.finetune.start] = measure("test")
         for start, test in found.items():
             record.scalars(job.total_steps, {f"test/{start}/{name}": value for name, value in test.items()})

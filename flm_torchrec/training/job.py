@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +19,10 @@ from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.distributed.comm import Comm, process_group
+from flm_torchrec.distributed.constraints import Lookup
 from flm_torchrec.distributed.managed import check_managed
-from flm_torchrec.distributed.plan import describe, make_plan
+from flm_torchrec.distributed.plan import make_plan
+from flm_torchrec.distributed.planfile import describe
 from flm_torchrec.distributed.shard import make_optimizer, shard
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.evaluation.evaluate import blocks_of, evaluate_heads
@@ -28,14 +30,13 @@ from flm_torchrec.evaluation.protocol import HEADS
 from flm_torchrec.model.label import LabelModel
 from flm_torchrec.model.pretrain import PretrainModel
 from flm_torchrec.model.tower import HEADS as TRAINED_HEADS
-from flm_torchrec.training.checkpoint import load_checkpoint, load_matching, save_checkpoint
+from flm_torchrec.training.checkpoint import BEST, Checkpoints, Progress, load_checkpoint, load_matching
 from flm_torchrec.training.encode import ModelEncoder
 from flm_torchrec.training.fusion import choose_weights
+from flm_torchrec.training.lookups import lookups_of
 from flm_torchrec.training.loop import Finished, fit, total_steps
-from flm_torchrec.training.record import Record, check_run_folder, new_run_folder
+from flm_torchrec.training.record import Record, check_run_folder, open_run_folder
 from flm_torchrec.training.scope import Scope, load_data, same_data, scope_of
-
-BEST = "checkpoints/best"
 
 
 def pretrain(config: Config) -> Finished:
@@ -47,14 +48,12 @@ def pretrain(config: Config) -> Finished:
     if config.finetune.source:
         raise ConfigError("finetune.source: is set; 'flm train' pretrains, fine-tune with 'flm finetune'")
     check_select(config)
-    check_run_folder(config)
     data = load_data(config)
     scope = scope_of(config, data)
     with process_group(config.distributed) as comm:
+        check_run_folder(config, comm)
         job = Job(config, data, scope, comm)
-        # After planning, which all ranks do together: by now each has looked for an older run.
-        folder = new_run_folder(config) if comm.main else None
-        with Record(folder, job.total_steps) as record:
+        with open_run_folder(config, data, comm, job.total_steps) as record:
             return job.fit(record)
 
 
@@ -85,21 +84,22 @@ class Job:
         self.scope = scope
         self.comm = comm
         self.loaded: str | None = None
+        self.loader = make_loader(data, scope, config, comm)
+        looked = lookups_of(self.loader)
         tuning = config.finetune
         if not tuning.source or tuning.start == "scratch":
-            self.model, self.plan = build(data.schema, config, comm)
+            self.model, self.plan = build(data.schema, config, comm, looked)
         else:
             if self._same_tables():
                 config = replace(config, train=replace(config.train, sparse_lr=tuning.sparse_lr))
-            self.model, self.plan = build(data.schema, config, comm, freeze=True)
-        self.loader = make_loader(data, scope, self.config, comm)
+            self.model, self.plan = build(data.schema, config, comm, looked, freeze=True)
         self.optimizer = make_optimizer(self.model, config.train)
 
     def take_over(self) -> None:
         """Put the weights of the fine-tuning's source into the model, unless it starts from scratch."""
         if self.config.finetune.start == "pretrained":
             source = Path(self.config.finetune.source) / BEST
-            self.loaded = load_matching(source, self.model, self._same_tables())
+            self.loaded = load_matching(source, self.model, self._same_tables(), self.comm)
 
     def _same_tables(self) -> bool:
         return same_data(load_config(Path(self.config.finetune.source) / "config.yaml"), self.config)
@@ -118,9 +118,13 @@ class Job:
         )  # fmt: skip
 
     def fit(self, record: Record, validate: Callable[[], dict[str, float]] | None = None) -> Finished:
-        """Train and keep the best checkpoint; `validate` instead of the ranking of validation examples."""
+        """Train, or go on where the run folder's newest checkpoint is, and keep the best checkpoint.
+
+        Args:
+            validate: instead of the ranking of validation examples.
+        """
         config, data, comm = self.config, self.data, self.comm
-        record.write_json("plan.json", describe(self.plan))
+        record.write_json("plan.json", describe(self.plan, self.comm.world_size))
         ranks = validate is None
         valid = _sample(self.scope.splits.valid, config.train.eval_users, config.train.seed)
         encode = self.encoder(valid)
@@ -129,10 +133,6 @@ class Job:
             def validate() -> dict[str, float]:
                 return evaluate_heads(data, valid, encode, comm, config.eval)
 
-        def save(step: int, metrics: dict[str, float]) -> None:
-            meta = {"step": step, "valid": metrics, "data": data.schema.name}
-            save_checkpoint(Path(config.train.run) / BEST, self.model, meta, comm)
-
         record.say(
             f"{data.schema.name}: {data.schema.users} users, {data.schema.items} items, {int(self.scope.fit.sum())}"
             f" events to learn from; {comm.world_size} {'ranks' if comm.world_size > 1 else 'rank'} on"
@@ -140,48 +140,75 @@ class Job:
         )
         torch.manual_seed(config.train.seed + comm.rank)  # from here on dropout, which ranks draw apart
         tuned = self.loaded is not None
-        finished = fit(self.model, self.optimizer, self.loader, config.train, comm, record, validate, save, tuned)
+        checkpoints = Checkpoints(Path(config.train.run), self.model, self.optimizer, comm, data.fingerprint)
+        progress = self._resume(checkpoints, record) if record.resumed else Progress()
+        checkpoints.check_space()
+        finished = fit(
+            self.model, self.optimizer, self.loader, config.train, comm, record, validate, checkpoints, progress, tuned
+        )
         record.say(
             f"{finished.steps} steps in {finished.seconds:.0f} s;"
             f" best {config.train.select} {finished.best:.4f} at step {finished.best_step}"
         )
         if ranks and config.model.fusion == "sum":
-            self._weigh_heads(valid, encode, record)
+            self._weigh_heads(valid, encode, record, checkpoints)
         return finished
 
-    def _weigh_heads(self, valid: Examples, encode: ModelEncoder, record: Record) -> None:
+    def _resume(self, checkpoints: Checkpoints, record: Record) -> Progress:
+        checkpoints.tidy()
+        found = checkpoints.restore()
+        if found is None:
+            record.say("no checkpoint yet: starting anew")
+            record.rewind(-1)
+            return Progress()
+        progress, damaged, told = found
+        for line in told:
+            record.say(f"not used: {line}")
+        checkpoints.put_aside(damaged)
+        record.say(f"resuming after step {progress.step}")
+        record.rewind(progress.step)
+        return progress
+
+    def _weigh_heads(self, valid: Examples, encode: ModelEncoder, record: Record, checkpoints: Checkpoints) -> None:
         """Put the fusion's weights that rank validation best into the best checkpoint."""
-        config, best = self.config, Path(self.config.train.run) / BEST
-        meta = load_checkpoint(best, self.model)
+        config = self.config
+        meta = load_checkpoint(checkpoints.best, self.model, self.comm)
         trained = [name for name in TRAINED_HEADS if getattr(config.loss, name) > 0]
         blocks = blocks_of(config.eval)
         metric = config.train.select.partition("/")[2]
         weights, score = choose_weights(self.data, valid, encode, self.comm, blocks, trained, metric)
         self.model.module.dense.tower.fusion.set_weights(weights)
         named = dict(zip(TRAINED_HEADS, weights.tolist(), strict=True))
-        save_checkpoint(best, self.model, {**meta, "fusion": named}, self.comm)
+        checkpoints.save_best({**meta, "fusion": named})
         record.say(f"fusion weights {named}: validation fused/{metric} {score:.4f}")
 
 
 def build(
-    schema: Schema, config: Config, comm: Comm, freeze: bool = False
+    schema: Schema, config: Config, comm: Comm, looked: Mapping[str, Lookup], freeze: bool = False
 ) -> tuple[DistributedModelParallel, ShardingPlan]:
     """The sharded model with its first weights, the same for any number of ranks.
 
     Args:
+        looked: how often features are looked up, for the planner.
         freeze: keep from learning what `finetune.tower` says.
     """
-    torch.manual_seed(config.train.seed)
-    label = bool(config.finetune.source) and config.finetune.task == "label"
-    kind = LabelModel if label else PretrainModel
-    model = kind(schema, config.model, config.loss, config.data.max_history + 1, comm)
+    model = make_model(schema, config, comm)
     if freeze:
         _freeze(model, config)
     check_managed(model, comm.world_size, config.distributed.sharding)
-    plan = make_plan(model, comm, config.distributed, -(-config.train.batch_size // comm.world_size))
+    batch_size = -(-config.train.batch_size // comm.world_size)
+    plan = make_plan(model, comm, config.distributed, batch_size, config.train.sparse_optimizer, looked)
     # The fusion stays whole: its weights are set by hand after training.
     sliced = [m for name, m in model.dense.tower.named_children() if name != "fusion"]
     return shard(model, plan, comm, config.train, sliced if config.distributed.dense == "fsdp" else []), plan
+
+
+def make_model(schema: Schema, config: Config, comm: Comm) -> PretrainModel:
+    """The model with its first dense weights; its tables are on the meta device."""
+    torch.manual_seed(config.train.seed)
+    label = bool(config.finetune.source) and config.finetune.task == "label"
+    kind = LabelModel if label else PretrainModel
+    return kind(schema, config.model, config.loss, config.data.max_history + 1, comm)
 
 
 def make_loader(data: PreparedData, scope: Scope, config: Config, comm: Comm) -> TrainLoader:

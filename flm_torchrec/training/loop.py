@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,13 +19,14 @@ from flm_torchrec.config.schema import TrainConfig
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.loader import Prefetch, TrainLoader
 from flm_torchrec.distributed.comm import Comm
-from flm_torchrec.errors import RunError
+from flm_torchrec.errors import Interrupted
 from flm_torchrec.model.pretrain import Outputs
+from flm_torchrec.training.checkpoint import Checkpoints, Progress
+from flm_torchrec.training.guard import NON_FINITE, Guard, NonFinite
 from flm_torchrec.training.record import Record
 from flm_torchrec.training.schedule import Schedule
 
 Validate = Callable[[], dict[str, float]]
-Save = Callable[[int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -36,72 +37,112 @@ class Finished:
     best_step: int
     best: float
     seconds: float
-    """In steps alone, validation left out."""
+    """In steps and their checkpoints, validation left out."""
 
 
 def fit(
     model: DistributedModelParallel, optimizer: Optimizer, loader: TrainLoader, config: TrainConfig, comm: Comm,
-    record: Record, validate: Validate, save: Save, as_found: bool = False,
+    record: Record, validate: Validate, checkpoints: Checkpoints, progress: Progress, as_found: bool = False,
 ) -> Finished:  # fmt: skip
-    """Train until the epochs or steps are used up, or validation has not improved for `patience` times.
+    """Train from `progress` on until the epochs or steps are used up, or validation has stopped improving.
 
     Args:
         as_found: the model as it is given is the first to be validated, and kept if none is better.
 
     Raises:
-        RunError: the loss is no longer a number.
+        RunError: the loss is no longer a number, or the last checkpoint cannot be written.
+        Interrupted: asked to stop by SIGTERM; the state is saved.
     """
     total = total_steps(config, len(loader))
     every = config.eval_every or len(loader)
     schedule = Schedule(optimizer, config.warmup_steps, total)
-    best = _Best(config.select, record, validate, save)
-    spent, step = 0.0, 0
-    if as_found:
-        best.judge(0, total)
+    best = _Best(config.select, record, validate, checkpoints, progress)
+    if as_found and progress.step == 0:
+        best.judge(total)
     meter = _Meter(comm)
     model.train()
-    began = time.monotonic()
-    steps = pipelined_steps if comm.device.type == "cuda" else plain_steps
-    with closing(iter(Prefetch(_batches(loader, total)))) as batches:
-        for step, outputs in enumerate(steps(model, optimizer, schedule, batches, comm.device), start=1):
-            meter.add(outputs)
-            if step % config.log_every == 0 or step == total:
-                values = meter.read(step)
-                record.scalars(step, {**values, "lr_factor": schedule.factor})
-                record.step(step, _status(values))
-            if step % every and step != total:
-                continue
-            spent += time.monotonic() - began
-            best.judge(step, total)
-            if config.patience and best.stale >= config.patience:
-                record.say(f"stopping early: no gain in {best.stale} validations")
-                break
+    with (
+        Guard(comm, config.non_finite, Path(config.run) / NON_FINITE) as guard,
+        closing(checkpoints),
+        closing(iter(Prefetch(islice(loader.after(progress.step), total - progress.step)))) as batches,
+    ):
+        steps = STEPS[comm.device.type](model, optimizer, schedule, comm.device, guard)
+        while progress.step < total and not best.done(config.patience):
             began = time.monotonic()
-    return Finished(step, best.step, best.score, spent)
+            try:
+                outputs = steps.take(batches, progress.step)
+            except NonFinite:
+                # Backward has not run on any rank: this is the state before the step. Not one to resume from.
+                checkpoints.save(progress, Path(config.run) / NON_FINITE)
+                checkpoints.wait()
+                raise
+            progress.step += 1
+            if outputs is not None:
+                meter.add(outputs)
+            if progress.step % config.log_every == 0 or progress.step == total:
+                values = meter.read()
+                record.scalars(progress.step, {**values, "lr_factor": schedule.factor})
+                record.step(progress.step, _status(values))
+            progress.seconds += time.monotonic() - began
+            if progress.step % every == 0 or progress.step == total:
+                steps.release()
+                best.judge(total)
+                meter.restart()
+            began = time.monotonic()
+            _checkpoint(progress, total, config, checkpoints, record, guard)
+            progress.seconds += time.monotonic() - began
+        steps.release()
+        checkpoints.finish()
+    assert progress.best is not None
+    return Finished(progress.step, progress.best_step, progress.best, progress.seconds)
+
+
+def _checkpoint(
+    progress: Progress, total: int, config: TrainConfig, checkpoints: Checkpoints, record: Record, guard: Guard
+) -> None:
+    stale = config.patience and progress.stale >= config.patience
+    due = config.checkpoint_every and progress.step % config.checkpoint_every == 0
+    if due or guard.stopping or stale or progress.step == total:
+        checkpoints.save(progress)
+        if checkpoints.failed:
+            record.say(f"step {progress.step}: {checkpoints.failed}")
+    if guard.stopping and progress.step < total:
+        checkpoints.finish()
+        raise Interrupted(
+            f"stopped by SIGTERM at step {progress.step} of {total}, all saved; go on with --train.existing resume"
+        )
 
 
 class _Best:
     """Validates, and saves whatever is better than all before."""
 
-    def __init__(self, select: str, record: Record, validate: Validate, save: Save) -> None:
+    def __init__(
+        self, select: str, record: Record, validate: Validate, checkpoints: Checkpoints, progress: Progress
+    ) -> None:
         self.select = select
         self.record = record
         self.validate = validate
-        self.save = save
-        self.score, self.step, self.stale = -math.inf, 0, 0
+        self.checkpoints = checkpoints
+        self.progress = progress
 
-    def judge(self, step: int, total: int) -> None:
-        metrics = self.validate()
+    def judge(self, total: int) -> None:
+        metrics, progress = self.validate(), self.progress
         score = metrics[self.select]
-        improved = score > self.score
-        self.record.scalars(step, {f"valid/{name}": value for name, value in metrics.items()})
+        improved = progress.best is None or score > progress.best
+        self.record.scalars(progress.step, {f"valid/{name}": value for name, value in metrics.items()})
         mark = "  best so far" if improved else ""
-        self.record.say(f"step {step}/{total}  validation {self.select} {score:.4f}{mark}")
+        self.record.say(f"step {progress.step}/{total}  validation {self.select} {score:.4f}{mark}")
         if improved:
-            self.score, self.step, self.stale = score, step, 0
-            self.save(step, metrics)
+            progress.best, progress.best_step, progress.stale = score, progress.step, 0
+            self.checkpoints.save_best({"step": progress.step, "valid": metrics})
         else:
-            self.stale += 1
+            progress.stale += 1
+
+    def done(self, patience: int) -> bool:
+        if not patience or self.progress.stale < patience:
+            return False
+        self.record.say(f"stopping early: no gain in {self.progress.stale} validations")
+        return True
 
 
 def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
@@ -109,40 +150,78 @@ def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     return min(total, config.max_steps) if config.max_steps else total
 
 
-def _batches(loader: TrainLoader, total: int) -> Iterator[Batch]:
-    """Epoch after epoch, `total` batches in all."""
-    return islice((batch for epoch in count() for batch in loader.epoch(epoch)), total)
+class PlainSteps:
+    """Forward, backward, update, one batch after the other."""
 
+    def __init__(
+        self, model: DistributedModelParallel, optimizer: Optimizer, schedule: Schedule, device: torch.device,
+        guard: Guard,
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.device = device
+        self.guard = guard
 
-def plain_steps(
-    model: DistributedModelParallel,
-    optimizer: Optimizer,
-    schedule: Schedule,
-    batches: Iterator[Batch],
-    device: torch.device,
-) -> Iterator[Outputs]:
-    """Train on each batch and yield its outputs."""
-    for step, batch in enumerate(batches):
-        schedule.set(step)
-        optimizer.zero_grad()
-        loss, outputs = model(batch.to(device))
+    def take(self, batches: Iterator[Batch], step: int) -> Outputs | None:
+        """Learn from the next batch, which is that of the step, counted from 0; None if the guard had it left out."""
+        self.schedule.set(step)
+        self.optimizer.zero_grad()
+        batch = next(batches).to(self.device)
+        loss, outputs = self.model(batch)
+        if not self.guard.passes(step + 1, batch, loss, outputs):
+            return None
         loss.backward()
-        optimizer.step()
-        yield outputs
+        self.optimizer.step()
+        return outputs
+
+    def release(self) -> None:
+        """Let others use the model until the next step."""
 
 
-def pipelined_steps(
-    model: DistributedModelParallel,
-    optimizer: Optimizer,
-    schedule: Schedule,
-    batches: Iterator[Batch],
-    device: torch.device,
-) -> Iterator[Outputs]:
+class PipelinedSteps(TrainPipelineSparseDist[Batch, Outputs]):
     """The same, the next batch's copy to the device and its input distribution overlapping this one's compute."""
-    pipeline = TrainPipelineSparseDist(model, optimizer, device, execute_all_batches=True)
-    for step in range(schedule.total):
-        schedule.set(step)
-        yield pipeline.progress(batches)
+
+    def __init__(
+        self, model: DistributedModelParallel, optimizer: Optimizer, schedule: Schedule, device: torch.device,
+        guard: Guard,
+    ) -> None:  # fmt: skip
+        super().__init__(model, optimizer, device, execute_all_batches=True, custom_model_fwd=self._forward)
+        self.schedule = schedule
+        self.guard = guard
+        self.number = 0
+        self.learns = True
+
+    def take(self, batches: Iterator[Batch], step: int) -> Outputs | None:
+        """As `PlainSteps.take`."""
+        self.schedule.set(step)
+        self.number = step + 1
+        outputs = self.progress(batches)
+        return outputs if self.learns else None
+
+    def release(self) -> None:
+        """Let others use the model until the next step: its modules would give them what is on its way for that."""
+        if self._model_attached:
+            self.detach()
+
+    def _forward(self, batch: Batch | None) -> tuple[Tensor, Outputs]:
+        loss, outputs = self._model(batch)
+        assert batch is not None
+        self.made = batch, outputs
+        return loss, outputs
+
+    def _backward(self, losses: Tensor) -> None:
+        # Asked here and not in forward: by now the input distribution of the next batch is under way.
+        self.learns = self.guard.passes(self.number, self.made[0], losses, self.made[1])
+        if self.learns:
+            super()._backward(losses)
+
+    def _optimizer_step(self) -> None:
+        if self.learns:
+            super()._optimizer_step()
+
+
+STEPS: dict[str, type[PlainSteps] | type[PipelinedSteps]] = {"cpu": PlainSteps, "cuda": PipelinedSteps}
 
 
 class _Meter:
@@ -151,6 +230,10 @@ class _Meter:
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
         self._reset()
+
+    def restart(self) -> None:
+        """Leave the time of a validation out of the rate."""
+        self.since = time.monotonic()
 
     def _reset(self) -> None:
         self.total: dict[str, Tensor] = {}
@@ -164,13 +247,10 @@ class _Meter:
         self.steps += 1
         self.sequences += outputs.sequences
 
-    def read(self, step: int) -> dict[str, float]:
+    def read(self) -> dict[str, float]:
         counts = torch.tensor(float(self.sequences), device=self.comm.device)
         sums = self.comm.all_reduce_sum(torch.stack([counts, *self.total.values()]))
         sequences, *losses = sums.tolist()
-        for name, loss in zip(self.total, losses, strict=True):
-            if not math.isfinite(loss):
-                raise RunError(f"step {step}: the {name} loss is {loss}; lower train.dense_lr or train.sparse_lr")
         values = {f"loss/{name}": loss / self.steps for name, loss in zip(self.total, losses, strict=True)}
         values["samples_per_second"] = sequences / max(1e-9, time.monotonic() - self.since)
         self._reset()

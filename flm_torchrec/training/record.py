@@ -7,6 +7,7 @@ import logging
 import shutil
 import time
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,46 +16,122 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from flm_torchrec.config import Config, to_yaml
+from flm_torchrec.config import Config, load_config, to_yaml
+from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.errors import RunError
+from flm_torchrec.training.storage import replace
+
+FINGERPRINT = "vocabulary/fingerprint"
+FREE = (
+    "distributed", "eval", "data.path", "train.run", "train.existing", "train.log_every", "train.checkpoint_every",
+    "train.non_finite",
+)  # fmt: skip
+"""Sections and settings that a resumed run may have otherwise than it began; data are compared by fingerprint."""
 
 
-def check_run_folder(config: Config) -> None:
-    """Refuse to replace anything but an older run, and that only when asked; every rank calls it.
+def check_run_folder(config: Config, comm: Comm) -> bool:
+    """Whether to go on in the run folder, rather than to make it anew; collective.
 
     Raises:
-        RunError: the folder is in use.
+        RunError: the folder is in use, or holds a run with other settings than those to resume with.
     """
+    again = comm.remembers(_opened(config))
+    return comm.on_main(lambda: _goes_on(config, again))
+
+
+def _opened(config: Config) -> str:
+    """What an attempt leaves to those that the launcher starts after it: that the run folder is this job's own."""
+    return f"opened {Path(config.train.run).resolve()}"
+
+
+def _goes_on(config: Config, again: bool) -> bool:
     folder = Path(config.train.run)
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder}: is a file; give another --train.run")
     if not folder.exists() or not any(folder.iterdir()):
-        return
+        return False
     if not (folder / "config.yaml").is_file():
         raise RunError(f"{folder}: exists and is no run folder, so it is not replaced; give another --train.run")
-    if not config.train.overwrite:
-        raise RunError(f"{folder}: exists; give another --train.run, or --train.overwrite true to replace it")
+    if again:
+        return True
+    if config.train.existing == "refuse":
+        raise RunError(
+            f"{folder}: exists; give another --train.run, or --train.existing replace to start anew, resume to go on"
+        )
+    if config.train.existing == "replace":
+        return False
+    if changed := _changed(load_config(folder / "config.yaml"), config):
+        raise RunError(
+            f"{folder}: was made with {changed}; resume with the same settings, or start anew with --train.existing"
+            " replace"
+        )
+    return True
 
 
-def new_run_folder(config: Config) -> Path:
-    """Make the run folder anew, config in it; rank 0 calls it.
+def _changed(made: Config, config: Config) -> str:
+    """The first setting that makes it another run, with both values; empty if there is none."""
+    for section, content in asdict(made).items():
+        for name, value in content.items():
+            given = getattr(getattr(config, section), name)
+            if f"{section}.{name}" not in FREE and section not in FREE and given != value:
+                return f"{section}.{name} {value}, not {given}"
+    return ""
+
+
+def open_run_folder(config: Config, data: PreparedData, comm: Comm, steps: int) -> Record:
+    """The record of a run in its folder, made anew or gone on with as `check_run_folder` says; collective.
+
+    A new folder has the config in it and the vocabulary, what the rows of the tables stand for.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: it cannot be written, or some rank does not see it.
     """
     folder = Path(config.train.run)
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be written ({error.strerror}); give another --train.run") from error
-    return folder
+    resumed = check_run_folder(config, comm)
+
+    def make() -> None:
+        fresh = folder.with_name(folder.name + ".tmp")
+        if resumed:
+            _check_data(folder, data)
+            write_text(folder / "config.yaml", to_yaml(config))
+            return
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        data.save_vocabulary(fresh / "vocabulary")
+        (fresh / FINGERPRINT).write_text(data.fingerprint, encoding="ascii")
+        (fresh / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        replace(fresh, folder)
+
+    comm.on_main(make)
+    comm.remember(_opened(config))
+    blind = [rank for rank, sees in enumerate(comm.gather((folder / "config.yaml").is_file())) if not sees]
+    if blind:
+        raise RunError(f"{folder}: not seen by rank {blind[0]}; --train.run must be on storage that all nodes share")
+    return Record(folder if comm.main else None, steps, resumed)
+
+
+def _check_data(folder: Path, data: PreparedData) -> None:
+    if (folder / FINGERPRINT).read_text(encoding="ascii") != data.fingerprint:
+        raise RunError(
+            f"{folder}: made with other data than data.path holds now; resume with that data, or train anew with"
+            " --train.existing replace"
+        )
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write under a temporary name and rename, so that a reader never finds half of it."""
+    fresh = file.with_name(file.name + ".tmp")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(file)
 
 
 class Record(AbstractContextManager["Record"]):
     """Writes on rank 0; on the other ranks `folder` is None and every call does nothing."""
 
-    def __init__(self, folder: Path | None, steps: int) -> None:
+    def __init__(self, folder: Path | None, steps: int, resumed: bool = False) -> None:
         self.folder = folder
+        self.resumed = resumed
         if folder is None:
             return
         self.started = time.monotonic()
@@ -76,15 +153,36 @@ class Record(AbstractContextManager["Record"]):
         if self.folder is not None:
             self.progress.update(self.task, completed=step, status=status)
 
+    def rewind(self, step: int) -> None:
+        """Forget what was recorded after the step that a resumed run goes on from, and tests; they come again."""
+        if self.folder is None:
+            return
+        file = self.folder / "metrics.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [
+            line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step and "test/" not in line
+        ]
+        self.metrics.close()
+        write_text(file, "".join(kept))
+        self.metrics = file.open("a", encoding="utf-8")
+        self.started -= json.loads(kept[-1])["seconds"] if kept else 0.0
+        self.curves.close()
+        self.curves = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """A line of metrics.jsonl and a point on each curve."""
         if self.folder is None:
             return
         line = {"step": step, "seconds": round(time.monotonic() - self.started, 3), **values}
-        self.metrics.write(json.dumps(line) + "\n")
-        self.metrics.flush()
-        for name, value in values.items():
-            self.curves.add_scalar(name, value, step)
+        try:
+            self.metrics.write(json.dumps(line) + "\n")
+            self.metrics.flush()
+            for name, value in values.items():
+                self.curves.add_scalar(name, value, step)
+        except OSError as error:
+            raise RunError(
+                f"{self.folder}: cannot be written ({error.strerror}); mend that and go on with --train.existing resume"
+            ) from error
 
     def say(self, text: str) -> None:
         """To the log and to the person watching."""
@@ -94,7 +192,7 @@ class Record(AbstractContextManager["Record"]):
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         if self.folder is not None:
-            (self.folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
+            write_text(self.folder / name, json.dumps(content, indent=2))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -104,5 +202,10 @@ class Record(AbstractContextManager["Record"]):
         if error is not None:
             self.log.error("stopped by %s: %s", type(error).__name__, error)
         self.progress.stop()
-        self.metrics.close()
-        self.curves.close()
+        try:
+            self.metrics.close()
+            self.curves.close()
+        except OSError:
+            if error is None:
+                raise
+            # A full disk, of which `error` tells.

@@ -11,9 +11,10 @@ from pathlib import Path
 from flm_torchrec.config import load_config
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import RunError
-from flm_torchrec.training.checkpoint import load_checkpoint, read_meta
-from flm_torchrec.training.job import BEST, Job
+from flm_torchrec.training.checkpoint import BEST, load_checkpoint
+from flm_torchrec.training.job import Job
 from flm_torchrec.training.scope import load_data, scope_of
+from flm_torchrec.training.storage import read_meta
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,15 @@ def restore(run: str | Path, overrides: Sequence[str] = ()) -> Iterator[Restored
     if not (run / "config.yaml").is_file():
         raise RunError(f"{run}: no config.yaml, so no run folder; make one with 'flm train --train.run {run}'")
     read_meta(run / BEST)
-    config = load_config(run / "config.yaml", overrides)
+    # The plan of the training may be for another number of ranks; a checkpoint loads under any.
+    config = load_config(run / "config.yaml", ["distributed.plan=''", *overrides])
     if config.finetune.task == "label" and config.finetune.source:
         raise RunError(f"{run}: was fine-tuned to tell labels, not to rank; its test metrics are in finetune.json")
     data = load_data(config)
     scope = scope_of(config, data)
     with process_group(config.distributed) as comm:
         job = Job(config, data, scope, comm)
-        meta = load_checkpoint(run / BEST, job.model)
+        meta = load_checkpoint(run / BEST, job.model, comm)
         digest = hashlib.sha256((run / "config.yaml").read_bytes()).hexdigest()[:8]
         yield Restored(
             job=job,

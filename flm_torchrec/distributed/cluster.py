@@ -1,0 +1,149 @@
+"""Hardware by name, from the vendors' data sheets, and the planner's topology of so many nodes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from torchrec.distributed.planner import Topology
+from torchrec.distributed.planner.types import HardwareConfig, KernelConfig, TopologyFactory, TrainerConfig
+
+from flm_torchrec.config import nearest
+from flm_torchrec.config.schema import STRICT
+from flm_torchrec.errors import ConfigError
+
+GIB = 2**30
+Positive = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Hardware:
+    """One kind of node. Bandwidths are in one direction, in 10^9 bytes a second."""
+
+    device: Literal["cuda", "cpu"]
+    hbm_gib: Annotated[float, Field(ge=0)]
+    """Memory of one GPU in GiB: the sheets' "GB" of HBM are binary."""
+    host_gib: Positive
+    """Host memory of a node in GiB, which its ranks share evenly."""
+    hbm_gbps: Positive
+    """Of one GPU's own memory."""
+    host_gbps: Positive
+    """Of a node's host memory, which its ranks share evenly."""
+    host_link_gbps: Positive
+    """Between a GPU and host memory (PCIe): what a look-up in UVM pays."""
+    intra_gbps: Positive
+    """One rank's, to the ranks of its node."""
+    inter_gbps: Positive
+    """One rank's share of its node's network."""
+    per_node: Annotated[int, Field(ge=1)]
+    """Ranks of a node."""
+
+
+# Reference node of each GPU: NVIDIA's own DGX, from its data sheet and user guide; NVLink and PCIe figures, which the
+# sheets give for both directions together, are halved. Network: that of the compute ports, shared over the GPUs.
+# Host bandwidth: sockets x memory channels x transfers x 8 bytes, from the processor's page.
+PRESETS: dict[str, Hardware] = {
+    # DGX-1 with Tesla V100 SXM2 32 GB: HBM2 900 GB/s, NVLink 300 GB/s, 4 x 100 Gb/s InfiniBand, PCIe 3.0 x16,
+    # 512 GB; 2 x Xeon E5-2698 v4 (4 channels, DDR4-2133 there).
+    "v100": Hardware("cuda", 32, 512, 900, 136.5, 16, 150, 6.25, 8),
+    # DGX A100 640GB: HBM2e 2,039 GB/s, NVLink 600 GB/s, 8 x 200 Gb/s, PCIe 4.0 x16, 2 TB; 2 x EPYC 7742 (8 channels
+    # DDR4-3200).
+    "a100-80": Hardware("cuda", 80, 2048, 2039, 409.6, 32, 300, 25, 8),
+    # DGX H100: H100 SXM 80 GB HBM3 3.35 TB/s, NVLink 900 GB/s, 8 x 400 Gb/s, PCIe 5.0 x16, 2 TB; 2 x Xeon 8480C
+    # (8 channels DDR5-4800).
+    "h100": Hardware("cuda", 80, 2048, 3350, 614.4, 64, 450, 50, 8),
+    # DGX H200: H200 SXM 141 GB HBM3e 4.8 TB/s; the rest as DGX H100.
+    "h200": Hardware("cuda", 141, 2048, 4800, 614.4, 64, 450, 50, 8),
+    # DGX B200: 1,440 GB and 64 TB/s of HBM3e over 8 GPUs, NVLink 1.8 TB/s a GPU, 8 x 400 Gb/s, PCIe 5.0 x16,
+    # 2 TB (up to 4); 2 x Xeon 8570 (8 channels DDR5-5600).
+    "b200": Hardware("cuda", 180, 2048, 8000, 716.8, 64, 900, 50, 8),
+    # Two sockets EPYC 9654 (12 channels DDR5-4800 each, three of the four xGMI links of 64 GB/s between them), 24
+    # DIMMs of 64 GB, 200 Gb/s. A rank a socket. gloo reaches far less than the link between the sockets.
+    "epyc-9654": Hardware("cpu", 0, 1536, 1, 921.6, 1, 192, 12.5, 2),
+    # Two sockets Xeon Platinum 8480+ (8 channels DDR5-4800 each, four UPI 2.0 links of 16 GT/s, 2 bytes wide), 16
+    # DIMMs of 64 GB, 200 Gb/s. A rank a socket.
+    "xeon-8480": Hardware("cpu", 0, 1024, 1, 614.4, 1, 128, 12.5, 2),
+}
+
+
+@dataclass(frozen=True, config=STRICT)
+class Cluster:
+    """So many nodes of one kind."""
+
+    name: str
+    hardware: Hardware
+    nodes: Annotated[int, Field(ge=1)]
+    per_node: Annotated[int, Field(ge=1)]
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.per_node
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of the memory a rank's look-ups run in: its GPU's, or its share of the host's."""
+        hardware = self.hardware
+        own = hardware.hbm_gib if hardware.device == "cuda" else hardware.host_gib / self.per_node
+        return int(own * GIB)
+
+    def of_size(self, world_size: int) -> Cluster:
+        """The same hardware with so many ranks: part of a node, or whole nodes."""
+        if world_size < self.hardware.per_node:
+            return Cluster(self.name, self.hardware, 1, world_size)
+        return Cluster(self.name, self.hardware, -(-world_size // self.hardware.per_node), self.hardware.per_node)
+
+    def topology(self) -> Topology:
+        """What the planner plans on; bandwidths in its unit, bytes a millisecond."""
+        hardware = self.hardware
+        unit = 1e9 / 1e3
+        return TopologyFactory.create_topology(
+            trainer_config=TrainerConfig(world_size=self.world_size, local_world_size=self.per_node),
+            hardware_config=HardwareConfig(
+                hbm_cap_bytes=int(hardware.hbm_gib * GIB),
+                ddr_cap_bytes=int(hardware.host_gib * GIB / self.per_node),
+                ssd_cap_bytes=0,
+                intra_host_bw=hardware.intra_gbps * unit,
+                inter_host_bw=hardware.inter_gbps * unit,
+                hbm_mem_bw=hardware.hbm_gbps * unit,
+                ddr_mem_bw=hardware.host_gbps / self.per_node * unit,
+                hbm_to_ddr_mem_bw=hardware.host_link_gbps * unit,
+            ),
+            # Without this the planner would calculate with its own constants, whatever is given.
+            kernel_config=KernelConfig(compute_device=hardware.device, use_hardware_based_bandwidth=True),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        hardware = asdict(self.hardware)  # type: ignore[call-overload]
+        return {"name": self.name, **hardware, "nodes": self.nodes, "per_node": self.per_node}
+
+
+def make_cluster(name: str, nodes: int, per_node: int, overrides: Sequence[str] = ()) -> Cluster:
+    """A preset's hardware with overrides such as `hbm_gib=96`.
+
+    Args:
+        per_node: ranks of a node; 0: the preset's.
+
+    Raises:
+        ConfigError: unknown preset or value, with the nearest known one, or a value that cannot be.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"--hardware: no preset '{name}'; {nearest(name, PRESETS)}")
+    if nodes < 1 or per_node < 0:
+        raise ConfigError(f"--nodes {nodes}, --per-node {per_node}: a cluster has at least one node and rank")
+    values = asdict(PRESETS[name])  # type: ignore[call-overload]
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key not in values:
+            raise ConfigError(f"--set: no value '{key}' of hardware; {nearest(key, values)}")
+        values[key] = value
+    if per_node:
+        values["per_node"] = per_node
+    try:
+        hardware = TypeAdapter(Hardware).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"--set: {first['loc'][0]}: {first['msg']}, not {first['input']!r}") from error
+    return Cluster(name, hardware, nodes, hardware.per_node)

@@ -1,0 +1,187 @@
+"""What the planner is told of each table: where it may go, and how often it is looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import dataclasses as pydantic
+from torch import nn
+from torchrec.distributed.planner import ParameterConstraints
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+
+from flm_torchrec.config import nearest
+from flm_torchrec.config.schema import STRICT, DistributedConfig
+from flm_torchrec.distributed.sharders import sharders
+from flm_torchrec.errors import ConfigError
+
+AUTO_TYPES = ("table_wise", "row_wise")
+"""What the planner may choose by itself: whole rows, on which row-wise Adagrad's result does not depend."""
+
+KERNELS = ("fused", "fused_uvm_caching", "fused_uvm")
+"""In the device's memory; in host memory with a cache on the device; in host memory. The last two on a GPU only."""
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """How often a feature is looked up for one sample of a rank's batch, on average."""
+
+    pooling: float = 1.0
+    """Ids of one bag, as of one item's tags."""
+    bags: float = 1.0
+    """Bags of one sample, as the items of a sequence."""
+    seen: np.ndarray | None = None
+    """A sample of the ids, sorted: which rows they are. None: any row as often as another."""
+
+    def share(self, first: int, end: int) -> float | None:
+        """Of the ids, that are in rows first … end - 1."""
+        if self.seen is None or not len(self.seen):
+            return None
+        low, high = np.searchsorted(self.seen, [first, end])
+        return float(high - low) / len(self.seen)
+
+
+@dataclass(eq=False)
+class TableConstraints(ParameterConstraints):
+    """TorchRec's, and how each of the table's features is looked up."""
+
+    lookups: list[Lookup] = field(default_factory=list)
+
+
+@pydantic.dataclass(frozen=True, config=STRICT)
+class TableRule:
+    """One table's entry in the file `distributed.constraints`."""
+
+    sharding_types: tuple[str, ...] = ()
+    compute_kernels: tuple[str, ...] = ()
+    min_partition: Annotated[int, Field(ge=4)] | None = None
+    pooling_factors: tuple[Annotated[float, Field(gt=0)], ...] = ()
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What holds for all tables, and what a file says of single ones."""
+
+    sharding_types: Sequence[str] = tuple(AUTO_TYPES)
+    kernels: Sequence[str] = KERNELS[:1]
+    tables: Mapping[str, TableRule] = field(default_factory=dict)
+
+
+def read_rules(config: DistributedConfig, tables: Sequence[str]) -> Rules:
+    """The rules that a config asks for, for a model of the tables named.
+
+    Raises:
+        ConfigError: an unreadable file, or an unknown table, key, type or kernel, with the nearest known one.
+    """
+    types = tuple(AUTO_TYPES) if config.sharding == "auto" else (config.sharding,)
+    if not config.constraints:
+        return Rules(types)
+    path = Path(config.constraints)
+    content = read_yaml(path, "distributed.constraints")
+    return Rules(types, tables={str(name): _rule(path, str(name), entry, tables) for name, entry in content.items()})
+
+
+def constraints(model: nn.Module, rules: Rules, lookups: Mapping[str, Lookup]) -> dict[str, ParameterConstraints]:
+    """For TorchRec's planner, by table.
+
+    Args:
+        lookups: by feature; one that is missing is looked up once a sample.
+
+    Raises:
+        ConfigError: a table has more features than pooling factors, or fewer.
+    """
+    found = {}
+    for table in table_configs(model):
+        rule = rules.tables.get(table.name, TableRule())
+        used = [lookups.get(name, Lookup()) for name in table.feature_names]
+        factors = list(rule.pooling_factors) or [use.pooling for use in used]
+        if len(factors) != len(used):
+            raise ConfigError(
+                f"distributed.constraints: table '{table.name}' has {len(used)} features"
+                f" ({', '.join(table.feature_names)}), but {len(factors)} pooling_factors; give one for each"
+            )
+        found[table.name] = TableConstraints(
+            sharding_types=list(rule.sharding_types or rules.sharding_types),
+            compute_kernels=list(rule.compute_kernels or rules.kernels),
+            min_partition=rule.min_partition,
+            pooling_factors=factors,
+            num_poolings=[use.bags for use in used],
+            feature_names=list(table.feature_names),
+            lookups=used,
+        )
+    return found
+
+
+def offered_types() -> list[str]:
+    """Sharding types that some kind of table may have, the plainest first."""
+    found = [name for sharder in sharders() for device in ("cpu", "cuda") for name in sharder.sharding_types(device)]
+    return list(dict.fromkeys(found))
+
+
+def table_configs(model: nn.Module) -> list[BaseEmbeddingConfig]:
+    """Every table of the model, in its order."""
+    found: list[BaseEmbeddingConfig] = []
+    for module in model.modules():
+        if isinstance(module, EmbeddingBagCollection):
+            found += module.embedding_bag_configs()
+        elif isinstance(module, EmbeddingCollection):
+            found += module.embedding_configs()
+    return found
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        ConfigError: it does not, or cannot be read.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{what}: {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{what}: {path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{what}: {path}: must hold names and values, not a {type(content).__name__}")
+    return content
+
+
+def checked(kind: type, entry: Any, known: Sequence[str], where: str) -> Any:
+    """`entry` as the dataclass `kind`.
+
+    Raises:
+        ConfigError: an unknown key, with the nearest of `known`, or a wrong value.
+    """
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{where}: must hold keys and values, not {entry!r}")
+    for key in entry:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key '{key}'; {nearest(str(key), known)}")
+    try:
+        return TypeAdapter(kind).validate_python(entry)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        given = "" if first["type"] == "missing" else f", not {first['input']!r}"
+        raise ConfigError(f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}{given}") from error
+
+
+def _rule(path: Path, table: str, entry: Any, tables: Sequence[str]) -> TableRule:
+    where = f"distributed.constraints: {path}"
+    if table not in tables:
+        raise ConfigError(f"{where}: no table '{table}'; {nearest(table, tables)}")
+    rule = checked(TableRule, entry, list(TableRule.__dataclass_fields__), f"{where}: table '{table}'")
+    for name, given, known in (
+        ("sharding_types", rule.sharding_types, offered_types()),
+        ("compute_kernels", rule.compute_kernels, KERNELS),
+    ):
+        for value in given:
+            if value not in known:
+                raise ConfigError(f"{where}: table '{table}': {name}: no '{value}'; {nearest(value, known)}")
+    return rule

@@ -1,0 +1,127 @@
+"""What may end a run between two steps, agreed on by all ranks: a request to stop, a loss that is no number."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import AbstractContextManager
+from dataclasses import fields
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from flm_torchrec.data.batch import Batch
+from flm_torchrec.distributed.comm import Comm
+from flm_torchrec.errors import RunError
+from flm_torchrec.model.pretrain import Outputs
+
+NON_FINITE = "non-finite"
+"""Folder of a run: batches whose loss was no number, and the state before a stop."""
+MOST_SKIPPED = 10
+"""Steps in a row: by then it is the weights that are no numbers, and no batch will help."""
+MOST_KEPT = 20
+"""Batches in that folder: enough to find the cause, too few to fill a disk."""
+
+
+class NonFinite(RunError):
+    """The loss is no longer a number, on some rank; every rank raises it, and none has learnt from the step."""
+
+
+class Guard(AbstractContextManager["Guard"]):
+    """Asks before each backward whether to go on; there is one small all-reduce a step.
+
+    Backward is too late: the tables' optimizer is fused into it, and their rows would be lost.
+
+    Args:
+        policy: `train.non_finite`.
+        folder: where batches with such a loss are written, for `tools/replay.py`.
+    """
+
+    def __init__(self, comm: Comm, policy: str, folder: Path) -> None:
+        self.comm = comm
+        self.policy = policy
+        self.folder = folder
+        self.asked = False
+        self.stopping = False
+        """Some rank was asked to stop, and all know."""
+        self.skipped = 0
+
+    def __enter__(self) -> Guard:
+        self.before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def passes(self, step: int, batch: Batch, loss: torch.Tensor, outputs: Outputs) -> bool:
+        """Whether to learn from the batch; False, on every rank, if the loss of any is no number. Collective.
+
+        Raises:
+            NonFinite: it is none, and the policy is to stop, or it was none too often.
+        """
+        broken = not bool(torch.isfinite(loss))
+        self.stopping, skip = self.comm.any(self.asked, broken)
+        if not skip:
+            self.skipped = 0
+            return True
+        self.skipped += 1
+        found = self.comm.gather(self._keep(step, batch, outputs) if broken else "")
+        text = f"step {step}: the {' and the '.join(filter(None, found))} is not a number"
+        if self.policy == "stop":
+            raise NonFinite(
+                f"{text}; batch and state before it are in {self.folder}; lower train.dense_lr or"
+                " train.sparse_lr, or leave such batches out with --train.existing resume --train.non_finite skip"
+            )
+        if self.skipped == MOST_SKIPPED:
+            raise NonFinite(
+                f"{text}, for {self.skipped} steps in a row: it is the weights that are none; lower train.dense_lr or"
+                " train.sparse_lr and train anew"
+            )
+        return False
+
+    def _keep(self, step: int, batch: Batch, outputs: Outputs) -> str:
+        """Write the batch for replay, if not many are there already; what was wrong with it."""
+        bad = [head for head, value in outputs.losses.items() if not bool(torch.isfinite(value))]
+        told = f"{', '.join(bad) or 'summed'} loss of rank {self.comm.rank}"
+        try:
+            self.folder.mkdir(exist_ok=True)
+            if len(list(self.folder.glob("*.npz"))) < MOST_KEPT:
+                with (self.folder / f"step-{step:09d}-rank-{self.comm.rank}.npz").open("wb") as file:
+                    np.savez(file, **as_arrays(batch))  # type: ignore[arg-type]
+        except OSError as error:
+            return f"{told} (its batch is not kept: {error.strerror})"
+        return told
+
+
+def as_arrays(batch: Batch) -> dict[str, np.ndarray]:
+    """A batch as plain arrays, read back by `from_arrays`; in an archive without anything that runs."""
+    arrays = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, KeyedJaggedTensor):
+            arrays[f"{field.name}.keys"] = np.array(value.keys(), np.str_)
+            arrays[f"{field.name}.values"] = value.values().cpu().numpy()
+            arrays[f"{field.name}.lengths"] = value.lengths().cpu().numpy()
+        else:
+            arrays[field.name] = value.cpu().numpy()
+    return arrays
+
+
+def from_arrays(arrays: Any) -> Batch:
+    """The batch of `as_arrays`."""
+    found: dict[str, Any] = {}
+    for field in fields(Batch):
+        if field.name in arrays:
+            found[field.name] = torch.from_numpy(arrays[field.name])
+            continue
+        values, lengths = (torch.from_numpy(arrays[f"{field.name}.{part}"]) for part in ("values", "lengths"))
+        found[field.name] = KeyedJaggedTensor(arrays[f"{field.name}.keys"].tolist(), values, lengths=lengths)
+    return Batch(**found)

@@ -1,0 +1,284 @@
+"""Checkpoint folders: whole or not there, intact or refused, and nothing in them is run.
+
+A folder holds DCP's shards and metadata, `meta.json`, and, written last, `SHA256SUMS` of all other files, in the
+format of sha256sum(1). It is written beside its place and renamed, so one without sums is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from dataclasses import is_dataclass
+from pathlib import Path, PurePath
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from flm_torchrec.errors import RunError
+
+META = "meta.json"
+SUMS = "SHA256SUMS"
+PART = ".sums"
+FRESH = ".tmp"
+OLD = ".old"
+UNREADABLE = (pickle.UnpicklingError, ValueError, TypeError, AttributeError, KeyError, IndexError)
+"""What taking a broken pickle for a description of tensors may raise."""
+
+
+def write(folder: Path, tensors: dict[str, Any], meta: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+    """Write tensors (each rank its shards) and `meta`; collective over `group`. What was there stays until then.
+
+    Raises:
+        RunError: it cannot be written, on every rank, with the reason of the rank that failed.
+    """
+    writer = _Writer(folder, meta)
+    try:
+        dcp.save(tensors, storage_writer=writer, process_group=group)
+    except (dcp.api.CheckpointException, OSError) as error:
+        if writer.coordinator:  # all ranks are past writing: they raise together
+            shutil.rmtree(_beside(folder), ignore_errors=True)
+        raise RunError(f"{folder}: checkpoint not written ({_reason(error)}); what was there before is kept") from error
+
+
+def read(folder: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+    """Fill the tensors, wherever their shards were when they were written; collective over `group`.
+
+    Raises:
+        RunError: the checkpoint lacks one of them, or does not load.
+    """
+    try:
+        dcp.load(tensors, storage_reader=_Reader(folder), planner=_Planner(), process_group=group)
+    except (dcp.api.CheckpointException, OSError, EOFError, *UNREADABLE) as error:
+        raise RunError(f"{folder}: the checkpoint does not fit this model ({_reason(error)})") from error
+
+
+def read_all(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole, by name; needs no model and no other ranks, but room for all of it.
+
+    Raises:
+        RunError: it does not load.
+    """
+    try:
+        state = {}
+        for name, entry in _Reader(folder).read_metadata().state_dict_metadata.items():
+            if not isinstance(entry, dcp_metadata.TensorStorageMetadata):
+                raise ValueError(f"{name} is no tensor")
+            state[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        dcp.load(state, storage_reader=_Reader(folder), planner=_Planner(), no_dist=True)
+    except (dcp.api.CheckpointException, RuntimeError, OSError, EOFError, *UNREADABLE) as error:
+        raise RunError(f"{folder}: no readable checkpoint ({_reason(error)})") from error
+    return state
+
+
+def stored(folder: Path) -> dict[str, torch.Size]:
+    """Sizes of the tensors that a checkpoint holds, by name.
+
+    Raises:
+        RunError: there is none, or it is not readable.
+    """
+    try:
+        found = _Reader(folder).read_metadata().state_dict_metadata
+    except (OSError, EOFError, *UNREADABLE) as error:
+        raise RunError(f"{folder}: no readable checkpoint ({_reason(error)})") from error
+    return {name: getattr(entry, "size", torch.Size()) for name, entry in found.items()}
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """`meta` of a checkpoint, without its weights.
+
+    Raises:
+        RunError: there is no whole checkpoint.
+    """
+    file = folder / META
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: not readable ({error}); is this a run folder whose training ended?") from error
+
+
+def damage(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
+    """What is wrong with the files of a checkpoint; empty if all bytes are those that were written.
+
+    Args:
+        share, shares: look at every `shares`-th file from this on, so that ranks can divide the reading.
+    """
+    try:
+        lines = (folder / SUMS).read_bytes().decode("ascii").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        return [f"{SUMS} is not readable ({_reason(error)})"]
+    found = [re.fullmatch(r"([0-9a-f]{64})  ([\w.-]+)\n", line) for line in lines]
+    # META comes last, so that sums cut short at the end of a line lack it.
+    if not found or not all(found) or found[-1][2] != META:  # type: ignore[index]
+        return [f"{SUMS} is not as it was written"]
+    if {file.name for file in folder.iterdir()} != {SUMS, *(match[2] for match in found if match)}:
+        return [f"{SUMS} does not name just the files that are there"]
+    wrong = []
+    for match in found[share::shares]:
+        assert match is not None
+        try:
+            same = _digest(folder / match[2]) == match[1]
+        except OSError as error:
+            wrong.append(f"{match[2]} is not readable ({error.strerror})")
+        else:
+            wrong += [] if same else [f"{match[2]} has changed since it was written"]
+    return wrong
+
+
+class _Writer(dcp.FileSystemWriter):
+    """DCP's writer into a folder beside the one wanted; rank 0 completes and renames it when all have written."""
+
+    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
+        self.final = folder
+        self.fresh = _beside(folder)
+        self.meta = meta
+        self.coordinator = False
+        super().__init__(self.fresh)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
+        self.coordinator = is_coordinator
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        if not self.coordinator:
+            return plan  # they write when all are past this, into the folder that is then there
+        shutil.rmtree(self.fresh, ignore_errors=True)
+        return super().prepare_local_plan(plan)
+
+    def storage_meta(self) -> dcp_metadata.StorageMeta:
+        return dcp_metadata.StorageMeta()  # DCP would put the path of the folder here, which may change
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        done = super().write_data(plan, planner)
+        names = sorted({result.storage_data.relative_path for result in done.value()})
+        if names:
+            lines = "".join(f"{_digest(self.fresh / name)}  {name}\n" for name in names)
+            (self.fresh / (names[0] + PART)).write_text(lines, encoding="ascii")
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        (self.fresh / META).write_text(json.dumps(self.meta, indent=2), encoding="utf-8")
+        parts = sorted(self.fresh.glob("*" + PART))
+        lines = [part.read_text(encoding="ascii") for part in parts]
+        lines += [f"{_digest(self.fresh / name)}  {name}\n" for name in (".metadata", META)]
+        for part in parts:
+            part.unlink()
+        (self.fresh / SUMS).write_text("".join(lines), encoding="ascii")
+        for path in (self.fresh / META, self.fresh / SUMS, self.fresh):
+            _sync(path)
+        replace(self.fresh, self.final)
+
+
+def replace(fresh: Path, folder: Path) -> None:
+    """Put a whole folder where an older one may be; `restore_older` mends an interruption between the two renames."""
+    old = folder.with_name(folder.name + OLD)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    fresh.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_older(folder: Path) -> None:
+    """Bring back what `replace` had moved away when it was interrupted, and clear away what it had not finished."""
+    for old in folder.glob("*" + OLD):
+        if not old.with_suffix("").exists():
+            old.rename(old.with_suffix(""))
+    clear(folder)
+
+
+def clear(folder: Path) -> None:
+    """Remove what interrupted writes left in a folder of checkpoints."""
+    for left in [*folder.glob("*" + FRESH), *folder.glob("*" + OLD)]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _beside(folder: Path) -> Path:
+    return folder.with_name(folder.name + FRESH)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class _Reader(dcp.FileSystemReader):
+    """DCP's reader, whose metadata may hold nothing but the description of tensors in this folder."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _Unpickler(file).load()
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+            raise pickle.UnpicklingError(".metadata describes no tensors")
+        for info in metadata.storage_data.values():
+            if PurePath(info.relative_path).name != info.relative_path:
+                raise pickle.UnpicklingError(f"'{info.relative_path}' lies outside the folder")
+        metadata.storage_meta = dcp_metadata.StorageMeta(load_id=self.load_id)
+        return metadata
+
+
+class _Planner(DefaultLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+        # DCP would unpickle it, which runs what it says; all that is not a tensor is in META.
+        raise ValueError(f"{read_item.storage_index.fqn} is no tensor")
+
+
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    """Refuses whatever DCP's metadata has no need of: a pickle may name any function, and have it called.
+
+    The one written in Python, because only there can it be seen what a state is set on: set on a class, or on any
+    other thing that the whole process shares, it would change that for good.
+    """
+
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == dcp_metadata.__name__ and name in (*dcp_metadata.__all__, "_MEM_FORMAT_ENCODING"):
+            return getattr(dcp_metadata, name)
+        if (module, name) == (_StorageInfo.__module__, "_StorageInfo"):
+            return _StorageInfo
+        if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
+            return getattr(torch, name)
+        if (module, name) == ("torch.serialization", "_get_layout"):
+            return torch.serialization._get_layout
+        raise pickle.UnpicklingError(f".metadata asks for {module}.{name}, which no checkpoint does")
+
+    def load_build(self) -> None:
+        target = self.stack[-2]  # type: ignore[attr-defined]
+        if not is_dataclass(target) or isinstance(target, type):
+            raise pickle.UnpicklingError(f".metadata sets a state on {target!r}, which no checkpoint does")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _reason(error: BaseException) -> str:
+    """One line; of an error that DCP gathered from ranks, what the first of them met."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        rank, (first, _) = next(iter(failures.items()))
+        return f"rank {rank}: {_reason(first)}"
+    return " ".join(str(error).split())[:300]

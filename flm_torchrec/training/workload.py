@@ -1,0 +1,38 @@
+"""What a config would ask of a cluster of any size: no process group, no GPU, no training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from flm_torchrec.config import Config
+from flm_torchrec.distributed.capacity import Workload
+from flm_torchrec.distributed.comm import Comm
+from flm_torchrec.distributed.estimate import dense_bytes
+from flm_torchrec.training.job import make_loader, make_model
+from flm_torchrec.training.lookups import lookups_of
+from flm_torchrec.training.scope import load_data, scope_of
+
+
+def workload_of(config: Config) -> Callable[[int], Workload]:
+    """From a number of ranks to what each has to do, with the prepared data's own sizes and look-ups.
+
+    Raises:
+        DataError: the data are not there.
+    """
+    data = load_data(config)
+    scope = scope_of(config, data)
+
+    def at(world_size: int) -> Workload:
+        comm = Comm(0, world_size, world_size, torch.device("cpu"))
+        model = make_model(data.schema, config, comm)
+        return Workload(
+            model=model,
+            batch_size=-(-config.train.batch_size // world_size),
+            lookups=lookups_of(make_loader(data, scope, config, comm)),
+            optimizer=config.train.sparse_optimizer,
+            dense_bytes=dense_bytes(model),
+        )
+
+    return at

@@ -1,0 +1,59 @@
+"""Run by test_checkpoint as one rank or several: for each case make or load a full state, and save it elsewhere.
+
+Arguments: prepared data, folder to load from ("-": train some steps instead), folder to save to, and cases
+NAME:SHARDING:OPTIMIZER.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+
+from flm_torchrec.config import load_config
+from flm_torchrec.data.prepared import load_prepared
+from flm_torchrec.distributed.comm import process_group
+from flm_torchrec.distributed.planfile import describe
+from flm_torchrec.training.checkpoint import Checkpoints, Progress
+from flm_torchrec.training.job import Job
+from flm_torchrec.training.scope import scope_of
+
+STEPS = 4
+
+
+def main(path: str, source: str, target: str, cases: list[str]) -> None:
+    data = load_prepared(path)
+    # 256 columns, since the planner cuts none narrower than 128.
+    shared = ["distributed.threads=1", "model.dim=256", "model.layers=1", "train.batch_size=32"]
+    with process_group(load_config(None, shared).distributed) as comm:
+        for case in cases:
+            name, sharding, optimizer = case.split(":")
+            overrides = [f"distributed.sharding={sharding}", f"train.sparse_optimizer={optimizer}"]
+            config = load_config(None, [*shared, *overrides])
+            job = Job(config, data, scope_of(config, data), comm)
+
+            def checkpoints(folder: str, job: Job = job, name: str = name) -> Checkpoints:
+                return Checkpoints(Path(folder) / name, job.model, job.optimizer, comm, data.fingerprint)
+
+            if source == "-":
+                for batch in islice(job.loader.after(0), STEPS):
+                    job.optimizer.zero_grad()
+                    job.model(batch)[0].backward()
+                    job.optimizer.step()
+                progress = Progress(STEPS)
+            else:
+                found = checkpoints(source).restore()
+                assert found is not None and found[1] == []
+                progress = found[0]
+            saving = checkpoints(target)
+            saving.save(progress)
+            saving.finish()
+            if comm.main:
+                tables = describe(job.plan, comm.world_size)["tables"]
+                shards = {table: len(entry["shards"]) for table, entry in tables.items()}
+                (Path(target) / name / "shards.json").write_text(json.dumps(shards))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:])

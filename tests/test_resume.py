@@ -1,0 +1,349 @@
+"""Runs that are stopped, killed, hung or fed NaN, and what becomes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flm_torchrec.config import load_config
+from flm_torchrec.data.batch import Batch
+from flm_torchrec.data.loader import Negatives, TrainLoader, windows
+from flm_torchrec.data.prepared import PreparedData, load_prepared
+from flm_torchrec.data.splits import split
+from flm_torchrec.distributed.comm import process_group
+from flm_torchrec.errors import RunError
+from flm_torchrec.training import checkpoint, storage
+from flm_torchrec.training.guard import Guard, NonFinite, as_arrays, from_arrays
+from flm_torchrec.training.job import Job, pretrain
+from flm_torchrec.training.loop import STEPS as KINDS_OF_STEPS
+from flm_torchrec.training.schedule import Schedule
+from flm_torchrec.training.scope import scope_of
+from tests.conftest import ROOT
+from tests.test_checkpoint import tensors
+from tools.replay import replay
+
+STEPS = 40
+TRAIN = [
+    "train", "--distributed.threads", "1", "--model.dim", "16", "--model.layers", "1", "--train.batch_size", "32",
+    "--data.max_history", "8", "--train.max_steps", str(STEPS), "--train.checkpoint_every", "5",
+    "--train.eval_every", "20", "--train.eval_users", "20", "--train.log_every", "5",
+]  # fmt: skip
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+
+
+def overrides(data: PreparedData, run: Path, *more: str) -> list[str]:
+    options = [a.removeprefix("--") for a in TRAIN[1:]]
+    pairs = [f"{key}={value}" for key, value in zip(options[::2], options[1::2], strict=True)]
+    return [*pairs, f"data.path={data.path}", f"train.run={run}", *more]
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """Lines of metrics.jsonl without what time does to them."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "samples_per_second")} for line in lines]
+
+
+def newest(run: Path) -> Path:
+    return max((run / "checkpoints").glob("step-*[0-9]"))
+
+
+def same(one: Path, other: Path) -> bool:
+    first, second = tensors(one), tensors(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def wait_for(found: object, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    """Until `found()` is true; fails if the process ends before."""
+    until = time.monotonic() + seconds
+    while not found():  # type: ignore[operator]
+        assert process.poll() is None and time.monotonic() < until, "ended or too slow"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    pretrain(load_config(None, overrides(small, run)))
+    return run
+
+
+def start(arguments: list[str], **extra: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *arguments], env={**ENVIRONMENT, **extra}, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(
+    small: PreparedData, tmp_path: Path, undisturbed: Path
+) -> None:
+    run = tmp_path / "run"
+    options = [*TRAIN, "--data.path", str(small.path), "--train.run", str(run)]
+    process = start(["-m", "flm_torchrec", *options, "--train.checkpoint_every", "0"])
+    wait_for(lambda: (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text()) > 0, process)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 75 and "go on with --train.existing resume" in told
+    stopped = storage.read_meta(newest(run))["step"]
+    assert 5 <= stopped < STEPS
+    with pytest.raises(RunError, match=r"--train\.existing replace to start anew, resume to go on"):
+        pretrain(load_config(None, overrides(small, run)))
+    pretrain(load_config(None, overrides(small, run, "train.existing=resume")))
+    assert f"resuming after step {stopped}" in (run / "train.log").read_text()
+    assert same(newest(run), newest(undisturbed)) and same(run / checkpoint.BEST, undisturbed / checkpoint.BEST)
+    # Lines of steps that a stop cut in two average the rest alone; those after are the same to the last digit.
+    assert metrics(run)[-3:] == metrics(undisturbed)[-3:]
+    assert len({line["step"] for line in metrics(run)}) == len({line["step"] for line in metrics(undisturbed)})
+
+
+def test_a_killed_rank_is_started_anew_and_nothing_is_lost_or_repeated(small: PreparedData, tmp_path: Path) -> None:
+    """SIGKILL to one of two ranks under torchrun's --max_restarts; weights as in a run of two that nothing befell."""
+    runs = [tmp_path / name for name in ("calm", "killed")]
+    for run in runs:
+        options = [*TRAIN, "--data.path", str(small.path), "--train.run", str(run)]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "2"]
+        process = start([*launcher, "-m", "flm_torchrec", "--", *options])
+        if run.name == "killed":
+            wait_for(lambda run=run: any((run / "checkpoints").glob("step-*5")), process)
+            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+        _, told = process.communicate(timeout=240)
+        assert process.returncode == 0, told[-3000:]
+    log = (runs[1] / "train.log").read_text()
+    assert "resuming after step" in log and log.count("events to learn from") == 2
+    assert same(newest(runs[0]), newest(runs[1])) and metrics(runs[0]) == metrics(runs[1])
+
+
+def test_a_hung_rank_is_named(small: PreparedData, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    options = [*TRAIN, "--data.path", str(small.path), "--train.run", str(tmp_path / "run"), "--train.max_steps", "0"]
+    options += ["--train.epochs", "100000", "--distributed.timeout", "6"]
+    processes = [
+        start(["-m", "flm_torchrec", *options], RANK=str(rank), WORLD_SIZE="3", LOCAL_RANK=str(rank),
+              LOCAL_WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        for rank in range(3)
+    ]  # fmt: skip
+    try:
+        file = tmp_path / "run" / "metrics.jsonl"
+        wait_for(lambda: file.is_file() and len(file.read_text()) > 0, processes[0])
+        processes[2].send_signal(signal.SIGSTOP)
+        _, told = processes[0].communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert processes[0].returncode == 2
+    assert "rank 2 of 3 does not answer" in told and "--train.existing resume" in told
+
+
+def test_a_damaged_state_is_told_and_the_one_before_it_used(small: PreparedData, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pretrain(load_config(None, overrides(small, run)))
+    last = newest(run)
+    file = next(last.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-100])
+    before = tensors(run / checkpoint.BEST)
+    pretrain(load_config(None, overrides(small, run, "train.existing=resume")))
+    log = (run / "train.log").read_text()
+    assert f"not used: {last}: {file.name} has changed since it was written" in log
+    assert f"resuming after step {STEPS - 5}" in log
+    assert storage.damage(last) == [] and storage.damage(last.with_name(f"damaged-{last.name}"))
+    after = tensors(run / checkpoint.BEST)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    for folder in (run / "checkpoints").glob("step-*"):
+        (folder / storage.SUMS).unlink()
+    with pytest.raises(RunError, match="and no older one is whole"):
+        pretrain(load_config(None, overrides(small, run, "train.existing=resume")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["train.dense_lr=0.5"], r"was made with train.dense_lr 0.001, not 0.5"),
+        (["train.batch_size=31"], r"was made with train.batch_size 32, not 31"),
+        (["data.max_history=7"], r"was made with data.max_history 8, not 7"),
+    ],
+)
+def test_resuming_as_another_run_is_refused(
+    small: PreparedData, undisturbed: Path, changes: list[str], message: str
+) -> None:
+    before = (undisturbed / "config.yaml").read_text()
+    with pytest.raises(RunError, match=message):
+        pretrain(load_config(None, [*overrides(small, undisturbed, "train.existing=resume"), *changes]))
+    assert (undisturbed / "config.yaml").read_text() == before
+
+
+def test_resuming_on_other_data_is_refused(small: PreparedData, undisturbed: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(small.path, tmp_path / "other"))
+    part = next((other / "interactions").glob("*.parquet"))
+    part.write_bytes(part.read_bytes())
+    assert _fingerprint(other) == small.fingerprint
+    table = pq.read_table(part)
+    changed = table["item_id"].to_numpy().copy()
+    changed[0] = (changed[0] + 1) % small.schema.items
+    pq.write_table(table.set_column(table.schema.get_field_index("item_id"), "item_id", [changed]), part)
+    assert _fingerprint(other) != small.fingerprint
+    with pytest.raises(RunError, match=r"made with other data than data\.path holds now"):
+        pretrain(load_config(None, [*overrides(small, undisturbed, "train.existing=resume"), f"data.path={other}"]))
+
+
+def _fingerprint(path: Path) -> str:
+    return load_prepared(path).fingerprint
+
+
+def test_what_the_rows_stand_for_is_kept_with_the_run(small: PreparedData, undisturbed: Path) -> None:
+    kept = undisturbed / "vocabulary"
+    assert pq.read_table(kept / "items.parquet")["item_key"].to_pylist() == small.item_keys
+    assert pq.read_table(kept / "users.parquet")["user_key"].to_pylist() == small.user_keys
+    assert {f.name for f in (kept / "vocab").iterdir()} == {f.name for f in (small.path / "vocab").iterdir()}
+
+
+def test_too_little_room_is_told_before_the_first_step(
+    small: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage(10**6, 10**6, 1000))
+    with pytest.raises(RunError, match=r"checkpoints need up to .* GiB, 0.00 GiB are free; make room"):
+        pretrain(load_config(None, overrides(small, tmp_path / "run")))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+
+
+def test_a_full_disk_while_training_keeps_what_is_saved(
+    small: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The saves of steps 10 and 40 fail: training goes on after the first, and ends with an error after the last."""
+    write = storage.write
+
+    def fail(folder: Path, *rest: object) -> None:
+        if folder.name in ("step-000000010", f"step-{STEPS:09d}"):
+            raise RunError(f"{folder}: checkpoint not written (No space left on device); kept")
+        write(folder, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(storage, "write", fail)
+    with pytest.raises(RunError, match="No space left on device"):
+        pretrain(load_config(None, overrides(small, tmp_path / "run")))
+    assert "step-000000010: checkpoint not written" in (tmp_path / "run" / "train.log").read_text()
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
+    assert newest(tmp_path / "run").name == f"step-{STEPS - 5:09d}" and storage.damage(newest(tmp_path / "run")) == []
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused(small: PreparedData, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="is a file; give another --train"):
+        pretrain(load_config(None, overrides(small, tmp_path / "file")))
+    with pytest.raises(RunError, match=r"Not a directory; mend that, or give another --train\.run"):
+        pretrain(load_config(None, overrides(small, tmp_path / "file" / "run")))
+    with pytest.raises(RunError, match=r"mend that, or give another --train\.run"):
+        pretrain(load_config(None, overrides(small, Path("/proc/run"))))
+
+
+def poisoned(loader, bad: int):  # type: ignore[no-untyped-def]
+    for number, batch in enumerate(loader.after(0)):
+        if number == bad:
+            batch.value = torch.full_like(batch.value, float("nan"))
+        yield batch
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_batch_whose_loss_is_no_number_is_left_out_or_ends_the_run(
+    small: PreparedData, tmp_path: Path, kind: str
+) -> None:
+    """In plain steps and in those of the pipeline that GPUs take."""
+    config = load_config(None, ["model.dim=16", "train.batch_size=32", "distributed.threads=1"])
+    with process_group(config.distributed) as comm:
+        job = Job(config, small, scope_of(config, small), comm)
+        job.model.train()
+        state: list[list[torch.Tensor]] = []
+
+        def run(policy: str, bad: int) -> list[bool]:
+            guard = Guard(comm, policy, tmp_path / policy)
+            steps = KINDS_OF_STEPS[kind](job.model, job.optimizer, Schedule(job.optimizer, 2, 8), comm.device, guard)
+            batches, found = islice(poisoned(job.loader, bad), 3), []
+            for step in range(3):
+                found.append(steps.take(batches, step) is not None)
+                state.append([t.clone() for t in job.model.parameters()])
+            steps.release()
+            return found
+
+        assert run("skip", 1) == [True, False, True]
+        assert all(torch.equal(a, b) for a, b in zip(state[0], state[1], strict=True))
+        assert not all(torch.equal(a, b) for a, b in zip(state[1], state[2], strict=True))
+        assert all(bool(t.isfinite().all()) for t in state[2])
+        with pytest.raises(NonFinite, match=r"step 2: the .*sequential.* loss of rank 0 is not a number"):
+            run("stop", 1)
+    with np.load(tmp_path / "stop" / "step-000000002-rank-0.npz", allow_pickle=False) as arrays:
+        batch = from_arrays(arrays)
+    assert bool(batch.value.isnan().all())
+    assert_same_batch(batch, next(islice(poisoned(job.loader, 1), 1, 2)))
+
+
+def assert_same_batch(found: Batch, expected: Batch) -> None:
+    one, other = as_arrays(found), as_arrays(expected)
+    assert one.keys() == other.keys()
+    for name, values in one.items():
+        np.testing.assert_array_equal(values, other[name])
+
+
+def test_ten_bad_losses_in_a_row_end_the_run_under_either_policy(small: PreparedData, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    explode = ["train.sparse_lr=1e38", "train.dense_lr=1e30", "train.warmup_steps=0", "train.eval_every=1000"]
+    with pytest.raises(NonFinite, match="for 10 steps in a row"):
+        pretrain(load_config(None, [*overrides(small, run, "train.non_finite=skip"), *explode]))
+    with pytest.raises(NonFinite, match=r"batch and state before it are in .*non-finite"):
+        pretrain(load_config(None, [*overrides(small, run, "train.existing=replace"), *explode]))
+    assert list((run / "non-finite").glob("*.npz")) and list((run / "non-finite").glob("step-*/SHA256SUMS"))
+    assert not list((run / "checkpoints").glob("step-*"))
+    told = replay(next((run / "non-finite").glob("*.npz")))
+    assert told[0].startswith("state after step") and any(line.startswith("loss sequential = ") for line in told)
+    with pytest.raises(RunError, match=r"not RUN/non-finite/step-"):
+        replay(run / "config.yaml")
+
+
+@settings(deadline=None, max_examples=30)
+@given(steps=st.integers(0, 60), batch_size=st.integers(1, 40), before=st.integers(1, 3), after=st.integers(1, 3))
+def test_what_is_learnt_from_does_not_depend_on_where_or_on_how_many_ranks_a_run_resumed(
+    small: PreparedData, steps: int, batch_size: int, before: int, after: int
+) -> None:
+    """Sequences of the steps before a stop, at some ranks, and after it, at others: those of one run, each once."""
+    spans = windows(small, split(small, "leave-one-out", 0.1), 5)
+
+    def taken(first: int, last: int, ranks: int) -> list[list[tuple[int, int, int]]]:
+        """By step: user, start and end of each sequence that is not there to fill up ranks, in any order."""
+        found: list[list[tuple[int, int, int]]] = [[] for _ in range(first, last)]
+        for rank in range(ranks):
+            loader = TrainLoader(spans, Recorder(), Negatives(np.ones(3), 0, 1.0), batch_size, 7, rank, ranks)  # type: ignore[arg-type]
+            for step, rows in zip(found, loader.after(first), strict=False):
+                step += [row for row in rows if row[1] != row[2]]  # type: ignore[union-attr]
+        return [sorted(step) for step in found]
+
+    end = steps + 2 * -(-len(spans) // batch_size)
+    whole = taken(0, end, 1)
+    assert taken(0, steps, before) + taken(steps, end, after) == whole
+    epoch = -(-len(spans) // batch_size)
+    rows = sorted(row for step in whole[:epoch] for row in step)
+    assert rows == sorted(zip(spans.user.tolist(), spans.start.tolist(), spans.end.tolist(), strict=True))
+
+
+class Recorder:
+    """In place of the assembler: what it was asked for."""
+
+    def training(self, user: np.ndarray, start: np.ndarray, end: np.ndarray, drawn: object) -> object:
+        return list(zip(user.tolist(), start.tolist(), end.tolist(), strict=True))

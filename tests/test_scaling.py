@@ -1,0 +1,83 @@
+"""The scaling study, on two real ranks: what the plan says of memory and of bytes sent is what is counted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.distributed.capacity import plan_on
+from flm_torchrec.distributed.cluster import make_cluster
+from flm_torchrec.distributed.constraints import Rules
+from flm_torchrec.distributed.plan import pipeline_of
+from flm_torchrec.distributed.sharders import BagSharder
+from flm_torchrec.distributed.spec import Spec, TableSpec, workload_of_spec
+from flm_torchrec.distributed.volume import sent_bytes
+from tests.conftest import ROOT
+
+
+def test_estimates_are_near_what_is_counted(small: PreparedData, tmp_path: Path) -> None:
+    output = tmp_path / "study"
+    command = [sys.executable, str(ROOT / "tools" / "scaling_study.py"), "--output", str(output), "--ranks", "2"]
+    settings = ["--", f"data.path={small.path}", "model.dim=32"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--steps", "3", "--batch", "32", *settings],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    study = json.loads((output / "study.json").read_text())
+    for run in study["runs"]:
+        said = found = 0.0
+        for planned, counted in zip(run["planned"]["ranks"], run["measured"], strict=True):
+            device = planned["device"]
+            assert (device["weights"], device["optimizer"]) == (counted["weights"], counted["optimizer"])
+            assert device["dense"] == 20 * counted["dense_parameters"]
+            said += device["weights"] + device["optimizer"] + device["input_output"]
+            found += counted["weights"] + counted["optimizer"]
+            found += counted["input"] + counted["lengths"] + counted["output"]
+        assert said == pytest.approx(found, rel=0.1)
+        sent = run["planned"]["sent"]
+        collectives = ("alltoall_base_", "_allgather_base_", "_reduce_scatter_base_")
+        counted = sum(rank["sent"].get(name, 0) for rank in run["measured"] for name in collectives) / 2
+        assert sent["ids"] + sent["vectors"] == pytest.approx(counted, rel=0.1)
+    larger = study["larger"]
+    assert [row["ranks"] for row in larger] == [8, 16, 32, 64, 128, 256, 512, 1024]
+    assert larger[-1]["sent"]["loss"] == pytest.approx(larger[0]["sent"]["loss"] * 1023 / 7)
+    assert (output / "study.svg").stat().st_size > 1000 and "| 1024 |" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("pooled", "sharding", "ids", "vectors"),
+    [
+        # 4 ranks, 10 samples each, 3 ids a sample, 8 float32: all but a rank's own quarter leaves it.
+        (False, "table_wise", 8 * (30 + 10) * 0.75, 2 * 30 * 32 * 0.75),
+        (True, "table_wise", 8 * (30 + 10) * 0.75, 2 * 10 * 32 * 0.75),
+        (False, "row_wise", 8 * (30 * 0.75 + 10 * 3), 2 * 30 * 32 * 0.75),
+        # Each rank makes its part of all ranks' bags: a reduce-scatter, and an all-gather back.
+        (True, "row_wise", 8 * (30 * 0.75 + 10 * 3), 2 * 10 * 32 * 3),
+    ],
+)
+def test_bytes_sent_by_hand(pooled: bool, sharding: str, ids: float, vectors: float) -> None:
+    table = TableSpec(name="t", rows=100, dim=8, pooling=3, pooled=pooled)
+    workload = workload_of_spec(Spec(tables=(table,), batch_size=10))
+    rules = Rules(sharding_types=(sharding,))
+    solved = plan_on(workload, make_cluster("h100", 1, 4), rules, pipeline_of("cuda"))
+    assert sent_bytes(solved) == {"ids": ids, "vectors": vectors}
+
+
+def test_bytes_sent_within_nodes_and_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes of two ranks: each bag is summed on the two ranks of one node, and half of the bags go to the other."""
+    monkeypatch.setattr(BagSharder, "sharding_types", lambda self, device: ["table_wise", "table_row_wise"])
+    workload = workload_of_spec(Spec(tables=(TableSpec(name="t", rows=100, dim=8, pooling=3),), batch_size=10))
+    rules = Rules(sharding_types=("table_row_wise",))
+    solved = plan_on(workload, make_cluster("h100", 2, 2), rules, pipeline_of("cuda"))
+    assert sent_bytes(solved) == {"ids": 8 * (30 + 2 * 10) * 0.75, "vectors": 2 * 10 * 32 * (1 + 0.5)}
