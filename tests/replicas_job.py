@@ -1,25 +1,58 @@
-"""Run by test_replicas on four ranks: tables in two replicas against 2D parallelism written out in plain PyTorch.
+"""Run by test_replicas on four ranks: tables in two replicas, and then the whole model.
 
-Ranks on a host, of which there are two in pretence, come from the environment. Fails on the first difference; rank 0
-prints a line a case that was equal.
+Arguments: prepared data, folder for checkpoints. Fails on the first difference; rank 0 prints a line a case that was
+equal.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from unittest import mock
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.optim import _apply_optimizer_in_backward
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from flm_torchrec.config import load_config
 from flm_torchrec.config.schema import DistributedConfig, TrainConfig
+from flm_torchrec.data.prepared import PreparedData, load_prepared
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.distributed.replicas import average_replicas, group_of
 from flm_torchrec.distributed.shard import make_optimizer, shard
+from flm_torchrec.training.checkpoint import Checkpoints, Progress
+from flm_torchrec.training.guard import Guard
+from flm_torchrec.training.job import Job
+from flm_torchrec.training.loop import PlainSteps
+from flm_torchrec.training.schedule import Schedule
+from flm_torchrec.training.scope import scope_of
 from tests.equality_job import (
-    CLOSE, LR, ROWS, STEPS, Holder, Reference, Sharded, batch_of, cases, compare, loss_of, new_tables, plan_of,
-)  # fmt: skip
+    CLOSE,
+    LR,
+    ROWS,
+    STEPS,
+    Holder,
+    Reference,
+    Sharded,
+    batch_of,
+    cases,
+    compare,
+    loss_of,
+    new_tables,
+    plan_of,
+)
 
 REPLICAS = 2
+FIXED = [
+    "distributed.threads=1", "model.dim=16", "train.batch_size=32", "data.max_history=6", "loss.negatives=16",
+    "train.sparse_lr=0.1", "model.dropout=0", "model.id_dropout=0", "model.user_id_dropout=0", "loss.fused=1",
+]  # fmt: skip
 DIM = 8
 
 
@@ -42,10 +75,10 @@ class TwoDimensional(Sharded):
         return {table: found / REPLICAS for table, found in super().state(like).items()}
 
 
-def parts(sharded: TwoDimensional) -> dict[str, Tensor]:
+def parts(model: DistributedModelParallel) -> dict[str, Tensor]:
     """This rank's own weights and optimizer state."""
-    found = dict(sharded.model.state_dict())
-    for of in sharded.model.fused_optimizer.state_dict()["state"].values():
+    found = dict(model.state_dict())
+    for of in model.fused_optimizer.state_dict()["state"].values():
         found |= of
     return {
         f"{name} {n}": part.tensor.detach().clone()
@@ -55,9 +88,9 @@ def parts(sharded: TwoDimensional) -> dict[str, Tensor]:
     }
 
 
-def differing(sharded: TwoDimensional, comm: Comm) -> int:
+def differing(model: DistributedModelParallel, comm: Comm) -> int:
     """How many parts are not the same bit for bit on the ranks that hold the same rows."""
-    held = comm.gather(parts(sharded))
+    held = comm.gather(parts(model))
     count = 0
     for first in range(0, comm.world_size, REPLICAS):
         one, *others = held[first : first + REPLICAS]
@@ -95,9 +128,9 @@ def train(sharded: TwoDimensional, references: list[Reference], comm: Comm, same
         sharded.optimizer.zero_grad()
         loss_of(outputs).backward()
         sharded.optimizer.step()
-        assert (differing(sharded, comm) == 0) == same
+        assert (differing(sharded.model, comm) == 0) == same
         average_replicas(sharded.model)
-        assert differing(sharded, comm) == 0
+        assert differing(sharded.model, comm) == 0
         for replica, reference in enumerate(references):
             ranks = range(replica, comm.world_size, REPLICAS)
             losses = [loss_of(reference.forward(batch(rank))) for rank in ranks]
@@ -106,19 +139,84 @@ def train(sharded: TwoDimensional, references: list[Reference], comm: Comm, same
     compare(sharded, references[0])
 
 
-def main() -> None:
+def check_tables(comm: Comm) -> None:
+    for bags in (True, False):
+        for optimizer, types in cases(bags).items():
+            for kind in types:
+                for same in (False, True):
+                    sharded = TwoDimensional(bags, kind, optimizer, comm)
+                    weights = sharded.weights()
+                    references = [Reference.of(bags, optimizer, weights) for _ in range(1 if same else REPLICAS)]
+                    train(sharded, references, comm, same)
+                    if comm.main:
+                        print("equal", "bags" if bags else "sequence", kind, optimizer, "same" if same else "own")
+
+
+def new_job(data: PreparedData, comm: Comm, *overrides: str) -> Job:
+    config = load_config(None, [*FIXED, *overrides])
+    return Job(config, data, scope_of(config, data), comm)
+
+
+def losses_of(job: Job, first: int, count: int) -> list[list[float]]:
+    """Global losses of so many steps of the training loop's own kind; all replicas are equal after each."""
+    comm, config = job.comm, job.config.train
+    guard = Guard(comm, config.non_finite, Path(config.run))
+    steps = PlainSteps(job.model, job.optimizer, Schedule(job.optimizer, 0, 10_000), comm.device, guard)
+    batches = islice(job.loader.after(first), count)
+    found = []
+    job.model.train()
+    for step in range(first, first + count):
+        outputs = steps.take(batches, step)
+        assert outputs is not None
+        found.append(comm.all_reduce_sum(torch.stack(list(outputs.losses.values()))).tolist())
+        assert job.config.distributed.replicas == 1 or differing(job.model, comm) == 0
+    return found
+
+
+@contextmanager
+def linear_adagrad() -> Iterator[None]:
+    """Adagrad whose eps outweighs its state: in effect plain gradient descent, where averages are sums."""
+
+    def apply(optimizer: type, parameters: Iterator[nn.Parameter], options: dict[str, float]) -> None:
+        _apply_optimizer_in_backward(optimizer, parameters, {"lr": options["lr"] * 1e4, "eps": 1e4})
+
+    with mock.patch("flm_torchrec.distributed.shard._apply_optimizer_in_backward", apply):
+        yield
+
+
+def check_model(data: PreparedData, folder: Path, comm: Comm) -> None:
+    two = f"distributed.replicas={REPLICAS}"
+    with linear_adagrad():
+        plain = losses_of(new_job(data, comm, "train.sparse_lr=20"), 0, 6)
+        still = losses_of(new_job(data, comm, "train.sparse_lr=0"), 0, 6)
+        assert not torch.allclose(torch.tensor(still[-1]), torch.tensor(plain[-1]), rtol=1e-2)  # the tables do learn
+        for dense in ("ddp", "fsdp"):
+            found = losses_of(new_job(data, comm, "train.sparse_lr=20", two, f"distributed.dense={dense}"), 0, 6)
+            torch.testing.assert_close(torch.tensor(found), torch.tensor(plain), rtol=1e-4, atol=0)
+    job = new_job(data, comm, "distributed.sharding=row_wise", two)
+    first = losses_of(job, 0, 10)
+    checkpoints = Checkpoints(folder, job.model, job.optimizer, comm, data.fingerprint)
+    checkpoints.save(Progress(step=10))
+    checkpoints.finish()
+    then = losses_of(job, 10, 10)
+    assert sum(then[-1][:3]) < sum(first[0][:3])
+    other = new_job(data, comm, "distributed.sharding=table_wise", two)
+    found = Checkpoints(folder, other.model, other.optimizer, comm, data.fingerprint).restore()
+    assert found is not None and found[0].step == 10
+    assert differing(other.model, comm) == 0
+    torch.testing.assert_close(torch.tensor(losses_of(other, 10, 10)), torch.tensor(then), rtol=1e-4, atol=0)
+    alone = new_job(data, comm, "distributed.sharding=row_wise")
+    assert Checkpoints(folder, alone.model, alone.optimizer, comm, data.fingerprint).restore() is not None
+    torch.testing.assert_close(torch.tensor(losses_of(alone, 10, 1)), torch.tensor(then[:1]), rtol=1e-4, atol=0)
+    if comm.main:
+        print("equal model")
+
+
+def main(path: str, folder: str) -> None:
     with process_group(DistributedConfig(device="cpu", threads=1)) as comm:
-        for bags in (True, False):
-            for optimizer, types in cases(bags).items():
-                for kind in types:
-                    for same in (False, True):
-                        sharded = TwoDimensional(bags, kind, optimizer, comm)
-                        weights = sharded.weights()
-                        references = [Reference.of(bags, optimizer, weights) for _ in range(1 if same else REPLICAS)]
-                        train(sharded, references, comm, same)
-                        if comm.main:
-                            print("equal", "bags" if bags else "sequence", kind, optimizer, "same" if same else "own")
+        check_tables(comm)
+        check_model(load_prepared(path), Path(folder), comm)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1], sys.argv[2])

@@ -5,10 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
-from torchrec.distributed.model_parallel import DMPCollection
-from torchrec.distributed.types import ShardingPlan
 
 from tests.conftest import ROOT
 
@@ -28,9 +24,3 @@ def test_outputs_steps_and_resharding_equal_the_unsharded_tables(ranks, tmp_path
     """fp32, 1e-5: outputs, weights and optimizer state; see equality_job.py."""
     printed = ranks(count, [JOB, str(tmp_path), str(on_a_host)])
     assert {line for line in printed.splitlines() if line.startswith("equal")} == EQUAL
-
-
-def test_two_dimensional_parallelism_is_not_to_be_had_on_a_cpu() -> None:
-    """The reason that docs/sharding.md gives for leaving it out."""
-    with pytest.raises(AssertionError, match="only supports CUDA or MTIA"):
-        DMPCollection(nn.Linear(1, 1), torch.device("cpu"), ShardingPlan({}), 4, 2, None)  # type: ignore[arg-type]

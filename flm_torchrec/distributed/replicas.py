@@ -11,16 +11,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.remote_device import _remote_device
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel, DMPCollection
-from torchrec.distributed.types import (
-    EmbeddingModuleShardingPlan,
-    EnumerableShardingSpec,
-    ShardingEnv2D,
-    ShardingPlan,
-)
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, EnumerableShardingSpec, ShardingEnv2D, ShardingPlan
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
 
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.distributed.sharders import sharders
 from flm_torchrec.errors import ConfigError
+
+AVERAGED = ("rowwise_adagrad", "adagrad")
+"""Optimizers of the tables whose state DMPCollection finds: it asks for `sum` alone."""
 
 
 class _OnDevice(DistributedModelParallel):
@@ -49,7 +48,7 @@ class Replicated(DMPCollection, _OnDevice):
         self._real_device = comm.device
         world = dist.GroupMember.WORLD
         assert world is not None
-        super().__init__(
+        super().__init__(  # type: ignore[call-arg]  # DMPCollection's
             module=model,
             device=torch.device("cuda"),
             plan=deepcopy(plan),  # it is written over with the ranks of this rank's group
@@ -94,14 +93,36 @@ def group_of(comm: Comm, replicas: int) -> Comm:
         ConfigError: the ranks do not make so many equal groups.
     """
     if comm.world_size % replicas:
-        raise ConfigError(f"distributed.replicas: {comm.world_size} ranks do not divide by {replicas}; change one of them")
+        raise ConfigError(
+            f"distributed.replicas: {comm.world_size} ranks do not divide by {replicas}; change one of them"
+        )
     if comm.local_world_size % replicas and replicas % comm.local_world_size:
         raise ConfigError(
-            f"distributed.replicas: {replicas} do not share out evenly over hosts of {comm.local_world_size} ranks; take"
-            " a divisor or a multiple of that"
+            f"distributed.replicas: {replicas} do not share out evenly over hosts of {comm.local_world_size} ranks;"
+            " take a divisor or a multiple of that"
         )
     local = max(1, comm.local_world_size // replicas)
     return replace(comm, world_size=comm.world_size // replicas, local_world_size=local)
+
+
+def check_replicable(model: nn.Module, optimizer: str) -> None:
+    """Refuse what TorchRec's averaging does not know.
+
+    Raises:
+        ConfigError: a managed table, whose ids lie elsewhere in each replica, or an optimizer other than Adagrad.
+    """
+    for module in model.modules():
+        if isinstance(module, ManagedCollisionEmbeddingBagCollection):
+            name = module._managed_collision_collection.embedding_configs()[0].name
+            raise ConfigError(
+                f"distributed.replicas: table '{name}' is managed (zch), and replicas would give its rows to different"
+                " ids; prepare the data with hash or direct in --tables, or leave replicas out"
+            )
+    if optimizer not in AVERAGED:
+        raise ConfigError(
+            f"distributed.replicas: TorchRec averages the state of {' and '.join(AVERAGED)}, not that of {optimizer};"
+            " change train.sparse_optimizer, or leave replicas out"
+        )
 
 
 def average_replicas(model: nn.Module) -> None:

@@ -23,7 +23,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from flm_torchrec.config.schema import TrainConfig
 from flm_torchrec.distributed.comm import Comm
-from flm_torchrec.distributed.replicas import Replicated, group_of
+from flm_torchrec.distributed.replicas import Replicated, check_replicable, group_of
 from flm_torchrec.distributed.sharders import check_whole_rows, sharders
 from flm_torchrec.errors import ConfigError
 
@@ -32,7 +32,11 @@ BLOCK_ROWS = 65536
 
 
 def shard(
-    model: nn.Module, plan: ShardingPlan, comm: Comm, config: TrainConfig, sliced: Sequence[nn.Module] = (),
+    model: nn.Module,
+    plan: ShardingPlan,
+    comm: Comm,
+    config: TrainConfig,
+    sliced: Sequence[nn.Module] = (),
     replicas: int = 1,
 ) -> DistributedModelParallel:
     """Fuse the tables' optimizer into backward, shard by the plan, and set the tables' first values.
@@ -59,6 +63,7 @@ def shard(
     wrapper = DefaultDataParallelWrapper(params_to_ignore=names)
     sharded: DistributedModelParallel
     if replicas > 1:
+        check_replicable(model, config.sparse_optimizer)
         sharded = Replicated(model, plan, comm, group_of(comm, replicas), wrapper)
     else:
         sharded = DistributedModelParallel(

@@ -195,7 +195,7 @@ def build(
     model = make_model(schema, config, comm)
     if freeze:
         _freeze(model, config)
-    check_managed(model, comm.world_size, config.distributed)
+    check_managed(model, comm.world_size, config.distributed.sharding)
     batch_size = -(-config.train.batch_size // comm.world_size)
     plan = make_plan(model, comm, config.distributed, batch_size, config.train.sparse_optimizer, looked)
     # The fusion stays whole: its weights are set by hand after training.
