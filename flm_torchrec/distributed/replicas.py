@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -63,7 +64,11 @@ class Replicated(DMPCollection, _OnDevice):
 
     def _create_process_groups(self, *args: Any, **kwargs: Any) -> Any:
         self._device = self._real_device
-        return super()._create_process_groups(*args, **kwargs)
+        logging.disable(logging.WARNING)  # with which TorchRec tells of its groups, on every rank
+        try:
+            return super()._create_process_groups(*args, **kwargs)
+        finally:
+            logging.disable(logging.NOTSET)
 
     def _remap_sharding_plan(self, plan: ShardingPlan, *args: Any, **kwargs: Any) -> None:
         super()._remap_sharding_plan(plan, *args, **kwargs)
