@@ -26,10 +26,10 @@ from flm_torchrec.data.prepared import PreparedData, load_prepared
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.distributed.replicas import average_replicas, group_of
 from flm_torchrec.distributed.shard import make_optimizer, shard
-from flm_torchrec.training.checkpoint import Checkpoints, Progress
+from flm_torchrec.training.checkpoint import Checkpoints, Progress, _bytes
 from flm_torchrec.training.guard import Guard
 from flm_torchrec.training.job import Job
-from flm_torchrec.training.loop import PlainSteps
+from flm_torchrec.training.loop import STEPS as STEPPERS
 from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.scope import scope_of
 from tests.equality_job import (
@@ -157,11 +157,15 @@ def new_job(data: PreparedData, comm: Comm, *overrides: str) -> Job:
     return Job(config, data, scope_of(config, data), comm)
 
 
-def losses_of(job: Job, first: int, count: int) -> list[list[float]]:
-    """Global losses of so many steps of the training loop's own kind; all replicas are equal after each."""
+def tables(job: Job) -> list[ShardedTensor]:
+    return [tensor for tensor in job.model.state_dict().values() if isinstance(tensor, ShardedTensor)]
+
+
+def losses_of(job: Job, first: int, count: int, kind: str = "cpu") -> list[list[float]]:
+    """Global losses of so many steps of a kind that the training loop has; all replicas are equal after each."""
     comm, config = job.comm, job.config.train
     guard = Guard(comm, config.non_finite, Path(config.run))
-    steps = PlainSteps(job.model, job.optimizer, Schedule(job.optimizer, 0, 10_000), comm.device, guard)
+    steps = STEPPERS[kind](job.model, job.optimizer, Schedule(job.optimizer, 0, 10_000), comm.device, guard)
     batches = islice(job.loader.after(first), count)
     found = []
     job.model.train()
@@ -195,6 +199,8 @@ def check_model(data: PreparedData, folder: Path, comm: Comm) -> None:
             torch.testing.assert_close(torch.tensor(found), torch.tensor(plain), rtol=1e-4, atol=0)
     job = new_job(data, comm, "distributed.sharding=row_wise", two)
     first = losses_of(job, 0, 10)
+    pipelined = losses_of(new_job(data, comm, "distributed.sharding=row_wise", two), 0, 10, "cuda")
+    torch.testing.assert_close(torch.tensor(pipelined), torch.tensor(first), rtol=1e-6, atol=0)
     checkpoints = Checkpoints(folder, job.model, job.optimizer, comm, data.fingerprint)
     checkpoints.save(Progress(step=10))
     checkpoints.finish()
@@ -208,6 +214,8 @@ def check_model(data: PreparedData, folder: Path, comm: Comm) -> None:
     alone = new_job(data, comm, "distributed.sharding=row_wise")
     assert Checkpoints(folder, alone.model, alone.optimizer, comm, data.fingerprint).restore() is not None
     torch.testing.assert_close(torch.tensor(losses_of(alone, 10, 1)), torch.tensor(then[:1]), rtol=1e-4, atol=0)
+    written = [sum(comm.gather(sum(_bytes(t) for t in tables(j)))) for j in (job, alone)]
+    assert written[0] == written[1] > 0
     if comm.main:
         print("equal model")
 
