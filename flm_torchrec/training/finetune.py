@@ -37,8 +37,8 @@ def source_config(source: Path, overrides: list[str]) -> Config:
         raise ConfigError("--train.run: name the folder to write, beside that of the source")
     task = load_config(source / "config.yaml", overrides).finetune.task
     select = [f"train.select={LABEL_SELECT}"] if task == "label" and "train.select" not in given else []
-    # The source's plan is for its own data and ranks.
-    own = ["train.existing=refuse", "distributed.plan=''"]
+    # The source's plan and replicas are for its own data and ranks.
+    own = ["train.existing=refuse", "distributed.plan=''", "distributed.replicas=1"]
     return load_config(source / "config.yaml", [*own, *overrides, *select])
 
 
