@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torchrec.distributed.model_parallel import DMPCollection
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 
 from flm_torchrec.cli import main
 from flm_torchrec.data.prepared import PreparedData
@@ -89,9 +89,12 @@ def test_what_cannot_be_averaged_is_refused() -> None:
     _, managed = user_tables(schema, dim=4)
     assert managed is not None
     with pytest.raises(ConfigError, match="table 'user_id' is managed"):
-        check_replicable(managed, "adagrad")
+        check_replicable(managed, ShardingPlan({}), "adagrad")
     with pytest.raises(ConfigError, match="not that of adam"):
-        check_replicable(nn.Linear(1, 1), "adam")
+        check_replicable(nn.Linear(1, 1), ShardingPlan({}), "adam")
+    cached = EmbeddingModuleShardingPlan(brand=ParameterSharding("row_wise", "fused_uvm_caching"))
+    with pytest.raises(ConfigError, match="table 'brand' has a cache"):
+        check_replicable(nn.Linear(1, 1), ShardingPlan({"tables": cached}), "adagrad")
 
 
 @pytest.mark.parametrize("command", ["train", "plan"])

@@ -41,7 +41,6 @@ def make_plan(
     Raises:
         ConfigError: the tables do not fit, with the table at fault; or a file does not fit the model.
     """
-
     group = group_of(comm, config.replicas)
 
     def attempt() -> ShardingPlan | ConfigError:
@@ -53,8 +52,9 @@ def make_plan(
             topology, pipeline = _topology(comm, group, config), pipeline_of(comm.device.type)
             return solve(model, topology, batch_size, allowed, optimizer, dense_bytes(model), pipeline).plan
         except Infeasible as error:
+            fewer = " or fewer replicas" if config.replicas > 1 else ""
             return ConfigError(
-                f"the tables do not fit on {group.world_size} ranks: {error}; use more ranks, a smaller model.dim, a"
+                f"the tables do not fit on {group.world_size} ranks: {error}; use more ranks{fewer}, a smaller model.dim, a"
                 " --min-count in 'flm prepare', or raise distributed.memory_gib; 'flm plan' says what would fit"
             )
         except ConfigError as error:

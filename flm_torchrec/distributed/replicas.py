@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.remote_device import _remote_device
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel, DMPCollection
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, EnumerableShardingSpec, ShardingEnv2D, ShardingPlan
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
@@ -64,11 +65,12 @@ class Replicated(DMPCollection, _OnDevice):
 
     def _create_process_groups(self, *args: Any, **kwargs: Any) -> Any:
         self._device = self._real_device
+        before = logging.root.manager.disable
         logging.disable(logging.WARNING)  # with which TorchRec tells of its groups, on every rank
         try:
             return super()._create_process_groups(*args, **kwargs)
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(before)
 
     def _remap_sharding_plan(self, plan: ShardingPlan, *args: Any, **kwargs: Any) -> None:
         super()._remap_sharding_plan(plan, *args, **kwargs)
@@ -110,11 +112,12 @@ def group_of(comm: Comm, replicas: int) -> Comm:
     return replace(comm, world_size=comm.world_size // replicas, local_world_size=local)
 
 
-def check_replicable(model: nn.Module, optimizer: str) -> None:
+def check_replicable(model: nn.Module, plan: ShardingPlan, optimizer: str) -> None:
     """Refuse what TorchRec's averaging does not know.
 
     Raises:
-        ConfigError: a managed table, whose ids lie elsewhere in each replica, or an optimizer other than Adagrad.
+        ConfigError: a managed table, whose ids lie elsewhere in each replica, a table with a cache, whose newest rows
+            the averaging would not see, or an optimizer other than Adagrad.
     """
     for module in model.modules():
         if isinstance(module, ManagedCollisionEmbeddingBagCollection):
@@ -123,6 +126,14 @@ def check_replicable(model: nn.Module, optimizer: str) -> None:
                 f"distributed.replicas: table '{name}' is managed (zch), and replicas would give its rows to different"
                 " ids; prepare the data with hash or direct in --tables, or leave replicas out"
             )
+    for tables in plan.plan.values():
+        assert isinstance(tables, EmbeddingModuleShardingPlan)
+        for name, choice in tables.items():
+            if choice.compute_kernel == EmbeddingComputeKernel.FUSED_UVM_CACHING.value:
+                raise ConfigError(
+                    f"distributed.replicas: table '{name}' has a cache ({choice.compute_kernel}), whose rows TorchRec"
+                    " would not average; give it another kernel, or leave replicas out"
+                )
     if optimizer not in AVERAGED:
         raise ConfigError(
             f"distributed.replicas: TorchRec averages the state of {' and '.join(AVERAGED)}, not that of {optimizer};"

@@ -63,7 +63,7 @@ def shard(
     wrapper = DefaultDataParallelWrapper(params_to_ignore=names)
     sharded: DistributedModelParallel
     if replicas > 1:
-        check_replicable(model, config.sparse_optimizer)
+        check_replicable(model, plan, config.sparse_optimizer)
         sharded = Replicated(model, plan, comm, group_of(comm, replicas), wrapper)
     else:
         sharded = DistributedModelParallel(
