@@ -245,7 +245,7 @@ def check_what_is_not_offered(comm: Comm, local: int) -> None:
 def main(folder: Path) -> None:
     with process_group(DistributedConfig(device="cpu", threads=1)) as comm:
         local = int(os.environ["LOCAL_WORLD_SIZE"])
-        assert ranks_on_this_host() == comm.world_size  # which shares out the cores, whatever the launcher says
+        assert ranks_on_this_host(comm.control) == comm.world_size  # which shares out the cores, whatever the launcher says
         for bags in (True, False):
             check_cut_rows_are_refused(bags, comm, local)
             for dim, (optimizer, types) in product((8, 64), cases(bags).items()):
