@@ -22,6 +22,7 @@ def pretrain(
     memory_gib: int = 1000,
     image: str = "flm_torchrec:latest",
     max_retries: int = 0,
+    max_restarts: int = 0,
     rdzv_port: int = 0,
     env: Optional[Dict[str, str]] = None,
     mounts: Optional[List[str]] = None,
@@ -37,7 +38,8 @@ def pretrain(
         memory_gib: host memory of each machine in GiB
         image: container image with the package installed (kubernetes, aws_batch); slurm runs in the submitting
             folder
-        max_retries: times the scheduler starts the job anew after a failure
+        max_retries: times the scheduler starts the job anew after a failure; with --train.existing resume it goes on
+        max_restarts: times torchrun starts all ranks anew after one failed; they go on where they were
         rdzv_port: port on the first machine where agents meet; 0: one that is free here, so that two jobs on one
             machine do not meet
         env: environment variables, A=1,B=2
@@ -58,7 +60,8 @@ def pretrain(
         memMB=memory_gib * 1024,
         j=f"{nodes}x{nproc_per_node}",
         # Finds .venv for jobs that start in this folder; in an image, which has no such file, bash passes over it.
-        env={"BASH_ENV": "launch/env.sh", **(env or {})},
+        # PET_…: an option of torchrun that dist.ddp has none for.
+        env={"BASH_ENV": "launch/env.sh", "PET_MAX_RESTARTS": str(max_restarts), **(env or {})},
         max_retries=max_retries,
         rdzv_port=rdzv_port or _free_port(),
         mounts=mounts,

@@ -59,12 +59,13 @@ def test_a_wrong_option_ends_the_job_with_its_line(tmp_path: Path) -> None:
 def test_what_clusters_would_get(scheduler: str, config: str, expected: list[str]) -> None:
     done = torchx(
         "-s", scheduler, "-cfg", config, "--dryrun", "launch/components.py:pretrain", "--nodes", "2",
-        "--nproc_per_node", "8", "--image", "mine:1", "--", "--config", "configs/beauty.yaml",
+        "--nproc_per_node", "8", "--image", "mine:1", "--max_restarts", "3", "--", "--config", "configs/beauty.yaml",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for pattern in [
         *expected,
         r"BASH_ENV",
+        r"PET_MAX_RESTARTS\W+(value: )?3",
         r"launch/env\.sh",
         r"--nnodes 2",
         r"--nproc_per_node 8",

@@ -415,3 +415,18 @@ class Recorder:
 
     def training(self, user: np.ndarray, start: np.ndarray, end: np.ndarray, drawn: object) -> object:
         return list(zip(user.tolist(), start.tolist(), end.tolist(), strict=True))
+
+
+def test_managed_tables_resume_with_the_ids_that_they_hold(tmp_path: Path) -> None:
+    """At a multiple of the steps between which they take in ids: till then they count, and counts are not saved."""
+    data, runs = tmp_path / "data", [tmp_path / "whole", tmp_path / "resumed"]
+    recipe = ["--synthetic-users", "100", "--synthetic-items", "160"]
+    tables = ["--tables", "user_id=zch:40"]
+    assert main(["prepare", "--source", "synthetic", *recipe, *tables, "--output", str(data)]) == 0
+    options = [*TRAIN, "--data.path", str(data), "--train.checkpoint_every", "10", "--train.run"]
+    for run in runs:
+        assert main([*options, str(run)]) == 0
+    shutil.rmtree(newest(runs[1]))
+    assert main([*options, str(runs[1]), "--train.existing", "resume"]) == 0
+    assert "resuming after step 30" in (runs[1] / "train.log").read_text()
+    assert same(newest(runs[0]), newest(runs[1]))

@@ -179,7 +179,7 @@ def process_group(config: DistributedConfig) -> Iterator[Comm]:
         dist.destroy_process_group()
 
 
-def ranks_on_this_host(group: dist.ProcessGroup) -> int:
+def ranks_on_this_host(group: dist.ProcessGroup | None) -> int:
     """Of all agents: LOCAL_WORLD_SIZE counts those of one, and a host may have several."""
     names: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(names, socket.gethostname(), group=group)

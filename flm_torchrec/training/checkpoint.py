@@ -6,22 +6,20 @@ import shutil
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
-from torch.distributed.remote_device import _remote_device
+from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.optim.keyed import CombinedOptimizer
 
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.distributed.shard import prepare_state, set_step
 from flm_torchrec.errors import RunError
 from flm_torchrec.training import storage
+from flm_torchrec.training.snapshot import copies, leaves, names, own_bytes
 
 CHECKPOINTS = "checkpoints"
 BEST = f"{CHECKPOINTS}/best"
@@ -66,10 +64,10 @@ class Checkpoints:
 
     def check_space(self) -> None:
         """Raise RunError, on every rank, where the disk has no room for the checkpoints that a run keeps."""
-        leaves = _leaves(self._state())
-        own = sum(_bytes(tensor) for tensor in leaves if isinstance(tensor, ShardedTensor))
+        tensors = leaves(self._state())
+        own = sum(own_bytes(tensor) for tensor in tensors if isinstance(tensor, ShardedTensor))
         # AdamW will hold two more of each dense tensor.
-        dense = 3 * sum(t.numel() * t.element_size() for t in leaves if not isinstance(t, ShardedTensor))
+        dense = 3 * sum(t.numel() * t.element_size() for t in tensors if not isinstance(t, ShardedTensor))
         # The kept states and the one being written; the best model twice while it is replaced.
         need = (KEPT + 3) * (sum(self.comm.gather(own)) + dense)
 
@@ -96,10 +94,10 @@ class Checkpoints:
         of weights that are no numbers, unless it has a folder of its own: it would take the place of one that has use.
         """
         self.wait()
-        tensors = _copies({**self._state(), f"{RNG}{self.comm.rank}": torch.get_rng_state()})
+        tensors = copies({**self._state(), f"{RNG}{self.comm.rank}": torch.get_rng_state()})
         if self.comm.device.type == "cuda":
             tensors[f"{RNG}cuda.{self.comm.rank}"] = torch.cuda.get_rng_state()
-        broken = any(not bool(t.isfinite().all()) for t in _leaves(tensors) if not isinstance(t, ShardedTensor))
+        broken = any(not bool(t.isfinite().all()) for t in leaves(tensors) if not isinstance(t, ShardedTensor))
         if self.comm.any(broken)[0] and folder is None:
             self.failed = f"{self.folder}: the weights after step {progress.step} are not all numbers, so not saved"
             return
@@ -232,7 +230,7 @@ class Checkpoints:
         drawn = [name for name in _rng_names(self.comm) if name in there and ranks == self.comm.world_size]
         state |= {name: torch.empty(there[name], dtype=torch.uint8) for name in drawn}
         # A rank's optimizer knows the tables that it holds rows of.
-        known = set().union(*self.comm.gather(_names(state)))
+        known = set().union(*self.comm.gather(names(state)))
         extra = {name for name in there if not name.startswith(RNG)} - known
         if extra:
             raise RunError(f"{folder}: holds {min(extra)}, which this model lacks; resume with the settings of the run")
@@ -298,45 +296,3 @@ def _refuse_damage(folder: Path, comm: Comm) -> None:
 def _rng_names(comm: Comm) -> list[str]:
     cuda = [f"{RNG}cuda.{comm.rank}"] if comm.device.type == "cuda" else []
     return [f"{RNG}{comm.rank}", *cuda]
-
-
-def _leaves(state: Any) -> list[Any]:
-    return [leaf for value in state.values() for leaf in _leaves(value)] if isinstance(state, dict) else [state]
-
-
-def _names(state: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key, value in state.items():
-        found += _names(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
-    return found
-
-
-def _bytes(tensor: ShardedTensor) -> int:
-    """That this rank writes: replicas share the work."""
-    own = sum(shard.tensor.numel() * shard.tensor.element_size() for shard in tensor.local_shards())
-    return own * dist.get_world_size(tensor._process_group) // dist.get_world_size()
-
-
-def _copies(state: dict[str, Any]) -> dict[str, Any]:
-    """The same tensors in host memory of their own, which the next step does not change."""
-    return {name: _copies(v) if isinstance(v, dict) else _copy(v) for name, v in state.items()}
-
-
-def _copy(tensor: Tensor | ShardedTensor) -> Tensor | ShardedTensor:
-    if not isinstance(tensor, ShardedTensor):
-        return tensor.detach().to("cpu", copy=True)
-    described = deepcopy(tensor.metadata())
-    own = []
-    for entry in described.shards_metadata:
-        assert entry.placement is not None
-        rank = entry.placement.rank()
-        entry.placement = _remote_device(f"rank:{rank}/cpu")
-        if rank == dist.get_rank():
-            own.append(entry)
-    shards = [
-        Shard(shard.tensor.detach().to("cpu", copy=True), entry)
-        for shard, entry in zip(tensor.local_shards(), own, strict=True)
-    ]
-    return ShardedTensor._init_from_local_shards_and_global_metadata(
-        shards, sharded_tensor_metadata=described, process_group=tensor._process_group
-    )

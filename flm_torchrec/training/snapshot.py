@@ -1,0 +1,55 @@
+"""A state as nested dicts of tensors: its names, its size, and a copy that training no longer changes."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed.remote_device import _remote_device
+
+
+def leaves(state: Any) -> list[Any]:
+    """The tensors of nested dicts."""
+    return [leaf for value in state.values() for leaf in leaves(value)] if isinstance(state, dict) else [state]
+
+
+def names(state: dict[str, Any], prefix: str = "") -> list[str]:
+    """Theirs, as DCP joins them: keys with dots between."""
+    found = []
+    for key, value in state.items():
+        found += names(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+    return found
+
+
+def own_bytes(tensor: ShardedTensor) -> int:
+    """Bytes of this rank's shards, or its part of them where replicas hold the same: a checkpoint has them once."""
+    held = sum(shard.tensor.numel() * shard.tensor.element_size() for shard in tensor.local_shards())
+    return held * dist.get_world_size(tensor._process_group) // dist.get_world_size()
+
+
+def copies(state: dict[str, Any]) -> dict[str, Any]:
+    """The same tensors in host memory of their own, which the next step does not change."""
+    return {name: copies(v) if isinstance(v, dict) else _copy(v) for name, v in state.items()}
+
+
+def _copy(tensor: Tensor | ShardedTensor) -> Tensor | ShardedTensor:
+    if not isinstance(tensor, ShardedTensor):
+        return tensor.detach().to("cpu", copy=True)
+    described = deepcopy(tensor.metadata())
+    own = []
+    for entry in described.shards_metadata:
+        assert entry.placement is not None
+        rank = entry.placement.rank()
+        entry.placement = _remote_device(f"rank:{rank}/cpu")
+        if rank == dist.get_rank():
+            own.append(entry)
+    shards = [
+        Shard(shard.tensor.detach().to("cpu", copy=True), entry)
+        for shard, entry in zip(tensor.local_shards(), own, strict=True)
+    ]
+    return ShardedTensor._init_from_local_shards_and_global_metadata(
+        shards, sharded_tensor_metadata=described, process_group=tensor._process_group
+    )
