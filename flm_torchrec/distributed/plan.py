@@ -55,7 +55,8 @@ def make_plan(
             fewer = " or fewer replicas" if config.replicas > 1 else ""
             return ConfigError(
                 f"the tables do not fit on {group.world_size} ranks: {error}; use more ranks{fewer}, a smaller"
-                " model.dim, a --min-count in 'flm prepare', or raise distributed.memory_gib; 'flm plan' says what would fit"
+                " model.dim, a --min-count in 'flm prepare', or raise distributed.memory_gib; 'flm plan' says what"
+                " would fit"
             )
         except ConfigError as error:
             return error
