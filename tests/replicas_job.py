@@ -26,7 +26,7 @@ from flm_torchrec.data.prepared import PreparedData, load_prepared
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.distributed.replicas import average_replicas, group_of
 from flm_torchrec.distributed.shard import make_optimizer, shard
-from flm_torchrec.training.checkpoint import Checkpoints, Progress
+from flm_torchrec.training.checkpoint import CHECKPOINTS, Checkpoints, Progress
 from flm_torchrec.training.guard import Guard
 from flm_torchrec.training.job import Job
 from flm_torchrec.training.loop import STEPS as STEPPERS
@@ -215,8 +215,14 @@ def check_model(data: PreparedData, folder: Path, comm: Comm) -> None:
     alone = new_job(data, comm, "distributed.sharding=row_wise")
     assert Checkpoints(folder, alone.model, alone.optimizer, comm, data.fingerprint).restore() is not None
     torch.testing.assert_close(torch.tensor(losses_of(alone, 10, 1)), torch.tensor(then[:1]), rtol=1e-4, atol=0)
-    written = [sum(comm.gather(sum(own_bytes(t) for t in tables(j)))) for j in (job, alone)]
-    assert written[0] == written[1] > 0
+    reckoned = [sum(comm.gather(sum(own_bytes(t) for t in tables(j)))) for j in (job, alone)]
+    assert reckoned[0] == reckoned[1] > 0
+    plainly = Checkpoints(folder / "alone", alone.model, alone.optimizer, comm, data.fingerprint)
+    plainly.save(Progress(step=11))
+    plainly.finish()
+    folders = (folder / CHECKPOINTS, plainly.folder)
+    written = [sum(file.stat().st_size for file in of.rglob("step-*/*.distcp")) for of in folders]
+    assert abs(written[0] / written[1] - 1) < 0.1  # each shard once, not twice
     if comm.main:
         print("equal model")
 
