@@ -41,7 +41,8 @@ def describe(plan: ShardingPlan, world_size: int) -> dict[str, Any]:
                     for s in shards
                 ],
             }
-    return {"world_size": world_size, "tables": tables}
+    # By name: a plan that was read back is written in the same bytes.
+    return {"world_size": world_size, "tables": dict(sorted(tables.items()))}
 
 
 def read_plan(path: Path) -> dict[str, Any]:
