@@ -236,6 +236,11 @@ def test_a_damaged_state_is_told_and_the_one_before_it_used(small: PreparedData,
     assert storage.damage(last) == [] and storage.damage(last.with_name(f"damaged-{last.name}"))
     after = tensors(run / checkpoint.BEST)
     assert all(torch.equal(before[name], after[name]) for name in before)
+    best = next((run / checkpoint.BEST).glob("*.distcp"))
+    best.write_bytes(best.read_bytes()[:-1])
+    pretrain(load_config(None, overrides(small, run, "train.existing=resume")))
+    assert f"not used: {run / checkpoint.BEST}: {best.name} has changed" in (run / "train.log").read_text()
+    assert storage.damage(run / checkpoint.BEST) == []
     for folder in (run / "checkpoints").glob("step-*"):
         (folder / storage.SUMS).unlink()
     with pytest.raises(RunError, match="and no older one is whole"):

@@ -61,6 +61,8 @@ class Checkpoints:
         self.data = data
         self.pending: tuple[Future[None], threading.Thread] | None = None
         self.failed = ""
+        """Why the last save is not on disk; empty if it is, or may yet be."""
+        self.untold: list[str] = []
 
     def check_space(self) -> None:
         """Raise RunError, on every rank, where the disk has no room for the checkpoints that a run keeps."""
@@ -84,14 +86,16 @@ class Checkpoints:
 
         self.comm.on_main(check)
 
-    def save(self, progress: Progress, folder: Path | None = None) -> None:
+    def save(self, progress: Progress, folder: Path | None = None) -> str:
         """Copy the state now, write it while training goes on; waits for the one before.
+
+        A save that fails leaves the older checkpoints; `finish` raises if it was the last. So does one of weights that
+        are no numbers, unless it has a folder of its own: it would take the place of one that is of use.
 
         Args:
             folder: where to, if it is no state to resume from.
 
-        A save that fails leaves `failed` and the older checkpoints; `finish` raises if it was the last. So does one
-        of weights that are no numbers, unless it has a folder of its own: it would take the place of one that has use.
+        Returns what went wrong with the save before, or with this one; empty if nothing did.
         """
         self.wait()
         tensors = copies({**self._state(), f"{RNG}{self.comm.rank}": torch.get_rng_state()})
@@ -99,8 +103,9 @@ class Checkpoints:
             tensors[f"{RNG}cuda.{self.comm.rank}"] = torch.cuda.get_rng_state()
         broken = any(not bool(t.isfinite().all()) for t in leaves(tensors) if not isinstance(t, ShardedTensor))
         if self.comm.any(broken)[0] and folder is None:
-            self.failed = f"{self.folder}: the weights after step {progress.step} are not all numbers, so not saved"
-            return
+            self._fail(f"{self.folder}: the weights after step {progress.step} are not all numbers, so not saved")
+            return self._tell()
+        self.failed = ""
         meta = {**asdict(progress), "data": self.data, "ranks": self.comm.world_size}
         target = (folder or self.folder) / f"step-{progress.step:09d}"
         future: Future[None] = Future()
@@ -117,17 +122,26 @@ class Checkpoints:
         thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         thread.start()
         self.pending = future, thread
+        return self._tell()
+
+    def _fail(self, reason: str) -> None:
+        self.failed = reason
+        self.untold.append(reason)
+
+    def _tell(self) -> str:
+        told, self.untold = "; ".join(self.untold), []
+        return told
 
     def wait(self) -> None:
-        """Wait for the save under way, if any, and note how it ended."""
+        """Wait for the save under way, if any."""
         if self.pending is None:
             return
-        (future, thread), self.pending, self.failed = self.pending, None, ""
+        (future, thread), self.pending = self.pending, None
         thread.join()
         try:
             future.result()
         except RunError as error:
-            self.failed = str(error)
+            self._fail(str(error))
 
     def close(self) -> None:
         """Leave no thread behind that writes, where training ends by an error; it has ended or soon will."""

@@ -93,6 +93,8 @@ def fit(
             _checkpoint(progress, total, config, checkpoints, record, guard)
             progress.seconds += time.monotonic() - began
         steps.release()
+        if progress.best is None:  # resumed at the end, and what was best is damaged
+            best.judge(total)
         checkpoints.finish()
     assert progress.best is not None
     return Finished(progress.step, progress.best_step, progress.best, progress.seconds)
@@ -104,9 +106,9 @@ def _checkpoint(
     stale = config.patience and progress.stale >= config.patience
     due = config.checkpoint_every and progress.step % config.checkpoint_every == 0
     if due or guard.stopping or stale or progress.step == total:
-        checkpoints.save(progress)
-        if checkpoints.failed:
-            record.say(f"step {progress.step}: {checkpoints.failed}")
+        failed = checkpoints.save(progress)
+        if failed:
+            record.say(f"step {progress.step}: {failed}")
     if guard.stopping and progress.step < total:
         checkpoints.finish()
         raise Interrupted(
