@@ -246,7 +246,7 @@ def main(folder: Path) -> None:
     with process_group(DistributedConfig(device="cpu", threads=1)) as comm:
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         # Which shares out the cores, whatever the launcher says.
-        assert ranks_on_this_host(comm.control) == comm.world_size
+        assert ranks_on_this_host(comm) == comm.world_size
         for bags in (True, False):
             check_cut_rows_are_refused(bags, comm, local)
             for dim, (optimizer, types) in product((8, 64), cases(bags).items()):

@@ -146,7 +146,7 @@ def test_a_row_that_a_new_id_takes_starts_from_nothing() -> None:
     with process_group(DistributedConfig(device="cpu", threads=1)) as comm:
         _, managed = user_tables(schema, dim=4)
         assert managed is not None
-        plan = make_plan(managed, comm, DistributedConfig(), 8, config.sparse_optimizer, {})
+        plan = make_plan(managed, comm, DistributedConfig(), 8, config.sparse_optimizer, dict)
         model = shard(managed, plan, comm, config)
         optimizer = make_optimizer(model, config)
 

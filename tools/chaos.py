@@ -31,6 +31,7 @@ from flm_torchrec.errors import FlmError, RunError
 from flm_torchrec.training.checkpoint import BEST, CHECKPOINTS, Checkpoints, load_checkpoint
 from flm_torchrec.training.job import Job
 from flm_torchrec.training.scope import load_data, scope_of
+from flm_torchrec.training.snapshot import leaves, names
 from flm_torchrec.training.storage import read_all
 
 SETTINGS = [
@@ -229,9 +230,8 @@ def corruptions(study: Study, calm: Path, times: int) -> str:
 
 def _holds(job: Job, expected: dict[str, torch.Tensor]) -> bool:
     """Whether model and optimizer of this only rank are those expected."""
-    held = {f"model.{name}": tensor for name, tensor in job.model.state_dict().items()}
-    for key, state in job.optimizer.state_dict()["state"].items():
-        held |= {f"optimizer.{key}.{name}": tensor for name, tensor in state.items()}
+    state = {"model": job.model.state_dict(), "optimizer": job.optimizer.state_dict()["state"]}
+    held = dict(zip(names(state), leaves(state), strict=True))
     wanted = {name: tensor for name, tensor in expected.items() if not name.startswith("rng.")}
     return held.keys() == wanted.keys() and all(torch.equal(_whole(held[n]), t) for n, t in wanted.items())
 

@@ -76,8 +76,9 @@ def churn(table: Table, ids: int, dim: int, batch: int, regulars: int, comm: Com
     users = table.rows if table.kind == "direct" else ids
     schema = Schema("churn", "churn", users=users, items=1, interactions=1, tables={"user_id": table})
     config = TrainConfig(sparse_lr=0.1)
-    model = Users(schema, dim)
-    model = shard(model, make_plan(model, comm, DistributedConfig(), batch, config.sparse_optimizer, {}), comm, config)
+    users_alone = Users(schema, dim)
+    plan = make_plan(users_alone, comm, DistributedConfig(), batch, config.sparse_optimizer, dict)
+    model = shard(users_alone, plan, comm, config)
     optimizer = make_optimizer(model, config)
     managed = [m for m in model.modules() if isinstance(m, ManagedIds)]
     kept = np.zeros(0, np.int64)

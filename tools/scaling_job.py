@@ -23,6 +23,7 @@ from flm_torchrec.config import load_config
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.training.job import Job
 from flm_torchrec.training.scope import load_data, scope_of
+from flm_torchrec.training.snapshot import leaves, own_bytes
 
 
 class Sent(TorchDispatchMode):
@@ -123,11 +124,9 @@ def _bytes(tensors: Any) -> int:
     return sum(_bytes(tensor) for tensor in tensors)
 
 
-def _local(state: Any) -> int:
+def _local(state: dict[str, Any]) -> int:
     """Bytes of this rank's shards in a state, however deep."""
-    if isinstance(state, ShardedTensor):
-        return sum(_bytes(shard.tensor) for shard in state.local_shards())
-    return sum(_local(value) for value in state.values()) if isinstance(state, dict) else 0
+    return sum(own_bytes(tensor) for tensor in leaves(state) if isinstance(tensor, ShardedTensor))
 
 
 if __name__ == "__main__":

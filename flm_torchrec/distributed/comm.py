@@ -151,11 +151,7 @@ def process_group(config: DistributedConfig) -> Iterator[Comm]:
     Raises:
         ConfigError: CUDA asked for and not there.
     """
-    # PyTorch warns here of a renamed function that TorchRec calls; nobody who trains can do anything about it.
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
-    # TorchRec calls what PyTorch deprecates, and a Linear of no inputs stands where a schema has no features.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+    hush()
     device = _device(config.device)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cuda":
@@ -166,11 +162,12 @@ def process_group(config: DistributedConfig) -> Iterator[Comm]:
     control = dist.new_group(timeout=timeout, backend="gloo")
     # A disk may take its time: a rank that waits there for others has not hung.
     saving = dist.new_group(timeout=10 * timeout, backend="gloo")
+    comm = Comm(dist.get_rank(), dist.get_world_size(), local_world_size, device, control, saving, launch)
     if device.type == "cpu":
         cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(config.threads or max(1, cores // ranks_on_this_host(control)))
+        torch.set_num_threads(config.threads or max(1, cores // ranks_on_this_host(comm)))
     try:
-        yield Comm(dist.get_rank(), dist.get_world_size(), local_world_size, device, control, saving, launch)
+        yield comm
     except RuntimeError as error:
         if dist.get_world_size() == 1 or not LOST.search(str(error)):
             raise
@@ -179,11 +176,19 @@ def process_group(config: DistributedConfig) -> Iterator[Comm]:
         dist.destroy_process_group()
 
 
-def ranks_on_this_host(group: dist.ProcessGroup | None) -> int:
+def hush() -> None:
+    """Keep back warnings that nobody who trains or plans can do anything about."""
+    # PyTorch warns here of a renamed function that TorchRec calls.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    # TorchRec calls what PyTorch deprecates, and a Linear of no inputs stands where a schema has no features.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+
+
+def ranks_on_this_host(comm: Comm) -> int:
     """Of all agents: LOCAL_WORLD_SIZE counts those of one, and a host may have several."""
-    names: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(names, socket.gethostname(), group=group)
-    return names.count(socket.gethostname())
+    host = socket.gethostname()
+    return comm.gather(host).count(host)
 
 
 def _who_is_lost(store: dist.Store, timeout: float, error: RuntimeError) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flm_torchrec.config import add_config_arguments, config_from_arguments, given_overrides
 from flm_torchrec.errors import ConfigError
+from flm_torchrec.files import write_text
 
 if TYPE_CHECKING:
     from flm_torchrec.distributed.capacity import Workload
@@ -57,14 +56,12 @@ def run(args: argparse.Namespace) -> None:
         return _diff(Path(args.diff[0]), Path(args.diff[1]))
     # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
     from flm_torchrec.distributed.cluster import make_cluster
+    from flm_torchrec.distributed.comm import hush
     from flm_torchrec.distributed.planner import Infeasible
     from flm_torchrec.distributed.show import grids, remedy_grid, summary, sweep_grid
     from flm_torchrec.distributed.whatif import remedies, smallest, sweep
 
-    # PyTorch warns here of a renamed function that TorchRec calls; nobody who plans can do anything about it.
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+    hush()
     cluster = make_cluster(args.hardware, args.nodes, args.per_node, args.values)
     question = _question(args, cluster)
     least = smallest(question, cluster)
@@ -152,9 +149,7 @@ def _hand_over(args: argparse.Namespace, report: dict[str, Any], lines: list[str
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            fresh = folder / f"{name}.tmp"
-            fresh.write_text(content, encoding="utf-8")
-            fresh.replace(folder / name)
+            write_text(folder / name, content)
     except OSError as error:
         raise ConfigError(f"--output: {folder}: {error.strerror}") from error
 

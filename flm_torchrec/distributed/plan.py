@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
@@ -29,14 +29,14 @@ def make_plan(
     config: DistributedConfig,
     batch_size: int,
     optimizer: str,
-    lookups: Mapping[str, Lookup],
+    lookups: Callable[[], Mapping[str, Lookup]],
 ) -> ShardingPlan:
     """Plan the model's tables over the ranks of one replica, or read `config.plan`; the same on every rank; collective.
 
     Args:
         batch_size: sequences per rank and step.
         optimizer: of the tables, by its name in the config.
-        lookups: by feature, of one sequence.
+        lookups: gives those of one sequence, by feature; asked on the one rank that plans.
 
     Raises:
         ConfigError: the tables do not fit, with the table at fault; or a file does not fit the model.
@@ -48,7 +48,7 @@ def make_plan(
             if config.plan:
                 return load_plan(Path(config.plan), model, group)
             rules = read_rules(config, [table.name for table in table_configs(model)])
-            allowed = constraints(model, rules, lookups)
+            allowed = constraints(model, rules, lookups())
             topology, pipeline = _topology(comm, group, config), pipeline_of(comm.device.type)
             return solve(model, topology, batch_size, allowed, optimizer, dense_bytes(model), pipeline).plan
         except Infeasible as error:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 
 from flm_torchrec.errors import RunError
+from flm_torchrec.files import sha256
 
 FILE = "manifest.json"
 FORMAT = 1
@@ -59,8 +59,3 @@ def load_manifest(folder: Path) -> Manifest:
         if sha256(folder / name) != digest:
             raise RunError(f"{folder / name}: changed since the export was written; export again")
     return manifest
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -17,7 +17,8 @@ from flm_torchrec.data.splits import everyone
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.protocol import HEADS, Comm, Encoder
 from flm_torchrec.evaluation.ranking import item_vectors, user_blocks
-from flm_torchrec.export.manifest import FILE, FORMAT, Manifest, sha256
+from flm_torchrec.export.manifest import FILE, FORMAT, Manifest
+from flm_torchrec.files import sha256
 
 USERS, ITEMS, INDEX = "users.parquet", "items.parquet", "items.faiss"
 HNSW_LINKS = 32

@@ -43,6 +43,10 @@ class Progress:
     stale: int = 0
     """Validations since the best."""
 
+    def worn_out(self, patience: int) -> bool:
+        """Whether so many validations have brought no gain; never for 0."""
+        return 0 < patience <= self.stale
+
 
 class Checkpoints:
     """Writes and finds the checkpoints of one run; every method is collective.
@@ -232,11 +236,7 @@ class Checkpoints:
             progress = Progress(**meta)
         except (KeyError, TypeError) as error:
             raise RunError(f"{folder}/{storage.META}: not that of a state to resume from ({error})") from error
-        if data != self.data:
-            raise RunError(
-                f"{folder}: made with other data than data.path holds now; resume with that data, or train anew with"
-                " --train.existing replace"
-            )
+        storage.refuse_other_data(folder, data, self.data)
         there = storage.stored(folder)
         prepare_state(self.optimizer, [n.removeprefix("optimizer.") for n in there if n.startswith("optimizer.")])
         state = self._state()

@@ -11,11 +11,12 @@ from flm_torchrec.config import Config, load_config
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.errors import ConfigError, RunError
 from flm_torchrec.evaluation.evaluate import evaluate_heads
+from flm_torchrec.files import write_text
 from flm_torchrec.training.checkpoint import BEST, load_checkpoint
 from flm_torchrec.training.job import Job, check_select
 from flm_torchrec.training.label import label_metrics
-from flm_torchrec.training.record import check_run_folder, open_run_folder, write_text
-from flm_torchrec.training.scope import load_data, scope_of
+from flm_torchrec.training.record import check_run_folder, open_run_folder
+from flm_torchrec.training.scope import ANY_RANKS, load_data, scope_of
 from flm_torchrec.training.storage import read_meta
 
 LABEL_SELECT = "label/auc"
@@ -37,8 +38,7 @@ def source_config(source: Path, overrides: list[str]) -> Config:
         raise ConfigError("--train.run: name the folder to write, beside that of the source")
     task = load_config(source / "config.yaml", overrides).finetune.task
     select = [f"train.select={LABEL_SELECT}"] if task == "label" and "train.select" not in given else []
-    # The source's plan and replicas are for its own data and ranks.
-    own = ["train.existing=refuse", "distributed.plan=''", "distributed.replicas=1"]
+    own = ["train.existing=refuse", *ANY_RANKS]
     return load_config(source / "config.yaml", [*own, *overrides, *select])
 
 

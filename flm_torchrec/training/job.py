@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,7 @@ class Job:
         self.comm = comm
         self.loaded: str | None = None
         self.loader = make_loader(data, scope, config, comm)
-        looked = lookups_of(self.loader)
+        looked = partial(lookups_of, self.loader)
         tuning = config.finetune
         if not tuning.source or tuning.start == "scratch":
             self.model, self.plan = build(data.schema, config, comm, looked)
@@ -184,12 +185,12 @@ class Job:
 
 
 def build(
-    schema: Schema, config: Config, comm: Comm, looked: Mapping[str, Lookup], freeze: bool = False
+    schema: Schema, config: Config, comm: Comm, looked: Callable[[], Mapping[str, Lookup]], freeze: bool = False
 ) -> tuple[DistributedModelParallel, ShardingPlan]:
     """The sharded model with its first weights, the same for any number of ranks.
 
     Args:
-        looked: how often features are looked up, for the planner.
+        looked: how often features are looked up; asked by the rank that plans.
         freeze: keep from learning what `finetune.tower` says.
     """
     model = make_model(schema, config, comm)

@@ -103,9 +103,8 @@ def fit(
 def _checkpoint(
     progress: Progress, total: int, config: TrainConfig, checkpoints: Checkpoints, record: Record, guard: Guard
 ) -> None:
-    stale = config.patience and progress.stale >= config.patience
     due = config.checkpoint_every and progress.step % config.checkpoint_every == 0
-    if due or guard.stopping or stale or progress.step == total:
+    if due or guard.stopping or progress.worn_out(config.patience) or progress.step == total:
         failed = checkpoints.save(progress)
         if failed:
             record.say(f"step {progress.step}: {failed}")
@@ -142,7 +141,7 @@ class _Best:
             progress.stale += 1
 
     def done(self, patience: int) -> bool:
-        if not patience or self.progress.stale < patience:
+        if not self.progress.worn_out(patience):
             return False
         self.record.say(f"stopping early: no gain in {self.progress.stale} validations")
         return True

@@ -20,7 +20,8 @@ from flm_torchrec.config import Config, load_config, to_yaml
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.errors import RunError
-from flm_torchrec.training.storage import replace
+from flm_torchrec.files import write_text
+from flm_torchrec.training.storage import refuse_other_data, replace
 
 FINGERPRINT = "vocabulary/fingerprint"
 FREE = (
@@ -93,7 +94,7 @@ def open_run_folder(config: Config, data: PreparedData, comm: Comm, steps: int) 
     def make() -> None:
         fresh = folder.with_name(folder.name + ".tmp")
         if resumed:
-            _check_data(folder, data)
+            refuse_other_data(folder, (folder / FINGERPRINT).read_text(encoding="ascii"), data.fingerprint)
             write_text(folder / "config.yaml", to_yaml(config))
             return
         shutil.rmtree(fresh, ignore_errors=True)
@@ -109,21 +110,6 @@ def open_run_folder(config: Config, data: PreparedData, comm: Comm, steps: int) 
     if blind:
         raise RunError(f"{folder}: not seen by rank {blind[0]}; --train.run must be on storage that all nodes share")
     return Record(folder if comm.main else None, steps, resumed)
-
-
-def _check_data(folder: Path, data: PreparedData) -> None:
-    if (folder / FINGERPRINT).read_text(encoding="ascii") != data.fingerprint:
-        raise RunError(
-            f"{folder}: made with other data than data.path holds now; resume with that data, or train anew with"
-            " --train.existing replace"
-        )
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write under a temporary name and rename, so that a reader never finds half of it."""
-    fresh = file.with_name(file.name + ".tmp")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(file)
 
 
 class Record(AbstractContextManager["Record"]):

@@ -12,6 +12,9 @@ from flm_torchrec.data.cohort import Labels, label_events, of_cohort
 from flm_torchrec.data.prepared import PreparedData, load_prepared
 from flm_torchrec.data.splits import Examples, Splits, split
 
+ANY_RANKS = ("distributed.plan=''", "distributed.replicas=1")
+"""Laid over a run's config where it is read back: its plan and replicas may be for another number of ranks."""
+
 
 @dataclass(frozen=True)
 class Scope:

@@ -6,7 +6,6 @@ format of sha256sum(1). It is written beside its place and renamed, so one witho
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from flm_torchrec.errors import RunError
+from flm_torchrec.files import sha256
 
 META = "meta.json"
 SUMS = "SHA256SUMS"
@@ -109,6 +109,15 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise RunError(f"{file}: not readable ({error}); is this a run folder whose training ended?") from error
 
 
+def refuse_other_data(where: Path, made_with: str, now: str) -> None:
+    """Raise RunError unless the two fingerprints of prepared data are the same."""
+    if made_with != now:
+        raise RunError(
+            f"{where}: made with other data than data.path holds now; resume with that data, or train anew with"
+            " --train.existing replace"
+        )
+
+
 def damage(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
     """What is wrong with the files of a checkpoint; empty if all bytes are those that were written.
 
@@ -129,7 +138,7 @@ def damage(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
     for match in found[share::shares]:
         assert match is not None
         try:
-            same = _digest(folder / match[2]) == match[1]
+            same = sha256(folder / match[2]) == match[1]
         except OSError as error:
             wrong.append(f"{match[2]} is not readable ({error.strerror})")
         else:
@@ -164,7 +173,7 @@ class _Writer(dcp.FileSystemWriter):
         done = super().write_data(plan, planner)
         names = sorted({result.storage_data.relative_path for result in done.value()})
         if names:
-            lines = "".join(f"{_digest(self.fresh / name)}  {name}\n" for name in names)
+            lines = "".join(f"{sha256(self.fresh / name)}  {name}\n" for name in names)
             (self.fresh / (names[0] + PART)).write_text(lines, encoding="ascii")
         return done
 
@@ -173,7 +182,7 @@ class _Writer(dcp.FileSystemWriter):
         (self.fresh / META).write_text(json.dumps(self.meta, indent=2), encoding="utf-8")
         parts = sorted(self.fresh.glob("*" + PART))
         lines = [part.read_text(encoding="ascii") for part in parts]
-        lines += [f"{_digest(self.fresh / name)}  {name}\n" for name in (".metadata", META)]
+        lines += [f"{sha256(self.fresh / name)}  {name}\n" for name in (".metadata", META)]
         for part in parts:
             part.unlink()
         (self.fresh / SUMS).write_text("".join(lines), encoding="ascii")
@@ -198,11 +207,6 @@ def restore_older(folder: Path) -> None:
     for old in folder.glob("*" + OLD):
         if not old.with_suffix("").exists():
             old.rename(old.with_suffix(""))
-    clear(folder)
-
-
-def clear(folder: Path) -> None:
-    """Remove what interrupted writes left in a folder of checkpoints."""
     for left in [*folder.glob("*" + FRESH), *folder.glob("*" + OLD)]:
         shutil.rmtree(left, ignore_errors=True)
 
@@ -268,11 +272,6 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
         super().load_build()  # type: ignore[misc]
 
     dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _reason(error: BaseException) -> str:
