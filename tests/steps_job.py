@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import islice
 
 import numpy as np
 import torch
@@ -30,10 +31,9 @@ def main(path: str, output: str, overrides: list[str]) -> None:
     with process_group(config.distributed) as comm:
         job = Job(config, data, scope_of(config, data), comm)
         model, plan, optimizer, loader = job.model, job.plan, job.optimizer, job.loader
-        batches = (batch for epoch in range(STEPS) for batch in loader.epoch(epoch))
         losses = []
         model.train()
-        for _, batch in zip(range(STEPS), batches, strict=False):
+        for batch in islice(loader.after(0), STEPS):
             optimizer.zero_grad()
             loss, outputs = model(batch)
             loss.backward()

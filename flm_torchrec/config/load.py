@@ -42,11 +42,15 @@ def from_dict(values: dict[str, Any], source: str) -> Config:
     try:
         return TypeAdapter(Config).validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"][:2])
-        reason = first["msg"].removeprefix("Value error, ")
-        given = "" if first["type"] == "value_error" else f", not {first['input']!r}"
-        raise ConfigError(f"{source}: {key}: {reason}{given}") from error
+        raise ConfigError(f"{source}: {first_problem(error, 2)}") from error
+
+
+def first_problem(error: ValidationError, depth: int | None = None) -> str:
+    """What is wrong with the first value that is: its place, at most `depth` names of it, the reason and the value."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"][:depth])
+    given = "" if first["type"] in ("value_error", "missing") else f", not {first['input']!r}"
+    return f"{place}: {first['msg'].removeprefix('Value error, ')}{given}"
 
 
 def to_yaml(config: Config) -> str:

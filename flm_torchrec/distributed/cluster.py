@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.types import HardwareConfig, KernelConfig, TopologyFactory, TrainerConfig
 
-from flm_torchrec.config import nearest
+from flm_torchrec.config import first_problem, nearest
 from flm_torchrec.config.schema import STRICT
 from flm_torchrec.errors import ConfigError
 
@@ -144,6 +144,5 @@ def make_cluster(name: str, nodes: int, per_node: int, overrides: Sequence[str] 
     try:
         hardware = TypeAdapter(Hardware).validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"--set: {first['loc'][0]}: {first['msg']}, not {first['input']!r}") from error
+        raise ConfigError(f"--set: {first_problem(error)}") from error
     return Cluster(name, hardware, nodes, hardware.per_node)

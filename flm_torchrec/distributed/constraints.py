@@ -16,7 +16,7 @@ from torchrec.distributed.planner import ParameterConstraints
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from flm_torchrec.config import nearest
+from flm_torchrec.config import first_problem, nearest
 from flm_torchrec.config.schema import STRICT, DistributedConfig
 from flm_torchrec.distributed.sharders import AUTO_TYPES, sharders
 from flm_torchrec.errors import ConfigError
@@ -163,10 +163,7 @@ def checked(kind: type, entry: Any, known: Sequence[str], where: str) -> Any:
     try:
         return TypeAdapter(kind).validate_python(entry)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        given = "" if first["type"] == "missing" else f", not {first['input']!r}"
-        raise ConfigError(f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}{given}") from error
+        raise ConfigError(f"{where}: {first_problem(error)}") from error
 
 
 def _rule(path: Path, table: str, entry: Any, tables: Sequence[str]) -> TableRule:
