@@ -7,16 +7,18 @@ TORCH := $(shell sed -n 's/^torch==//p' requirements/cpu.txt)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/ready
+EXTRAS := $(VENV)/extras
 # A CUDA driver decides which build of torch and fbgemm can load.
 DRIVER := $(shell (ldconfig -p 2>/dev/null | grep -q libcuda.so.1 || command -v nvidia-smi >/dev/null 2>&1) && echo gpu || echo cpu)
 
-.PHONY: help venv train test lint beauty ml-100k clean
+.PHONY: help venv extras train test lint beauty ml-100k clean
 
 help:
 	@echo "make train    set up, then prepare, pretrain, evaluate, export and recommend on synthetic data"
 	@echo "make test     set up, then style, types and tests"
 	@echo "make beauty   the same as train on Amazon Beauty in FLM_DATA/beauty  (FLM_DATA=$(FLM_DATA))"
 	@echo "make ml-100k  the same on MovieLens 100K in FLM_DATA/ml-100k"
+	@echo "make extras   set up the optional parts too: Spark, Kafka, stores of vectors (make test does it itself)"
 	@echo "make venv     set up only; make clean removes .venv and caches, keeps data and runs"
 
 venv: $(STAMP)
@@ -41,6 +43,12 @@ endif
 	$(BIN)/python -c 'import flm_torchrec'
 	touch $@
 
+extras: $(EXTRAS)
+
+$(EXTRAS): $(STAMP) requirements/extras.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements/extras.txt
+	touch $@
+
 # $(call job,NAME,SOURCE,INPUT OPTIONS,USER)
 define job
 	$(BIN)/flm prepare --source $(2) $(3) --output data/$(1) --overwrite
@@ -63,7 +71,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check flm_torchrec launch tests tools
 	$(BIN)/mypy
 
-test: lint
+test: $(EXTRAS) lint
 	$(BIN)/pytest
 
 clean:

@@ -26,7 +26,7 @@ def test_a_set_has_one_build_of_fbgemm_that_fits_torch(file: str, build: str) ->
     assert (found["torch"].split(".")[1], found["torchrec"].split(".")[1]) == (str(minor + 5), str(minor))
 
 
-STAGES = ("config", "data", "model", "distributed", "training", "evaluation", "export")
+STAGES = ("config", "data", "model", "distributed", "training", "evaluation", "export", "serve", "report")
 MAY_IMPORT = {
     "config": set(),
     "data": {"config"},
@@ -35,6 +35,8 @@ MAY_IMPORT = {
     "training": {"config", "data", "model", "distributed", "evaluation"},
     "evaluation": {"config", "data"},
     "export": {"data", "evaluation"},
+    "serve": {"config", "data", "export"},
+    "report": {"config", "data", "evaluation", "export"},
 }
 
 
