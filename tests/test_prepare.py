@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flm_torchrec.data.clean import Dropped, deduplicate, in_order, k_core
-from flm_torchrec.data.features import encode
+from flm_torchrec.data.features import Coding, encode
 from flm_torchrec.data.prepare import Options, check_output, prepare
 from flm_torchrec.data.prepared import load_prepared
 from flm_torchrec.data.raw import Declared, Raw
@@ -34,32 +33,63 @@ def frame(events: list[tuple[str, str, int]]) -> pl.DataFrame:
     )  # fmt: skip
 
 
-@given(EVENTS, st.integers(0, 4))
-def test_k_core_leaves_k_of_each_and_takes_nothing_it_could_leave(events: list[tuple[str, str, int]], k: int) -> None:
-    start = frame(events)
-    kept = k_core(start, k, dropped := Dropped())
-    assert len(kept) + sum(dropped.counts.values()) == len(start)
-    for column in ("user", "item"):
-        assert kept.is_empty() or kept[column].value_counts()["count"].min() >= k
-    # The k-core is the largest such set: peeling one row at a time ends at the same rows.
-    rows = start.rows(named=True)
-    while bad := [r for r in rows if min(sum(r[c] == o[c] for o in rows) for c in ("user", "item")) < k]:
+def kept(tmp: pytest.TempPathFactory, events: list[tuple[str, str, int]], options: Options) -> list[tuple[str, str, int]]:
+    """What preparation leaves of the events."""
+    folder = tmp.mktemp("kept") / "data"
+    try:
+        report = prepare(Raw("r", "test", frame(events)), folder, options)
+    except DataError as error:
+        assert "is left" in str(error)
+        return []
+    data = load_prepared(folder)
+    found = [
+        (data.user_keys[u], data.item_keys[i], t)
+        for u, i, t in zip(data.event_users(), data.item, data.timestamp.tolist(), strict=True)
+    ]
+    assert len(found) == report["rows_kept"]
+    assert len(found) + sum(d["rows"] for d in report["dropped"].values()) == len(events)
+    return found
+
+
+@settings(max_examples=30)
+@given(EVENTS, st.integers(0, 4), st.integers(0, 3))
+def test_a_core_has_enough_of_each_and_nothing_it_could_leave(tmp_path_factory, events, users, items) -> None:  # type: ignore[no-untyped-def]
+    found = kept(tmp_path_factory, events, Options(min_user_events=users, min_item_events=items))
+    # The core is the largest such set: peeling one row at a time ends at the same rows.
+    rows = list(events)
+    while bad := [r for r in rows if sum(r[0] == o[0] for o in rows) < users or sum(r[1] == o[1] for o in rows) < items]:
         rows.remove(bad[0])
-    assert sorted(kept["row"]) == sorted(r["row"] for r in rows)
+    assert sorted(found) == sorted(rows)
 
 
+@settings(max_examples=30)
 @given(EVENTS)
-def test_deduplication_keeps_one_of_each(events: list[tuple[str, str, int]]) -> None:
-    ordered = in_order(frame(events))
-    exact = deduplicate(ordered, "exact", Dropped())
-    assert sorted(exact.select("user", "item", "timestamp").rows()) == sorted(set(events))
+def test_deduplication_keeps_one_of_each(tmp_path_factory, events) -> None:  # type: ignore[no-untyped-def]
+    assert sorted(kept(tmp_path_factory, events, Options(dedup="exact"))) == sorted(set(events))
     for how, pick in (("first", min), ("last", max)):
-        kept = deduplicate(ordered, how, Dropped())
         expected = {(u, i): pick(t for v, j, t in events if (u, i) == (v, j)) for u, i, _ in events}
-        assert {(u, i): t for u, i, t in kept.select("user", "item", "timestamp").rows()} == expected
-    consecutive = deduplicate(ordered, "consecutive", Dropped()).select("user", "item").rows()
-    assert all(a != b for a, b in itertools.pairwise(consecutive))
-    assert deduplicate(ordered, "none", Dropped()).equals(ordered)
+        assert {(u, i): t for u, i, t in kept(tmp_path_factory, events, Options(dedup=how))} == expected
+    consecutive = kept(tmp_path_factory, events, Options(dedup="consecutive"))
+    assert all(a[:2] != b[:2] for a, b in itertools.pairwise(consecutive))
+    assert {(u, i) for u, i, _ in consecutive} == {(u, i) for u, i, _ in events}
+
+
+@settings(max_examples=30)
+@given(EVENTS, st.integers(1, 3))
+def test_a_repeat_within_the_window_is_dropped(tmp_path_factory, events, window) -> None:  # type: ignore[no-untyped-def]
+    found = kept(tmp_path_factory, events, Options(dedup="window", dedup_window=window))
+    expected = []
+    for user, item in sorted({(u, i) for u, i, _ in events}):
+        times = sorted(t for u, i, t in events if (u, i) == (user, item))
+        expected += [(user, item, t) for before, t in zip([-9, *times], times, strict=False) if t - before > window]
+    assert sorted(found) == sorted(expected)
+
+
+def test_a_longer_pause_starts_a_session(tmp_path: Path) -> None:
+    events = [("a", "x", 0), ("a", "y", 10), ("a", "y", 21), ("b", "x", 5), ("a", "z", 40), ("a", "z", 30)]
+    report = prepare(Raw("r", "test", frame(events)), tmp_path / "d", Options(session_gap=10))
+    sessions = pl.read_parquet(tmp_path / "d" / "interactions")["session"].to_list()
+    assert sessions == [0, 0, 1, 1, 1, 0] and report["sessions"] == 3
 
 
 @given(EVENTS)
@@ -211,39 +241,39 @@ def test_features_of_which_nothing_is_known_still_load(tmp_path: Path) -> None:
     ],
 )
 def test_each_kind_is_coded_as_documented(kind, values, codes) -> None:  # type: ignore[no-untyped-def]
-    coded = encode(Declared("f", "item", kind), pl.Series("f", values), 1, 10)
+    coded = encode(Declared("f", "item", kind), pl.Series("f", values), Coding(1, 10))
     assert coded.columns[-1].to_list() == codes
 
 
 def test_words_are_hashed_alike_everywhere() -> None:
-    coded = encode(Declared("t", "item", "text"), pl.Series("t", ["Deep sea", "SEA!", ""]), 1, 1000)
+    coded = encode(Declared("t", "item", "text"), pl.Series("t", ["Deep sea", "SEA!", ""]), Coding(1, 1000))
     tokens = coded.columns[-1].to_list()
     assert tokens[0][1] == tokens[1][0] == 223  # crc32("sea") % 1000
     assert tokens[2] == [] and coded.feature.cardinality == 1000
 
 
 def test_rare_values_become_unknown() -> None:
-    coded = encode(Declared("f", "item", "categorical"), pl.Series("f", ["a", "a", "b"]), 2, 10)
+    coded = encode(Declared("f", "item", "categorical"), pl.Series("f", ["a", "a", "b"]), Coding(2, 10))
     assert coded.columns[-1].to_list() == [0, 0, None] and coded.feature.cardinality == 1
 
 
 def test_vectors_of_differing_width_are_refused() -> None:
     with pytest.raises(DataError, match="vectors of widths 1, 2"):
-        encode(Declared("f", "item", "dense"), pl.Series("f", [[1.0], [1.0, 2.0]]), 1, 10)
+        encode(Declared("f", "item", "dense"), pl.Series("f", [[1.0], [1.0, 2.0]]), Coding(1, 10))
 
 
 def test_numbers_and_vectors_that_are_not_finite_become_unknown() -> None:
-    number = encode(Declared("f", "item", "numeric"), pl.Series("f", [1.0, float("nan"), 3.0, float("inf")]), 1, 10)
+    number = encode(Declared("f", "item", "numeric"), pl.Series("f", [1.0, float("nan"), 3.0, float("inf")]), Coding(1, 10))
     assert [n is None for n in number.columns[0].to_list()] == [False, True, False, True]
-    vector = encode(Declared("f", "item", "dense"), pl.Series("f", [[1.0, 2.0], [float("nan"), 1.0]]), 1, 10)
+    vector = encode(Declared("f", "item", "dense"), pl.Series("f", [[1.0, 2.0], [float("nan"), 1.0]]), Coding(1, 10))
     assert vector.columns[0].to_list() == [[1.0, 2.0], None]
 
 
 def test_numbers_too_large_to_standardise_are_refused() -> None:
     with pytest.raises(DataError, match="'f': its largest numbers cannot be standardised"):
-        encode(Declared("f", "item", "numeric"), pl.Series("f", [1e308, 1.7e308]), 1, 10)
+        encode(Declared("f", "item", "numeric"), pl.Series("f", [1e308, 1.7e308]), Coding(1, 10))
 
 
 def test_a_list_is_no_category() -> None:
     with pytest.raises(DataError, match="use multi_categorical"):
-        encode(Declared("f", "item", "categorical"), pl.Series("f", [["a"]]), 1, 10)
+        encode(Declared("f", "item", "categorical"), pl.Series("f", [["a"]]), Coding(1, 10))

@@ -1,8 +1,8 @@
-"""Interactions: bad rows out and counted, duplicates out, k-core."""
+"""Interactions: bad rows out and counted, duplicates found, sessions told apart, and what a core keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,19 +19,33 @@ class Dropped:
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
+    def add(self, reason: str, rows: int, examples: Iterable[str]) -> None:
+        """Count `rows`; of the examples the first few are kept."""
+        if rows:
+            self.counts[reason] = self.counts.get(reason, 0) + rows
+            kept = self.examples.setdefault(reason, [])
+            kept.extend(example for example, _ in zip(examples, range(EXAMPLES - len(kept)), strict=False))
+
     def take(self, frame: pl.DataFrame, bad: pl.Expr, reason: str) -> pl.DataFrame:
         """The rows of `frame` that are not `bad`; the others are counted."""
-        out = frame.filter(bad.fill_null(False))
+        bad = bad.fill_null(False)
+        out = frame.filter(bad)
         if len(out) == 0:
             return frame
-        self.counts[reason] = self.counts.get(reason, 0) + len(out)
-        examples = self.examples.setdefault(reason, [])
-        shown = out.head(EXAMPLES - len(examples)).select("file", "row").iter_rows()
-        examples.extend(f"{file}: row {row}" for file, row in shown)
-        return frame.filter(~bad.fill_null(False))
+        shown = out.head(EXAMPLES).select("file", "row").iter_rows()
+        self.add(reason, len(out), (f"{file}: row {row}" for file, row in shown))
+        return frame.filter(~bad)
+
+    def merge(self, other: Dropped) -> None:
+        for reason, rows in other.counts.items():
+            self.add(reason, rows, other.examples[reason])
 
     def to_json(self) -> dict[str, Any]:
         return {reason: {"rows": n, "examples": self.examples[reason]} for reason, n in self.counts.items()}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Dropped:
+        return cls({r: d["rows"] for r, d in record.items()}, {r: list(d["examples"]) for r, d in record.items()})
 
 
 def _finite(value: pl.Expr) -> pl.Expr:
@@ -55,48 +69,50 @@ def drop_bad(frame: pl.DataFrame, dropped: Dropped, min_value: float | None) -> 
     return frame
 
 
-def in_order(frame: pl.DataFrame) -> pl.DataFrame:
-    """Sorted by user, then time, then order of input."""
-    return frame.with_row_index("_input").sort("user", "timestamp", "_input").drop("_input")
+ORDER = "seconds, shard, place"
+"""A user's events: by time, then by order of input."""
 
 
-def _exact(frame: pl.DataFrame) -> pl.Expr:
-    return ~pl.struct("user", "item", "timestamp", "event").is_first_distinct()
+def _nth(key: str, order: str = ORDER) -> str:
+    return f"ROW_NUMBER() OVER (PARTITION BY {key} ORDER BY {order}) > 1"
 
 
-def _consecutive(frame: pl.DataFrame) -> pl.Expr:
-    return (pl.col("item") == pl.col("item").shift()) & (pl.col("user") == pl.col("user").shift())
+def _since(key: str) -> str:
+    return f"seconds - LAG(seconds) OVER (PARTITION BY {key} ORDER BY {ORDER})"
 
 
-def _first(frame: pl.DataFrame) -> pl.Expr:
-    return ~pl.struct("user", "item").is_first_distinct()
-
-
-def _last(frame: pl.DataFrame) -> pl.Expr:
-    return ~pl.struct("user", "item").is_last_distinct()
-
-
-DEDUP: dict[str, Callable[[pl.DataFrame], pl.Expr]] = {
-    "exact": _exact,
-    "consecutive": _consecutive,
-    "first": _first,
-    "last": _last,
+DEDUP: dict[str, Callable[[int], str]] = {
+    "none": lambda _: "FALSE",
+    "exact": lambda _: _nth("user_id, item_id, seconds, event"),
+    "consecutive": lambda _: f"LAG(item_id) OVER (PARTITION BY user_id ORDER BY {ORDER}) = item_id",
+    "first": lambda _: _nth("user_id, item_id"),
+    "last": lambda _: _nth("user_id, item_id", "seconds DESC, shard DESC, place DESC"),
+    "window": lambda window: f"{_since('user_id, item_id, event')} <= {window}",
 }
-"""Which rows of an ordered frame are duplicates. exact: same user, item, time and event; consecutive: the same item
-again at once; first, last: keep a user's first or last event with an item."""
+"""SQL: which rows are duplicates. exact: same user, item, time and event; consecutive: the same item again at once;
+first, last: keep a user's first or last event with an item; window: the same user, item and event at most so many
+seconds after the one before, be that kept or not."""
 
 
-def deduplicate(frame: pl.DataFrame, how: str, dropped: Dropped) -> pl.DataFrame:
-    """Take duplicates out of an ordered frame; `how` is 'none' or a name of DEDUP."""
-    return frame if how == "none" else dropped.take(frame, DEDUP[how](frame), f"duplicate ({how})")
+def mark_sql(dedup: str, window: int, session_gap: int, timestamps: bool, extra: str = "") -> str:
+    """SQL over `coded`: its rows, with `seconds`, `duplicate` (0 or 1) and, if there is a gap, `session` (from 0).
 
+    Plain enough for DuckDB and Spark alike. Without timestamps, seconds are the position in the user's sequence.
 
-def k_core(frame: pl.DataFrame, k: int, dropped: Dropped) -> pl.DataFrame:
-    """Drop rows until every user and every item has at least k rows (Seidman 1983)."""
-    while k > 1:
-        rare = (pl.len().over("user") < k) | (pl.len().over("item") < k)
-        kept = dropped.take(frame, rare, f"outside the {k}-core")
-        if len(kept) == len(frame):
-            break
-        frame = kept
-    return frame
+    Args:
+        window: of 'window', in seconds.
+        session_gap: a pause of more seconds starts a session; 0: no sessions.
+        extra: further columns to keep, each after a comma.
+    """
+    when = "stamp" if timestamps else "ROW_NUMBER() OVER (PARTITION BY user_id ORDER BY shard, place) - 1"
+    columns = f"user_id, item_id, seconds, event, worth, shard, place, line, bucket{extra}"
+    marked = f"""
+        SELECT {columns}, CASE WHEN {DEDUP[dedup](window)} THEN 1 ELSE 0 END AS duplicate
+        FROM (SELECT *, CAST({when} AS BIGINT) AS seconds FROM coded) AS timed"""
+    if not session_gap:
+        return marked
+    return f"""
+        SELECT {columns}, duplicate,
+            CAST(SUM(CASE WHEN pause > {session_gap} THEN 1 ELSE 0 END)
+                OVER (PARTITION BY user_id, duplicate ORDER BY {ORDER}) AS INTEGER) AS session
+        FROM (SELECT *, {_since("user_id, duplicate")} AS pause FROM ({marked}) AS marked) AS paused"""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import glob
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from flm_torchrec.config.load import nearest
 from flm_torchrec.errors import DataError
@@ -30,16 +33,31 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help=f"one of {', '.join(SOURCES)}; synthetic is made up, not data about people (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--input", type=Path, metavar="PATH",
+        "--input", metavar="PATH",
         help="folder of the source; for your own logs a file, a folder, or a pattern in quotes such as"
-        " 'logs/2024-*.csv' (needed by all sources but synthetic)",
+        " 'logs/2024-*.csv', here or at an address that fsspec knows (s3://…, gs://…), gzipped or not"
+        " (needed by all sources but synthetic)",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write (required)")
     parser.add_argument("--overwrite", action="store_true", help="replace older prepared data (default: refuse)")
+    _add_machine(parser.add_argument_group("with what: changes no byte of the result"))
     _add_cleaning(parser.add_argument_group("cleaning"))
-    _add_logs(parser.add_argument_group("your own logs (parquet, csv)"))
+    _add_logs(parser.add_argument_group("your own logs (parquet, csv, jsonl)"))
     _add_synthetic(parser.add_argument_group("synthetic: made-up logs with planted structure, for trying things out"))
     parser.set_defaults(run=run)
+
+
+def _add_machine(group: Any) -> None:
+    group.add_argument(
+        "--memory", default="", metavar="SIZE",
+        help="for the whole preparation, such as 2GiB; what does not fit goes to disk beside the output"
+        " (default: half of the machine's)",
+    )  # fmt: skip
+    group.add_argument("--threads", type=int, default=0, metavar="N", help="of the engine (default: all cores)")
+    group.add_argument(
+        "--engine", choices=("duckdb", "spark"), default="duckdb",
+        help="duckdb: this machine; spark: a cluster, as spark-submit or SPARK_REMOTE say (default: %(default)s)",
+    )  # fmt: skip
 
 
 def _add_cleaning(group: Any) -> None:
@@ -49,9 +67,27 @@ def _add_cleaning(group: Any) -> None:
     )  # fmt: skip
     group.add_argument("--min-value", type=float, metavar="X", help="drop events of a lower value (default: none)")
     group.add_argument(
-        "--dedup", choices=("none", "exact", "consecutive", "first", "last"), default="none",
+        "--dedup", choices=("none", "exact", "consecutive", "first", "last", "window"), default="none",
         help="exact: same user, item, time, event; consecutive: the same item again at once; first, last: keep that"
-        " event of a user with an item (default: %(default)s)",
+        " event of a user with an item; window: the same user, item and event at most --dedup-window seconds after"
+        " the one before (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument("--dedup-window", type=int, default=0, metavar="SECONDS", help="of --dedup window")
+    group.add_argument(
+        "--session-gap", type=int, default=0, metavar="SECONDS",
+        help="number a user's sessions, a pause of more seconds between two (default: no sessions)",
+    )  # fmt: skip
+    group.add_argument(
+        "--min-user-events", type=int, default=0, metavar="N",
+        help="as --k-core, of users alone (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--min-item-events", type=int, default=0, metavar="N",
+        help="as --k-core, of items alone (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--hash-users", type=Path, metavar="KEYFILE",
+        help="replace the ids of users by their HMAC-SHA256 under the bytes of a file (default: keep them)",
     )  # fmt: skip
     group.add_argument(
         "--min-count", type=int, default=1, metavar="N",
@@ -60,6 +96,14 @@ def _add_cleaning(group: Any) -> None:
     group.add_argument(
         "--text-buckets", type=int, default=10_000, metavar="N",
         help="rows of a text feature's table, into which words are hashed (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--text-ngrams", type=int, default=1, metavar="N",
+        help="hash runs of up to N words of a text, not words alone (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--quantiles", type=int, default=100, metavar="N",
+        help="buckets of a feature of kind quantile, equally many rows each (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--tables", default="", metavar="NAME=KIND:ROWS,…",
@@ -90,7 +134,7 @@ def _add_logs(group: Any) -> None:
         )
         group.add_argument(
             f"--{side}-features", default="", metavar="COLUMN:KIND,…",
-            help="kinds: categorical, multi_categorical, text, numeric, dense (default: none)",
+            help="kinds: categorical, multi_categorical, text, numeric, quantile, dense (default: none)",
         )  # fmt: skip
     group.add_argument("--title", default="", metavar="COLUMN", help="text feature to show to people (default: the id)")
 
@@ -120,31 +164,62 @@ def run(args: argparse.Namespace) -> None:
     started = time.monotonic()
     if args.source not in SOURCES:
         raise DataError(f"--source '{args.source}' is not known; {nearest(args.source, SOURCES)}")
-    for option, least in (("k_core", 0), ("min_count", 1), ("text_buckets", 1)):
+    for option, least in LEAST.items():
         if getattr(args, option) < least:
             raise DataError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be at least {least}")
+    if (args.dedup == "window") != (args.dedup_window > 0):
+        raise DataError("--dedup-window: give it with --dedup window, and only then")
     _check_input(args.source, args.input)
     # Imported here: a wrong option should be told at once.
-    from flm_torchrec.data.prepare import Options, check_output, prepare
+    from flm_torchrec.data.prepare import Machine, Options, check_output, prepare
+    from flm_torchrec.data.privacy import read_secret
     from flm_torchrec.data.rows import parse_tables
 
     check_output(args.output, args.overwrite)
+    secret = read_secret(args.hash_users) if args.hash_users else b""
+    machine = Machine(args.engine, memory_bytes(args.memory), args.threads)
     options = Options(
-        args.k_core, args.min_value, args.dedup, args.min_count, args.text_buckets, args.keep_unseen_items,
-        parse_tables(args.tables),
-    )
-    report = prepare(SOURCES[args.source](args), args.output, options, args.overwrite)
+        args.k_core, args.min_user_events, args.min_item_events, args.min_value, args.dedup, args.dedup_window,
+        args.session_gap, args.min_count, args.text_buckets, args.text_ngrams, args.quantiles,
+        args.keep_unseen_items, parse_tables(args.tables),
+    )  # fmt: skip
+    report = prepare(SOURCES[args.source](args), args.output, options, args.overwrite, machine, secret)
     _tell(report, args.output, time.monotonic() - started)
 
 
-def _check_input(source: str, path: Path | None) -> None:
+LEAST = {
+    "k_core": 0, "min_user_events": 0, "min_item_events": 0, "dedup_window": 0, "session_gap": 0, "min_count": 1,
+    "text_buckets": 1, "text_ngrams": 1, "quantiles": 2, "threads": 0,
+}  # fmt: skip
+"""Least value of an option."""
+
+
+def memory_bytes(text: str) -> int:
+    """`2GiB`, `500MB` → bytes; empty: half of the machine's.
+
+    Raises:
+        DataError: not written so, or too little for Python and the engine themselves.
+    """
+    if not text:
+        return psutil.virtual_memory().total // 2
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", text, re.IGNORECASE)
+    if not match:
+        raise DataError(f"--memory '{text}': write it as 2GiB or 500MB")
+    number, letter, binary = match.groups()
+    size = int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(letter.upper()) + 1))
+    if size < 2**29:
+        raise DataError(f"--memory {text}: the least is 512MiB")
+    return size
+
+
+def _check_input(source: str, path: str | None) -> None:
     if source == "synthetic":
         if path is not None:
             raise DataError(f"--input {path}: the source 'synthetic' reads nothing; name yours with --source")
         return
     if path is None:
         raise DataError(f"--input: name the folder or file of the source '{source}'")
-    if not path.exists() and not glob.glob(str(path)):
+    if "://" not in path and not Path(path).exists() and not glob.glob(path):
         raise DataError(f"{path}: not found; --input must name the folder or file of the source")
 
 
@@ -172,13 +247,13 @@ def _synthetic(args: argparse.Namespace) -> Raw:
 def _movielens(args: argparse.Namespace) -> Raw:
     from flm_torchrec.data.sources import movielens
 
-    return movielens.read(args.input)
+    return movielens.read(Path(args.input))
 
 
 def _s3rec(args: argparse.Namespace) -> Raw:
     from flm_torchrec.data.sources import s3rec
 
-    return s3rec.read(args.input)
+    return s3rec.read(Path(args.input))
 
 
 def _logs(args: argparse.Namespace) -> Raw:
@@ -205,5 +280,6 @@ SOURCES: dict[str, Callable[[argparse.Namespace], Raw]] = {
     "amazon-s3rec": _s3rec,
     "parquet": _logs,
     "csv": _logs,
+    "jsonl": _logs,
 }
 """What reads a source."""

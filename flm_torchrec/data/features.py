@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 
+import numpy as np
 import polars as pl
 
 from flm_torchrec.data.raw import Declared
@@ -23,18 +24,28 @@ class Encoded:
     """Columns code and value, of categorical kinds."""
 
 
-def encode(declared: Declared, column: pl.Series, min_count: int, text_buckets: int) -> Encoded:
-    """Encode one column, a row an entity.
+@dataclass(frozen=True)
+class Coding:
+    """How columns are encoded."""
 
-    Args:
-        min_count: rarer values of a categorical feature become unknown.
-        text_buckets: rows of a text feature's table, into which its words are hashed.
+    min_count: int = 1
+    """Rarer values of a categorical feature become unknown."""
+    text_buckets: int = 10_000
+    """Rows of a text feature's table, into which its words are hashed."""
+    text_ngrams: int = 1
+    """Runs of up to so many words are hashed."""
+    quantiles: int = 100
+    """Buckets of a quantile feature, at most."""
+
+
+def encode(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:
+    """Encode one column, a row an entity.
 
     Raises:
         DataError: the column's type does not fit its kind.
     """
     try:
-        return _ENCODERS[declared.kind](declared, column, min_count, text_buckets)
+        return _ENCODERS[declared.kind](declared, column, coding)
     except (pl.exceptions.PolarsError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(
@@ -62,34 +73,46 @@ def _coded(column: pl.Series, values: pl.Series, codes: pl.Series) -> pl.Series:
     return column.to_frame().select(coded).to_series()
 
 
-def _categorical(declared: Declared, column: pl.Series, min_count: int, text_buckets: int) -> Encoded:
+def _categorical(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:
     if isinstance(column.dtype, pl.List | pl.Array):
         raise TypeError("a list; use multi_categorical")
     values = column.cast(pl.String)
-    vocabulary = _vocabulary(values, min_count)
+    vocabulary = _vocabulary(values, coding.min_count)
     codes = _coded(values, vocabulary["value"], vocabulary["code"])
     return Encoded(_sparse(declared, declared.name, len(vocabulary)), [codes], vocabulary)
 
 
-def _multi_categorical(declared: Declared, column: pl.Series, min_count: int, text_buckets: int) -> Encoded:
+def _multi_categorical(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:
     lists = column.cast(pl.List(pl.String)).fill_null([])
-    vocabulary = _vocabulary(lists.explode(), min_count)
+    vocabulary = _vocabulary(lists.explode(), coding.min_count)
     codes = _coded(lists, vocabulary["value"], vocabulary["code"])
     return Encoded(_sparse(declared, declared.name, len(vocabulary)), [codes], vocabulary)
 
 
-def _text(declared: Declared, column: pl.Series, min_count: int, text_buckets: int) -> Encoded:
+def _text(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:
     text = column.cast(pl.String).fill_null("")
-    words = text.str.to_lowercase().str.extract_all(r"[\p{L}\p{N}]+")
+    words = _ngrams(text.str.to_lowercase().str.extract_all(r"[\p{L}\p{N}]+"), coding.text_ngrams)
     known = words.explode().drop_nulls().unique()
     # crc32 is the same on every machine and in every version, which Python's and polars' own hashes are not.
-    buckets = pl.Series([zlib.crc32(w.encode()) % text_buckets for w in known], dtype=pl.Int32)
+    buckets = pl.Series([zlib.crc32(w.encode()) % coding.text_buckets for w in known], dtype=pl.Int32)
     name = f"{declared.name}_tokens"
     tokens = _coded(words, known, buckets).rename(name)
-    return Encoded(_sparse(declared, name, text_buckets), [text.rename(declared.name), tokens], None)
+    return Encoded(_sparse(declared, name, coding.text_buckets), [text.rename(declared.name), tokens], None)
 
 
-def _numeric(declared: Declared, column: pl.Series, min_count: int, text_buckets: int) -> Encoded:
+def _ngrams(words: pl.Series, longest: int) -> pl.Series:
+    """Lists of words → lists of the runs of 1 to `longest` words, each joined by spaces."""
+    name = words.name
+    flat = words.to_frame().with_row_index("_row").explode(name)
+    runs = [
+        pl.concat_str([pl.col(name).shift(-ahead).over("_row") for ahead in range(size)], separator=" ")
+        for size in range(1, longest + 1)
+    ]
+    listed = flat.select("_row", pl.concat_list(runs).alias(name)).explode(name)
+    return listed.group_by("_row", maintain_order=True).agg(pl.col(name).drop_nulls())[name]
+
+
+def _numeric(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:
     numbers = column.cast(pl.Float64)
     numbers = numbers.set(~numbers.is_finite().fill_null(False), None)
     spread = numbers.std() or 1.0
@@ -102,7 +125,21 @@ def _numeric(declared: Declared, column: pl.Series, min_count: int, text_buckets
     return Encoded(_dense(declared, 1), [scaled], None)
 
 
-def _vector(declared: Declared, column: pl.Series, min_count: int, text_buckets: int) -> Encoded:
+def _quantile(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:
+    numbers = column.cast(pl.Float64)
+    known = numbers.filter(numbers.is_finite().fill_null(False)).sort().to_numpy()
+    # Edges are values that occur; equal ones are one, so that no bucket is empty for want of differing values.
+    at = np.arange(1, coding.quantiles) * len(known) // coding.quantiles
+    edges = np.unique(known[at]) if len(known) else known
+    edges = edges[edges > known[0]] if len(known) else edges
+    codes = pl.Series(column.name, np.searchsorted(edges, numbers.fill_null(0).to_numpy(), "right").astype(np.int32))
+    codes = codes.set(~numbers.is_finite().fill_null(False), None)
+    least = ["-inf", *(repr(float(edge)) for edge in edges)] if len(known) else []
+    vocabulary = pl.DataFrame({"code": pl.int_range(len(least), dtype=pl.Int32, eager=True), "value": least})
+    return Encoded(_sparse(declared, declared.name, len(least)), [codes], vocabulary)
+
+
+def _vector(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:
     lists = column.cast(pl.List(pl.Float32))
     widths = lists.list.len().drop_nulls().unique().sort().to_list()
     if len(widths) != 1 or widths[0] == 0:
@@ -119,6 +156,7 @@ _ENCODERS = {
     "multi_categorical": _multi_categorical,
     "text": _text,
     "numeric": _numeric,
+    "quantile": _quantile,
     "dense": _vector,
 }
 

@@ -1,26 +1,43 @@
-"""A source → the layout of docs/layout.md: clean, order, vocabulary, features, files."""
+"""A source → the layout of docs/layout.md, out of core: intake, vocabulary, cleaning, features, files.
+
+Shards become Parquet files of good rows (intake.py); keys become ids; rows go to buckets of whole users, each small
+enough for memory, where an engine's SQL marks duplicates; a core is counted over all of them; each bucket becomes a
+file. Only keys and features of users and items are ever held whole.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+import duckdb
 import numpy as np
 import polars as pl
 
-from flm_torchrec.data.clean import Dropped, deduplicate, drop_bad, in_order, k_core
-from flm_torchrec.data.features import Encoded, encode
-from flm_torchrec.data.raw import Raw
+from flm_torchrec.data.clean import Dropped
+from flm_torchrec.data.engine import DuckEngine, Engine
+from flm_torchrec.data.features import Coding, Encoded, encode
+from flm_torchrec.data.intake import FrameShard, Intake, shards_of
+from flm_torchrec.data.interactions import Cleaning, Interactions, Written
+from flm_torchrec.data.privacy import hash_keys
+from flm_torchrec.data.raw import Raw, Shard
 from flm_torchrec.data.rows import by_table
 from flm_torchrec.data.schema import Entity, Schema, Table
+from flm_torchrec.data.sources.tables import first_line
 from flm_torchrec.errors import DataError
 
-ROWS_PER_FILE = 5_000_000
+ROWS_PER_FILE = 2_000_000
+"""Rows of a bucket at most, unless one user has more."""
+ROWS_PER_GROUP = 131_072
+"""What the loader reads at once."""
+FORMAT = 1
+"""Of the folder of work in progress: raised when shards are stored in another way."""
 
 
 @dataclass(frozen=True)
@@ -28,56 +45,108 @@ class Options:
     """How to clean and encode; defaults change as little as can be."""
 
     k_core: int = 0
+    min_user_events: int = 0
+    min_item_events: int = 0
     min_value: float | None = None
     dedup: str = "none"
+    dedup_window: int = 0
+    """Seconds, of dedup 'window'."""
+    session_gap: int = 0
+    """Seconds; 0: no sessions."""
     min_count: int = 1
     text_buckets: int = 10_000
+    text_ngrams: int = 1
+    quantiles: int = 100
     keep_unseen_items: bool = False
     tables: dict[str, Table] = field(default_factory=dict)
 
+    def least(self, entity: Entity) -> int:
+        """Events that every user or item must have."""
+        return max(self.k_core, self.min_user_events if entity == "user" else self.min_item_events)
 
-def prepare(raw: Raw, output: Path, options: Options, overwrite: bool = False) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class Machine:
+    """What to prepare with; it changes no byte of the result."""
+
+    engine: str = "duckdb"
+    memory: int = 0
+    """Bytes; 0: what the machine has."""
+    threads: int = 0
+    """0: all cores."""
+
+
+def prepare(
+    raw: Raw, output: Path, options: Options, overwrite: bool = False, machine: Machine | None = None,
+    secret: bytes = b"",
+) -> dict[str, Any]:  # fmt: skip
     """Write the layout; returns the report. The folder appears whole or not at all.
+
+    After a kill, the same call goes on with the shards that were not taken in yet.
 
     Args:
         overwrite: replace older prepared data; anything else in the way is never replaced.
+        secret: keys of users become their HMAC-SHA256 under it; empty: they stay as they are.
 
     Raises:
         DataError: no rows are left, a feature cannot be encoded, or the folder is in use.
     """
     check_output(output, overwrite)
-    dropped = Dropped()
-    frame = drop_bad(raw.interactions, dropped, options.min_value)
-    frame = deduplicate(in_order(frame), options.dedup, dropped)
-    frame = k_core(frame, options.k_core, dropped)
-    if len(frame) == 0:
-        reason = max(dropped.counts, key=dropped.counts.__getitem__, default="the source has none")
-        where = dropped.examples.get(reason, [raw.name])[0]
-        raise DataError(
-            f"{raw.name}: none of {len(raw.interactions)} rows is left (most dropped: {reason}; e.g. {where});"
-            " mend the file, the column mapping or the filters"
-        )
-    items = _entities(raw.items, frame["item"], options.keep_unseen_items)
-    users = _entities(raw.users, frame["user"], keep_unseen=False)
-    events = frame["event"].unique().sort().to_list()
-    encoded = [
-        encode(f, (items if f.entity == "item" else users)[f.name], options.min_count, options.text_buckets)
-        for f in raw.features
-    ]
+    output, shards = output.resolve(), shards_of(raw)
+    with _work(output, shards, raw, options) as work, _engine(machine or Machine(), work) as engine:
+        intake = Intake(work, options.min_value)
+        engine.shards(shards, intake)
+        report = _fill(work / "fresh", raw, options, intake, len(shards), engine, secret)
+        if output.exists():
+            output.rename(work / "old")
+        (work / "fresh").rename(output)
+    return report
+
+
+def _fill(
+    folder: Path, raw: Raw, options: Options, intake: Intake, shards: int, engine: Engine, secret: bytes
+) -> dict[str, Any]:
+    """Make the prepared folder; returns the report."""
+    names, rows_read, dropped = intake.report(shards)
+    files = intake.files(shards)
+    if not files:
+        raise _nothing_left(raw, rows_read, dropped)
+    cleaning = Cleaning(
+        options.dedup, options.dedup_window, options.session_gap, options.least("user"), options.least("item"),
+        raw.timestamps,
+    )  # fmt: skip
+    interactions = Interactions(engine, files, intake.folder, names, ROWS_PER_FILE)
+    seen_users, seen_items, events = interactions.keys()
+    seen_users = seen_users.with_columns(shown=pl.Series(_shown(seen_users["key"], secret), dtype=pl.String))
+    seen_users = _ordered(seen_users, "shown").with_row_index("id")
+    seen_items = _ordered(seen_items, "key").with_row_index("id")
+    kept_users, kept_items = interactions.clean(seen_users, seen_items, events, cleaning, dropped)
+    if not len(kept_users):
+        raise _nothing_left(raw, rows_read, dropped)
+    described = raw.users
+    if described is not None and secret:
+        described = described.with_columns(key=pl.Series(_shown(described["key"], secret), dtype=pl.String))
+    users = _entities(described, seen_users["shown"].gather(kept_users), keep_unseen=False)
+    items = _entities(raw.items, seen_items["key"].gather(kept_items), options.keep_unseen_items)
+    folder.mkdir()
+    written = interactions.write(
+        folder / "interactions", _new_ids(seen_users["shown"], kept_users, users),
+        _new_ids(seen_items["key"], kept_items, items), ROWS_PER_GROUP,
+    )  # fmt: skip
+    coding = Coding(options.min_count, options.text_buckets, options.text_ngrams, options.quantiles)
+    encoded = [encode(f, (items if f.entity == "item" else users)[f.name], coding) for f in raw.features]
     features = tuple(e.feature for e in encoded)
     schema = Schema(
-        name=raw.name, source=raw.source, users=len(users), items=len(items), interactions=len(frame),
+        name=raw.name, source=raw.source, users=len(users), items=len(items), interactions=int(written.per_user.sum()),
         events=tuple(events), timestamps=raw.timestamps, title=raw.title,
         features=features, tables=by_table(options.tables, features),
     )  # fmt: skip
-    report = _report(raw, frame, schema, items, dropped, options)
-    with _whole(output) as folder:
-        _write_interactions(folder, frame, users, items, events)
-        for entity, keys in (("item", items), ("user", users)):
-            _write_entity(folder, entity, keys, [e for e in encoded if e.feature.entity == entity])  # type: ignore[arg-type]
-        _write_vocabularies(folder, encoded)
-        (folder / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
-        schema.save(folder / "schema.yaml")
+    for entity, keys in (("item", items), ("user", users)):
+        _write_entity(folder, entity, keys, [e for e in encoded if e.feature.entity == entity])  # type: ignore[arg-type]
+    _write_vocabularies(folder, encoded)
+    report = _report(raw, rows_read, written, schema, items, dropped, options)
+    (folder / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    schema.save(folder / "schema.yaml")
     return report
 
 
@@ -96,20 +165,53 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _whole(output: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `output` at the end; until then `output` stays as it was."""
-    output = output.resolve()
+def _work(output: Path, shards: Sequence[Shard], raw: Raw, options: Options) -> Iterator[Path]:
+    """A folder beside the output for work in progress; one that a kill left is used again, another's is removed.
+
+    Gone at the end and after an error, but not after an interruption.
+    """
+    told = [FORMAT, raw.source, options.min_value, *(shard.identity for shard in shards)]
+    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    work = output.with_name(f".{output.name}.work-{digest}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as name:
-            fresh, old = Path(name) / "fresh", Path(name) / "old"
-            fresh.mkdir()
-            yield fresh
-            if output.exists():
-                output.rename(old)
-            fresh.rename(output)
+        for left in output.parent.glob(f".{output.name}.work-*"):
+            if left != work or FrameShard.identity in told:
+                shutil.rmtree(left)
+        work.mkdir(exist_ok=True)
+        for left in work.iterdir():
+            if not left.name.startswith("rows-"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield work
     except OSError as error:
+        shutil.rmtree(work, ignore_errors=True)
         raise DataError(f"{output}: cannot be written ({error.strerror or error}); give another --output") from error
+    except duckdb.OutOfMemoryException as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise DataError(f"--memory: too little for this data ({first_line(error)}); give more") from error
+    except Exception:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work)
+
+
+def _engine(machine: Machine, work: Path) -> AbstractContextManager[Engine]:
+    spill = work / "spill"
+    spill.mkdir()
+    if machine.engine == "duckdb":
+        return DuckEngine(machine.memory, machine.threads, spill)
+    from flm_torchrec.data.spark import SparkEngine  # Imported here: optional.
+
+    return SparkEngine(machine.memory, machine.threads, spill)
+
+
+def _nothing_left(raw: Raw, rows_read: int, dropped: Dropped) -> DataError:
+    reason = max(dropped.counts, key=dropped.counts.__getitem__, default="the source has none")
+    where = dropped.examples.get(reason, [raw.name])[0]
+    return DataError(
+        f"{raw.name}: none of {rows_read} rows is left (most dropped: {reason}; e.g. {where});"
+        " mend the file, the column mapping or the filters"
+    )
 
 
 def _entities(described: pl.DataFrame | None, seen: pl.Series, keep_unseen: bool) -> pl.DataFrame:
@@ -117,31 +219,27 @@ def _entities(described: pl.DataFrame | None, seen: pl.Series, keep_unseen: bool
     rows = pl.DataFrame({"key": seen.unique()}).with_columns(_seen=pl.lit(True))
     if described is not None:
         rows = rows.join(described, "key", "full" if keep_unseen else "left", coalesce=True)
-    parts = [pl.col("key").str.extract(r"^(.*?)(\d{1,18})$", group) for group in (1, 2)]
+    return _ordered(rows, "key").with_columns(pl.col("_seen").fill_null(False))
+
+
+def _ordered(rows: pl.DataFrame, column: str) -> pl.DataFrame:
+    parts = [pl.col(column).str.extract(r"^(.*?)(\d{1,18})$", group) for group in (1, 2)]
     # Two keys such as 7 and 07 tie by number; the key itself settles it.
-    ordered = rows.sort(pl.coalesce(parts[0], "key"), parts[1].cast(pl.Int64), "key")
-    return ordered.with_columns(pl.col("_seen").fill_null(False))
+    return rows.sort(pl.coalesce(parts[0], column), parts[1].cast(pl.Int64), column)
 
 
-def _write_interactions(
-    folder: Path, frame: pl.DataFrame, users: pl.DataFrame, items: pl.DataFrame, events: list[str]
-) -> None:
-    def ids(column: str, keys: pl.Series, kind: type[pl.Int32] | type[pl.Int64]) -> pl.Expr:
-        return pl.col(column).replace_strict(keys, pl.int_range(len(keys), dtype=kind, eager=True), return_dtype=kind)
+def _shown(keys: pl.Series, secret: bytes) -> list[str]:
+    return hash_keys(keys, secret) if secret else keys.to_list()
 
-    rows = frame.select(
-        ids("user", users["key"], pl.Int64).alias("user_id"),
-        ids("item", items["key"], pl.Int64).alias("item_id"),
-        pl.col("timestamp").cast(pl.Int64),
-        ids("event", pl.Series(events), pl.Int32).alias("event"),
-        pl.col("value").cast(pl.Float32),
-        *(["segment"] if "segment" in frame.columns else []),
-    ).sort("user_id", maintain_order=True)
-    (folder / "interactions").mkdir()
-    ends = rows["user_id"].search_sorted(rows["user_id"][ROWS_PER_FILE - 1 :: ROWS_PER_FILE], side="right").to_list()
-    for part, (start, end) in enumerate(zip([0, *ends], [*ends, len(rows)], strict=True)):
-        if end > start:
-            rows[start:end].write_parquet(folder / "interactions" / f"part-{part:05d}.parquet")
+
+def _new_ids(keys: pl.Series, kept: np.ndarray, entities: pl.DataFrame) -> np.ndarray:
+    """[keys] int64: where each key stands among the entities; -1 where it was not kept."""
+    found = np.full(len(keys), -1)
+    place = pl.DataFrame({"key": keys.gather(kept)}).join(
+        entities.select("key", place=pl.int_range(pl.len())), "key", "left", maintain_order="left"
+    )
+    found[kept] = place["place"].to_numpy()
+    return found
 
 
 def _write_entity(folder: Path, entity: Entity, rows: pl.DataFrame, encoded: list[Encoded]) -> None:
@@ -160,16 +258,16 @@ def _write_vocabularies(folder: Path, encoded: list[Encoded]) -> None:
 
 
 def _report(
-    raw: Raw, frame: pl.DataFrame, schema: Schema, items: pl.DataFrame, dropped: Dropped, options: Options
+    raw: Raw, rows_read: int, written: Written, schema: Schema, items: pl.DataFrame, dropped: Dropped, options: Options
 ) -> dict[str, Any]:
-    per_user = frame.group_by("user").len()["len"]
+    per_user = pl.Series(written.per_user)
     quantiles = {f"{q:.0%}": per_user.quantile(q, "nearest") for q in (0.0, 0.25, 0.5, 0.75, 0.99, 1.0)}
     known = [_known(items[f.name]) for f in raw.features if f.entity == "item"]
     bare = len(items) if not known else int((~np.any(known, axis=0)).sum())
     return {
         "source": raw.source,
-        "rows_read": len(raw.interactions),
-        "rows_kept": len(frame),
+        "rows_read": rows_read,
+        "rows_kept": schema.interactions,
         "dropped": dropped.to_json(),
         "duplicates": sum(n for reason, n in dropped.counts.items() if reason.startswith("duplicate")),
         "users": schema.users,
@@ -178,10 +276,11 @@ def _report(
         "items_never_interacted": int((~items["_seen"]).sum()),
         "users_with_fewer_than_3_events": int((per_user < 3).sum()),
         "events_per_user": quantiles,
-        "sparsity": 1 - len(frame) / (schema.users * schema.items),
+        **({"sessions": written.sessions} if options.session_gap else {}),
+        "sparsity": 1 - schema.interactions / (schema.users * schema.items),
         "options": asdict(options),
         **raw.notes,
-        **({"oracle": raw.oracle} if raw.oracle and len(frame) == len(raw.interactions) else {}),
+        **({"oracle": raw.oracle} if raw.oracle and schema.interactions == rows_read else {}),
     }
 
 

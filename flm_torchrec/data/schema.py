@@ -12,12 +12,12 @@ import yaml
 from flm_torchrec.config import nearest
 from flm_torchrec.errors import DataError
 
-Kind = Literal["categorical", "multi_categorical", "text", "numeric", "dense"]
+Kind = Literal["categorical", "multi_categorical", "text", "numeric", "quantile", "dense"]
 Entity = Literal["user", "item"]
 TableKind = Literal["direct", "hash", "zch"]
 Eviction = Literal["lfu", "lru"]
 
-SPARSE_KINDS: tuple[Kind, ...] = ("categorical", "multi_categorical", "text")
+SPARSE_KINDS: tuple[Kind, ...] = ("categorical", "multi_categorical", "text", "quantile")
 DENSE_KINDS: tuple[Kind, ...] = ("numeric", "dense")
 
 
@@ -48,8 +48,8 @@ class Feature:
     """One feature of a user or an item.
 
     `column` of `users.parquet` or `items.parquet` holds it, by kind:
-    categorical int32 in [0, cardinality), null where unknown; multi_categorical and text list<int32> of such
-    codes (a text's are hashed tokens); numeric float32, standardised; dense fixed_size_list<float32>[width].
+    categorical and quantile int32 in [0, cardinality), null where unknown; multi_categorical and text list<int32> of
+    such codes (a text's are hashed tokens); numeric float32, standardised; dense fixed_size_list<float32>[width].
     """
 
     name: str

@@ -1,19 +1,20 @@
-"""A user's own logs: Parquet or CSV files with a mapping of columns."""
+"""A user's own logs: Parquet, CSV or JSON lines with a mapping of columns."""
 
 from __future__ import annotations
 
-import glob
 import re
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import get_args
 
 import polars as pl
 
 from flm_torchrec.config.load import nearest
-from flm_torchrec.data.raw import Declared, Raw
+from flm_torchrec.data.raw import Declared, Raw, Shard
 from flm_torchrec.data.schema import Entity, Kind
-from flm_torchrec.data.sources.tables import check_unique, first_line, read_csv, read_parquet, with_place
+from flm_torchrec.data.sources.shards import CsvShard, JsonShard, ParquetShard, Place, places
+from flm_torchrec.data.sources.tables import check_unique, first_line, read_csv, read_parquet
 from flm_torchrec.errors import DataError
 
 ROLES = ("user", "item", "timestamp", "event", "value")
@@ -45,8 +46,10 @@ class Mapping:
     title: str = ""
 
 
-def read(source: str, path: Path, mapping: Mapping) -> Raw:
-    """Read a file, all files of a folder, or all that a pattern such as `logs/2024-*.csv` matches, by name.
+def read(source: str, location: str, mapping: Mapping) -> Raw:
+    """A file, all files of a folder, or all that a pattern such as `logs/2024-*.csv` matches, by name.
+
+    The logs are read later, shard by shard; what describes items and users is read here.
 
     Raises:
         DataError: a file or column is missing, a file is corrupt or empty, a key occurs twice.
@@ -54,14 +57,13 @@ def read(source: str, path: Path, mapping: Mapping) -> Raw:
     titled = mapping.sides["item"].kinds.get(mapping.title) if "item" in mapping.sides else None
     if mapping.title and titled != "text":
         raise DataError(f"--title '{mapping.title}': declare it in --item-features as {mapping.title}:text")
-    interactions = pl.concat([_interactions(source, file, mapping) for file in _files(source, path)])
-    if "timestamp" not in mapping.columns:
-        interactions = interactions.with_columns(timestamp=pl.int_range(pl.len()).over("user"))
+    make = _SHARDS[source]
+    shards = tuple(make(place, mapping) for place in _places(source, location, mapping))
     sides = {entity: _side(side, mapping) for entity, side in mapping.sides.items()}
     return Raw(
-        name=re.sub(r"[*?\[\]]", "", path.stem) or source,
+        name=re.sub(r"[*?\[\]]", "", PurePosixPath(location).stem) or source,
         source=source,
-        interactions=interactions,
+        interactions=shards,
         items=sides.get("item"),
         users=sides.get("user"),
         features=tuple(Declared(n, e, k) for e, side in mapping.sides.items() for n, k in side.kinds.items()),
@@ -109,22 +111,31 @@ def parse_kinds(text: str, option: str) -> dict[str, Kind]:
     return kinds
 
 
-def _files(source: str, path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    pattern = str(path / f"*.{source}") if path.is_dir() else str(path)
-    files = sorted(Path(name) for name in glob.glob(pattern) if Path(name).is_file())
-    if not files:
-        raise DataError(f"{path}: no file *.{source}; --input must be such a file, a folder of them or a pattern")
-    return files
+def _parquet(place: Place, mapping: Mapping) -> Shard:
+    return ParquetShard(place, _columns(mapping), partial(_roles, mapping, place.url))
 
 
-def _interactions(source: str, file: Path, mapping: Mapping) -> pl.DataFrame:
-    wanted = mapping.columns.values()
-    if source == "parquet":
-        frame = read_parquet(file, wanted=wanted)
-    else:
-        frame = read_csv(file, mapping.separator, wanted=wanted)
+def _csv(place: Place, mapping: Mapping) -> Shard:
+    return CsvShard(place, _columns(mapping), partial(_roles, mapping, place.url), mapping.separator)
+
+
+def _jsonl(place: Place, mapping: Mapping) -> Shard:
+    return JsonShard(place, _columns(mapping), partial(_roles, mapping, place.url))
+
+
+_SHARDS = {"parquet": _parquet, "csv": _csv, "jsonl": _jsonl}
+
+
+def _places(source: str, location: str, mapping: Mapping) -> list[Place]:
+    """Read otherwise, a file is another shard."""
+    return [replace(place, identity=f"{place.identity} {mapping}") for place in places(source, location)]
+
+
+def _columns(mapping: Mapping) -> tuple[str, ...]:
+    return tuple(mapping.columns.values())
+
+
+def _roles(mapping: Mapping, file: str, frame: pl.DataFrame) -> pl.DataFrame:
     given = {role: frame[column] for role, column in mapping.columns.items()}
     columns = [
         _keys(given["user"], file).rename("user"),
@@ -134,17 +145,20 @@ def _interactions(source: str, file: Path, mapping: Mapping) -> pl.DataFrame:
         _keys(given["event"], file).fill_null("unknown") if "event" in given else pl.lit("interaction"),
         _cast(given["value"], pl.Float64(), file, strict=False) if "value" in given else pl.lit(1.0),
     ]
-    return with_place(frame.select(c.alias(role) for c, role in zip(columns, ROLES, strict=True)), file)
+    return frame.select(c.alias(role) for c, role in zip(columns, ROLES, strict=True))
 
 
-def _keys(column: pl.Series, file: Path) -> pl.Series:
+def _keys(column: pl.Series, file: str) -> pl.Series:
     """As text; whole numbers without a point, as a tool that knows no missing integer may have added one."""
-    if column.dtype.is_float() and (column.fill_null(0.0) == column.fill_null(0.0).round()).all():
-        column = column.cast(pl.Int64, strict=False)
-    return _cast(column, pl.String(), file)
+    if not column.dtype.is_float():
+        return _cast(column, pl.String(), file)
+    value = pl.col(column.name)
+    whole = (value == value.round()) & (value.abs() < 2**53)
+    as_text = pl.when(whole).then(value.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(value.cast(pl.String))
+    return column.to_frame().select(as_text).to_series()
 
 
-def _cast(column: pl.Series, kind: pl.DataType, file: Path, strict: bool = True) -> pl.Series:
+def _cast(column: pl.Series, kind: pl.DataType, file: str, strict: bool = True) -> pl.Series:
     try:
         if column.dtype.is_nested() and not kind.is_nested():
             raise TypeError(f"a {column.dtype.base_type()} is not one value")
@@ -156,7 +170,7 @@ def _cast(column: pl.Series, kind: pl.DataType, file: Path, strict: bool = True)
         ) from error
 
 
-def _seconds(column: pl.Series, unit: str, file: Path) -> pl.Series:
+def _seconds(column: pl.Series, unit: str, file: str) -> pl.Series:
     """Unix seconds; null where unreadable. Times that name no zone are UTC."""
     kind = column.dtype
     if isinstance(kind, pl.Datetime | pl.Date):
@@ -182,18 +196,19 @@ def _side(side: Side, mapping: Mapping) -> pl.DataFrame:
         frame = read_parquet(side.file, wanted=wanted)
     else:
         frame = read_csv(side.file, mapping.separator, wanted=wanted)
-    keys = _keys(frame[side.key], side.file).rename("key")
-    columns = [_of_kind(frame[name], kind, mapping.list_separator, side.file) for name, kind in side.kinds.items()]
+    file = str(side.file)
+    keys = _keys(frame[side.key], file).rename("key")
+    columns = [_of_kind(frame[name], kind, mapping.list_separator, file) for name, kind in side.kinds.items()]
     described = pl.DataFrame([keys, *columns]).filter(pl.col("key").is_not_null() & (pl.col("key") != ""))
     check_unique(described["key"], side.file, f"'{side.key}'")
     return described
 
 
-def _of_kind(column: pl.Series, kind: Kind, list_separator: str, file: Path) -> pl.Series:
+def _of_kind(column: pl.Series, kind: Kind, list_separator: str, file: str) -> pl.Series:
     if column.dtype == pl.String and kind in ("multi_categorical", "dense"):
         column = column.str.split(list_separator)
     if kind == "dense":
         return _cast(column, pl.List(pl.Float32), file)
     if kind == "multi_categorical":
         return _cast(column, pl.List(pl.String), file)
-    return _cast(column, pl.Float64() if kind == "numeric" else pl.String(), file)
+    return _cast(column, pl.Float64() if kind in ("numeric", "quantile") else pl.String(), file)

@@ -1,0 +1,100 @@
+"""What runs the SQL of preparation: DuckDB on one machine, within a given memory; what does not fit goes to disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import duckdb
+import polars as pl
+
+from flm_torchrec.data.raw import Shard
+
+SHARE = 0.5
+"""Of the memory given that DuckDB may fill: the rest is for Python, Polars, Arrow and what DuckDB does not count."""
+
+
+class Engine(Protocol):
+    """Runs standard SQL over Parquet files."""
+
+    def shards(self, shards: Sequence[Shard], take_in: Callable[[int, Shard], None]) -> None:
+        """Call `take_in` with each shard and its number, in any order and place."""
+
+    def files(self, name: str, files: Sequence[Path]) -> None:
+        """Let SQL know the rows of Parquet files by that name."""
+
+    def frame(self, name: str, frame: pl.DataFrame) -> None:
+        """Let SQL know the rows of a frame by that name."""
+
+    def query(self, sql: str) -> pl.DataFrame:
+        """A result that fits into memory."""
+
+    def write(self, sql: str, folder: Path) -> None:
+        """Write a result of any size as Parquet, a folder `bucket=N` for each value of its column bucket."""
+
+    def write_each(self, name: str, source: Path, sql: str, folder: Path) -> None:
+        """As `write`; `sql` reads by that name what `write` left in `source`, and may do so a bucket at a time."""
+
+
+class DuckEngine:
+    """DuckDB.
+
+    Args:
+        memory: bytes for the whole process, 0 for most of the machine's.
+        threads: 0 for all cores.
+        spill: folder for what does not fit.
+    """
+
+    def __init__(self, memory: int, threads: int, spill: Path) -> None:
+        self.connection = duckdb.connect()
+        settings = {"temp_directory": f"'{spill}'", "preserve_insertion_order": "false"}
+        if memory:
+            settings["memory_limit"] = f"'{int(memory * SHARE)}B'"
+        if threads:
+            settings["threads"] = str(threads)
+        for name, value in settings.items():
+            self.connection.execute(f"SET {name} = {value}")
+
+    def __enter__(self) -> DuckEngine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.connection.close()
+
+    def shards(self, shards: Sequence[Shard], take_in: Callable[[int, Shard], None]) -> None:
+        for number, shard in enumerate(shards):
+            take_in(number, shard)
+
+    def files(self, name: str, files: Sequence[Path]) -> None:
+        listed = ", ".join("'" + str(file).replace("'", "''") + "'" for file in files)
+        self.connection.execute(f"CREATE OR REPLACE VIEW {name} AS SELECT * FROM read_parquet([{listed}])")
+
+    def frame(self, name: str, frame: pl.DataFrame) -> None:
+        self.connection.register(name, frame.to_arrow())
+
+    def query(self, sql: str) -> pl.DataFrame:
+        return self.connection.execute(sql).pl()
+
+    def write(self, sql: str, folder: Path) -> None:
+        self.connection.execute(f"COPY ({sql}) TO '{_quoted(folder)}' (FORMAT parquet, PARTITION_BY (bucket))")
+
+    def write_each(self, name: str, source: Path, sql: str, folder: Path) -> None:
+        for bucket in buckets(source):
+            (folder / bucket.name).mkdir(parents=True)
+            read = f"SELECT *, {bucket.name.removeprefix('bucket=')} AS bucket FROM read_parquet"
+            self.connection.execute(
+                f"CREATE OR REPLACE VIEW {name} AS {read}('{_quoted(bucket)}/*.parquet', hive_partitioning = false)"
+            )
+            target = _quoted(folder / bucket.name / "part.parquet")
+            self.connection.execute(f"COPY ({sql}) TO '{target}' (FORMAT parquet)")
+
+
+def buckets(folder: Path) -> list[Path]:
+    """Folders that `Engine.write` left, in order."""
+    return sorted(folder.glob("bucket=*"), key=lambda path: int(path.name.removeprefix("bucket=")))
+
+
+def _quoted(path: Path) -> str:
+    return str(path).replace("'", "''")

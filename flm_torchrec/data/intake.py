@@ -1,0 +1,95 @@
+"""Shards of a source → Parquet files of good rows, one a shard, with what was dropped: the part that can be resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+import pyarrow.parquet as pq
+
+from flm_torchrec.data.clean import Dropped, drop_bad
+from flm_torchrec.data.raw import Raw, Shard
+from flm_torchrec.files import write_text
+
+
+@dataclass(frozen=True)
+class FrameShard:
+    """Interactions that are in memory already."""
+
+    frame: pl.DataFrame
+
+    @property
+    def name(self) -> str:
+        return str(self.frame["file"][0]) if len(self.frame) else ""
+
+    identity = "in memory"
+
+    def batches(self, dropped: Dropped) -> Iterator[pl.DataFrame]:
+        yield self.frame
+
+
+def shards_of(raw: Raw) -> tuple[Shard, ...]:
+    return (FrameShard(raw.interactions),) if isinstance(raw.interactions, pl.DataFrame) else raw.interactions
+
+
+def rows_file(folder: Path, number: int) -> Path:
+    return folder / f"rows-{number:06d}.parquet"
+
+
+@dataclass(frozen=True)
+class Intake:
+    """Takes shards in; a picklable function of a shard, so that any engine can spread it."""
+
+    folder: Path
+    min_value: float | None
+
+    def __call__(self, number: int, shard: Shard) -> None:
+        """Write the shard's good rows, unless that was done before."""
+        file = rows_file(self.folder, number)
+        if file.is_file():
+            return
+        dropped, read, place = Dropped(), 0, 0
+        fresh = file.with_suffix(".tmp")
+        writer: pq.ParquetWriter | None = None
+        for frame in shard.batches(dropped):
+            read += len(frame)
+            table = _stored(drop_bad(frame, dropped, self.min_value), number, place).to_arrow()
+            place += len(table)
+            writer = writer or pq.ParquetWriter(fresh, table.schema)
+            writer.write_table(table)
+        unread = sum(n for reason, n in dropped.counts.items() if reason.startswith("malformed"))
+        report = {"name": shard.name, "rows": read + unread, "dropped": dropped.to_json()}
+        write_text(file.with_suffix(".json"), json.dumps(report))
+        if writer is not None:
+            writer.close()
+            fresh.rename(file)  # last: the shard is done
+
+    def report(self, shards: int) -> tuple[list[str], int, Dropped]:
+        """Names of the shards, rows read, and what was dropped of them."""
+        records = [json.loads(rows_file(self.folder, n).with_suffix(".json").read_text()) for n in range(shards)]
+        dropped = Dropped()
+        for record in records:
+            dropped.merge(Dropped.from_json(record["dropped"]))
+        return [record["name"] for record in records], sum(record["rows"] for record in records), dropped
+
+    def files(self, shards: int) -> list[Path]:
+        """Of shards with good rows."""
+        return [file for n in range(shards) if (file := rows_file(self.folder, n)).is_file()]
+
+
+def _stored(frame: pl.DataFrame, number: int, place: int) -> pl.DataFrame:
+    """With names that are no keywords of SQL: `place` orders the rows of a shard, `line` is where people find them."""
+    return frame.select(
+        pl.lit(number, pl.Int32).alias("shard"),
+        pl.int_range(place, place + pl.len(), dtype=pl.Int64).alias("place"),
+        pl.col("row").cast(pl.Int64).alias("line"),
+        pl.col("user").alias("user_key"),
+        pl.col("item").alias("item_key"),
+        pl.col("timestamp").cast(pl.Int64).alias("stamp"),
+        pl.col("event").alias("event_name"),
+        pl.col("value").cast(pl.Float32).alias("worth"),
+        *(["segment"] if "segment" in frame.columns else []),
+    )
