@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 
 from flm_torchrec.cli import main
+from flm_torchrec.data.clean import Dropped
 from flm_torchrec.data.prepare import Options, prepare
 from flm_torchrec.data.prepared import PreparedData, load_prepared
 from flm_torchrec.data.sources import logs, movielens, s3rec
@@ -134,7 +135,8 @@ def test_timestamps(tmp_path: Path, times: list[object], unit: str, seconds: int
     file = tmp_path / "l.parquet"
     pl.DataFrame({"user_id": ["a"], "item_id": ["x"], "timestamp": times}).write_parquet(file)
     mapping = logs.Mapping(logs.parse_columns("user=user_id, item=item_id, timestamp=timestamp"), time_unit=unit)
-    assert logs.read("parquet", file, mapping).interactions["timestamp"].to_list() == [seconds]
+    (shard,) = logs.read("parquet", str(file), mapping).interactions
+    assert pl.concat(shard.batches(Dropped()))["timestamp"].to_list() == [seconds]
 
 
 def test_logs_without_times_keep_their_order_across_files(tmp_path: Path) -> None:
@@ -225,7 +227,13 @@ def test_items_without_events_are_kept_on_request(tmp_path: Path) -> None:
         (["--source", "synthetic", "--synthetic-users", "1"], "do not go together"),
         (["--source", "synthetic", "--input", "{d}/logs.csv"], "'synthetic' reads nothing; name yours with --source"),
         (["--source", "csv", "--input", "{d}/x*.csv"], "x\\*.csv: not found"),
-        (["--source", "csv", "--input", "{d}/wide.csv"], "wide.csv: not a readable table"),
+        (["--source", "csv", "--input", "{d}/wide.csv"], "none of 1 rows is left .*not 3 columns; e.g. wide.csv: row 1"),
+        (["--memory", "2"], "--memory '2': write it as 2GiB"),
+        (["--memory", "1MB"], "--memory 1MB: the least is 512MiB"),
+        (["--dedup", "window"], "--dedup-window: give it with --dedup window"),
+        (["--hash-users", "{d}/none.key"], "none.key: not found; make a key with"),
+        (["--hash-users", "{d}/logs.csv"], "logs.csv: [0-9]* bytes; a key needs 32"),
+        (["--source", "jsonl", "--input", "nowhere://x"], "nowhere://x: cannot be reached"),
         (["--source", "csv", "--input", "{d}/logs.csv", "--separator", ";;"], "logs.csv: not a readable table.*single"),
         (["--source", "parquet", "--input", "{d}/lists.parquet"], "lists.parquet: column 'user_id' is List"),
         (["--source", "parquet", "--input", "{d}/flags.parquet"], "flags.parquet: column 'timestamp' is Boolean, not"),
@@ -253,7 +261,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         "twice.csv": "sku\nx\nx\n", "ragged.csv": "sku,vec\nx,1|2\ny,1\n",
     })  # fmt: skip
     (inputs / "folder").mkdir()
-    write(inputs, {"wide.csv": "user_id,item_id,timestamp\na,x,1\nb,y,2,3\n"})
+    write(inputs, {"wide.csv": "user_id,item_id,timestamp\nb,y,2,3\n"})
     keys = {"user_id": [[1]], "item_id": [1], "timestamp": [1]}
     pl.DataFrame(keys).write_parquet(inputs / "lists.parquet")
     pl.DataFrame({**keys, "user_id": [1], "timestamp": [True]}).write_parquet(inputs / "flags.parquet")

@@ -75,7 +75,9 @@ class DuckEngine:
         self.connection.register(name, frame.to_arrow())
 
     def query(self, sql: str) -> pl.DataFrame:
-        return self.connection.execute(sql).pl()
+        frame = pl.from_arrow(self.connection.execute(sql).to_arrow_table())
+        assert isinstance(frame, pl.DataFrame)
+        return frame
 
     def write(self, sql: str, folder: Path) -> None:
         self.connection.execute(f"COPY ({sql}) TO '{_quoted(folder)}' (FORMAT parquet, PARTITION_BY (bucket))")

@@ -102,14 +102,17 @@ def _text(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:
 
 def _ngrams(words: pl.Series, longest: int) -> pl.Series:
     """Lists of words → lists of the runs of 1 to `longest` words, each joined by spaces."""
-    name = words.name
-    flat = words.to_frame().with_row_index("_row").explode(name)
-    runs = [
-        pl.concat_str([pl.col(name).shift(-ahead).over("_row") for ahead in range(size)], separator=" ")
+    if longest == 1:
+        return words
+    rows = words.to_frame("words").with_row_index("row")
+    flat = rows.explode("words").drop_nulls()
+    found = [
+        flat.select("row", pl.concat_str([pl.col("words").shift(-n).over("row") for n in range(size)], separator=" "))
         for size in range(1, longest + 1)
     ]
-    listed = flat.select("_row", pl.concat_list(runs).alias(name)).explode(name)
-    return listed.group_by("_row", maintain_order=True).agg(pl.col(name).drop_nulls())[name]
+    runs = pl.concat(found).drop_nulls().group_by("row", maintain_order=True).agg("words")
+    joined = rows.select("row").join(runs, "row", "left", maintain_order="left")["words"]
+    return joined.fill_null([]).rename(words.name)
 
 
 def _numeric(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:

@@ -15,6 +15,14 @@ from flm_torchrec.data.raw import Raw, Shard
 from flm_torchrec.files import write_text
 
 
+NO_ROWS = pl.DataFrame(
+    schema={
+        "file": pl.String, "row": pl.Int64, "user": pl.String, "item": pl.String, "timestamp": pl.Int64,
+        "event": pl.String, "value": pl.Float64,
+    }
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class FrameShard:
     """Interactions that are in memory already."""
@@ -63,9 +71,9 @@ class Intake:
         unread = sum(n for reason, n in dropped.counts.items() if reason.startswith("malformed"))
         report = {"name": shard.name, "rows": read + unread, "dropped": dropped.to_json()}
         write_text(file.with_suffix(".json"), json.dumps(report))
-        if writer is not None:
-            writer.close()
-            fresh.rename(file)  # last: the shard is done
+        writer = writer or pq.ParquetWriter(fresh, _stored(NO_ROWS, number, 0).to_arrow().schema)
+        writer.close()
+        fresh.rename(file)  # last: the shard is done
 
     def report(self, shards: int) -> tuple[list[str], int, Dropped]:
         """Names of the shards, rows read, and what was dropped of them."""
@@ -77,7 +85,8 @@ class Intake:
 
     def files(self, shards: int) -> list[Path]:
         """Of shards with good rows."""
-        return [file for n in range(shards) if (file := rows_file(self.folder, n)).is_file()]
+        files = [rows_file(self.folder, n) for n in range(shards)]
+        return [file for file in files if pq.read_metadata(file).num_rows]
 
 
 def _stored(frame: pl.DataFrame, number: int, place: int) -> pl.DataFrame:

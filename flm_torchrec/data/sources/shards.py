@@ -98,8 +98,8 @@ class _File:
     def identity(self) -> str:
         return self.place.identity
 
-    def _rows(self, table: pa.Table | pl.DataFrame, rows: np.ndarray) -> pl.DataFrame:
-        frame = pl.from_arrow(table) if isinstance(table, pa.Table) else table
+    def _rows(self, table: pa.Table, rows: np.ndarray) -> pl.DataFrame:
+        frame = pl.from_arrow(table)
         assert isinstance(frame, pl.DataFrame)
         return self.roles(frame).with_columns(pl.lit(self.name).alias("file"), pl.Series("row", rows, dtype=pl.Int64))
 
@@ -214,12 +214,11 @@ class JsonShard(_File):
             for block in lines.blocks(stream, lambda n: drop(np.array([n]), "malformed: a line of over 64 MiB")):
                 block = lines.readable(block, drop, quoted=False)
                 if len(block.numbers):
-                    frame, numbers = self._parsed(connection, block, drop)
-                    yield self._rows(frame, numbers)
+                    yield self._rows(*self._parsed(connection, block, drop))
 
     def _parsed(
         self, connection: duckdb.DuckDBPyConnection, block: lines.Block, drop: Callable[[np.ndarray, str], None]
-    ) -> tuple[pl.DataFrame, np.ndarray]:
+    ) -> tuple[pa.Table, np.ndarray]:
         begin, _ = block.spans()
         offsets = np.concatenate([begin, [len(block.data)]]).astype(np.int32)
         text = pa.StringArray.from_buffers(len(begin), pa.py_buffer(offsets), pa.py_buffer(block.data))
@@ -236,11 +235,10 @@ class JsonShard(_File):
             f"CASE WHEN json_type(o, {path}) NOT IN ('ARRAY', 'OBJECT', 'NULL') THEN o ->> {path} END AS c{n}"
             for n, path in enumerate(map(_path, dict.fromkeys(self.columns)))
         )
-        frame = connection.execute(
+        table = connection.execute(
             f"SELECT {chosen} FROM objects WHERE json_type(o) = 'OBJECT' ORDER BY number"
-        ).pl()
-        frame.columns = list(dict.fromkeys(self.columns))
-        return frame, block.numbers[~bad]
+        ).to_arrow_table()
+        return table.rename_columns(list(dict.fromkeys(self.columns))), block.numbers[~bad]
 
 
 def _path(key: str) -> str:
