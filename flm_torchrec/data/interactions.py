@@ -78,7 +78,7 @@ class Interactions:
         begin = users["events"].cum_sum() - users["events"]
         self.engine.frame("users", users.select("id", "key", (begin // self.bucket_rows).alias("bucket")))
         self.engine.frame("items", items.select("id", "key"))
-        self.engine.frame("events", pl.DataFrame({"name": events}).with_row_index("id"))
+        self.engine.frame("events", pl.DataFrame({"id": np.arange(len(events)), "name": events}))
         coded, marked = self.work / "coded", self.work / "marked"
         extra = ", segment" if self.segments else ""
         times = "stamp" if cleaning.marks else "stamp AS seconds, 0 AS duplicate"

@@ -118,8 +118,7 @@ def _fill(
     interactions = Interactions(engine, files, intake.folder, names, ROWS_PER_FILE)
     seen_users, seen_items, events = interactions.keys()
     seen_users = seen_users.with_columns(shown=pl.Series(_shown(seen_users["key"], secret), dtype=pl.String))
-    seen_users = _ordered(seen_users, "shown").with_row_index("id")
-    seen_items = _ordered(seen_items, "key").with_row_index("id")
+    seen_users, seen_items = _numbered(_ordered(seen_users, "shown")), _numbered(_ordered(seen_items, "key"))
     kept_users, kept_items = interactions.clean(seen_users, seen_items, events, cleaning, dropped)
     if not len(kept_users):
         raise _nothing_left(raw, rows_read, dropped)
@@ -226,6 +225,10 @@ def _ordered(rows: pl.DataFrame, column: str) -> pl.DataFrame:
     parts = [pl.col(column).str.extract(r"^(.*?)(\d{1,18})$", group) for group in (1, 2)]
     # Two keys such as 7 and 07 tie by number; the key itself settles it.
     return rows.sort(pl.coalesce(parts[0], column), parts[1].cast(pl.Int64), column)
+
+
+def _numbered(rows: pl.DataFrame) -> pl.DataFrame:
+    return rows.with_columns(id=pl.int_range(pl.len(), dtype=pl.Int64))
 
 
 def _shown(keys: pl.Series, secret: bytes) -> list[str]:

@@ -1,0 +1,53 @@
+"""Spark prepares the same data, to the byte."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from flm_torchrec.data.prepared import load_prepared
+from tests.test_prepare_shards import HEADER, contents, flm, report, write_logs
+
+pytest.importorskip("pyspark", reason="the extra 'spark' is not installed")
+pytestmark = pytest.mark.skipif(shutil.which("java") is None, reason="Spark needs Java, which is not installed")
+
+
+@pytest.mark.parametrize(
+    "cleaning",
+    [
+        ("--dedup", "window", "--dedup-window", "15", "--session-gap", "30", "--min-item-events", "20", "--k-core", "3"),
+        ("--dedup", "last", "--min-value", "0", "--columns", "user=user_id,item=item_id"),
+    ],
+)
+def test_spark_writes_the_bytes_that_duckdb_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cleaning: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("flm_torchrec.data.prepare.ROWS_PER_FILE", 60)
+    logs = write_logs(tmp_path / "logs")
+    (logs / "5.csv").write_bytes(HEADER + b"u1,i1\nu1,,4\nu1,i2,1000\n")
+    for engine in ("duckdb", "spark"):
+        options = ("--engine", engine, "--threads", "2", *cleaning)
+        assert flm("--source", "csv", "--input", logs, "--output", tmp_path / engine, *options) == 0
+    assert contents(tmp_path / "spark") == contents(tmp_path / "duckdb")
+    assert load_prepared(tmp_path / "spark").schema.interactions == report(tmp_path / "spark")["rows_kept"] > 40
+    assert len(list((tmp_path / "spark" / "interactions").iterdir())) > 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["duckdb", "logs", "spark"]
+
+
+def test_a_wrong_file_is_one_line_from_spark_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "l.csv").write_text("uid,item_id,timestamp\na,b,1\n")
+    call = ("--source", "csv", "--input", tmp_path / "l.csv", "--output", tmp_path / "out", "--engine", "spark")
+    assert flm(*call) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and "l.csv: no column 'user_id'; did you mean 'uid'" in error[0] or "one of" in error[0]
+
+
+def test_without_pyspark_the_error_says_how_to_get_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyspark", None)
+    assert flm("--output", tmp_path / "out", "--engine", "spark") == 2
+    assert "pip install 'flm_torchrec[spark]'" in capsys.readouterr().err
