@@ -111,7 +111,7 @@ def test_the_same_bytes_for_any_memory_and_threads_and_kind_of_file(tmp_path: Pa
     cleaning = ("--dedup", "exact", "--min-item-events", "2", "--session-gap", "20")
     made = {}
     for name, kind, machine in (
-        ("one", "csv", ("--threads", "1", "--memory", "512MiB")),
+        ("one", "csv", ("--threads", "1", "--memory", "1GiB")),
         ("two", "csv", ("--threads", "2", "--memory", "3GiB")),
         ("three", "jsonl", ()),
     ):
@@ -222,3 +222,17 @@ def test_memory_runs_out_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     error = capsys.readouterr().err
     assert "--memory: too little" in error and error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["logs"]
+
+
+def test_two_preparations_of_one_output_do_not_meet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import fcntl
+
+    logs = write_logs(tmp_path / "logs")
+    other = tmp_path / ".out.work-0123456789abcdef"
+    other.mkdir()
+    with (other / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert flm("--source", "csv", "--input", logs, "--output", tmp_path / "out") == 2
+        assert "another preparation is writing it" in capsys.readouterr().err and other.is_dir()
+    assert flm("--source", "csv", "--input", logs, "--output", tmp_path / "out") == 0
+    assert not other.exists()

@@ -229,7 +229,7 @@ def test_items_without_events_are_kept_on_request(tmp_path: Path) -> None:
         (["--source", "csv", "--input", "{d}/x*.csv"], "x\\*.csv: not found"),
         (["--source", "csv", "--input", "{d}/wide.csv"], "none of 1 rows is left .*not 3 columns; e.g. wide.csv: row 1"),
         (["--memory", "2"], "--memory '2': write it as 2GiB"),
-        (["--memory", "1MB"], "--memory 1MB: the least is 512MiB"),
+        (["--memory", "1MB"], "--memory 1MB: the least is 1GiB"),
         (["--dedup", "window"], "--dedup-window: give it with --dedup window"),
         (["--hash-users", "{d}/none.key"], "none.key: not found; make a key with"),
         (["--hash-users", "{d}/header.csv"], "header.csv: 26 bytes; a key needs 32"),

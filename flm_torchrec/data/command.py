@@ -207,8 +207,8 @@ def memory_bytes(text: str) -> int:
         raise DataError(f"--memory '{text}': write it as 2GiB or 500MB")
     number, letter, binary = match.groups()
     size = int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(letter.upper()) + 1))
-    if size < 2**29:
-        raise DataError(f"--memory {text}: the least is 512MiB")
+    if size < 2**30:
+        raise DataError(f"--memory {text}: the least is 1GiB")
     return size
 
 

@@ -68,28 +68,28 @@ class DuckEngine:
             take_in(number, shard)
 
     def files(self, name: str, files: Sequence[Path]) -> None:
-        listed = ", ".join("'" + str(file).replace("'", "''") + "'" for file in files)
+        listed = ", ".join(f"'{quoted(file)}'" for file in files)
         self.connection.execute(f"CREATE OR REPLACE VIEW {name} AS SELECT * FROM read_parquet([{listed}])")
 
     def frame(self, name: str, frame: pl.DataFrame) -> None:
         self.connection.register(name, frame.to_arrow())
 
     def query(self, sql: str) -> pl.DataFrame:
-        frame = pl.from_arrow(self.connection.execute(sql).to_arrow_table())
+        frame = pl.from_arrow(self.connection.sql(sql).to_arrow_table())
         assert isinstance(frame, pl.DataFrame)
         return frame
 
     def write(self, sql: str, folder: Path) -> None:
-        self.connection.execute(f"COPY ({sql}) TO '{_quoted(folder)}' (FORMAT parquet, PARTITION_BY (bucket))")
+        self.connection.execute(f"COPY ({sql}) TO '{quoted(folder)}' (FORMAT parquet, PARTITION_BY (bucket))")
 
     def write_each(self, name: str, source: Path, sql: str, folder: Path) -> None:
         for bucket in buckets(source):
             (folder / bucket.name).mkdir(parents=True)
             read = f"SELECT *, {bucket.name.removeprefix('bucket=')} AS bucket FROM read_parquet"
             self.connection.execute(
-                f"CREATE OR REPLACE VIEW {name} AS {read}('{_quoted(bucket)}/*.parquet', hive_partitioning = false)"
+                f"CREATE OR REPLACE VIEW {name} AS {read}('{quoted(bucket)}/*.parquet', hive_partitioning = false)"
             )
-            target = _quoted(folder / bucket.name / "part.parquet")
+            target = quoted(folder / bucket.name / "part.parquet")
             self.connection.execute(f"COPY ({sql}) TO '{target}' (FORMAT parquet)")
 
 
@@ -98,5 +98,6 @@ def buckets(folder: Path) -> list[Path]:
     return sorted(folder.glob("bucket=*"), key=lambda path: int(path.name.removeprefix("bucket=")))
 
 
-def _quoted(path: Path) -> str:
+def quoted(path: Path) -> str:
+    """As it stands between the quotes of SQL."""
     return str(path).replace("'", "''")

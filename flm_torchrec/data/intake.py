@@ -14,7 +14,6 @@ from flm_torchrec.data.clean import Dropped, drop_bad
 from flm_torchrec.data.raw import Raw, Shard
 from flm_torchrec.files import write_text
 
-
 NO_ROWS = pl.DataFrame(
     schema={
         "file": pl.String, "row": pl.Int64, "user": pl.String, "item": pl.String, "timestamp": pl.Int64,

@@ -7,6 +7,7 @@ file. Only keys and features of users and items are ever held whole.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import shutil
@@ -38,6 +39,13 @@ ROWS_PER_GROUP = 131_072
 """What the loader reads at once."""
 FORMAT = 1
 """Of the folder of work in progress: raised when shards are stored in another way."""
+
+
+LOCK = "lock"
+
+
+class Busy(DataError):
+    """The work folder is another's."""
 
 
 @dataclass(frozen=True)
@@ -175,13 +183,17 @@ def _work(output: Path, shards: Sequence[Shard], raw: Raw, options: Options) -> 
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         for left in output.parent.glob(f".{output.name}.work-*"):
-            if left != work or FrameShard.identity in told:
-                shutil.rmtree(left)
+            if left != work:
+                with _alone(left, output):
+                    shutil.rmtree(left)
         work.mkdir(exist_ok=True)
-        for left in work.iterdir():
-            if not left.name.startswith("rows-"):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield work
+        with _alone(work, output):
+            for left in work.iterdir():
+                if left.name != LOCK and (not left.name.startswith("rows-") or FrameShard.identity in told):
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield work
+    except Busy:
+        raise
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
         raise DataError(f"{output}: cannot be written ({error.strerror or error}); give another --output") from error
@@ -192,6 +204,16 @@ def _work(output: Path, shards: Sequence[Shard], raw: Raw, options: Options) -> 
         shutil.rmtree(work, ignore_errors=True)
         raise
     shutil.rmtree(work)
+
+
+@contextmanager
+def _alone(work: Path, output: Path) -> Iterator[None]:
+    with (work / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy(f"{output}: another preparation is writing it; wait for it or give another --output") from error
+        yield
 
 
 def _engine(machine: Machine, work: Path) -> AbstractContextManager[Engine]:
