@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(shutil.which("java") is None, reason="Spark need
 @pytest.mark.parametrize(
     "cleaning",
     [
-        ("--dedup", "window", "--dedup-window", "15", "--session-gap", "30", "--min-item-events", "20", "--k-core", "3"),
+        ("--dedup", "window", "--dedup-window", "15", "--session-gap", "30", "--min-item-events", "9", "--k-core", "3"),
         ("--dedup", "last", "--min-value", "0", "--columns", "user=user_id,item=item_id"),
     ],
 )
@@ -42,7 +42,7 @@ def test_a_wrong_file_is_one_line_from_spark_too(tmp_path: Path, capsys: pytest.
     call = ("--source", "csv", "--input", tmp_path / "l.csv", "--output", tmp_path / "out", "--engine", "spark")
     assert flm(*call) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert (len(error) == 1 and "l.csv: no column 'user_id'; did you mean 'uid'" in error[0]) or "one of" in error[0]
+    assert len(error) == 1 and "l.csv: no column 'user_id'" in error[0]
 
 
 def test_without_pyspark_the_error_says_how_to_get_it(

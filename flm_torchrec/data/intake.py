@@ -1,4 +1,4 @@
-"""Shards of a source → Parquet files of good rows, one a shard, with what was dropped: the part that can be resumed."""
+"""Shards of a source → Parquet files of good rows, one a shard, with what was dropped: what can be resumed."""
 
 from __future__ import annotations
 

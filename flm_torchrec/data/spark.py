@@ -45,7 +45,7 @@ class SparkEngine:
             raise DataError(f"--engine spark: Spark does not start ({reason}); it needs Java 17 or newer") from error
         context = self.session.sparkContext
         context.setLogLevel("ERROR")
-        if context.master.startswith("local"):
+        if str(context.master).startswith("local"):
             context.pythonExec = sys.executable  # not whichever python comes first
 
     def __enter__(self) -> SparkEngine:

@@ -227,18 +227,20 @@ class JsonShard(_File):
             "CREATE OR REPLACE TEMP TABLE objects AS SELECT number, CASE WHEN json_valid(line) THEN line::JSON END AS o"
             " FROM lines"
         )
-        shape = connection.execute("SELECT json_type(o) FROM objects ORDER BY number").to_arrow_table()[0]
-        bad = pc.fill_null(pc.not_equal(shape, "OBJECT"), True).to_numpy()
+        shape = _table(connection, "SELECT json_type(o) AS shape FROM objects ORDER BY number")
+        bad = pc.fill_null(pc.not_equal(shape["shape"], "OBJECT"), True).to_numpy()
         drop(block.numbers[bad], "malformed: not a JSON object")
         # A list or an object is no key, time or number; null and what is absent are the same.
         chosen = ", ".join(
             f"CASE WHEN json_type(o, {path}) NOT IN ('ARRAY', 'OBJECT', 'NULL') THEN o ->> {path} END AS c{n}"
             for n, path in enumerate(map(_path, dict.fromkeys(self.columns)))
         )
-        table = connection.execute(
-            f"SELECT {chosen} FROM objects WHERE json_type(o) = 'OBJECT' ORDER BY number"
-        ).to_arrow_table()
+        table = _table(connection, f"SELECT {chosen} FROM objects WHERE json_type(o) = 'OBJECT' ORDER BY number")
         return table.rename_columns(list(dict.fromkeys(self.columns))), block.numbers[~bad]
+
+
+def _table(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
+    return connection.sql(sql).to_arrow_table()
 
 
 def _path(key: str) -> str:
