@@ -13,7 +13,7 @@ from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import RunError
 from flm_torchrec.training.checkpoint import BEST, load_checkpoint
 from flm_torchrec.training.job import Job
-from flm_torchrec.training.scope import ANY_RANKS, load_data, scope_of
+from flm_torchrec.training.scope import ANY_RANKS, IN_MEMORY, load_data, scope_of
 from flm_torchrec.training.storage import read_meta
 
 
@@ -41,7 +41,7 @@ def restore(run: str | Path, overrides: Sequence[str] = ()) -> Iterator[Restored
     if not (run / "config.yaml").is_file():
         raise RunError(f"{run}: no config.yaml, so no run folder; make one with 'flm train --train.run {run}'")
     read_meta(run / BEST)
-    config = load_config(run / "config.yaml", [*ANY_RANKS, *overrides])
+    config = load_config(run / "config.yaml", [*ANY_RANKS, IN_MEMORY, *overrides])
     if config.finetune.task == "label" and config.finetune.source:
         raise RunError(f"{run}: was fine-tuned to tell labels, not to rank; its test metrics are in finetune.json")
     data = load_data(config)
