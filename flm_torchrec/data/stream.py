@@ -25,6 +25,8 @@ from flm_torchrec.data.splits import Rule, check_timestamps, cold_rule, lasting,
 
 BATCH = 2**17
 """Rows of one step of a pass."""
+BUFFER = 2**20
+"""Bytes of a column that are read at once: what is not asked for of a row group is not read."""
 BINS = 2**16
 """Of a histogram of timestamps: two passes find one second in 136 years."""
 
@@ -79,7 +81,7 @@ class RowGroups:
         return {name: table[name].to_numpy() for name in columns}  # no copy where it is one batch
 
     def _open(self, number: int) -> pq.ParquetFile:
-        return pq.ParquetFile(self.files[number], metadata=self.metadata[number], memory_map=True)
+        return pq.ParquetFile(self.files[number], metadata=self.metadata[number], buffer_size=BUFFER)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, fields
@@ -67,7 +67,8 @@ class Windows:
 
     def part(self, start: int, stop: int) -> Windows:
         first, last = self.offsets[start], self.offsets[stop]
-        events = Events(*(getattr(self.events, f.name)[first:last] for f in fields(Events)))
+        of, rows = self.events, slice(first, last)
+        events = Events(of.item[rows], of.timestamp[rows], of.event[rows], of.value[rows], of.fit[rows], of.label[rows])
         return Windows(self.user[start:stop], self.before[start:stop], self.offsets[start : stop + 1] - first, events)
 
 
@@ -227,6 +228,8 @@ class _Lanes:
     def __init__(self, source: Iterator[tuple[int, Windows]]) -> None:
         self.source = source
         self.ready: defaultdict[int, deque[Windows]] = defaultdict(deque)
+        self.taken: Counter[int] = Counter()
+        """Windows that were taken of the first unit of each lane."""
 
     def take(self, lane: int, windows: int) -> list[Windows]:
         """The next windows of a lane, which may lie in several units."""
@@ -235,9 +238,12 @@ class _Lanes:
             while not self.ready[lane]:
                 found, unit = next(self.source)
                 self.ready[found].append(unit)
-            unit = self.ready[lane].popleft()
-            parts.append(unit.part(0, min(windows, len(unit))))
-            windows -= len(parts[-1])
-            if len(parts[-1]) < len(unit):
-                self.ready[lane].appendleft(unit.part(len(parts[-1]), len(unit)))
+            unit, start = self.ready[lane][0], self.taken[lane]
+            stop = min(start + windows, len(unit))
+            parts.append(unit.part(start, stop))
+            windows -= stop - start
+            self.taken[lane] = stop
+            if stop == len(unit):
+                self.ready[lane].popleft()
+                self.taken[lane] = 0
         return parts
