@@ -145,7 +145,7 @@ class Job:
         torch.manual_seed(config.train.seed + comm.rank)  # from here on dropout, which ranks draw apart
         tuned = self.loaded is not None
         checkpoints = Checkpoints(Path(config.train.run), self.model, self.optimizer, comm, data.fingerprint)
-        progress = self._resume(checkpoints, record) if record.resumed else Progress()
+        progress = self.resume(checkpoints, record) if record.resumed else Progress()
         checkpoints.check_space()
         finished = fit(
             self.model, self.optimizer, self.loader, config.train, comm, record, validate, checkpoints, progress, tuned
@@ -158,7 +158,8 @@ class Job:
             self._weigh_heads(valid, encode, record, checkpoints)
         return finished
 
-    def _resume(self, checkpoints: Checkpoints, record: Record) -> Progress:
+    def resume(self, checkpoints: Checkpoints, record: Record) -> Progress:
+        """Load the newest state that is whole, and forget what was recorded after it."""
         checkpoints.tidy()
         found = checkpoints.restore()
         if found is None:
