@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 
 from flm_torchrec.cli import main
 from flm_torchrec.config import load_config
+from flm_torchrec.data import stream_loader as stream_loader_module
 from flm_torchrec.data.assemble import Assembler, Known
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.loader import Negatives, TrainLoader, windows
@@ -60,9 +63,16 @@ def write_data(folder: Path, events: list[int], group: int, files: int = 1, seed
     return folder
 
 
+@contextmanager
+def data_of(folder: dict) -> Iterator[Path]:
+    """The folder while it lasts; few lanes, so that each has several units, or as many as there are units."""
+    with TemporaryDirectory() as name, patch.object(stream_loader_module, "LANES", folder["lanes"]):
+        yield write_data(Path(name) / "data", *(folder[key] for key in ("events", "group", "files", "seed")))
+
+
 @st.composite
 def folders(draw: st.DrawFn) -> dict:
-    """Arguments of `write_data`: users with no events and with most of them, groups of any size, several files."""
+    """For `data_of`: users with no events and with most of them, groups of any size, several files."""
     events = draw(st.lists(st.integers(0, 12), min_size=4, max_size=30))
     events[draw(st.integers(0, len(events) - 1))] += draw(st.integers(0, 80))
     events[0] += 3
@@ -71,6 +81,7 @@ def folders(draw: st.DrawFn) -> dict:
         "group": draw(st.integers(1, 60)),
         "files": draw(st.integers(1, 3)),
         "seed": draw(st.integers(0, 99)),
+        "lanes": draw(st.sampled_from([2, 3, 64])),
     }
 
 
@@ -130,8 +141,7 @@ def usable(path: Path, kind: str) -> bool:
 @settings(deadline=None, max_examples=60)
 @given(folders(), st.sampled_from(KINDS), st.integers(1, 40))
 def test_an_epoch_has_the_sequences_that_it_has_in_memory(folder: dict, kind: str, batch_size: int) -> None:
-    with TemporaryDirectory() as name:
-        path = write_data(Path(name) / "data", **folder)
+    with data_of(folder) as path:
         if not usable(path, kind):
             return
         memory, stream = memory_loader(path, kind, batch_size), stream_loader(path, kind, batch_size)
@@ -148,9 +158,8 @@ def test_an_epoch_has_the_sequences_that_it_has_in_memory(folder: dict, kind: st
 def test_batches_are_the_same_at_any_number_of_ranks_and_after_any_resume(
     folder: dict, kind: str, batch_size: int, before: int, after: int, part: float
 ) -> None:
-    with TemporaryDirectory() as name:
-        path = write_data(Path(name) / "data", **folder)
-        if not usable(path, kind) or stream_loader(path, kind, batch_size).lanes < 4:
+    with data_of(folder) as path:
+        if not usable(path, kind) or stream_loader(path, kind, batch_size).lanes < max(before, after):
             return
         alone = [stream_loader(path, kind, batch_size)]
         end = 2 * len(alone[0]) + 1
@@ -164,8 +173,7 @@ def test_batches_are_the_same_at_any_number_of_ranks_and_after_any_resume(
 def test_each_rank_reads_its_own_rows_once_and_has_no_more_sequences_than_said(
     folder: dict, batch_size: int, ranks: int
 ) -> None:
-    with TemporaryDirectory() as name:
-        path = write_data(Path(name) / "data", **folder)
+    with data_of(folder) as path:
         if not usable(path, "leave-one-out") or stream_loader(path, "leave-one-out", batch_size).lanes < ranks:
             return
         times = np.zeros(sum(folder["events"]), int)
@@ -196,8 +204,7 @@ def test_lanes_are_merged_in_proportion(sizes: list[int]) -> None:
 @settings(deadline=None, max_examples=60)
 @given(folders(), st.sampled_from(KINDS), st.floats(0.05, 0.45), st.integers(1, 20))
 def test_a_survey_finds_what_is_known_of_data_in_memory(folder: dict, kind: str, holdout: float, sample: int) -> None:
-    with TemporaryDirectory() as name:
-        path = write_data(Path(name) / "data", **folder)
+    with data_of(folder) as path:
         data = load_prepared(path)
         try:
             splits = split(data, kind, holdout)
@@ -222,8 +229,7 @@ def test_a_survey_finds_what_is_known_of_data_in_memory(folder: dict, kind: str,
 @settings(deadline=None, max_examples=40)
 @given(folders(), st.data())
 def test_any_rows_of_a_file_can_be_read_alone(folder: dict, data: st.DataObject) -> None:
-    with TemporaryDirectory() as name:
-        path = write_data(Path(name) / "data", **{**folder, "files": 1})
+    with data_of({**folder, "files": 1}) as path:
         rows = sum(folder["events"])
         start = data.draw(st.integers(0, rows - 1))
         stop = data.draw(st.integers(start + 1, rows))
@@ -275,9 +281,9 @@ def test_what_streaming_cannot_do_is_told_before_it_starts(uneven: Path, tmp_pat
     with pytest.raises(ConfigError, match=r"set train\.eval_users"):
         load_config(None, ["data.stream=true"])
     few = write_data(tmp_path / "few", [5, 6], 3)
-    with pytest.raises(DataError, match=r"2 parts to share out, fewer than 3 ranks"):
-        stream_loader(few, "leave-one-out", 4, 0, 3)
-    assert stream_loader(uneven, "leave-one-out", 4).lanes <= LANES
+    with pytest.raises(DataError, match=r"over 2 ranks at most, not 3"):
+        stream_loader(few, "leave-one-out", 4, 0, 3).check_ranks()
+    assert 2 < stream_loader(uneven, "leave-one-out", 4).lanes <= LANES
 
 
 def test_files_that_cannot_be_streamed_are_named(tmp_path: Path) -> None:
@@ -310,6 +316,17 @@ def test_ranks_of_uneven_shards_end_with_the_losses_of_one(uneven: Path, tmp_pat
     assert len(losses[0]) == len(losses[1]) > 40
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert all(0 <= line["input_wait"] <= 1 for line in lines[1] if "input_wait" in line)
-    assert main(["evaluate", "--run", str(runs[1])]) == 0
+    found = []
+    for sample in ([], ["--sample"]):
+        assert main(["evaluate", "--run", str(runs[1]), "--split", "valid", *sample]) == 0
+        found.append(json.loads((runs[1] / "evaluation-valid.json").read_text()))
+    assert [evaluation["users"] for evaluation in found] == [45, 9]
+    best = next(line for line in lines[1] if line["step"] == _best_step(runs[1]) and "valid/sequential/mrr" in line)
+    assert found[1]["table"]["sequential"]["mrr"] == pytest.approx(best["valid/sequential/mrr"], rel=1e-4)
+    assert main(["plan", "--config", str(runs[1] / "config.yaml"), "--hardware", "h100"]) == 0
     tuned = source_config(runs[1], ["train.run=elsewhere", f"finetune.source={runs[1]}"])
     assert not tuned.data.stream
+
+
+def _best_step(run: Path) -> int:
+    return json.loads((run / "checkpoints" / "best" / "meta.json").read_text())["step"]

@@ -17,9 +17,12 @@ from flm_torchrec.data.stream import Stream
 from flm_torchrec.errors import DataError
 
 LANES = 64
-"""Streams that a global batch is merged from, at any number of ranks; the most ranks there can be."""
+"""Streams that a global batch is merged from, at any number of ranks; more of long data, so that more ranks can share
+them."""
+MOST_LANES = 1024
 MOST_ROWS = 200_000
-"""Rows of a unit at most (but for a user with more): a row group of usual size. Memory is LANES units, at 25 bytes."""
+"""Rows of a unit at most (but for a user with more): a row group of usual size. Memory is a unit a lane, 29 bytes a
+row."""
 
 
 def units_of(stream: Stream) -> np.ndarray:
@@ -102,9 +105,6 @@ class StreamLoader(Loader):
     Each epoch deals the units out to the lanes anew, and shuffles the windows of a unit. A global batch is merged from
     all lanes and so holds the same sequences at any number of ranks; rank r of W reads lanes r, r + W … alone. Where
     an epoch goes on follows from its step alone. Ranks with fewer sequences in a step get empty ones.
-
-    Raises:
-        DataError: there are more ranks than lanes.
     """
 
     def __init__(
@@ -123,12 +123,7 @@ class StreamLoader(Loader):
         cuts = number_of_windows(stream.offsets[:-1], stream.train_end, max_history)
         self.windows = np.diff(np.concatenate([[0], np.cumsum(cuts)])[self.units])  # [units]
         self.filled = np.flatnonzero(self.windows)
-        self.lanes = min(LANES, len(self.filled))
-        if world_size > self.lanes:
-            raise DataError(
-                f"{stream.groups.path}: {self.lanes} parts to share out, fewer than {world_size} ranks; set"
-                " data.stream=false"
-            )
+        self.lanes = min(len(self.filled), max(LANES, min(MOST_LANES, len(self.filled) // LANES)))
 
     def __len__(self) -> int:
         return -(-int(self.windows.sum()) // self.batch_size)
@@ -150,6 +145,14 @@ class StreamLoader(Loader):
                 ]
                 taken = upto
                 yield self._batch(parts, most, drawn)
+
+    def check_ranks(self) -> None:
+        """Raise DataError where some ranks would have nothing to learn from, ever."""
+        if self.world_size > self.lanes:
+            raise DataError(
+                f"{self.stream.groups.path}: streamed, these data are shared out over {self.lanes} ranks at most, not"
+                f" {self.world_size}; set data.stream=false"
+            )
 
     def most_sequences(self, epochs: int) -> int:
         """No rank has more sequences in a step of the first epochs: a bound, not the least one."""

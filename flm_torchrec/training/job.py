@@ -88,6 +88,8 @@ class Job:
         self.comm = comm
         self.loaded: str | None = None
         self.loader = make_loader(data, scope, config, comm)
+        if isinstance(self.loader, StreamLoader):
+            self.loader.check_ranks()
         looked = partial(lookups_of, self.loader)
         tuning = config.finetune
         if not tuning.source or tuning.start == "scratch":

@@ -27,21 +27,24 @@ class Restored:
 
 
 @contextmanager
-def restore(run: str | Path, overrides: Sequence[str] = ()) -> Iterator[Restored]:
+def restore(run: str | Path, overrides: Sequence[str] = (), sample: bool = False) -> Iterator[Restored]:
     """Load a run's best checkpoint onto the ranks of this job; collective.
 
     Args:
         run: run folder.
         overrides: of the run's config, such as `distributed.device=cpu`; none that changes what was trained.
+        sample: load the events of those users alone that a run with `data.stream` validated on.
 
     Raises:
-        RunError: no run, no checkpoint, or data that changed since.
+        RunError: no run, no checkpoint, data that changed since, or a sample of a run that had all data in memory.
     """
     run = Path(run)
     if not (run / "config.yaml").is_file():
         raise RunError(f"{run}: no config.yaml, so no run folder; make one with 'flm train --train.run {run}'")
     read_meta(run / BEST)
-    config = load_config(run / "config.yaml", [*ANY_RANKS, IN_MEMORY, *overrides])
+    config = load_config(run / "config.yaml", [*ANY_RANKS, *([] if sample else [IN_MEMORY]), *overrides])
+    if sample and not config.data.stream:
+        raise RunError(f"{run}: was trained with all data in memory; --sample is for runs with data.stream")
     if config.finetune.task == "label" and config.finetune.source:
         raise RunError(f"{run}: was fine-tuned to tell labels, not to rank; its test metrics are in finetune.json")
     data = load_data(config)
