@@ -74,9 +74,11 @@ class RowGroups:
             batches = self._open(number).iter_batches(
                 skip + wanted, row_groups=self.groups[first:last, 1].tolist(), columns=list(columns), use_threads=False
             )
-            while have < skip + wanted:
-                parts.append(next(batches))
-                have += len(parts[-1])
+            for batch in batches:
+                parts.append(batch)
+                have += len(batch)
+                if have >= skip + wanted:
+                    break
         table = pa.Table.from_batches(parts).slice(skip, wanted)
         return {name: table[name].to_numpy() for name in columns}  # no copy where it is one batch
 
@@ -112,7 +114,7 @@ class StreamedData(PreparedData):
 def load_streamed(
     path: Path, features: str | Sequence[str], kind: str, holdout: float, sample: int, seed: int
 ) -> StreamedData:
-    """Survey all interactions, in three to five passes, and load those of the users to validate on.
+    """Survey all interactions, in two passes or six for a time split, and load those of the users to validate on.
 
     Args:
         kind: of split, and `holdout`, as for `split`.
@@ -138,7 +140,7 @@ def hide_values(data: PreparedData) -> PreparedData:
     """The same, all values 1: for a model that must not see them."""
     shown = replace(data, value=np.ones_like(data.value))
     if isinstance(shown, StreamedData):
-        known = replace(shown.stream.known, value_mean=1.0, value_scale=0.0)
+        known = replace(shown.stream.known, value_scale=0.0)
         shown = replace(shown, stream=replace(shown.stream, known=known))
     return shown
 
@@ -206,6 +208,7 @@ def order_statistics(groups: RowGroups, ranks: Sequence[int]) -> list[int]:
 def _survey(
     groups: RowGroups, schema: Schema, rule: Rule, offsets: np.ndarray, train_end: np.ndarray
 ) -> Stream:
+    """What the rows up to `train_end` tell: counts of items, known ids, mean and deviation of values."""
     nothing = Known(np.zeros(schema.items, np.float32), np.zeros(schema.users, np.float32), 0.0, 0.0)
     stream = Stream(groups, rule, offsets, train_end, np.zeros(schema.items, np.int64), nothing, 0)
     row, rows, mean, squares = 0, 0, 0.0, 0.0
