@@ -21,7 +21,7 @@ LANES = 64
 them."""
 MOST_LANES = 1024
 MOST_ROWS = 200_000
-"""Rows of a unit at most (but for a user with more): a row group of usual size. Memory is a unit a lane, 29 bytes a
+"""Rows of a unit at most (but for a user with more): a row group of usual size. Memory is a unit a lane, 25 bytes a
 row."""
 
 
@@ -207,7 +207,7 @@ class StreamLoader(Loader):
                 event=rows["event"][places],
                 value=rows["value"][places],
                 fit=~stream.held_out(item),
-                label=np.full(len(item), np.nan, np.float32),
+                label=np.broadcast_to(np.float32(np.nan), len(item)),
             ),
         )
 
