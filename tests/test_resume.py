@@ -46,6 +46,7 @@ from tests.test_checkpoint import tensors
 from tools.replay import replay
 
 STEPS = 40
+OF_TIME = ("seconds", "samples_per_second", "input_wait")
 TRAIN = [
     "train", "--distributed.threads", "1", "--model.dim", "16", "--model.layers", "1", "--train.batch_size", "32",
     "--data.max_history", "8", "--train.max_steps", str(STEPS), "--train.checkpoint_every", "5",
@@ -63,7 +64,7 @@ def overrides(data: PreparedData, run: Path, *more: str) -> list[str]:
 def metrics(run: Path) -> list[dict[str, float]]:
     """Lines of metrics.jsonl without what time does to them."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "samples_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in OF_TIME} for line in lines]
 
 
 def newest(run: Path) -> Path:

@@ -39,6 +39,8 @@ SETTINGS = [
     "train.checkpoint_every=20", "train.log_every=5", "train.eval_users=200", "train.patience=0",
     "distributed.threads=1",
 ]  # fmt: skip
+OF_TIME = ("seconds", "samples_per_second", "input_wait")
+"""Metrics that differ between two equal runs."""
 LONGEST = 900.0
 """Seconds after which a trial has failed."""
 
@@ -296,7 +298,7 @@ def compare(run: Path, other: Path, steps: int) -> str:
 
 def _recorded(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "samples_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in OF_TIME} for line in lines]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -47,6 +47,13 @@ class DataConfig:
         bool, Field(description="show the model the values (ratings) of past events; false: they will be labels later")
     ] = True
     max_history: Annotated[Count, Field(description="events of a user that the model sees at once")] = 50
+    stream: Annotated[
+        bool,
+        Field(
+            description="read interactions from disk while training, not all into memory; validation then loads"
+            " train.eval_users users alone"
+        ),
+    ] = False
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -219,7 +226,6 @@ class EvalConfig:
     ease_items: Annotated[
         int, Field(ge=0, description="EASE-R baseline: largest catalogue it is fitted to (8 items^2 bytes); 0: never")
     ] = 15_000
-    ease_l2: Annotated[Rate, Field(description="EASE-R baseline: its regularisation")] = 100.0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -262,3 +268,11 @@ class Config:
     train: TrainConfig = Field(default_factory=TrainConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     finetune: FinetuneConfig = Field(default_factory=FinetuneConfig)
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.data.stream and not self.train.eval_users:
+            raise ValueError("data.stream: validation must not load every user; set train.eval_users, such as 10000")
+        if self.data.stream and self.finetune.source:
+            raise ValueError("data.stream: a fine-tuning chooses among all events in memory; set data.stream=false")
+        return self

@@ -16,6 +16,8 @@ from flm_torchrec.data.schema import Feature
 
 GAP_BUCKETS = 32
 """Time since the user's event before, in log2 seconds: 2^31 s are 68 years."""
+LEAST_SPREAD = 1e-6
+"""Standard deviation of values below which they are all the same."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,40 @@ class Candidates:
 
     items: np.ndarray  # [K] int64
     log_absent: np.ndarray | None  # [items, 2] by item id; None: every item is a candidate, nothing is sampled
+
+
+@dataclass(frozen=True)
+class Events:
+    """Interactions that spans point into: all of a data set, or those of one batch of a stream."""
+
+    item: np.ndarray  # [events] int64
+    timestamp: np.ndarray  # [events] int64
+    event: np.ndarray  # [events] int32
+    value: np.ndarray  # [events] float32
+    fit: np.ndarray  # [events] bool: may be learnt from
+    label: np.ndarray  # [events] float32: 1 or 0, NaN where there is none
+
+
+@dataclass(frozen=True)
+class Known:
+    """What training events tell of ids and values: it takes O(items + users), however many the events are."""
+
+    items: np.ndarray  # [items] float32: 1 where an event holds the item
+    users: np.ndarray  # [users] float32
+    value_mean: float
+    value_scale: float
+    """1 / standard deviation; 0 where values tell nothing, or must not be shown."""
+
+    @classmethod
+    def by(cls, data: PreparedData, known: np.ndarray, values: bool) -> Known:
+        """From the events `known` [interactions] bool."""
+        spread = float(data.value[known].std()) if values else 0.0
+        return cls(
+            items=(np.bincount(data.item[known], minlength=data.schema.items) > 0).astype(np.float32),
+            users=(np.bincount(data.event_users()[known], minlength=data.schema.users) > 0).astype(np.float32),
+            value_mean=float(data.value[known].mean()),
+            value_scale=1.0 / spread if spread > LEAST_SPREAD else 0.0,
+        )
 
 
 class Assembler:
@@ -36,59 +72,71 @@ class Assembler:
             row-wise tables) set it to the largest N that can occur.
         labels: [interactions] float32, 1 or 0, NaN where there is none. With labels the values of events, which
             the labels come from, are hidden.
-        known: [interactions] bool, events that made ids known to the model; None: `fit`.
+        known: what made ids known to the model, or [interactions] bool, the events that did; None: `fit`.
     """
 
     def __init__(
         self, data: PreparedData, fit: np.ndarray, item_rows: int = 0, labels: np.ndarray | None = None,
-        known: np.ndarray | None = None,
+        known: np.ndarray | Known | None = None,
     ) -> None:  # fmt: skip
         self.data = data
-        self.fit = fit
         self.item_rows = item_rows
-        users = data.event_users()
-        known = fit if known is None else known
-        self.item_known = (np.bincount(data.item[known], minlength=data.schema.items) > 0).astype(np.float32)
-        self.user_known = (np.bincount(users[known], minlength=data.schema.users) > 0).astype(np.float32)
-        self.labels = labels if labels is not None else np.full(len(fit), np.nan, np.float32)
-        spread = float(data.value[known].std()) if labels is None else 0.0
-        self.value_mean, self.value_scale = float(data.value[known].mean()), 1.0 / spread if spread > 1e-6 else 0.0
+        if not isinstance(known, Known):
+            known = Known.by(data, fit if known is None else known, values=labels is None)
+        self.known = known
+        no_labels = np.full(len(fit), np.nan, np.float32)
+        self.events = Events(
+            data.item, data.timestamp, data.event, data.value, fit, labels if labels is not None else no_labels
+        )
         self.item_features = [f for f in data.schema.features if f.entity == "item" and f.sparse]
         self.user_features = [f for f in data.schema.features if f.entity == "user" and f.sparse]
 
-    def training(self, user: np.ndarray, start: np.ndarray, end: np.ndarray, drawn: Candidates) -> Batch:
+    def training(
+        self, user: np.ndarray, start: np.ndarray, end: np.ndarray, drawn: Candidates, events: Events | None = None,
+        begin: np.ndarray | None = None,
+    ) -> Batch:  # fmt: skip
         """Learn to predict the events `start[b]:end[b]` of `user[b]`; an empty span is a sequence of no tokens.
 
         Events of a span that are held out are left out, as if they had not happened.
+
+        Args:
+            events: what spans point into, if not all of the data.
+            begin: [B] where the user's events begin there; None: as in all of the data.
         """
+        events = self.events if events is None else events
+        begin = self.data.offsets[user] if begin is None else begin
         positions = spans(start, end - start)
-        learnt = self.fit[positions]
+        learnt = events.fit[positions]
         lengths = np.bincount(np.repeat(np.arange(len(user)), end - start)[learnt], minlength=len(user))
         positions = positions[learnt]
-        target_items = self.data.item[positions]
+        target_items = events.item[positions]
         if drawn.log_absent is None:
             candidates = drawn.items
             log_absent = np.zeros((len(candidates), 2), np.float32)
         else:
             candidates = np.unique(np.concatenate([target_items, drawn.items]))
             log_absent = drawn.log_absent[candidates]
-        return self._batch(user, lengths, positions, target_items, candidates, log_absent)
+        return self._batch(events, user, begin, lengths, positions, target_items, candidates, log_absent)
 
     def encoding(self, user: np.ndarray, start: np.ndarray, end: np.ndarray) -> Batch:
         """Represent `user[b]` after the events `start[b]:end[b]`: the last token of each sequence."""
         lengths = end - start + 1
         positions = spans(start, lengths)  # the last of each is the event to come: used for its place alone
         nothing = np.zeros(0, np.int64)
-        return self._batch(user, lengths, positions, nothing, nothing, np.zeros((0, 2), np.float32))
+        begin, nobody = self.data.offsets[user], np.zeros((0, 2), np.float32)
+        return self._batch(self.events, user, begin, lengths, positions, nothing, nothing, nobody)
 
     def items(self, ids: np.ndarray) -> Batch:
         """The items named, and one sequence of no tokens: TorchRec's sharded modules refuse a stride of 0."""
         nothing, one = np.zeros(0, np.int64), np.zeros(1, np.int64)
-        return self._batch(one, one, nothing, nothing, ids, np.zeros((len(ids), 2), np.float32))
+        log_absent = np.zeros((len(ids), 2), np.float32)
+        return self._batch(self.events, one, one, one, nothing, nothing, ids, log_absent)
 
     def _batch(
         self,
+        events: Events,
         user: np.ndarray,
+        begin: np.ndarray,
         lengths: np.ndarray,
         positions: np.ndarray,
         target_items: np.ndarray,
@@ -98,27 +146,27 @@ class Assembler:
         first = np.zeros(len(positions), bool)
         first[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
         shown = positions[:-1][~first[1:]]  # events that are item tokens: each but a sequence's last
-        token_items = self.data.item[shown]
+        token_items = events.item[shown]
         ids, rows = np.unique(np.concatenate([token_items, target_items, candidates]), return_inverse=True)
         tokens = np.full(len(positions), len(ids))
         tokens[~first] = rows[: len(token_items)]
         value = np.zeros(len(positions), np.float32)
-        value[~first] = (self.data.value[shown] - self.value_mean) * self.value_scale
+        value[~first] = (events.value[shown] - self.known.value_mean) * self.known.value_scale
         return Batch(
             item_ids=_kjt({"item_id": Ragged(np.arange(len(ids) + 1), ids)}),
             item_features=self._features(self.data.items, self.item_features, ids, self.item_rows),
             item_dense=torch.from_numpy(self.data.items.dense[ids]),
-            item_known=torch.from_numpy(self.item_known[ids]),
+            item_known=torch.from_numpy(self.known.items[ids]),
             users=self._users(user),
             user_dense=torch.from_numpy(self.data.users.dense[user]),
-            user_known=torch.from_numpy(self.user_known[user]),
-            history=self._history(shown, first, lengths),
+            user_known=torch.from_numpy(self.known.users[user]),
+            history=self._history(events, shown, begin, first, lengths),
             value=torch.from_numpy(value),
-            time=torch.from_numpy(self._time(shown, first, lengths)),
+            time=torch.from_numpy(self._time(events, shown, first, lengths)),
             lengths=torch.from_numpy(lengths),
             tokens=torch.from_numpy(tokens),
             targets=torch.from_numpy(rows[len(token_items) : len(token_items) + len(target_items)]),
-            label=torch.from_numpy(self.labels[positions[: len(target_items)]]),
+            label=torch.from_numpy(events.label[positions[: len(target_items)]]),
             candidates=torch.from_numpy(rows[len(token_items) + len(target_items) :]),
             log_absent=torch.from_numpy(log_absent),
         )
@@ -136,7 +184,7 @@ class Assembler:
         return _kjt(taken)
 
     def _users(self, user: np.ndarray) -> KeyedJaggedTensor:
-        known = self.user_known[user] > 0
+        known = self.known.users[user] > 0
         ids = look_ups(self.data.schema.table("user_id"), user[known])
         features = {f.name: self._look_ups(self.data.users, f, user) for f in self.user_features}
         return _kjt({"user_id": Ragged(np.concatenate([[0], np.cumsum(known)]), ids), **features})
@@ -145,22 +193,24 @@ class Assembler:
         taken = source.sparse[feature.name].take(rows)
         return Ragged(taken.offsets, look_ups(self.data.schema.table(feature.table), taken.values))
 
-    def _time(self, shown: np.ndarray, first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    def _time(self, events: Events, shown: np.ndarray, first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """[T] int64; without timestamps all zero."""
         time = np.zeros(len(first), np.int64)
         if self.data.schema.timestamps and len(shown):
-            time[~first] = self.data.timestamp[shown]
+            time[~first] = events.timestamp[shown]
             begin = np.minimum(np.cumsum(lengths) - lengths + 1, len(first) - 1)  # the first shown event
             time[~first] -= np.repeat(time[begin], np.maximum(lengths - 1, 0))
         return time
 
-    def _history(self, shown: np.ndarray, first: np.ndarray, lengths: np.ndarray) -> KeyedJaggedTensor:
+    def _history(
+        self, events: Events, shown: np.ndarray, begin: np.ndarray, first: np.ndarray, lengths: np.ndarray
+    ) -> KeyedJaggedTensor:
         """Event code + 1 and gap bucket + 1 of each token; 0 at the prefix."""
         event, gap = np.zeros(len(first), np.int64), np.zeros(len(first), np.int64)
-        event[~first] = self.data.event[shown] + 1
+        event[~first] = events.event[shown] + 1
         if self.data.schema.timestamps:
-            begins = np.isin(shown, self.data.offsets[:-1])
-            since = np.where(begins, 0, self.data.timestamp[shown] - self.data.timestamp[shown - 1])
+            begins = shown == np.repeat(begin, np.maximum(lengths - 1, 0))
+            since = np.where(begins, 0, events.timestamp[shown] - events.timestamp[shown - 1])
             gap[~first] = np.minimum(np.log2(since + 1).astype(np.int64), GAP_BUCKETS - 2) + 1
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         return _kjt({"event": Ragged(offsets, event), "gap": Ragged(offsets, gap)})

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -31,13 +33,22 @@ class Windows:
 
 def windows(data: PreparedData, splits: Splits, max_history: int) -> Windows:
     """Cut each user's training events into spans of at most `max_history` + 1, counted from the newest."""
+    return cut(np.arange(data.schema.users), data.offsets[:-1], splits.train_end, max_history)
+
+
+def cut(users: np.ndarray, start: np.ndarray, end: np.ndarray, max_history: int) -> Windows:
+    """Windows of the events `start[u]:end[u]` of each of `users`."""
     span = max_history + 1
-    events = splits.train_end - data.offsets[:-1]
-    counts = -(-events // span)
-    user = np.repeat(np.arange(data.schema.users), counts)
-    nth = np.arange(len(user)) - np.repeat(np.cumsum(counts) - counts, counts)
-    end = splits.train_end[user] - nth * span
-    return Windows(user, np.maximum(end - span, data.offsets[user]), end)
+    counts = number_of_windows(start, end, max_history)
+    row = np.repeat(np.arange(len(users)), counts)
+    nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    ends = end[row] - nth * span
+    return Windows(users[row], np.maximum(ends - span, start[row]), ends)
+
+
+def number_of_windows(start: np.ndarray, end: np.ndarray, max_history: int) -> np.ndarray:
+    """[users]: into how many windows each user's events are cut."""
+    return -(-(end - start) // (max_history + 1))
 
 
 class Negatives:
@@ -60,8 +71,27 @@ class Negatives:
         return Candidates(np.minimum(drawn, self.items - 1)[rank::world_size], self.log_absent)
 
 
-class TrainLoader:
-    """Yields this rank's batches of an epoch.
+class Loader(ABC):
+    """This rank's batches, epoch after epoch."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Steps of an epoch, the same on every rank."""
+
+    @abstractmethod
+    def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
+        """Batches of an epoch from the `first` on, the same ones whatever came before."""
+
+    def after(self, steps: int) -> Iterator[Batch]:
+        """Batches without end, those of the first `steps` steps left out: how a run resumes, at any number of ranks."""
+        epoch, first = divmod(steps, len(self))
+        yield from self.epoch(epoch, first)
+        for number in count(epoch + 1):
+            yield from self.epoch(number)
+
+
+class TrainLoader(Loader):
+    """Batches of data that are all in memory.
 
     The order depends on seed and epoch alone: a global batch holds the same sequences and drawn negatives
     at any number of ranks, and rank r of W takes every W-th of them. The last batch of an epoch may be short.
@@ -89,7 +119,6 @@ class TrainLoader:
         return -(-len(self.spans) // self.batch_size)
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
-        """Batches of an epoch from the `first` on, the same ones whatever came before."""
         order = np.random.default_rng([self.seed, number]).permutation(len(self.spans))
         for step in range(first, len(self)):
             rows = order[step * self.batch_size : (step + 1) * self.batch_size]
@@ -97,13 +126,6 @@ class TrainLoader:
             drawn = self.negatives.draw(rng, self.rank, self.world_size)
             user, start, end = self._share(rows)
             yield self.assembler.training(user, start, end, drawn)
-
-    def after(self, steps: int) -> Iterator[Batch]:
-        """Batches without end, those of the first `steps` steps left out: how a run resumes, at any number of ranks."""
-        epoch, first = divmod(steps, len(self))
-        yield from self.epoch(epoch, first)
-        for number in count(epoch + 1):
-            yield from self.epoch(number)
 
     def _share(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rank's rows, with empty spans so that every rank has equally many: sharded pooling needs one stride."""
@@ -114,25 +136,36 @@ class TrainLoader:
         return np.concatenate([user, pad]), np.concatenate([start, pad]), np.concatenate([end, pad])
 
 
-class Prefetch:
+T = TypeVar("T")
+
+
+class Prefetch(Generic[T]):
     """Runs an iterator in a thread, `depth` items ahead; an exception there is raised here."""
 
-    def __init__(self, source: Iterator[Batch], depth: int = 2) -> None:
+    def __init__(self, source: Iterator[T], depth: int = 2) -> None:
         self.source = source
-        self.buffer: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+        self.buffer: queue.Queue[T | BaseException | None] = queue.Queue(depth)
         self.stopped = threading.Event()
+        self.waited = 0.0
+        """Seconds that were spent waiting for items."""
 
-    def __iter__(self) -> Generator[Batch, None, None]:
+    def __iter__(self) -> Generator[T, None, None]:
         thread = threading.Thread(target=self._fill, daemon=True)
         thread.start()
         try:
-            while (item := self.buffer.get()) is not None:
+            while (item := self._get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
                 yield item
         finally:
             self.stopped.set()
             thread.join()  # a thread still inside PyTorch when the interpreter ends would abort the process
+
+    def _get(self) -> T | BaseException | None:
+        began = time.monotonic()
+        item = self.buffer.get()
+        self.waited += time.monotonic() - began
+        return item
 
     def _fill(self) -> None:
         try:
@@ -143,7 +176,7 @@ class Prefetch:
         except BaseException as error:
             self._put(error)
 
-    def _put(self, item: Batch | BaseException | None) -> bool:
+    def _put(self, item: T | BaseException | None) -> bool:
         while not self.stopped.is_set():
             try:
                 self.buffer.put(item, timeout=0.1)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.errors import DataError
 
+EVENT_COLUMNS = ("item_id", "timestamp", "event", "value")
 FOOTER = 65536
 """Bytes at the end of a file that its fingerprint covers."""
 
@@ -63,7 +66,7 @@ class EntityFeatures:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What `flm prepare` wrote, loaded whole into memory: about 20 bytes an interaction."""
+    """What `flm prepare` wrote, in memory: about 20 bytes an interaction."""
 
     path: Path
     schema: Schema
@@ -122,11 +125,14 @@ class PreparedData:
         return [title or key for title, key in zip(shown, self.item_keys, strict=True)]
 
 
-def load_prepared(path: str | Path, features: str | Sequence[str] = "all") -> PreparedData:
+def load_prepared(
+    path: str | Path, features: str | Sequence[str] = "all", users: np.ndarray | None = None
+) -> PreparedData:
     """Load and check the folder that `flm prepare` wrote.
 
     Args:
         features: names of those to keep, or "all" or "none"; the schema then has no others.
+        users: [n] ids; the events of the others are left out, as if they had none. None: all are loaded.
 
     Raises:
         DataError: a file is missing or corrupt, lacks a column, or has an id outside the vocabulary.
@@ -135,17 +141,14 @@ def load_prepared(path: str | Path, features: str | Sequence[str] = "all") -> Pr
     schema = Schema.load(path / "schema.yaml")
     if features != "all":
         schema = schema.keeping(() if features == "none" else features, path)
-    files = sorted((path / "interactions").glob("*.parquet"))
-    if not files:
-        raise DataError(f"{path / 'interactions'}: no Parquet file; prepare the data again")
-    columns = ["user_id", "item_id", "timestamp", "event", "value"]
-    tables = [_read(file, columns, optional=("segment",)) for file in files]
+    columns = ["user_id", *EVENT_COLUMNS]
+    only = None if users is None else pc.field("user_id").isin(users)
+    tables = [_read(file, columns, ("segment",), only) for file in interaction_files(path)]
     table = pa.concat_tables(tables)
     arrays = {name: table[name].to_numpy() for name in columns}
-    _check_ids(arrays["user_id"], schema.users, "user_id", path)
-    _check_ids(arrays["item_id"], schema.items, "item_id", path)
-    if np.any(np.diff(arrays["user_id"]) < 0):
-        raise DataError(f"{path / 'interactions'}: rows are not sorted by user_id; prepare the data again")
+    if len(table) == 0:
+        raise DataError(f"{path / 'interactions'}: no rows; check the filters given to 'flm prepare'")
+    check_rows(arrays["user_id"], arrays["item_id"], schema, path)
     counts = np.bincount(arrays["user_id"], minlength=schema.users)
     return PreparedData(
         path=path,
@@ -161,31 +164,62 @@ def load_prepared(path: str | Path, features: str | Sequence[str] = "all") -> Pr
     )
 
 
-def _read(file: Path, columns: list[str], optional: tuple[str, ...] = ()) -> pa.Table:
+def interaction_files(path: Path) -> list[Path]:
+    """The files of interactions, in order of `user_id`."""
+    files = sorted((path / "interactions").glob("*.parquet"))
+    if not files:
+        raise DataError(f"{path / 'interactions'}: no Parquet file; prepare the data again")
+    return files
+
+
+@contextmanager
+def told_as_data_error(file: Path) -> Iterator[None]:
+    """What Arrow says of a file that it cannot read, as a DataError that names it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+
+
+def check_columns(file: Path, columns: Sequence[str], present: Sequence[str]) -> None:
+    missing = [c for c in columns if c not in present]
+    if missing:
+        raise DataError(f"{file}: no column '{missing[0]}' (it has {', '.join(present)})")
+
+
+def _read(
+    file: Path, columns: list[str], optional: tuple[str, ...] = (), only: pc.Expression | None = None
+) -> pa.Table:
     if not file.is_file():
         raise DataError(f"{file}: not found; prepare the data again")
-    try:
+    with told_as_data_error(file):
         present = pq.read_schema(file).names
-        missing = [c for c in columns if c not in present]
-        if missing:
-            raise DataError(f"{file}: no column '{missing[0]}' (it has {', '.join(present)})")
-        return pq.read_table(file, columns=columns + [c for c in optional if c in present])
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+        check_columns(file, columns, present)
+        return pq.read_table(file, columns=columns + [c for c in optional if c in present], filters=only)
 
 
 def _keys(file: Path, column: str) -> list[str]:
     return _read(file, [column])[column].to_pylist()
 
 
-def _check_ids(ids: np.ndarray, size: int, name: str, path: Path) -> None:
-    if len(ids) == 0:
-        raise DataError(f"{path / 'interactions'}: no rows; check the filters given to 'flm prepare'")
-    if ids.min() < 0 or ids.max() >= size:
-        bad = int(np.flatnonzero((ids < 0) | (ids >= size))[0])
-        raise DataError(
-            f"{path / 'interactions'}: row {bad} has {name} {ids[bad]}, outside 0 … {size - 1} of schema.yaml"
-        )
+def check_rows(
+    user: np.ndarray, item: np.ndarray, schema: Schema, path: Path, first: int = 0, after: int = 0
+) -> None:
+    """Raise DataError where an id is outside the schema, or users are not in order.
+
+    Args:
+        first: number of the first row, for the message.
+        after: user of the row before it.
+    """
+    for ids, size, name in ((user, schema.users, "user_id"), (item, schema.items, "item_id")):
+        if ids.min() < 0 or ids.max() >= size:
+            bad = int(np.flatnonzero((ids < 0) | (ids >= size))[0])
+            raise DataError(
+                f"{path / 'interactions'}: row {first + bad} has {name} {ids[bad]}, outside 0 … {size - 1} of"
+                " schema.yaml"
+            )
+    if user[0] < after or np.any(user[1:] < user[:-1]):
+        raise DataError(f"{path / 'interactions'}: rows are not sorted by user_id; prepare the data again")
 
 
 def _entity(file: Path, schema: Schema, entity: str, rows: int) -> EntityFeatures:

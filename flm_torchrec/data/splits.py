@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.schema import Schema
 from flm_torchrec.errors import DataError
 
 COLD_ITEM = "cold item"
@@ -47,6 +49,18 @@ class Splits:
         return fit if self.cold_items is None else fit & ~self.cold_items[data.item]
 
 
+@dataclass(frozen=True)
+class Rule:
+    """What a split takes from the data as a whole. With it a part of the users is split as all of them are."""
+
+    kind: str
+    valid_from: float = 0.0
+    """time: the first second of validation."""
+    test_from: float = 0.0
+    cold_items: np.ndarray | None = None  # [items] int8: 1 held out for validation, 2 for test
+    cold_users: np.ndarray | None = None  # [users] int8, likewise
+
+
 def split(data: PreparedData, kind: str, holdout: float) -> Splits:
     """Split by `data.split` of the config.
 
@@ -60,15 +74,53 @@ def split(data: PreparedData, kind: str, holdout: float) -> Splits:
     Raises:
         DataError: nothing is left to validate or test on, or a time split of data without timestamps.
     """
-    makers = {"leave-one-out": _leave_one_out, "time": _by_time, "cold-start": _cold_start}
-    splits = makers[kind](data, holdout)
+    splits = split_by(data, rule_of(data, kind, holdout))
     for name, examples in (("validation", splits.valid), ("test", splits.test)):
         if len(examples) == 0:
-            raise DataError(
-                f"{data.path}: no {name} example in a {kind} split; users need three events"
-                " (leave-one-out) or events after the cut (time)"
-            )
+            raise nothing_left(data.path, kind, name)
     return splits
+
+
+def nothing_left(path: Path, kind: str, name: str) -> DataError:
+    return DataError(
+        f"{path}: no {name} example in a {kind} split; users need three events"
+        " (leave-one-out) or events after the cut (time)"
+    )
+
+
+def rule_of(data: PreparedData, kind: str, holdout: float) -> Rule:
+    """The rule of `split`, from data that are all in memory."""
+    if kind == "time":
+        check_timestamps(data.schema, data.path)
+        valid_from, test_from = np.quantile(data.timestamp, [1 - 2 * holdout, 1 - holdout], method="higher")
+        return Rule(kind, valid_from, test_from)
+    if kind == "cold-start":
+        seen = np.bincount(data.item, minlength=data.schema.items) > 0
+        return cold_rule(seen, np.diff(data.offsets), holdout)
+    return Rule(kind)
+
+
+def cold_rule(seen: np.ndarray, events: np.ndarray, holdout: float) -> Rule:
+    """The rule of a cold-start split.
+
+    Args:
+        seen: [items] bool, which have events at all.
+        events: [users] their number.
+    """
+    rng = np.random.default_rng(0)
+    items = _drawn_parts(rng, np.flatnonzero(seen), holdout, len(seen))
+    users = _drawn_parts(rng, np.flatnonzero(events >= 3), holdout, len(events))
+    return Rule("cold-start", cold_items=items, cold_users=users)
+
+
+def check_timestamps(schema: Schema, path: Path) -> None:
+    if not schema.timestamps:
+        raise DataError(f"{path}: has no timestamps; use data.split=leave-one-out")
+
+
+def split_by(data: PreparedData, rule: Rule) -> Splits:
+    """Split by a rule; parts of the result may be empty."""
+    return {"leave-one-out": _leave_one_out, "time": _by_time, "cold-start": _cold_start}[rule.kind](data, rule)
 
 
 def everyone(data: PreparedData) -> Examples:
@@ -76,28 +128,29 @@ def everyone(data: PreparedData) -> Examples:
     return Examples(np.arange(data.schema.users), data.offsets[1:])
 
 
-def _leave_one_out(data: PreparedData, _: float) -> Splits:
+def lasting(offsets: np.ndarray) -> np.ndarray:
+    """[users] bool: those with three events, of whom two can be held out."""
+    return np.diff(offsets) >= 3
+
+
+def _leave_one_out(data: PreparedData, _: Rule) -> Splits:
     ends = data.offsets[1:]
-    enough = np.diff(data.offsets) >= 3
-    users = np.flatnonzero(enough)
+    users = np.flatnonzero(lasting(data.offsets))
     return Splits(
-        train_end=np.where(enough, ends - 2, ends),
+        train_end=np.where(lasting(data.offsets), ends - 2, ends),
         valid=Examples(users, ends[users] - 2),
         test=Examples(users, ends[users] - 1),
     )
 
 
-def _by_time(data: PreparedData, holdout: float) -> Splits:
-    if not data.schema.timestamps:
-        raise DataError(f"{data.path}: has no timestamps; use data.split=leave-one-out")
-    valid_from, test_from = np.quantile(data.timestamp, [1 - 2 * holdout, 1 - holdout], method="higher")
+def _by_time(data: PreparedData, rule: Rule) -> Splits:
     users = data.event_users()
 
     def before(cut: float) -> np.ndarray:
         counts = np.bincount(users[data.timestamp < cut], minlength=data.schema.users)
         return data.offsets[:-1] + counts
 
-    train_end, valid_end, ends = before(valid_from), before(test_from), data.offsets[1:]
+    train_end, valid_end, ends = before(rule.valid_from), before(rule.test_from), data.offsets[1:]
     in_valid, in_test = np.flatnonzero(valid_end > train_end), np.flatnonzero(ends > valid_end)
     return Splits(
         train_end=train_end,
@@ -106,20 +159,18 @@ def _by_time(data: PreparedData, holdout: float) -> Splits:
     )
 
 
-def _cold_start(data: PreparedData, holdout: float) -> Splits:
-    rng = np.random.default_rng(0)
-    warm = _leave_one_out(data, holdout)
-    cold_item = _drawn_parts(rng, np.unique(data.item), holdout, data.schema.items)
-    cold_user = _drawn_parts(rng, warm.test.user, holdout, data.schema.users)
+def _cold_start(data: PreparedData, rule: Rule) -> Splits:
+    cold_item, cold_user = rule.cold_items, rule.cold_users
+    assert cold_item is not None and cold_user is not None
+    warm = _leave_one_out(data, rule)
     users = data.event_users()
     later = np.arange(len(data.item)) > data.offsets[users]  # a first event has nothing to be predicted from
 
     def examples(part: int, known: Examples) -> Examples:
         events = np.flatnonzero((cold_item[data.item] == part) & later)
-        lasting = warm.test.take(np.flatnonzero(cold_user[warm.test.user] == part))
         parts = {
             "warm": known.take(np.flatnonzero(cold_user[known.user] == 0)),
-            "cold user": lasting,
+            "cold user": warm.test.take(np.flatnonzero(cold_user[warm.test.user] == part)),
         }
         parts = {name: e.take(np.flatnonzero(cold_item[data.item[e.end]] == 0)) for name, e in parts.items()}
         parts[COLD_ITEM] = Examples(users[events], events)

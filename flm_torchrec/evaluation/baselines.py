@@ -11,6 +11,9 @@ from torch import Tensor
 from flm_torchrec.data.prepared import PreparedData, spans
 from flm_torchrec.data.splits import Examples
 
+EASE_L2 = 100.0
+"""Regularisation of EASE-R. Fixed, so that every table of this project has the same baseline to compare with."""
+
 
 class Popularity:
     """Scores an item by the number of its training events."""
@@ -85,7 +88,7 @@ class EASE(_FromHistory):
 
     names: tuple[str, ...] = ("EASE-R",)
 
-    def __init__(self, data: PreparedData, fit: np.ndarray, examples: Examples, l2: float) -> None:
+    def __init__(self, data: PreparedData, fit: np.ndarray, examples: Examples, l2: float = EASE_L2) -> None:
         super().__init__(data, examples)
         seen = _seen(data, fit)
         gram = (seen.T @ seen).toarray()

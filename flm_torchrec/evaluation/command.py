@@ -26,6 +26,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--user", action="append", default=[], metavar="KEY",
         help="only this user, by the id of the source; may be repeated (default: all)",
     )  # fmt: skip
+    parser.add_argument(
+        "--sample", action="store_true",
+        help="of a run with data.stream, load and rank only the users it validated on; baselines then learn from these"
+        " alone (default: load all)",
+    )  # fmt: skip
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown (default: a table)")
     add_overrides(parser, ["eval"])
     parser.set_defaults(run=run)
@@ -40,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     from flm_torchrec.evaluation.report import markdown, show
     from flm_torchrec.training.restore import restore
 
-    with restore(args.run_folder, given_overrides(args)) as restored:
+    with restore(args.run_folder, given_overrides(args), args.sample) as restored:
         job = restored.job
         examples = job.scope.splits.test if args.split == "test" else job.scope.splits.valid
         if args.user:

@@ -59,7 +59,7 @@ def evaluate(
     scorers: list[Scorer] = [
         Popularity(data, fit),
         ItemKNN(data, fit, examples, config.neighbours),
-        *([EASE(data, fit, examples, config.ease_l2)] if items <= config.ease_items else []),
+        *([EASE(data, fit, examples)] if items <= config.ease_items else []),
         HeadScorer(encoder, items, block, comm),
     ]
     if cold_items is not None:

@@ -6,7 +6,7 @@ import shutil
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Progress:
     best_step: int = 0
     stale: int = 0
     """Validations since the best."""
+    following: dict[str, Any] = field(default_factory=dict)
+    """Of `flm follow`: where it stands in its source, and what it has counted."""
 
     def worn_out(self, patience: int) -> bool:
         """Whether so many validations have brought no gain; never for 0."""

@@ -1,4 +1,4 @@
-"""`flm train` and `flm finetune`."""
+"""`flm train`, `flm finetune` and `flm follow`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from flm_torchrec.config import (
     config_from_arguments,
     given_overrides,
     load_config,
+    nearest,
     sections,
 )
 from flm_torchrec.errors import ConfigError
@@ -37,6 +38,23 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--no-control", action="store_true", help="leave the control out")
     add_overrides(parser, sections())
     parser.set_defaults(run=run_finetune)
+    parser = subparsers.add_parser(
+        "follow",
+        help="train a run further on new events as they come, from a folder or Kafka",
+        description="Train a run's best model further on new events as they come: whole Parquet or JSONL files put into"
+        " a folder, or JSON messages of a Kafka topic. Started again, it goes on where it was. Rows that cannot be"
+        " learnt from are counted in OUTPUT/follow.json.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", required=True, dest="run_folder", type=Path, metavar="DIR", help="run of 'flm train'")
+    parser.add_argument("--source", required=True, metavar="URL", help="folder, or kafka://HOST:PORT/TOPIC")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="run folder to write, or to go on in")
+    parser.add_argument(
+        "--columns", default="", metavar="FIELD=NAME,...",
+        help="what the source calls user, item, timestamp, event, value (default: just so)",
+    )  # fmt: skip
+    parser.add_argument("--once", action="store_true", help="end when there is nothing new (default: wait for more)")
+    parser.set_defaults(run=run_follow)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -58,3 +76,18 @@ def run_finetune(args: argparse.Namespace) -> None:
     for start, test in finetune(source_config(Path(source), overrides), not args.no_control).items():
         shown = [name for name in test if name.startswith(("label/", "fused/"))]
         print(f"test, {start}: " + "  ".join(f"{name} {test[name]:.4f}" for name in shown))
+
+
+def run_follow(args: argparse.Namespace) -> None:
+    # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
+    from flm_torchrec.data.stream_events import FIELDS
+    from flm_torchrec.training.follow import follow
+
+    columns = {}
+    for part in filter(None, args.columns.split(",")):
+        field, equals, name = part.partition("=")
+        if field not in FIELDS or not equals:
+            raise ConfigError(f"--columns '{part}': write it as FIELD=NAME; {nearest(field, FIELDS)}")
+        columns[field] = name
+    found = follow(args.run_folder, args.source, args.output, columns, args.once)
+    print(f"{args.output}: {found['events']} events learnt from, {found['refused']} rows refused")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flm_torchrec.data.assemble import Assembler
+from flm_torchrec.data.assemble import Assembler, Known
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.data.splits import Examples
@@ -21,16 +21,16 @@ class ModelEncoder:
     Both methods are collective: every rank calls them equally often, if need be with nothing to encode.
 
     Args:
-        fit: [interactions] bool, the events the model was trained on.
+        known: what made ids known to the model, or [interactions] bool, the events that did.
         block: most users or items of one call.
     """
 
     def __init__(
-        self, model: nn.Module, data: PreparedData, fit: np.ndarray, examples: Examples,
+        self, model: nn.Module, data: PreparedData, known: np.ndarray | Known, examples: Examples,
         comm: Comm, dim: int, max_history: int, block: int,
     ) -> None:  # fmt: skip
         rows = 0 if comm.world_size == 1 else min(data.schema.items, block * max_history)
-        self.assembler = Assembler(data, fit, item_rows=rows)
+        self.assembler = Assembler(data, np.zeros(len(data.item), bool), item_rows=rows, known=known)
         self.model = model
         self.data = data
         self.examples = examples

@@ -16,7 +16,7 @@ from flm_torchrec.training.checkpoint import BEST, load_checkpoint
 from flm_torchrec.training.job import Job, check_select
 from flm_torchrec.training.label import label_metrics
 from flm_torchrec.training.record import check_run_folder, open_run_folder
-from flm_torchrec.training.scope import ANY_RANKS, load_data, scope_of
+from flm_torchrec.training.scope import ANY_RANKS, IN_MEMORY, load_data, scope_of
 from flm_torchrec.training.storage import read_meta
 
 LABEL_SELECT = "label/auc"
@@ -36,9 +36,9 @@ def source_config(source: Path, overrides: list[str]) -> Config:
     given = {o.partition("=")[0] for o in overrides}
     if "train.run" not in given:
         raise ConfigError("--train.run: name the folder to write, beside that of the source")
-    task = load_config(source / "config.yaml", overrides).finetune.task
+    task = load_config(source / "config.yaml", [IN_MEMORY, *overrides]).finetune.task
     select = [f"train.select={LABEL_SELECT}"] if task == "label" and "train.select" not in given else []
-    own = ["train.existing=refuse", *ANY_RANKS]
+    own = ["train.existing=refuse", IN_MEMORY, *ANY_RANKS]
     return load_config(source / "config.yaml", [*own, *overrides, *select])
 
 

@@ -15,10 +15,12 @@ from torchrec.distributed.types import ShardingPlan
 
 from flm_torchrec.config import Config, load_config, nearest
 from flm_torchrec.data.assemble import Assembler
-from flm_torchrec.data.loader import Negatives, TrainLoader, windows
+from flm_torchrec.data.loader import Loader, Negatives, TrainLoader, windows
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import Examples
+from flm_torchrec.data.stream import Stream
+from flm_torchrec.data.stream_loader import StreamLoader
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.distributed.constraints import Lookup
 from flm_torchrec.distributed.managed import check_managed
@@ -86,6 +88,8 @@ class Job:
         self.comm = comm
         self.loaded: str | None = None
         self.loader = make_loader(data, scope, config, comm)
+        if isinstance(self.loader, StreamLoader):
+            self.loader.check_ranks()
         looked = partial(lookups_of, self.loader)
         tuning = config.finetune
         if not tuning.source or tuning.start == "scratch":
@@ -112,10 +116,11 @@ class Job:
     def encoder(self, examples: Examples) -> ModelEncoder:
         """The model as an encoder of the examples' users and of items."""
         config = self.config
+        stream = self.scope.stream
         block = max(config.eval.user_block, -(-config.eval.item_block // config.data.max_history))
         return ModelEncoder(
-            self.model, self.data, self.scope.known, examples, self.comm, config.model.dim, config.data.max_history,
-            block,
+            self.model, self.data, self.scope.known if stream is None else stream.known, examples, self.comm,
+            config.model.dim, config.data.max_history, block,
         )  # fmt: skip
 
     def fit(self, record: Record, validate: Callable[[], dict[str, float]] | None = None) -> Finished:
@@ -135,14 +140,14 @@ class Job:
                 return evaluate_heads(data, valid, encode, comm, config.eval)
 
         record.say(
-            f"{data.schema.name}: {data.schema.users} users, {data.schema.items} items, {int(self.scope.fit.sum())}"
+            f"{data.schema.name}: {data.schema.users} users, {data.schema.items} items, {self.scope.learnt_from}"
             f" events to learn from; {comm.world_size} {'ranks' if comm.world_size > 1 else 'rank'} on"
             f" {comm.device.type}"
         )
         torch.manual_seed(config.train.seed + comm.rank)  # from here on dropout, which ranks draw apart
         tuned = self.loaded is not None
         checkpoints = Checkpoints(Path(config.train.run), self.model, self.optimizer, comm, data.fingerprint)
-        progress = self._resume(checkpoints, record) if record.resumed else Progress()
+        progress = self.resume(checkpoints, record) if record.resumed else Progress()
         checkpoints.check_space()
         finished = fit(
             self.model, self.optimizer, self.loader, config.train, comm, record, validate, checkpoints, progress, tuned
@@ -155,7 +160,8 @@ class Job:
             self._weigh_heads(valid, encode, record, checkpoints)
         return finished
 
-    def _resume(self, checkpoints: Checkpoints, record: Record) -> Progress:
+    def resume(self, checkpoints: Checkpoints, record: Record) -> Progress:
+        """Load the newest state that is whole, and forget what was recorded after it."""
         checkpoints.tidy()
         found = checkpoints.restore()
         if found is None:
@@ -213,17 +219,20 @@ def make_model(schema: Schema, config: Config, comm: Comm) -> PretrainModel:
     return kind(schema, config.model, config.loss, config.data.max_history + 1, comm)
 
 
-def make_loader(data: PreparedData, scope: Scope, config: Config, comm: Comm) -> TrainLoader:
+def make_loader(data: PreparedData, scope: Scope, config: Config, comm: Comm) -> Loader:
     """This rank's training batches."""
+    if scope.stream is not None:
+        return _make_stream_loader(data, scope.stream, config, comm)
     counts = np.bincount(data.item[scope.fit], minlength=data.schema.items)
     labels = scope.labels.fit if scope.labels is not None else None
     drawn = config.loss.negatives if labels is None else 0
+    sequences = -(-config.train.batch_size // comm.world_size)
     return TrainLoader(
         windows(data, scope.splits, config.data.max_history),
         Assembler(
             data,
             scope.fit,
-            item_rows=_most_items(data.schema, config, comm),
+            item_rows=_most_items(data.schema, config, comm, sequences),
             labels=labels,
             known=scope.known,
         ),
@@ -233,6 +242,22 @@ def make_loader(data: PreparedData, scope: Scope, config: Config, comm: Comm) ->
         comm.rank,
         comm.world_size,
     )
+
+
+def _make_stream_loader(data: PreparedData, stream: Stream, config: Config, comm: Comm) -> StreamLoader:
+    assembler = Assembler(data, np.zeros(len(data.item), bool), known=stream.known)
+    loader = StreamLoader(
+        stream,
+        assembler,
+        Negatives(stream.counts, config.loss.negatives, config.loss.negative_power),
+        config.data.max_history,
+        config.train.batch_size,
+        config.train.seed,
+        comm.rank,
+        comm.world_size,
+    )
+    assembler.item_rows = _most_items(data.schema, config, comm, loader.most_sequences(config.train.epochs))
+    return loader
 
 
 def _freeze(model: PretrainModel, config: Config) -> None:
@@ -247,12 +272,11 @@ def _freeze(model: PretrainModel, config: Config) -> None:
             module.requires_grad_(True)
 
 
-def _most_items(schema: Schema, config: Config, comm: Comm) -> int:
-    """Most different items in a rank's batch, or 0 where ranks need not agree on it."""
+def _most_items(schema: Schema, config: Config, comm: Comm, sequences: int) -> int:
+    """Most different items in a rank's batch of so many sequences, or 0 where ranks need not agree on it."""
     if comm.world_size == 1:
         return 0
     drawn = schema.items if config.loss.negatives == "all" else config.loss.negatives
-    sequences = -(-config.train.batch_size // comm.world_size)
     return min(schema.items, sequences * (config.data.max_history + 1) + -(-drawn // comm.world_size))
 
 

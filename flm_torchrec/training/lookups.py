@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flm_torchrec.data.loader import TrainLoader
+from flm_torchrec.data.loader import Loader
 from flm_torchrec.distributed.constraints import Lookup
 
 BATCHES = 4
 
 
-def lookups_of(loader: TrainLoader) -> dict[str, Lookup]:
+def lookups_of(loader: Loader) -> dict[str, Lookup]:
     """By feature, of one sequence: counted in this rank's first training batches, the same every time."""
     sequences = 0
     bags: Counter[str] = Counter()

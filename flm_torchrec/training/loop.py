@@ -17,7 +17,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from flm_torchrec.config.schema import TrainConfig
 from flm_torchrec.data.batch import Batch
-from flm_torchrec.data.loader import Prefetch, TrainLoader
+from flm_torchrec.data.loader import Loader, Prefetch
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.distributed.replicas import average_replicas
 from flm_torchrec.errors import Interrupted
@@ -42,7 +42,7 @@ class Finished:
 
 
 def fit(
-    model: DistributedModelParallel, optimizer: Optimizer, loader: TrainLoader, config: TrainConfig, comm: Comm,
+    model: DistributedModelParallel, optimizer: Optimizer, loader: Loader, config: TrainConfig, comm: Comm,
     record: Record, validate: Validate, checkpoints: Checkpoints, progress: Progress, as_found: bool = False,
 ) -> Finished:  # fmt: skip
     """Train from `progress` on until the epochs or steps are used up, or validation has stopped improving.
@@ -60,12 +60,13 @@ def fit(
     best = _Best(config.select, record, validate, checkpoints, progress)
     if as_found and progress.step == 0:
         best.judge(total)
-    meter = _Meter(comm)
+    ahead = Prefetch(islice(loader.after(progress.step), total - progress.step))
+    meter = _Meter(comm, ahead)
     model.train()
     with (
         Guard(comm, config.non_finite, Path(config.run) / NON_FINITE) as guard,
         closing(checkpoints),
-        closing(iter(Prefetch(islice(loader.after(progress.step), total - progress.step)))) as batches,
+        closing(iter(ahead)) as batches,
     ):
         steps = STEPS[comm.device.type](model, optimizer, schedule, comm.device, guard)
         while progress.step < total and not best.done(config.patience):
@@ -228,21 +229,23 @@ STEPS: dict[str, type[PlainSteps] | type[PipelinedSteps]] = {"cpu": PlainSteps, 
 
 
 class _Meter:
-    """Mean losses since the last reading, over all ranks, and the rate of samples."""
+    """Mean losses since the last reading, over all ranks, the rate of samples and the share of time without input."""
 
-    def __init__(self, comm: Comm) -> None:
+    def __init__(self, comm: Comm, ahead: Prefetch[Batch]) -> None:
         self.comm = comm
+        self.ahead = ahead
         self._reset()
 
     def restart(self) -> None:
         """Leave the time of a validation out of the rate."""
         self.since = time.monotonic()
+        self.waited = self.ahead.waited
 
     def _reset(self) -> None:
         self.total: dict[str, Tensor] = {}
         self.steps = 0
         self.sequences = 0
-        self.since = time.monotonic()
+        self.restart()
 
     def add(self, outputs: Outputs) -> None:
         for name, loss in outputs.losses.items():
@@ -251,11 +254,13 @@ class _Meter:
         self.sequences += outputs.sequences
 
     def read(self) -> dict[str, float]:
-        counts = torch.tensor(float(self.sequences), device=self.comm.device)
-        sums = self.comm.all_reduce_sum(torch.stack([counts, *self.total.values()]))
-        sequences, *losses = sums.tolist()
+        own = torch.tensor([float(self.sequences), self.ahead.waited - self.waited], device=self.comm.device)
+        sums = self.comm.all_reduce_sum(torch.cat([own, torch.stack(list(self.total.values()))]))
+        sequences, waited, *losses = sums.tolist()
+        seconds = max(1e-9, time.monotonic() - self.since)
         values = {f"loss/{name}": loss / self.steps for name, loss in zip(self.total, losses, strict=True)}
-        values["samples_per_second"] = sequences / max(1e-9, time.monotonic() - self.since)
+        values["samples_per_second"] = sequences / seconds
+        values["input_wait"] = waited / self.comm.world_size / seconds
         self._reset()
         return values
 

@@ -13,7 +13,7 @@ from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import RunError
 from flm_torchrec.training.checkpoint import BEST, load_checkpoint
 from flm_torchrec.training.job import Job
-from flm_torchrec.training.scope import ANY_RANKS, load_data, scope_of
+from flm_torchrec.training.scope import ANY_RANKS, IN_MEMORY, load_data, scope_of
 from flm_torchrec.training.storage import read_meta
 
 
@@ -27,21 +27,24 @@ class Restored:
 
 
 @contextmanager
-def restore(run: str | Path, overrides: Sequence[str] = ()) -> Iterator[Restored]:
+def restore(run: str | Path, overrides: Sequence[str] = (), sample: bool = False) -> Iterator[Restored]:
     """Load a run's best checkpoint onto the ranks of this job; collective.
 
     Args:
         run: run folder.
         overrides: of the run's config, such as `distributed.device=cpu`; none that changes what was trained.
+        sample: load the events of those users alone that a run with `data.stream` validated on.
 
     Raises:
-        RunError: no run, no checkpoint, or data that changed since.
+        RunError: no run, no checkpoint, data that changed since, or a sample of a run that had all data in memory.
     """
     run = Path(run)
     if not (run / "config.yaml").is_file():
         raise RunError(f"{run}: no config.yaml, so no run folder; make one with 'flm train --train.run {run}'")
     read_meta(run / BEST)
-    config = load_config(run / "config.yaml", [*ANY_RANKS, *overrides])
+    config = load_config(run / "config.yaml", [*ANY_RANKS, *([] if sample else [IN_MEMORY]), *overrides])
+    if sample and not config.data.stream:
+        raise RunError(f"{run}: was trained with all data in memory; --sample is for runs with data.stream")
     if config.finetune.task == "label" and config.finetune.source:
         raise RunError(f"{run}: was fine-tuned to tell labels, not to rank; its test metrics are in finetune.json")
     data = load_data(config)

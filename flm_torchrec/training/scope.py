@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,28 +10,44 @@ import numpy as np
 from flm_torchrec.config import Config, load_config
 from flm_torchrec.data.cohort import Labels, label_events, of_cohort
 from flm_torchrec.data.prepared import PreparedData, load_prepared
-from flm_torchrec.data.splits import Examples, Splits, split
+from flm_torchrec.data.splits import Examples, Splits, split, split_by
+from flm_torchrec.data.stream import Stream, StreamedData, hide_values, load_streamed
 
 ANY_RANKS = ("distributed.plan=''", "distributed.replicas=1")
 """Laid over a run's config where it is read back: its plan and replicas may be for another number of ranks."""
+IN_MEMORY = "data.stream=false"
+"""Laid over it where every user's events are needed."""
 
 
 @dataclass(frozen=True)
 class Scope:
-    """What a run may use of its data."""
+    """What a run may use of the data in memory, and of its stream if it has one."""
 
     splits: Splits
     fit: np.ndarray  # [interactions] bool: events it learns from
     known: np.ndarray  # [interactions] bool: events that its ids were learnt from, those of its source included
     labels: Labels | None = None
+    stream: Stream | None = None
+
+    @property
+    def learnt_from(self) -> int:
+        """Training events."""
+        return int(self.fit.sum()) if self.stream is None else self.stream.fit_rows
 
 
 def load_data(config: Config) -> PreparedData:
     """The data that the config names, as the model may see it."""
-    data = load_prepared(config.data.path, config.data.features)
+    chosen = config.data
+    data: PreparedData
+    if chosen.stream:
+        data = load_streamed(
+            Path(chosen.path), chosen.features, chosen.split, chosen.holdout, config.train.eval_users, config.train.seed
+        )
+    else:
+        data = load_prepared(chosen.path, chosen.features)
     tells_labels = config.finetune.source and config.finetune.task == "label"
     # Fine-tuning for labels makes them of the values, and hides these from the model itself.
-    return data if config.data.values or tells_labels else replace(data, value=np.ones_like(data.value))
+    return data if chosen.values or tells_labels else hide_values(data)
 
 
 def scope_of(config: Config, data: PreparedData) -> Scope:
@@ -41,6 +57,9 @@ def scope_of(config: Config, data: PreparedData) -> Scope:
         FlmError: the split leaves nothing, or the source of a fine-tuning is no run.
     """
     tuning = config.finetune
+    if isinstance(data, StreamedData):
+        splits = split_by(data, data.stream.rule)
+        return Scope(splits, splits.fit(data), splits.fit(data), stream=data.stream)
     if not tuning.source:
         splits = split(data, config.data.split, config.data.holdout)
         return Scope(splits, splits.fit(data), splits.fit(data))

@@ -1,0 +1,215 @@
+"""Incremental training: every new event is learnt from once, whatever stops it; bad rows are counted, never fatal."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flm_torchrec.cli import main
+from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.stream_events import Encoder, NewEvents, append, new_windows, newest
+from flm_torchrec.data.stream_source import open_source
+from flm_torchrec.errors import DataError
+from tests.conftest import ROOT
+
+NEW = 1_900_000_000
+"""Seconds: after all events of the data."""
+
+
+@pytest.fixture(scope="module")
+def run(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "run"
+    options = ["--train.max_steps", "8", "--train.batch_size", "32", "--model.dim", "8", "--data.max_history", "6"]
+    assert main(["train", "--data.path", str(small.path), "--train.run", str(folder), *options]) == 0
+    return folder
+
+
+def rows_of(data: PreparedData, number: int, first: int) -> list[dict[str, Any]]:
+    """Some new events of some users."""
+    rng = np.random.default_rng(first)
+    users, items = rng.integers(0, 40, number), rng.integers(0, data.schema.items, number)
+    return [
+        {"user": data.user_keys[u], "item": data.item_keys[i], "timestamp": NEW + first + n}
+        for n, (u, i) in enumerate(zip(users, items, strict=True))
+    ]
+
+
+@pytest.fixture
+def source(small: PreparedData, tmp_path: Path) -> Path:
+    """Two JSONL files and a Parquet file; with rows of each kind that is refused, and files that are not whole."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    bad = [{**rows_of(small, 1, 0)[0], **change} for change in (
+        {"user": "nobody"}, {"item": None}, {"timestamp": -1}, {"value": "much"}, {"event": "stolen"}, {"user": 1.5},
+    )]  # fmt: skip
+    lines = [json.dumps(row) for row in [*rows_of(small, 90, 0), *bad]]
+    (folder / "a.jsonl").write_text("\n".join([*lines, "{not json", "[1]"]) + "\n")
+    pq.write_table(pa.Table.from_pylist(rows_of(small, 200, 1000)), folder / "b.parquet")
+    (folder / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(small, 60, 2000)))
+    (folder / "d.jsonl").write_text('{"user": "u1", "it')
+    (folder / "e.parquet").write_bytes((folder / "b.parquet").read_bytes()[:-9])
+    (folder / ".f.jsonl").write_text("hidden\n")
+    return folder
+
+
+def weights(folder: Path) -> list[str]:
+    """Digests of the files of the newest state and of the model, but for how long it took."""
+    newest_state = max((folder / "checkpoints").glob("step-*"))
+    lines = [line for f in (newest_state, folder / "checkpoints" / "best") for line in
+             (f / "SHA256SUMS").read_text().splitlines() if line.endswith(".distcp")]  # fmt: skip
+    return [newest_state.name, *lines]
+
+
+def test_a_killed_follower_goes_on_to_the_weights_of_an_undisturbed_one(
+    small: PreparedData, run: Path, source: Path, tmp_path: Path
+) -> None:
+    follow = ["follow", "--run", str(run), "--source", str(source), "--once", "--output"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main([*follow, str(whole)]) == 0
+    report = json.loads((whole / "follow.json").read_text())
+    assert report["source"] == {"files": ["a.jsonl", "b.parquet", "c.jsonl"]} and report["events"] == 350
+    assert {reason: entry["rows"] for reason, entry in report["refused"].items()} == {
+        "unknown user": 1, "no item": 1, "timestamp missing or not in seconds since 1970": 1, "unknown event": 1,
+        "value is not a finite number": 1, "user is neither a text nor a whole number": 1, "not a JSON object": 2,
+    }  # fmt: skip
+    assert report["refused"]["not a JSON object"]["examples"] == ["a.jsonl: row 97", "a.jsonl: row 98"]
+
+    # Killed once the second file has begun to be learnt from, in the middle of its steps.
+    script = f"""
+import os, signal
+from flm_torchrec.cli import main
+from flm_torchrec.training.loop import PlainSteps
+take, count = PlainSteps.take, 0
+def counted(self, batches, step):
+    global count
+    count += 1
+    if count == {_steps_of_first(whole) + 1}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return take(self, batches, step)
+PlainSteps.take = counted
+main({[*follow, str(killed)]!r})
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=120)
+    assert done.returncode == -9, done.stderr
+    state = json.loads((killed / "follow.json").read_text())
+    assert state["source"] == {"files": ["a.jsonl"]} and len(list((killed / "events").iterdir())) == 2
+    assert main([*follow, str(killed)]) == 0
+    assert json.loads((killed / "follow.json").read_text()) == report
+    assert weights(killed) == weights(whole)
+
+    # Nothing new: nothing learnt. More: learnt. The followed run is a run like any other.
+    assert main([*follow, str(whole)]) == 0
+    assert weights(whole) == weights(killed)
+    (source / "d.jsonl").write_text(json.dumps(rows_of(small, 1, 3000)[0]) + "\n")
+    assert main([*follow, str(whole)]) == 0
+    assert weights(whole)[0] > weights(killed)[0]
+    assert main(["evaluate", "--run", str(whole)]) == 0
+
+
+def _steps_of_first(folder: Path) -> int:
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["step"]
+
+
+def test_what_cannot_be_followed_is_told(run: Path, source: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    def told(*options: str) -> str:
+        given = {"--run": str(run), "--source": str(source), "--output": str(tmp_path / "out")}
+        given |= dict(zip(options[::2], options[1::2], strict=True))
+        assert main(["follow", "--once", *(part for pair in given.items() for part in pair)]) == 2
+        return capsys.readouterr().err
+
+    assert "no run folder" in told("--run", str(source))
+    assert "is the run itself" in told("--output", str(run))
+    assert "no such folder" in told("--source", str(tmp_path / "none"))
+    assert "'http' is not known" in told("--source", "http://there")
+    assert "kafka://HOST:PORT/TOPIC" in told("--source", "kafka://there")
+    assert "did you mean 'user'?" in told("--columns", "usr=u")
+    assert "exists and is no run folder" in told("--output", str(source))
+    (source / "a.parquet").write_bytes(b"PAR1 and no more PAR1")
+    assert "a.parquet: not a readable Parquet file" in told()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+ROWS = st.fixed_dictionaries(
+    {"user": JSON | st.just("u3"), "item": JSON | st.just("i3")},
+    optional={name: JSON | st.just(5) for name in ("timestamp", "event", "value")},
+)
+
+
+@settings(deadline=None)
+@given(st.lists(JSON | ROWS, max_size=6))
+def test_any_row_is_learnt_from_or_counted(run: Path, rows: list[Any]) -> None:
+    refused: dict[str, Any] = {}
+    found = Encoder(run / "vocabulary", {}).encode([(f"row {n}", row) for n, row in enumerate(rows)], refused)
+    assert len(found.user) + sum(entry["rows"] for entry in refused.values()) == len(rows)
+    assert np.isfinite(found.value).all() and (found.timestamp >= 0).all()
+    json.dumps(refused)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3 * 10**9)), min_size=1, max_size=40), st.integers(1, 9))
+def test_new_windows_hold_each_new_event_once(small: PreparedData, new: list[tuple[int, int]], history: int) -> None:
+    user, timestamp = np.array(new).T
+    events = NewEvents(user, user * 3, timestamp, np.zeros(len(new), np.int32), np.ones(len(new), np.float32))
+    data, fit = newest(small, np.zeros(len(small.item), bool), history + 2)
+    grown, fit, fresh = append(data, fit, events)
+    found = new_windows(grown, fresh, history)
+    covered = np.concatenate([np.arange(s, e) for s, e in zip(found.start, found.end, strict=True)])
+    assert len(np.unique(covered)) == len(covered) and np.isin(np.flatnonzero(fresh), covered).all()
+    assert fresh.sum() == len(new) and (fit == fresh).all()
+    assert set(found.user) == set(user)
+    for one in range(10):
+        assert (np.diff(grown.timestamp[grown.offsets[one] : grown.offsets[one + 1]]) >= 0).all()
+
+
+def test_a_topic_is_read_from_where_it_was_left(run: Path) -> None:
+    kafka = pytest.importorskip("confluent_kafka")
+    producer = kafka.Producer({"test.mock.num.brokers": 1})  # a broker of librdkafka's own, in this process
+    broker = next(iter(producer.list_topics(timeout=10).brokers.values()))
+    for number in range(5):
+        producer.produce("events", json.dumps({"n": number}) if number != 3 else b"\xff{")
+    producer.flush(10)
+    url = f"kafka://{broker.host}:{broker.port}/events"
+    source = open_source(url)
+    chunk = source.after({})
+    assert chunk is not None
+    while len(chunk.rows) < 5:
+        more = source.after(chunk.position)
+        assert more is not None
+        chunk = type(chunk)(more.name, chunk.rows + more.rows, more.position)
+    values = [content for _, content in chunk.rows]
+    assert sorted(row["n"] for row in values if row) == [0, 1, 2, 4] and values.count(None) == 1
+    assert all(where.startswith("events: partition ") for where, _ in chunk.rows)
+    producer.produce("events", json.dumps({"n": 5}))
+    producer.flush(10)
+    again = open_source(url).after(chunk.position)
+    assert again is not None and [row["n"] for _, row in again.rows] == [5]
+    with pytest.raises(DataError, match="is the broker there"):
+        open_source("kafka://127.0.0.1:1/events")
+
+
+def test_data_without_timestamps_take_events_in_order_of_arrival(small: PreparedData) -> None:
+    data = replace(small, schema=replace(small.schema, timestamps=False))
+    zeros = np.zeros(3, np.int64)
+    events = NewEvents(zeros + 1, np.array([5, 6, 7]), zeros, zeros.astype(np.int32), np.ones(3, np.float32))
+    grown, _, fresh = append(data, np.ones(len(data.item), bool), events)
+    assert grown.item[fresh].tolist() == [5, 6, 7]
+    assert np.flatnonzero(fresh).tolist() == list(range(grown.offsets[2] - 3, grown.offsets[2]))

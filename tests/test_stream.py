@@ -1,0 +1,332 @@
+"""Streamed batches: nothing lost or repeated, the same at any number of ranks, and those of data in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flm_torchrec.cli import main
+from flm_torchrec.config import load_config
+from flm_torchrec.data import stream_loader as stream_loader_module
+from flm_torchrec.data.assemble import Assembler, Known
+from flm_torchrec.data.batch import Batch
+from flm_torchrec.data.loader import Negatives, TrainLoader, windows
+from flm_torchrec.data.prepared import load_prepared
+from flm_torchrec.data.schema import Schema
+from flm_torchrec.data.splits import split
+from flm_torchrec.data.stream import RowGroups, StreamedData, load_streamed, order_statistics
+from flm_torchrec.data.stream_loader import LANES, StreamLoader, merged
+from flm_torchrec.errors import ConfigError, DataError
+from flm_torchrec.training.finetune import source_config
+from flm_torchrec.training.scope import load_data, scope_of
+
+ITEMS = 30
+KINDS = ("leave-one-out", "time", "cold-start")
+
+
+def write_data(folder: Path, events: list[int], group: int, files: int = 1, seed: int = 0) -> Path:
+    """Prepared data of users with so many events, in row groups of `group` rows."""
+    rng = np.random.default_rng(seed)
+    users = np.repeat(np.arange(len(events)), events)
+    times = rng.integers(0, 5000, len(users))
+    columns = {
+        "user_id": users,
+        "item_id": rng.integers(0, ITEMS, len(users)),
+        "timestamp": times[np.lexsort([times, users])],
+        "event": rng.integers(0, 2, len(users)).astype(np.int32),
+        "value": rng.integers(1, 6, len(users)).astype(np.float32),
+    }
+    (folder / "interactions").mkdir(parents=True)
+    ends = [sum(events[: len(events) * n // files]) for n in range(1, files + 1)]  # no user is in two files
+    for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        table = pa.table(columns).slice(start, end - start)
+        pq.write_table(table, folder / "interactions" / f"part-{number:05d}.parquet", row_group_size=group)
+    for entity, size in (("user", len(events)), ("item", ITEMS)):
+        keys = [str(n) for n in range(size)]
+        pq.write_table(pa.table({f"{entity}_id": range(size), f"{entity}_key": keys}), folder / f"{entity}s.parquet")
+    Schema("test", "test", len(events), ITEMS, len(users), ("view", "buy")).save(folder / "schema.yaml")
+    (folder / "report.json").write_text("{}")
+    return folder
+
+
+@contextmanager
+def data_of(folder: dict) -> Iterator[Path]:
+    """The folder while it lasts; few lanes, so that each has several units, or as many as there are units."""
+    with TemporaryDirectory() as name, patch.object(stream_loader_module, "LANES", folder["lanes"]):
+        yield write_data(Path(name) / "data", *(folder[key] for key in ("events", "group", "files", "seed")))
+
+
+@st.composite
+def folders(draw: st.DrawFn) -> dict:
+    """For `data_of`: users with no events and with most of them, groups of any size, several files."""
+    events = draw(st.lists(st.integers(0, 12), min_size=4, max_size=30))
+    events[draw(st.integers(0, len(events) - 1))] += draw(st.integers(0, 80))
+    events[0] += 3
+    return {
+        "events": events,
+        "group": draw(st.integers(1, 60)),
+        "files": draw(st.integers(1, 3)),
+        "seed": draw(st.integers(0, 99)),
+        "lanes": draw(st.sampled_from([2, 3, 64])),
+    }
+
+
+def stream_loader(path: Path, kind: str, batch_size: int, rank: int = 0, ranks: int = 1) -> StreamLoader:
+    data = load_streamed(path, "all", kind, 0.2, 5, 0)
+    assembler = Assembler(data, np.zeros(len(data.item), bool), known=data.stream.known)
+    return StreamLoader(data.stream, assembler, Negatives(data.stream.counts, 3, 0.5), 4, batch_size, 7, rank, ranks)
+
+
+def memory_loader(path: Path, kind: str, batch_size: int) -> TrainLoader:
+    data = load_prepared(path)
+    splits = split(data, kind, 0.2)
+    fit = splits.fit(data)
+    negatives = Negatives(np.bincount(data.item[fit], minlength=ITEMS), 3, 0.5)
+    return TrainLoader(windows(data, splits, 4), Assembler(data, fit), negatives, batch_size, 7)
+
+
+def sequences(batch: Batch, known: Known) -> Counter:
+    """All that a batch says of each sequence which is not there to fill up ranks, values as they were in the data."""
+    items = batch.item_ids.values().numpy()
+    ends = np.cumsum(batch.lengths.numpy())
+    history = batch.history.to_dict()
+    fields = [
+        items[batch.targets.numpy()],
+        np.append(items, -1)[batch.tokens.numpy()],
+        history["event"].values().numpy(),
+        history["gap"].values().numpy(),
+        batch.time.numpy(),
+        np.round(batch.value.numpy() / (known.value_scale or 1.0) + known.value_mean),
+    ]
+    whose = batch.users["user_id"].to_dense()
+    return Counter(
+        (*whose[row].tolist(), *(tuple(f[start:end].tolist()) for f in fields))
+        for row, (start, end) in enumerate(zip([0, *ends], ends, strict=False))
+        if end > start
+    )
+
+
+def steps_of(loaders: Sequence[TrainLoader | StreamLoader], first: int, last: int) -> list[Counter]:
+    """By step, the sequences of all ranks; ranks must have equally many, empty ones included."""
+    found = []
+    for batches in zip(*(islice(loader.after(first), last - first) for loader in loaders), strict=True):
+        assert len({len(batch.lengths) for batch in batches}) == 1
+        known = loaders[0].assembler.known
+        found.append(sum((sequences(batch, known) for batch in batches), Counter()))
+    return found
+
+
+def usable(path: Path, kind: str) -> bool:
+    try:
+        split(load_prepared(path), kind, 0.2)
+    except DataError:
+        return False
+    return True
+
+
+@settings(deadline=None, max_examples=60)
+@given(folders(), st.sampled_from(KINDS), st.integers(1, 40))
+def test_an_epoch_has_the_sequences_that_it_has_in_memory(folder: dict, kind: str, batch_size: int) -> None:
+    with data_of(folder) as path:
+        if not usable(path, kind):
+            return
+        memory, stream = memory_loader(path, kind, batch_size), stream_loader(path, kind, batch_size)
+        assert len(stream) == len(memory)
+        epochs = [sum(steps_of([loader], 0, len(loader)), Counter()) for loader in (memory, stream)]
+        assert epochs[0] == epochs[1]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    folders(), st.sampled_from(KINDS), st.integers(1, 40), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3, 4]),
+    st.floats(0, 1),
+)  # fmt: skip
+def test_batches_are_the_same_at_any_number_of_ranks_and_after_any_resume(
+    folder: dict, kind: str, batch_size: int, before: int, after: int, part: float
+) -> None:
+    with data_of(folder) as path:
+        if not usable(path, kind) or stream_loader(path, kind, batch_size).lanes < max(before, after):
+            return
+        alone = [stream_loader(path, kind, batch_size)]
+        end = 2 * len(alone[0]) + 1
+        stop = round(part * end)
+        parts = [[stream_loader(path, kind, batch_size, r, n) for r in range(n)] for n in (before, after)]
+        assert steps_of(parts[0], 0, stop) + steps_of(parts[1], stop, end) == steps_of(alone, 0, end)
+
+
+@settings(deadline=None, max_examples=30)
+@given(folders(), st.integers(1, 40), st.sampled_from([1, 2, 3]))
+def test_each_rank_reads_its_own_rows_once_and_has_no_more_sequences_than_said(
+    folder: dict, batch_size: int, ranks: int
+) -> None:
+    with data_of(folder) as path:
+        if not usable(path, "leave-one-out") or stream_loader(path, "leave-one-out", batch_size).lanes < ranks:
+            return
+        times = np.zeros(sum(folder["events"]), int)
+        for rank in range(ranks):
+            loader = stream_loader(path, "leave-one-out", batch_size, rank, ranks)
+            groups, read = loader.stream.groups, loader.stream.groups.read
+
+            def spy(start: int, stop: int, read=read) -> dict[str, np.ndarray]:  # type: ignore[no-untyped-def]
+                times[start:stop] += 1
+                return read(start, stop)
+
+            groups.read = spy  # type: ignore[method-assign, assignment]
+            most = max(len(batch.lengths) for batch in loader.epoch(1))
+            assert most <= loader.most_sequences(2) <= batch_size
+        assert (times == 1).all()
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=12))
+def test_lanes_are_merged_in_proportion(sizes: list[int]) -> None:
+    places = sorted(((i + 0.5) / size, lane) for lane, size in enumerate(sizes) for i in range(size))
+    counts = np.zeros(len(sizes), int)
+    for taken, (_, lane) in enumerate(places):
+        np.testing.assert_array_equal(merged(np.array(sizes), taken), counts)
+        counts[lane] += 1
+    np.testing.assert_array_equal(merged(np.array(sizes), len(places)), sizes)
+
+
+@settings(deadline=None, max_examples=60)
+@given(folders(), st.sampled_from(KINDS), st.floats(0.05, 0.45), st.integers(1, 20))
+def test_a_survey_finds_what_is_known_of_data_in_memory(folder: dict, kind: str, holdout: float, sample: int) -> None:
+    with data_of(folder) as path:
+        data = load_prepared(path)
+        try:
+            splits = split(data, kind, holdout)
+        except DataError:
+            return
+        streamed = load_streamed(path, "all", kind, holdout, sample, 3)
+        stream, fit = streamed.stream, splits.fit(data)
+        np.testing.assert_array_equal(stream.offsets, data.offsets)
+        np.testing.assert_array_equal(stream.train_end, splits.train_end)
+        np.testing.assert_array_equal(stream.counts, np.bincount(data.item[fit], minlength=ITEMS))
+        assert stream.fit_rows == fit.sum()
+        cold = np.zeros(ITEMS, bool) if splits.cold_items is None else splits.cold_items
+        np.testing.assert_array_equal(stream.held_out(np.arange(ITEMS)), cold)
+        if fit.any():
+            known = Known.by(data, fit, values=True)
+            np.testing.assert_array_equal(stream.known.items, known.items)
+            np.testing.assert_array_equal(stream.known.users, known.users)
+            assert stream.known.value_mean == pytest.approx(known.value_mean, rel=1e-4, abs=1e-5)
+            assert stream.known.value_scale == pytest.approx(known.value_scale, rel=1e-3)
+
+
+@settings(deadline=None, max_examples=40)
+@given(folders(), st.data())
+def test_any_rows_of_a_file_can_be_read_alone(folder: dict, data: st.DataObject) -> None:
+    with data_of({**folder, "files": 1}) as path:
+        rows = sum(folder["events"])
+        start = data.draw(st.integers(0, rows - 1))
+        stop = data.draw(st.integers(start + 1, rows))
+        whole, part = load_prepared(path), RowGroups(path).read(start, stop)
+        np.testing.assert_array_equal(part["item_id"], whole.item[start:stop])
+        np.testing.assert_array_equal(part["value"], whole.value[start:stop])
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=40), st.data())
+def test_order_statistics_are_those_of_sorting(timestamps: list[int], data: st.DataObject) -> None:
+    class Groups:
+        def scan(self, columns: list[str]):  # type: ignore[no-untyped-def]
+            for start in range(0, len(timestamps), 7):
+                yield (np.array(timestamps[start : start + 7]),)
+
+    ranks = data.draw(st.lists(st.integers(0, len(timestamps) - 1), min_size=1, max_size=3))
+    assert order_statistics(Groups(), ranks) == [sorted(timestamps)[r] for r in ranks]  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One user has most of the events, and groups are small."""
+    return write_data(tmp_path_factory.mktemp("uneven") / "data", [3, 400, 0, 4, 5, *[6] * 40, 1, 250], 37, 2)
+
+
+@pytest.mark.parametrize("kind", ["leave-one-out", "time"])
+def test_validation_has_the_users_that_it_has_in_memory(uneven: Path, kind: str) -> None:
+    config = load_config(None, [f"data.path={uneven}", f"data.split={kind}", "train.eval_users=9"])
+    streamed = load_data(dataclasses.replace(config, data=dataclasses.replace(config.data, stream=True)))
+    valid = scope_of(config, streamed).splits.valid
+    whole = load_data(config)
+    everyone = scope_of(config, whole).splits.valid
+    chosen = np.sort(np.random.default_rng(config.train.seed).choice(len(everyone), 9, replace=False))
+    np.testing.assert_array_equal(valid.user, everyone.user[chosen])
+    np.testing.assert_array_equal(streamed.item[valid.end], whole.item[everyone.end[chosen]])
+    known = [d.offsets[e.user] for d, e in ((streamed, valid), (whole, everyone.take(chosen)))]
+    np.testing.assert_array_equal(valid.end - known[0], everyone.end[chosen] - known[1])
+
+
+def test_hidden_values_are_hidden_in_the_stream_too(uneven: Path) -> None:
+    options = [f"data.path={uneven}", "data.stream=true", "train.eval_users=9", "data.values=false"]
+    data = load_data(load_config(None, options))
+    assert isinstance(data, StreamedData)
+    assert data.stream.known.value_scale == 0.0 and set(data.value) == {1.0}
+
+
+def test_what_streaming_cannot_do_is_told_before_it_starts(uneven: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"set train\.eval_users"):
+        load_config(None, ["data.stream=true"])
+    few = write_data(tmp_path / "few", [5, 6], 3)
+    with pytest.raises(DataError, match=r"over 2 ranks at most, not 3"):
+        stream_loader(few, "leave-one-out", 4, 0, 3).check_ranks()
+    assert 2 < stream_loader(uneven, "leave-one-out", 4).lanes <= LANES
+
+
+def test_files_that_cannot_be_streamed_are_named(tmp_path: Path) -> None:
+    path = write_data(tmp_path / "data", [9] * 20, 30, 2)
+    first, second = sorted((path / "interactions").iterdir())
+    loader = stream_loader(path, "leave-one-out", 4)
+    broken = bytearray(first.read_bytes())
+    broken[4 : len(broken) // 2] = bytes(len(broken) // 2 - 4)
+    first.write_bytes(broken)
+    with pytest.raises(DataError, match=r"part-00000.*not a readable Parquet file"):
+        list(loader.epoch(0))
+    first.write_bytes(second.read_bytes())  # users 10 … 19 come twice
+    with pytest.raises(DataError, match=r"not sorted by user_id"):
+        stream_loader(path, "leave-one-out", 4)
+
+
+def test_ranks_of_uneven_shards_end_with_the_losses_of_one(uneven: Path, tmp_path: Path, ranks) -> None:  # type: ignore[no-untyped-def]
+    """Two epochs over gloo, where one rank has nothing to learn from in many steps; then evaluate and fine-tune."""
+    options = [
+        *("--data.path", str(uneven), "--data.stream", "true", "--train.eval_users", "9", "--train.batch_size", "4"),
+        *("--data.max_history", "9", "--train.epochs", "2", "--train.log_every", "1", "--model.dim", "8"),
+        *("--model.dropout", "0", "--model.id_dropout", "0", "--model.user_id_dropout", "0", "--train.patience", "0"),
+        *("--distributed.threads", "1", "--loss.negatives", "20", "--train.run"),
+    ]
+    runs = [tmp_path / "one", tmp_path / "two"]
+    assert main(["train", *options, str(runs[0])]) == 0
+    ranks(2, ["-m", "flm_torchrec", "train", *options, str(runs[1])])
+    lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
+    losses = [[line["loss/sequential"] for line in found if "loss/sequential" in line] for found in lines]
+    assert len(losses[0]) == len(losses[1]) > 40
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert all(0 <= line["input_wait"] <= 1 for line in lines[1] if "input_wait" in line)
+    found = []
+    for sample in ([], ["--sample"]):
+        assert main(["evaluate", "--run", str(runs[1]), "--split", "valid", *sample]) == 0
+        found.append(json.loads((runs[1] / "evaluation-valid.json").read_text()))
+    assert [evaluation["users"] for evaluation in found] == [45, 9]
+    best = next(line for line in lines[1] if line["step"] == _best_step(runs[1]) and "valid/sequential/mrr" in line)
+    assert found[1]["table"]["sequential"]["mrr"] == pytest.approx(best["valid/sequential/mrr"], rel=1e-4)
+    assert main(["plan", "--config", str(runs[1] / "config.yaml"), "--hardware", "h100"]) == 0
+    tuned = source_config(runs[1], ["train.run=elsewhere", f"finetune.source={runs[1]}"])
+    assert not tuned.data.stream
+
+
+def _best_step(run: Path) -> int:
+    return json.loads((run / "checkpoints" / "best" / "meta.json").read_text())["step"]
