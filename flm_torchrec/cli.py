@@ -14,6 +14,7 @@ from flm_torchrec.errors import FlmError
 from flm_torchrec.evaluation import command as evaluation_command
 from flm_torchrec.export import command as export_command
 from flm_torchrec.training import command as training_command
+from flm_torchrec.training import forget_command
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _Parser(prog="flm", description=__doc__, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (data_command, distributed_command, training_command, evaluation_command, export_command):
+    stages = (data_command, distributed_command, training_command, evaluation_command, export_command)
+    for command in (*stages, forget_command):
         command.add_parser(subparsers)
     args = parser.parse_args(argv)
     try:
