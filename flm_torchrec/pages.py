@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -117,8 +118,8 @@ def _table(grid: Grid) -> str:
 
 def _plot(plot: Curves | Bars) -> str:
     """As inline SVG."""
-    settings = {
-        "svg.fonttype": "none", "svg.hashsalt": "flm", "font.family": "sans-serif", "font.size": 9,
+    settings: Any = {
+        "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "flm", "font.family": "sans-serif", "font.size": 9,
         "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK,
     }  # fmt: skip
     with matplotlib.rc_context(settings):
@@ -126,24 +127,19 @@ def _plot(plot: Curves | Bars) -> str:
         axes = figure.subplots()
         axes.set_facecolor("none")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(_plain(plot.title), loc="left")
+        axes.set_title(plot.title, loc="left")
         if isinstance(plot, Bars):
             axes.bar(range(len(plot.labels)), plot.heights, color=COLOURS[0])
             turned = 60 if max(map(len, plot.labels), default=0) > 4 else 0
-            axes.set_xticks(range(len(plot.labels)), [_plain(text) for text in plot.labels], rotation=turned)
+            axes.set_xticks(range(len(plot.labels)), plot.labels, rotation=turned)
         else:
             for number, (name, (x, y)) in enumerate(plot.lines.items()):
                 colour, marker = COLOURS[number % len(COLOURS)], "o" if len(x) < 3 else None
-                axes.plot(x, y, marker=marker, linewidth=1.4, color=colour, label=_plain(name))
-            axes.set_xlabel(_plain(plot.x))
+                axes.plot(x, y, marker=marker, linewidth=1.4, color=colour, label=name)
+            axes.set_xlabel(plot.x)
             if len(plot.lines) > 1:
                 axes.legend(frameon=False, fontsize=8)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     drawn = text.getvalue()
     return drawn[drawn.index("<svg") :].replace(INK, "currentColor")
-
-
-def _plain(text: str) -> str:
-    """Without what matplotlib would read as mathematics."""
-    return text.replace("$", r"\$")

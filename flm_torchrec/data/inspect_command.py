@@ -19,8 +19,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "inspect",
         help="is prepared data fit to learn from: distributions, drift, leakage, dead features",
-        description="Look through prepared data, out of core: counts, distributions, drift between days, leakage between"
-        " the parts of a split, dead features, top ids. Problems are told with what to do.",
+        description="Look through prepared data, out of core: counts, distributions, drift between days, leakage"
+        " between the parts of a split, dead features, top ids. Problems are told with what to do.",
         allow_abbrev=False,
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="prepared data")
@@ -30,8 +30,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="split to look for leakage in (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--holdout", type=float, default=0.1, metavar="X", help="time: share of events to test on (default: %(default)s)"
-    )
+        "--holdout", type=float, default=0.1, metavar="X",
+        help="time: share of events to test on (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--memory", type=float, default=2.0, metavar="GIB", help="memory of DuckDB, which spills (default: %(default)s)"
     )

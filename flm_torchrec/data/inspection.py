@@ -55,8 +55,9 @@ def opened(folder: Path, memory_gib: float) -> Iterator[Inspection]:
     if not files:
         raise DataError(f"{folder / 'interactions'}: no Parquet file; prepare the data again")
     with TemporaryDirectory(prefix="flm-inspect-") as spill:
-        limits = {"memory_limit": f"{round(memory_gib * 1024)}MiB", "temp_directory": spill}
-        connection = duckdb.connect(config=limits)
+        connection = duckdb.connect(
+            config={"memory_limit": f"{round(memory_gib * 1024)}MiB", "temp_directory": spill}
+        )
         try:
             events = ", ".join(quoted(str(file)) for file in files)
             connection.execute(
@@ -121,8 +122,10 @@ def look_at_distributions(data: Inspection) -> None:
         if entity == "user":
             short = holders[counts < 3].sum()
             if short > holders.sum() / 2:
-                data.findings.append(f"{short:.0f} of {holders.sum():.0f} users have fewer than 3 events, so leave-one-out"
-                                     " tests few: use --data.split time, or prepare with --k-core 3")  # fmt: skip
+                data.findings.append(
+                    f"{short:.0f} of {holders.sum():.0f} users have fewer than 3 events, so leave-one-out tests few:"
+                    " use --data.split time, or prepare with --k-core 3"
+                )
         else:
             parts.append(_lorenz(counts, holders))
     parts.insert(0, Grid("how many", ("", "least", "25%", "50%", "75%", "99%", "most", "mean"), quantiles))
@@ -136,8 +139,10 @@ def look_at_distributions(data: Inspection) -> None:
         labels = [_seconds(2 ** int(power - 1)) if power else "0 s" for power, _ in gaps]
         parts.append(Bars("events, by time since the user's last (from)", labels, [n for _, n in gaps]))
         if gaps and gaps[0][0] == 0 and gaps[0][1] > sum(n for _, n in gaps) / 2:
-            data.findings.append("most events of a user share their timestamp with the one before, so their order is"
-                                 " not known: prepare with finer timestamps")  # fmt: skip
+            data.findings.append(
+                "most events of a user share their timestamp with the one before, so their order is not known:"
+                " prepare with finer timestamps"
+            )
     data.sections.append(Section("Distributions", parts=parts))
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from flm_torchrec.data.inspection import Inspection
-from flm_torchrec.pages import Curves, Grid, Section
+from flm_torchrec.pages import Bars, Curves, Grid, Section
 
 DAY = 86400
 PERIODS = 60
@@ -63,7 +63,7 @@ def look_at_drift(data: Inspection) -> None:
     ]
     header = ("from", "events", "item popularity", "event types", "by new users", "of new items")
     note = "Each period beside all before it: 0 is the same, 1 shares nothing. Few events diverge by chance alone."
-    parts = [
+    parts: list[Grid | Curves | Bars] = [
         Curves("events a period", after, {"events": (x, events.tolist())}),
         Curves("divergence from all before", after, lines),
         Curves("share of events", after, {f"by a {e} not met before": (x, v.tolist()) for e, v in new.items()}),
@@ -91,9 +91,10 @@ def _divergence() -> str:
             ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS earlier FROM counts GROUP BY period),
         shares AS (SELECT period, n / here AS p, coalesce(sum(n) OVER (PARTITION BY item_id ORDER BY period
             ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) / earlier AS q
-            FROM counts JOIN totals USING (period) WHERE TRUE)
-        SELECT period, sum(p / 2 * log2(2 * p / (p + q)) + CASE WHEN q > 0 THEN q / 2 * log2(2 * q / (p + q)) ELSE 0 END)
-            + (1 - sum(q)) / 2 FROM shares WHERE isfinite(q) GROUP BY period"""
+            FROM counts JOIN totals USING (period))
+        SELECT period, (1 - sum(q)) / 2 + sum(p / 2 * log2(2 * p / (p + q))
+            + CASE WHEN q > 0 THEN q / 2 * log2(2 * q / (p + q)) ELSE 0 END)
+            FROM shares WHERE isfinite(q) GROUP BY period"""
 
 
 def _stability(data: Inspection, count: int) -> np.ndarray:
@@ -114,11 +115,15 @@ def _tell(data: Inspection, labels: list[str], events: np.ndarray, popularity: n
         data.findings.append(f"few or no events in {len(quiet)} periods, first from {quiet[0]}: is the log whole?")
     shifted = [labels[p] for p in np.flatnonzero((types > SHIFTED) & (events >= ENOUGH))]
     if shifted:
-        data.findings.append(f"event types shift in {len(shifted)} periods, first from {shifted[0]}: was the way of"
-                             " logging changed? If so, leave out what is older")  # fmt: skip
+        data.findings.append(
+            f"event types shift in {len(shifted)} periods, first from {shifted[0]}: was the way of logging changed?"
+            " If so, leave out what is older"
+        )
     items = _by_period(data, "SELECT period, count(DISTINCT item_id) FROM periods GROUP BY period", len(labels))
     enough = (events >= ENOUGH) & (events >= ENOUGH_AN_ITEM * items)
     diverged = [labels[p] for p in np.flatnonzero((popularity > DIVERGED) & enough)]
     if diverged:
-        data.findings.append(f"item popularity shifts in {len(diverged)} periods, first from {diverged[0]}: test with"
-                             " --data.split time, and train on newer events")  # fmt: skip
+        data.findings.append(
+            f"item popularity shifts in {len(diverged)} periods, first from {diverged[0]}: test with --data.split time,"
+            " and train on newer events"
+        )

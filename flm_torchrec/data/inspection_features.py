@@ -23,13 +23,14 @@ def look_at_features(data: Inspection) -> None:
         known, values, commonest = (_codes if feature.sparse else _numbers)(data, feature, entity)
         told = f"{commonest / known:.1%}" if known and feature.sparse else ""
         unused = f"{feature.cardinality - values:,}" if feature.sparse and feature.kind != "text" else ""
-        rows.append((feature.name, feature.entity, feature.kind, f"{known / max(held, 1):.1%}", f"{values:,}", told, unused))
+        share = f"{known / max(held, 1):.1%}"
+        rows.append((feature.name, feature.entity, feature.kind, share, f"{values:,}", told, unused))
         if problem := _problem(data, feature, known, held, values):
             names = f"{feature.entity} feature '{feature.name}'"
             data.findings.append(f"{names} {problem}: leave it out with --data.features, or prepare without it")
     header = ("feature", "of", "kind", "known", "values", "commonest", "codes never used")
-    data.sections.append(Section("Features", parts=[Grid("", header, rows)] if rows else [],
-                                 notes=() if rows else ("none: only ids can be learnt",)))  # fmt: skip
+    notes = () if rows else ("none: only ids can be learnt",)
+    data.sections.append(Section("Features", notes, [Grid("", header, rows)] if rows else []))
 
 
 def _problem(data: Inspection, feature: Feature, known: int, held: int, values: int) -> str:

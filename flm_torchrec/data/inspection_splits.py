@@ -41,7 +41,8 @@ def look_at_splits(data: Inspection, split: Split, holdout: float) -> None:
             data.findings.append(f"a {split} split leaves no {name} events: choose another --data.split")
     rows = [("events", *(f"{sizes.get(name, 0):,}" for name in parts))]
     for label, counted in (_seen_again(data, split), *_unseen(data), *_later(data)):
-        rows.append((label, "", *(f"{counted.get(n, 0):,} ({_share(counted.get(n, 0), sizes.get(n, 0)):.2%})" for n in parts[1:])))
+        told = [f"{counted.get(n, 0):,} ({_share(counted.get(n, 0), sizes.get(n, 0)):.2%})" for n in parts[1:]]
+        rows.append((label, "", *told))
     _find_copies(data)
     data.sections.append(Section(f"Split: {split}", parts=[Grid("", ("", *parts), rows)]))
 
@@ -103,18 +104,22 @@ def _later(data: Inspection) -> list[tuple[str, dict[str, int]]]:
     if not data.schema.timestamps:
         return []
     own = dict(data.rows(
-        "SELECT part, count(*) FROM parts JOIN (SELECT user_id, max(timestamp) AS newest FROM parts WHERE part = 'train'"
-        " GROUP BY user_id) USING (user_id) WHERE part <> 'train' AND newest > timestamp GROUP BY part"
+        "SELECT part, count(*) FROM parts JOIN (SELECT user_id, max(timestamp) AS newest FROM parts WHERE"
+        " part = 'train' GROUP BY user_id) USING (user_id) WHERE part <> 'train' AND newest > timestamp GROUP BY part"
     ))  # fmt: skip
     if any(own.values()):
-        data.findings.append(f"leak: {sum(own.values())} events to predict are older than training events of the same"
-                             " user: prepare the data again")  # fmt: skip
+        data.findings.append(
+            f"leak: {sum(own.values())} events to predict are older than training events of the same user:"
+            " prepare the data again"
+        )
     others = dict(data.rows(
         "SELECT part, count(*) FROM parts WHERE part <> 'train' AND timestamp < (SELECT quantile_cont(timestamp, 0.9)"
         " FROM (FROM parts WHERE part = 'train' USING SAMPLE reservoir(100000 ROWS) REPEATABLE (0))) GROUP BY part"
     ))  # fmt: skip
-    return [("older than the same user's training events", own),
-            ("older than the newest tenth of training events", others)]  # fmt: skip
+    return [
+        ("older than the same user's training events", own),
+        ("older than the newest tenth of training events", others),
+    ]
 
 
 def _find_copies(data: Inspection) -> None:

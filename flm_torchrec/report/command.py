@@ -21,7 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder of 'flm train'")
     parser.add_argument("--output", type=Path, metavar="FILE", help="page to write (default: RUN/report.html)")
-    parser.add_argument("--export", type=Path, metavar="DIR", help="export of the run, for nearest items (default: none)")
+    parser.add_argument("--export", type=Path, metavar="DIR", help="export of the run, for nearest items")
     parser.set_defaults(run=run)
 
 

@@ -33,7 +33,8 @@ def neighbours(export: Path | None, data: Path) -> Section:
         counts = _counts(data, rows.count_rows())
         order = np.argsort(-counts, kind="stable")
         picked = order[np.unique(np.linspace(0, len(order) - 1, SAMPLES).astype(int))]
-        table = rows.to_table(columns=["item_id", "item_key", "title", "embedding"], filter=pc.field("item_id").isin(picked))
+        columns = ["item_id", "item_key", "title", "embedding"]
+        table = rows.to_table(columns=columns, filter=pc.field("item_id").isin(picked))
         table = table.take(pc.index_in(pa.array(picked), table["item_id"]))
         ids, scores = _nearest(rows, _unit(table["embedding"].combine_chunks()), picked)
         told = rows.to_table(columns=["item_id", "title"], filter=pc.field("item_id").isin(np.unique(ids)))

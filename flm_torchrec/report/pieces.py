@@ -94,7 +94,8 @@ def best(run: Path) -> Section:
     rows = [("step", str(found["step"]))]
     rows += [(f"weight of {head}", f"{weight:.3g}") for head, weight in found.get("fusion", {}).items()]
     rows += [(f"validation {name}", f"{value:.4f}") for name, value in found.get("valid", {}).items()]
-    notes = () if "fusion" in found else ("no fusion weights: they are chosen when training ends, for model.fusion sum",)
+    told = "no fusion weights: they are chosen when training ends, for model.fusion sum"
+    notes = () if "fusion" in found else (told,)
     return Section("Best checkpoint and fusion", notes, [Grid("", ("", ""), rows)])
 
 
