@@ -27,7 +27,7 @@ caption { text-align: left; font-weight: 600; padding: .3rem 0; }
 th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid light-dark(#e6e9ed, #2a3037); }
 th:first-child, td:first-child { text-align: left; }
 ul.findings { background: light-dark(#fff4e5, #3a2a12); padding: .8rem 2rem; border-radius: .4rem; }
-svg { max-width: 100%; height: auto; margin: .5rem 1rem .5rem 0; }
+svg { width: min(100%, 34rem); height: auto; margin: .5rem 1rem .5rem 0; }
 """
 
 
@@ -119,7 +119,8 @@ def _table(grid: Grid) -> str:
 def _plot(plot: Curves | Bars) -> str:
     """As inline SVG."""
     settings: Any = {
-        "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "flm", "font.family": "sans-serif", "font.size": 9,
+        "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "flm",
+        "font.family": "sans-serif", "font.size": 9,
         "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK,
     }  # fmt: skip
     with matplotlib.rc_context(settings):
