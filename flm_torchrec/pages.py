@@ -141,6 +141,7 @@ def _plot(plot: Curves | Bars) -> str:
             if len(plot.lines) > 1:
                 axes.legend(frameon=False, fontsize=8)
         text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+        unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(text, format="svg", transparent=True, metadata=unsaid)
     drawn = text.getvalue()
     return drawn[drawn.index("<svg") :].replace(INK, "currentColor")

@@ -91,9 +91,7 @@ def test_nothing_of_the_user_is_left_and_others_are_as_before(copy: Path) -> Non
                 assert torch.equal(tensor, was), name
 
 
-def test_training_goes_on_and_others_metrics_are_as_before(
-    copy: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_goes_on_and_others_metrics_are_as_before(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, run = copy / "data", copy / "run"
     question = ["evaluate", "--run", str(run), "--user", STAYS, "--markdown"]
     rows = ("content", "sequential", "collaborative", "fused")

@@ -1,4 +1,4 @@
-"""Inspecting prepared data: what is amiss is told, what is well is not, and figures are those of a plain computation."""
+"""Inspecting prepared data: what is amiss is told, what is well is not, and figures are right."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def write(
             "value": np.ones(len(user), np.float32)}  # fmt: skip
     pq.write_table(pa.table(rows), folder / "interactions/part-00000.parquet")
     users, items = int(user.max()) + 1, int(item.max()) + 1
-    pq.write_table(pa.table({"user_id": range(users), "user_key": [f"u{u}" for u in range(users)]}), folder / "users.parquet")
+    pq.write_table(
+        pa.table({"user_id": range(users), "user_key": [f"u{u}" for u in range(users)]}), folder / "users.parquet"
+    )
     columns = {f.column: values for f, values in features}
     keys = {"item_id": list(range(items)), "item_key": [f"<script>i{i}</script>" for i in range(items)]}
     pq.write_table(pa.table({**keys, **columns}), folder / "items.parquet")
@@ -77,13 +79,22 @@ def planted() -> dict[str, tuple[list[tuple[int, ...]], str]]:
     return {
         "leak": ([*events, *((60 + u, i, 5 * DAY, 0) for u in range(9) for i in (u, 10, u))], "leak: 9 test events"),
         "copies": (same, "19 of 20 users"),
-        "hole": ([e for e in events if not 5 <= e[2] // DAY < 9], "few or no events in 4 periods, first from 1970-01-06"),
+        "hole": (
+            [e for e in events if not 5 <= e[2] // DAY < 9],
+            "few or no events in 4 periods, first from 1970-01-06",
+        ),
         "types": ([(u, i, t, int(t >= 5 * DAY)) for u, i, t, _ in busy], "event types shift in"),
         "items": ([(u, i + 20 * (t >= 8 * DAY), t, 0) for u, i, t, _ in busy], "item popularity shifts in 2 periods"),
         "robot": ([*events, *((60, n % 30, n * 1000, 0) for n in range(1500))], "user 'u60' has 71.4% of all events"),
-        "short": ([(u, (u * 7 + n) % 30, n * DAY + u, 0) for u in range(60) for n in range(1 + (u < 20) * 3)], "40 of 60"),
+        "short": (
+            [(u, (u * 7 + n) % 30, n * DAY + u, 0) for u in range(60) for n in range(1 + (u < 20) * 3)],
+            "40 of 60",
+        ),
         "unsorted": ([(0, 1, 9 * DAY, 0), (0, 2, 1, 0), *((u + 1, *e) for u, *e in events)], "1 events are older"),
-        "ties": ([(u, (u * 3 + n) % 30, u * DAY // 4, 0) for u in range(60) for n in range(6)], "share their timestamp"),
+        "ties": (
+            [(u, (u * 3 + n) % 30, u * DAY // 4, 0) for u in range(60) for n in range(6)],
+            "share their timestamp",
+        ),
     }
 
 
@@ -97,7 +108,7 @@ def test_a_planted_fault_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_users_never_met_in_training_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    late = [(u, i, t + (u > 30) * 40 * DAY, 0) for u, i, t, _ in steady()]
+    late = [(u, i, t + (u > 40) * 40 * DAY, 0) for u, i, t, _ in steady()]
     lines = findings(write(tmp_path / "data", late), "--split", "time", "--holdout", "0.2", capsys=capsys)
     assert any("100% of test events have a user never met in training" in line for line in lines)
 
@@ -145,7 +156,9 @@ def test_drift_is_that_of_a_plain_computation(tmp_path_factory: pytest.TempPathF
     events = [(0, int(rng.integers(8)), day * DAY + n, int(rng.integers(2))) for day in range(days) for n in range(9)]
     folder = write(tmp_path_factory.mktemp("drift") / "data", events)
     with opened(folder, 1.0) as data:
-        data.connection.execute(f"CREATE TEMP VIEW periods AS SELECT *, (timestamp // {DAY})::INT AS period FROM events")
+        data.connection.execute(
+            f"CREATE TEMP VIEW periods AS SELECT *, (timestamp // {DAY})::INT AS period FROM events"
+        )
         popularity, types = _by_period(data, _divergence(), days), _stability(data, days)
     loaded = load_prepared(folder)
     day = loaded.timestamp // DAY
@@ -154,12 +167,16 @@ def test_drift_is_that_of_a_plain_computation(tmp_path_factory: pytest.TempPathF
         with np.errstate(divide="ignore", invalid="ignore"):
             parts = [np.nansum(x * np.log2(2 * x / (p + q))) / 2 for x in (p, q)]
         assert popularity[number] == pytest.approx(sum(parts), abs=1e-9)
-        p, q = (np.bincount(loaded.event[m], minlength=2) + 0.5 * n for m, n in ((day == number, 1), (day < number, number)))
+        p, q = (
+            np.bincount(loaded.event[m], minlength=2) + 0.5 * n for m, n in ((day == number, 1), (day < number, number))
+        )
         p, q = p / p.sum(), q / q.sum()
         assert types[number] == pytest.approx(float(((p - q) * np.log(p / q)).sum()))
 
 
-def test_a_log_of_one_day_or_without_timestamps_has_no_drift(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_of_one_day_or_without_timestamps_has_no_drift(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     one = write(tmp_path / "one", [(u, i % 7, i * 60, 0) for u in range(5) for i in range(u, 9)])
     none = write(tmp_path / "none", steady(), timestamps=False)
     for folder, told in ((one, "of one day"), (none, "no timestamps")):

@@ -22,7 +22,8 @@ def run(tmp_path: Path) -> Path:
         each.mkdir(parents=True)
     config = load_config(None, [f"data.path={data}", f"train.run={folder}", "model.dim=32"])
     (folder / "config.yaml").write_text(to_yaml(config))
-    lines = [{"step": n, "seconds": 1.0, "loss/content": 3 / n, "loss/sequential": 2 / n, "lr_factor": 1} for n in (1, 2)]
+    losses = {"loss/content": 3.0, "loss/sequential": 2.0, "lr_factor": 1}
+    lines = [{"step": n, "seconds": 1.0, **losses} for n in (1, 2)]
     lines.append({"step": 2, "seconds": 2.0, "valid/fused/ndcg@10": 0.1, "valid/content/ndcg@10": 0.2})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')
     table = {"popularity": {"hr@10": 0.125}, "fused": {"hr@10": 0.25, "mrr": 0.0625}}
@@ -33,7 +34,8 @@ def run(tmp_path: Path) -> Path:
     (folder / "plan.json").write_text(json.dumps({"world_size": 2, "tables": tables}))
     meta = {"step": 2, "valid": {"fused/ndcg@10": 0.1}, "fusion": {"content": 0.75}}
     (folder / "checkpoints/best/meta.json").write_text(json.dumps(meta))
-    (data / "report.json").write_text(json.dumps({"rows_kept": 9, "dropped": {"no user": {"rows": 4, "examples": ["a"]}}}))
+    dropped = {"no user": {"rows": 4, "examples": ["a"]}}
+    (data / "report.json").write_text(json.dumps({"rows_kept": 9, "dropped": dropped}))
     pq.write_table(pa.table({"item_id": [0, 0, 0, 1, 1, 2]}), data / "interactions/part-00000.parquet")
     return folder
 
