@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -60,9 +60,11 @@ class Bars:
 
 @dataclass(frozen=True)
 class Section:
+    """A part of the page: notes, then tables and plots."""
+
     title: str
     notes: Sequence[str] = ()
-    parts: Sequence[Grid | Curves | Bars] = field(default=())
+    parts: Sequence[Grid | Curves | Bars] = ()
 
 
 def html(title: str, findings: Sequence[str], sections: Sequence[Section], none: str = "") -> str:

@@ -18,9 +18,10 @@ from flm_torchrec.data import forget as data_forget
 from flm_torchrec.data.prepare import Options, prepare
 from flm_torchrec.data.prepared import load_prepared
 from flm_torchrec.data.privacy import hash_keys
+from flm_torchrec.data.rows import look_ups, parse_tables
 from flm_torchrec.data.sources import synthetic
 from flm_torchrec.training import storage
-from flm_torchrec.training.forget import forget
+from flm_torchrec.training.forget import forget, rows_to_reset
 from flm_torchrec.training.job import pretrain
 
 GONE, STAYS = "u17", "u18"
@@ -186,6 +187,16 @@ def test_a_value_that_nobody_else_has_goes_too(tmp_path: Path) -> None:
     assert holders(tmp_path / "data", "b@x.org") and holders(tmp_path / "data", "Ulm")
 
 
+def test_of_a_hashed_table_the_shared_row_is_reset(tmp_path: Path) -> None:
+    source = synthetic.read(synthetic.Recipe(users=40, items=100, events=8, seed=1))
+    prepare(source, tmp_path / "data", Options(tables=parse_tables("user_id=hash:8")))
+    forget(tmp_path / "data", [GONE], [], [])
+    data = load_prepared(tmp_path / "data")
+    gone = data_forget.forgotten_users(tmp_path / "data/users.parquet")
+    row = look_ups(data.schema.table("user_id"), gone)
+    assert rows_to_reset(data, gone)["user_id"].tolist() == row.tolist() and 0 <= row[0] < 8
+
+
 def test_what_cannot_be_done_is_told_before_anything_changes(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +216,11 @@ def test_what_cannot_be_done_is_told_before_anything_changes(
     refused("--data", data, "--user", GONE, "--key-file", str(tmp_path / "none"), says="not found")
     refused("--data", data, "--user", GONE, "--run", str(tmp_path), says="no run folder")
     refused("--data", data, "--user", GONE, "--export", str(tmp_path / "none"), says="not found")
+    schema = copy / "run/vocabulary/schema.yaml"
+    shared = schema.read_text()
+    schema.write_text(shared + "tables:\n  user_id: {kind: zch, rows: 8}\n")
+    refused("--data", data, "--user", GONE, "--run", run, says="managed (zch)")
+    schema.write_text(shared)
     (copy / "run/checkpoints/best/meta.json").write_text("{}")
     refused("--data", data, "--user", GONE, "--run", run, says="has changed since")
     (copy / "run/vocabulary/fingerprint").write_text("0" * 64)

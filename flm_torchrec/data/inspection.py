@@ -59,13 +59,13 @@ def opened(folder: Path, memory_gib: float) -> Iterator[Inspection]:
             config={"memory_limit": f"{round(memory_gib * 1024)}MiB", "temp_directory": spill}
         )
         try:
-            events = ", ".join(quoted(str(file)) for file in files)
+            events = ", ".join(_quoted(str(file)) for file in files)
             connection.execute(
                 "CREATE VIEW events AS SELECT * EXCLUDE (file_row_number), file_row_number AS place"
                 f" FROM read_parquet([{events}], file_row_number = true)"
             )
             for entity in ("items", "users"):
-                file = quoted(str(folder / f"{entity}.parquet"))
+                file = _quoted(str(folder / f"{entity}.parquet"))
                 connection.execute(f"CREATE VIEW {entity} AS SELECT * FROM read_parquet({file})")
             yield Inspection(folder, schema, connection)
         except duckdb.Error as error:
@@ -228,7 +228,7 @@ def _date(seconds: int) -> str:
     return str(np.datetime64(seconds, "s")).replace("T", " ")
 
 
-def quoted(text: str) -> str:
+def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 

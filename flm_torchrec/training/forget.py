@@ -112,7 +112,7 @@ def _checkpoints(run: Path) -> list[Path]:
 def _forget_in_run(run: Path, data: PreparedData) -> str:
     """All users that the data has forgotten; the vocabulary comes last, so that it tells whether all is done."""
     gone = forgotten_users(data.path / "users.parquet")
-    rows = _rows(data, gone)
+    rows = rows_to_reset(data, gone)
     checkpoints = _checkpoints(run)
     for folder in checkpoints:
         tensors = storage.read_all(folder)
@@ -132,8 +132,8 @@ def _forget_in_run(run: Path, data: PreparedData) -> str:
     return told
 
 
-def _rows(data: PreparedData, gone: np.ndarray) -> dict[str, np.ndarray]:
-    """By table of users: rows to reset. Of features, those that no user has any more, where ids have rows alone."""
+def rows_to_reset(data: PreparedData, gone: np.ndarray) -> dict[str, np.ndarray]:
+    """By table of users, [n] int64: rows to reset. Of features, those that no user has any more, where ids have rows alone."""
     schema = data.schema
     rows = {"user_id": np.unique(look_ups(schema.table("user_id"), gone))}
     features = schema.of("user", sparse=True)
