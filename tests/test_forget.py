@@ -11,12 +11,14 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flm_torchrec.cli import main
 from flm_torchrec.config import load_config
 from flm_torchrec.data import forget as data_forget
 from flm_torchrec.data.prepare import Options, prepare
-from flm_torchrec.data.prepared import load_prepared
+from flm_torchrec.data.prepared import PreparedData, load_prepared
 from flm_torchrec.data.privacy import hash_keys
 from flm_torchrec.data.rows import look_ups, parse_tables
 from flm_torchrec.data.sources import synthetic
@@ -28,7 +30,7 @@ GONE, STAYS = "u17", "u18"
 SETTINGS = ("train.epochs=2", "train.batch_size=16", "train.checkpoint_every=2", "model.dim=16", "loss.negatives=64")
 
 
-def settings(folder: Path, *more: str) -> list[str]:
+def config_of(folder: Path, *more: str) -> list[str]:
     return [*SETTINGS, f"data.path={folder / 'data'}", f"train.run={folder / 'run'}", *more]
 
 
@@ -37,7 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with prepared data and a run made with it."""
     folder = tmp_path_factory.mktemp("forget")
     prepare(synthetic.read(synthetic.Recipe(users=60, items=100, events=10, seed=3)), folder / "data", Options())
-    pretrain(load_config(None, settings(folder)))
+    pretrain(load_config(None, config_of(folder)))
     return folder
 
 
@@ -106,7 +108,7 @@ def test_training_goes_on_and_others_metrics_are_as_before(copy: Path, capsys: p
     assert GONE not in capsys.readouterr().out
     assert metrics() == before and before
     shutil.rmtree(max((run / "checkpoints").glob("step-*")))  # as if it had been killed before the end
-    finished = pretrain(load_config(None, settings(copy, "train.existing=resume")))
+    finished = pretrain(load_config(None, config_of(copy, "train.existing=resume")))
     assert "resuming after step" in (run / "train.log").read_text()
     assert finished.steps > 0
 
@@ -185,6 +187,27 @@ def test_a_value_that_nobody_else_has_goes_too(tmp_path: Path) -> None:
     forget(tmp_path / "data", ["a"], [], [])
     assert holders(tmp_path / "data", "a@x.org") == []
     assert holders(tmp_path / "data", "b@x.org") and holders(tmp_path / "data", "Ulm")
+
+
+@given(gone=st.sets(st.integers(0, 119), min_size=1, max_size=119), cut=st.integers(1, 119), group=st.integers(1, 400))
+@settings(max_examples=15, deadline=None)
+def test_whoever_is_forgotten_all_others_keep_their_rows(
+    small: PreparedData, tmp_path_factory: pytest.TempPathFactory, gone: set[int], cut: int, group: int
+) -> None:
+    folder = tmp_path_factory.mktemp("any") / "data"
+    shutil.copytree(small.path, folder)
+    file = folder / "interactions/part-00000.parquet"
+    rows = pl.read_parquet(file)
+    for part, half in enumerate((rows.filter(pl.col("user_id") < cut), rows.filter(pl.col("user_id") >= cut))):
+        half.write_parquet(folder / f"interactions/part-{part:05d}.parquet", row_group_size=group)
+    data_forget.forget_rows(folder, [small.user_keys[user] for user in gone])
+    after = pl.read_parquet(folder / "interactions/*.parquet")
+    assert after.equals(rows.filter(~pl.col("user_id").is_in(list(gone))))
+    assert data_forget.forgotten_users(folder / "users.parquet").tolist() == sorted(gone)
+    kept = ~pl.col("user_id").is_in(list(gone))
+    before = pl.read_parquet(small.path / "users.parquet").filter(kept)
+    assert pl.read_parquet(folder / "users.parquet").filter(kept).equals(before)
+    load_prepared(folder)
 
 
 def test_of_a_hashed_table_the_shared_row_is_reset(tmp_path: Path) -> None:

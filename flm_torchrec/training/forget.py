@@ -133,7 +133,7 @@ def _forget_in_run(run: Path, data: PreparedData) -> str:
 
 
 def rows_to_reset(data: PreparedData, gone: np.ndarray) -> dict[str, np.ndarray]:
-    """By table of users, [n] int64: rows to reset. Of features, those that no user has any more, where ids have rows alone."""
+    """By table of users, [n] int64: rows to reset; of features those that no user has, where ids share none."""
     schema = data.schema
     rows = {"user_id": np.unique(look_ups(schema.table("user_id"), gone))}
     features = schema.of("user", sparse=True)
