@@ -27,7 +27,7 @@ caption { text-align: left; font-weight: 600; padding: .3rem 0; }
 th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid light-dark(#e6e9ed, #2a3037); }
 th:first-child, td:first-child { text-align: left; }
 ul.findings { background: light-dark(#fff4e5, #3a2a12); padding: .8rem 2rem; border-radius: .4rem; }
-svg { width: min(100%, 34rem); height: auto; margin: .5rem 1rem .5rem 0; }
+svg { width: min(100%, 32rem); height: auto; margin: .5rem 1rem .5rem 0; }
 """
 
 
@@ -115,7 +115,9 @@ def _rich(grid: Grid) -> RichTable:
 def _table(grid: Grid) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in grid.header)
     rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in grid.rows)
-    return f"<table><caption>{escape(grid.title)}</caption><tr>{head}</tr>{rows}</table>"
+    caption = f"<caption>{escape(grid.title)}</caption>" if grid.title else ""
+    head = f"<tr>{head}</tr>" if any(grid.header) else ""
+    return f"<table>{caption}{head}{rows}</table>"
 
 
 def _plot(plot: Curves | Bars) -> str:

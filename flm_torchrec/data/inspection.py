@@ -117,7 +117,7 @@ def look_at_distributions(data: Inspection) -> None:
             f"SELECT n, count(*) FROM (SELECT count(*) AS n FROM events GROUP BY {entity}_id) GROUP BY n ORDER BY n"
         )
         counts, holders = (np.array(column, float) for column in zip(*found, strict=True))
-        quantiles.append([f"events a {entity}", *_quantiles(counts, holders)])
+        quantiles.append([f"events of {'a user' if entity == 'user' else 'an item'}", *_quantiles(counts, holders)])
         parts.append(_by_powers(f"{entity}s, by number of events", counts, holders))
         if entity == "user":
             short = holders[counts < 3].sum()

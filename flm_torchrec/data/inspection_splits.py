@@ -93,7 +93,7 @@ def _unseen(data: Inspection) -> list[tuple[str, dict[str, int]]]:
         if _share(counted.get("test", 0), total) > COLD:
             data.findings.append(
                 f"{_share(counted['test'], total):.0%} of test events have a{'n item' if entity == 'item' else ' user'}"
-                " never met in training, where only features help: prepare with --k-core, or split otherwise"
+                " never met in training, whose id tells nothing: prepare with --k-core, or split otherwise"
             )
         found.append((f"{entity} not in training", counted))
     return found
