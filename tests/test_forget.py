@@ -143,6 +143,12 @@ def test_a_kill_between_the_two_renames_is_mended(copy: Path) -> None:
     assert holders(copy, GONE) == [] and not fresh.exists() and not older.exists()
 
 
+def test_a_link_to_data_stays_one(copy: Path) -> None:
+    (copy / "linked").symlink_to(copy / "data")
+    forget(copy / "linked", [GONE], [], [])
+    assert (copy / "linked").is_symlink() and holders(copy / "data", GONE) == []
+
+
 def test_a_run_left_out_is_brought_up_to_date_later(copy: Path) -> None:
     forget(copy / "data", [GONE], [], [])
     forget(copy / "data", [STAYS], [], [])
@@ -248,5 +254,11 @@ def test_what_cannot_be_done_is_told_before_anything_changes(
     refused("--data", data, "--user", GONE, "--run", run, says="has changed since")
     (copy / "run/vocabulary/fingerprint").write_text("0" * 64)
     refused("--data", data, "--user", GONE, "--run", run, says="other data")
+    file = copy / "data/interactions/part-00000.parquet"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    assert main(["forget", "--data", data, "--user", GONE]) == 2
+    assert "not a readable Parquet file" in capsys.readouterr().err and len(list(copy.iterdir())) == 2
+    file.write_bytes(whole)
     (copy / "data/report.json").write_text("{")
     refused("--data", data, "--user", GONE, says="report.json: not readable")

@@ -32,7 +32,10 @@ def tombstone(user: int) -> str:
 
 def keys_and_ids(file: Path) -> tuple[list[str], np.ndarray]:
     """The keys of a users.parquet, and [users] int64 their ids."""
-    table = _opened(file).read(["user_id", "user_key"])
+    source = _opened(file)
+    if missing := {"user_id", "user_key"} - set(source.schema_arrow.names):
+        raise DataError(f"{file}: no column '{min(missing)}'; prepare the data again")
+    table = source.read(["user_id", "user_key"])
     return table["user_key"].to_pylist(), table["user_id"].to_numpy()
 
 
@@ -50,6 +53,7 @@ def nearest_keys(key: str, known: list[str]) -> str:
 
 def mend(folder: Path) -> None:
     """Undo a replacement that was interrupted between its two renames."""
+    folder = folder.resolve()
     fresh, older = beside(folder)
     if older.exists() and not folder.exists():
         older.rename(folder)
@@ -87,12 +91,11 @@ def forget_rows(folder: Path, keys: Iterable[str]) -> dict[str, int]:
         write_text(fresh / "report.json", json.dumps(_without(report, gone, counts, before), indent=2))
         replace(schema, interactions=kept).save(fresh / "schema.yaml")
         exchange(folder)
-    except OSError as error:
+    except (OSError, pa.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise DataError(f"{folder}: not rewritten ({reason}); what was there is kept") from error
+    finally:
         shutil.rmtree(fresh, ignore_errors=True)
-        raise DataError(f"{folder}: not rewritten ({error.strerror or error}); what was there is kept") from error
-    except DataError:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
     return counts
 
 
@@ -112,11 +115,13 @@ def unused_codes(folder: Path, features: Sequence[Feature]) -> np.ndarray:
 
 def beside(folder: Path) -> tuple[Path, Path]:
     """Where a folder's replacement is made, and where the older one waits between the two renames."""
+    folder = folder.resolve()  # where a link leads to, the folder itself is
     return folder.with_name(f".{folder.name}.forgetting"), folder.with_name(f".{folder.name}.before-forgetting")
 
 
 def exchange(folder: Path) -> None:
     """Put the replacement in the place of the folder; `mend` undoes an interruption."""
+    folder = folder.resolve()
     fresh, older = beside(folder)
     folder.rename(older)
     fresh.rename(folder)
