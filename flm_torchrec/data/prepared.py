@@ -27,6 +27,21 @@ def spans(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum()) + np.repeat(start - before, lengths)
 
 
+def fingerprint_of(path: Path) -> str:
+    """A digest of the schema and of the size and end of every file, which tells other data at no cost that grows.
+
+    The end of a Parquet file has the sizes of its column chunks, with least and greatest value of each.
+    """
+    digest = hashlib.sha256((path / "schema.yaml").read_bytes())
+    for file in sorted(path.rglob("*.parquet")):
+        digest.update(str(file.relative_to(path)).encode())
+        with file.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - FOOTER))
+            digest.update(size.to_bytes(8, "little") + stream.read())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Ragged:
     """Rows of differing length: row *i* is `values[offsets[i]:offsets[i + 1]]`."""
@@ -110,21 +125,6 @@ class PreparedData:
             return self.item_keys
         shown = _keys(self.path / "items.parquet", self.schema.title)
         return [title or key for title, key in zip(shown, self.item_keys, strict=True)]
-
-
-def fingerprint_of(path: Path) -> str:
-    """A digest of the schema and of the size and end of every file, which tells other data at no cost that grows.
-
-    The end of a Parquet file has the sizes of its column chunks, with least and greatest value of each.
-    """
-    digest = hashlib.sha256((path / "schema.yaml").read_bytes())
-    for file in sorted(path.rglob("*.parquet")):
-        digest.update(str(file.relative_to(path)).encode())
-        with file.open("rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, size - FOOTER))
-            digest.update(size.to_bytes(8, "little") + stream.read())
-    return digest.hexdigest()
 
 
 def load_prepared(path: str | Path, features: str | Sequence[str] = "all") -> PreparedData:
