@@ -9,11 +9,14 @@ from typing import NoReturn
 
 from flm_torchrec.config import nearest
 from flm_torchrec.data import command as data_command
+from flm_torchrec.data import inspect_command
 from flm_torchrec.distributed import command as distributed_command
 from flm_torchrec.errors import FlmError
 from flm_torchrec.evaluation import command as evaluation_command
 from flm_torchrec.export import command as export_command
+from flm_torchrec.report import command as report_command
 from flm_torchrec.training import command as training_command
+from flm_torchrec.training import forget_command
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _Parser(prog="flm", description=__doc__, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (data_command, distributed_command, training_command, evaluation_command, export_command):
+    stages = (data_command, distributed_command, training_command, evaluation_command, export_command)
+    for command in (*stages, inspect_command, report_command, forget_command):
         command.add_parser(subparsers)
     args = parser.parse_args(argv)
     try:

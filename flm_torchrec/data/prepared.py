@@ -30,6 +30,21 @@ def spans(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum()) + np.repeat(start - before, lengths)
 
 
+def fingerprint_of(path: Path) -> str:
+    """A digest of the schema and of the size and end of every file, which tells other data at no cost that grows.
+
+    The end of a Parquet file has the sizes of its column chunks, with least and greatest value of each.
+    """
+    digest = hashlib.sha256((path / "schema.yaml").read_bytes())
+    for file in sorted(path.rglob("*.parquet")):
+        digest.update(str(file.relative_to(path)).encode())
+        with file.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - FOOTER))
+            digest.update(size.to_bytes(8, "little") + stream.read())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Ragged:
     """Rows of differing length: row *i* is `values[offsets[i]:offsets[i + 1]]`."""
@@ -85,18 +100,8 @@ class PreparedData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of the schema and of the size and end of every file, which tells other data at no cost that grows.
-
-        The end of a Parquet file has the sizes of its column chunks, with least and greatest value of each.
-        """
-        digest = hashlib.sha256((self.path / "schema.yaml").read_bytes())
-        for file in sorted(self.path.rglob("*.parquet")):
-            digest.update(str(file.relative_to(self.path)).encode())
-            with file.open("rb") as stream:
-                size = stream.seek(0, os.SEEK_END)
-                stream.seek(max(0, size - FOOTER))
-                digest.update(size.to_bytes(8, "little") + stream.read())
-        return digest.hexdigest()
+        """See `fingerprint_of`."""
+        return fingerprint_of(self.path)
 
     def save_vocabulary(self, folder: Path) -> None:
         """Write what rows of the tables stand for: the schema, keys of users and items, values behind codes."""

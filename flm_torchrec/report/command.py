@@ -1,0 +1,64 @@
+"""`flm report`."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from flm_torchrec.config import load_config
+from flm_torchrec.errors import RunError
+from flm_torchrec.files import write_text
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "report",
+        help="one HTML page of a run: settings, curves, metrics, plan, data, nearest items",
+        description="Write one HTML page of a run, which needs no other file: settings, curves, metric tables, fusion"
+        " weights, sharding plan, data report, nearest items. What the run folder lacks is named on the page.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder of 'flm train'")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="page to write (default: RUN/report.html)")
+    parser.add_argument("--export", type=Path, metavar="DIR", help="export of the run, for nearest items")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the page and say where it is and what it lacks.
+
+    Raises:
+        RunError: no run folder, or no place for the page.
+    """
+    folder = args.run_folder
+    if not (folder / "config.yaml").is_file():
+        inner = [str(file.parent) for file in sorted(folder.glob("*/config.yaml"))]
+        hint = f"; give one of {', '.join(inner)}" if inner else f"; make one with 'flm train --train.run {folder}'"
+        raise RunError(f"{folder}: no config.yaml, so no run folder{hint}")
+    output = args.output or folder / "report.html"
+    if not output.parent.is_dir():
+        raise RunError(f"{output.parent}: not found; --output must be in a folder that is there")
+    config = load_config(folder / "config.yaml")
+    # Imported here: a wrong option should be told at once.
+    from flm_torchrec import pages
+    from flm_torchrec.report import pieces
+    from flm_torchrec.report.neighbours import neighbours
+
+    data = Path(config.data.path)
+    missing, sections = pieces.sections_of(
+        {
+            "settings": partial(pieces.settings, config),
+            "curves": partial(pieces.curves, folder),
+            "evaluation": partial(pieces.evaluations, folder),
+            "best checkpoint": partial(pieces.best, folder),
+            "plan": partial(pieces.plan, folder),
+            "nearest items": partial(neighbours, args.export, data),
+            "data": partial(pieces.data_report, data),
+            "versions": pieces.versions,
+        }
+    )
+    write_text(output, pages.html(f"Run {folder.name}", [f"missing: {line}" for line in missing], sections))
+    for line in missing:
+        print(f"missing: {line}")
+    print(f"page: {output}")

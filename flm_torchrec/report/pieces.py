@@ -1,0 +1,182 @@
+"""What a run folder holds for people, each piece as a section of a page; what is missing is told, not an error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from flm_torchrec.config import Config
+from flm_torchrec.pages import Curves, Grid, Section
+
+NUMBER = 4
+"""Bytes of a weight (float32)."""
+PACKAGES = ("flm_torchrec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "faiss-cpu")
+
+
+class Missing(Exception):
+    """A piece is not there or not readable: why, and what makes it."""
+
+
+def sections_of(pieces: dict[str, Callable[[], Section]]) -> tuple[list[str], list[Section]]:
+    """What is missing, a line each, and the sections that are there."""
+    missing, found = [], []
+    for name, piece in pieces.items():
+        try:
+            found.append(piece())
+        except Missing as error:
+            missing.append(f"{name}: {error}")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            missing.append(f"{name}: not as it is written ({type(error).__name__}: {error})")
+    return missing, found
+
+
+def settings(config: Config) -> Section:
+    """What differs from the defaults."""
+    made, default = asdict(config), asdict(Config())
+    rows = [
+        (f"{section}.{name}", str(value), str(default[section][name]))
+        for section, content in made.items()
+        for name, value in content.items()
+        if value != default[section][name]
+    ]
+    notes = () if rows else ("all settings are the defaults",)
+    grid = Grid("settings that differ from the defaults", ("setting", "here", "default"), rows)
+    return Section("Configuration", notes, [grid] if rows else [])
+
+
+def curves(run: Path) -> Section:
+    """Everything in metrics.jsonl over steps: losses together, heads together by metric, the rest alone."""
+    file = run / "metrics.jsonl"
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    broken = 0
+    for line in _text(file, "'flm train' writes it").splitlines():
+        try:
+            record = json.loads(line)
+            step = float(record.pop("step"))
+            values = {name: float(value) for name, value in record.items() if name != "seconds"}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            broken += 1
+            continue
+        for name, value in values.items():
+            x, y = series.setdefault(name, ([], []))
+            x.append(step)
+            y.append(value)
+    if not series:
+        raise Missing(f"{file} has no line of metrics; let the training log once")
+    plots: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for name, points in series.items():
+        title, line = _place(name)
+        plots.setdefault(title, {})[line] = points
+    notes = [f"{broken} lines of metrics.jsonl are no records and left out"] if broken else []
+    return Section("Curves", notes, [Curves(title, "step", lines) for title, lines in plots.items()])
+
+
+def evaluations(run: Path) -> Section:
+    """Each evaluation-*.json: heads beside baselines, over all examples and by segment."""
+    files = sorted(run.glob("evaluation-*.json"))
+    if not files:
+        raise Missing(f"no evaluation-*.json; 'flm evaluate --run {run}' writes one")
+    grids = []
+    for file in files:
+        found = _json(file, f"'flm evaluate --run {run}' writes it")
+        grids.append(_metrics(f"{found['split']}, {found['users']} users", found["table"]))
+        grids += [_metrics(f"of {found['split']}, '{label}'", t) for label, t in found.get("segments", {}).items()]
+    return Section("Evaluation", parts=grids)
+
+
+def best(run: Path) -> Section:
+    """The best checkpoint: step, validation, weights of the heads in the fusion."""
+    found = _json(run / "checkpoints/best/meta.json", "training has not come to its first validation, or failed")
+    rows = [("step", str(found["step"]))]
+    rows += [(f"weight of {head}", f"{weight:.3g}") for head, weight in found.get("fusion", {}).items()]
+    rows += [(f"validation {name}", f"{value:.4f}") for name, value in found.get("valid", {}).items()]
+    told = "no fusion weights: they are chosen when training ends, for model.fusion sum"
+    notes = () if "fusion" in found else (told,)
+    return Section("Best checkpoint and fusion", notes, [Grid("", ("", ""), rows)])
+
+
+def plan(run: Path) -> Section:
+    """Where rows of tables are: by table and by rank."""
+    found = _json(run / "plan.json", "'flm train' writes it")
+    rows, held = [], dict.fromkeys(range(found["world_size"]), 0)
+    for name, table in found["tables"].items():
+        shards = table["shards"]
+        bytes_ = [s["size"][0] * s["size"][1] * NUMBER for s in shards]
+        for shard, size in zip(shards, bytes_, strict=True):
+            held[shard["rank"]] = held.get(shard["rank"], 0) + size
+        ends = [[o + n for o, n in zip(s["offset"], s["size"], strict=True)] for s in shards] or [[0, 0]]
+        ranks = ", ".join(map(str, sorted({s["rank"] for s in shards})))
+        shape = f"{max(e[0] for e in ends):,} × {max(e[1] for e in ends)}"
+        rows.append((name, table["sharding_type"], table["kernel"], ranks, shape, _size(sum(bytes_))))
+    header = ("table", "sharding", "kernel", "ranks", "rows × width", "float32 weights")
+    by_rank = [(f"rank {rank}", _size(size)) for rank, size in held.items()]
+    return Section("Sharding plan", parts=[Grid("", header, rows), Grid("", ("", "float32 weights"), by_rank)])
+
+
+def data_report(folder: Path) -> Section:
+    """report.json of the prepared data."""
+    found = _json(folder / "report.json", "data.path of the run is not there (any more)")
+    dropped = found.pop("dropped", {})
+    rows = [(name, json.dumps(v) if isinstance(v, dict | list) else str(v)) for name, v in found.items()]
+    parts = [Grid(str(folder), ("", ""), rows)]
+    if dropped:
+        lines = [(why, str(d["rows"]), "; ".join(map(str, d["examples"][:2]))) for why, d in dropped.items()]
+        parts.append(Grid("rows dropped", ("why", "rows", "for example"), lines))
+    return Section("Data", parts=parts)
+
+
+def versions() -> Section:
+    rows = []
+    for package in PACKAGES:
+        try:
+            rows.append((package, metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            continue
+    return Section("Versions", ["Where this page was made; a run does not record those it was trained with."],
+                   [Grid("", ("package", "version"), rows)])  # fmt: skip
+
+
+def _place(name: str) -> tuple[str, str]:
+    """In which plot a metric is, and the name of its line there: valid/fused/ndcg@10 is 'fused' in 'valid ndcg@10'."""
+    first, _, rest = name.partition("/")
+    head, _, metric = rest.partition("/")
+    if metric:
+        return f"{first} {metric}", head
+    return (first, rest) if rest else (name, name)
+
+
+def _metrics(title: str, table: dict[str, dict[str, Any]]) -> Grid:
+    columns = list(dict.fromkeys(column for metrics in table.values() for column in metrics))
+    rows = [(name, *(_number(metrics.get(column, "")) for column in columns)) for name, metrics in table.items()]
+    return Grid(title, ("", *columns), rows)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _size(amount: float) -> str:
+    return f"{amount / 2**20:,.2f} MiB"
+
+
+def _text(file: Path, otherwise: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise Missing(f"{file} is not there; {otherwise}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise Missing(f"{file} is not readable ({error})") from error
+
+
+def _json(file: Path, otherwise: str) -> dict[str, Any]:
+    try:
+        found = json.loads(_text(file, otherwise))
+    except ValueError as error:
+        raise Missing(f"{file} is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise Missing(f"{file} holds no record")
+    return found
