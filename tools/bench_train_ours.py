@@ -21,14 +21,13 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 from flm_torchrec.config import load_config
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.loader import Prefetch
-from flm_torchrec.data.prepared import load_prepared
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.evaluation.evaluate import evaluate_heads
 from flm_torchrec.training.guard import Guard
 from flm_torchrec.training.job import Job
 from flm_torchrec.training.loop import STEPS
 from flm_torchrec.training.schedule import Schedule
-from flm_torchrec.training.scope import scope_of
+from flm_torchrec.training.scope import load_data, scope_of
 
 SPARSE = ("item_id", "item_features", "users", "history")
 COPY_BYTES = 2**28
@@ -41,7 +40,7 @@ class Ours:
 
     def __init__(self, spec: dict[str, Any], comm: Comm) -> None:
         self.config = load_config(Path(spec["config"]) if spec["config"] else None, spec["settings"])
-        data = load_prepared(self.config.data.path)
+        data = load_data(self.config)
         self.comm = comm
         self.job = Job(self.config, data, scope_of(self.config, data), comm)
         schedule = Schedule(self.job.optimizer, self.config.train.warmup_steps, self.job.total_steps)
@@ -213,7 +212,8 @@ def _leaf(looked: Any) -> Any:
         return [_leaf(part) for part in looked]
     if isinstance(looked, KeyedTensor):
         return KeyedTensor(looked.keys(), looked.length_per_key(), looked.values().detach().requires_grad_())
-    return {key: JaggedTensor(part.values().detach().requires_grad_(), part.lengths()) for key, part in looked.items()}
+    values = {key: part.values().detach().requires_grad_() for key, part in looked.items()}
+    return {key: JaggedTensor(rows, lengths=torch.ones(len(rows), dtype=torch.int64)) for key, rows in values.items()}
 
 
 def main() -> None:
