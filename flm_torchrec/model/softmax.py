@@ -60,6 +60,7 @@ class _SampledSoftmax(torch.autograd.Function):
         low_items, low_scaled, corrections = (x.to(precision) for x in (items, scaled, -log_q))
         chunk = max(1, CHUNK_BYTES // (precision.itemsize * max(1, len(items))))
         buffer = low_items.new_empty(min(chunk, len(query)), len(items))
+        narrow, widened = torch.empty_like(low_items), torch.empty_like(items)  # mixed precisions would make copies
         truth = (scaled * items[target]).sum(1).to(precision)  # [T]
         first = torch.arange(len(buffer), device=query.device) * len(items)
         for at in range(0, len(query), chunk):
@@ -73,7 +74,7 @@ class _SampledSoftmax(torch.autograd.Function):
             if precision == items.dtype:
                 items_grad.addmm_(shares.T, part)
             else:
-                items_grad += shares.T @ part
+                items_grad += widened.copy_(torch.mm(shares.T, part, out=narrow))
         query_grad -= items[target]
         items_grad.index_add_(0, target, scaled, alpha=-1.0)
         scale_grad = (query_grad * query).sum()
