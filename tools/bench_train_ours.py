@@ -6,7 +6,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.scope import load_data, scope_of
 
 SPARSE = ("item_id", "item_features", "users", "history")
+TIMED = ("input", "forward", "backward", "optimizer")
 COPY_BYTES = 2**28
 PRODUCTS = {"mm": 0, "addmm": 1, "addmm_": 1, "bmm": 0}
 """Operators that multiply matrices, and which argument is the first of the two."""
@@ -91,7 +92,7 @@ class Ours:
                 marks.append(time.perf_counter())
                 self.job.optimizer.step()
                 marks.append(time.perf_counter())
-                for name, begin, end in zip(("input", "forward", "backward", "optimizer"), marks, marks[1:], strict=False):
+                for name, (begin, end) in zip(TIMED, pairwise(marks), strict=True):
                     spent[name] += end - begin
         for hook in hooks:
             hook.remove()
