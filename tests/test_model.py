@@ -17,6 +17,7 @@ from flm_torchrec.data.prepared import PreparedData, Ragged
 from flm_torchrec.data.splits import split
 from flm_torchrec.errors import DataError
 from flm_torchrec.model import softmax
+from flm_torchrec.model.dropout import Dropout
 from flm_torchrec.model.pretrain import _first_places
 from flm_torchrec.model.softmax import inclusion_log_probability, sampled_softmax
 from flm_torchrec.model.tower import FUSIONS, REPRESENTATIONS, Encoded, Looked, Tower, Widths
@@ -104,6 +105,20 @@ def test_attention_in_buckets_is_attention_of_each_sequence_alone(
     torch.testing.assert_close(found, alone)
     leaves = [x, *model.parameters()]  # with no token at all, each must have a gradient all the same
     assert all(g is not None for g in torch.autograd.grad(found.sum(), leaves, allow_unused=True))
+
+
+@given(st.floats(0.01, 0.9), st.integers(0, 10_000))
+def test_dropout_drops_its_share_and_keeps_the_mean(p: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    x = torch.ones(2001, 10, requires_grad=True)
+    found = Dropout(p)(x)
+    kept = found > 0
+    assert float(kept.float().mean()) == pytest.approx(1 - p, abs=0.025)  # seven standard deviations
+    torch.testing.assert_close(found[kept], torch.full_like(found[kept], 1 / (1 - p)))
+    assert torch.equal(torch.autograd.grad(found.sum(), x)[0], found)
+    columns = kept.flatten()[:20000].view(-1, 4).float().T.corrcoef()  # elements of one draw
+    assert p > 0.8 or float((columns - torch.eye(4)).abs().max()) < 0.1
+    assert Dropout(p).eval()(x) is x
 
 
 def changes(field: str) -> set[str]:

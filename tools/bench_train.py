@@ -151,7 +151,7 @@ def quality(args: argparse.Namespace, running: list[Trainer]) -> None:
     """Seconds of training, validations left out, until validation NDCG@10 is the target."""
     print(f"\n| trainer | seconds to NDCG@10 = {args.target} | sequences | targets | NDCG@10 |\n" + "|---" * 5 + "|")
     for trainer in running:
-        seconds, sequences, learnt, score = 0.0, 0, 0, trainer.ask("validate").found
+        seconds, sequences, learnt, score = 0.0, 0, 0, 0.0
         while score < args.target and seconds < args.limit:
             answer = trainer.ask("steps", count=args.validate_every)
             seconds += answer.seconds

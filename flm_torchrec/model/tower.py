@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flm_torchrec.model.dropout import Dropout
 from flm_torchrec.model.transformer import CausalTransformer
 
 HEADS = ("content", "collaborative", "sequential")
@@ -171,7 +172,7 @@ class _Head(nn.Module):
     def __init__(self, inputs: int, dim: int, dropout: float) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Dropout(dropout), nn.Linear(inputs, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim), nn.LayerNorm(dim)
+            Dropout(dropout), nn.Linear(inputs, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim), nn.LayerNorm(dim)
         )
 
     def forward(self, x: Tensor) -> Tensor:

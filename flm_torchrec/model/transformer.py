@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flm_torchrec.model.dropout import Dropout
+
 TIME_BUCKETS = 33
 """Time between two events, in log2 seconds."""
 SHORT = 8
@@ -32,7 +34,7 @@ class CausalTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.position = nn.Parameter(torch.randn(max_tokens, dim) * 0.02)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(BLOCKS[block](dim, heads, dropout) for _ in range(layers))
         self.biases = nn.ModuleList(_RelativeBias(heads, max_tokens) for _ in range(layers if relative else 0))
         self.norm = nn.LayerNorm(dim)
@@ -137,7 +139,7 @@ class _TransformerBlock(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, layout: Bucketed | Padded, bias: _RelativeBias | None) -> Tensor:
         qkv = self.qkv(self.attention_norm(x))
@@ -165,7 +167,7 @@ class _HSTUBlock(nn.Module):
         self.uvqk = nn.Linear(dim, 4 * dim)
         self.mixed_norm = nn.LayerNorm(dim)
         self.out = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, layout: Bucketed | Padded, bias: _RelativeBias | None) -> Tensor:
         u, vqk = F.silu(self.uvqk(self.input_norm(x))).tensor_split([x.shape[-1]], -1)
