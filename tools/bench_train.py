@@ -33,7 +33,7 @@ from flm_torchrec.data.loader import windows
 from flm_torchrec.data.prepared import PreparedData, load_prepared
 from flm_torchrec.data.splits import split
 
-TOOLS = Path(__file__).parent
+TOOLS = Path(__file__).resolve().parent
 OURS, PLAIN, RECBOLE = "bench_train_ours.py", "bench_train_plain.py", "bench_train_recbole.py"
 ALONE = ["data.features=none", "model.block=transformer", "loss.content=0", "loss.collaborative=0", "loss.attribute=0"]
 """Our sequential head with nothing that SASRec does not have."""
@@ -51,13 +51,13 @@ class Answer:
 class Trainer:
     """A process that trains when it is asked to."""
 
-    def __init__(self, name: str, python: str, script: str, spec: dict[str, Any]) -> None:
+    def __init__(self, name: str, python: str, script: str, spec: dict[str, Any], folder: Path | None = None) -> None:
         self.name = name
         command = [python, str(TOOLS / script), json.dumps(spec)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOOLS), str(TOOLS.parent)])}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env=environment,
+            env=environment, cwd=folder,
         )  # fmt: skip
 
     def ask(self, do: str, **arguments: int) -> Answer:
@@ -121,7 +121,8 @@ def trainers(args: argparse.Namespace, path: str, folder: Path) -> list[Trainer]
         *(Trainer(f"plain PyTorch, {p}", sys.executable, PLAIN, {**spec, "precision": p}) for p in ("fp32", "bf16")),
     ]
     if args.recbole_python:
-        found.append(Trainer("RecBole, fp32", args.recbole_python, RECBOLE, spec))
+        # In the folder that goes away: RecBole writes logs where it runs.
+        found.append(Trainer("RecBole, fp32", os.path.abspath(args.recbole_python), RECBOLE, spec, folder))
     return found
 
 

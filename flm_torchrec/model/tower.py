@@ -233,8 +233,7 @@ def _mlp(inputs: int, dim: int) -> nn.Sequential:
 
 def _gather(rows: Tensor, tokens: Tensor) -> Tensor:
     """[N, D], [T] → [T, D]; zeros at a prefix token, whose index is N."""
-    held = tokens < len(rows)
-    return rows[tokens.where(held, 0)] * held.unsqueeze(1)
+    return F.pad(rows, (0, 0, 0, 1))[tokens]
 
 
 def _so_far(x: Tensor, row: Tensor, place: Tensor, lengths: Tensor) -> Tensor:
