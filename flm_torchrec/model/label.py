@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from flm_torchrec.config.schema import LossConfig, ModelConfig
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.schema import Schema
+from flm_torchrec.model.dropout import Dropout
 from flm_torchrec.model.pretrain import Dense, Gather, Outputs, PretrainModel
 from flm_torchrec.model.tower import REPRESENTATIONS, Encoded
 
@@ -23,7 +24,7 @@ class LabelDense(Dense):
             nn.LayerNorm((len(REPRESENTATIONS) + 2) * dim),
             nn.Linear((len(REPRESENTATIONS) + 2) * dim, 2 * dim),
             nn.GELU(),
-            nn.Dropout(self.tower.transformer.dropout.p),
+            Dropout(self.tower.transformer.dropout.p),
             nn.Linear(2 * dim, 1),
         )
 
