@@ -11,13 +11,12 @@ import numpy as np
 
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.protocol import HEADS
-from flm_torchrec.export.manifest import IndexReport, Kind, Manifest
+from flm_torchrec.export.manifest import RECALL_WANTED, IndexReport, Kind, Manifest
 from flm_torchrec.export.rows import Rows, spread
 from flm_torchrec.export.vectors import decode
 
 INDEX = "items.faiss"
 
-RECALL_WANTED = 0.99
 SAMPLE = 256
 """Users of whom each head's recall is taken."""
 CUTS = (10, 100)
