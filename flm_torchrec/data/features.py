@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import polars as pl
 
@@ -80,26 +80,35 @@ def _multi_categorical(declared: Declared, column: pl.Series, min_count: int, te
 
 def _text(declared: Declared, column: pl.Series, min_count: int, text_buckets: int) -> Encoded:
     text = column.cast(pl.String).fill_null("")
-    words = text.str.to_lowercase().str.extract_all(r"[\p{L}\p{N}]+")
+    words = split_words(text)
     known = words.explode().drop_nulls().unique()
-    # crc32 is the same on every machine and in every version, which Python's and polars' own hashes are not.
-    buckets = pl.Series([zlib.crc32(w.encode()) % text_buckets for w in known], dtype=pl.Int32)
+    buckets = pl.Series([word_bucket(w, text_buckets) for w in known], dtype=pl.Int32)
     name = f"{declared.name}_tokens"
     tokens = _coded(words, known, buckets).rename(name)
     return Encoded(_sparse(declared, name, text_buckets), [text.rename(declared.name), tokens], None)
 
 
+def split_words(text: pl.Series) -> pl.Series:
+    """Texts → lists of words in lower case."""
+    return text.str.to_lowercase().str.extract_all(r"[\p{L}\p{N}]+")
+
+
+def word_bucket(word: str, buckets: int) -> int:
+    """Code of a word, by a hash that is the same on every machine and in every version, unlike Python's and polars'."""
+    return zlib.crc32(word.encode()) % buckets
+
+
 def _numeric(declared: Declared, column: pl.Series, min_count: int, text_buckets: int) -> Encoded:
     numbers = column.cast(pl.Float64)
     numbers = numbers.set(~numbers.is_finite().fill_null(False), None)
-    spread = numbers.std() or 1.0
-    scaled = ((numbers - (numbers.mean() or 0.0)) / spread).cast(pl.Float32)  # type: ignore[operator]
+    mean, spread = float(numbers.mean() or 0.0), float(numbers.std() or 1.0)  # type: ignore[arg-type]
+    scaled = ((numbers - mean) / spread).cast(pl.Float32)
     if not scaled.is_finite().all():
         raise DataError(
             f"{declared.entity} feature '{declared.name}': its largest numbers cannot be"
             " standardised; mend or scale the column"
         )
-    return Encoded(_dense(declared, 1), [scaled], None)
+    return Encoded(replace(_dense(declared, 1), mean=mean, deviation=spread), [scaled], None)
 
 
 def _vector(declared: Declared, column: pl.Series, min_count: int, text_buckets: int) -> Encoded:

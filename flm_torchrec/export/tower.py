@@ -1,0 +1,351 @@
+"""The user tower as a package: a trained model → three programs of torch.export that hold their tables as int8 rows.
+
+`tower/user.pt2` makes representations of histories, `tower/item.pt2` and `tower/profile.pt2` content vectors of items
+and users by their features; `tower/tower.json` says what they take; `tower/histories.parquet` holds the events that
+known users start from. They run with torch alone: no model code, no TorchRec, no FBGEMM.
+
+TorchRec's quantised collections are not used: torch.export refuses their operators' counters (`fbgemm.AtomicCounter`
+"haven't registered a fake class", torchrec 1.8). The rows are those of FBGEMM's format all the same, and gathered and
+scaled by plain operators.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import fbgemm_gpu  # noqa: F401 (registers the operators)
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn import functional as F
+
+from flm_torchrec.data.prepared import EntityFeatures, PreparedData
+from flm_torchrec.data.schema import Feature
+from flm_torchrec.errors import RunError
+
+Precision = Literal["int8", "fp32"]
+
+FOLDER = "tower"
+USER, ITEM, PROFILE = "user.pt2", "item.pt2", "profile.pt2"
+DESCRIPTION, HISTORIES = "tower.json", "histories.parquet"
+BLOCK = 16_384
+"""Rows looked up and written at once."""
+
+
+class Model(Protocol):
+    """What is packaged."""
+
+    @property
+    def dense(self) -> Any:
+        """The dense tower, whole and on the CPU: `model.tower.Tower`."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a caller must know to make the programs' inputs: see `encoder.Description`."""
+
+    item_known: np.ndarray  # [items] float32: 1 where the id was trained
+    user_known: np.ndarray  # [users] float32
+
+    def rows(self, name: str, ids: np.ndarray, entity: str = "") -> Tensor:
+        """[n] ids of "item_id", "user_id", "event", "gap", or codes of an entity's feature → [n, D]; collective."""
+
+
+class Rows(nn.Module):
+    """A table: int8 rows with a scale and a bias each (FBGEMM's row-wise format), or float32 rows."""
+
+    def __init__(self, blocks: Iterator[Tensor], dim: int, precision: Precision) -> None:
+        super().__init__()
+        self.dim = dim
+        self.quantised = precision == "int8"
+        stored = [_quantised(block) if self.quantised else block for block in blocks]
+        empty = torch.zeros(0, dim + 8, dtype=torch.uint8) if self.quantised else torch.zeros(0, dim)
+        joined = torch.cat([empty, *stored])
+        if self.quantised:
+            self.register_buffer("codes", joined[:, :dim].contiguous())
+            self.register_buffer("scale", joined[:, dim:].contiguous().view(torch.float32))  # [rows, 2]: scale, bias
+        else:
+            self.register_buffer("values", joined)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[…] ids → […, D]."""
+        if not self.quantised:
+            return self.values[ids]
+        scale = self.scale[ids]
+        return self.codes[ids].float() * scale[..., :1] + scale[..., 1:]
+
+
+class ContentProgram(nn.Module):
+    """Features of items or of users → content vectors.
+
+    The tables of all sparse features lie in one, that of feature f from `offset[f]` on.
+    """
+
+    def __init__(self, mlp: nn.Module, table: Rows, offset: list[int]) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.table = table
+        self.features = len(offset)
+        self.register_buffer("offset", torch.tensor(offset, dtype=torch.int64))
+
+    def forward(self, codes: Tensor, dense: Tensor) -> Tensor:
+        """codes [N, features, C] int64, -1 where there is none; dense [N, F] → [N, D].
+
+        A feature is the mean of its rows. Summed tables have features of one code alone: the same.
+        """
+        if self.features == 0:
+            return self.mlp(dense)
+        held = (codes >= 0).unsqueeze(3)  # [N, features, C, 1]
+        rows = self.table(codes.clamp(min=0) + self.offset[None, :, None]) * held
+        pooled = rows.sum(2) / held.sum(2).clamp(min=1)
+        return self.mlp(torch.cat([pooled.flatten(1), dense], 1))
+
+
+class UserProgram(nn.Module):
+    """Histories → what each head and the fusion make of them after the last event.
+
+    The model's own layers over padded sequences: padding stands at the end, where causal layers do not see it.
+    """
+
+    def __init__(self, dense: Any, tables: dict[str, Rows]) -> None:
+        super().__init__()
+        self.tables = nn.ModuleDict(tables)
+        self.event, self.start, self.transformer = dense.event, dense.start, dense.transformer
+        self.content_head, self.collaborative_head = dense.content_head, dense.collaborative_head
+        self.fusion, self.cosine = dense.fusion, dense.cosine
+        self.items = len(tables["item_id"].codes if tables["item_id"].quantised else tables["item_id"].values)
+
+    def forward(
+        self,
+        items: Tensor,
+        event: Tensor,
+        gap: Tensor,
+        value: Tensor,
+        time: Tensor,
+        lengths: Tensor,
+        added: Tensor,
+        user: Tensor,
+        profile: Tensor,
+        given: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """items, event, gap, value, time [B, L] of `lengths` [B] events each, oldest first.
+
+        Args:
+            items: rows of the catalogue; of `added` [M, D], content vectors of other items, from its end on.
+            event, gap: rows of their tables. value: standardised. time: seconds since the first.
+            user: [B] rows of known users, or -1.
+            profile: [B, D] content vectors of users, used where `given` [B] bool; else that of the known user.
+
+        Returns:
+            [B, heads + 1, D], fused last, and the heads' weights in it [B, heads]; zeros where it is no weighted sum.
+        """
+        lengths = lengths.unsqueeze(1)
+        count, longest = items.shape
+        shown = (torch.arange(longest)[None, :] < lengths).unsqueeze(2)  # [B, L, 1]
+        known = (items < self.items).unsqueeze(2)
+        rows = items.clamp(max=self.items - 1)
+        item_id = self.tables["item_id"](rows) * (known & shown)
+        other = added[(items - self.items).clamp(min=0)]
+        content = torch.where(known, self.tables["item_content"](rows), other) * shown
+        user_row = user.clamp(min=0)
+        user_id = self.tables["user_id"](user_row) * (user >= 0).unsqueeze(1)
+        profile = torch.where(given.unsqueeze(1), profile, self.tables["profile"](user_row))
+
+        number = lengths.clamp(min=1)
+        heads = [
+            self.content_head(torch.cat([content.sum(1) / number, profile], 1)),
+            self.collaborative_head(torch.cat([user_id, item_id.sum(1) / number], 1)),
+        ]
+        history = torch.cat([self.tables["event"](event), self.tables["gap"](gap), value.unsqueeze(2)], 2)
+        x = torch.cat([(profile + self.start).unsqueeze(1), item_id + content + self.event(history)], 1)
+        clock = torch.cat([time.new_zeros(count, 1), time], 1)
+        heads.append(self._sequential(x, clock)[torch.arange(count), lengths.squeeze(1)])
+        if self.cosine:
+            heads = [F.normalize(h, dim=1) for h in heads]
+        stacked = torch.stack(heads, 1)  # [B, heads, D]
+        fused = self.fusion(stacked)
+        fused = F.normalize(fused, dim=1) if self.cosine else fused
+        return torch.cat([stacked, fused.unsqueeze(1)], 1), self._weights(stacked)
+
+    def _sequential(self, x: Tensor, clock: Tensor) -> Tensor:
+        """[B, L, D] → [B, L, D]: the transformer, whose tokens are jagged, given sequences of one length."""
+        count, longest, dim = x.shape
+        place = torch.arange(longest)[None, :].expand(count, longest).reshape(-1)
+        row = torch.arange(count)[:, None].expand(count, longest).reshape(-1)
+        tokens = x.reshape(-1, dim) + self.transformer.position[place]
+        for layer, block in enumerate(self.transformer.blocks):
+            bias = self.transformer.biases[layer](clock) if self.transformer.biases else None
+            tokens = block(tokens, row, place, (count, longest), bias)
+        return self.transformer.norm(tokens).reshape(count, longest, dim)
+
+    def _weights(self, stacked: Tensor) -> Tensor:
+        if hasattr(self.fusion, "weights"):
+            return self.fusion.weights(stacked)
+        if hasattr(self.fusion, "scale"):
+            return self.fusion.scale.squeeze(1).expand(len(stacked), -1)
+        return stacked.new_zeros(stacked.shape[:2])
+
+
+def write_tower(data: PreparedData, model: Model, main: bool, precision: Precision, folder: Path) -> None:
+    """Write `folder/tower`; collective, rank 0 holds the packaged tables and writes.
+
+    Raises:
+        RunError: a program does not do on other sizes what the model does.
+    """
+    dim = int(model.settings["dim"])
+    with torch.no_grad():
+        item, item_content = _content(data, model, "item", dim, precision)
+        profile, user_profile = _content(data, model, "user", dim, precision)
+        schema = data.schema
+
+        def ids(name: str, size: int, known: np.ndarray | None) -> Iterator[Tensor]:
+            for block in _blocks(size):
+                rows = model.rows(name, block)
+                yield rows if known is None else rows * torch.from_numpy(known[block])[:, None]
+
+        # Events and gaps have a few dozen rows, so that nothing is won by rounding them.
+        tables = {
+            "item_id": Rows(ids("item_id", schema.items, model.item_known), dim, precision),
+            "item_content": Rows(item_content, dim, precision),
+            "user_id": Rows(ids("user_id", schema.users, model.user_known), dim, precision),
+            "profile": Rows(user_profile, dim, precision),
+            "event": Rows(ids("event", len(schema.events) + 1, None), dim, "fp32"),
+            "gap": Rows(ids("gap", model.settings["gaps"], None), dim, "fp32"),
+        }
+        if not main:
+            return
+        target = folder / FOLDER
+        target.mkdir()
+        _export_user(UserProgram(model.dense, tables), dim, model.settings["max_history"], target / USER)
+        for program, entity, file in ((item, "item", ITEM), (profile, "user", PROFILE)):
+            _export_content(program, data, entity, target / file)
+    _write_histories(data, model.settings["max_history"] + 1, target / HISTORIES)
+    description = {
+        **model.settings,
+        "precision": precision,
+        "items": schema.items,
+        "events": list(schema.events),
+        "timestamps": schema.timestamps,
+        "usual_gap": _usual_gap(data),
+        "features": [_described(data, f) for f in (*_ordered(data, "item"), *_ordered(data, "user"))],
+    }
+    (target / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
+
+
+def _content(
+    data: PreparedData, model: Model, entity: str, dim: int, precision: Precision
+) -> tuple[ContentProgram, Iterator[Tensor]]:
+    """The program of an entity's content, and what it gives for all entities of the data, block by block.
+
+    The content of known entities is made of unrounded rows, then rounded once.
+    """
+    features = data.schema.of(entity, sparse=True)  # type: ignore[arg-type]
+    sizes = [f.cardinality for f in features]
+    offset = [sum(sizes[:place]) for place in range(len(sizes))]
+    blocks = [model.rows(f.name, block, entity) for f in features for block in _blocks(f.cardinality)]
+    mlp = model.dense.item_content if entity == "item" else model.dense.user_content
+    exact = ContentProgram(mlp, Rows(iter(blocks), dim, "fp32"), offset)
+    source = data.items if entity == "item" else data.users
+    count = data.schema.items if entity == "item" else data.schema.users
+
+    def contents() -> Iterator[Tensor]:
+        for block in _blocks(count):
+            yield exact(_padded_codes(source, features, block), torch.from_numpy(source.dense[block]))
+
+    return ContentProgram(mlp, Rows(iter(blocks), dim, precision), offset), contents()
+
+
+def _padded_codes(source: EntityFeatures, features: tuple[Feature, ...], rows: np.ndarray) -> Tensor:
+    """[n] rows → [n, features, C] int64, -1 where there is no code."""
+    taken = [source.sparse[f.name].take(rows) for f in features]
+    longest = max([1, *(int(t.lengths.max(initial=0)) for t in taken)])
+    codes = np.full((len(rows), len(features), longest), -1, np.int64)
+    for place, ragged in enumerate(taken):
+        codes[:, place][np.arange(longest) < ragged.lengths[:, None]] = ragged.values
+    return torch.from_numpy(codes)
+
+
+def _export_user(program: UserProgram, dim: int, max_history: int, file: Path) -> None:
+    batch, length, added = Dim("batch", min=1), Dim("length", min=1, max=max_history), Dim("added", min=1)
+    sequence, one = {0: batch, 1: length}, {0: batch}
+    b, n, m = 3, min(5, max_history), 2
+    integers = [torch.zeros(b, n, dtype=torch.int64) for _ in range(3)]
+    arguments = (
+        *integers, torch.zeros(b, n), torch.zeros(b, n, dtype=torch.int64), torch.ones(b, dtype=torch.int64),
+        torch.zeros(m, dim), torch.zeros(b, dtype=torch.int64), torch.zeros(b, dim), torch.zeros(b, dtype=torch.bool),
+    )  # fmt: skip
+    shapes = (*[sequence] * 5, one, {0: added}, one, one, one)
+    _save(program, arguments, shapes, file)
+
+
+def _export_content(program: ContentProgram, data: PreparedData, entity: str, file: Path) -> None:
+    width = sum(f.width for f in data.schema.of(entity, sparse=False))  # type: ignore[arg-type]
+    rows, codes = Dim("rows", min=1), Dim("codes", min=1)
+    arguments = torch.full((3, program.features, 2), -1), torch.zeros(3, width)
+    shapes = {0: rows, 2: codes} if program.features else {0: rows}, {0: rows}
+    _save(program, arguments, shapes, file)
+
+
+def _save(program: nn.Module, arguments: tuple[Tensor, ...], shapes: tuple[Any, ...], file: Path) -> None:
+    try:
+        exported = torch.export.export(program.eval(), arguments, dynamic_shapes=shapes, strict=False)
+    except (torch._dynamo.exc.UserError, ValueError, RuntimeError) as error:
+        raise RunError(f"{file}: torch.export refuses the tower ({str(error).splitlines()[0]}); --tower none") from error
+    torch.export.save(exported, file)
+
+
+def _write_histories(data: PreparedData, most: int, file: Path) -> None:
+    """Each user's last `most` events, a row a user in order of id, oldest event first."""
+    columns = {"item": data.item, "event": data.event, "value": data.value, "timestamp": data.timestamp}
+    types = {"item": pa.int32(), "event": pa.int32(), "value": pa.float32(), "timestamp": pa.int64()}
+    schema = pa.schema([(name, pa.list_(kind)) for name, kind in types.items()])
+    with pq.ParquetWriter(file, schema) as writer:
+        for block in _blocks(data.schema.users):
+            end = data.offsets[block + 1]
+            lengths = np.minimum(end - data.offsets[block], most)
+            offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+            places = np.arange(lengths.sum()) + np.repeat(end - np.cumsum(lengths), lengths)
+            lists = [
+                pa.ListArray.from_arrays(offsets, pa.array(columns[name][places]).cast(kind))
+                for name, kind in types.items()
+            ]
+            writer.write_table(pa.table(lists, schema=schema))
+
+
+def _usual_gap(data: PreparedData) -> int:
+    """Median seconds between a user's event and the one before; what an event without a time is given."""
+    inside = np.ones(len(data.timestamp), bool)
+    inside[data.offsets[:-1][np.diff(data.offsets) > 0]] = False
+    since = np.diff(data.timestamp, prepend=0)[inside]
+    return int(np.median(since)) if len(since) else 0
+
+
+def _ordered(data: PreparedData, entity: str) -> Iterator[Feature]:
+    """Sparse features, then the others, each in the schema's order, as the programs take them."""
+    for sparse in (True, False):
+        yield from data.schema.of(entity, sparse=sparse)  # type: ignore[arg-type]
+
+
+def _described(data: PreparedData, feature: Feature) -> dict[str, Any]:
+    described: dict[str, Any] = {"name": feature.name, "entity": feature.entity, "kind": feature.kind}
+    if not feature.sparse:
+        return {**described, "width": feature.width, "mean": feature.mean, "deviation": feature.deviation}
+    if feature.kind == "text":
+        return {**described, "buckets": feature.cardinality}
+    vocabulary = pq.read_table(data.path / "vocab" / f"{feature.entity}_{feature.name}.parquet").sort_by("code")
+    return {**described, "values": vocabulary["value"].to_pylist()}
+
+
+def _quantised(block: Tensor) -> Tensor:
+    return torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(block.contiguous())
+
+
+def _blocks(size: int) -> Iterator[np.ndarray]:
+    for start in range(0, size, BLOCK):
+        yield np.arange(start, min(size, start + BLOCK))
