@@ -14,14 +14,18 @@ from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.protocol import HEADS
 from flm_torchrec.export.recommend import Recommender
-from flm_torchrec.export.write import check_output, export
+from flm_torchrec.export.write import Options, Source, check_output, export
 from tests.test_ranking import Alone, RandomEncoder
+
+
+def source_of(data: PreparedData, seed: int = 0, version: str = "v1") -> Source:
+    known = np.arange(data.schema.items) % 3 > 0
+    return Source(data, RandomEncoder(data.schema.users, data.schema.items, seed), known, version)
 
 
 @pytest.fixture
 def exported(small: PreparedData, tmp_path: Path) -> Path:
-    encoder = RandomEncoder(small.schema.users, small.schema.items)
-    export(small, encoder, Alone(), tmp_path / "out", "v1", "flat", block=32)
+    export(source_of(small), Alone(), tmp_path / "out", Options(user_block=32, item_block=32, part_rows=64))
     return tmp_path / "out"
 
 
@@ -62,9 +66,9 @@ def test_seen_items_come_back_on_request_and_k_may_exceed_the_catalogue(exported
 
 
 def test_an_hnsw_index_says_its_recall(small: PreparedData, tmp_path: Path) -> None:
-    encoder = RandomEncoder(small.schema.users, small.schema.items)
-    manifest = export(small, encoder, Alone(), tmp_path / "out", "v1", "hnsw", block=32)
-    assert manifest is not None and 0.5 < manifest.index_recall <= 1.0
+    manifest = export(source_of(small), Alone(), tmp_path / "out", Options(index="hnsw"))
+    assert manifest is not None and manifest.index is not None
+    assert all(0.5 < r <= 1.0 for recall in manifest.index.recall.values() for r in recall.values())
 
 
 @pytest.mark.parametrize(
@@ -81,8 +85,8 @@ def test_a_wrong_question_is_one_line(exported: Path, arguments: tuple, message:
 
 
 def test_a_changed_or_missing_file_is_named(exported: Path, tmp_path: Path) -> None:
-    for name in ("items.parquet", "users.parquet", "items.faiss"):
-        broken = tmp_path / f"broken-{name}"
+    for name in ("items.parquet/part-00001.parquet", "users.parquet/part-00000.parquet", "items.faiss"):
+        broken = tmp_path / f"broken-{name.replace('/', '-')}"
         shutil.copytree(exported, broken)
         data = bytearray((broken / name).read_bytes())
         data[len(data) // 2] ^= 1

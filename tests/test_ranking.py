@@ -56,7 +56,10 @@ class RandomEncoder:
         return {h: v[rows] for h, v in self.user.items()}
 
     def items(self, ids: np.ndarray, of: str = "all") -> torch.Tensor:
-        return self.item[ids] * (0.5 if of == "content" else 1.0)
+        return self.views(ids)[of]
+
+    def views(self, ids: np.ndarray) -> dict[str, torch.Tensor]:
+        return {"all": self.item[ids], "content": self.item[ids] * 0.5, "id": self.item[ids] * 0.25}
 
 
 def make_data(histories: list[list[int]], items: int) -> PreparedData:

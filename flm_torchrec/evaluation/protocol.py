@@ -22,6 +22,9 @@ class Encoder(Protocol):
     def items(self, ids: np.ndarray, of: Of = "all") -> Tensor:
         """[n] item ids → [n, D] float32, made of the id and the features, or of one of them alone."""
 
+    def views(self, ids: np.ndarray) -> dict[Of, Tensor]:
+        """What `items` gives, of each kind at the cost of one."""
+
 
 class Comm(Protocol):
     """The ranks."""

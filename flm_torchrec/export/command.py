@@ -8,6 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from flm_torchrec.evaluation.protocol import HEADS
+from flm_torchrec.export.manifest import Manifest
+
+# Of rows.STORAGES, vectors.QUANTISES and index.KINDS, whose modules take long to import; a test holds them together.
+STORAGES, QUANTISES, INDICES = ("parquet", "arrow"), ("none", "fp16", "int8"), ("flat", "hnsw", "ivfpq", "none")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -26,9 +30,14 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--run", required=True, dest="run_folder", metavar="DIR", help="run folder of 'flm train'")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an older export (default: refuse)")
+    parser.add_argument("--format", choices=STORAGES, default="parquet", help="of the rows (default: %(default)s)")
     parser.add_argument(
-        "--index", choices=("flat", "hnsw"), default="flat",
-        help="faiss index: flat is exact, hnsw faster for millions of items (default: %(default)s)",
+        "--quantise", choices=QUANTISES, default="none",
+        help="store vectors in half or a quarter of the space; what it costs is told (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--index", choices=INDICES, default="flat",
+        help="faiss index: flat is exact, hnsw faster for millions of items, ivfpq also smaller (default: %(default)s)",
     )  # fmt: skip
     parser.set_defaults(run=run_export)
 
@@ -52,21 +61,33 @@ def _add_recommend(subparsers: argparse._SubParsersAction) -> None:
 def run_export(args: argparse.Namespace) -> None:
     # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
     from flm_torchrec.data.splits import everyone
-    from flm_torchrec.export.write import check_output, export
+    from flm_torchrec.export.quality import Held
+    from flm_torchrec.export.write import Options, Source, check_output, export
     from flm_torchrec.training.restore import restore
 
     check_output(args.output, args.overwrite)
     with restore(args.run_folder) as restored:
-        job = restored.job
+        job, valid = restored.job, restored.job.scope.splits.valid
         encoder = job.encoder(everyone(job.data))
-        block = job.config.eval.user_block
-        manifest = export(job.data, encoder, job.comm, args.output, restored.version, args.index, block)
+        known, held = encoder.assembler.item_known > 0, Held(job.encoder(valid), valid)
+        blocks = job.config.eval.user_block, job.config.eval.item_block
+        options = Options(args.format, args.quantise, args.index, *blocks)
+        source = Source(job.data, encoder, known, restored.version, held)
+        manifest = export(source, job.comm, args.output, options)
     if manifest is not None:
-        print(
-            f"{args.output}: {manifest.users} users x {len(manifest.heads)} heads, {manifest.items} items,"
-            f" {manifest.dim} numbers each; {manifest.index} index, recall@100 {manifest.index_recall:.4f};"
-            f" model {manifest.model_version}"
-        )
+        print(f"{args.output}: {summary(manifest)}")
+
+
+def summary(manifest: Manifest) -> str:
+    """One line on what an export holds and what its index and quantising cost."""
+    index, quality = manifest.index, manifest.quality
+    line = f"{manifest.users} users x {len(manifest.heads)} heads, {manifest.items} items, {manifest.dim} numbers each"
+    if index is not None:
+        least = min(index.recall.values(), key=lambda r: r["@100"])
+        line += f"; {index.kind} index, {index.bytes_per_item:.0f} bytes an item, recall@100 {least['@100']:.4f}"
+    if quality:
+        line += f"; {manifest.quantise} changes NDCG@10 of validation by {quality['fused']['change']:+.2%}"
+    return f"{line}; model {manifest.model_version}"
 
 
 def run_recommend(args: argparse.Namespace) -> None:

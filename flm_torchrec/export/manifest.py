@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass
-from pathlib import Path, PurePath
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from flm_torchrec.errors import RunError
 from flm_torchrec.files import sha256
 
 FILE = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """A faiss index over the items' embeddings by inner product, and what it costs beside brute force."""
+
+    kind: str
+    """flat, hnsw or ivfpq."""
+    parameters: dict[str, int]
+    """How it was built, and efSearch or nprobe and k_factor_rf as tuned: `open_index` sets them."""
+    recall: dict[str, dict[str, float]]
+    """By head: recall "@10" and "@100" against brute force, on a sample of users."""
+    bytes_per_item: float
 
 
 @dataclass(frozen=True)
@@ -24,15 +39,30 @@ class Manifest:
     users: int
     items: int
     heads: tuple[str, ...]
-    index: str
-    """Kind of faiss index over the item vectors; its scores are inner products."""
-    index_recall: float
-    """Recall@100 of the index against brute force, on a sample of users."""
-    sha256: dict[str, str]
-    """By file name."""
+    storage: str
+    """parquet or arrow."""
+    quantise: str
+    """none, fp16 or int8: how vectors are stored (see `vectors.encode`)."""
+    index: IndexReport | None = None
+    quality: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By head, where vectors are quantised: NDCG@10 in validation "before" and "after", and the relative "change"."""
+    sha256: dict[str, str] = field(default_factory=dict)
+    """By file, relative to the export."""
 
     def save(self, folder: Path) -> None:
         (folder / FILE).write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+
+    def listing(self, folder: Path) -> Manifest:
+        """With the sha256 of every file of the folder that it does not list yet."""
+        files = {f.relative_to(folder).as_posix(): f for f in sorted(folder.rglob("*")) if f.is_file()}
+        fresh = {name: sha256(file) for name, file in files.items() if name not in self.sha256 and name != FILE}
+        return replace(self, sha256=self.sha256 | fresh)
+
+    @property
+    def rows_digest(self) -> str:
+        """Of all rows of items and users: the same for the same rows, whatever index lies beside them."""
+        rows = {n: d for n, d in self.sha256.items() if n.startswith(("items.", "users.")) and "/" in n}
+        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -41,21 +71,32 @@ def load_manifest(folder: Path) -> Manifest:
     Raises:
         RunError: no export, another format, a file missing or changed.
     """
-    file = folder / FILE
-    if not file.is_file():
-        raise RunError(f"{file}: not found; make the export with 'flm export --output {folder}'")
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        manifest = Manifest(**{**record, "heads": tuple(record["heads"])})
-    except (ValueError, TypeError, KeyError) as error:
-        raise RunError(f"{file}: not a manifest ({error}); export again") from error
-    if manifest.format != FORMAT:
-        raise RunError(f"{file}: format {manifest.format}, this version reads {FORMAT}; export again")
+    manifest = read_manifest(folder)
     for name, digest in manifest.sha256.items():
-        if PurePath(name).name != name:
-            raise RunError(f"{file}: '{name}' lies outside the folder; export again")
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise RunError(f"{folder / FILE}: '{name}' lies outside the folder; export again")
         if not (folder / name).is_file():
             raise RunError(f"{folder / name}: not found; export again")
         if sha256(folder / name) != digest:
             raise RunError(f"{folder / name}: changed since the export was written; export again")
     return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest alone, its files unchecked.
+
+    Raises:
+        RunError: no export, or another format.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        raise RunError(f"{file}: not found; make the export with 'flm export --output {folder}'")
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if record["format"] != FORMAT:
+            raise RunError(f"{file}: format {record['format']}, this version reads {FORMAT}; export again")
+        index = IndexReport(**record["index"]) if record["index"] else None
+        return Manifest(**{**record, "heads": tuple(record["heads"]), "index": index})
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise RunError(f"{file}: not a manifest ({error}); export again") from error

@@ -1,29 +1,57 @@
-"""A trained model → user and item embeddings in Parquet and a faiss index."""
+"""A trained model → user and item embeddings in part files, written by all ranks, and a faiss index."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
 from flm_torchrec.data.prepared import PreparedData
-from flm_torchrec.data.splits import everyone
 from flm_torchrec.errors import RunError
-from flm_torchrec.evaluation.protocol import HEADS, Comm, Encoder
-from flm_torchrec.evaluation.ranking import item_vectors, user_blocks
+from flm_torchrec.evaluation.protocol import HEADS, Comm, Encoder, Of
+from flm_torchrec.export.catalogue import Keys
+from flm_torchrec.export.index import Kind, build_index, check_index
 from flm_torchrec.export.manifest import FILE, FORMAT, Manifest
-from flm_torchrec.files import sha256
+from flm_torchrec.export.quality import Held, Quality
+from flm_torchrec.export.rows import PART_ROWS, Entity, Storage, part_name, write_part
+from flm_torchrec.export.vectors import Quantise, encode
 
-USERS, ITEMS, INDEX = "users.parquet", "items.parquet", "items.faiss"
-HNSW_LINKS = 32
-RECALL_AT = 100
-RECALL_SAMPLE = 256
+VIEWS: dict[str, Of] = {"embedding": "all", "content": "content", "id": "id"}
+"""Columns of vectors of items: the one that all heads score against, and that from features or from the id alone."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported."""
+
+    data: PreparedData
+    encoder: Encoder
+    """Of `everyone(data)`: each user after all known events."""
+    item_known: np.ndarray  # [items] bool: trained; of the others the id is hidden
+    version: str
+    """Of the model; stands in the metadata of every file."""
+    held: Held | None = None
+    """By whom to tell what quantising costs: validation examples. None: it is not told."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How it is written."""
+
+    storage: Storage = "parquet"
+    quantise: Quantise = "none"
+    index: Kind = "flat"
+    user_block: int = 256
+    """Users encoded at once."""
+    item_block: int = 16_384
+    part_rows: int = PART_ROWS
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -32,6 +60,8 @@ def check_output(output: Path, overwrite: bool) -> None:
     Raises:
         RunError: the folder is in use.
     """
+    if output.is_file():
+        raise RunError(f"{output}: is a file; give another --output")
     if not output.exists() or not any(output.iterdir()):
         return
     if not (output / FILE).is_file():
@@ -40,139 +70,134 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise RunError(f"{output}: exists; give another --output, or --overwrite to replace it")
 
 
-def export(
-    data: PreparedData, encoder: Encoder, comm: Comm, output: Path, version: str, index: str, block: int
-) -> Manifest | None:
-    """Write the export; collective, rank 0 writes and returns the manifest.
+def export(source: Source, comm: Comm, output: Path, options: Options) -> Manifest | None:
+    """Write the export; collective. Rank 0 builds the index and returns the manifest.
 
-    Rows are encoded and written block by block; rank 0 alone holds the index, items x D x 4 bytes, and beside an
-    approximate one an exact one to measure it by.
+    Each rank encodes and writes its own range of parts, so that none holds more than one part; the folder is on a
+    disk that all ranks share, as a run's is.
 
-    Args:
-        encoder: of `everyone(data)`, each user after all known events.
-        index: 'flat' (exact) or 'hnsw' (Malkov & Yashunin, IEEE TPAMI 2020).
-        block: users or items at once.
+    Raises:
+        RunError: the catalogue is too small for the index, or the disk does not take it; nothing is left then.
     """
-    main = comm.rank == 0
+    schema, main = source.data.schema, comm.rank == 0
+    check_index(options.index, schema.items)
     fresh = output.with_name(output.name + ".tmp")
-    if main:
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
-    search = _new_index(index, encoder.dim)
-    exact = search if index == "flat" else faiss.IndexFlatIP(encoder.dim)
-    with _Writer(fresh / ITEMS if main else None) as writer:
-        for table, vectors in _item_tables(data, encoder, comm, block):
-            writer.write(table)
-            for held in {search, exact} if main else ():
-                held.add(vectors)
-    sample = np.zeros((0, encoder.dim), np.float32)
-    with _Writer(fresh / USERS if main else None) as writer:
-        for table, fused in _user_tables(data, encoder, comm, block):
-            writer.write(table)
-            sample = np.concatenate([sample, fused])[:RECALL_SAMPLE]
-    if not main:
-        return None
-    faiss.write_index(search, str(fresh / INDEX))
     manifest = Manifest(
         format=FORMAT,
-        model_version=version,
-        data=data.schema.name,
-        dim=encoder.dim,
-        users=data.schema.users,
-        items=data.schema.items,
+        model_version=source.version,
+        data=schema.name,
+        dim=source.encoder.dim,
+        users=schema.users,
+        items=schema.items,
         heads=HEADS,
-        index=index,
-        index_recall=_recall(search, exact, sample),
-        sha256={name: sha256(fresh / name) for name in (USERS, ITEMS, INDEX)},
+        storage=options.storage,
+        quantise=options.quantise,
     )
+    _together(comm, output, lambda: _start(fresh) if main else None)
+    try:
+        quality = None
+        if source.held is not None and options.quantise != "none":
+            quality = Quality(source.data, source.held, options.quantise, comm, options.user_block)
+        _write_items(source, comm, fresh, options, quality)
+        _write_users(source, comm, fresh, options)
+        manifest = replace(manifest, quality={} if quality is None else quality.result())
+        done: list[Manifest] = []
+        _together(comm, output, lambda: done.append(_finish(manifest, fresh, output, options)) if main else None)
+    finally:
+        if main:
+            shutil.rmtree(fresh, ignore_errors=True)
+    return done[0] if done else None
+
+
+def _start(fresh: Path) -> None:
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+
+
+def _finish(manifest: Manifest, fresh: Path, output: Path, options: Options) -> Manifest:
+    manifest = manifest.listing(fresh)
+    manifest = replace(manifest, index=build_index(fresh, manifest, options.index)).listing(fresh)
     manifest.save(fresh)
     shutil.rmtree(output, ignore_errors=True)
     fresh.rename(output)
     return manifest
 
 
-def _item_tables(data: PreparedData, encoder: Encoder, comm: Comm, block: int) -> Iterator[tuple[pa.Table, np.ndarray]]:
-    both = zip(
-        item_vectors(encoder, data.schema.items, block, comm),
-        item_vectors(encoder, data.schema.items, block, comm, of="content"),
-        strict=True,
-    )
-    for (ids, vectors), (_, content) in both:
-        table = pa.table(
-            {
-                "item_id": ids,
-                "item_key": [data.item_keys[i] for i in ids],
-                "title": [data.titles[i] for i in ids],
-                "embedding": _vectors(vectors.numpy()),
-                "content": _vectors(content.numpy()),
-            }
+def _write_items(source: Source, comm: Comm, fresh: Path, options: Options, quality: Quality | None) -> None:
+    keys = Keys(source.data, "item")
+    for part, blocks in rounds(source.data.schema.items, options.part_rows, options.item_block, comm):
+        views = [source.encoder.views(ids) for ids in blocks]  # collective, also of no ids
+
+        def table_of(ids: np.ndarray, view: dict[Of, Tensor]) -> pa.Table:
+            if quality is not None:
+                quality.add(ids, view["all"])
+            vectors = {column: encode(view[of].numpy(), options.quantise) for column, of in VIEWS.items()}
+            known = source.item_known[ids]
+            return pa.table({"item_id": ids, **keys.rows(int(ids[0]), int(ids[-1]) + 1), "known": known, **vectors})
+
+        _write("items", part, blocks, views, table_of, source, comm, fresh, options)
+
+
+def _write_users(source: Source, comm: Comm, fresh: Path, options: Options) -> None:
+    data, keys = source.data, Keys(source.data, "user")
+    for part, blocks in rounds(data.schema.users, options.part_rows, options.user_block, comm):
+        encoded = [source.encoder.users(ids) for ids in blocks]  # collective, also of no ids
+
+        def table_of(ids: np.ndarray, by_head: dict[str, Tensor]) -> pa.Table:
+            offsets = data.offsets[ids[0] : ids[-1] + 2]
+            items = pa.array(data.item[offsets[0] : offsets[-1]].astype(np.int32))
+            seen = pa.ListArray.from_arrays(pa.array((offsets - offsets[0]).astype(np.int32)), items)
+            vectors = {head: encode(by_head[head].numpy(), options.quantise) for head in HEADS}
+            return pa.table({"user_id": ids, **keys.rows(int(ids[0]), int(ids[-1]) + 1), "seen": seen, **vectors})
+
+        _write("users", part, blocks, encoded, table_of, source, comm, fresh, options)
+
+
+def _write(
+    entity: Entity, part: int, blocks: list[np.ndarray], encoded: list[Any],
+    table_of: Callable[[np.ndarray, Any], pa.Table], source: Source, comm: Comm, fresh: Path, options: Options,
+) -> None:  # fmt: skip
+    """One part of this rank, if there is one; the ranks go on together or not at all."""
+
+    def action() -> None:
+        tables = [table_of(ids, found) for ids, found in zip(blocks, encoded, strict=True) if len(ids)]
+        if tables:
+            table = pa.concat_tables(tables)
+            table = table.replace_schema_metadata({"model_version": source.version, "format": str(FORMAT)})
+            write_part(fresh / part_name(entity, options.storage, part), table, options.storage)
+
+    _together(comm, fresh, action)
+
+
+def rounds(rows: int, part_rows: int, block: int, comm: Comm) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """This rank's parts, each with its ids in blocks: as many of both on each rank, empty ones at the end."""
+    parts = -(-rows // part_rows)
+    share = -(-parts // comm.world_size)
+
+    def span(part: int) -> tuple[int, int]:
+        return min(part * part_rows, rows), min((part + 1) * part_rows, rows)
+
+    for turn in range(share):
+        spans = [span(rank * share + turn) for rank in range(comm.world_size)]
+        longest = max(stop - start for start, stop in spans)
+        start, stop = spans[comm.rank]
+        blocks = [np.arange(min(start + b, stop), min(start + b + block, stop)) for b in range(0, longest, block)]
+        yield comm.rank * share + turn, blocks
+
+
+def _together(comm: Comm, folder: Path, action: Callable[[], None]) -> None:
+    """Each rank's action; if one fails, all stop, and none waits for it in a collective."""
+    problem: RunError | None = None
+    try:
+        action()
+    except OSError as error:
+        problem = RunError(
+            f"{error.filename or folder}: {error.strerror or error}; make room, or give another --output"
         )
-        yield table, vectors.numpy()
-
-
-def _user_tables(data: PreparedData, encoder: Encoder, comm: Comm, block: int) -> Iterator[tuple[pa.Table, np.ndarray]]:
-    examples = everyone(data)
-    for mine in user_blocks(len(examples), block, comm):
-        by_head = encoder.users(mine)
-        encoded = torch.stack([by_head[head] for head in HEADS])  # [heads, b, D]
-        count = comm.all_gather(torch.tensor(len(mine)))
-        padded = torch.cat([encoded, encoded.new_zeros(len(HEADS), block - len(mine), encoder.dim)], 1)
-        first = int(mine[0]) - comm.rank * block if len(mine) else 0
-        for rank, (size, vectors) in enumerate(zip(count, comm.all_gather(padded), strict=True)):
-            if comm.rank != 0 or int(size) == 0:
-                continue
-            ids = np.arange(first + rank * block, first + rank * block + int(size))
-            yield _user_table(data, ids, vectors[:, : int(size)].numpy()), vectors[-1, : int(size)].numpy()
-
-
-def _user_table(data: PreparedData, ids: np.ndarray, vectors: np.ndarray) -> pa.Table:
-    offsets = data.offsets[ids[0] : ids[-1] + 2]
-    seen = pa.array(data.item[offsets[0] : offsets[-1]].astype(np.int32))
-    return pa.table(
-        {
-            "user_id": ids,
-            "user_key": [data.user_keys[i] for i in ids],
-            "seen": pa.ListArray.from_arrays(pa.array((offsets - offsets[0]).astype(np.int32)), seen),
-            **{head: _vectors(rows) for head, rows in zip(HEADS, vectors, strict=True)},
-        }
-    )
-
-
-def _vectors(rows: np.ndarray) -> pa.FixedSizeListArray:
-    return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
-
-
-def _new_index(kind: str, dim: int) -> faiss.Index:
-    if kind == "hnsw":
-        return faiss.IndexHNSWFlat(dim, HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
-    return faiss.IndexFlatIP(dim)
-
-
-def _recall(search: faiss.Index, exact: faiss.Index, queries: np.ndarray) -> float:
-    k = min(RECALL_AT, exact.ntotal)
-    _, found = search.search(queries, k)
-    _, true = exact.search(queries, k)
-    hits = [len(np.intersect1d(a, b)) for a, b in zip(found, true, strict=True)]
-    return float(np.mean(hits) / k)
-
-
-class _Writer:
-    """Parquet written block by block; without a path it takes blocks and writes nothing."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.writer: pq.ParquetWriter | None = None
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def write(self, table: pa.Table) -> None:
-        if self.path is None:
-            return
-        if self.writer is None:
-            self.writer = pq.ParquetWriter(self.path, table.schema)
-        self.writer.write_table(table)
-
-    def __exit__(self, *_: object) -> None:
-        if self.writer is not None:
-            self.writer.close()
+    except RunError as error:
+        problem = error
+    failed = int(comm.all_reduce_sum(torch.tensor(int(problem is not None))))
+    if problem is not None:
+        raise problem
+    if failed:
+        raise RunError(f"{folder}: another rank could not write its part; see its message")

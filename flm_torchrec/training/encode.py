@@ -49,10 +49,14 @@ class ModelEncoder:
 
     def items(self, ids: np.ndarray, of: Of = "all") -> Tensor:
         """[n] item ids → [n, D] float32; of "content": as for an item never seen; of "id": the row of the table."""
+        return self.views(ids)[of]
+
+    def views(self, ids: np.ndarray) -> dict[Of, Tensor]:
+        """By kind, what `items` gives."""
         wanted, place = np.unique(self._padded(ids), return_inverse=True)
         encoded = self._encode(self.assembler.items(wanted))
-        vectors = {"all": encoded.items, "content": encoded.content_items, "id": encoded.item_ids}[of]
-        return vectors.cpu()[torch.from_numpy(place[: len(ids)])]
+        views: dict[Of, Tensor] = {"all": encoded.items, "content": encoded.content_items, "id": encoded.item_ids}
+        return {of: vectors.cpu()[torch.from_numpy(place[: len(ids)])] for of, vectors in views.items()}
 
     def _padded(self, indices: np.ndarray) -> np.ndarray:
         """As many on every rank, filled up with index 0: pooling of sharded tables needs one stride."""

@@ -1,0 +1,145 @@
+"""faiss indices over an export's items, built in one pass over the parts, tuned against brute force."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, get_args
+
+import faiss
+import numpy as np
+
+from flm_torchrec.errors import RunError
+from flm_torchrec.evaluation.protocol import HEADS
+from flm_torchrec.export.manifest import IndexReport, Manifest
+from flm_torchrec.export.rows import Rows, spread
+from flm_torchrec.export.vectors import decode
+
+Kind = Literal["flat", "hnsw", "ivfpq", "none"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+INDEX = "items.faiss"
+
+RECALL_WANTED = 0.99
+SAMPLE = 256
+"""Users of whom each head's recall is taken."""
+CUTS = (10, 100)
+
+LINKS, CONSTRUCTION = 32, 200
+"""HNSW's M and efConstruction (Malkov & Yashunin, IEEE TPAMI 2020)."""
+TRAINING_ROWS = 39
+"""Of a centroid: below that faiss warns of too few."""
+CODES = 256
+LISTS = 32_768
+
+STEPS: dict[str, tuple[dict[str, int], ...]] = {
+    "hnsw": tuple({"efSearch": ef} for ef in (128, 256, 512, 1024, 2048, 4096)),
+    "ivfpq": tuple(
+        {"nprobe": n, "k_factor_rf": k} for n, k in ((8, 4), (16, 4), (32, 8), (64, 8), (128, 16), (512, 32))
+    ),
+    "flat": ({},),
+}
+"""Search effort, raised until recall@100 is RECALL_WANTED or there is no more."""
+
+
+def check_index(kind: Kind, items: int) -> None:
+    """Raise RunError where the catalogue is too small to train the index."""
+    if kind == "ivfpq" and items < TRAINING_ROWS * CODES:
+        raise RunError(
+            f"--index ivfpq: trains on {TRAINING_ROWS * CODES} items at least, not {items}; use flat or hnsw"
+        )
+
+
+def build_index(folder: Path, manifest: Manifest, kind: Kind) -> IndexReport | None:
+    """Write the index over the stored embeddings; it alone is in memory, beside one part of the items.
+
+    Its recall is that of the least of the heads, each asked for a sample of users.
+    """
+    if kind == "none":
+        return None
+    items = Rows(folder, manifest, "items")
+    index, parameters = _new(kind, items, manifest)
+    for vectors in items.vectors("embedding"):
+        index.add(vectors)
+    users = Rows(folder, manifest, "users").sample(HEADS, SAMPLE)
+    queries = np.concatenate([decode(users[head])[:SAMPLE] for head in HEADS])
+    _, best = brute_force(items.vectors("embedding"), queries, min(max(CUTS), index.ntotal))
+    recall: dict[str, dict[str, float]] = {}
+    for step in STEPS[kind]:
+        _set(index, step)
+        recall = _recall(index, queries, best)
+        parameters |= step
+        if min(r[f"@{max(CUTS)}"] for r in recall.values()) >= RECALL_WANTED:
+            break
+    faiss.write_index(index, str(folder / INDEX))
+    return IndexReport(kind, parameters, recall, (folder / INDEX).stat().st_size / index.ntotal)
+
+
+def open_index(folder: Path, manifest: Manifest) -> faiss.Index:
+    """The index, set to search as hard as its measured recall took.
+
+    Raises:
+        RunError: the export was made with none, or faiss cannot read it.
+    """
+    if manifest.index is None:
+        raise RunError(f"{folder}: has no index; export again with --index flat or hnsw")
+    try:
+        index = faiss.read_index(str(folder / INDEX))
+    except RuntimeError as error:
+        raise RunError(
+            f"{folder / INDEX}: faiss cannot read it ({str(error).splitlines()[0]}); export again"
+        ) from error
+    _set(index, {k: v for k, v in manifest.index.parameters.items() if k in ("efSearch", "nprobe", "k_factor_rf")})
+    return index
+
+
+def brute_force(blocks: Iterator[np.ndarray], queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and ids [q, k] of the k largest inner products, over blocks of items in order of id."""
+    heap = faiss.ResultHeap(len(queries), k, keep_max=True)
+    first = 0
+    for vectors in blocks:
+        scores, ids = faiss.knn(queries, vectors, min(k, len(vectors)), metric=faiss.METRIC_INNER_PRODUCT)
+        heap.add_result(scores, ids + first)
+        first += len(vectors)
+    heap.finalize()
+    return heap.D, heap.I
+
+
+def _new(kind: Kind, items: Rows, manifest: Manifest) -> tuple[faiss.Index, dict[str, int]]:
+    dim = manifest.dim
+    if kind == "flat":
+        return faiss.IndexFlatIP(dim), {}
+    if kind == "hnsw":
+        graph = faiss.IndexHNSWFlat(dim, LINKS, faiss.METRIC_INNER_PRODUCT)
+        graph.hnsw.efConstruction = CONSTRUCTION
+        return graph, {"M": LINKS, "efConstruction": CONSTRUCTION}
+    # About four lists to the square root of the items (faiss guidelines); a byte of code for four numbers or so,
+    # and fp16 vectors beside them by which what the codes found is ordered anew.
+    lists = min(LISTS, 2 ** round(math.log2(4 * math.sqrt(manifest.items))))
+    lists = min(lists, manifest.items // TRAINING_ROWS)
+    m = max(m for m in range(1, max(2, dim // 4 + 1)) if dim % m == 0)
+    index = faiss.index_factory(dim, f"OPQ{m},IVF{lists},PQ{m},Refine(SQfp16)", faiss.METRIC_INNER_PRODUCT)
+    index.train(_training_rows(items, TRAINING_ROWS * max(lists, CODES)))
+    return index, {"m": m, "nlist": lists}
+
+
+def _training_rows(items: Rows, wanted: int) -> np.ndarray:
+    share = -(-wanted // len(items.files))
+    return np.concatenate([v[spread(len(v), share)] for v in items.vectors("embedding")])
+
+
+def _set(index: faiss.Index, values: dict[str, int]) -> None:
+    for name, value in values.items():
+        faiss.ParameterSpace().set_index_parameter(index, name, value)
+
+
+def _recall(index: faiss.Index, queries: np.ndarray, best: np.ndarray) -> dict[str, dict[str, float]]:
+    """By head, whose queries stand one after another; ids of equal scores count as they come."""
+    _, found = index.search(queries, best.shape[1])
+    recall: dict[str, dict[str, float]] = {}
+    for head, mine, true in zip(HEADS, np.split(found, len(HEADS)), np.split(best, len(HEADS)), strict=True):
+        recall[head] = {
+            f"@{k}": float(np.mean([np.isin(b[:k], f[:k]).mean() for f, b in zip(mine, true, strict=True)]))
+            for k in CUTS
+        }
+    return recall

@@ -1,0 +1,100 @@
+"""What quantised vectors cost: NDCG@10 of the same users before and after, counted while items go by once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flm_torchrec.data.prepared import PreparedData, spans
+from flm_torchrec.data.splits import Examples
+from flm_torchrec.evaluation.metrics import RankCounts
+from flm_torchrec.evaluation.protocol import HEADS, Comm, Encoder
+from flm_torchrec.evaluation.ranking import user_blocks
+from flm_torchrec.export.rows import spread
+from flm_torchrec.export.vectors import Quantise, decode, encode
+
+SAMPLE = 4096
+"""Most users whose NDCG is taken: the same ones before and after, so that a difference of 1 % stands out."""
+CUT = 10
+USERS = 512
+"""Scored at once."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Examples to rank items for, on every rank."""
+
+    encoder: Encoder
+    """Of `examples`."""
+    examples: Examples
+
+
+class Quality:
+    """Counts, for each example, the items of this rank that outrank the true one; all ranks' counts make its rank.
+
+    As in evaluation an equal score counts against the model, and items of the known events are not ranked.
+    """
+
+    def __init__(self, data: PreparedData, held: Held, quantise: Quantise, comm: Comm, block: int) -> None:
+        rows = spread(len(held.examples), SAMPLE)
+        examples = held.examples.take(rows)
+        self.comm = comm
+        self.quantise: Quantise = quantise
+        self.target = torch.from_numpy(data.item[examples.end])
+        users = _encoded(held.encoder, rows, comm, block)
+        truth = torch.cat(
+            [held.encoder.items(part) for part in np.split(self.target.numpy(), range(block, len(rows), block))]
+        )
+        self.users = {"before": users, "after": {head: self._stored(h) for head, h in users.items()}}
+        self.truth = {"before": truth, "after": self._stored(truth)}
+        self.above = {when: {head: torch.zeros(len(rows), dtype=torch.int64) for head in HEADS} for when in self.users}
+        starts = data.offsets[examples.user]
+        order = np.argsort(data.item[spans(starts, examples.end - starts)], kind="stable")
+        self.seen_rows = np.repeat(np.arange(len(rows)), examples.end - starts)[order]
+        self.seen_items = data.item[spans(starts, examples.end - starts)][order]
+
+    def add(self, ids: np.ndarray, vectors: Tensor) -> None:
+        """Count the items `ids`, a range ascending, with vectors [n, D]."""
+        for when, shown in (("before", vectors), ("after", self._stored(vectors))):
+            for head, users in self.users[when].items():
+                for start in range(0, len(users), USERS):
+                    part = slice(start, start + USERS)
+                    self.above[when][head][part] += self._above(users[part], self.truth[when][part], ids, shown, start)
+
+    def _above(self, users: Tensor, truth: Tensor, ids: np.ndarray, vectors: Tensor, first: int) -> Tensor:
+        counted = users @ vectors.T >= (users * truth).sum(1, keepdim=True)
+        own = self.target[first : first + len(users)] - int(ids[0])
+        here = (own >= 0) & (own < len(ids))
+        counted[here, own[here]] = False
+        low, high = np.searchsorted(self.seen_items, [ids[0], ids[-1] + 1])
+        rows, items = self.seen_rows[low:high] - first, self.seen_items[low:high] - ids[0]
+        inside = (rows >= 0) & (rows < len(users))
+        counted[rows[inside], items[inside]] = False
+        return counted.sum(1)
+
+    def _stored(self, vectors: Tensor) -> Tensor:
+        return torch.tensor(decode(encode(vectors.numpy(), self.quantise)))
+
+    def result(self) -> dict[str, dict[str, float]]:
+        """By head: "before", "after" and the relative "change". Collective."""
+        found: dict[str, dict[str, float]] = {}
+        for head in HEADS:
+            above = {when: self.comm.all_reduce_sum(counts[head]) for when, counts in self.above.items()}
+            ndcg = {when: RankCounts(np.bincount(counts.numpy()), {}).ndcg(CUT) for when, counts in above.items()}
+            change = ndcg["after"] / ndcg["before"] - 1 if ndcg["before"] > 0 else 0.0
+            found[head] = {**ndcg, "change": change}
+        return found
+
+
+def _encoded(encoder: Encoder, rows: np.ndarray, comm: Comm, block: int) -> dict[str, Tensor]:
+    """The examples' vectors [len(rows), D] by head, on every rank; collective."""
+    parts: dict[str, list[Tensor]] = {head: [] for head in HEADS}
+    for mine in user_blocks(len(rows), block, comm):
+        encoded = encoder.users(rows[mine])
+        for head in HEADS:
+            padded = torch.cat([encoded[head], encoded[head].new_zeros(block - len(mine), encoder.dim)])
+            parts[head].extend(comm.all_gather(padded))
+    return {head: torch.cat(blocks)[: len(rows)] for head, blocks in parts.items()}
