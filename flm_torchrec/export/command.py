@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from flm_torchrec.evaluation.protocol import HEADS
@@ -12,6 +12,7 @@ from flm_torchrec.export.manifest import Manifest
 
 # Of rows.STORAGES, vectors.QUANTISES and index.KINDS, whose modules take long to import; a test holds them together.
 STORAGES, QUANTISES, INDICES = ("parquet", "arrow"), ("none", "fp16", "int8"), ("flat", "hnsw", "ivfpq", "none")
+TOWERS = ("int8", "fp32", "none")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -39,6 +40,10 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
         "--index", choices=INDICES, default="flat",
         help="faiss index: flat is exact, hnsw faster for millions of items, ivfpq also smaller (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--tower", choices=TOWERS, default="int8",
+        help="package the user tower beside the vectors, for 'flm serve'; its tables' rows as (default: %(default)s)",
+    )  # fmt: skip
     parser.set_defaults(run=run_export)
 
 
@@ -63,6 +68,8 @@ def run_export(args: argparse.Namespace) -> None:
     from flm_torchrec.data.splits import everyone
     from flm_torchrec.export.quality import Held
     from flm_torchrec.export.write import Options, Source, check_output, export
+    from flm_torchrec.export.tower import write_tower
+    from flm_torchrec.training.package import PackagedModel
     from flm_torchrec.training.restore import restore
 
     check_output(args.output, args.overwrite)
@@ -73,6 +80,9 @@ def run_export(args: argparse.Namespace) -> None:
         blocks = job.config.eval.user_block, job.config.eval.item_block
         options = Options(args.format, args.quantise, args.index, *blocks)
         source = Source(job.data, encoder, known, restored.version, held)
+        if args.tower != "none":
+            model, main = PackagedModel(job), job.comm.rank == 0
+            source = replace(source, beside=lambda folder: write_tower(job.data, model, main, args.tower, folder))
         manifest = export(source, job.comm, args.output, options)
     if manifest is not None:
         print(f"{args.output}: {summary(manifest)}")

@@ -29,12 +29,10 @@ from torch.nn import functional as F
 from flm_torchrec.data.prepared import EntityFeatures, PreparedData
 from flm_torchrec.data.schema import Feature
 from flm_torchrec.errors import RunError
+from flm_torchrec.export.tower_files import DESCRIPTION, FOLDER, HISTORIES, ITEM, PROFILE, USER
 
 Precision = Literal["int8", "fp32"]
 
-FOLDER = "tower"
-USER, ITEM, PROFILE = "user.pt2", "item.pt2", "profile.pt2"
-DESCRIPTION, HISTORIES = "tower.json", "histories.parquet"
 BLOCK = 16_384
 """Rows looked up and written at once."""
 
@@ -188,7 +186,7 @@ class UserProgram(nn.Module):
         if hasattr(self.fusion, "weights"):
             return self.fusion.weights(stacked)
         if hasattr(self.fusion, "scale"):
-            return self.fusion.scale.squeeze(1).expand(len(stacked), -1)
+            return self.fusion.scale.squeeze(1).expand(stacked.shape[0], -1)
         return stacked.new_zeros(stacked.shape[:2])
 
 
@@ -296,7 +294,8 @@ def _save(program: nn.Module, arguments: tuple[Tensor, ...], shapes: tuple[Any, 
     try:
         exported = torch.export.export(program.eval(), arguments, dynamic_shapes=shapes, strict=False)
     except (torch._dynamo.exc.UserError, ValueError, RuntimeError) as error:
-        raise RunError(f"{file}: torch.export refuses the tower ({str(error).splitlines()[0]}); --tower none") from error
+        reason = " ".join(str(error).split())
+        raise RunError(f"{file}: torch.export refuses the tower ({reason}); export with --tower none") from error
     torch.export.save(exported, file)
 
 

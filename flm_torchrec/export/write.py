@@ -39,6 +39,8 @@ class Source:
     """Of the model; stands in the metadata of every file."""
     held: Held | None = None
     """By whom to tell what quantising costs: validation examples. None: it is not told."""
+    beside: Callable[[Path], None] = lambda folder: None
+    """Writes more into the export, such as the user tower; collective."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def export(source: Source, comm: Comm, output: Path, options: Options) -> Manife
             quality = Quality(source.data, source.held, options.quantise, comm, options.user_block)
         _write_items(source, comm, fresh, options, quality)
         _write_users(source, comm, fresh, options)
+        _together(comm, output, lambda: source.beside(fresh))
         manifest = replace(manifest, quality={} if quality is None else quality.result())
         done: list[Manifest] = []
         _together(comm, output, lambda: done.append(_finish(manifest, fresh, output, options)) if main else None)
