@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "distributed": {"config"},
     "training": {"config", "data", "model", "distributed", "evaluation"},
     "evaluation": {"config", "data"},
-    "export": {"data", "evaluation"},
+    "export": {"config", "data", "evaluation"},
     "serve": {"config", "data", "export"},
     "report": {"config", "data", "evaluation", "export"},
 }

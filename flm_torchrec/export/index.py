@@ -71,7 +71,8 @@ def build_index(folder: Path, manifest: Manifest, kind: Kind) -> IndexReport | N
         parameters |= step
         if min(r[f"@{max(CUTS)}"] for r in recall.values()) >= RECALL_WANTED:
             break
-    faiss.write_index(index, str(folder / INDEX))
+    with (folder / INDEX).open("wb") as stream:  # faiss's own writer does not tell of a full disk at the end
+        faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))  # type: ignore[attr-defined]
     return IndexReport(kind, parameters, recall, (folder / INDEX).stat().st_size / index.ntotal)
 
 
@@ -86,9 +87,8 @@ def open_index(folder: Path, manifest: Manifest) -> faiss.Index:
     try:
         index = faiss.read_index(str(folder / INDEX))
     except RuntimeError as error:
-        raise RunError(
-            f"{folder / INDEX}: faiss cannot read it ({str(error).splitlines()[0]}); export again"
-        ) from error
+        reason = str(error).splitlines()[0].rpartition("cpp:")[2].partition(": ")[2]
+        raise RunError(f"{folder / INDEX}: faiss cannot read it ({reason}); export again") from error
     _set(index, {k: v for k, v in manifest.index.parameters.items() if k in ("efSearch", "nprobe", "k_factor_rf")})
     return index
 

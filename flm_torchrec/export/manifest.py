@@ -12,6 +12,8 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.files import sha256
 
 FILE = "manifest.json"
+DELTA = "delta.json"
+"""Of a delta, in its place."""
 FORMAT = 2
 
 
@@ -41,6 +43,8 @@ class Manifest:
     heads: tuple[str, ...]
     storage: str
     """parquet or arrow."""
+    part_rows: int
+    """Of each part but the last: part p has the ids from p * part_rows on."""
     quantise: str
     """none, fp16 or int8: how vectors are stored (see `vectors.encode`)."""
     index: IndexReport | None = None
@@ -61,8 +65,13 @@ class Manifest:
     @property
     def rows_digest(self) -> str:
         """Of all rows of items and users: the same for the same rows, whatever index lies beside them."""
-        rows = {n: d for n, d in self.sha256.items() if n.startswith(("items.", "users.")) and "/" in n}
+        rows = {name: digest for name, digest in self.sha256.items() if is_part(name)}
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def is_part(name: str) -> bool:
+    """Whether the file is one of the parts of items or users."""
+    return name.startswith(("items.", "users.")) and "/" in name
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -72,14 +81,7 @@ def load_manifest(folder: Path) -> Manifest:
         RunError: no export, another format, a file missing or changed.
     """
     manifest = read_manifest(folder)
-    for name, digest in manifest.sha256.items():
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:
-            raise RunError(f"{folder / FILE}: '{name}' lies outside the folder; export again")
-        if not (folder / name).is_file():
-            raise RunError(f"{folder / name}: not found; export again")
-        if sha256(folder / name) != digest:
-            raise RunError(f"{folder / name}: changed since the export was written; export again")
+    check_files(folder, manifest.sha256, folder / FILE)
     return manifest
 
 
@@ -93,10 +95,30 @@ def read_manifest(folder: Path) -> Manifest:
     if not file.is_file():
         raise RunError(f"{file}: not found; make the export with 'flm export --output {folder}'")
     try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if record["format"] != FORMAT:
-            raise RunError(f"{file}: format {record['format']}, this version reads {FORMAT}; export again")
-        index = IndexReport(**record["index"]) if record["index"] else None
-        return Manifest(**{**record, "heads": tuple(record["heads"]), "index": index})
+        return manifest_of(json.loads(file.read_text(encoding="utf-8")), file)
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise RunError(f"{file}: not a manifest ({error}); export again") from error
+
+
+def manifest_of(record: dict[str, Any], file: Path) -> Manifest:
+    """The manifest as its dataclass.
+
+    Raises:
+        RunError: another format. TypeError, KeyError: not a manifest.
+    """
+    if record["format"] != FORMAT:
+        raise RunError(f"{file}: format {record['format']}, this version reads {FORMAT}; export again")
+    index = IndexReport(**record["index"]) if record["index"] else None
+    return Manifest(**{**record, "heads": tuple(record["heads"]), "index": index})
+
+
+def check_files(folder: Path, sha256s: dict[str, str], listed: Path) -> None:
+    """Raise RunError where a file that `listed` lists is missing, changed, or lies outside the folder."""
+    for name, digest in sha256s.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise RunError(f"{listed}: '{name}' lies outside the folder; export again")
+        if not (folder / name).is_file():
+            raise RunError(f"{folder / name}: not found; export again")
+        if sha256(folder / name) != digest:
+            raise RunError(f"{folder / name}: changed since the export was written; export again")

@@ -21,6 +21,7 @@ from flm_torchrec.export.vectors import decode
 
 Entity = Literal["items", "users"]
 Storage = Literal["parquet", "arrow"]
+ENTITIES: tuple[Entity, ...] = get_args(Entity)
 STORAGES: tuple[Storage, ...] = get_args(Storage)
 
 PART_ROWS = 32_768
@@ -32,10 +33,11 @@ def part_name(entity: Entity, storage: Storage, part: int) -> str:
     return f"{entity}.{storage}/part-{part:05d}.{storage}"
 
 
-def write_part(file: Path, table: pa.Table, storage: Storage) -> None:
+def write_part(file: Path, table: pa.Table) -> None:
     """Write one part; vectors get neither dictionary nor statistics, which would not help."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    if storage == "arrow":
+    table = table.combine_chunks()  # pages follow chunks: the same rows are to be the same bytes
+    if file.suffix == ".arrow":
         with pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table, max_chunksize=ROW_GROUP)
         return
@@ -63,6 +65,7 @@ class Rows:
     """The items or the users of an export, read part by part, or whole where columns are few."""
 
     def __init__(self, folder: Path, manifest: Manifest, entity: Entity) -> None:
+        self.storage = manifest.storage
         inside = f"{entity}.{manifest.storage}/"
         self.files = [folder / name for name in sorted(manifest.sha256) if name.startswith(inside)]
 

@@ -18,10 +18,11 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.protocol import HEADS, Comm, Encoder, Of
 from flm_torchrec.export.catalogue import Keys
 from flm_torchrec.export.index import Kind, build_index, check_index
-from flm_torchrec.export.manifest import FILE, FORMAT, Manifest
+from flm_torchrec.export.manifest import DELTA, FILE, FORMAT, Manifest
 from flm_torchrec.export.quality import Held, Quality
 from flm_torchrec.export.rows import PART_ROWS, Entity, Storage, part_name, write_part
 from flm_torchrec.export.vectors import Quantise, encode
+from flm_torchrec.files import replace_folder, telling
 
 VIEWS: dict[str, Of] = {"embedding": "all", "content": "content", "id": "id"}
 """Columns of vectors of items: the one that all heads score against, and that from features or from the id alone."""
@@ -66,7 +67,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise RunError(f"{output}: is a file; give another --output")
     if not output.exists() or not any(output.iterdir()):
         return
-    if not (output / FILE).is_file():
+    if not any((output / name).is_file() for name in (FILE, DELTA)):
         raise RunError(f"{output}: exists and is no export, so it is not replaced; give another --output")
     if not overwrite:
         raise RunError(f"{output}: exists; give another --output, or --overwrite to replace it")
@@ -84,17 +85,7 @@ def export(source: Source, comm: Comm, output: Path, options: Options) -> Manife
     schema, main = source.data.schema, comm.rank == 0
     check_index(options.index, schema.items)
     fresh = output.with_name(output.name + ".tmp")
-    manifest = Manifest(
-        format=FORMAT,
-        model_version=source.version,
-        data=schema.name,
-        dim=source.encoder.dim,
-        users=schema.users,
-        items=schema.items,
-        heads=HEADS,
-        storage=options.storage,
-        quantise=options.quantise,
-    )
+    manifest = blank_manifest(source, options)
     _together(comm, output, lambda: _start(fresh) if main else None)
     try:
         quality = None
@@ -104,12 +95,30 @@ def export(source: Source, comm: Comm, output: Path, options: Options) -> Manife
         _write_users(source, comm, fresh, options)
         _together(comm, output, lambda: source.beside(fresh))
         manifest = replace(manifest, quality={} if quality is None else quality.result())
-        done: list[Manifest] = []
-        _together(comm, output, lambda: done.append(_finish(manifest, fresh, output, options)) if main else None)
+        if not main:
+            return None  # none waits for an index, which may take longer than a collective
+        with telling(fresh):
+            return _finish(manifest, fresh, output, options)
     finally:
         if main:
             shutil.rmtree(fresh, ignore_errors=True)
-    return done[0] if done else None
+
+
+def blank_manifest(source: Source, options: Options) -> Manifest:
+    """What can be said of an export before it is made."""
+    schema = source.data.schema
+    return Manifest(
+        format=FORMAT,
+        model_version=source.version,
+        data=schema.name,
+        dim=source.encoder.dim,
+        users=schema.users,
+        items=schema.items,
+        heads=HEADS,
+        storage=options.storage,
+        part_rows=options.part_rows,
+        quantise=options.quantise,
+    )
 
 
 def _start(fresh: Path) -> None:
@@ -121,8 +130,7 @@ def _finish(manifest: Manifest, fresh: Path, output: Path, options: Options) -> 
     manifest = manifest.listing(fresh)
     manifest = replace(manifest, index=build_index(fresh, manifest, options.index)).listing(fresh)
     manifest.save(fresh)
-    shutil.rmtree(output, ignore_errors=True)
-    fresh.rename(output)
+    replace_folder(fresh, output)
     return manifest
 
 
@@ -167,7 +175,7 @@ def _write(
         if tables:
             table = pa.concat_tables(tables)
             table = table.replace_schema_metadata({"model_version": source.version, "format": str(FORMAT)})
-            write_part(fresh / part_name(entity, options.storage, part), table, options.storage)
+            write_part(fresh / part_name(entity, options.storage, part), table)
 
     _together(comm, fresh, action)
 
@@ -192,11 +200,8 @@ def _together(comm: Comm, folder: Path, action: Callable[[], None]) -> None:
     """Each rank's action; if one fails, all stop, and none waits for it in a collective."""
     problem: RunError | None = None
     try:
-        action()
-    except OSError as error:
-        problem = RunError(
-            f"{error.filename or folder}: {error.strerror or error}; make room, or give another --output"
-        )
+        with telling(folder):
+            action()
     except RunError as error:
         problem = error
     failed = int(comm.all_reduce_sum(torch.tensor(int(problem is not None))))

@@ -1,0 +1,230 @@
+"""What changed between two exports, and an older export brought up to date by it.
+
+The row of an id is compared with the row of the same id, all columns and bit by bit, part by part: no more than two
+parts are in memory. A delta's parts hold the rows that are new or changed; `removed/items.parquet` and
+`removed/users.parquet` the keys that are no longer there, for stores that know a row by its key.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from flm_torchrec.errors import RunError
+from flm_torchrec.evaluation.protocol import Comm
+from flm_torchrec.export.index import Kind, build_index
+from flm_torchrec.export.manifest import DELTA, Manifest, check_files, is_part, load_manifest, manifest_of
+from flm_torchrec.export.rows import ENTITIES, Entity, Rows, part_name, read_part, write_part
+from flm_torchrec.export.write import Options, Source, blank_manifest, export
+from flm_torchrec.files import replace_folder, sha256, telling
+
+REMOVED = "removed"
+JOIN_MEMORY = "1GB"
+"""For finding keys that are no longer there; beyond it DuckDB works on disk."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """`delta.json`, written last: what a delta changes."""
+
+    base_version: str
+    """Model of the export that it is to be applied to."""
+    base_rows: str
+    """`rows_digest` of that export."""
+    changed: dict[str, int]
+    """Rows new or changed, of "items" and "users"."""
+    removed: dict[str, int]
+    """Keys no longer there."""
+    whole: Manifest
+    """Of the export that it leads to, with the digests of its rows."""
+    sha256: dict[str, str]
+    """Of the delta's own files."""
+
+    def rows(self, folder: Path, entity: Entity) -> Rows:
+        return Rows(folder, replace(self.whole, sha256=self.sha256), entity)
+
+
+def check_alike(folder: Path, old: Manifest, new: Manifest) -> None:
+    """Raise RunError where rows of the two cannot be compared."""
+    for name in ("data", "dim", "heads", "storage", "quantise", "part_rows"):
+        was, is_ = getattr(old, name), getattr(new, name)
+        if was != is_:
+            raise RunError(f"{folder}: {name} is {was} there and {is_} here; export whole, without --since")
+
+
+def write_delta(base: Path, whole: Path, output: Path) -> Delta:
+    """Compare two exports and write what leads from `base` to `whole`.
+
+    Raises:
+        RunError: one of them is not whole, or their rows cannot be compared.
+    """
+    old, new = load_manifest(base), load_manifest(whole)
+    check_alike(base, old, new)
+    with _fresh(output) as fresh:
+        changed: dict[str, int] = {
+            e: _write_changed(Rows(base, old, e), Rows(whole, new, e), whole, fresh) for e in ENTITIES
+        }
+        removed: dict[str, int] = {
+            e: _write_removed(Rows(base, old, e), Rows(whole, new, e), e, fresh) for e in ENTITIES
+        }
+        for name in new.sha256:
+            if not is_part(name):  # whatever lies beside the rows goes along whole
+                _copy(name, whole, fresh)
+        files = {f.relative_to(fresh).as_posix(): sha256(f) for f in sorted(fresh.rglob("*")) if f.is_file()}
+        delta = Delta(old.model_version, old.rows_digest, changed, removed, new, files)
+        (fresh / DELTA).write_text(json.dumps(asdict(delta), indent=2), encoding="utf-8")
+    return delta
+
+
+def load_delta(folder: Path) -> Delta:
+    """Read `delta.json` and check that every file is there and unchanged.
+
+    Raises:
+        RunError: no delta, another format, a file missing or changed.
+    """
+    file = folder / DELTA
+    if not file.is_file():
+        raise RunError(f"{file}: not found; make a delta with 'flm export --since OLDER --output {folder}'")
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        delta = Delta(**{**record, "whole": manifest_of(record["whole"], file)})
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise RunError(f"{file}: not a delta ({error}); export again") from error
+    check_files(folder, delta.sha256, file)
+    return delta
+
+
+def apply_delta(base: Path, folder: Path, output: Path) -> Manifest:
+    """Write the export that the delta leads to: rows bit for bit, and an index over them of the kind the base has.
+
+    Raises:
+        RunError: the delta is of another base, or one of the two is not whole.
+    """
+    old, delta = load_manifest(base), load_delta(folder)
+    if old.rows_digest != delta.base_rows:
+        raise RunError(
+            f"{folder}: changes an export of model {delta.base_version}, and {base} is another one"
+            f" (of {old.model_version}); apply deltas in the order they were made"
+        )
+    kind: Kind = old.index.kind if old.index else "none"  # type: ignore[assignment]
+    with _fresh(output) as fresh:
+        for entity in ENTITIES:
+            _write_merged(entity, base, folder, delta, fresh)
+        for name in delta.sha256:
+            if not is_part(name) and not name.startswith(f"{REMOVED}/"):
+                _copy(name, folder, fresh)
+        manifest = replace(delta.whole, sha256={}).listing(fresh)
+        if manifest.rows_digest != delta.whole.rows_digest:
+            raise RunError(f"{output}: is not what the delta was made of; apply it with the same version of pyarrow")
+        manifest = replace(manifest, index=build_index(fresh, manifest, kind)).listing(fresh)
+        manifest.save(fresh)
+    return manifest
+
+
+def export_delta(source: Source, comm: Comm, base: Path, output: Path, options: Options) -> Delta | None:
+    """Export whole, beside `output` for as long as it takes, and keep what differs from `base`; collective.
+
+    Raises:
+        RunError: as of `export` and `write_delta`; where rows cannot be compared, before any is encoded.
+    """
+    old = load_manifest(base)
+    options = replace(options, index="none", part_rows=old.part_rows)
+    check_alike(base, old, blank_manifest(source, options))
+    whole = output.with_name(output.name + ".whole")
+    try:
+        manifest = export(source, comm, whole, options)
+        return None if manifest is None else write_delta(base, whole, output)
+    finally:
+        if comm.rank == 0:
+            shutil.rmtree(whole, ignore_errors=True)
+
+
+def _copy(name: str, source: Path, target: Path) -> None:
+    (target / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source / name, target / name)
+
+
+@contextmanager
+def _fresh(output: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `output` when all is written, and is gone if that fails."""
+    fresh = output.with_name(output.name + ".tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        with telling(fresh):
+            fresh.mkdir(parents=True)
+            yield fresh
+            replace_folder(fresh, output)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _write_changed(old: Rows, new: Rows, whole: Path, fresh: Path) -> int:
+    count = 0
+    before = {file.name: file for file in old.files}
+    for file in new.files:
+        table = read_part(file)
+        changed = np.ones(len(table), bool)
+        if file.name in before:
+            changed = _differs(read_part(before[file.name]), table, before[file.name])
+        if changed.any():
+            write_part(fresh / file.relative_to(whole), table.filter(pa.array(changed)))
+            count += int(changed.sum())
+    return count
+
+
+def _differs(old: pa.Table, new: pa.Table, file: Path) -> np.ndarray:
+    """[rows of new] bool: not the same as the old row in that place, or there was none."""
+    if not old.schema.equals(new.schema):
+        raise RunError(f"{file}: has other columns than the new export; export whole, without --since")
+    both = min(len(old), len(new))
+    changed = np.zeros(len(new), bool)
+    changed[both:] = True
+    for name in new.column_names:
+        a, b = old[name].slice(0, both).combine_chunks(), new[name].slice(0, both).combine_chunks()
+        if pa.types.is_fixed_size_list(a.type):
+            bits = [column.flatten().to_numpy().view(np.uint8).reshape(both, -1) for column in (a, b)]
+            changed[:both] |= (bits[0] != bits[1]).any(1)
+        else:
+            changed[:both] |= pl.Series(a).ne_missing(pl.Series(b)).to_numpy()
+    return changed
+
+
+def _write_removed(old: Rows, new: Rows, entity: Entity, fresh: Path) -> int:
+    """Keys of the old rows that no new row has."""
+    key, file = f"{entity[:-1]}_key", fresh / REMOVED / f"{entity}.parquet"
+    file.parent.mkdir(exist_ok=True)
+    spill = fresh / "spill"
+    with duckdb.connect(config={"memory_limit": JOIN_MEMORY, "temp_directory": str(spill)}) as connection:
+        for name, rows in (("before", old), ("after", new)):
+            connection.register(name, ds.dataset(rows.files, format=rows.storage))
+        gone = f"SELECT {key} FROM before ANTI JOIN after USING ({key}) ORDER BY {key}"
+        connection.execute(f"COPY ({gone}) TO '{str(file).replace(chr(39), chr(39) * 2)}' (FORMAT parquet)")
+        count = connection.execute("SELECT count(*) FROM read_parquet(?)", [str(file)]).fetchall()[0][0]
+    shutil.rmtree(spill, ignore_errors=True)
+    return int(count)
+
+
+def _write_merged(entity: Entity, base: Path, folder: Path, delta: Delta, fresh: Path) -> None:
+    rows = delta.whole.items if entity == "items" else delta.whole.users
+    version = {"model_version": delta.whole.model_version, "format": str(delta.whole.format)}
+    for part, start in enumerate(range(0, rows, delta.whole.part_rows)):
+        name = part_name(entity, delta.whole.storage, part)  # type: ignore[arg-type]
+        stop = min(start + delta.whole.part_rows, rows)
+        tables = [read_part(base / name)] if (base / name).is_file() else []
+        kept = len(tables[0]) if tables else 0
+        place = np.arange(stop - start)
+        if name in delta.sha256:
+            changed = read_part(folder / name)
+            place[changed[f"{entity[:-1]}_id"].to_numpy() - start] = kept + np.arange(len(changed))
+            tables.append(changed)
+        write_part(fresh / name, pa.concat_tables(tables).take(place).replace_schema_metadata(version))

@@ -1,0 +1,52 @@
+"""Milvus: a file ending in .db (Milvus Lite) or the URL of a server. The index is FLAT, exact."""
+
+from __future__ import annotations
+
+import numpy as np
+from pymilvus import DataType, MilvusClient, MilvusException
+
+from flm_torchrec.errors import RunError
+from flm_torchrec.export.stores.protocol import Batch
+
+LONGEST_KEY = 512
+"""Bytes."""
+
+
+class Milvus:
+    errors = (MilvusException, OSError, ValueError)
+
+    def __init__(self, location: str, collection: str) -> None:
+        if "://" not in location and not location.endswith(".db"):
+            raise RunError(f"milvus:{location}: Milvus Lite wants a file that ends in .db, or give http://HOST:PORT")
+        self.collection = collection
+        self.client = MilvusClient(location)
+
+    def create(self, dim: int) -> None:
+        if not self.client.has_collection(self.collection):
+            schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
+            schema.add_field("item_key", DataType.VARCHAR, is_primary=True, max_length=LONGEST_KEY)
+            schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=dim)
+            schema.add_field("payload", DataType.JSON)
+            index = MilvusClient.prepare_index_params()
+            index.add_index("embedding", index_type="FLAT", metric_type="IP")
+            self.client.create_collection(self.collection, schema=schema, index_params=index)
+        fields = {f["name"]: f["params"] for f in self.client.describe_collection(self.collection)["fields"]}
+        if int(fields.get("embedding", {}).get("dim", 0)) != dim:
+            raise RunError(f"collection '{self.collection}': holds other vectors; give another --collection")
+
+    def upsert(self, batch: Batch) -> None:
+        rows = zip(batch.keys, batch.vectors, batch.payloads, strict=True)
+        self.client.upsert(self.collection, [{"item_key": k, "embedding": v, "payload": p} for k, v, p in rows])
+
+    def delete(self, keys: list[str]) -> None:
+        self.client.delete(self.collection, ids=keys)
+
+    def count(self) -> int:
+        return int(self.client.query(self.collection, filter="", output_fields=["count(*)"])[0]["count(*)"])
+
+    def search(self, vector: np.ndarray, k: int) -> list[tuple[str, float]]:
+        found = self.client.search(self.collection, [vector.tolist()], limit=k, consistency_level="Strong")[0]
+        return [(hit["item_key"], float(hit["distance"])) for hit in found]
+
+    def close(self) -> None:
+        self.client.close()

@@ -1,0 +1,66 @@
+"""PostgreSQL with the pgvector extension: a table of the collection's name, exact search unless it gets an index."""
+
+from __future__ import annotations
+
+import numpy as np
+import psycopg
+from pgvector.psycopg import register_vector
+from psycopg import sql
+from psycopg.types.json import Jsonb
+
+from flm_torchrec.errors import RunError
+from flm_torchrec.export.stores.protocol import Batch
+
+CREATE = (
+    "CREATE TABLE IF NOT EXISTS {table} (item_key text PRIMARY KEY, title text NOT NULL, attributes jsonb NOT NULL,"
+    " model_version text NOT NULL, embedding vector({dim}) NOT NULL)"
+)
+UPSERT = (
+    "INSERT INTO {table} VALUES (%s, %s, %s, %s, %s) ON CONFLICT (item_key) DO UPDATE SET title = EXCLUDED.title,"
+    " attributes = EXCLUDED.attributes, model_version = EXCLUDED.model_version, embedding = EXCLUDED.embedding"
+)
+
+
+class PgVector:
+    errors = (psycopg.Error,)
+
+    def __init__(self, location: str, collection: str) -> None:
+        self.collection = collection
+        self.connection = psycopg.connect(location)
+
+    def create(self, dim: int) -> None:
+        with self.connection.transaction():
+            self.connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
+            self.connection.execute(self._sql(CREATE, dim=sql.Literal(dim)))
+        register_vector(self.connection)
+        width = "SELECT atttypmod FROM pg_attribute WHERE attrelid = %s::regclass AND attname = 'embedding'"
+        found = self.connection.execute(width, [f'"{self.collection}"']).fetchone()
+        if found is None or found[0] != dim:
+            raise RunError(f"collection '{self.collection}': holds other vectors; give another --collection")
+
+    def upsert(self, batch: Batch) -> None:
+        rows = [
+            (key, p["title"], Jsonb(p["attributes"]), p["model_version"], vector)
+            for key, vector, p in zip(batch.keys, batch.vectors, batch.payloads, strict=True)
+        ]
+        with self.connection.transaction(), self.connection.cursor() as cursor:
+            cursor.executemany(self._sql(UPSERT), rows)
+
+    def delete(self, keys: list[str]) -> None:
+        with self.connection.transaction():
+            self.connection.execute(self._sql("DELETE FROM {table} WHERE item_key = ANY(%s)"), [keys])
+
+    def count(self) -> int:
+        row = self.connection.execute(self._sql("SELECT count(*) FROM {table}")).fetchone()
+        return int(row[0]) if row else 0
+
+    def search(self, vector: np.ndarray, k: int) -> list[tuple[str, float]]:
+        best = "SELECT item_key, -(embedding <#> %s) FROM {table} ORDER BY embedding <#> %s LIMIT %s"
+        return self.connection.execute(self._sql(best), [vector, vector, k]).fetchall()  # <#> is minus the product
+
+    def close(self) -> None:
+        self.connection.commit()
+        self.connection.close()
+
+    def _sql(self, text: str, **values: sql.Composable) -> sql.Composed:
+        return sql.SQL(text).format(table=sql.Identifier(self.collection), **values)  # type: ignore[arg-type]

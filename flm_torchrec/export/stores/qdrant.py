@@ -1,0 +1,53 @@
+"""Qdrant: a folder (its embedded mode, exact search) or the URL of a server."""
+
+from __future__ import annotations
+
+import uuid
+
+import numpy as np
+from qdrant_client import QdrantClient, models
+from qdrant_client.http.exceptions import ApiException
+
+from flm_torchrec.errors import RunError
+from flm_torchrec.export.stores.protocol import Batch
+
+SPACE = uuid.uuid5(uuid.NAMESPACE_URL, "flm_torchrec")
+"""Qdrant takes no strings for ids: a point's is the UUID of its key in this namespace."""
+
+
+class Qdrant:
+    errors = (ApiException, ValueError, RuntimeError, OSError)
+
+    def __init__(self, location: str, collection: str) -> None:
+        self.collection = collection
+        self.client = QdrantClient(url=location) if "://" in location else QdrantClient(path=location)
+
+    def create(self, dim: int) -> None:
+        if not self.client.collection_exists(self.collection):
+            vectors = models.VectorParams(size=dim, distance=models.Distance.DOT)
+            self.client.create_collection(self.collection, vectors_config=vectors)
+        has = self.client.get_collection(self.collection).config.params.vectors
+        if not isinstance(has, models.VectorParams) or (has.size, has.distance) != (dim, models.Distance.DOT):
+            raise RunError(f"collection '{self.collection}': holds other vectors; give another --collection")
+
+    def upsert(self, batch: Batch) -> None:
+        payloads = [{"item_key": key, **p} for key, p in zip(batch.keys, batch.payloads, strict=True)]
+        ids = [_point(key) for key in batch.keys]
+        self.client.upsert(self.collection, models.Batch(ids=ids, vectors=batch.vectors.tolist(), payloads=payloads))
+
+    def delete(self, keys: list[str]) -> None:
+        self.client.delete(self.collection, models.PointIdsList(points=[_point(key) for key in keys]))
+
+    def count(self) -> int:
+        return self.client.count(self.collection).count
+
+    def search(self, vector: np.ndarray, k: int) -> list[tuple[str, float]]:
+        found = self.client.query_points(self.collection, query=vector.tolist(), limit=k).points
+        return [(p.payload["item_key"], p.score) for p in found if p.payload]
+
+    def close(self) -> None:
+        self.client.close()
+
+
+def _point(key: str) -> str:
+    return str(uuid.uuid5(SPACE, key))
