@@ -292,7 +292,7 @@ def _export_content(program: ContentProgram, data: PreparedData, entity: str, fi
 
 def _save(program: nn.Module, arguments: tuple[Tensor, ...], shapes: tuple[Any, ...], file: Path) -> None:
     try:
-        exported = torch.export.export(program.eval(), arguments, dynamic_shapes=shapes, strict=False)
+        exported = torch.export.export(program.eval().requires_grad_(False), arguments, dynamic_shapes=shapes, strict=False)
     except (torch._dynamo.exc.UserError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise RunError(f"{file}: torch.export refuses the tower ({reason}); export with --tower none") from error
