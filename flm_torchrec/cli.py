@@ -1,4 +1,4 @@
-"""`flm`: prepare → train → evaluate → export → recommend."""
+"""`flm`: prepare → train → evaluate → export → recommend → serve."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from flm_torchrec.distributed import command as distributed_command
 from flm_torchrec.errors import FlmError
 from flm_torchrec.evaluation import command as evaluation_command
 from flm_torchrec.export import command as export_command
+from flm_torchrec.serve import command as serve_command
 from flm_torchrec.training import command as training_command
 
 
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _Parser(prog="flm", description=__doc__, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (data_command, distributed_command, training_command, evaluation_command, export_command):
+    commands = (data_command, distributed_command, training_command, evaluation_command, export_command, serve_command)
+    for command in commands:
         command.add_parser(subparsers)
     args = parser.parse_args(argv)
     try:

@@ -67,8 +67,8 @@ def run_export(args: argparse.Namespace) -> None:
     # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
     from flm_torchrec.data.splits import everyone
     from flm_torchrec.export.quality import Held
-    from flm_torchrec.export.write import Options, Source, check_output, export
     from flm_torchrec.export.tower import write_tower
+    from flm_torchrec.export.write import Options, Source, check_output, export
     from flm_torchrec.training.package import PackagedModel
     from flm_torchrec.training.restore import restore
 

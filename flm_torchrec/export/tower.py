@@ -12,8 +12,7 @@ scaled by plain operators.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -291,8 +290,9 @@ def _export_content(program: ContentProgram, data: PreparedData, entity: str, fi
 
 
 def _save(program: nn.Module, arguments: tuple[Tensor, ...], shapes: tuple[Any, ...], file: Path) -> None:
+    program.eval().requires_grad_(False)
     try:
-        exported = torch.export.export(program.eval().requires_grad_(False), arguments, dynamic_shapes=shapes, strict=False)
+        exported = torch.export.export(program, arguments, dynamic_shapes=shapes, strict=False)
     except (torch._dynamo.exc.UserError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise RunError(f"{file}: torch.export refuses the tower ({reason}); export with --tower none") from error

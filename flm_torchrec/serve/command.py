@@ -1,0 +1,48 @@
+"""`flm serve`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "serve",
+        help="answer over HTTP from an export, with a web page",
+        description="Answer over HTTP from an export made with its user tower: recommendations for known and cold"
+        " users, from histories and features; new items, new events and new exports are taken up while it runs.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--export", required=True, type=Path, metavar="DIR", help="folder of 'flm export', or a link")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free one (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="that work on requests (default: %(default)s)")
+    parser.add_argument(
+        "--waiting", type=int, default=128,
+        help="requests that may wait for a thread; more get 503 (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--watch", type=float, default=0.0, metavar="SECONDS",
+        help="look so often whether --export, a link, points to another export, and swap (default: never)",
+    )  # fmt: skip
+    parser.set_defaults(run=run_serve)
+
+
+def run_serve(args: argparse.Namespace) -> None:
+    # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
+    import faiss
+    import torch
+    import uvicorn
+
+    from flm_torchrec.serve.app import Load, create_app
+    from flm_torchrec.serve.service import Service
+
+    # Threads serve requests side by side; inside one, more threads would only wait for each other.
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    service = Service(args.export)
+    load = Load(threads=args.threads, waiting=args.waiting, watch_seconds=args.watch)
+    now = service.generation
+    print(f"{now.folder}: {now.manifest.items} items, {now.manifest.users} users; model {now.manifest.model_version}")
+    uvicorn.run(create_app(service, load), host=args.host, port=args.port, log_level="warning", access_log=False)
