@@ -57,6 +57,10 @@ class Model(Protocol):
 class Rows(nn.Module):
     """A table: int8 rows with a scale and a bias each (FBGEMM's row-wise format), or float32 rows."""
 
+    codes: Tensor
+    scale: Tensor
+    values: Tensor
+
     def __init__(self, blocks: Iterator[Tensor], dim: int, precision: Precision) -> None:
         super().__init__()
         self.dim = dim
@@ -84,6 +88,8 @@ class ContentProgram(nn.Module):
     The tables of all sparse features lie in one, that of feature f from `offset[f]` on.
     """
 
+    offset: Tensor
+
     def __init__(self, mlp: nn.Module, table: Rows, offset: list[int]) -> None:
         super().__init__()
         self.mlp = mlp
@@ -110,13 +116,13 @@ class UserProgram(nn.Module):
     The model's own layers over padded sequences: padding stands at the end, where causal layers do not see it.
     """
 
-    def __init__(self, dense: Any, tables: dict[str, Rows]) -> None:
+    def __init__(self, dense: Any, tables: dict[str, Rows], items: int) -> None:
         super().__init__()
         self.tables = nn.ModuleDict(tables)
         self.event, self.start, self.transformer = dense.event, dense.start, dense.transformer
         self.content_head, self.collaborative_head = dense.content_head, dense.collaborative_head
         self.fusion, self.cosine = dense.fusion, dense.cosine
-        self.items = len(tables["item_id"].codes if tables["item_id"].quantised else tables["item_id"].values)
+        self.items = items
 
     def forward(
         self,
@@ -219,7 +225,7 @@ def write_tower(data: PreparedData, model: Model, main: bool, precision: Precisi
             return
         target = folder / FOLDER
         target.mkdir()
-        _export_user(UserProgram(model.dense, tables), dim, model.settings["max_history"], target / USER)
+        _export_user(UserProgram(model.dense, tables, schema.items), dim, model.settings["max_history"], target / USER)
         for program, entity, file in ((item, "item", ITEM), (profile, "user", PROFILE)):
             _export_content(program, data, entity, target / file)
     _write_histories(data, model.settings["max_history"] + 1, target / HISTORIES)
@@ -282,7 +288,7 @@ def _export_user(program: UserProgram, dim: int, max_history: int, file: Path) -
 
 
 def _export_content(program: ContentProgram, data: PreparedData, entity: str, file: Path) -> None:
-    width = sum(f.width for f in data.schema.of(entity, sparse=False))  # type: ignore[arg-type]
+    width = sum(f.width for f in data.schema.of(entity, sparse=False))  # type: ignore[arg-type, misc]
     rows, codes = Dim("rows", min=1), Dim("codes", min=1)
     arguments = torch.full((3, program.features, 2), -1), torch.zeros(3, width)
     shapes = {0: rows, 2: codes} if program.features else {0: rows}, {0: rows}

@@ -167,7 +167,8 @@ class Service:
                 raise Refused(404, f"user '{request.user}': not known; {_nearest(request.user, now.user_of)}")
             history, seen = self._known(now, request.user)
         history = history + self._history(now, request.history, int(history.timestamp[-1]) if len(history) else None)
-        profile, left_out = None, []
+        profile: np.ndarray | None = None
+        left_out: list[str] = []
         if request.features is not None:
             profile, left_out = _content(now, "user", request.features)
         _check_filter(now, request.filter)
