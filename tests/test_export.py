@@ -4,18 +4,42 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.errors import RunError
-from flm_torchrec.evaluation.protocol import HEADS
+from flm_torchrec.evaluation.protocol import HEADS, Of
 from flm_torchrec.export.recommend import Recommender
 from flm_torchrec.export.write import Options, Source, check_output, export
 from tests.test_ranking import Alone, RandomEncoder
+
+
+class MadeUp:
+    """Distinct random vectors, so that no two scores are equal; those of `changed` items and of user 5 are others."""
+
+    dim = 16
+
+    def __init__(self, data: PreparedData, changed: Collection[int] = ()) -> None:
+        g = torch.Generator().manual_seed(0)
+        self.user = {h: torch.randn(data.schema.users, self.dim, generator=g) for h in HEADS}
+        self.item = torch.randn(data.schema.items, self.dim, generator=g)
+        self.item[list(changed)] += 0.25
+        self.user["content"][5] += 1.0 if changed else 0.0
+
+    def users(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        return {h: v[rows] for h, v in self.user.items()}
+
+    def items(self, ids: np.ndarray, of: Of = "all") -> torch.Tensor:
+        return self.views(ids)[of]
+
+    def views(self, ids: np.ndarray) -> dict[Of, torch.Tensor]:
+        return {"all": self.item[ids], "content": -self.item[ids], "id": self.item[ids] * 2}
 
 
 def source_of(data: PreparedData, seed: int = 0, version: str = "v1") -> Source:

@@ -41,11 +41,11 @@ class Keys:
         first, last = np.searchsorted(self.ends, [start, stop - 1], side="right")
         pieces = [self._piece(int(group), start, stop) for group in range(first, last + 1)]
         found = pa.concat_tables(pieces).combine_chunks()
-        columns = {self.key: _only(found[self.key])}
+        columns = {self.key: _only(found[self.key]).cast(pa.string())}
         if self.key == "item_key":
             columns["title"] = columns[self.key]
             if self.title:
-                shown = _only(found[self.title])
+                shown = _only(found[self.title]).cast(pa.string())
                 named = pc.and_kleene(pc.is_valid(shown), pc.not_equal(shown, ""))
                 columns["title"] = pc.if_else(pc.fill_null(named, False), shown, columns[self.key])
         for column, name in self.columns.items():
@@ -65,7 +65,7 @@ def _vocabulary(data: PreparedData, feature: str) -> pa.Array:
     """What each code of an item's feature stands for, in order of code."""
     file = data.path / "vocab" / f"item_{feature}.parquet"
     try:
-        return _only(pq.read_table(file, columns=["code", "value"]).sort_by("code")["value"])
+        return _only(pq.read_table(file, columns=["code", "value"]).sort_by("code")["value"]).cast(pa.string())
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: cannot be read ({error}); prepare the data again") from error
 

@@ -1,4 +1,4 @@
-"""`flm export` and `flm recommend`."""
+"""`flm export`, `flm apply-delta`, `flm load` and `flm recommend`."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import argparse
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
+from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.protocol import HEADS
-from flm_torchrec.export.manifest import Manifest
+from flm_torchrec.export.manifest import Kind, Manifest, Quantise, Storage, Vectors, read_manifest
 
-# Of rows.STORAGES, vectors.QUANTISES and index.KINDS, whose modules take long to import; a test holds them together.
-STORAGES, QUANTISES, INDICES = ("parquet", "arrow"), ("none", "fp16", "int8"), ("flat", "hnsw", "ivfpq", "none")
 TOWERS = ("int8", "fp32", "none")
+
+if TYPE_CHECKING:
+    from flm_torchrec.export.delta import Delta
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     _add_export(subparsers)
+    _add_apply_delta(subparsers)
+    _add_load(subparsers)
     _add_recommend(subparsers)
 
 
@@ -31,20 +36,61 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--run", required=True, dest="run_folder", metavar="DIR", help="run folder of 'flm train'")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an older export (default: refuse)")
-    parser.add_argument("--format", choices=STORAGES, default="parquet", help="of the rows (default: %(default)s)")
+    parser.add_argument("--format", choices=get_args(Storage), help="of the rows (default: parquet)")
     parser.add_argument(
-        "--quantise", choices=QUANTISES, default="none",
-        help="store vectors in half or a quarter of the space; what it costs is told (default: %(default)s)",
+        "--quantise", choices=get_args(Quantise),
+        help="store vectors in half or a quarter of the space; what it costs is told (default: none)",
     )  # fmt: skip
     parser.add_argument(
-        "--index", choices=INDICES, default="flat",
-        help="faiss index: flat is exact, hnsw faster for millions of items, ivfpq also smaller (default: %(default)s)",
+        "--index", choices=get_args(Kind),
+        help="faiss index: flat is exact, hnsw faster for millions of items, ivfpq also smaller (default: flat)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--since", type=Path, metavar="DIR",
+        help="write a delta: only the rows that differ from this older export, in its format",
     )  # fmt: skip
     parser.add_argument(
         "--tower", choices=TOWERS, default="int8",
         help="package the user tower beside the vectors, for 'flm serve'; its tables' rows as (default: %(default)s)",
     )  # fmt: skip
     parser.set_defaults(run=run_export)
+
+
+def _add_apply_delta(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "apply-delta",
+        help="bring an older export up to date by a delta",
+        description="Write the export that a delta of 'flm export --since' leads to: the rows bit for bit those of a"
+        " whole export, and an index of the kind that the older export has.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--base", required=True, type=Path, metavar="DIR", help="the older export")
+    parser.add_argument("--delta", required=True, type=Path, metavar="DIR", help="folder of 'flm export --since'")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an older export (default: refuse)")
+    parser.set_defaults(run=run_apply_delta)
+
+
+def _add_load(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "load",
+        help="put the items of an export into a vector database",
+        description="Put the items of an export, with keys, titles, attributes and model version, into Qdrant, Milvus,"
+        " LanceDB or PostgreSQL, or bring a collection there up to date by a delta. Done again it changes nothing.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--export", required=True, type=Path, metavar="DIR", help="export, or delta, to load")
+    parser.add_argument(
+        "--to", required=True, metavar="KIND:PLACE",
+        help="qdrant:FOLDER, milvus:FILE.db, lancedb:FOLDER, postgresql://USER@HOST/DATABASE, or the URL of a server"
+        " after qdrant: or milvus:",
+    )  # fmt: skip
+    parser.add_argument("--collection", default="items", metavar="NAME", help="or table (default: %(default)s)")
+    parser.add_argument(
+        "--vectors", choices=get_args(Vectors), default="embedding",
+        help="which view of an item: embedding is what all heads score against (default: %(default)s)",
+    )  # fmt: skip
+    parser.set_defaults(run=run_load)
 
 
 def _add_recommend(subparsers: argparse._SubParsersAction) -> None:
@@ -66,6 +112,7 @@ def _add_recommend(subparsers: argparse._SubParsersAction) -> None:
 def run_export(args: argparse.Namespace) -> None:
     # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
     from flm_torchrec.data.splits import everyone
+    from flm_torchrec.export.delta import export_delta
     from flm_torchrec.export.quality import Held
     from flm_torchrec.export.tower import write_tower
     from flm_torchrec.export.write import Options, Source, check_output, export
@@ -73,19 +120,55 @@ def run_export(args: argparse.Namespace) -> None:
     from flm_torchrec.training.restore import restore
 
     check_output(args.output, args.overwrite)
+    older = read_manifest(args.since) if args.since else None
+    if older is not None and args.index:
+        raise RunError("--index: a delta has none; 'flm apply-delta' makes one of the kind that the older export has")
     with restore(args.run_folder) as restored:
         job, valid = restored.job, restored.job.scope.splits.valid
         encoder = job.encoder(everyone(job.data))
         known, held = encoder.assembler.item_known > 0, Held(job.encoder(valid), valid)
-        blocks = job.config.eval.user_block, job.config.eval.item_block
-        options = Options(args.format, args.quantise, args.index, *blocks)
         source = Source(job.data, encoder, known, restored.version, held)
         if args.tower != "none":
             model, main = PackagedModel(job), job.comm.rank == 0
             source = replace(source, beside=lambda folder: write_tower(job.data, model, main, args.tower, folder))
-        manifest = export(source, job.comm, args.output, options)
-    if manifest is not None:
-        print(f"{args.output}: {summary(manifest)}")
+        options = Options(
+            storage=args.format or (older.storage if older else "parquet"),
+            quantise=args.quantise or (older.quantise if older else "none"),
+            index=args.index or "flat",
+            user_block=job.config.eval.user_block,
+            item_block=job.config.eval.item_block,
+        )
+        if older is not None:
+            delta = export_delta(source, job.comm, args.since, args.output, options)
+            done = None if delta is None else f"{_changes(delta)}; since model {delta.base_version}"
+        else:
+            manifest = export(source, job.comm, args.output, options)
+            done = None if manifest is None else summary(manifest)
+    if done is not None:
+        print(f"{args.output}: {done}")
+
+
+def run_apply_delta(args: argparse.Namespace) -> None:
+    from flm_torchrec.export.delta import apply_delta
+    from flm_torchrec.export.write import check_output
+
+    check_output(args.output, args.overwrite)
+    print(f"{args.output}: {summary(apply_delta(args.base, args.delta, args.output))}")
+
+
+def run_load(args: argparse.Namespace) -> None:
+    from flm_torchrec.export.load import load
+
+    loaded = load(args.export, args.to, args.collection, args.vectors)
+    print(f"{args.collection}: {loaded.upserted} items put in, {loaded.deleted} taken out, {loaded.total} there now")
+
+
+def _changes(delta: Delta) -> str:
+    parts = [
+        f"{delta.changed[e]} of {whole} {e} new or changed, {delta.removed[e]} gone"
+        for e, whole in (("items", delta.whole.items), ("users", delta.whole.users))
+    ]
+    return "; ".join(parts)
 
 
 def summary(manifest: Manifest) -> str:

@@ -22,10 +22,20 @@ import pyarrow.dataset as ds
 
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.protocol import Comm
-from flm_torchrec.export.index import Kind, build_index
-from flm_torchrec.export.manifest import DELTA, Manifest, check_files, is_part, load_manifest, manifest_of
+from flm_torchrec.export.index import build_index
+from flm_torchrec.export.manifest import (
+    DELTA,
+    FILE,
+    Kind,
+    Manifest,
+    check_files,
+    is_part,
+    load_manifest,
+    manifest_of,
+    read_manifest,
+)
 from flm_torchrec.export.rows import ENTITIES, Entity, Rows, part_name, read_part, write_part
-from flm_torchrec.export.write import Options, Source, blank_manifest, export
+from flm_torchrec.export.write import Options, Source, blank_manifest, export, together
 from flm_torchrec.files import replace_folder, sha256, telling
 
 REMOVED = "removed"
@@ -62,13 +72,12 @@ def check_alike(folder: Path, old: Manifest, new: Manifest) -> None:
             raise RunError(f"{folder}: {name} is {was} there and {is_} here; export whole, without --since")
 
 
-def write_delta(base: Path, whole: Path, output: Path) -> Delta:
-    """Compare two exports and write what leads from `base` to `whole`.
+def write_delta(base: Path, old: Manifest, whole: Path, new: Manifest, output: Path) -> Delta:
+    """Compare two exports, both with their manifests, and write what leads from `base` to `whole`.
 
     Raises:
-        RunError: one of them is not whole, or their rows cannot be compared.
+        RunError: their rows cannot be compared.
     """
-    old, new = load_manifest(base), load_manifest(whole)
     check_alike(base, old, new)
     with _fresh(output) as fresh:
         changed: dict[str, int] = {
@@ -116,7 +125,7 @@ def apply_delta(base: Path, folder: Path, output: Path) -> Manifest:
             f"{folder}: changes an export of model {delta.base_version}, and {base} is another one"
             f" (of {old.model_version}); apply deltas in the order they were made"
         )
-    kind: Kind = old.index.kind if old.index else "none"  # type: ignore[assignment]
+    kind: Kind = old.index.kind if old.index else "none"
     with _fresh(output) as fresh:
         for entity in ENTITIES:
             _write_merged(entity, base, folder, delta, fresh)
@@ -137,13 +146,14 @@ def export_delta(source: Source, comm: Comm, base: Path, output: Path, options: 
     Raises:
         RunError: as of `export` and `write_delta`; where rows cannot be compared, before any is encoded.
     """
-    old = load_manifest(base)
+    old = read_manifest(base)
     options = replace(options, index="none", part_rows=old.part_rows)
     check_alike(base, old, blank_manifest(source, options))
+    together(comm, base, lambda: check_files(base, old.sha256, base / FILE) if comm.rank == 0 else None)
     whole = output.with_name(output.name + ".whole")
     try:
         manifest = export(source, comm, whole, options)
-        return None if manifest is None else write_delta(base, whole, output)
+        return None if manifest is None else write_delta(base, old, whole, manifest, output)
     finally:
         if comm.rank == 0:
             shutil.rmtree(whole, ignore_errors=True)
@@ -218,7 +228,7 @@ def _write_merged(entity: Entity, base: Path, folder: Path, delta: Delta, fresh:
     rows = delta.whole.items if entity == "items" else delta.whole.users
     version = {"model_version": delta.whole.model_version, "format": str(delta.whole.format)}
     for part, start in enumerate(range(0, rows, delta.whole.part_rows)):
-        name = part_name(entity, delta.whole.storage, part)  # type: ignore[arg-type]
+        name = part_name(entity, delta.whole.storage, part)
         stop = min(start + delta.whole.part_rows, rows)
         tables = [read_part(base / name)] if (base / name).is_file() else []
         kept = len(tables[0]) if tables else 0

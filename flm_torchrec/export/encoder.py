@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import polars as pl
@@ -98,7 +99,7 @@ class Tower:
                 torch.export.load(folder / name).module() for name in (USER, ITEM, PROFILE)
             )
             self.histories = pq.read_table(folder / HISTORIES).combine_chunks()
-        except (ValueError, RuntimeError, OSError, pa.ArrowException) as error:
+        except (ValueError, RuntimeError, OSError, BadZipFile, pa.ArrowException) as error:
             raise RunError(f"{folder}: cannot be read ({str(error).splitlines()[0]}); export again") from error
         self.dim: int = said["dim"]
         self.items: int = said["items"]

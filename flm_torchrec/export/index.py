@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, get_args
 
 import faiss
 import numpy as np
 
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.protocol import HEADS
-from flm_torchrec.export.manifest import IndexReport, Manifest
+from flm_torchrec.export.manifest import IndexReport, Kind, Manifest
 from flm_torchrec.export.rows import Rows, spread
 from flm_torchrec.export.vectors import decode
 
-Kind = Literal["flat", "hnsw", "ivfpq", "none"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 INDEX = "items.faiss"
 
 RECALL_WANTED = 0.99

@@ -15,7 +15,7 @@ from flm_torchrec.config import nearest
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.catalogue import ATTRIBUTE
 from flm_torchrec.export.delta import REMOVED, load_delta
-from flm_torchrec.export.manifest import DELTA, load_manifest
+from flm_torchrec.export.manifest import DELTA, Vectors, load_manifest
 from flm_torchrec.export.rows import Rows, read_part
 from flm_torchrec.export.stores.protocol import Batch, Store
 from flm_torchrec.export.vectors import decode
@@ -68,12 +68,12 @@ def opened(to: str, collection: str) -> Iterator[Store]:
         raise RunError(f"--to {to}: {_first_line(error)}") from error
 
 
-def load(folder: Path, to: str, collection: str, vectors: str) -> Loaded:
+def load(folder: Path, to: str, collection: str, vectors: Vectors) -> Loaded:
     """Put the items of an export into a collection, or bring it up to date by a delta; done again it changes nothing.
 
     Args:
         to: KIND:PLACE, such as qdrant:FOLDER, milvus:FILE.db, lancedb:FOLDER, postgresql://USER@HOST/DATABASE.
-        vectors: column of items: embedding, content or id.
+        vectors: column of the items.
 
     Raises:
         RunError: the export is not whole, or the store does not take it.
@@ -99,7 +99,7 @@ def load(folder: Path, to: str, collection: str, vectors: str) -> Loaded:
         return Loaded(upserted, len(removed), store.count())
 
 
-def _batch(rows: pa.Table, vectors: str, version: str) -> Batch:
+def _batch(rows: pa.Table, vectors: Vectors, version: str) -> Batch:
     features = [name for name in rows.column_names if name.startswith(ATTRIBUTE)]
     values = {name.removeprefix(ATTRIBUTE): rows[name].to_pylist() for name in features}
     payloads = [

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from flm_torchrec.errors import RunError
 from flm_torchrec.files import sha256
@@ -16,13 +16,18 @@ DELTA = "delta.json"
 """Of a delta, in its place."""
 FORMAT = 2
 
+Storage = Literal["parquet", "arrow"]
+Quantise = Literal["none", "fp16", "int8"]
+Kind = Literal["flat", "hnsw", "ivfpq", "none"]
+Vectors = Literal["embedding", "content", "id"]
+"""Columns of an item: of its id and features, which all heads score against, or of one of the two alone."""
+
 
 @dataclass(frozen=True)
 class IndexReport:
     """A faiss index over the items' embeddings by inner product, and what it costs beside brute force."""
 
-    kind: str
-    """flat, hnsw or ivfpq."""
+    kind: Kind
     parameters: dict[str, int]
     """How it was built, and efSearch or nprobe and k_factor_rf as tuned: `open_index` sets them."""
     recall: dict[str, dict[str, float]]
@@ -41,12 +46,11 @@ class Manifest:
     users: int
     items: int
     heads: tuple[str, ...]
-    storage: str
-    """parquet or arrow."""
+    storage: Storage
     part_rows: int
     """Of each part but the last: part p has the ids from p * part_rows on."""
-    quantise: str
-    """none, fp16 or int8: how vectors are stored (see `vectors.encode`)."""
+    quantise: Quantise
+    """How vectors are stored: see `vectors.encode`."""
     index: IndexReport | None = None
     quality: dict[str, dict[str, float]] = field(default_factory=dict)
     """By head, where vectors are quantised: NDCG@10 in validation "before" and "after", and the relative "change"."""

@@ -13,8 +13,9 @@ from flm_torchrec.data.splits import Examples
 from flm_torchrec.evaluation.metrics import RankCounts
 from flm_torchrec.evaluation.protocol import HEADS, Comm, Encoder
 from flm_torchrec.evaluation.ranking import user_blocks
+from flm_torchrec.export.manifest import Quantise
 from flm_torchrec.export.rows import spread
-from flm_torchrec.export.vectors import Quantise, decode, encode
+from flm_torchrec.export.vectors import decode, encode
 
 SAMPLE = 4096
 """Most users whose NDCG is taken: the same ones before and after, so that a difference of 1 % stands out."""

@@ -16,13 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flm_torchrec.errors import RunError
-from flm_torchrec.export.manifest import Manifest
+from flm_torchrec.export.manifest import Manifest, Storage
 from flm_torchrec.export.vectors import decode
 
 Entity = Literal["items", "users"]
-Storage = Literal["parquet", "arrow"]
 ENTITIES: tuple[Entity, ...] = get_args(Entity)
-STORAGES: tuple[Storage, ...] = get_args(Storage)
 
 PART_ROWS = 32_768
 """Of one part file: a rank holds one part in memory, 25 MB of items at D = 64."""

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import fbgemm_gpu  # noqa: F401 (registers the operators)
 import numpy as np
 import pyarrow as pa
 import torch
 
 from flm_torchrec.errors import RunError
-
-Quantise = Literal["none", "fp16", "int8"]
-QUANTISES: tuple[Quantise, ...] = get_args(Quantise)
+from flm_torchrec.export.manifest import Quantise
 
 
 def encode(rows: np.ndarray, quantise: Quantise) -> pa.FixedSizeListArray:

@@ -17,15 +17,15 @@ from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.protocol import HEADS, Comm, Encoder, Of
 from flm_torchrec.export.catalogue import Keys
-from flm_torchrec.export.index import Kind, build_index, check_index
-from flm_torchrec.export.manifest import DELTA, FILE, FORMAT, Manifest
+from flm_torchrec.export.index import build_index, check_index
+from flm_torchrec.export.manifest import DELTA, FILE, FORMAT, Kind, Manifest, Quantise, Storage
 from flm_torchrec.export.quality import Held, Quality
-from flm_torchrec.export.rows import PART_ROWS, Entity, Storage, part_name, write_part
-from flm_torchrec.export.vectors import Quantise, encode
+from flm_torchrec.export.rows import PART_ROWS, Entity, part_name, write_part
+from flm_torchrec.export.vectors import encode
 from flm_torchrec.files import replace_folder, telling
 
 VIEWS: dict[str, Of] = {"embedding": "all", "content": "content", "id": "id"}
-"""Columns of vectors of items: the one that all heads score against, and that from features or from the id alone."""
+"""What the encoder calls them."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def export(source: Source, comm: Comm, output: Path, options: Options) -> Manife
     check_index(options.index, schema.items)
     fresh = output.with_name(output.name + ".tmp")
     manifest = blank_manifest(source, options)
-    _together(comm, output, lambda: _start(fresh) if main else None)
+    together(comm, output, lambda: _start(fresh) if main else None)
     try:
         quality = None
         if source.held is not None and options.quantise != "none":
@@ -177,7 +177,7 @@ def _write(
             table = table.replace_schema_metadata({"model_version": source.version, "format": str(FORMAT)})
             write_part(fresh / part_name(entity, options.storage, part), table)
 
-    _together(comm, fresh, action)
+    together(comm, fresh, action)
 
 
 def rounds(rows: int, part_rows: int, block: int, comm: Comm) -> Iterator[tuple[int, list[np.ndarray]]]:
@@ -196,8 +196,8 @@ def rounds(rows: int, part_rows: int, block: int, comm: Comm) -> Iterator[tuple[
         yield comm.rank * share + turn, blocks
 
 
-def _together(comm: Comm, folder: Path, action: Callable[[], None]) -> None:
-    """Each rank's action; if one fails, all stop, and none waits for it in a collective."""
+def together(comm: Comm, folder: Path, action: Callable[[], None]) -> None:
+    """Run each rank's action; if one fails, all stop, and none waits for it in a collective."""
     problem: RunError | None = None
     try:
         with telling(folder):

@@ -8,9 +8,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import faiss
+import torch
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -50,7 +53,7 @@ class Workers:
     """A few threads with a bounded queue before them."""
 
     def __init__(self, load: Load) -> None:
-        self.pool = ThreadPoolExecutor(load.threads, thread_name_prefix="flm")
+        self.pool = ThreadPoolExecutor(load.threads, thread_name_prefix="flm", initializer=_one_thread)
         self.most = load.threads + load.waiting
         self.running = 0
 
@@ -67,6 +70,12 @@ class Workers:
             return await asyncio.get_running_loop().run_in_executor(self.pool, work)
         finally:
             self.running -= 1
+
+
+def _one_thread() -> None:
+    """Requests run side by side; more threads inside one would only wait for each other."""
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
 
 
 def create_app(service: Service, load: Load = Load()) -> FastAPI:
@@ -115,16 +124,25 @@ def _write_routes(app: FastAPI, service: Service, workers: Workers, load: Load) 
     def post(path: str, message: type[M], answer: Callable[[M], Any]) -> None:
         async def route(request: Request) -> Any:
             asked = parse(message, await read_body(request, load.body_bytes))
-            return JSONResponse(await workers.do(lambda: answer(asked)))
+            return JSONResponse(await workers.do(partial(answer, asked)))
 
-        schema = {"content": {"application/json": {"schema": message.model_json_schema()}}, "required": True}
-        app.post(path, openapi_extra={"requestBody": schema})(route)
+        app.post(path, openapi_extra=_takes(message))(route)
 
     post("/v1/recommend", Recommend, lambda r: service.recommend([r])[0])
     post("/v1/recommend/batch", RecommendBatch, lambda b: {"answers": service.recommend(b.requests)})
     post("/v1/items", NewItem, service.add_item)
     post("/v1/events", NewEvent, service.add_event)
-    post("/v1/swap", Swap, lambda s: service.swap(Path(s.export)))
+
+    @app.post("/v1/swap", openapi_extra=_takes(Swap))
+    async def swap(request: Request) -> dict[str, Any]:
+        asked = parse(Swap, await read_body(request, load.body_bytes))
+        return await asyncio.to_thread(service.swap, Path(asked.export))  # loading must not keep requests waiting
+
+
+def _takes(message: type[BaseModel]) -> dict[str, Any]:
+    """For the description of the interface, which cannot see what a route reads by itself."""
+    schema = {"content": {"application/json": {"schema": message.model_json_schema()}}, "required": True}
+    return {"requestBody": schema}
 
 
 async def read_body(request: Request, most: int) -> bytes:

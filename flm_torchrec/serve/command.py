@@ -31,16 +31,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run_serve(args: argparse.Namespace) -> None:
     # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
-    import faiss
-    import torch
     import uvicorn
 
     from flm_torchrec.serve.app import Load, create_app
     from flm_torchrec.serve.service import Service
 
-    # Threads serve requests side by side; inside one, more threads would only wait for each other.
-    torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
     service = Service(args.export)
     load = Load(threads=args.threads, waiting=args.waiting, watch_seconds=args.watch)
     now = service.generation

