@@ -163,6 +163,7 @@ def test_hashed_and_managed_rows_are_packaged_too(tmp_path: Path) -> None:
         np.testing.assert_allclose(packaged(package(job, tmp_path / "out"), users), want, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["default"], indirect=True)
 @pytest.mark.parametrize(
     ("features", "message"),
     [
@@ -180,12 +181,14 @@ def test_features_that_do_not_fit_are_named(features: dict, message: str, case: 
         case.exact.content("item", features)
 
 
+@pytest.mark.parametrize("case", ["default"], indirect=True)
 def test_a_value_that_training_did_not_see_is_left_out_and_told(case: Case) -> None:
     content, left_out = case.exact.content("item", {"genre": "opera"})
     assert left_out == ["features.genre: 'opera' was not in training"]
     np.testing.assert_array_equal(content, case.exact.content("item", {})[0])
 
 
+@pytest.mark.parametrize("case", ["default"], indirect=True)
 def test_it_runs_without_model_training_and_torchrec(case: Case) -> None:
     program = f"""
 import sys
@@ -202,6 +205,7 @@ print([name for name in loaded if name in sys.modules])
     assert done.stdout.splitlines() == ["(4, 16)", "[]"]
 
 
+@pytest.mark.parametrize("case", ["default"], indirect=True)
 def test_an_export_without_a_tower_or_with_a_broken_one_is_refused(case: Case, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="export --tower int8"):
         Tower(tmp_path)

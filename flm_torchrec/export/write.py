@@ -93,7 +93,7 @@ def export(source: Source, comm: Comm, output: Path, options: Options) -> Manife
             quality = Quality(source.data, source.held, options.quantise, comm, options.user_block)
         _write_items(source, comm, fresh, options, quality)
         _write_users(source, comm, fresh, options)
-        _together(comm, output, lambda: source.beside(fresh))
+        together(comm, output, lambda: source.beside(fresh))
         manifest = replace(manifest, quality={} if quality is None else quality.result())
         if not main:
             return None  # none waits for an index, which may take longer than a collective
