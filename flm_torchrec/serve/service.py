@@ -149,7 +149,10 @@ class Service:
         Raises:
             Refused: it lies elsewhere than the first one, or cannot be served. The old one goes on.
         """
-        target = export.resolve()
+        try:
+            target = export.resolve()
+        except (OSError, ValueError) as error:
+            raise Refused(422, f"export: {error}") from error
         if not target.is_relative_to(self.exports):
             raise Refused(403, f"export: '{export}' is not in {self.exports}, the only place exports are taken from")
         if not self.swapping.acquire(blocking=False):
@@ -158,7 +161,7 @@ class Service:
             fresh = load_generation(target, self.generation.number + 1)
             with self.changing:
                 self.generation = replace(fresh, added=_still_new(fresh, self.generation.added.items))
-        except RunError as error:
+        except (RunError, OSError) as error:
             raise Refused(422, f"export: {error}") from error
         finally:
             self.swapping.release()
