@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import signal
 from collections.abc import Collection
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
+from flm_torchrec.config.schema import EvalConfig
 from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.splits import Examples, split
 from flm_torchrec.errors import RunError
+from flm_torchrec.evaluation.evaluate import evaluate_heads
 from flm_torchrec.evaluation.protocol import HEADS, Of
+from flm_torchrec.export.catalogue import decoded
+from flm_torchrec.export.index import STEPS, open_index
+from flm_torchrec.export.manifest import Kind, Quantise, Storage, load_manifest
+from flm_torchrec.export.quality import Held
 from flm_torchrec.export.recommend import Recommender
+from flm_torchrec.export.rows import Rows
+from flm_torchrec.export.vectors import decode, encode
 from flm_torchrec.export.write import Options, Source, check_output, export
+from tests.conftest import ROOT
 from tests.test_ranking import Alone, RandomEncoder
+from tools import bench_export
 
 
 class MadeUp:
     """Distinct random vectors, so that no two scores are equal; those of `changed` items and of user 5 are others."""
 
-    dim = 16
-
-    def __init__(self, data: PreparedData, changed: Collection[int] = ()) -> None:
+    def __init__(self, data: PreparedData, changed: Collection[int] = (), dim: int = 16) -> None:
+        self.dim = dim
         g = torch.Generator().manual_seed(0)
         self.user = {h: torch.randn(data.schema.users, self.dim, generator=g) for h in HEADS}
         self.item = torch.randn(data.schema.items, self.dim, generator=g)
@@ -40,6 +58,11 @@ class MadeUp:
 
     def views(self, ids: np.ndarray) -> dict[Of, torch.Tensor]:
         return {"all": self.item[ids], "content": -self.item[ids], "id": self.item[ids] * 2}
+
+
+def everyone_but_last(data: PreparedData) -> Examples:
+    """For each user, to tell the last event by those before it."""
+    return Examples(np.arange(data.schema.users), data.offsets[1:] - 1)
 
 
 def source_of(data: PreparedData, seed: int = 0, version: str = "v1") -> Source:
@@ -89,10 +112,153 @@ def test_seen_items_come_back_on_request_and_k_may_exceed_the_catalogue(exported
     assert len(recommender.recommend("u0", 9999, include_seen=True)) == small.schema.items
 
 
-def test_an_hnsw_index_says_its_recall(small: PreparedData, tmp_path: Path) -> None:
-    manifest = export(source_of(small), Alone(), tmp_path / "out", Options(index="hnsw"))
+def test_cold_items_and_attributes_are_told(exported: Path, small: PreparedData) -> None:
+    items = pq.read_table(exported / "items.parquet").to_pydict()
+    assert items["item_id"] == list(range(small.schema.items))
+    assert items["item_key"] == small.item_keys and items["title"] == small.titles
+    assert items["known"] == [i % 3 > 0 for i in items["item_id"]]
+    genres = pq.read_table(small.path / "vocab" / "item_genre.parquet")["value"].to_pylist()
+    codes = small.items.sparse["genre"]
+    assert items["attr_genre"] == [[genres[c] for c in codes.row(i)] for i in items["item_id"]]
+    users = pq.read_table(exported / "users.parquet").to_pydict()
+    assert users["seen"] == [small.item[a:b].tolist() for a, b in pairwise(small.offsets)]
+    for part in (exported / "items.parquet").iterdir():
+        assert pq.read_schema(part).metadata[b"model_version"] == b"v1"
+
+
+CODES = st.lists(st.integers(0, 3), max_size=3)
+
+
+@given(codes=st.lists(st.none() | CODES, max_size=20), cut=st.integers(0, 20))
+def test_codes_become_their_values(codes: list[list[int] | None], cut: int) -> None:
+    values = pa.array(["a", "b", "c", "d"])
+    column = pa.array(codes, pa.list_(pa.int32())).slice(cut)
+    assert decoded(column, values).to_pylist() == [["abcd"[i] for i in c or ()] for c in codes[cut:]]
+    first = [c[0] if c else None for c in codes]
+    column = pa.array(first, pa.int32()).slice(cut)
+    assert decoded(column, values).to_pylist() == [[] if c is None else ["abcd"[c]] for c in first[cut:]]
+
+
+NUMBERS = arrays(np.float32, st.tuples(st.integers(1, 9), st.integers(1, 20)), elements=st.floats(-100, 100, width=32))
+
+
+@given(rows=NUMBERS)
+def test_vectors_come_back_as_near_as_their_format_allows(rows: np.ndarray) -> None:
+    np.testing.assert_array_equal(decode(encode(rows, "none")), rows)
+    np.testing.assert_array_equal(decode(encode(rows, "fp16")), rows.astype(np.float16).astype(np.float32))
+    spread = np.ptp(rows, axis=1, keepdims=True)
+    assert (np.abs(decode(encode(rows, "int8")) - rows) <= spread / 255 * 0.51 + 1e-4).all()
+    column = pa.chunked_array([encode(rows, "int8").slice(0, 1), encode(rows, "int8").slice(1)])
+    np.testing.assert_array_equal(decode(column), decode(encode(rows, "int8")))
+
+
+@pytest.mark.parametrize("rows", [np.array([[1.0, np.nan]], np.float32), np.array([[1e5, 0.0]], np.float32)])
+def test_numbers_that_a_format_cannot_hold_are_refused(rows: np.ndarray) -> None:
+    with pytest.raises(RunError, match="NaN, infinity or a number too large"):
+        encode(rows, "fp16")
+
+
+@pytest.mark.parametrize("quantise", ["none", "fp16", "int8"])
+@pytest.mark.parametrize("storage", ["parquet", "arrow"])
+def test_every_format_gives_the_recommendations_of_what_it_holds(
+    small: PreparedData, tmp_path: Path, storage: Storage, quantise: Quantise
+) -> None:
+    options = Options(storage, quantise, "none", user_block=32, item_block=32, part_rows=64)
+    source = replace(source_of(small), encoder=MadeUp(small))
+    export(source, Alone(), tmp_path / "out", options)
+    manifest = load_manifest(tmp_path / "out")
+    items = Rows(tmp_path / "out", manifest, "items").table(["embedding"])
+    users = Rows(tmp_path / "out", manifest, "users").table(["fused"])
+    scores = decode(items["embedding"]) @ decode(users["fused"])[7]
+    best = np.argsort(-scores)[:10]
+    found = Recommender(tmp_path / "out").recommend("u7", 10, include_seen=True)
+    assert [r.item_key for r in found] == [small.item_keys[i] for i in best]
+    np.testing.assert_allclose([r.score for r in found], scores[best], rtol=1e-5)
+
+
+def test_what_quantising_costs_is_what_evaluation_finds(small: PreparedData, tmp_path: Path) -> None:
+    """On the same users, by the code that ranks in evaluation, with vectors stored and read back."""
+
+    class Stored(MadeUp):
+        def users(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+            return {h: torch.tensor(decode(encode(v.numpy(), "int8"))) for h, v in super().users(rows).items()}
+
+        def views(self, ids: np.ndarray) -> dict[Of, torch.Tensor]:
+            return {of: torch.tensor(decode(encode(v.numpy(), "int8"))) for of, v in super().views(ids).items()}
+
+    valid = split(small, "leave-one-out", 0.1).valid
+    config = EvalConfig(user_block=32, item_block=32)
+    before = evaluate_heads(small, valid, MadeUp(small), Alone(), config)
+    after = evaluate_heads(small, valid, Stored(small), Alone(), config)
+    source = replace(source_of(small), encoder=MadeUp(small), held=Held(MadeUp(small), valid))
+    options = Options(quantise="int8", user_block=32, item_block=32, part_rows=64)
+    manifest = export(source, Alone(), tmp_path / "out", options)
+    assert manifest is not None and list(manifest.quality) == list(HEADS)
+    for head, found in manifest.quality.items():
+        assert found["before"] == pytest.approx(before[f"{head}/ndcg@10"])
+        assert found["after"] == pytest.approx(after[f"{head}/ndcg@10"])
+        assert found["change"] == pytest.approx(found["after"] / found["before"] - 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "weak", "strong"),
+    [
+        ("hnsw", {"efSearch": 1}, {"efSearch": 256}),
+        ("ivfpq", {"nprobe": 1, "k_factor_rf": 1}, {"nprobe": 256, "k_factor_rf": 32}),
+    ],
+)
+def test_an_index_searches_as_hard_as_its_recall_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, weak: dict[str, int], strong: dict[str, int]
+) -> None:
+    data, encoder = bench_export.catalogue(tmp_path / "data", 10_000), bench_export.MadeUp(8)
+    monkeypatch.setitem(STEPS, kind, (weak, strong, {name: 10**4 for name in weak}))
+    source = Source(data, encoder, np.ones(10_000, bool), "v1")
+    manifest = export(source, Alone(), tmp_path / "out", Options(index=kind, user_block=500, part_rows=4096))
     assert manifest is not None and manifest.index is not None
-    assert all(0.5 < r <= 1.0 for recall in manifest.index.recall.values() for r in recall.values())
+    assert strong.items() <= manifest.index.parameters.items()
+    assert all(r >= 0.99 for recall in manifest.index.recall.values() for r in recall.values())
+    # As it is read back, for users that it was not measured by.
+    index = open_index(tmp_path / "out", load_manifest(tmp_path / "out"))
+    queries = decode(Rows(tmp_path / "out", manifest, "users").table(["fused"])["fused"])[1:200:7]
+    scores = queries @ decode(Rows(tmp_path / "out", manifest, "items").table(["embedding"])["embedding"]).T
+    _, found = index.search(queries, 100)
+    best = np.argsort(-scores, 1)[:, :100]
+    assert np.mean([np.isin(b, f).mean() for b, f in zip(best, found, strict=True)]) > 0.98
+
+
+def test_too_few_items_to_train_an_index_are_told_before_any_work(small: PreparedData, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="trains on 9984 items at least, not 149"):
+        export(source_of(small), Alone(), tmp_path / "out", Options(index="ivfpq"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_ranks_write_the_bytes_of_one(small: PreparedData, tmp_path: Path, ranks) -> None:  # type: ignore[no-untyped-def]
+    source = replace(source_of(small), encoder=MadeUp(small), held=Held(MadeUp(small), everyone_but_last(small)))
+    options = Options(quantise="int8", user_block=32, item_block=20, part_rows=30)
+    alone = export(source, Alone(), tmp_path / "one", options)
+    out = ranks(2, [str(ROOT / "tests" / "export_job.py"), str(small.path), str(tmp_path)])
+    both = load_manifest(tmp_path / "two")
+    assert alone is not None and both.rows_digest == alone.rows_digest and both.quality == alone.quality
+    # A rank that cannot write its part stops them all, and nothing is left.
+    assert sorted(out.splitlines()) == ["0: another rank could not write", "1: a vector has NaN"]
+    assert {p.name for p in tmp_path.iterdir()} == {"one", "two"}
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_older_export(exported: Path, small: PreparedData) -> None:
+    before = {f: f.read_bytes() for f in exported.rglob("*") if f.is_file()}
+    size = sum(len(b) for b in before.values())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for limit in (100, size // 20):  # in the parts, and in the index
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            with pytest.raises(RunError, match="give another --output") as told:
+                export(source_of(small), Alone(), exported, Options(part_rows=64))
+            assert "\n" not in str(told.value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert {f: f.read_bytes() for f in exported.parent.rglob("*") if f.is_file()} == before
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,13 @@ from flm_torchrec.export.delta import export_delta
 from flm_torchrec.export.load import STORES, load, opened
 from flm_torchrec.export.manifest import load_manifest
 from flm_torchrec.export.rows import Rows
+from flm_torchrec.export.stores.protocol import Batch
 from flm_torchrec.export.vectors import decode
 from flm_torchrec.export.write import Options, Source, export
 from tests.test_export import MadeUp
 from tests.test_ranking import Alone
 
+EMPTY = {"title": "", "attributes": {}, "model_version": ""}
 OPTIONS = Options(quantise="fp16", part_rows=64)
 CLIENTS = {"qdrant": "qdrant_client", "milvus": "pymilvus", "lancedb": "lancedb", "postgresql": "psycopg"}
 
@@ -83,7 +85,11 @@ def test_search_finds_what_brute_force_does_and_loading_twice_is_as_once(
     with opened(to, "items") as store:
         store.create(source.encoder.dim)
         store.delete(items["item_key"].to_pylist()[:7])
-        store.delete(["nobody's key", "a 'quoted' key"])
+        hostile = ["it's", 'a "b"', "c\\", "d\ne", "); DROP TABLE items; --"]
+        apart = np.eye(5, source.encoder.dim, dtype=np.float32)
+        store.upsert(Batch(hostile, apart * 99, [EMPTY] * 5))
+        assert [store.search(vector, 1)[0][0] for vector in apart] == hostile
+        store.delete([*hostile, "nobody's key"])
         assert store.count() == len(items) - 7
         with pytest.raises(RunError, match="holds other vectors"):
             store.create(source.encoder.dim + 1)

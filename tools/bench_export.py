@@ -78,7 +78,7 @@ class MadeUp:
         return torch.nn.functional.normalize(centre + noise, dim=1)
 
 
-def catalogue(folder: Path, items: int) -> PreparedData:
+def catalogue(folder: Path, items: int, users: int = USERS) -> PreparedData:
     """Prepared items with a key, a title and a brand each, written a row group at a time; few users."""
     (folder / "vocab").mkdir(parents=True)
     brands = pa.table({"code": pa.array(range(BRANDS), pa.int32()), "value": [f"brand {b}" for b in range(BRANDS)]})
@@ -92,15 +92,14 @@ def catalogue(folder: Path, items: int) -> PreparedData:
         writer.write_table(table)
     if writer is not None:
         writer.close()
-    users = np.arange(USERS)
-    keys = pa.array(users).cast(pa.string())
-    pq.write_table(pa.table({"user_id": users, "user_key": keys}), folder / "users.parquet")
+    ids = np.arange(users)
+    pq.write_table(pa.table({"user_id": ids, "user_key": pa.array(ids).cast(pa.string())}), folder / "users.parquet")
     nothing = EntityFeatures({}, np.zeros((0, 0), np.float32))
     brand = Feature("brand", "item", "categorical", "brand", "item_brand", BRANDS)
     return PreparedData(
-        path=folder, schema=Schema("made-up", "made-up", USERS, items, USERS, title="title", features=(brand,)),
-        offsets=np.arange(USERS + 1), item=users % items, timestamp=users, event=np.zeros(USERS, np.int32),
-        value=np.ones(USERS, np.float32), segment=None, items=nothing, users=nothing,
+        path=folder, schema=Schema("made-up", "made-up", users, items, users, title="title", features=(brand,)),
+        offsets=np.arange(users + 1), item=ids % items, timestamp=ids, event=np.zeros(users, np.int32),
+        value=np.ones(users, np.float32), segment=None, items=nothing, users=nothing,
     )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ class Keys:
                 named = pc.and_kleene(pc.is_valid(shown), pc.not_equal(shown, ""))
                 columns["title"] = pc.if_else(pc.fill_null(named, False), shown, columns[self.key])
         for column, name in self.columns.items():
-            columns[name] = _decoded(_only(found[column]), self.values[column])
+            columns[name] = decoded(_only(found[column]), self.values[column])
         return columns
 
     def _piece(self, group: int, start: int, stop: int) -> pa.Table:
@@ -75,7 +75,7 @@ def _only(column: pa.ChunkedArray) -> pa.Array:
     return combined if isinstance(combined, pa.Array) else combined.chunk(0)
 
 
-def _decoded(codes: pa.Array, values: pa.Array) -> pa.ListArray:
+def decoded(codes: pa.Array, values: pa.Array) -> pa.ListArray:
     """Codes, one or a list a row, null where unknown → a list of values a row, empty where unknown."""
     if pa.types.is_list(codes.type) or pa.types.is_large_list(codes.type):
         lengths, flat = codes.value_lengths().fill_null(0), codes.flatten()

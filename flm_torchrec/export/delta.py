@@ -216,7 +216,7 @@ def _write_removed(old: Rows, new: Rows, entity: Entity, fresh: Path) -> int:
     spill = fresh / "spill"
     with duckdb.connect(config={"memory_limit": JOIN_MEMORY, "temp_directory": str(spill)}) as connection:
         for name, rows in (("before", old), ("after", new)):
-            connection.register(name, ds.dataset(rows.files, format=rows.storage))
+            connection.register(name, ds.dataset(rows.files, format=rows.storage).scanner([key]))
         gone = f"SELECT {key} FROM before ANTI JOIN after USING ({key}) ORDER BY {key}"
         connection.execute(f"COPY ({gone}) TO '{str(file).replace(chr(39), chr(39) * 2)}' (FORMAT parquet)")
         count = connection.execute("SELECT count(*) FROM read_parquet(?)", [str(file)]).fetchall()[0][0]

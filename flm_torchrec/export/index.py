@@ -26,7 +26,8 @@ LINKS, CONSTRUCTION = 32, 200
 """HNSW's M and efConstruction (Malkov & Yashunin, IEEE TPAMI 2020)."""
 TRAINING_ROWS = 39
 """Of a centroid: below that faiss warns of too few."""
-CODES = 256
+BITS = 8
+"""Of a number of PQ's code."""
 LISTS = 32_768
 
 STEPS: dict[str, tuple[dict[str, int], ...]] = {
@@ -41,9 +42,9 @@ STEPS: dict[str, tuple[dict[str, int], ...]] = {
 
 def check_index(kind: Kind, items: int) -> None:
     """Raise RunError where the catalogue is too small to train the index."""
-    if kind == "ivfpq" and items < TRAINING_ROWS * CODES:
+    if kind == "ivfpq" and items < TRAINING_ROWS << BITS:
         raise RunError(
-            f"--index ivfpq: trains on {TRAINING_ROWS * CODES} items at least, not {items}; use flat or hnsw"
+            f"--index ivfpq: trains on {TRAINING_ROWS << BITS} items at least, not {items}; use flat or hnsw"
         )
 
 
@@ -115,8 +116,8 @@ def _new(kind: Kind, items: Rows, manifest: Manifest) -> tuple[faiss.Index, dict
     lists = min(LISTS, 2 ** round(math.log2(4 * math.sqrt(manifest.items))))
     lists = min(lists, manifest.items // TRAINING_ROWS)
     m = max(m for m in range(1, max(2, dim // 4 + 1)) if dim % m == 0)
-    index = faiss.index_factory(dim, f"OPQ{m},IVF{lists},PQ{m},Refine(SQfp16)", faiss.METRIC_INNER_PRODUCT)
-    index.train(_training_rows(items, TRAINING_ROWS * max(lists, CODES)))
+    index = faiss.index_factory(dim, f"OPQ{m},IVF{lists},PQ{m}x{BITS},Refine(SQfp16)", faiss.METRIC_INNER_PRODUCT)
+    index.train(_training_rows(items, TRAINING_ROWS * max(lists, 1 << BITS)))
     return index, {"m": m, "nlist": lists}
 
 

@@ -34,13 +34,24 @@ def part_name(entity: Entity, storage: Storage, part: int) -> str:
 def write_part(file: Path, table: pa.Table) -> None:
     """Write one part; vectors get neither dictionary nor statistics, which would not help."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    table = table.combine_chunks()  # pages follow chunks: the same rows are to be the same bytes
+    # The same rows are to be the same bytes, when read and written again too: pages follow chunks, and Parquet calls
+    # the members of a list "element".
+    table = table.combine_chunks().cast(pa.schema(map(_field, table.schema), table.schema.metadata))
     if file.suffix == ".arrow":
         with pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table, max_chunksize=ROW_GROUP)
         return
     words = [f.name for f in table.schema if not pa.types.is_fixed_size_list(f.type)]
     pq.write_table(table, file, row_group_size=ROW_GROUP, use_dictionary=words, write_statistics=words)
+
+
+def _field(field: pa.Field) -> pa.Field:
+    kind = field.type
+    if pa.types.is_fixed_size_list(kind):
+        return pa.field(field.name, pa.list_(pa.field("element", kind.value_type), kind.list_size))
+    if pa.types.is_list(kind):
+        return pa.field(field.name, pa.list_(pa.field("element", kind.value_type)))
+    return pa.field(field.name, kind)
 
 
 def read_part(file: Path, columns: Sequence[str] | None = None) -> pa.Table:

@@ -20,7 +20,8 @@ def encode(rows: np.ndarray, quantise: Quantise) -> pa.FixedSizeListArray:
     Raises:
         RunError: a number is none, or too large for fp16.
     """
-    stored = rows.astype(np.float16) if quantise == "fp16" else np.ascontiguousarray(rows)
+    with np.errstate(over="ignore"):  # told below
+        stored = rows.astype(np.float16) if quantise == "fp16" else np.ascontiguousarray(rows)
     if not np.isfinite(stored).all():
         raise RunError("a vector has NaN, infinity or a number too large for its format; train again with a lower rate")
     if quantise == "int8":

@@ -22,9 +22,10 @@ class LanceDB:
     def create(self, dim: int) -> None:
         words = [pa.field(name, pa.string()) for name in ("item_key", "title", "attributes", "model_version")]
         self.schema = pa.schema([*words, pa.field("embedding", pa.list_(pa.float32(), dim))])
-        self.table = self.database.create_table(self.collection, schema=self.schema, exist_ok=True)
-        if self.table.schema.names != self.schema.names or self.table.schema.field("embedding").type.list_size != dim:
-            raise RunError(f"collection '{self.collection}': holds other vectors; give another --collection")
+        try:
+            self.table = self.database.create_table(self.collection, schema=self.schema, exist_ok=True)
+        except ValueError as error:
+            raise RunError(f"collection '{self.collection}': holds other vectors; give another --collection") from error
 
     def upsert(self, batch: Batch) -> None:
         columns = {

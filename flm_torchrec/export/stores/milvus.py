@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+
 import numpy as np
 from pymilvus import DataType, MilvusClient, MilvusException
 
@@ -18,6 +21,7 @@ class Milvus:
     def __init__(self, location: str, collection: str) -> None:
         if "://" not in location and not location.endswith(".db"):
             raise RunError(f"milvus:{location}: Milvus Lite wants a file that ends in .db, or give http://HOST:PORT")
+        logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it prints a stack beside every error it raises
         self.collection = collection
         self.client = MilvusClient(location)
 
@@ -39,7 +43,8 @@ class Milvus:
         self.client.upsert(self.collection, [{"item_key": k, "embedding": v, "payload": p} for k, v, p in rows])
 
     def delete(self, keys: list[str]) -> None:
-        self.client.delete(self.collection, ids=keys)
+        # Given as ids, the client does not escape quotes; its strings take JSON's escapes.
+        self.client.delete(self.collection, filter=f"item_key in {json.dumps(keys, ensure_ascii=False)}")
 
     def count(self) -> int:
         return int(self.client.query(self.collection, filter="", output_fields=["count(*)"])[0]["count(*)"])
