@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +139,22 @@ def test_padding_changes_nothing(case: Case) -> None:
     (alone,) = case.exact.represent([Query(short)], NONE_ADDED)
     _, beside = case.exact.represent([Query(long), Query(short)], NONE_ADDED)
     np.testing.assert_allclose(beside.heads, alone.heads, atol=1e-6 * np.abs(alone.heads).max())
+
+
+def test_without_features_there_are_ids_alone(small: PreparedData, tmp_path: Path) -> None:
+    bare = replace(
+        small,
+        schema=replace(small.schema, features=()),
+        items=replace(small.items, sparse={}, dense=small.items.dense[:, :0]),
+        users=replace(small.users, sparse={}, dense=small.users.dense[:, :0]),
+    )
+    users = np.arange(30)
+    with made(bare) as job:
+        want = trained(job, users)
+        tower = package(job, tmp_path / "out")
+    np.testing.assert_allclose(packaged(tower, users), want, atol=1e-5)
+    with pytest.raises(DataError, match="items have no features"):
+        tower.content("item", {"genre": "war"})
 
 
 def test_an_added_item_in_a_history_is_its_content(small: PreparedData, tmp_path: Path) -> None:

@@ -290,7 +290,7 @@ def _export_user(program: UserProgram, dim: int, max_history: int, file: Path) -
 def _export_content(program: ContentProgram, data: PreparedData, entity: str, file: Path) -> None:
     width = sum(f.width for f in data.schema.of(entity, sparse=False))  # type: ignore[arg-type, misc]
     rows, codes = Dim("rows", min=1), Dim("codes", min=1)
-    arguments = torch.full((3, program.features, 2), -1), torch.zeros(3, width)
+    arguments = torch.full((3, program.features, 2 if program.features else 1), -1), torch.zeros(3, width)
     shapes = {0: rows, 2: codes} if program.features else {0: rows}, {0: rows}
     _save(program, arguments, shapes, file)
 
