@@ -212,7 +212,10 @@ def test_a_swap_keeps_live_events_and_cold_items_and_lets_the_old_one_go(exports
         everything = post(client, "/v1/recommend", user="u2", k=1000)
         assert everything["model_version"] == "two" and "new" not in keys(everything)
         assert "new" in keys(post(client, "/v1/recommend", user="u3", k=1000))
-        assert "flm_generation 2.0" in client.get("/metrics").text
+        told = client.get("/metrics").text
+        assert "flm_generation 2.0" in told and "flm_swaps 1.0" in told
+        assert 'flm_requests_total{route="/v1/recommend",status="200"} 2.0' in told
+        assert client.get("/health").headers["Content-Security-Policy"] == "default-src 'self'"
 
 
 def test_no_request_fails_or_mixes_generations_while_exports_are_swapped(exports: Path) -> None:

@@ -93,16 +93,24 @@ class Service:
         added = [len(now.catalogue) + place for place, name in enumerate(names) if text.lower() in name]
         return [_item(now, row) for row in [*added, *rows][:limit]]
 
-    def recommend(self, requests: Sequence[Recommend]) -> list[dict[str, Any]]:
-        """An answer a request, all of one generation.
+    def recommend(self, requests: Sequence[Recommend]) -> list[dict[str, Any] | Refused]:
+        """An answer a request, all of one generation and of one run of the tower; or why there is none.
 
-        Raises:
-            Refused: of unknown users, items, events, features or values.
+        Refused are unknown users, items, events, features and values.
         """
         now = self.generation
-        asked = [self._asked(now, request) for request in requests]
-        found = now.represent([a.query for a in asked])
-        return [self._answer(now, *each) for each in zip(requests, asked, found, strict=True)]
+        asked: list[Asked | Refused] = []
+        for request in requests:
+            try:
+                asked.append(self._asked(now, request))
+            except Refused as refused:
+                asked.append(refused)
+        queries = [a.query for a in asked if isinstance(a, Asked)]
+        found = iter(now.represent(queries) if queries else [])
+        return [
+            a if isinstance(a, Refused) else self._answer(now, request, a, next(found))
+            for request, a in zip(requests, asked, strict=True)
+        ]
 
     def add_item(self, item: NewItem) -> dict[str, Any]:
         """Put a cold item beside the catalogue, in place of an earlier one of its key.
