@@ -95,8 +95,8 @@ class Generation:
             for place, item in enumerate(self.added.items)
             if all(set(values) & set(item.attributes.get(name, ())) for name, values in wanted.items())
         ]
-        extra = np.setdiff1d(np.array(more, np.int64), excluded)
-        if len(extra):
+        if more:
+            extra = np.setdiff1d(np.array(more, np.int64), excluded)
             added_scores, added_rows = best_of(h, self.vectors(extra), extra, k)
             scores, rows = np.concatenate([scores, added_scores]), np.concatenate([rows, added_rows])
             order = np.argsort(-scores, kind="stable")[:k]
