@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from flm_torchrec.cli import main
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.export.encoder import History, Query
 from flm_torchrec.serve.app import Load, create_app
@@ -293,6 +294,17 @@ def test_more_than_can_wait_is_told_to_come_again(exports: Path) -> None:
         first.join()
         assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
         assert client.post("/v1/recommend", json={"user": "u0"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [((), "manifest.json: not found; make the export"), (("--port", "70000"), "--port 70000: give 1 … 65535")],
+)
+def test_what_cannot_be_served_is_one_line(
+    options: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--export", str(tmp_path), *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_titles_and_keys_are_found_whatever_the_case(service: Service, client: TestClient) -> None:

@@ -245,12 +245,13 @@ def main() -> None:
             tally = asyncio.run(load(args.port, bodies, connections, args.seconds))
             p50 = float(np.median(tally.seconds))
             print(f"{connections:3} connections: {tally}  {p50 / both:.1f} x tower + index", flush=True)
+        print(f"server's memory {resident(process):.0f} MB", flush=True)
         if args.minutes:
             before, seconds = resident(process), args.minutes * 60
             exports = [folder, args.next or folder]
             tally = asyncio.run(soak(args.port, bodies, 4, seconds, exports, args.swaps))
             print(f"{args.minutes:g} minutes, {args.swaps} swaps: {tally}")
-            print(f"  server's memory {before:.0f} → {resident(process):.0f} MB", *tally.failed[:5], sep="\n  ")
+            print(f"  and after it {resident(process):.0f} MB, {before:.0f} before", *tally.failed[:5], sep="\n  ")
     finally:
         process.terminate()
         process.wait()
