@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -139,6 +139,14 @@ def test_padding_changes_nothing(case: Case) -> None:
     (alone,) = case.exact.represent([Query(short)], NONE_ADDED)
     _, beside = case.exact.represent([Query(long), Query(short)], NONE_ADDED)
     np.testing.assert_allclose(beside.heads, alone.heads, atol=1e-6 * np.abs(alone.heads).max())
+
+
+@pytest.mark.parametrize("how", ["distributed.sharding=row_wise", "distributed.dense=fsdp"])
+def test_shards_of_two_ranks_are_put_together(
+    how: str, small: PreparedData, tmp_path: Path, ranks: Callable[[int, list[str]], str]
+) -> None:
+    told = ranks(2, [str(ROOT / "tests" / "tower_job.py"), str(small.path), str(tmp_path), how])
+    assert float(told.partition("moved ")[2].split()[0]) < 1e-5
 
 
 def test_without_features_there_are_ids_alone(small: PreparedData, tmp_path: Path) -> None:
