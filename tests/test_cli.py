@@ -61,6 +61,29 @@ def test_the_job_from_run_to_recommendations(
     np.testing.assert_allclose([f["score"] for f in found], np.sort(scores)[::-1][:4], rtol=1e-5)
 
 
+def test_an_export_is_kept_up_to_date_and_loaded(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def out(*arguments: object) -> str:
+        assert main([str(a) for a in arguments]) == 0
+        return capsys.readouterr().out
+
+    old, new, delta, whole = (tmp_path / name for name in ("old", "new", "delta", "whole"))
+    told = out("export", "--run", finished, "--output", old, "--quantise", "int8", "--index", "hnsw")
+    assert "hnsw index" in told and "int8 changes NDCG@10 of validation by" in told
+    assert "0 of 120 users new or changed, 0 gone" in out(
+        "export", "--run", finished, "--output", delta, "--since", old
+    )
+    assert "hnsw index" in out("apply-delta", "--base", old, "--delta", delta, "--output", new)
+    assert "arrow" not in out("export", "--run", finished, "--output", whole, "--format", "arrow", "--index", "none")
+    assert (whole / "items.arrow" / "part-00000.arrow").is_file() and not (whole / "items.faiss").exists()
+    answers = [json.loads(out("recommend", "--export", e, "--user", "u3", "--json")) for e in (old, new, whole)]
+    assert [a["item_key"] for a in answers[0]] == [a["item_key"] for a in answers[1]]
+    assert len(answers[2]) == 10
+    pytest.importorskip("lancedb")
+    assert out("load", "--export", new, "--to", f"lancedb:{tmp_path / 'l'}").endswith("0 taken out, 149 there now\n")
+
+
 def test_one_user_can_be_evaluated(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--run", str(finished), "--user", "u5", "--markdown"]) == 0
     assert "| fused |" in capsys.readouterr().out
@@ -101,6 +124,11 @@ def test_early_stopping_keeps_the_best(small: PreparedData, tmp_path: Path) -> N
         (["evaluate", "--run", "{run}", "--user", "nobody"], "--user 'nobody': not in users.parquet"),
         (["export", "--run", "{d}/none", "--output", "{d}/e"], "no config.yaml"),
         (["export", "--run", "{run}", "--output", "{d}"], "is no export"),
+        (["export", "--run", "{run}", "--output", "{d}/e", "--since", "{d}/none"], "manifest.json: not found"),
+        (["export", "--run", "{run}", "--output", "{d}/e", "--index", "ivfpq"], "trains on 9984 items at least"),
+        (["export", "--run", "{run}", "--output", "{d}/e", "--quantise", "int4"], "invalid choice: 'int4'"),
+        (["apply-delta", "--base", "{d}/none", "--delta", "{d}/none", "--output", "{d}/e"], "manifest.json: not found"),
+        (["load", "--export", "{d}/none", "--to", "qdrant:{d}/q"], "manifest.json: not found"),
         (["recommend", "--export", "{d}/none", "--user", "u0"], "manifest.json: not found"),
         (["evalute"], "invalid choice: 'evalute'"),
         (["recommend", "--export", "{d}"], "--user"),
@@ -126,7 +154,7 @@ def test_what_is_wrong_is_told_in_one_line_and_nothing_is_left(
     assert {p.name for p in tmp_path.iterdir()} == {"file", "broken"}
 
 
-@pytest.mark.parametrize("command", ["", "prepare", "train", "evaluate", "export", "recommend"])
+@pytest.mark.parametrize("command", ["", "prepare", "train", "evaluate", "export", "apply-delta", "load", "recommend"])
 def test_help_is_there_at_every_level(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])

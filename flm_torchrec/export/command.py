@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, get_args
 
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.protocol import HEADS
-from flm_torchrec.export.manifest import Kind, Manifest, Quantise, Storage, Vectors, read_manifest
+from flm_torchrec.export.manifest import RECALL_WANTED, Kind, Manifest, Quantise, Storage, Vectors, read_manifest
 
 TOWERS = ("int8", "fp32", "none")
 
@@ -178,6 +178,8 @@ def summary(manifest: Manifest) -> str:
     if index is not None:
         least = min(index.recall.values(), key=lambda r: r["@100"])
         line += f"; {index.kind} index, {index.bytes_per_item:.0f} bytes an item, recall@100 {least['@100']:.4f}"
+        if least["@100"] < RECALL_WANTED:
+            line += f" (below {RECALL_WANTED})"
     if quality:
         line += f"; {manifest.quantise} changes NDCG@10 of validation by {quality['fused']['change']:+.2%}"
     return f"{line}; model {manifest.model_version}"

@@ -11,13 +11,12 @@ import numpy as np
 
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.protocol import HEADS
-from flm_torchrec.export.manifest import IndexReport, Kind, Manifest
-from flm_torchrec.export.rows import Rows, spread
+from flm_torchrec.export.manifest import RECALL_WANTED, IndexReport, Kind, Manifest
+from flm_torchrec.export.rows import Rows
 from flm_torchrec.export.vectors import decode
 
 INDEX = "items.faiss"
 
-RECALL_WANTED = 0.99
 SAMPLE = 256
 """Users of whom each head's recall is taken."""
 CUTS = (10, 100)
@@ -32,9 +31,7 @@ LISTS = 32_768
 
 STEPS: dict[str, tuple[dict[str, int], ...]] = {
     "hnsw": tuple({"efSearch": ef} for ef in (128, 256, 512, 1024, 2048, 4096)),
-    "ivfpq": tuple(
-        {"nprobe": n, "k_factor_rf": k} for n, k in ((8, 4), (16, 4), (32, 8), (64, 8), (128, 16), (512, 32))
-    ),
+    "ivfpq": tuple({"nprobe": 2 << n, "k_factor_rf": 2 << n // 2} for n in range(2, 12)),
     "flat": ({},),
 }
 """Search effort, raised until recall@100 is RECALL_WANTED or there is no more."""
@@ -117,13 +114,9 @@ def _new(kind: Kind, items: Rows, manifest: Manifest) -> tuple[faiss.Index, dict
     lists = min(lists, manifest.items // TRAINING_ROWS)
     m = max(m for m in range(1, max(2, dim // 4 + 1)) if dim % m == 0)
     index = faiss.index_factory(dim, f"OPQ{m},IVF{lists},PQ{m}x{BITS},Refine(SQfp16)", faiss.METRIC_INNER_PRODUCT)
-    index.train(_training_rows(items, TRAINING_ROWS * max(lists, 1 << BITS)))
+    step = max(1, manifest.items // (TRAINING_ROWS * max(lists, 1 << BITS)))
+    index.train(np.concatenate([vectors[::step] for vectors in items.vectors("embedding")]))
     return index, {"m": m, "nlist": lists}
-
-
-def _training_rows(items: Rows, wanted: int) -> np.ndarray:
-    share = -(-wanted // len(items.files))
-    return np.concatenate([v[spread(len(v), share)] for v in items.vectors("embedding")])
 
 
 def _set(index: faiss.Index, values: dict[str, int]) -> None:

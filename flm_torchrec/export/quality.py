@@ -19,6 +19,8 @@ from flm_torchrec.export.vectors import decode, encode
 
 SAMPLE = 4096
 """Most users whose NDCG is taken: the same ones before and after, so that a difference of 1 % stands out."""
+PAIRS, LEAST = 1 << 34, 256
+"""Scores to compute for each head, by which large catalogues have fewer users, but LEAST of them."""
 CUT = 10
 USERS = 512
 """Scored at once."""
@@ -40,7 +42,7 @@ class Quality:
     """
 
     def __init__(self, data: PreparedData, held: Held, quantise: Quantise, comm: Comm, block: int) -> None:
-        rows = spread(len(held.examples), SAMPLE)
+        rows = spread(len(held.examples), min(SAMPLE, max(LEAST, PAIRS // data.schema.items)))
         examples = held.examples.take(rows)
         self.comm = comm
         self.quantise: Quantise = quantise

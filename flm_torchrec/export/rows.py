@@ -32,7 +32,7 @@ def part_name(entity: Entity, storage: Storage, part: int) -> str:
 
 
 def write_part(file: Path, table: pa.Table) -> None:
-    """Write one part; vectors get neither dictionary nor statistics, which would not help."""
+    """Write one part: a dictionary for attributes and seen items, statistics for what is searched for."""
     file.parent.mkdir(parents=True, exist_ok=True)
     # The same rows are to be the same bytes, when read and written again too: pages follow chunks, and Parquet calls
     # the members of a list "element".
@@ -41,8 +41,9 @@ def write_part(file: Path, table: pa.Table) -> None:
         with pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table, max_chunksize=ROW_GROUP)
         return
-    words = [f.name for f in table.schema if not pa.types.is_fixed_size_list(f.type)]
-    pq.write_table(table, file, row_group_size=ROW_GROUP, use_dictionary=words, write_statistics=words)
+    repeated = [f"{field.name}.list.element" for field in table.schema if pa.types.is_list(field.type)]
+    single = [field.name for field in table.schema if not pa.types.is_nested(field.type)]
+    pq.write_table(table, file, row_group_size=ROW_GROUP, use_dictionary=repeated, write_statistics=single)
 
 
 def _field(field: pa.Field) -> pa.Field:

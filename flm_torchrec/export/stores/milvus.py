@@ -21,7 +21,8 @@ class Milvus:
     def __init__(self, location: str, collection: str) -> None:
         if "://" not in location and not location.endswith(".db"):
             raise RunError(f"milvus:{location}: Milvus Lite wants a file that ends in .db, or give http://HOST:PORT")
-        logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it prints a stack beside every error it raises
+        for noisy in ("pymilvus", "grpc._server"):  # a stack beside every error raised, and for what Lite cannot do
+            logging.getLogger(noisy).setLevel(logging.CRITICAL)
         self.collection = collection
         self.client = MilvusClient(location)
 
