@@ -168,24 +168,13 @@ class UserProgram(nn.Module):
         history = torch.cat([self.tables["event"](event), self.tables["gap"](gap), value.unsqueeze(2)], 2)
         x = torch.cat([(profile + self.start).unsqueeze(1), item_id + content + self.event(history)], 1)
         clock = torch.cat([time.new_zeros(count, 1), time], 1)
-        heads.append(self._sequential(x, clock)[torch.arange(count), lengths.squeeze(1)])
+        heads.append(self.transformer.padded(x, clock)[torch.arange(count), lengths.squeeze(1)])
         if self.cosine:
             heads = [F.normalize(h, dim=1) for h in heads]
         stacked = torch.stack(heads, 1)  # [B, heads, D]
         fused = self.fusion(stacked)
         fused = F.normalize(fused, dim=1) if self.cosine else fused
         return torch.cat([stacked, fused.unsqueeze(1)], 1), self._weights(stacked)
-
-    def _sequential(self, x: Tensor, clock: Tensor) -> Tensor:
-        """[B, L, D] → [B, L, D]: the transformer, whose tokens are jagged, given sequences of one length."""
-        count, longest, dim = x.shape
-        place = torch.arange(longest)[None, :].expand(count, longest).reshape(-1)
-        row = torch.arange(count)[:, None].expand(count, longest).reshape(-1)
-        tokens = x.reshape(-1, dim) + self.transformer.position[place]
-        for layer, block in enumerate(self.transformer.blocks):
-            bias = self.transformer.biases[layer](clock) if self.transformer.biases else None
-            tokens = block(tokens, row, place, (count, longest), bias)
-        return self.transformer.norm(tokens).reshape(count, longest, dim)
 
     def _weights(self, stacked: Tensor) -> Tensor:
         if hasattr(self.fusion, "weights"):
