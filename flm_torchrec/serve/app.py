@@ -17,7 +17,8 @@ from pydantic import BaseModel
 from flm_torchrec.serve.edge import Measured, parse, read_body, tell_errors
 from flm_torchrec.serve.measures import Measures
 from flm_torchrec.serve.messages import NewEvent, NewItem, Recommend, RecommendBatch, Swap
-from flm_torchrec.serve.service import Refused, Service
+from flm_torchrec.serve.names import Refused
+from flm_torchrec.serve.service import Service
 from flm_torchrec.serve.workers import Workers
 
 PAGE = Path(__file__).parent / "page"

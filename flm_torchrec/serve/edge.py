@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flm_torchrec.serve.measures import Measures
-from flm_torchrec.serve.service import Refused
+from flm_torchrec.serve.names import Refused
 
 M = TypeVar("M", bound=BaseModel)
 HEADERS = (

@@ -6,33 +6,22 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flm_torchrec.config import nearest
-from flm_torchrec.errors import DataError, FlmError, RunError
+from flm_torchrec.errors import RunError
 from flm_torchrec.export.encoder import NO_HISTORY, History, Query, Represented
 from flm_torchrec.serve.catalogue import TOP_VALUES
 from flm_torchrec.serve.explain import explain
 from flm_torchrec.serve.generation import Added, AddedItem, Generation, load_generation
 from flm_torchrec.serve.live import LiveEvent, LiveEvents
 from flm_torchrec.serve.messages import Event, NewEvent, NewItem, Recommend
+from flm_torchrec.serve.names import Refused, check_filter, content_of, event_code, item_row, nearest_key
 
-NEAR = 2000
-"""Keys among which the nearest to an unknown one is looked for: more would take too long."""
 DAY = 86_400
 """Seconds that a clock may be ahead by: an event of another year would stand before all that follow."""
-
-
-class Refused(FlmError):
-    """A request that is not answered, with the status of HTTP that says why."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(frozen=True)
@@ -140,8 +129,8 @@ class Service:
             Refused: no such item or kind of event, or a time before the user's last event or in the future.
         """
         now = self.generation
-        self._row(now, event.item, "item")
-        _event(now, event.event, "event")
+        item_row(now, event.item, "item")
+        event_code(now, event.event, "event")
         history, _ = self._known(now, event.user)
         last = int(history.timestamp[-1]) if len(history) else 0
         current = int(time.time()) if now.tower.timestamps else last + 1
@@ -184,14 +173,14 @@ class Service:
         if request.user is not None:
             user = now.user_of.get(request.user, -1)
             if user < 0 and self.live.of(request.user) is None:
-                raise Refused(404, f"user '{request.user}': not known; {_nearest(request.user, now.user_of)}")
+                raise Refused(404, f"user '{request.user}': not known; {nearest_key(request.user, now.user_of)}")
             history, seen = self._known(now, request.user)
         history = history + self._history(now, request.history, int(history.timestamp[-1]) if len(history) else None)
         profile: np.ndarray | None = None
         left_out: list[str] = []
         if request.features is not None:
-            profile, left_out = _content(now, "user", request.features)
-        _check_filter(now, request.filter)
+            profile, left_out = content_of(now, "user", request.features)
+        check_filter(now, request.filter)
         excluded = np.unique(np.concatenate([seen, history.item])) if request.exclude_seen else NO_HISTORY.item
         head = now.manifest.heads.index(request.head)
         return Asked(Query(history, user, profile), head, request.k, excluded, left_out)
@@ -238,48 +227,14 @@ class Service:
                 raise Refused(422, f"{where}: {given} is before the event before it, {before}; order them by time")
             times.append(given)
         return History(
-            np.array([self._row(now, e.item, f"history.{n}.item") for n, e in enumerate(events)], np.int64),
-            np.array([_event(now, e.event, f"history.{n}.event") for n, e in enumerate(events)], np.int64),
+            np.array([item_row(now, e.item, f"history.{n}.item") for n, e in enumerate(events)], np.int64),
+            np.array([event_code(now, e.event, f"history.{n}.event") for n, e in enumerate(events)], np.int64),
             np.array([1.0 if e.value is None else e.value for e in events], np.float32),
             np.array(times, np.int64),
         )
 
-    def _row(self, now: Generation, key: str, where: str) -> int:
-        row = now.row(key)
-        if row is None:
-            raise Refused(422, f"{where}: no item '{key}'; {_nearest(key, now.catalogue.row_of)}")
-        return row
-
-
 def _item(now: Generation, row: int) -> dict[str, Any]:
     return {"item": now.key(row), "title": now.title(row), "attributes": now.attributes(row)}
-
-
-def _event(now: Generation, name: str | None, where: str) -> int:
-    events = now.tower.events
-    if name is None:
-        return 0
-    if name not in events:
-        raise Refused(422, f"{where}: no kind of event '{name}'; {nearest(name, events)}")
-    return events.index(name)
-
-
-def _content(now: Generation, entity: str, features: Mapping[str, Any]) -> tuple[np.ndarray, list[str]]:
-    try:
-        return now.tower.content(entity, features)
-    except DataError as error:
-        raise Refused(422, str(error)) from error
-
-
-def _check_filter(now: Generation, wanted: Mapping[str, Sequence[str]]) -> None:
-    attributes = now.catalogue.attributes
-    for name, values in wanted.items():
-        if name not in attributes:
-            known = nearest(name, attributes) if attributes else "items have none"
-            raise Refused(422, f"filter: no feature '{name}'; {known}")
-        for value in values:
-            if value not in attributes[name].codes:
-                raise Refused(422, f"filter.{name}: no value '{value}'; {_nearest(value, attributes[name].codes)}")
 
 
 def _attributes(now: Generation, features: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -297,7 +252,7 @@ def _with_items(now: Generation, added: Added, items: Iterable[AddedItem]) -> tu
     by_key = {item.key: (item, content) for item, content in zip(added.items, added.contents, strict=True)}
     left_out: list[str] = []
     for item in items:
-        content, unknown = _content(now, "item", item.features)
+        content, unknown = content_of(now, "item", item.features)
         by_key[item.key] = item, content
         left_out += unknown
     contents = np.array([content for _, content in by_key.values()], np.float32).reshape(-1, now.tower.dim)
@@ -310,9 +265,3 @@ def _still_new(fresh: Generation, items: Iterable[AddedItem]) -> Added:
     names = {f.name for f in fresh.tower.features if f.entity == "item"}
     kept = [i for i in items if i.key not in fresh.catalogue.row_of and set(i.features) <= names]
     return _with_items(fresh, fresh.added, kept)[0]
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    keys = [k for k, _ in zip(known, range(NEAR), strict=False)]
-    close = get_close_matches(key[:100], keys, n=1) or keys[:1]
-    return f"did you mean '{close[0]}'?" if close else "there are none"

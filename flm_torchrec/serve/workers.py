@@ -13,7 +13,8 @@ import faiss
 import torch
 
 from flm_torchrec.serve.messages import MOST_BATCH, Recommend
-from flm_torchrec.serve.service import Refused, Service
+from flm_torchrec.serve.names import Refused
+from flm_torchrec.serve.service import Service
 
 Result = TypeVar("Result")
 
