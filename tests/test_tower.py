@@ -141,11 +141,11 @@ def test_padding_changes_nothing(case: Case) -> None:
     np.testing.assert_allclose(beside.heads, alone.heads, atol=1e-6 * np.abs(alone.heads).max())
 
 
-@pytest.mark.parametrize("how", ["distributed.sharding=row_wise", "distributed.dense=fsdp"])
 def test_shards_of_two_ranks_are_put_together(
-    how: str, small: PreparedData, tmp_path: Path, ranks: Callable[[int, list[str]], str]
+    small: PreparedData, tmp_path: Path, ranks: Callable[[int, list[str]], str]
 ) -> None:
-    told = ranks(2, [str(ROOT / "tests" / "tower_job.py"), str(small.path), str(tmp_path), how])
+    how = ("distributed.sharding=row_wise", "distributed.dense=fsdp")
+    told = ranks(2, [str(ROOT / "tests" / "tower_job.py"), str(small.path), str(tmp_path), *how])
     assert float(told.partition("moved ")[2].split()[0]) < 1e-5
 
 
