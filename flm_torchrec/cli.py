@@ -1,4 +1,4 @@
-"""`flm`: prepare → train → evaluate → export → recommend."""
+"""`flm`: prepare → train → evaluate → export → recommend → serve."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from flm_torchrec.errors import FlmError
 from flm_torchrec.evaluation import command as evaluation_command
 from flm_torchrec.export import command as export_command
 from flm_torchrec.report import command as report_command
+from flm_torchrec.serve import command as serve_command
 from flm_torchrec.training import command as training_command
 from flm_torchrec.training import forget_command
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _Parser(prog="flm", description=__doc__, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    stages = (data_command, distributed_command, training_command, evaluation_command, export_command)
+    stages = (data_command, distributed_command, training_command, evaluation_command, export_command, serve_command)
     for command in (*stages, inspect_command, report_command, forget_command):
         command.add_parser(subparsers)
     args = parser.parse_args(argv)

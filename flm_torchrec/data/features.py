@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -91,17 +91,18 @@ def _multi_categorical(declared: Declared, column: pl.Series, coding: Coding) ->
 
 def _text(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:
     text = column.cast(pl.String).fill_null("")
-    words = _ngrams(text.str.to_lowercase().str.extract_all(r"[\p{L}\p{N}]+"), coding.text_ngrams)
+    words = split_words(text, coding.text_ngrams)
     known = words.explode().drop_nulls().unique()
-    # crc32 is the same on every machine and in every version, which Python's and polars' own hashes are not.
-    buckets = pl.Series([zlib.crc32(w.encode()) % coding.text_buckets for w in known], dtype=pl.Int32)
+    buckets = pl.Series([word_bucket(w, coding.text_buckets) for w in known], dtype=pl.Int32)
     name = f"{declared.name}_tokens"
     tokens = _coded(words, known, buckets).rename(name)
-    return Encoded(_sparse(declared, name, coding.text_buckets), [text.rename(declared.name), tokens], None)
+    feature = replace(_sparse(declared, name, coding.text_buckets), ngrams=coding.text_ngrams)
+    return Encoded(feature, [text.rename(declared.name), tokens], None)
 
 
-def _ngrams(words: pl.Series, longest: int) -> pl.Series:
-    """Lists of words → lists of the runs of 1 to `longest` words, each joined by spaces."""
+def split_words(text: pl.Series, longest: int = 1) -> pl.Series:
+    """Texts → lists of their words in lower case, and of the runs of up to `longest` words, joined by spaces."""
+    words = text.str.to_lowercase().str.extract_all(r"[\p{L}\p{N}]+")
     if longest == 1:
         return words
     rows = words.to_frame("words").with_row_index("row")
@@ -112,20 +113,25 @@ def _ngrams(words: pl.Series, longest: int) -> pl.Series:
     ]
     runs = pl.concat(found).drop_nulls().group_by("row", maintain_order=True).agg("words")
     joined = rows.select("row").join(runs, "row", "left", maintain_order="left")["words"]
-    return joined.fill_null([]).rename(words.name)
+    return joined.fill_null([]).rename(text.name)
+
+
+def word_bucket(word: str, buckets: int) -> int:
+    """Code of a word, by a hash that is the same on every machine and in every version, unlike Python's and polars'."""
+    return zlib.crc32(word.encode()) % buckets
 
 
 def _numeric(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:
     numbers = column.cast(pl.Float64)
     numbers = numbers.set(~numbers.is_finite().fill_null(False), None)
-    spread = numbers.std() or 1.0
-    scaled = ((numbers - (numbers.mean() or 0.0)) / spread).cast(pl.Float32)  # type: ignore[operator]
+    mean, spread = float(numbers.mean() or 0.0), float(numbers.std() or 1.0)  # type: ignore[arg-type]
+    scaled = ((numbers - mean) / spread).cast(pl.Float32)
     if not scaled.is_finite().all():
         raise DataError(
             f"{declared.entity} feature '{declared.name}': its largest numbers cannot be"
             " standardised; mend or scale the column"
         )
-    return Encoded(_dense(declared, 1), [scaled], None)
+    return Encoded(replace(_dense(declared, 1), mean=mean, deviation=spread), [scaled], None)
 
 
 def _quantile(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:

@@ -62,6 +62,12 @@ class Feature:
     """Rows of the table (sparse kinds)."""
     width: int = 0
     """Numbers per row (dense kinds; 1 for numeric)."""
+    ngrams: int = 0
+    """Words of the longest runs that a text is hashed by; 0: data of an older version, words alone."""
+    mean: float = 0.0
+    """Of a numeric feature before it was standardised."""
+    deviation: float = 0.0
+    """Of a numeric feature before it was standardised; 0: not known, data of an older version."""
 
     def __post_init__(self) -> None:
         if PurePath(self.name).name != self.name:  # its vocabulary becomes a file of that name

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.protocol import HEADS
 from flm_torchrec.export.manifest import RECALL_WANTED, Kind, Manifest, Quantise, Storage, Vectors, read_manifest
+
+TOWERS = ("int8", "fp32", "none")
 
 if TYPE_CHECKING:
     from flm_torchrec.export.delta import Delta
@@ -46,6 +48,10 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--since", type=Path, metavar="DIR",
         help="write a delta: only the rows that differ from this older export, in its format",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tower", choices=TOWERS, default="int8",
+        help="package the user tower beside the vectors, for 'flm serve'; its tables' rows as (default: %(default)s)",
     )  # fmt: skip
     parser.set_defaults(run=run_export)
 
@@ -108,7 +114,9 @@ def run_export(args: argparse.Namespace) -> None:
     from flm_torchrec.data.splits import everyone
     from flm_torchrec.export.delta import export_delta
     from flm_torchrec.export.quality import Held
+    from flm_torchrec.export.tower import write_tower
     from flm_torchrec.export.write import Options, Source, check_output, export
+    from flm_torchrec.training.package import PackagedModel
     from flm_torchrec.training.restore import restore
 
     check_output(args.output, args.overwrite)
@@ -122,6 +130,9 @@ def run_export(args: argparse.Namespace) -> None:
         encoder = job.encoder(everyone(job.data))
         known, held = encoder.assembler.item_known > 0, Held(job.encoder(valid), valid)
         source = Source(job.data, encoder, known, restored.version, held)
+        if args.tower != "none":
+            model, main = PackagedModel(job), job.comm.rank == 0
+            source = replace(source, beside=lambda folder: write_tower(job.data, model, main, args.tower, folder))
         options = Options(
             storage=args.format or (older.storage if older else "parquet"),
             quantise=args.quantise or (older.quantise if older else "none"),

@@ -40,6 +40,8 @@ class Source:
     """Of the model; stands in the metadata of every file."""
     held: Held | None = None
     """By whom to tell what quantising costs: validation examples. None: it is not told."""
+    beside: Callable[[Path], None] = lambda folder: None
+    """Writes more into the export, such as the user tower; collective."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ def export(source: Source, comm: Comm, output: Path, options: Options) -> Manife
             quality = Quality(source.data, source.held, options.quantise, comm, options.user_block)
         _write_items(source, comm, fresh, options, quality)
         _write_users(source, comm, fresh, options)
+        together(comm, output, lambda: source.beside(fresh))
         manifest = replace(manifest, quality={} if quality is None else quality.result())
         if not main:
             return None  # none waits for an index, which may take longer than a collective

@@ -1,0 +1,128 @@
+"""The HTTP side of `flm serve`: routes, limits, and errors as one line of JSON."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.responses import JSONResponse
+from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel
+
+from flm_torchrec.serve.edge import Measured, parse, read_body, tell_errors
+from flm_torchrec.serve.measures import Measures
+from flm_torchrec.serve.messages import NewEvent, NewItem, Recommend, RecommendBatch, Swap
+from flm_torchrec.serve.names import Refused
+from flm_torchrec.serve.service import Service
+from flm_torchrec.serve.workers import Workers
+
+PAGE = Path(__file__).parent / "page"
+M = TypeVar("M", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much a server takes on."""
+
+    body_bytes: int = 1_000_000
+    """Of a request; more gets 413."""
+    threads: int = 2
+    """That work on requests at once."""
+    waiting: int = 128
+    """Requests that may wait for a thread; more get 503."""
+    watch_seconds: float = 0.0
+    """Between looks at where the export's link points to; 0: never."""
+
+
+def create_app(service: Service, load: Load = Load()) -> FastAPI:
+    """The app of one service."""
+    workers, measures = Workers(service, load.threads, load.waiting), Measures(service)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        watcher = asyncio.create_task(_watch(service, load.watch_seconds)) if load.watch_seconds else None
+        yield
+        if watcher is not None:
+            watcher.cancel()
+        workers.pool.shutdown()
+
+    app = FastAPI(title="flm serve", lifespan=lifespan, docs_url=None, redoc_url=None)
+    tell_errors(app)
+    app.add_middleware(Measured, measures=measures)
+    _read_routes(app, service, workers, measures)
+    _write_routes(app, service, workers, load)
+    if (PAGE / "index.html").is_file():
+        app.mount("/", StaticFiles(directory=PAGE, html=True))
+    return app
+
+
+def _read_routes(app: FastAPI, service: Service, workers: Workers, measures: Measures) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return service.health()
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(measures.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/catalogue")
+    async def catalogue() -> dict[str, Any]:
+        return await workers.do(service.catalogue)
+
+    @app.get("/v1/items")
+    async def items(
+        query: Annotated[str, Query(max_length=200)] = "", limit: Annotated[int, Query(ge=1, le=100)] = 20
+    ) -> list[dict[str, Any]]:
+        return await workers.do(lambda: service.find_items(query, limit))
+
+
+def _write_routes(app: FastAPI, service: Service, workers: Workers, load: Load) -> None:
+    def post(path: str, message: type[M], answer: Callable[[M], Awaitable[Any]]) -> None:
+        async def route(request: Request) -> Response:
+            asked = parse(message, await read_body(request, load.body_bytes))
+            return JSONResponse(await answer(asked))
+
+        app.post(path, openapi_extra=_takes(message))(route)
+
+    async def batch(asked: RecommendBatch) -> dict[str, Any]:
+        answers = await workers.do(lambda: service.recommend(asked.requests))
+        for place, answer in enumerate(answers):
+            if isinstance(answer, Refused):
+                raise Refused(answer.status, f"requests.{place}: {answer}")
+        return {"answers": answers}
+
+    post("/v1/recommend", Recommend, workers.recommend)
+    post("/v1/recommend/batch", RecommendBatch, batch)
+    post("/v1/items", NewItem, lambda item: workers.do(lambda: service.add_item(item)))
+    post("/v1/events", NewEvent, lambda event: workers.do(lambda: service.add_event(event)))
+
+    @app.post("/v1/swap", openapi_extra=_takes(Swap))
+    async def swap(request: Request) -> dict[str, Any]:
+        asked = parse(Swap, await read_body(request, load.body_bytes))
+        return await asyncio.to_thread(service.swap, Path(asked.export))  # loading must not keep requests waiting
+
+
+def _takes(message: type[BaseModel]) -> dict[str, Any]:
+    """For the description of the interface, which cannot see what a route reads by itself."""
+    schema = {"content": {"application/json": {"schema": message.model_json_schema()}}, "required": True}
+    return {"requestBody": schema}
+
+
+async def _watch(service: Service, seconds: float) -> None:
+    """Swap when the export's link points elsewhere than before; what cannot be served is left, and told once."""
+    seen = service.generation.folder
+    while True:
+        await asyncio.sleep(seconds)
+        target = service.export.resolve()
+        if target == seen:
+            continue
+        seen = target
+        try:
+            await asyncio.to_thread(service.swap, target)
+        except Refused as error:
+            print(f"not swapped: {error}", flush=True)

@@ -1,0 +1,60 @@
+"""`flm serve`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flm_torchrec.errors import RunError
+
+GRACE = 10
+"""Seconds that requests under way have to end after SIGTERM."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "serve",
+        help="answer over HTTP from an export, with a web page",
+        description="Answer over HTTP from an export made with its user tower: recommendations for known and cold"
+        " users, from histories and features; new items, new events and new exports are taken up while it runs.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--export", required=True, type=Path, metavar="DIR", help="folder of 'flm export', or a link")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="that work on requests (default: %(default)s)")
+    parser.add_argument(
+        "--waiting", type=int, default=128,
+        help="requests that may wait for a thread; more get 503 (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--watch", type=float, default=0.0, metavar="SECONDS",
+        help="look so often whether --export, a link, points to another export, and swap (default: never)",
+    )  # fmt: skip
+    parser.set_defaults(run=run_serve)
+
+
+def run_serve(args: argparse.Namespace) -> None:
+    _check(args)
+    # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
+    import uvicorn
+
+    from flm_torchrec.serve.app import Load, create_app
+    from flm_torchrec.serve.service import Service
+
+    service = Service(args.export)
+    load = Load(threads=args.threads, waiting=args.waiting, watch_seconds=args.watch)
+    now = service.generation
+    print(f"{now.folder}: {now.manifest.items} items, {now.manifest.users} users; model {now.manifest.model_version}")
+    print(f"http://{args.host}:{args.port}", flush=True)
+    uvicorn.run(
+        create_app(service, load), host=args.host, port=args.port, log_level="warning", access_log=False,
+        timeout_graceful_shutdown=GRACE,
+    )  # fmt: skip
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise RunError where a number is out of its range."""
+    for name, least, most in (("port", 1, 65535), ("threads", 1, 256), ("waiting", 0, 100_000), ("watch", 0, 86_400)):
+        if not least <= getattr(args, name) <= most:
+            raise RunError(f"--{name} {getattr(args, name)}: give {least} … {most}")

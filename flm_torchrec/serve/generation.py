@@ -1,0 +1,132 @@
+"""One export, loaded to be served: nothing in it changes, so that a request sees one state from start to end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from flm_torchrec.errors import RunError
+from flm_torchrec.export.encoder import Query, Represented, Tower
+from flm_torchrec.export.manifest import Manifest, load_manifest
+from flm_torchrec.export.rows import Rows
+from flm_torchrec.serve.catalogue import Catalogue, best_of, load_catalogue
+
+
+@dataclass(frozen=True)
+class AddedItem:
+    """A cold item, as it was posted."""
+
+    key: str
+    title: str
+    features: Mapping[str, Any]
+    attributes: Mapping[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Added:
+    """Cold items of a generation, whose rows follow those of the catalogue."""
+
+    items: tuple[AddedItem, ...]
+    contents: np.ndarray  # [M, D] as the tower takes them
+    vectors: np.ndarray  # [M, D] what representations are scored against
+    row_of: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """All that answers need, of one export and the items added since."""
+
+    number: int
+    """1, 2 … counted by swaps."""
+    folder: Path
+    manifest: Manifest
+    tower: Tower
+    catalogue: Catalogue
+    user_of: Mapping[str, int]
+    seen: pa.ListArray  # [users] rows of items
+    added: Added
+
+    @property
+    def size(self) -> int:
+        return len(self.catalogue) + len(self.added.items)
+
+    def row(self, key: str) -> int | None:
+        row = self.catalogue.row_of.get(key)
+        return self.added.row_of.get(key) if row is None else row
+
+    def key(self, row: int) -> str:
+        return self.catalogue.keys[row].as_py() if row < len(self.catalogue) else self._added(row).key
+
+    def title(self, row: int) -> str:
+        return self.catalogue.titles[row].as_py() if row < len(self.catalogue) else self._added(row).title
+
+    def attributes(self, row: int) -> dict[str, list[str]]:
+        """Values of the item by feature."""
+        if row < len(self.catalogue):
+            return self.catalogue.attributes_of(row)
+        return dict(self._added(row).attributes)
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """[n] rows → [n, D], what representations are scored against."""
+        rows = np.asarray(rows, np.int64)
+        result = np.empty((len(rows), self.manifest.dim), np.float32)
+        inside = rows < len(self.catalogue)
+        result[inside] = self.catalogue.vectors[rows[inside]]
+        result[~inside] = self.added.vectors[rows[~inside] - len(self.catalogue)]
+        return result
+
+    def represent(self, queries: list[Query]) -> list[Represented]:
+        return self.tower.represent(queries, self.added.contents)
+
+    def best(
+        self, h: np.ndarray, k: int, excluded: np.ndarray, wanted: Mapping[str, list[str]]
+    ) -> list[tuple[int, float]]:
+        """The k best rows by h and their scores, of catalogue and added items, without the excluded rows."""
+        catalogue = self.catalogue
+        inside = excluded[excluded < len(catalogue)]
+        scores, rows = catalogue.best(h, k, inside, catalogue.allowed(wanted))
+        more = [
+            len(catalogue) + place
+            for place, item in enumerate(self.added.items)
+            if all(set(values) & set(item.attributes.get(name, ())) for name, values in wanted.items())
+        ]
+        if more:
+            extra = np.setdiff1d(np.array(more, np.int64), excluded)
+            added_scores, added_rows = best_of(h, self.vectors(extra), extra, k)
+            scores, rows = np.concatenate([scores, added_scores]), np.concatenate([rows, added_rows])
+            order = np.argsort(-scores, kind="stable")[:k]
+            scores, rows = scores[order], rows[order]
+        return list(zip(rows.tolist(), scores.tolist(), strict=True))
+
+    def _added(self, row: int) -> AddedItem:
+        return self.added.items[row - len(self.catalogue)]
+
+
+def load_generation(folder: Path, number: int) -> Generation:
+    """Load an export and check every file.
+
+    Raises:
+        RunError: the export is missing, incomplete, changed, or was made without a tower.
+    """
+    folder = folder.resolve()
+    manifest = load_manifest(folder)
+    tower = Tower(folder)
+    if tower.items != manifest.items or tower.dim != manifest.dim:
+        raise RunError(f"{folder}: the tower is of {tower.items} items, the rows of {manifest.items}; export again")
+    users = Rows(folder, manifest, "users").table(["user_key", "seen"]).combine_chunks()
+    nothing = np.zeros((0, manifest.dim), np.float32)
+    return Generation(
+        number=number,
+        folder=folder,
+        manifest=manifest,
+        tower=tower,
+        catalogue=load_catalogue(folder, manifest),
+        user_of={key: row for row, key in enumerate(users["user_key"].to_pylist())},
+        seen=users["seen"].chunk(0),
+        added=Added((), nothing, nothing),
+    )

@@ -1,0 +1,75 @@
+"""What requests may hold. Strict: a wrong type is refused, not bent; so are unknown fields, NaN and infinity."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MOST_HISTORY = 1000
+MOST_K = 1000
+MOST_BATCH = 64
+MOST_VALUES = 100
+Key = Annotated[str, Field(min_length=1, max_length=512)]
+Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
+Seconds = Annotated[int, Field(ge=0, le=2**40)]
+Text = Annotated[str, Field(max_length=2000)]
+FeatureValue = Text | Annotated[int, Field(ge=-(2**53), le=2**53)] | Finite | (
+    Annotated[list[Text], Field(max_length=MOST_VALUES)] | Annotated[list[Finite], Field(max_length=4096)]
+)
+Features = Annotated[dict[Key, FeatureValue], Field(max_length=MOST_VALUES)]
+Values = Annotated[list[Key], Field(min_length=1, max_length=MOST_VALUES)]
+Head = Literal["content", "collaborative", "sequential", "fused"]
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class Event(Message):
+    """One event of a history."""
+
+    item: Key
+    event: Key | None = None
+    """Name of the kind of event; the data's first where it is left out."""
+    value: Finite | None = None
+    timestamp: Seconds | None = None
+    """Seconds since 1970; the usual gap after the event before where it is left out."""
+
+
+class Recommend(Message):
+    """For whom, and what."""
+
+    user: Key | None = None
+    history: Annotated[list[Event], Field(max_length=MOST_HISTORY)] = []
+    """Oldest first; of a known user, what came after the events that are known."""
+    features: Features | None = None
+    """Of the user, in place of the known user's."""
+    head: Head = "fused"
+    k: Annotated[int, Field(ge=1, le=MOST_K)] = 10
+    exclude_seen: bool = True
+    filter: Annotated[dict[Key, Values], Field(max_length=20)] = {}
+    """By feature: the item has at least one of the values."""
+    explain: bool = False
+
+
+class RecommendBatch(Message):
+    requests: Annotated[list[Recommend], Field(min_length=1, max_length=MOST_BATCH)]
+
+
+class NewItem(Message):
+    """A cold item: of its features alone."""
+
+    item: Key
+    title: Text = ""
+    features: Features = {}
+
+
+class NewEvent(Event):
+    """What a user has just done."""
+
+    user: Key
+
+
+class Swap(Message):
+    export: Annotated[str, Field(min_length=1, max_length=4096)]

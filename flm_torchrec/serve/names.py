@@ -1,0 +1,65 @@
+"""Keys and names of requests → rows, codes and vectors of a generation; what is not known is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+
+from flm_torchrec.config import nearest
+from flm_torchrec.errors import DataError, FlmError
+from flm_torchrec.serve.generation import Generation
+
+NEAR = 2000
+"""Keys among which the nearest to an unknown one is looked for: more would take too long."""
+
+
+class Refused(FlmError):
+    """A request that is not answered, with the status of HTTP that says why."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def item_row(now: Generation, key: str, where: str) -> int:
+    """Row of an item by its key; `where` in the request it stands."""
+    row = now.row(key)
+    if row is None:
+        raise Refused(422, f"{where}: no item '{key}'; {nearest_key(key, now.catalogue.row_of)}")
+    return row
+
+
+def event_code(now: Generation, name: str | None, where: str) -> int:
+    events = now.tower.events
+    if name is None:
+        return 0
+    if name not in events:
+        raise Refused(422, f"{where}: no kind of event '{name}'; {nearest(name, events)}")
+    return events.index(name)
+
+
+def content_of(now: Generation, entity: str, features: Mapping[str, Any]) -> tuple[np.ndarray, list[str]]:
+    try:
+        return now.tower.content(entity, features)
+    except DataError as error:
+        raise Refused(422, str(error)) from error
+
+
+def check_filter(now: Generation, wanted: Mapping[str, Sequence[str]]) -> None:
+    attributes = now.catalogue.attributes
+    for name, values in wanted.items():
+        if name not in attributes:
+            known = nearest(name, attributes) if attributes else "items have none"
+            raise Refused(422, f"filter: no feature '{name}'; {known}")
+        for value in values:
+            if value not in attributes[name].codes:
+                raise Refused(422, f"filter.{name}: no value '{value}'; {nearest_key(value, attributes[name].codes)}")
+
+
+def nearest_key(key: str, known: Iterable[str]) -> str:
+    keys = [k for k, _ in zip(known, range(NEAR), strict=False)]
+    close = get_close_matches(key[:100], keys, n=1) or keys[:1]
+    return f"did you mean '{close[0]}'?" if close else "there are none"

@@ -1,0 +1,267 @@
+"""Questions → answers, over one generation at a time; swapping it for another leaves running requests alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flm_torchrec.errors import RunError
+from flm_torchrec.export.encoder import NO_HISTORY, History, Query, Represented
+from flm_torchrec.serve.catalogue import TOP_VALUES
+from flm_torchrec.serve.explain import explain
+from flm_torchrec.serve.generation import Added, AddedItem, Generation, load_generation
+from flm_torchrec.serve.live import LiveEvent, LiveEvents
+from flm_torchrec.serve.messages import Event, NewEvent, NewItem, Recommend
+from flm_torchrec.serve.names import Refused, check_filter, content_of, event_code, item_row, nearest_key
+
+DAY = 86_400
+"""Seconds that a clock may be ahead by: an event of another year would stand before all that follow."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of what is kept in memory."""
+
+    added_items: int = 10_000
+    live_users: int = 100_000
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request in rows of a generation."""
+
+    query: Query
+    head: int
+    k: int
+    excluded: np.ndarray  # rows
+    left_out: list[str]
+
+
+class Service:
+    """Answers from the newest generation.
+
+    Raises:
+        RunError: the export cannot be served.
+    """
+
+    def __init__(self, export: Path, limits: Limits = Limits()) -> None:
+        self.export = export
+        self.exports = export.resolve().parent
+        self.limits = limits
+        self.generation = load_generation(export, 1)
+        self.live = LiveEvents(limits.live_users, self.generation.tower.max_history + 1)
+        self.changing = threading.Lock()
+        self.swapping = threading.Lock()
+
+    def health(self) -> dict[str, Any]:
+        now = self.generation
+        return {
+            "status": "ok", "model_version": now.manifest.model_version, "users": now.manifest.users,
+            "items": now.size, "generation": now.number,
+        }  # fmt: skip
+
+    def catalogue(self) -> dict[str, Any]:
+        now = self.generation
+        return {
+            "heads": list(now.manifest.heads),
+            "features": {name: a.top(TOP_VALUES) for name, a in now.catalogue.attributes.items()},
+            "events": now.tower.events,
+            "max_history": now.tower.max_history,
+            "model_version": now.manifest.model_version,
+        }
+
+    def find_items(self, text: str, limit: int) -> list[dict[str, Any]]:
+        """Items whose title or key holds the text."""
+        now = self.generation
+        rows = now.catalogue.search(text, limit)
+        names = ((i.title + "\0" + i.key).lower() for i in now.added.items)
+        added = [len(now.catalogue) + place for place, name in enumerate(names) if text.lower() in name]
+        return [_item(now, row) for row in [*added, *rows][:limit]]
+
+    def recommend(self, requests: Sequence[Recommend]) -> list[dict[str, Any] | Refused]:
+        """An answer a request, all of one generation and of one run of the tower; or why there is none.
+
+        Refused are unknown users, items, events, features and values.
+        """
+        now = self.generation
+        asked: list[Asked | Refused] = []
+        for request in requests:
+            try:
+                asked.append(self._asked(now, request))
+            except Refused as refused:
+                asked.append(refused)
+        queries = [a.query for a in asked if isinstance(a, Asked)]
+        found = iter(now.represent(queries) if queries else [])
+        return [
+            a if isinstance(a, Refused) else self._answer(now, request, a, next(found))
+            for request, a in zip(requests, asked, strict=True)
+        ]
+
+    def add_item(self, item: NewItem) -> dict[str, Any]:
+        """Put a cold item beside the catalogue, in place of an earlier one of its key.
+
+        Raises:
+            Refused: the catalogue has it, there is no more room, or a feature does not fit.
+        """
+        with self.changing:
+            now = self.generation
+            if item.item in now.catalogue.row_of:
+                raise Refused(409, f"item '{item.item}': is in the catalogue; only new items can be added")
+            if item.item not in now.added.row_of and len(now.added.items) >= self.limits.added_items:
+                raise Refused(409, f"{self.limits.added_items} items have been added, which is the most; export anew")
+            fresh = AddedItem(item.item, item.title or item.item, item.features, _attributes(now, item.features))
+            added, left_out = _with_items(now, now.added, [fresh])
+            self.generation = replace(now, added=added)
+            size = self.generation.size
+        version = now.manifest.model_version
+        return {"item": item.item, "model_version": version, "items": size, "left_out": left_out}
+
+    def add_event(self, event: NewEvent) -> dict[str, Any]:
+        """Take up what a user has just done; the user's next answer knows of it.
+
+        Raises:
+            Refused: no such item or kind of event, or a time before the user's last event or in the future.
+        """
+        now = self.generation
+        item_row(now, event.item, "item")
+        event_code(now, event.event, "event")
+        history, _ = self._known(now, event.user)
+        last = int(history.timestamp[-1]) if len(history) else 0
+        current = int(time.time()) if now.tower.timestamps else last + 1
+        timestamp = max(last, current) if event.timestamp is None else event.timestamp
+        if timestamp < last:
+            raise Refused(422, f"timestamp: {timestamp} is before the user's last event, {last}; events come in order")
+        if now.tower.timestamps and timestamp > max(last, current) + DAY:
+            raise Refused(422, f"timestamp: {timestamp} is in the future, it is {current}; give seconds since 1970")
+        value = 1.0 if event.value is None else event.value
+        kept = self.live.add(event.user, LiveEvent(event.item, event.event, value, timestamp, now.number))
+        version, known = now.manifest.model_version, event.user in now.user_of
+        return {"user": event.user, "known": known, "live_events": kept, "model_version": version}
+
+    def swap(self, export: Path) -> dict[str, Any]:
+        """Load another export beside the one served, then serve it; the old one goes with its last request.
+
+        Raises:
+            Refused: it lies elsewhere than the first one, or cannot be served. The old one goes on.
+        """
+        try:
+            target = export.resolve()
+        except (OSError, ValueError) as error:
+            raise Refused(422, f"export: {error}") from error
+        if not target.is_relative_to(self.exports):
+            raise Refused(403, f"export: '{export}' is not in {self.exports}, the only place exports are taken from")
+        if not self.swapping.acquire(blocking=False):
+            raise Refused(409, "export: another one is being loaded; try again when it is served")
+        try:
+            fresh = load_generation(target, self.generation.number + 1)
+            with self.changing:
+                self.generation = replace(fresh, added=_still_new(fresh, self.generation.added.items))
+        except (RunError, OSError) as error:
+            raise Refused(422, f"export: {error}") from error
+        finally:
+            self.swapping.release()
+        return self.health()
+
+    def _asked(self, now: Generation, request: Recommend) -> Asked:
+        history, seen, user = NO_HISTORY, NO_HISTORY.item, -1
+        if request.user is not None:
+            user = now.user_of.get(request.user, -1)
+            if user < 0 and self.live.of(request.user) is None:
+                raise Refused(404, f"user '{request.user}': not known; {nearest_key(request.user, now.user_of)}")
+            history, seen = self._known(now, request.user)
+        history = history + self._history(now, request.history, int(history.timestamp[-1]) if len(history) else None)
+        profile: np.ndarray | None = None
+        left_out: list[str] = []
+        if request.features is not None:
+            profile, left_out = content_of(now, "user", request.features)
+        check_filter(now, request.filter)
+        excluded = np.unique(np.concatenate([seen, history.item])) if request.exclude_seen else NO_HISTORY.item
+        head = now.manifest.heads.index(request.head)
+        return Asked(Query(history, user, profile), head, request.k, excluded, left_out)
+
+    def _answer(self, now: Generation, request: Recommend, asked: Asked, found: Represented) -> dict[str, Any]:
+        best = now.best(found.heads[asked.head], asked.k, asked.excluded, request.filter)
+        items = [{**_item(now, row), "score": score} for row, score in best]
+        if request.explain:
+            reasons = explain(now, found, asked.query.history.item, np.array([row for row, _ in best], np.int64))
+            items = [{**item, "why": why} for item, why in zip(items, reasons, strict=True)]
+        answer = {"model_version": now.manifest.model_version, "head": request.head, "items": items}
+        if asked.left_out:
+            answer["left_out"] = asked.left_out
+        return answer
+
+    def _known(self, now: Generation, user: str) -> tuple[History, np.ndarray]:
+        """The user's last events, exported and live, and rows of all items seen."""
+        row = now.user_of.get(user)
+        history, seen = NO_HISTORY, NO_HISTORY.item
+        if row is not None:
+            history, seen = now.tower.known_history(row), now.seen[row].values.to_numpy().astype(np.int64)
+        last = int(history.timestamp[-1]) if len(history) else -1
+        # An export made since may hold some of the live events already.
+        live = [e for e in self.live.of(user) or () if e.generation == now.number or e.timestamp > last]
+        known = [(r, e) for r, e in ((now.row(e.item), e) for e in live) if r is not None]
+        codes = {name: code for code, name in enumerate(now.tower.events)}
+        later = History(
+            np.array([r for r, _ in known], np.int64),
+            np.array([codes.get(e.event or "", 0) for _, e in known], np.int64),
+            np.array([e.value for _, e in known], np.float32),
+            np.array([e.timestamp for _, e in known], np.int64),
+        )
+        return history + later, np.concatenate([seen, later.item])
+
+    def _history(self, now: Generation, events: Sequence[Event], last: int | None) -> History:
+        """Rows, codes and times of a request's history, which follows an event at `last`."""
+        gap = now.tower.usual_gap if now.tower.timestamps else 1
+        times: list[int] = []
+        for place, event in enumerate(events):
+            before = times[-1] if times else last
+            given = event.timestamp if event.timestamp is not None else (before + gap if before is not None else 0)
+            if before is not None and given < before:
+                where = f"history.{place}.timestamp"
+                raise Refused(422, f"{where}: {given} is before the event before it, {before}; order them by time")
+            times.append(given)
+        return History(
+            np.array([item_row(now, e.item, f"history.{n}.item") for n, e in enumerate(events)], np.int64),
+            np.array([event_code(now, e.event, f"history.{n}.event") for n, e in enumerate(events)], np.int64),
+            np.array([1.0 if e.value is None else e.value for e in events], np.float32),
+            np.array(times, np.int64),
+        )
+
+def _item(now: Generation, row: int) -> dict[str, Any]:
+    return {"item": now.key(row), "title": now.title(row), "attributes": now.attributes(row)}
+
+
+def _attributes(now: Generation, features: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What filters and people see of a cold item's features: the same kinds as in the catalogue."""
+    shown = {}
+    for name in now.catalogue.attributes:
+        given = features.get(name)
+        values = given if isinstance(given, list) else [given]
+        shown[name] = [str(v) for v in values if v is not None]
+    return shown
+
+
+def _with_items(now: Generation, added: Added, items: Iterable[AddedItem]) -> tuple[Added, list[str]]:
+    """With these items, each in place of one of its key; and which values of features were left out."""
+    by_key = {item.key: (item, content) for item, content in zip(added.items, added.contents, strict=True)}
+    left_out: list[str] = []
+    for item in items:
+        content, unknown = content_of(now, "item", item.features)
+        by_key[item.key] = item, content
+        left_out += unknown
+    contents = np.array([content for _, content in by_key.values()], np.float32).reshape(-1, now.tower.dim)
+    rows = {key: len(now.catalogue) + place for place, key in enumerate(by_key)}
+    return Added(tuple(i for i, _ in by_key.values()), contents, now.tower.scored(contents), rows), left_out
+
+
+def _still_new(fresh: Generation, items: Iterable[AddedItem]) -> Added:
+    """The added items that a new export does not have and whose features it knows."""
+    names = {f.name for f in fresh.tower.features if f.entity == "item"}
+    kept = [i for i in items if i.key not in fresh.catalogue.row_of and set(i.features) <= names]
+    return _with_items(fresh, fresh.added, kept)[0]

@@ -1,0 +1,37 @@
+"""Run on ranks: package the tower of a sharded model, and print how far it is from the model's own vectors."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flm_torchrec.config import load_config
+from flm_torchrec.data.prepared import load_prepared
+from flm_torchrec.data.splits import everyone
+from flm_torchrec.distributed.comm import process_group
+from flm_torchrec.evaluation.protocol import HEADS
+from flm_torchrec.export.encoder import Query, Tower
+from flm_torchrec.export.tower import write_tower
+from flm_torchrec.training.job import Job
+from flm_torchrec.training.package import PackagedModel
+from flm_torchrec.training.scope import scope_of
+
+folder, target, *overrides = sys.argv[1:]
+config = load_config(None, ["model.dim=16", "data.max_history=7", "distributed.device=cpu", *overrides])
+data = load_prepared(folder)
+with process_group(config.distributed) as comm:
+    job = Job(config, data, scope_of(config, data), comm)
+    users = np.arange(40)
+    found = job.encoder(everyone(data)).users(users)
+    model = PackagedModel(job)
+    write_tower(data, model, comm.rank == 0, "fp32", Path(target))
+    if comm.rank == 0:
+        tower = Tower(Path(target))
+        queries = [Query(tower.known_history(int(user)), int(user)) for user in users]
+        made = tower.represent(queries, np.zeros((0, 16), np.float32))
+        own = torch.stack([found[head] for head in HEADS], 1).numpy()
+        print("moved", np.abs(np.stack([m.heads for m in made]) - own).max())
+    comm.all_reduce_sum(torch.zeros(1))  # none leaves while another is at work
