@@ -20,8 +20,8 @@ def explain(generation: Generation, found: Represented, history: np.ndarray, ite
     Each has
 
     * `shares`: for each head `weight` w, `score` h_head·v and `share` w·(h_head·v). Where fusion is a weighted sum
-      (sum, gated) h = Σ w_head·h_head, so the shares add up to the fused score, exactly but for rounding. Where it is
-      none (concat) `weight` and `share` are null;
+      (sum, gated) h = Σ w_head·h_head, so the shares add up to the fused score, exactly but for rounding; a cosine's h
+      has length 1, and w is the weight in that. Where it is none (concat) `weight` and `share` are null;
     * `history`: the items of the history nearest to it, by the cosine of their vectors, nearest first;
     * `in_common`: by feature, values that it has in common with items of the history, and of how many of them.
 
@@ -35,9 +35,10 @@ def explain(generation: Generation, found: Represented, history: np.ndarray, ite
     scores = found.heads[:-1] @ vectors.T  # [heads, m]
     near = _unit(vectors) @ _unit(generation.vectors(seen)).T  # [m, seen]
     counts = _values(generation, seen)
+    weights = _weights(found)
     return [
         {
-            "shares": _shares(generation.manifest.heads, found.weights, scores[:, place]),
+            "shares": _shares(generation.manifest.heads, weights, scores[:, place]),
             "history": [
                 {"item": generation.key(row), "title": generation.title(row), "similarity": float(near[place, n])}
                 for n, row in ((n, int(seen[n])) for n in np.argsort(-near[place], kind="stable")[:NEAREST])
@@ -48,17 +49,19 @@ def explain(generation: Generation, found: Represented, history: np.ndarray, ite
     ]
 
 
-def _shares(heads: list[str], weights: np.ndarray, scores: np.ndarray) -> list[dict[str, Any]]:
-    weighted = bool(weights.any())
-    return [
-        {
-            "head": head,
-            "score": float(score),
-            "weight": float(weight) if weighted else None,
-            "share": float(weight * score) if weighted else None,
-        }
-        for head, weight, score in zip(heads, weights, scores, strict=False)  # fused, the last head, is the sum
-    ]
+def _weights(found: Represented) -> np.ndarray | None:
+    """[heads]: h is exactly their sum of the heads; None where it is no weighted sum."""
+    raw = found.weights @ found.heads[:-1]
+    length = float(raw @ raw)
+    # The fused vector may have been brought to length 1 after the sum.
+    return found.weights * float(found.heads[-1] @ raw) / length if length > 0 else None
+
+
+def _shares(heads: list[str], weights: np.ndarray | None, scores: np.ndarray) -> list[dict[str, Any]]:
+    told = [{"head": head, "score": float(s)} for head, s in zip(heads, scores, strict=False)]  # the last is fused
+    if weights is None:
+        return [{**one, "weight": None, "share": None} for one in told]
+    return [{**one, "weight": float(w), "share": float(w * s)} for one, w, s in zip(told, weights, scores, strict=True)]
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

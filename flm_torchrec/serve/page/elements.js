@@ -62,7 +62,14 @@ export function combobox(input, list, search, choose) {
     list.hidden = false;
     input.setAttribute("aria-expanded", "true");
   };
-  input.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(open, 120); });
+  input.addEventListener("input", () => {
+    turn += 1; // what is shown was found for another text: not to be taken by a key
+    shown = [];
+    active = -1;
+    input.removeAttribute("aria-activedescendant");
+    clearTimeout(timer);
+    timer = setTimeout(open, 120);
+  });
   input.addEventListener("focus", open);
   input.addEventListener("blur", close);
   input.addEventListener("keydown", (event) => {
