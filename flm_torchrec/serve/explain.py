@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ def _weights(found: Represented) -> np.ndarray | None:
     return found.weights * float(found.heads[-1] @ raw) / length if length > 0 else None
 
 
-def _shares(heads: list[str], weights: np.ndarray | None, scores: np.ndarray) -> list[dict[str, Any]]:
+def _shares(heads: Sequence[str], weights: np.ndarray | None, scores: np.ndarray) -> list[dict[str, Any]]:
     told = [{"head": head, "score": float(s)} for head, s in zip(heads, scores, strict=False)]  # the last is fused
     if weights is None:
         return [{**one, "weight": None, "share": None} for one in told]
