@@ -74,6 +74,9 @@ def test_an_export_is_kept_up_to_date_and_loaded(
     assert "0 of 120 users new or changed, 0 gone" in out(
         "export", "--run", finished, "--output", delta, "--since", old
     )
+    same = ["--since", str(old), "--overwrite"]
+    assert main(["export", "--run", str(finished), "--output", str(old), *same]) == 2
+    assert "is what the delta is to be applied to" in capsys.readouterr().err
     assert "hnsw index" in out("apply-delta", "--base", old, "--delta", delta, "--output", new)
     assert "arrow" not in out("export", "--run", finished, "--output", whole, "--format", "arrow", "--index", "none")
     assert (whole / "items.arrow" / "part-00000.arrow").is_file() and not (whole / "items.faiss").exists()

@@ -210,7 +210,7 @@ def test_what_quantising_costs_is_what_evaluation_finds(small: PreparedData, tmp
 def test_an_index_searches_as_hard_as_its_recall_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, weak: dict[str, int], strong: dict[str, int]
 ) -> None:
-    data, encoder = bench_export.catalogue(tmp_path / "data", 10_000), bench_export.MadeUp(4)
+    data, encoder = bench_export.catalogue(tmp_path / "data", 10_000), bench_export.MadeUp(8)
     monkeypatch.setitem(STEPS, kind, (weak, strong, {name: 10**4 for name in weak}))
     source = Source(data, encoder, np.ones(10_000, bool), "v1")
     manifest = export(source, Alone(), tmp_path / "out", Options(index=kind, user_block=500, part_rows=4096))

@@ -20,7 +20,7 @@ from flm_torchrec.model import softmax
 from flm_torchrec.model.pretrain import _first_places
 from flm_torchrec.model.softmax import inclusion_log_probability, sampled_softmax
 from flm_torchrec.model.tower import FUSIONS, REPRESENTATIONS, Encoded, Looked, Tower, Widths
-from flm_torchrec.model.transformer import BLOCKS
+from flm_torchrec.model.transformer import BLOCKS, CausalTransformer
 
 DIM = 8
 
@@ -84,6 +84,26 @@ def test_sequences_of_a_batch_do_not_touch_each_other() -> None:
     together, single = tower(**batch), tower(**alone)
     for name in REPRESENTATIONS:
         torch.testing.assert_close(together.representations[name][4:], single.representations[name])
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.sampled_from(sorted(BLOCKS)), st.booleans())
+def test_attention_in_buckets_is_attention_of_each_sequence_alone(
+    lengths: list[int], block: str, relative: bool
+) -> None:
+    torch.manual_seed(sum(lengths))
+    model = CausalTransformer(DIM, 2, 2, 0.1, 40, block, relative).eval()
+    for bias in model.biases.parameters():
+        torch.nn.init.normal_(bias)
+    x, time = torch.randn(sum(lengths), DIM, requires_grad=True), torch.arange(sum(lengths)) * 7
+    row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    place = torch.cat([torch.arange(n) for n in lengths])
+    found = model(x, row, place, torch.tensor(lengths), time)
+    parts = zip(x.split(lengths), time.split(lengths), strict=True)
+    alone = torch.cat([model.padded(part[None], seconds[None])[0] for part, seconds in parts if len(part)] + [x[:0]])
+    torch.testing.assert_close(found, alone)
+    leaves = [x, *model.parameters()]  # with no token at all, each must have a gradient all the same
+    assert all(g is not None for g in torch.autograd.grad(found.sum(), leaves, allow_unused=True))
 
 
 def changes(field: str) -> set[str]:

@@ -66,6 +66,8 @@ def event(**more: Any) -> dict[str, Any]:
         ("/v1/recommend/batch", {"requests": [{}] * 65}, 422, "requests: List should have at most 64 items"),
         ("/v1/items", {"item": "n", "features": {"genr": "war"}}, 422, "no item feature 'genr'; did you mean 'genre'"),
         ("/v1/events", {"user": "u1"}, 422, "item: Field required"),
+        ("/v1/events", {"user": "u1", "item": "i1", "timestamp": 2**39}, 422, "is in the future"),
+        ("/v1/events", {"user": "u1", "item": "i1", "timestamp": 1}, 422, "is before the user's last event"),
         ("/v1/events", {"user": "u1", "item": "i9999"}, 422, "item: no item 'i9999'; did you mean"),
         ("/v1/swap", {"export": "/etc"}, 403, "the only place exports are taken from"),
         ("/v1/swap", {"export": "a\0b"}, 422, "export: embedded null byte"),

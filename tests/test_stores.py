@@ -104,7 +104,7 @@ def test_search_finds_what_brute_force_does_and_loading_twice_is_as_once(
         ("qdrant:{d}/file/q", "items", "file"),
         ("milvus:{d}/folder", "items", "a file that ends in .db"),
         ("lancedb:{d}/file/l", "items", "lancedb"),
-        ("postgresql://nobody@127.0.0.1:1/none", "items", "127.0.0.1"),
+        ("postgresql://nobody:secret@127.0.0.1:1/none", "items", "127.0.0.1"),
     ],
 )
 def test_a_wrong_place_is_one_line(
@@ -116,7 +116,7 @@ def test_a_wrong_place_is_one_line(
     export(source, Alone(), tmp_path / "e", OPTIONS)
     with pytest.raises(RunError, match=message) as told:
         load(tmp_path / "e", to.format(d=tmp_path), collection, "embedding")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(told.value) and "secret" not in str(told.value)
 
 
 def test_a_missing_client_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,3 +91,12 @@ def test_fine_tuning_is_studied_by_share(small: PreparedData, tmp_path: Path) ->
     assert tool("finetune_study.py", *command, *options).stdout == done.stdout
     wrong = tool("finetune_study.py", *command, "--metrics", "fused/ndgc@10", *options)
     assert wrong.returncode == 1 and "no 'fused/ndgc@10'" in wrong.stderr
+
+
+def test_training_is_timed_beside_plain_pytorch(small: PreparedData) -> None:
+    few = ["--rounds", "1", "--steps", "1", "--threads", "1", "--dim", "8", "--length", "6", "--batch-size", "32"]
+    done = tool("bench_train.py", "--data", str(small.path), *few, "--quality", "--limit", "0.001", "--roofline")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ")[0] for line in done.stdout.splitlines() if line.startswith(("| ours", "| plain"))]
+    assert len(rows) == 10 and len(set(rows)) == 5  # speed and quality, of three of ours and two of the others
+    assert done.stdout.count("share of the roofline") == 3

@@ -34,3 +34,4 @@ with process_group(config.distributed) as comm:
         made = tower.represent(queries, np.zeros((0, 16), np.float32))
         own = torch.stack([found[head] for head in HEADS], 1).numpy()
         print("moved", np.abs(np.stack([m.heads for m in made]) - own).max())
+    comm.all_reduce_sum(torch.zeros(1))  # none leaves while another is at work

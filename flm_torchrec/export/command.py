@@ -121,6 +121,8 @@ def run_export(args: argparse.Namespace) -> None:
 
     check_output(args.output, args.overwrite)
     older = read_manifest(args.since) if args.since else None
+    if older is not None and args.output.resolve() == args.since.resolve():
+        raise RunError(f"{args.output}: is what the delta is to be applied to; give another --output")
     if older is not None and args.index:
         raise RunError("--index: a delta has none; 'flm apply-delta' makes one of the kind that the older export has")
     with restore(args.run_folder) as restored:

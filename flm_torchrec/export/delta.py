@@ -19,6 +19,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.protocol import Comm
@@ -218,10 +219,9 @@ def _write_removed(old: Rows, new: Rows, entity: Entity, fresh: Path) -> int:
         for name, rows in (("before", old), ("after", new)):
             connection.register(name, ds.dataset(rows.files, format=rows.storage).scanner([key]))
         gone = f"SELECT {key} FROM before ANTI JOIN after USING ({key}) ORDER BY {key}"
-        connection.execute(f"COPY ({gone}) TO '{str(file).replace(chr(39), chr(39) * 2)}' (FORMAT parquet)")
-        count = connection.execute("SELECT count(*) FROM read_parquet(?)", [str(file)]).fetchall()[0][0]
+        connection.sql(gone).write_parquet(str(file))
     shutil.rmtree(spill, ignore_errors=True)
-    return int(count)
+    return pq.read_metadata(file).num_rows
 
 
 def _write_merged(entity: Entity, base: Path, folder: Path, delta: Delta, fresh: Path) -> None:

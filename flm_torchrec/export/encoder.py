@@ -1,4 +1,4 @@
-"""Reads the packaged user tower: fresh histories and features → vectors, with torch and numpy alone."""
+"""The packaged user tower read back: fresh histories and features → vectors, without model code and TorchRec."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class History:
         return History(*(getattr(self, name)[-most:] for name in HISTORY_FIELDS))
 
 
+LARGEST = 1e6
+"""Of a feature in standard deviations: beyond it float32 layers give nothing but noise."""
 HISTORY_FIELDS = ("item", "event", "value", "timestamp")
-NO_HISTORY = History(
-    np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64)
-)
+NO_HISTORY = History(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Tower:
             added: [M, D] content vectors (as of `content`) of the items beyond the catalogue.
         """
         shown = [q.history.last(self.max_history) for q in queries]
-        longest = max(1, *(len(h) for h in shown))
+        longest = max([1, *(len(h) for h in shown)])
         shape = len(queries), longest
         item, event, gap, time = (np.zeros(shape, np.int64) for _ in range(4))
         value = np.zeros(shape, np.float32)
@@ -170,7 +170,7 @@ class Tower:
         left_out: list[str] = []
         sparse = [list(_codes(f, given.get(f.name), left_out)) for f in features if not _dense(f)]
         numbers = [n for f in features if _dense(f) for n in _numbers(f, given.get(f.name))]
-        codes = torch.full((1, len(sparse), max(1, *(len(c) for c in sparse), 1)), -1)
+        codes = torch.full((1, len(sparse), max([1, *(len(c) for c in sparse)])), -1)
         for place, found in enumerate(sparse):
             codes[0, place, : len(found)] = torch.tensor(found, dtype=torch.int64)
         program = self.item if entity == "item" else self.profile
@@ -231,10 +231,6 @@ def _numbers(feature: Kind, given: Any) -> list[float]:
     if not (np.abs(numbers) < LARGEST).all():
         raise DataError(f"features.{feature.name}: a number is too large")
     return [float(n) for n in numbers]
-
-
-LARGEST = 1e6
-"""Of a feature in standard deviations: beyond it float32 layers give nothing but noise."""
 
 
 def _shown(value: Any) -> str:

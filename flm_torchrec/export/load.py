@@ -31,6 +31,8 @@ BATCH = 1_000
 """Rows sent at once."""
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 """What all of them take for the name of a collection."""
+PASSWORD = re.compile(r"//[^/@]*@")
+"""User and password in an address, not to be shown."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,11 @@ def opened(to: str, collection: str) -> Iterator[Store]:
         RunError: unknown, not installed, not there, or it refuses what is asked of it.
     """
     kind, _, location = to.partition(":")
+    shown = PASSWORD.sub("//", to)
     if kind not in STORES or not location:
-        raise RunError(f"--to '{to}': wants KIND:PLACE, KIND one of {', '.join(STORES)}; {nearest(kind, list(STORES))}")
+        raise RunError(
+            f"--to '{shown}': wants KIND:PLACE, KIND one of {', '.join(STORES)}; {nearest(kind, list(STORES))}"
+        )
     if not NAME.fullmatch(collection):
         raise RunError(f"--collection '{collection}': use letters, digits and underscores, 63 at most")
     module, name = STORES[kind]
@@ -65,7 +70,7 @@ def opened(to: str, collection: str) -> Iterator[Store]:
         finally:
             store.close()
     except opener.errors as error:
-        raise RunError(f"--to {to}: {_first_line(error)}") from error
+        raise RunError(f"--to {shown}: {_first_line(error)}") from error
 
 
 def load(folder: Path, to: str, collection: str, vectors: Vectors) -> Loaded:
@@ -78,11 +83,11 @@ def load(folder: Path, to: str, collection: str, vectors: Vectors) -> Loaded:
     Raises:
         RunError: the export is not whole, or the store does not take it.
     """
-    removed: list[str] = []
+    removed = pa.array([], pa.string())
     if (folder / DELTA).is_file():
         delta = load_delta(folder)
         manifest, rows = delta.whole, delta.rows(folder, "items")
-        removed = read_part(folder / REMOVED / "items.parquet")["item_key"].to_pylist()
+        removed = read_part(folder / REMOVED / "items.parquet")["item_key"]
     else:
         manifest = load_manifest(folder)
         rows = Rows(folder, manifest, "items")
@@ -90,7 +95,7 @@ def load(folder: Path, to: str, collection: str, vectors: Vectors) -> Loaded:
     with opened(to, collection) as store:
         store.create(manifest.dim)
         for start in range(0, len(removed), BATCH):
-            store.delete(removed[start : start + BATCH])
+            store.delete(removed.slice(start, BATCH).to_pylist())
         for part in rows.parts():
             for start in range(0, len(part), BATCH):
                 batch = _batch(part.slice(start, BATCH), vectors, manifest.model_version)

@@ -168,24 +168,13 @@ class UserProgram(nn.Module):
         history = torch.cat([self.tables["event"](event), self.tables["gap"](gap), value.unsqueeze(2)], 2)
         x = torch.cat([(profile + self.start).unsqueeze(1), item_id + content + self.event(history)], 1)
         clock = torch.cat([time.new_zeros(count, 1), time], 1)
-        heads.append(self._sequential(x, clock)[torch.arange(count), lengths.squeeze(1)])
+        heads.append(self.transformer.padded(x, clock)[torch.arange(count), lengths.squeeze(1)])
         if self.cosine:
             heads = [F.normalize(h, dim=1) for h in heads]
         stacked = torch.stack(heads, 1)  # [B, heads, D]
         fused = self.fusion(stacked)
         fused = F.normalize(fused, dim=1) if self.cosine else fused
         return torch.cat([stacked, fused.unsqueeze(1)], 1), self._weights(stacked)
-
-    def _sequential(self, x: Tensor, clock: Tensor) -> Tensor:
-        """[B, L, D] → [B, L, D]: the transformer, whose tokens are jagged, given sequences of one length."""
-        count, longest, dim = x.shape
-        place = torch.arange(longest)[None, :].expand(count, longest).reshape(-1)
-        row = torch.arange(count)[:, None].expand(count, longest).reshape(-1)
-        tokens = x.reshape(-1, dim) + self.transformer.position[place]
-        for layer, block in enumerate(self.transformer.blocks):
-            bias = self.transformer.biases[layer](clock) if self.transformer.biases else None
-            tokens = block(tokens, row, place, (count, longest), bias)
-        return self.transformer.norm(tokens).reshape(count, longest, dim)
 
     def _weights(self, stacked: Tensor) -> Tensor:
         if hasattr(self.fusion, "weights"):
@@ -196,10 +185,12 @@ class UserProgram(nn.Module):
 
 
 def write_tower(data: PreparedData, model: Model, main: bool, precision: Precision, folder: Path) -> None:
-    """Write `folder/tower`; collective, rank 0 holds the packaged tables and writes.
+    """Write `folder/tower`; collective, rank 0 alone holds the packaged tables and writes.
+
+    With int8, these take 2 (D + 8) bytes an item and a user, and twice that while they are put together.
 
     Raises:
-        RunError: a program does not do on other sizes what the model does.
+        RunError: torch.export refuses a part of the tower.
     """
     dim = int(model.settings["dim"])
     with torch.no_grad():
@@ -210,14 +201,15 @@ def write_tower(data: PreparedData, model: Model, main: bool, precision: Precisi
         def ids(name: str, size: int, known: np.ndarray | None) -> Iterator[Tensor]:
             for block in _blocks(size):
                 rows = model.rows(name, block)
-                yield rows if known is None else rows * torch.from_numpy(known[block])[:, None]
+                if main:
+                    yield rows if known is None else rows * torch.from_numpy(known[block])[:, None]
 
         # Events and gaps have a few dozen rows, so that nothing is won by rounding them.
         tables = {
             "item_id": Rows(ids("item_id", schema.items, model.item_known), dim, precision),
-            "item_content": Rows(item_content, dim, precision),
+            "item_content": Rows(item_content if main else iter(()), dim, precision),
             "user_id": Rows(ids("user_id", schema.users, model.user_known), dim, precision),
-            "profile": Rows(user_profile, dim, precision),
+            "profile": Rows(user_profile if main else iter(()), dim, precision),
             "event": Rows(ids("event", len(schema.events) + 1, None), dim, "fp32"),
             "gap": Rows(ids("gap", model.settings["gaps"], None), dim, "fp32"),
         }

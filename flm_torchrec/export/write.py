@@ -89,7 +89,7 @@ def export(source: Source, comm: Comm, output: Path, options: Options) -> Manife
     together(comm, output, lambda: _start(fresh) if main else None)
     try:
         quality = None
-        if source.held is not None and options.quantise != "none":
+        if source.held is not None and len(source.held.examples) and options.quantise != "none":
             quality = Quality(source.data, source.held, options.quantise, comm, options.user_block)
         _write_items(source, comm, fresh, options, quality)
         _write_users(source, comm, fresh, options)

@@ -60,18 +60,22 @@ class _SampledSoftmax(torch.autograd.Function):
         low_items, low_scaled, corrections = (x.to(precision) for x in (items, scaled, -log_q))
         chunk = max(1, CHUNK_BYTES // (precision.itemsize * max(1, len(items))))
         buffer = low_items.new_empty(min(chunk, len(query)), len(items))
+        narrow, widened = torch.empty_like(low_items), torch.empty_like(items)  # mixed precisions would make copies
+        truth = (scaled * items[target]).sum(1).to(precision)  # [T]
+        first = torch.arange(len(buffer), device=query.device) * len(items)
         for at in range(0, len(query), chunk):
-            part, own = low_scaled[at : at + chunk], target[at : at + chunk]
+            part = low_scaled[at : at + chunk]
             logits = torch.addmm(corrections, part, low_items.T, out=buffer[: len(part)])  # [t, C]
-            truth = (scaled[at : at + chunk] * items[own]).sum(1)
-            logits.scatter_(1, own[:, None], truth.to(precision)[:, None])
+            own = first[: len(part)] + target[at : at + chunk]
+            logits.view(-1)[own] = truth[at : at + chunk]  # scatter_ would copy all of the logits
             shares = torch.softmax(logits, 1, out=logits)
-            loss -= shares.gather(1, own[:, None]).to(items.dtype).clamp(min=TINY).log().sum()
-            query_grad[at : at + chunk] = (shares @ low_items).to(items.dtype) - items[own]
+            loss -= shares.view(-1)[own].to(items.dtype).clamp(min=TINY).log().sum()
+            query_grad[at : at + chunk] = shares @ low_items
             if precision == items.dtype:
                 items_grad.addmm_(shares.T, part)
             else:
-                items_grad += shares.T @ part
+                items_grad += widened.copy_(torch.mm(shares.T, part, out=narrow))
+        query_grad -= items[target]
         items_grad.index_add_(0, target, scaled, alpha=-1.0)
         scale_grad = (query_grad * query).sum()
         ctx.save_for_backward(query_grad.mul_(scale), items_grad, scale_grad)

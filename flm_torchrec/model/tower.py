@@ -107,7 +107,7 @@ class Tower(nn.Module):
     ) -> Encoded:
         """See `Encoded`; `item_known` [N] and `user_known` [B] are 1 where an id was trained, else 0."""
         item_id = looked.item_id * self._shown(item_known, self.item_id_dropout)
-        content = self.item_content(torch.cat([looked.item_features, item_dense], 1))
+        content = self._content(torch.cat([looked.item_features, item_dense], 1))
         vectors = item_id + content
 
         user_id, user_features = looked.user[:, : self.dim], looked.user[:, self.dim :]
@@ -116,13 +116,14 @@ class Tower(nn.Module):
 
         row = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)  # [T]
         place = torch.arange(len(row), device=row.device) - (torch.cumsum(lengths, 0) - lengths)[row]
-        mean_id = _so_far(_gather(item_id, tokens), row, place, lengths)
-        mean_content = _so_far(_gather(content, tokens), row, place, lengths)
+        shown_id, shown_content = _gather(item_id, tokens), _gather(content, tokens)
+        mean_id = _so_far(shown_id, row, place, lengths)
+        mean_content = _so_far(shown_content, row, place, lengths)
         heads = {
             "content": self.content_head(torch.cat([mean_content, profile[row]], 1)),
             "collaborative": self.collaborative_head(torch.cat([user_id[row], mean_id], 1)),
             "sequential": self._sequential(
-                vectors, profile, looked.history, value, row, place, tokens, lengths, time
+                shown_id + shown_content, profile, looked.history, value, row, place, lengths, time
             ),
         }
         if self.cosine:
@@ -137,20 +138,25 @@ class Tower(nn.Module):
 
     def _sequential(
         self,
-        vectors: Tensor,
+        shown: Tensor,
         profile: Tensor,
         history: Tensor,
         value: Tensor,
         row: Tensor,
         place: Tensor,
-        tokens: Tensor,
         lengths: Tensor,
         time: Tensor,
     ) -> Tensor:
         prefix = (place == 0).unsqueeze(1)
-        x = _gather(vectors, tokens) + self.event(torch.cat([history, value.unsqueeze(1)], 1))
+        x = shown + self.event(torch.cat([history, value.unsqueeze(1)], 1))
         x = torch.where(prefix, profile[row] + self.start, x)  # [T, D]
         return self.transformer(x, row, place, lengths, time)
+
+    def _content(self, features: Tensor) -> Tensor:
+        """[N, F] → [N, D]; where there are no features all items have the same, which is computed once."""
+        if features.shape[1]:
+            return self.item_content(features)
+        return self.item_content(features[:1]).expand(len(features), -1)
 
     def _shown(self, known: Tensor, dropout: float) -> Tensor:
         """[rows, 1]: 0 where the id is unknown or, in training, hidden by chance (DropoutNet, NeurIPS 2017)."""
@@ -226,7 +232,8 @@ def _mlp(inputs: int, dim: int) -> nn.Sequential:
 
 def _gather(rows: Tensor, tokens: Tensor) -> Tensor:
     """[N, D], [T] → [T, D]; zeros at a prefix token, whose index is N."""
-    return F.pad(rows, (0, 0, 0, 1))[tokens]
+    held = tokens < len(rows)
+    return rows[tokens.where(held, 0)] * held.unsqueeze(1)
 
 
 def _so_far(x: Tensor, row: Tensor, place: Tensor, lengths: Tensor) -> Tensor:

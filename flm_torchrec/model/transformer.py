@@ -1,6 +1,10 @@
-"""Causal pre-norm blocks over jagged sequences, padded only at the attention."""
+"""Causal pre-norm blocks over jagged sequences, padded only at the attention, among sequences of about one length."""
 
 from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +12,11 @@ from torch.nn import functional as F
 
 TIME_BUCKETS = 33
 """Time between two events, in log2 seconds."""
+SHORT = 8
+"""Sequences up to this length are padded to one; longer ones among those up to twice it, four times it, and so on."""
+
+Attend = Callable[[Tensor, Tensor], Tensor]
+"""[b, L, parts * D] projections and [b, L] times of padded sequences → [b, L, D]."""
 
 
 class CausalTransformer(nn.Module):
@@ -31,12 +40,74 @@ class CausalTransformer(nn.Module):
     def forward(self, x: Tensor, row: Tensor, place: Tensor, lengths: Tensor, time: Tensor) -> Tensor:
         """Token t stands at `place[t]` of sequence `row[t]`, which has `lengths[row[t]]` tokens; `time[t]` seconds."""
         x = self.dropout(x + self.position[place])
-        shape = (len(lengths), int(lengths.max()) if len(row) else 0)
-        clock = time.new_zeros(shape).index_put((row, place), time) if self.biases else None
+        order = torch.argsort(lengths, stable=True)
+        nth = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=x.device))
+        tokens = torch.argsort(nth[row], stable=True)
+        layout = Bucketed(nth[row][tokens], place[tokens], lengths[order], time[tokens])
+        back = torch.empty_like(tokens).index_copy(0, tokens, torch.arange(len(tokens), device=x.device))
+        return self._through(x.index_select(0, tokens), layout).index_select(0, back)
+
+    def padded(self, x: Tensor, time: Tensor) -> Tensor:
+        """[B, L, D] and [B, L]: sequences that are padded already, at the end; no length is looked at."""
+        return self._through(self.dropout(x + self.position[: x.shape[1]]), Padded(time))
+
+    def _through(self, x: Tensor, layout: Bucketed | Padded) -> Tensor:
         for layer, block in enumerate(self.blocks):
-            bias = self.biases[layer](clock) if clock is not None else None
-            x = block(x, row, place, shape, bias)
+            x = block(x, layout, self.biases[layer] if self.biases else None)
         return self.norm(x)
+
+
+@dataclass
+class Padded:
+    """Sequences of one length, [B, L] seconds."""
+
+    time: Tensor
+
+    def mix(self, x: Tensor, attend: Attend) -> Tensor:
+        """[B, L, parts * D] → [B, L, D]."""
+        return attend(x, self.time)
+
+
+class Bucketed:
+    """T tokens of B sequences that are sorted by length: those of one bucket stand side by side.
+
+    Attention costs a bucket's longest length squared for each sequence, and most sequences are much shorter than
+    the longest of a batch.
+
+    Args:
+        row, place: [T] sequence of a token, and where in it the token stands.
+        lengths: [B] ascending.
+        time: [T] seconds.
+    """
+
+    def __init__(self, row: Tensor, place: Tensor, lengths: Tensor, time: Tensor) -> None:
+        self.shapes: list[tuple[int, int]] = []
+        self.tokens: list[int] = []
+        sizes, first, limit = lengths.tolist(), 0, SHORT
+        while first < len(sizes):
+            last = bisect_right(sizes, limit)
+            if last > first:
+                self.shapes.append((last - first, sizes[last - 1]))
+                self.tokens.append(sum(sizes[first:last]))
+            first, limit = last, 2 * limit
+        begin = 0
+        self.slots: list[Tensor] = []  # of each bucket, [its tokens] place in its padded rows
+        for (count, longest), rows, places in zip(
+            self.shapes, row.split(self.tokens), place.split(self.tokens), strict=True
+        ):
+            self.slots.append((rows - begin) * longest + places)
+            begin += count
+        self.times = [self._pad(part.unsqueeze(1), n).squeeze(2) for n, part in enumerate(time.split(self.tokens))]
+
+    def mix(self, x: Tensor, attend: Attend) -> Tensor:
+        """[T, parts * D] → [T, D], each sequence by itself."""
+        mixed = [attend(self._pad(part, n), self.times[n]) for n, part in enumerate(x.split(self.tokens))]
+        return torch.cat([m.flatten(0, 1).index_select(0, slots) for m, slots in zip(mixed, self.slots, strict=True)])
+
+    def _pad(self, part: Tensor, bucket: int) -> Tensor:
+        count, longest = self.shapes[bucket]
+        empty = part.new_zeros(count * longest, part.shape[1])
+        return empty.index_copy(0, self.slots[bucket], part).unflatten(0, (count, longest))
 
 
 class _RelativeBias(nn.Module):
@@ -68,20 +139,20 @@ class _TransformerBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, row: Tensor, place: Tensor, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
-        x = x + self.dropout(self.out(self._attend(self.qkv(self.attention_norm(x)), row, place, shape, bias)))
+    def forward(self, x: Tensor, layout: Bucketed | Padded, bias: _RelativeBias | None) -> Tensor:
+        qkv = self.qkv(self.attention_norm(x))
+        x = x + self.dropout(self.out(layout.mix(qkv, lambda part, time: self._attend(part, time, bias))))
         return x + self.dropout(self.mlp(self.norm(x)))
 
-    def _attend(
-        self, qkv: Tensor, row: Tensor, place: Tensor, shape: tuple[int, int], bias: Tensor | None
-    ) -> Tensor:
+    def _attend(self, qkv: Tensor, time: Tensor, bias: _RelativeBias | None) -> Tensor:
         # Padding stands after a sequence's tokens, so the causal mask alone hides it from them.
-        q, k, v = _padded(qkv, row, place, shape, 3, self.heads)
+        q, k, v = _split(qkv, self.heads)
         if bias is None:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            mixed = F.scaled_dot_product_attention(q, k, v, bias.masked_fill(_later(shape[1], q.device), -torch.inf))
-        return mixed.transpose(1, 2).flatten(2)[row, place]  # [T, D]
+            scores = bias(time).masked_fill(~_seen(time), -torch.inf)
+            mixed = F.scaled_dot_product_attention(q, k, v, scores.to(q.dtype))
+        return mixed.transpose(1, 2).flatten(2)
 
 
 class _HSTUBlock(nn.Module):
@@ -96,26 +167,28 @@ class _HSTUBlock(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, row: Tensor, place: Tensor, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
-        u, vqk = F.silu(self.uvqk(self.input_norm(x))).tensor_split([x.shape[1]], 1)
-        v, q, k = _padded(vqk, row, place, shape, 3, self.heads)
-        scores = q @ k.transpose(2, 3) * (x.shape[1] / self.heads) ** -0.5  # [B, heads, L, L]
-        scores = scores if bias is None else scores + bias
-        weights = F.silu(scores).masked_fill(_later(shape[1], x.device), 0.0)
-        seen = torch.arange(1, shape[1] + 1, device=x.device)[:, None]
-        mixed = (weights @ v / seen).transpose(1, 2).flatten(2)[row, place]
+    def forward(self, x: Tensor, layout: Bucketed | Padded, bias: _RelativeBias | None) -> Tensor:
+        u, vqk = F.silu(self.uvqk(self.input_norm(x))).tensor_split([x.shape[-1]], -1)
+        mixed = layout.mix(vqk, lambda part, time: self._attend(part, time, bias))
         return x + self.dropout(self.out(self.mixed_norm(mixed) * u))
+
+    def _attend(self, vqk: Tensor, time: Tensor, bias: _RelativeBias | None) -> Tensor:
+        v, q, k = _split(vqk, self.heads)
+        scores = q * q.shape[3] ** -0.5 @ k.transpose(2, 3)  # [b, heads, L, L]
+        scores = scores if bias is None else scores + bias(time)
+        seen = _seen(time).to(scores.dtype)
+        mixed = F.silu(scores) * (seen / seen.sum(1, keepdim=True)) @ v
+        return mixed.transpose(1, 2).flatten(2)
 
 
 BLOCKS = {"transformer": _TransformerBlock, "hstu": _HSTUBlock}
 
 
-def _padded(x: Tensor, row: Tensor, place: Tensor, shape: tuple[int, int], parts: int, heads: int) -> Tensor:
-    """[T, parts * D] → [parts, B, heads, L, D / heads]."""
-    dense = x.new_zeros(*shape, x.shape[1]).index_put((row, place), x)
-    return dense.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
+def _split(x: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """[b, L, 3 * D] → three of [b, heads, L, D / heads]."""
+    return x.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def _later(length: int, device: torch.device) -> Tensor:
-    """[L, L] bool: the key comes after the query."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+def _seen(time: Tensor) -> Tensor:
+    """[L, L] bool: the key does not come after the query."""
+    return torch.ones(time.shape[1], time.shape[1], dtype=torch.bool, device=time.device).tril()

@@ -24,6 +24,8 @@ from flm_torchrec.serve.messages import Event, NewEvent, NewItem, Recommend
 
 NEAR = 2000
 """Keys among which the nearest to an unknown one is looked for: more would take too long."""
+DAY = 86_400
+"""Seconds that a clock may be ahead by: an event of another year would stand before all that follow."""
 
 
 class Refused(FlmError):
@@ -158,7 +160,7 @@ class Service:
         """Take up what a user has just done; the user's next answer knows of it.
 
         Raises:
-            Refused: no such item or kind of event, or a time before the user's last event.
+            Refused: no such item or kind of event, or a time before the user's last event or in the future.
         """
         now = self.generation
         self._row(now, event.item, "item")
@@ -169,6 +171,8 @@ class Service:
         timestamp = max(last, current) if event.timestamp is None else event.timestamp
         if timestamp < last:
             raise Refused(422, f"timestamp: {timestamp} is before the user's last event, {last}; events come in order")
+        if now.tower.timestamps and timestamp > max(last, current) + DAY:
+            raise Refused(422, f"timestamp: {timestamp} is in the future, it is {current}; give seconds since 1970")
         value = 1.0 if event.value is None else event.value
         kept = self.live.add(event.user, LiveEvent(event.item, event.event, value, timestamp, now.number))
         version, known = now.manifest.model_version, event.user in now.user_of
@@ -234,7 +238,7 @@ class Service:
     def _known(self, now: Generation, user: str) -> tuple[History, np.ndarray]:
         """The user's last events, exported and live, and rows of all items seen."""
         row = now.user_of.get(user)
-        history, seen = NO_HISTORY, np.zeros(0, np.int64)
+        history, seen = NO_HISTORY, NO_HISTORY.item
         if row is not None:
             history, seen = now.tower.known_history(row), now.seen[row].values.to_numpy().astype(np.int64)
         last = int(history.timestamp[-1]) if len(history) else -1
