@@ -94,7 +94,8 @@ def _read_routes(app: FastAPI, service: Service, workers: Workers, measures: Mea
 
     @app.get("/v1/map")
     async def item_map() -> Response:
-        return JSONResponse(await asyncio.to_thread(maps.get))  # beside the threads that answer: it takes a second
+        # Beside the threads that answer: making it takes a second.
+        return Response(await asyncio.to_thread(maps.get), media_type="application/json")
 
 
 def _write_routes(app: FastAPI, service: Service, workers: Workers, load: Load) -> None:

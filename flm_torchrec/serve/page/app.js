@@ -107,7 +107,10 @@ combobox(find("item"), find("item-options"),
   (text) => quietly(get("/v1/items", { query: text, limit: 12 }).then((items) => items.map(named))),
   (found) => { find("item").value = ""; history.add(found); });
 
-find("user").addEventListener("change", () => { if (!find("user").value.trim() && user) pick(""); });
+find("user").addEventListener("change", () => {
+  if (find("user").value.trim()) find("user").value = user; // typed but not taken: the box names whom the lists are for
+  else if (user) pick("");
+});
 find("paste").addEventListener("click", () => {
   const keys = find("keys").value.split("\n").map((key) => key.trim()).filter(Boolean);
   find("keys").value = "";
