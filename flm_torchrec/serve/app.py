@@ -15,6 +15,7 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 
 from flm_torchrec.serve.edge import Measured, parse, read_body, tell_errors
+from flm_torchrec.serve.map import Maps
 from flm_torchrec.serve.measures import Measures
 from flm_torchrec.serve.messages import NewEvent, NewItem, Recommend, RecommendBatch, Swap
 from flm_torchrec.serve.names import Refused
@@ -79,6 +80,23 @@ def _read_routes(app: FastAPI, service: Service, workers: Workers, measures: Mea
         query: Annotated[str, Query(max_length=200)] = "", limit: Annotated[int, Query(ge=1, le=100)] = 20
     ) -> list[dict[str, Any]]:
         return await workers.do(lambda: service.find_items(query, limit))
+
+    @app.get("/v1/users")
+    async def users(
+        query: Annotated[str, Query(max_length=512)] = "", limit: Annotated[int, Query(ge=1, le=100)] = 20
+    ) -> list[str]:
+        return await workers.do(lambda: service.find_users(query, limit))
+
+    @app.get("/v1/events")
+    async def events(user: Annotated[str, Query(min_length=1, max_length=512)]) -> list[dict[str, Any]]:
+        return await workers.do(lambda: service.events_of(user))
+
+    maps = Maps(service)
+
+    @app.get("/v1/map")
+    async def item_map() -> Response:
+        # Beside the threads that answer: making it takes a second.
+        return Response(await asyncio.to_thread(maps.get), media_type="application/json")
 
 
 def _write_routes(app: FastAPI, service: Service, workers: Workers, load: Load) -> None:

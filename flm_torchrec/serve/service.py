@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,28 @@ class Service:
         names = ((i.title + "\0" + i.key).lower() for i in now.added.items)
         added = [len(now.catalogue) + place for place, name in enumerate(names) if text.lower() in name]
         return [_item(now, row) for row in [*added, *rows][:limit]]
+
+    def find_users(self, text: str, limit: int) -> list[str]:
+        """Keys of known users that begin with the text, then those that hold it; the first ones where it is empty."""
+        keys = self.generation.user_of
+        begins = (key for key in keys if key.startswith(text))
+        holds = (key for key in keys if text in key and not key.startswith(text))
+        return list(islice(chain(begins, holds), limit))
+
+    def events_of(self, user: str) -> list[dict[str, Any]]:
+        """The last events of a user, exported and live, oldest first.
+
+        Raises:
+            Refused: nothing is known of such a user.
+        """
+        now = self.generation
+        self._user(now, user)
+        history, _ = self._known(now, user)
+        timed = now.tower.timestamps
+        return [
+            {**_item(now, int(row)), "event": now.tower.events[code], "timestamp": int(at) if timed else None}
+            for row, code, at in zip(history.item, history.event, history.timestamp, strict=True)
+        ]
 
     def recommend(self, requests: Sequence[Recommend]) -> list[dict[str, Any] | Refused]:
         """An answer a request, all of one generation and of one run of the tower; or why there is none.
@@ -171,9 +194,7 @@ class Service:
     def _asked(self, now: Generation, request: Recommend) -> Asked:
         history, seen, user = NO_HISTORY, NO_HISTORY.item, -1
         if request.user is not None:
-            user = now.user_of.get(request.user, -1)
-            if user < 0 and self.live.of(request.user) is None:
-                raise Refused(404, f"user '{request.user}': not known; {nearest_key(request.user, now.user_of)}")
+            user = self._user(now, request.user)
             history, seen = self._known(now, request.user)
         history = history + self._history(now, request.history, int(history.timestamp[-1]) if len(history) else None)
         profile: np.ndarray | None = None
@@ -195,6 +216,13 @@ class Service:
         if asked.left_out:
             answer["left_out"] = asked.left_out
         return answer
+
+    def _user(self, now: Generation, user: str) -> int:
+        """Row of a known user; -1 of one that only events were posted for."""
+        row = now.user_of.get(user, -1)
+        if row < 0 and self.live.of(user) is None:
+            raise Refused(404, f"user '{user}': not known; {nearest_key(user, now.user_of)}")
+        return row
 
     def _known(self, now: Generation, user: str) -> tuple[History, np.ndarray]:
         """The user's last events, exported and live, and rows of all items seen."""

@@ -1,0 +1,33 @@
+// Requests to the server. An error's message is the server's own sentence.
+
+export class ServerError extends Error {}
+
+async function call(path, options = {}) {
+  let response;
+  try {
+    response = await fetch(path, options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ServerError("The server does not answer. Is it still running? Change anything to try again.");
+  }
+  const answer = await response.json().catch(() => null);
+  if (response.ok && answer !== null) return answer;
+  throw new ServerError(answer?.detail ?? `The server answered ${response.status} without a reason.`);
+}
+
+export const get = (path, parameters = {}, signal = undefined) =>
+  call(`${path}?${new URLSearchParams(parameters)}`, { signal });
+
+export const post = (path, body, signal = undefined) =>
+  call(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal });
+
+// The newest request of a kind: starting one gives up the one before, whose answer is then never seen.
+export class Latest {
+  #controller = new AbortController();
+
+  next() {
+    this.#controller.abort();
+    this.#controller = new AbortController();
+    return this.#controller.signal;
+  }
+}
