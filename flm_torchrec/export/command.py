@@ -128,7 +128,7 @@ def run_export(args: argparse.Namespace) -> None:
     with restore(args.run_folder) as restored:
         job, valid = restored.job, restored.job.scope.splits.valid
         encoder = job.encoder(everyone(job.data))
-        known, held = encoder.assembler.item_known > 0, Held(job.encoder(valid), valid)
+        known, held = encoder.assembler.known.items > 0, Held(job.encoder(valid), valid)
         source = Source(job.data, encoder, known, restored.version, held)
         if args.tower != "none":
             model, main = PackagedModel(job), job.comm.rank == 0

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from flm_torchrec.data.assemble import GAP_BUCKETS, Assembler
+from flm_torchrec.data.assemble import GAP_BUCKETS
 from flm_torchrec.data.rows import look_ups
+from flm_torchrec.data.splits import everyone
 from flm_torchrec.model.pretrain import HISTORY_KEYS
 from flm_torchrec.model.tower import Tower
 from flm_torchrec.training.job import Job, make_model
@@ -24,8 +25,8 @@ class PackagedModel:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.model = job.model.eval().module
-        assembler = Assembler(job.data, job.scope.known)
-        self.item_known, self.user_known = assembler.item_known, assembler.user_known
+        known = job.encoder(everyone(job.data)).assembler.known
+        self.item_known, self.user_known = known.items, known.users
         config = job.config
         self.settings: dict[str, Any] = {
             "dim": config.model.dim,
@@ -33,8 +34,8 @@ class PackagedModel:
             "gaps": GAP_BUCKETS + 1,
             "cosine": config.model.similarity == "cosine",
             "fusion": config.model.fusion,
-            "value_mean": assembler.value_mean,
-            "value_scale": assembler.value_scale,
+            "value_mean": known.value_mean,
+            "value_scale": known.value_scale,
         }
         self.dense = self._whole()
 
