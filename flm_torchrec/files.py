@@ -20,7 +20,7 @@ def write_text(file: Path, text: str) -> None:
 
 def replace_folder(fresh: Path, folder: Path) -> None:
     """Put a whole new folder in the place of an older one, if there is one; there is always the one or the other."""
-    older = folder.with_name(folder.name + ".old")
+    older = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(older, ignore_errors=True)
     if folder.exists():
         folder.rename(older)

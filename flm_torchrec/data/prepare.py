@@ -7,45 +7,32 @@ file. Only keys and features of users and items are ever held whole.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import polars as pl
 
 from flm_torchrec.data.clean import Dropped
 from flm_torchrec.data.engine import DuckEngine, Engine
 from flm_torchrec.data.features import Coding, Encoded, encode
-from flm_torchrec.data.intake import FrameShard, Intake, shards_of
+from flm_torchrec.data.intake import Intake, shards_of
 from flm_torchrec.data.interactions import Cleaning, Interactions, Written
 from flm_torchrec.data.privacy import hash_keys
-from flm_torchrec.data.raw import Raw, Shard
+from flm_torchrec.data.raw import Raw
 from flm_torchrec.data.rows import by_table
 from flm_torchrec.data.schema import Entity, Schema, Table
-from flm_torchrec.data.sources.tables import first_line
+from flm_torchrec.data.work import work_folder
 from flm_torchrec.errors import DataError
+from flm_torchrec.files import replace_folder
 
 ROWS_PER_FILE = 2_000_000
 """Rows of a bucket at most, unless one user has more."""
 ROWS_PER_GROUP = 131_072
 """What the loader reads at once."""
-FORMAT = 1
-"""Of the folder of work in progress: raised when shards are stored in another way."""
-
-
-LOCK = "lock"
-
-
-class Busy(DataError):
-    """The work folder is another's."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +88,12 @@ def prepare(
     """
     check_output(output, overwrite)
     output, shards = output.resolve(), shards_of(raw)
-    with _work(output, shards, raw, options) as work, _engine(machine or Machine(), work) as engine:
+    made_of = [raw.source, options.min_value, *(shard.identity for shard in shards)]
+    with work_folder(output, made_of) as work, _engine(machine or Machine(), work) as engine:
         intake = Intake(work, options.min_value)
         engine.shards(shards, intake)
         report = _fill(work / "fresh", raw, options, intake, len(shards), engine, secret)
-        if output.exists():
-            output.rename(work / "old")
-        (work / "fresh").rename(output)
+        replace_folder(work / "fresh", output)
     return report
 
 
@@ -169,51 +155,6 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise DataError(f"{output}: exists and holds no prepared data, so it is not replaced; give another --output")
     if not overwrite:
         raise DataError(f"{output}: exists; give another --output, or --overwrite to replace it")
-
-
-@contextmanager
-def _work(output: Path, shards: Sequence[Shard], raw: Raw, options: Options) -> Iterator[Path]:
-    """A folder beside the output for work in progress; one that a kill left is used again, another's is removed.
-
-    Gone at the end and after an error, but not after an interruption.
-    """
-    told = [FORMAT, raw.source, options.min_value, *(shard.identity for shard in shards)]
-    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
-    work = output.with_name(f".{output.name}.work-{digest}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        for left in output.parent.glob(f".{output.name}.work-*"):
-            if left != work:
-                with _alone(left, output):
-                    shutil.rmtree(left)
-        work.mkdir(exist_ok=True)
-        with _alone(work, output):
-            for left in work.iterdir():
-                if left.name != LOCK and (not left.name.startswith("rows-") or FrameShard.identity in told):
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
-            yield work
-    except Busy:
-        raise
-    except OSError as error:
-        shutil.rmtree(work, ignore_errors=True)
-        raise DataError(f"{output}: cannot be written ({error.strerror or error}); give another --output") from error
-    except duckdb.OutOfMemoryException as error:
-        shutil.rmtree(work, ignore_errors=True)
-        raise DataError(f"--memory: too little for this data ({first_line(error)}); give more") from error
-    except Exception:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    shutil.rmtree(work)
-
-
-@contextmanager
-def _alone(work: Path, output: Path) -> Iterator[None]:
-    with (work / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Busy(f"{output}: another preparation is writing it; wait for it or give another --output") from error
-        yield
 
 
 def _engine(machine: Machine, work: Path) -> AbstractContextManager[Engine]:
