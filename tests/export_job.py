@@ -24,6 +24,11 @@ def main() -> None:
         manifest = export(source, comm, folder / "two", options)
         assert (manifest is None) == (comm.rank == 1)
         comm.barrier()
+        try:  # as if each rank had a disk of its own
+            export(source, comm, folder / f"none{comm.rank}" / "e", options)
+        except RunError as error:
+            sys.stdout.write(f"{comm.rank}: {str(error).rpartition('write ')[2]}\n")
+        comm.barrier()
         encoder.item[data.schema.items - 1] = float("nan")
         try:
             export(replace(source, held=None), comm, folder / "none", options)

@@ -239,9 +239,11 @@ def test_two_ranks_write_the_bytes_of_one(small: PreparedData, tmp_path: Path, r
     out = ranks(2, [str(ROOT / "tests" / "export_job.py"), str(small.path), str(tmp_path)])
     both = load_manifest(tmp_path / "two")
     assert alone is not None and both.rows_digest == alone.rows_digest and both.quality == alone.quality
-    # A rank that cannot write its part stops them all, and nothing is left.
-    assert sorted(out.splitlines()) == ["0: another rank could not write", "1: a vector has NaN"]
-    assert {p.name for p in tmp_path.iterdir()} == {"one", "two"}
+    # A rank that cannot write its part stops them all; a part that is on another disk is missed.
+    told = ["0: another rank could not write", "0: to one disk that they share", "1: a vector has NaN"]
+    assert sorted(out.splitlines()) == told
+    assert {p.name for p in tmp_path.iterdir()} == {"one", "two", "none0", "none1"}
+    assert not list((tmp_path / "none0").iterdir())
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_older_export(exported: Path, small: PreparedData) -> None:

@@ -128,6 +128,11 @@ def _start(fresh: Path) -> None:
 
 def _finish(manifest: Manifest, fresh: Path, output: Path, options: Options) -> Manifest:
     manifest = manifest.listing(fresh)
+    for entity, rows in (("items", manifest.items), ("users", manifest.users)):
+        for part in range(-(-rows // options.part_rows)):
+            name = part_name(entity, options.storage, part)  # type: ignore[arg-type]
+            if name not in manifest.sha256:
+                raise RunError(f"{fresh / name}: is not there; all ranks must write to one disk that they share")
     manifest = replace(manifest, index=build_index(fresh, manifest, options.index)).listing(fresh)
     manifest.save(fresh)
     replace_folder(fresh, output)
