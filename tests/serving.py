@@ -24,7 +24,7 @@ def write_export(data: PreparedData, folder: Path, seed: int = 1, index: Kind = 
         job = Job(config, data, scope_of(config, data), comm)
         encoder, model = job.encoder(everyone(data)), PackagedModel(job)
         source = Source(
-            data, encoder, encoder.assembler.item_known > 0, folder.name,
+            data, encoder, encoder.assembler.known.items > 0, folder.name,
             beside=lambda fresh: write_tower(data, model, True, "int8", fresh),
         )  # fmt: skip
         export(source, comm, folder, Options(index=index))
