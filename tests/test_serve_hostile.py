@@ -109,7 +109,8 @@ def test_broken_json_and_numbers_that_are_none_are_refused(
 def test_other_content_types_methods_and_paths_are_refused(client: TestClient) -> None:
     assert client.post("/v1/recommend", content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 415
     assert client.post("/v1/recommend", content=b"{}").status_code == 415
-    assert client.get("/v1/recommend").status_code == 405
+    assert client.put("/v1/recommend").status_code == 405
+    assert client.get("/v1/recommend").status_code == 404  # to GET, the page answers for all else
     assert client.get("/v1/nothing").status_code == 404
     assert client.get("/v1/items", params={"limit": "many"}).status_code == 422
     assert client.get("/v1/items", params={"limit": 10**30}).status_code == 422

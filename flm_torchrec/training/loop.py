@@ -254,8 +254,9 @@ class _Meter:
         self.sequences += outputs.sequences
 
     def read(self) -> dict[str, float]:
-        own = torch.tensor([float(self.sequences), self.ahead.waited - self.waited], device=self.comm.device)
-        sums = self.comm.all_reduce_sum(torch.cat([own, torch.stack(list(self.total.values()))]))
+        waited = self.ahead.waited - self.waited
+        counts = torch.tensor([float(self.sequences), waited], device=self.comm.device)
+        sums = self.comm.all_reduce_sum(torch.stack([*counts, *self.total.values()]))
         sequences, waited, *losses = sums.tolist()
         seconds = max(1e-9, time.monotonic() - self.since)
         values = {f"loss/{name}": loss / self.steps for name, loss in zip(self.total, losses, strict=True)}
