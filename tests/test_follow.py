@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -213,3 +214,33 @@ def test_data_without_timestamps_take_events_in_order_of_arrival(small: Prepared
     grown, _, fresh = append(data, np.ones(len(data.item), bool), events)
     assert grown.item[fresh].tolist() == [5, 6, 7]
     assert np.flatnonzero(fresh).tolist() == list(range(grown.offsets[2] - 3, grown.offsets[2]))
+
+
+def put(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_forgotten_are_out_of_what_a_follower_kept_and_it_goes_on(
+    small: PreparedData, run: Path, tmp_path: Path
+) -> None:
+    data, base, live, source = tmp_path / "data", tmp_path / "base", tmp_path / "live", tmp_path / "source"
+    shutil.copytree(small.path, data)
+    shutil.copytree(run, base)
+    config = (base / "config.yaml").read_text()
+    (base / "config.yaml").write_text(config.replace(str(small.path), str(data)))
+    source.mkdir()
+    gone = rows_of(small, 1, 0)
+    arguments = ["follow", "--run", str(base), "--source", str(source), "--output", str(live), "--once"]
+    put(source / "a.jsonl", gone)
+    put(source / "b.jsonl", rows_of(small, 30, 0))
+    assert main(arguments) == 0
+    key = gone[0]["user"]
+    user = small.user_keys.index(key)
+    assert main(["forget", "--data", str(data), "--user", key, "--run", str(base), "--run", str(live)]) == 0
+    kept = [pq.read_table(file)["user"].to_pylist() for file in sorted((live / "events").glob("*"))]
+    assert kept[0] == []
+    assert kept[1]
+    assert user not in kept[1]
+    put(source / "c.jsonl", [*gone, *rows_of(small, 20, 50)])
+    assert main(arguments) == 0
+    assert json.loads((live / "follow.json").read_text())["refused"]["unknown user"]["rows"] >= 1

@@ -135,6 +135,22 @@ def test_any_address_and_gzip(tmp_path: Path) -> None:
     memory.rm("/logs", recursive=True)
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("harm", ["cut off", "garbage in it", "not packed"])
+def test_text_that_cannot_be_unpacked_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, harm: str
+) -> None:
+    plain = next(write_logs(tmp_path / "logs", kind, files=1).glob("*")).read_bytes()
+    packed = gzip.compress(plain)
+    half = len(packed) // 2
+    harmed = {"cut off": packed[:half], "garbage in it": packed[:half] + b"\xff" * 99, "not packed": plain}[harm]
+    file = tmp_path / f"a.{kind}.gz"
+    file.write_bytes(harmed)
+    assert flm("--source", kind, "--input", file, "--output", tmp_path / "out") == 2
+    assert f"{file}: cannot be read to its end" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".out*"))
+
+
 KILLED = """
 import os, signal, sys
 from flm_torchrec.data import intake

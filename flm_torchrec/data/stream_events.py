@@ -17,6 +17,8 @@ from flm_torchrec.data.prepared import PreparedData, spans, told_as_data_error
 from flm_torchrec.data.schema import Schema
 
 FIELDS = ("user", "item", "timestamp", "event", "value")
+KEPT = "events"
+"""Folder of a follower's run with the events that it learnt from, a Parquet file a chunk, of columns of `NewEvents`."""
 EXAMPLES = 5
 """Rows that the report names for each reason."""
 LATEST = 2**40

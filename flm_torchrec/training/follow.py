@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from flm_torchrec.config import Config, load_config
 from flm_torchrec.data.assemble import Assembler, Known
 from flm_torchrec.data.loader import Negatives, TrainLoader
-from flm_torchrec.data.stream_events import Encoder, NewEvents, append, new_windows, newest
+from flm_torchrec.data.stream_events import KEPT, Encoder, NewEvents, append, new_windows, newest
 from flm_torchrec.data.stream_source import Chunk, Source, open_source
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import Interrupted, RunError
@@ -111,7 +111,7 @@ class _Follower:
                 raise RunError(f"{self.folder}: no 'flm follow' made it; give another --output")
             self.progress = found if found.following else self.progress
         self.checkpoints.check_space()
-        (self.folder / "events").mkdir(exist_ok=True)
+        (self.folder / KEPT).mkdir(exist_ok=True)
         for number in range(self.progress.following["parts"]):
             table = pq.read_table(self._part(number))
             self._remember(NewEvents(*(column.to_numpy() for column in table.columns)))
@@ -189,4 +189,4 @@ class _Follower:
         write_text(self.folder / REPORT, json.dumps(self.progress.following, indent=2))
 
     def _part(self, number: int) -> Path:
-        return self.folder / "events" / f"part-{number:06d}.parquet"
+        return self.folder / KEPT / f"part-{number:06d}.parquet"

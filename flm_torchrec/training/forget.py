@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as pds
+import pyarrow.parquet as pq
 import torch
 
 from flm_torchrec.config import load_config
@@ -27,6 +29,7 @@ from flm_torchrec.data.forget import (
 from flm_torchrec.data.prepared import PreparedData, load_prepared
 from flm_torchrec.data.rows import look_ups
 from flm_torchrec.data.schema import Schema
+from flm_torchrec.data.stream_events import KEPT
 from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.training import storage
 from flm_torchrec.training.checkpoint import CHECKPOINTS
@@ -120,6 +123,8 @@ def _forget_in_run(run: Path, data: PreparedData) -> str:
         storage.write(folder, tensors, {**storage.read_meta(folder), "data": data.fingerprint}, None)
     for damaged in (run / CHECKPOINTS).glob("damaged-*"):
         shutil.rmtree(damaged)  # nothing reads it any more, and it cannot be mended
+    for file in (run / KEPT).glob("*.parquet"):
+        _forget_kept(file, gone)
     fresh, _ = beside(run / VOCABULARY)
     data.save_vocabulary(fresh)
     (fresh / Path(FINGERPRINT).name).write_text(data.fingerprint, encoding="ascii")
@@ -130,6 +135,14 @@ def _forget_in_run(run: Path, data: PreparedData) -> str:
     if load_config(run / "config.yaml").data.split != "leave-one-out":
         told += "; its split is drawn over all events, so it may change: compare no metrics with those from before"
     return told
+
+
+def _forget_kept(file: Path, gone: np.ndarray) -> None:
+    """Users out of a chunk of 'flm follow'; an empty one stays, since chunks are numbered."""
+    events = pq.read_table(file)
+    fresh = file.with_suffix(".tmp")
+    pq.write_table(events.filter(pc.invert(pc.is_in(events["user"], pa.array(gone)))), fresh)
+    fresh.replace(file)
 
 
 def rows_to_reset(data: PreparedData, gone: np.ndarray) -> dict[str, np.ndarray]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import lzma
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, Any
@@ -41,6 +44,19 @@ class Place:
 
     def open(self) -> IO[bytes]:
         return fsspec.open(self.url, "rb", compression="infer").open()
+
+    @contextmanager
+    def text(self) -> Iterator[IO[bytes]]:
+        """As `open`, for text, which may be packed.
+
+        Raises:
+            DataError: cut off, not packed as its name says, or out of reach.
+        """
+        try:
+            with self.open() as stream:
+                yield stream
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            raise DataError(f"{self.url}: cannot be read to its end ({first_line(error)}); write it again") from error
 
 
 def places(source: str, location: str) -> list[Place]:
@@ -149,7 +165,7 @@ class CsvShard(_File):
         url, drop = self.place.url, self._drop(dropped, 1)
         names: list[str] | None = None
         some = False
-        with self.place.open() as stream:
+        with self.place.text() as stream:
             for block in lines.blocks(stream, lambda n: drop(np.array([n]), "malformed: a line of over 64 MiB")):
                 if names is None:
                     names = self._header(block.line(0))
@@ -209,7 +225,7 @@ class JsonShard(_File):
     def batches(self, dropped: Dropped) -> Iterator[pl.DataFrame]:
         """See `Shard`."""
         drop = self._drop(dropped, 0)
-        with self.place.open() as stream, duckdb.connect() as connection:
+        with self.place.text() as stream, duckdb.connect() as connection:
             connection.execute("SET threads = 1")
             for block in lines.blocks(stream, lambda n: drop(np.array([n]), "malformed: a line of over 64 MiB")):
                 block = lines.readable(block, drop, quoted=False)
