@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from fastapi.testclient import TestClient
 
 from flm_torchrec.cli import main
 from flm_torchrec.data.prepared import PreparedData
-from flm_torchrec.export.encoder import History, Query
+from flm_torchrec.export.encoder import History, Kind, Query
 from flm_torchrec.serve.app import Load, create_app
+from flm_torchrec.serve.generation import AddedItem
 from flm_torchrec.serve.service import Limits, Service
 from tests.serving import write_export
 
@@ -317,3 +319,17 @@ def test_titles_and_keys_are_found_whatever_the_case(service: Service, client: T
     assert catalogue["events"] == ["view"] and set(catalogue["features"]) == {"genre", "brand"}
 
 
+def test_a_number_of_a_cold_item_is_shown_as_its_bucket() -> None:
+    price = Kind("price", "item", "quantile", values=("-inf", "10.0", "20.0"))
+    assert [price.shown(given) for given in (3, 10, 15.5, 99, None)] == [["-inf"], ["10.0"], ["10.0"], ["20.0"], []]
+
+
+def test_cold_items_that_fit_no_more_do_not_stop_a_swap(exports: Path) -> None:
+    service = Service(exports / "one")
+    brand = next(iter(service.generation.catalogue.attributes))
+    misfit = AddedItem("misfit", "misfit", {brand: {"no": "text"}}, {})
+    fits = AddedItem("fits", "fits", {}, {})
+    added = replace(service.generation.added, items=(misfit, fits))
+    service.generation = replace(service.generation, added=added)
+    service.swap(exports / "two")
+    assert [item.key for item in service.generation.added.items] == ["fits"]

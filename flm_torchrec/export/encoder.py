@@ -82,6 +82,13 @@ class Kind:
     codes: Mapping[str, int] = field(default_factory=dict)
     """By value, of categorical kinds."""
 
+    def shown(self, given: Any) -> list[str]:
+        """What people and filters see of a value, as of the catalogue's items: of a number, its bucket."""
+        if self.kind == "quantile":
+            return [self.values[code] for code in _codes(self, given, [])]
+        values = given if isinstance(given, list) else [given]
+        return [str(value) for value in values if value is not None]
+
 
 class Tower:
     """The package of one export. Safe to call from several threads.

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flm_torchrec.errors import RunError
+from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.export.encoder import NO_HISTORY, History, Query, Represented
 from flm_torchrec.serve.catalogue import TOP_VALUES
 from flm_torchrec.serve.explain import explain
@@ -266,13 +266,16 @@ def _item(now: Generation, row: int) -> dict[str, Any]:
 
 
 def _attributes(now: Generation, features: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What filters and people see of a cold item's features: the same kinds as in the catalogue."""
-    shown = {}
-    for name in now.catalogue.attributes:
-        given = features.get(name)
-        values = given if isinstance(given, list) else [given]
-        shown[name] = [str(v) for v in values if v is not None]
-    return shown
+    """What filters and people see of a cold item's features: the same kinds as in the catalogue.
+
+    Raises:
+        Refused: a value does not fit its kind.
+    """
+    kinds = {f.name: f for f in now.tower.features if f.entity == "item"}
+    try:
+        return {name: kinds[name].shown(features.get(name)) for name in now.catalogue.attributes}
+    except DataError as error:
+        raise Refused(422, str(error)) from error
 
 
 def _with_items(now: Generation, added: Added, items: Iterable[AddedItem]) -> tuple[Added, list[str]]:
@@ -289,7 +292,16 @@ def _with_items(now: Generation, added: Added, items: Iterable[AddedItem]) -> tu
 
 
 def _still_new(fresh: Generation, items: Iterable[AddedItem]) -> Added:
-    """The added items that a new export does not have and whose features it knows."""
-    names = {f.name for f in fresh.tower.features if f.entity == "item"}
-    kept = [i for i in items if i.key not in fresh.catalogue.row_of and set(i.features) <= names]
-    return _with_items(fresh, fresh.added, kept)[0]
+    """The added items that a new export does not have and whose features fit it, with what is shown of them there."""
+    return _with_items(fresh, fresh.added, [i for item in items for i in _fitted(fresh, item)])[0]
+
+
+def _fitted(fresh: Generation, item: AddedItem) -> list[AddedItem]:
+    """The item as the new export sees it; nothing where it has the item, or a feature does not fit any more."""
+    if item.key in fresh.catalogue.row_of:
+        return []
+    try:
+        content_of(fresh, "item", item.features)
+        return [replace(item, attributes=_attributes(fresh, item.features))]
+    except Refused:
+        return []  # a change of features is no reason to stay with the older model
