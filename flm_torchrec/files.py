@@ -19,7 +19,10 @@ def write_text(file: Path, text: str) -> None:
 
 
 def replace_folder(fresh: Path, folder: Path) -> None:
-    """Put a whole new folder in the place of an older one, if there is one; there is always the one or the other."""
+    """Put a whole new folder in the place of an older one, if there is one.
+
+    A kill between the two renames leaves the older one beside it, as `.NAME.old`.
+    """
     older = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(older, ignore_errors=True)
     if folder.exists():

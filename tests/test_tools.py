@@ -55,6 +55,10 @@ def test_a_study_is_run_once_and_told_in_markdown(small: PreparedData, tmp_path:
     assert [row[0] for row in rows[2:]] == [f"| {runs}/all-heads-0", f"| {runs}/all-heads-1", "| together"]
     assert rows[3][1:] == [f"{alone['hr@10']:.4f}", f"{alone['ndcg@10']:.4f} |"]
 
+    timed = tool("bench_eval.py", "--run", str(runs / "all-heads-0"), "--rounds", "1")
+    assert timed.returncode == 0, timed.stderr
+    assert "ranks and the best ten / matmul and top-k alone: " in timed.stdout
+
     write_study(study, small.path, **{"model.dropout": 0.4})
     refused = tool("ablate.py", *command)
     assert refused.returncode == 2 and "other settings" in refused.stderr and len(refused.stderr.splitlines()) == 1
@@ -100,3 +104,12 @@ def test_training_is_timed_beside_plain_pytorch(small: PreparedData) -> None:
     rows = [line.split(" | ")[0] for line in done.stdout.splitlines() if line.startswith(("| ours", "| plain"))]
     assert len(rows) == 10 and len(set(rows)) == 5  # speed and quality, of three of ours and two of the others
     assert done.stdout.count("share of the roofline") == 3
+
+
+def test_memory_of_tables_is_counted(tmp_path: Path) -> None:
+    counted = tool("bench_tables.py", "--memory", "20000", "--dim", "8")
+    assert counted.returncode == 0, counted.stderr
+    found = json.loads(counted.stdout.splitlines()[-1])
+    assert found["tables"] == 2 * 20000 * 8 * 4 and found["optimizer"] == 2 * 20000 * 4
+    assert found["grew by"] > found["tables"] and found["activations"] > 0
+    assert found["counted"] == sum(found.values()) - found["counted"] - found["grew by"]

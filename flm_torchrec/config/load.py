@@ -50,7 +50,9 @@ def first_problem(error: ValidationError, depth: int | None = None) -> str:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"][:depth])
     given = "" if first["type"] in ("value_error", "missing") else f", not {first['input']!r}"
-    return f"{place}: {first['msg'].removeprefix('Value error, ')}{given}"
+    # A check of several sections has no place, and names the fields itself.
+    before = f"{place}: " if place else ""
+    return f"{before}{first['msg'].removeprefix('Value error, ')}{given}"
 
 
 def to_yaml(config: Config) -> str:

@@ -52,6 +52,7 @@ def work_folder(output: Path, made_of: list[Any]) -> Iterator[Path]:
                 if left.name != LOCK and (not left.name.startswith("rows-") or FrameShard.identity in made_of):
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield work
+            shutil.rmtree(work)
     except Busy:
         raise
     except (OSError, duckdb.IOException) as error:
@@ -64,7 +65,6 @@ def work_folder(output: Path, made_of: list[Any]) -> Iterator[Path]:
     except Exception:
         shutil.rmtree(work, ignore_errors=True)
         raise
-    shutil.rmtree(work)
 
 
 @contextmanager
