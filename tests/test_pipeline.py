@@ -13,8 +13,9 @@ import torch
 from flm_torchrec.config import load_config
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.distributed.comm import process_group
+from flm_torchrec.errors import ConfigError
 from flm_torchrec.training.guard import Guard
-from flm_torchrec.training.job import Job
+from flm_torchrec.training.job import Job, set_precision
 from flm_torchrec.training.loop import STEPS
 from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.scope import scope_of
@@ -57,3 +58,15 @@ def test_without_item_features_the_model_still_trains(small: PreparedData, tmp_p
         users=dataclasses.replace(small.users, sparse={}, dense=small.users.dense[:, :0]),
     )
     assert len(losses(bare, "cuda", tmp_path)) == len(losses(bare, "cpu", tmp_path)) == 8 + 3
+
+
+def test_tf32_is_for_gpus_alone() -> None:
+    config = load_config(None, ["loss.precision=tf32"])
+    with pytest.raises(ConfigError, match="tf32 is a precision of GPUs"):
+        set_precision(config, torch.device("cpu"))
+    try:
+        set_precision(config, torch.device("cuda"))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        set_precision(load_config(None, []), torch.device("cuda"))
+    assert torch.get_float32_matmul_precision() == "highest"

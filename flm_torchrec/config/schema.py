@@ -116,7 +116,11 @@ class LossConfig:
         float, Field(ge=0, le=1, description="negatives are drawn with probability ~ popularity ** this")
     ] = 0.5
     precision: Annotated[
-        Literal["fp32", "bf16"], Field(description="of the products of the softmax, the bulk of a step's work")
+        Literal["fp32", "tf32", "bf16"],
+        Field(
+            description="of the products of the softmax, the bulk of a step's work; tf32: of all products of float32,"
+            " inputs rounded to 10 bits, on a GPU alone"
+        ),
     ] = "fp32"
     temperature: Annotated[Rate, Field(description="start of the learned temperature of each softmax")] = 0.07
 

@@ -19,7 +19,7 @@ from flm_torchrec.model.tables import history_tables, item_feature_tables, item_
 from flm_torchrec.model.tower import REPRESENTATIONS, Encoded, Looked, Tower, Widths
 
 HISTORY_KEYS = ("event", "gap")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 MAX_LOG_SCALE = math.log(100.0)
 """Bound of the learned inverse temperature, as in CLIP (Radford et al. 2021)."""
 ATTRIBUTE_LOG_SCALE = 2.0

@@ -82,6 +82,7 @@ class Job:
     """
 
     def __init__(self, config: Config, data: PreparedData, scope: Scope, comm: Comm) -> None:
+        set_precision(config, comm.device)
         self.config = config
         self.data = data
         self.scope = scope
@@ -188,6 +189,17 @@ class Job:
         named = dict(zip(TRAINED_HEADS, weights.tolist(), strict=True))
         checkpoints.save_best({**meta, "fusion": named})
         record.say(f"fusion weights {named}: validation fused/{metric} {score:.4f}")
+
+
+def set_precision(config: Config, device: torch.device) -> None:
+    """Let products of float32 take TF32, or not.
+
+    Raises:
+        ConfigError: asked for on a CPU.
+    """
+    if config.loss.precision == "tf32" and device.type != "cuda":
+        raise ConfigError("loss.precision: tf32 is a precision of GPUs, and this runs on a CPU; use fp32 or bf16")
+    torch.set_float32_matmul_precision("high" if config.loss.precision == "tf32" else "highest")
 
 
 def build(
