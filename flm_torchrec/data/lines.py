@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import IO
 
 import numpy as np
@@ -24,6 +25,7 @@ class Block:
     """Ends with a line feed."""
     numbers: np.ndarray  # [lines] int64: where each stands in the file, from 1
 
+    @cached_property
     def spans(self) -> tuple[np.ndarray, np.ndarray]:
         """[lines] begin and [lines] end (before the line feed) of each line in `data`."""
         ends = np.flatnonzero(self._bytes() == NEWLINE)
@@ -35,19 +37,19 @@ class Block:
     def counts(self, byte: int) -> np.ndarray:
         """[lines] int64: how often the byte stands in each line."""
         total = np.concatenate([[0], np.cumsum(self._bytes() == byte)])
-        begin, end = self.spans()
+        begin, end = self.spans
         return total[end] - total[begin]
 
     def keep(self, kept: np.ndarray) -> Block:
         """The lines where `kept` [lines] is true."""
         if kept.all():
             return self
-        begin, end = self.spans()
+        begin, end = self.spans
         where = np.repeat(kept, end - begin + 1)
         return Block(self._bytes()[where].tobytes(), self.numbers[kept])
 
     def line(self, index: int) -> bytes:
-        begin, end = self.spans()
+        begin, end = self.spans
         return self.data[begin[index] : end[index]]
 
 
@@ -80,7 +82,7 @@ def readable(block: Block, drop: Callable[[np.ndarray, str], None], quoted: bool
         drop: told the numbers of lines left out for a reason.
         quoted: a quote must be closed on its line.
     """
-    begin, end = block.spans()
+    begin, end = block.spans
     width = end - begin
     closing = np.frombuffer(block.data, np.uint8)[np.maximum(end - 1, 0)] == RETURN
     empty = (width == 0) | ((width == 1) & closing)
@@ -105,7 +107,7 @@ def _not_utf8(block: Block) -> np.ndarray:
     try:
         block.data.decode()
     except UnicodeDecodeError:
-        begin, end = block.spans()
+        begin, end = block.spans
         for index in range(len(bad)):
             bad[index] = not _is_utf8(block.data[begin[index] : end[index]])
     return bad

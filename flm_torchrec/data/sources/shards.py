@@ -235,7 +235,7 @@ class JsonShard(_File):
     def _parsed(
         self, connection: duckdb.DuckDBPyConnection, block: lines.Block, drop: Callable[[np.ndarray, str], None]
     ) -> tuple[pa.Table, np.ndarray]:
-        begin, _ = block.spans()
+        begin, _ = block.spans
         offsets = np.concatenate([begin, [len(block.data)]]).astype(np.int32)
         text = pa.StringArray.from_buffers(len(begin), pa.py_buffer(offsets), pa.py_buffer(block.data))
         connection.register("lines", pa.table({"line": text, "number": block.numbers}))
