@@ -11,7 +11,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.prepared import EntityFeatures, PreparedData, Ragged, spans
-from flm_torchrec.data.rows import look_ups
+from flm_torchrec.data.rows import gap_rows, look_ups
 from flm_torchrec.data.schema import Feature
 
 GAP_BUCKETS = 32
@@ -211,7 +211,7 @@ class Assembler:
         if self.data.schema.timestamps:
             begins = shown == np.repeat(begin, np.maximum(lengths - 1, 0))
             since = np.where(begins, 0, events.timestamp[shown] - events.timestamp[shown - 1])
-            gap[~first] = np.minimum(np.log2(since + 1).astype(np.int64), GAP_BUCKETS - 2) + 1
+            gap[~first] = gap_rows(since, GAP_BUCKETS)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         return _kjt({"event": Ragged(offsets, event), "gap": Ragged(offsets, gap)})
 

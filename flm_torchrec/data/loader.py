@@ -74,6 +74,21 @@ class Negatives:
 class Loader(ABC):
     """This rank's batches, epoch after epoch."""
 
+    def __init__(
+        self, assembler: Assembler, negatives: Negatives, batch_size: int, seed: int, rank: int, world_size: int
+    ) -> None:
+        self.assembler = assembler
+        self.negatives = negatives
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+
+    def drawn(self, number: int, step: int) -> Candidates:
+        """This rank's share of the negatives of a step, which depend on seed, epoch and step alone."""
+        rng = np.random.default_rng([self.seed, number, step])
+        return self.negatives.draw(rng, self.rank, self.world_size)
+
     @abstractmethod
     def __len__(self) -> int:
         """Steps of an epoch, the same on every rank."""
@@ -107,13 +122,8 @@ class TrainLoader(Loader):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        super().__init__(assembler, negatives, batch_size, seed, rank, world_size)
         self.spans = spans
-        self.assembler = assembler
-        self.negatives = negatives
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
 
     def __len__(self) -> int:
         return -(-len(self.spans) // self.batch_size)
@@ -122,10 +132,8 @@ class TrainLoader(Loader):
         order = np.random.default_rng([self.seed, number]).permutation(len(self.spans))
         for step in range(first, len(self)):
             rows = order[step * self.batch_size : (step + 1) * self.batch_size]
-            rng = np.random.default_rng([self.seed, number, step])
-            drawn = self.negatives.draw(rng, self.rank, self.world_size)
             user, start, end = self._share(rows)
-            yield self.assembler.training(user, start, end, drawn)
+            yield self.assembler.training(user, start, end, self.drawn(number, step))
 
     def _share(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rank's rows, with empty spans so that every rank has equally many: sharded pooling needs one stride."""

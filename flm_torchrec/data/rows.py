@@ -34,6 +34,11 @@ def look_ups(table: Table, ids: np.ndarray) -> np.ndarray:
     return (mix(ids) % np.uint64(size)).astype(np.int64)
 
 
+def gap_rows(since: np.ndarray, buckets: int) -> np.ndarray:
+    """[n] seconds since the event before → [n] rows of the table of gaps, by log2; row 0 is the prefix's."""
+    return np.minimum(np.log2(since + 1).astype(np.int64), buckets - 2) + 1
+
+
 def parse_tables(text: str) -> dict[str, Table]:
     """`user_id=zch:100000,brand=hash:5000,tags=zch:5000:lru` → by name.
 

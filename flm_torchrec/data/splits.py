@@ -49,6 +49,13 @@ class Splits:
         return fit if self.cold_items is None else fit & ~self.cold_items[data.item]
 
 
+def sampled(count: int, most: int, seed: int) -> np.ndarray:
+    """[n] rows out of `count`, ascending: `most` drawn once by the seed, or all where there are no more."""
+    if most >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
+
+
 @dataclass(frozen=True)
 class Rule:
     """What a split takes from the data as a whole. With it a part of the users is split as all of them are."""

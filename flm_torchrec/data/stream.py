@@ -21,7 +21,7 @@ from flm_torchrec.data.prepared import (
     told_as_data_error,
 )
 from flm_torchrec.data.schema import Schema
-from flm_torchrec.data.splits import Rule, check_timestamps, cold_rule, lasting, nothing_left
+from flm_torchrec.data.splits import Rule, check_timestamps, cold_rule, lasting, nothing_left, sampled
 
 BATCH = 2**17
 """Rows of one step of a pass."""
@@ -130,9 +130,7 @@ def load_streamed(
     if not len(candidates):
         raise nothing_left(path, kind, "validation")
     stream = _survey(groups, schema, rule, offsets, train_end)
-    if sample < len(candidates):
-        candidates = np.sort(np.random.default_rng(seed).choice(candidates, sample, replace=False))
-    loaded = load_prepared(path, features, candidates)
+    loaded = load_prepared(path, features, candidates[sampled(len(candidates), sample, seed)])
     return StreamedData(**{name: getattr(loaded, name) for name in PreparedData.__dataclass_fields__}, stream=stream)
 
 

@@ -111,14 +111,9 @@ class StreamLoader(Loader):
         self, stream: Stream, assembler: Assembler, negatives: Negatives, max_history: int, batch_size: int, seed: int,
         rank: int = 0, world_size: int = 1,
     ) -> None:  # fmt: skip
+        super().__init__(assembler, negatives, batch_size, seed, rank, world_size)
         self.stream = stream
-        self.assembler = assembler
-        self.negatives = negatives
         self.max_history = max_history
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
         self.units = units_of(stream)
         cuts = number_of_windows(stream.offsets[:-1], stream.train_end, max_history)
         self.windows = np.diff(np.concatenate([[0], np.cumsum(cuts)])[self.units])  # [units]
@@ -135,8 +130,6 @@ class StreamLoader(Loader):
             lanes = _Lanes(ahead)
             for step in range(first, len(self)):
                 upto = merged(deal.sizes, min((step + 1) * self.batch_size, int(deal.sizes.sum())))
-                rng = np.random.default_rng([self.seed, number, step])
-                drawn = self.negatives.draw(rng, self.rank, self.world_size)
                 most = max(int((upto - taken)[r :: self.world_size].sum()) for r in range(self.world_size))
                 parts = [
                     part
@@ -144,7 +137,7 @@ class StreamLoader(Loader):
                     for part in lanes.take(lane, int(upto[lane] - taken[lane]))
                 ]
                 taken = upto
-                yield self._batch(parts, most, drawn)
+                yield self._batch(parts, most, self.drawn(number, step))
 
     def check_ranks(self) -> None:
         """Raise DataError where some ranks would have nothing to learn from, ever."""

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.errors import DataError
+from flm_torchrec.export.rows import whole
 
 ATTRIBUTE = "attr_"
 """Before a feature's name: the column of its values."""
@@ -41,15 +42,15 @@ class Keys:
         first, last = np.searchsorted(self.ends, [start, stop - 1], side="right")
         pieces = [self._piece(int(group), start, stop) for group in range(first, last + 1)]
         found = pa.concat_tables(pieces).combine_chunks()
-        columns = {self.key: _only(found[self.key]).cast(pa.string())}
+        columns = {self.key: whole(found[self.key]).cast(pa.string())}
         if self.key == "item_key":
             columns["title"] = columns[self.key]
             if self.title:
-                shown = _only(found[self.title]).cast(pa.string())
+                shown = whole(found[self.title]).cast(pa.string())
                 named = pc.and_kleene(pc.is_valid(shown), pc.not_equal(shown, ""))
                 columns["title"] = pc.if_else(pc.fill_null(named, False), shown, columns[self.key])
         for column, name in self.columns.items():
-            columns[name] = decoded(_only(found[column]), self.values[column])
+            columns[name] = decoded(whole(found[column]), self.values[column])
         return columns
 
     def _piece(self, group: int, start: int, stop: int) -> pa.Table:
@@ -65,14 +66,9 @@ def _vocabulary(data: PreparedData, feature: str) -> pa.Array:
     """What each code of an item's feature stands for, in order of code."""
     file = data.path / "vocab" / f"item_{feature}.parquet"
     try:
-        return _only(pq.read_table(file, columns=["code", "value"]).sort_by("code")["value"]).cast(pa.string())
+        return whole(pq.read_table(file, columns=["code", "value"]).sort_by("code")["value"]).cast(pa.string())
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: cannot be read ({error}); prepare the data again") from error
-
-
-def _only(column: pa.ChunkedArray) -> pa.Array:
-    combined = column.combine_chunks()
-    return combined if isinstance(combined, pa.Array) else combined.chunk(0)
 
 
 def decoded(codes: pa.Array, values: pa.Array) -> pa.ListArray:

@@ -128,8 +128,8 @@ def run_export(args: argparse.Namespace) -> None:
     with restore(args.run_folder) as restored:
         job, valid = restored.job, restored.job.scope.splits.valid
         encoder = job.encoder(everyone(job.data))
-        known, held = encoder.assembler.known.items > 0, Held(job.encoder(valid), valid)
-        source = Source(job.data, encoder, known, restored.version, held)
+        held = Held(job.encoder(valid), valid)
+        source = Source(job.data, encoder, job.known.items > 0, restored.version, held)
         if args.tower != "none":
             model, main = PackagedModel(job), job.comm.rank == 0
             source = replace(source, beside=lambda folder: write_tower(job.data, model, main, args.tower, folder))

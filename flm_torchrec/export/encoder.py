@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flm_torchrec.config import nearest
 from flm_torchrec.data.features import split_words, word_bucket
+from flm_torchrec.data.rows import gap_rows
 from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.export.tower_files import DESCRIPTION, FOLDER, HISTORIES, ITEM, PROFILE, USER
 
@@ -193,9 +194,8 @@ class Tower:
         return contents / np.maximum(np.linalg.norm(contents, axis=1, keepdims=True), 1e-12)
 
     def _gaps(self, timestamp: np.ndarray) -> np.ndarray:
-        """Seconds since the event before → rows of the table of gaps; see `data.assemble`."""
-        since = np.maximum(np.diff(timestamp, prepend=timestamp[:1]), 0)
-        return np.minimum(np.log2(since + 1).astype(np.int64), self.gaps - 3) + 1
+        """Seconds since the event before → rows of the table of gaps."""
+        return gap_rows(np.maximum(np.diff(timestamp, prepend=timestamp[:1]), 0), self.gaps - 1)
 
 
 def _dense(feature: Kind) -> bool:

@@ -99,6 +99,12 @@ class Rows:
         return pa.concat_tables(t.take(spread(len(t), share)) for t in tables)
 
 
+def whole(column: pa.ChunkedArray) -> pa.Array:
+    """The column in one piece."""
+    combined = column.combine_chunks()
+    return combined if isinstance(combined, pa.Array) else combined.chunk(0)
+
+
 def spread(rows: int, size: int) -> np.ndarray:
     """At most `size` of 0 … rows-1, evenly apart."""
     return np.unique(np.linspace(0, max(0, rows - 1), min(rows, size)).astype(np.int64))

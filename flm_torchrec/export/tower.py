@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from flm_torchrec.data.prepared import EntityFeatures, PreparedData
+from flm_torchrec.data.prepared import EntityFeatures, PreparedData, spans
 from flm_torchrec.data.schema import Feature
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.programs import ContentProgram, Precision, Rows, UserProgram
@@ -170,7 +170,7 @@ def _write_histories(data: PreparedData, most: int, file: Path) -> None:
             end = data.offsets[block + 1]
             lengths = np.minimum(end - data.offsets[block], most)
             offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-            places = np.arange(lengths.sum()) + np.repeat(end - np.cumsum(lengths), lengths)
+            places = spans(end - lengths, lengths)
             lists = [
                 pa.ListArray.from_arrays(offsets, pa.array(columns[name][places]).cast(kind))
                 for name, kind in types.items()

@@ -211,13 +211,13 @@ class PretrainModel(nn.Module):
         The loss is scaled such that the mean of its gradients over the ranks is the gradient of the global mean.
         """
         item_id = self.item_id(batch.item_ids)
-        features = _pooled(self.item_features, self.managed_item_features, batch.item_features)
-        users = _pooled(self.users, self.managed_users, batch.users)
+        features = pooled(self.item_features, self.managed_item_features, batch.item_features)
+        users = pooled(self.users, self.managed_users, batch.users)
         history = self.history(batch.history)
         return self.dense(batch, item_id, features, users, history)
 
 
-def _pooled(fixed: nn.Module | None, managed: nn.Module | None, features: KeyedJaggedTensor) -> list[KeyedTensor]:
+def pooled(fixed: nn.Module | None, managed: nn.Module | None, features: KeyedJaggedTensor) -> list[KeyedTensor]:
     """What the tables give for their keys; a managed one also tells which rows, which nobody asks."""
     found = [] if fixed is None else [fixed(features)]
     return found if managed is None else [*found, managed(features)[0]]

@@ -83,10 +83,10 @@ def _nearest(rows: pds.Dataset, wanted: np.ndarray, own: np.ndarray) -> tuple[np
 
 
 def _unit(column: pa.FixedSizeListArray) -> np.ndarray:
-    """[n, D] of length 1, from float32, float16, or FBGEMM's int8 rows (D numbers, then scale and bias)."""
-    stored = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
-    if stored.dtype == np.uint8:
-        scale, bias = np.ascontiguousarray(stored[:, -8:]).view(np.float32).T[:, :, None]
-        stored = stored[:, :-8] * scale + bias
-    vectors = stored.astype(np.float32)
+    """[n, D] of length 1."""
+    from flm_torchrec.export.vectors import (
+        decode,  # Imported here: PyTorch takes seconds; a report without an export does not need it.
+    )
+
+    vectors = decode(column)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

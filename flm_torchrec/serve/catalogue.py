@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from flm_torchrec.export.catalogue import ATTRIBUTE
 from flm_torchrec.export.index import open_index
 from flm_torchrec.export.manifest import Manifest
-from flm_torchrec.export.rows import Rows
+from flm_torchrec.export.rows import Rows, whole
 
 TOP_VALUES = 100
 """Of a feature, that `GET /v1/catalogue` lists."""
@@ -129,14 +129,14 @@ def load_catalogue(folder: Path, manifest: Manifest) -> Catalogue:
     """
     rows = Rows(folder, manifest, "items")
     table = rows.table([n for n in _columns(rows) if n in ("item_key", "title", "known") or n.startswith(ATTRIBUTE)])
-    keys = _whole(table["item_key"])
+    keys = whole(table["item_key"])
     index = open_index(folder, manifest) if manifest.index is not None else None
-    lists = {n.removeprefix(ATTRIBUTE): _whole(table[n]) for n in table.column_names if n.startswith(ATTRIBUTE)}
+    lists = {n.removeprefix(ATTRIBUTE): whole(table[n]) for n in table.column_names if n.startswith(ATTRIBUTE)}
     return Catalogue(
         keys=keys,
-        titles=_whole(table["title"]),
+        titles=whole(table["title"]),
         row_of={key: row for row, key in enumerate(keys.to_pylist())},
-        known=_whole(table["known"]).to_numpy(zero_copy_only=False),
+        known=whole(table["known"]).to_numpy(zero_copy_only=False),
         vectors=_vectors(rows, index, manifest),
         attributes={name: _attribute(column) for name, column in lists.items()},
         index=index,
@@ -176,10 +176,5 @@ def _attribute(lists: pa.ListArray) -> Attribute:
         rows=items[order],
         starts=np.concatenate([[0], np.cumsum(counts)]),
     )
-
-
-def _whole(column: pa.ChunkedArray) -> pa.Array:
-    combined = column.combine_chunks()
-    return combined if isinstance(combined, pa.Array) else combined.chunk(0)
 
 

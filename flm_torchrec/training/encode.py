@@ -21,12 +21,12 @@ class ModelEncoder:
     Both methods are collective: every rank calls them equally often, if need be with nothing to encode.
 
     Args:
-        known: what made ids known to the model, or [interactions] bool, the events that did.
+        known: what made ids known to the model.
         block: most users or items of one call.
     """
 
     def __init__(
-        self, model: nn.Module, data: PreparedData, known: np.ndarray | Known, examples: Examples,
+        self, model: nn.Module, data: PreparedData, known: Known, examples: Examples,
         comm: Comm, dim: int, max_history: int, block: int,
     ) -> None:  # fmt: skip
         rows = 0 if comm.world_size == 1 else min(data.schema.items, block * max_history)

@@ -71,9 +71,11 @@ def forget(folder: Path, keys: Sequence[str], runs: Sequence[Path], exports: Seq
         told.append(f"{folder}: {counts['users']} users and their {counts['events']} events forgotten")
     if runs:
         data = load_prepared(folder)
+        gone = forgotten_users(folder / "users.parquet")
+        rows = rows_to_reset(data, gone)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be: one process, no ranks
-            told += [_forget_in_run(run, data) for run in runs]
+            told += [_forget_in_run(run, data, gone, rows) for run in runs]
     held = [f"{export} ({len(found)})" for export, found in exported.items() if found]
     if held:
         done = "; ".join(told) or "nothing else was left to do"
@@ -112,10 +114,8 @@ def _checkpoints(run: Path) -> list[Path]:
     return [f for f in folders if f.is_dir() and not f.name.startswith("damaged-")]
 
 
-def _forget_in_run(run: Path, data: PreparedData) -> str:
+def _forget_in_run(run: Path, data: PreparedData, gone: np.ndarray, rows: dict[str, np.ndarray]) -> str:
     """All users that the data has forgotten; the vocabulary comes last, so that it tells whether all is done."""
-    gone = forgotten_users(data.path / "users.parquet")
-    rows = rows_to_reset(data, gone)
     checkpoints = _checkpoints(run)
     for folder in checkpoints:
         tensors = storage.read_all(folder)

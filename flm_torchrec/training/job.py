@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,11 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
 from flm_torchrec.config import Config, load_config, nearest
-from flm_torchrec.data.assemble import Assembler
+from flm_torchrec.data.assemble import Assembler, Known
 from flm_torchrec.data.loader import Loader, Negatives, TrainLoader, windows
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.data.schema import Schema
-from flm_torchrec.data.splits import Examples
+from flm_torchrec.data.splits import Examples, sampled
 from flm_torchrec.data.stream import Stream
 from flm_torchrec.data.stream_loader import StreamLoader
 from flm_torchrec.distributed.comm import Comm, process_group
@@ -114,14 +114,18 @@ class Job:
     def total_steps(self) -> int:
         return total_steps(self.config.train, len(self.loader))
 
+    @cached_property
+    def known(self) -> Known:
+        """What made ids known to the model."""
+        stream = self.scope.stream
+        return Known.by(self.data, self.scope.known, values=True) if stream is None else stream.known
+
     def encoder(self, examples: Examples) -> ModelEncoder:
         """The model as an encoder of the examples' users and of items."""
         config = self.config
-        stream = self.scope.stream
         block = max(config.eval.user_block, -(-config.eval.item_block // config.data.max_history))
         return ModelEncoder(
-            self.model, self.data, self.scope.known if stream is None else stream.known, examples, self.comm,
-            config.model.dim, config.data.max_history, block,
+            self.model, self.data, self.known, examples, self.comm, config.model.dim, config.data.max_history, block,
         )  # fmt: skip
 
     def fit(self, record: Record, validate: Callable[[], dict[str, float]] | None = None) -> Finished:
@@ -293,6 +297,4 @@ def _most_items(schema: Schema, config: Config, comm: Comm, sequences: int) -> i
 
 
 def _sample(examples: Examples, most: int, seed: int) -> Examples:
-    if not most or most >= len(examples):
-        return examples
-    return examples.take(np.sort(np.random.default_rng(seed).choice(len(examples), most, replace=False)))
+    return examples.take(sampled(len(examples), most, seed)) if most else examples

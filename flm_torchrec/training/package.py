@@ -13,8 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from flm_torchrec.data.assemble import GAP_BUCKETS
 from flm_torchrec.data.rows import look_ups
-from flm_torchrec.data.splits import everyone
-from flm_torchrec.model.pretrain import HISTORY_KEYS
+from flm_torchrec.model.pretrain import HISTORY_KEYS, pooled
 from flm_torchrec.model.tower import Tower
 from flm_torchrec.training.job import Job, make_model
 
@@ -25,7 +24,7 @@ class PackagedModel:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.model = job.model.eval().module
-        known = job.encoder(everyone(job.data)).assembler.known
+        known = job.known
         self.item_known, self.user_known = known.items, known.users
         config = job.config
         self.settings: dict[str, Any] = {
@@ -63,9 +62,7 @@ class PackagedModel:
             managed = model.managed_item_features if of_item else model.managed_users
             keys = [*([] if of_item else ["user_id"]), *tables]
             asked = self._jagged(keys, name, look_ups(table, ids))
-            pooled = [] if fixed is None else [fixed(asked)]
-            pooled = pooled if managed is None else [*pooled, managed(asked)[0]]
-            found = {key: values for given in pooled for key, values in given.to_dict().items()}
+            found = {key: v for given in pooled(fixed, managed, asked) for key, v in given.to_dict().items()}
             return found[name].float().cpu()
 
     def _unpooled(self, tables: Any, keys: Any, name: str, ids: np.ndarray) -> Tensor:
