@@ -140,7 +140,7 @@ def test_dead_features_are_told_and_live_ones_are_not(tmp_path: Path, capsys: py
 
 @pytest.mark.parametrize("kind", ["leave-one-out", "time"])
 def test_parts_are_those_that_training_draws(small: PreparedData, kind: Any) -> None:
-    with opened(small.path, 1.0) as data:
+    with opened(small.path, 2**30) as data:
         look_at_splits(data, kind, 0.1)
         sizes = dict(data.rows("SELECT part, count(*) FROM parts GROUP BY part"))
         testers = {row[0] for row in data.rows("SELECT DISTINCT user_id FROM parts WHERE part = 'test'")}
@@ -155,7 +155,7 @@ def test_drift_is_that_of_a_plain_computation(tmp_path_factory: pytest.TempPathF
     rng = np.random.default_rng(seed)
     events = [(0, int(rng.integers(8)), day * DAY + n, int(rng.integers(2))) for day in range(days) for n in range(9)]
     folder = write(tmp_path_factory.mktemp("drift") / "data", events)
-    with opened(folder, 1.0) as data:
+    with opened(folder, 2**30) as data:
         data.connection.execute(
             f"CREATE TEMP VIEW periods AS SELECT *, (timestamp // {DAY})::INT AS period FROM events"
         )
@@ -202,6 +202,33 @@ def test_what_cannot_be_inspected_is_told_in_a_line(tmp_path: Path, capsys: pyte
     for options in (["--split", "time"], ["--holdout", "0.7"], ["--memory", "0"], ["--output", str(tmp_path / "no/x")]):
         assert main(["inspect", str(good), *options]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("times", "told"), [(1, "50.0000%"), (9, "50.0000%"), (500, "50.0000%")])
+def test_sparsity_counts_a_pair_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], times: int, told: str) -> None:
+    events = [(u, (u + n % 2) % 4, n * DAY, 0) for u in range(4) for n in range(2 * times)]
+    assert main(["inspect", str(write(tmp_path / "data", events))]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "sparsity" in line]
+    assert line.split()[-1] == told
+
+
+@pytest.mark.parametrize("size", ["1", "0.5", "2 GB of it", "50MB", "99MiB", "-1GiB", "1PiB"])
+def test_memory_has_one_form_and_a_least_that_is_told(
+    small: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str
+) -> None:
+    """The same of both commands: no size without its unit, and the least named in the message and in the help."""
+    for command, least in ((["inspect", str(small.path)], "100MiB"), (["prepare", "--output", str(tmp_path)], "1GiB")):
+        assert main([*command, f"--memory={size}"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "--memory" in error and f"the least is {least}" in error
+        with pytest.raises(SystemExit):
+            main([*command, "--help"])
+        assert f"at least {least}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("size", ["1GiB", "1500MB", "0.5 gib", "200m"])
+def test_memory_with_a_unit_is_taken(small: PreparedData, size: str) -> None:
+    assert main(["inspect", str(small.path), "--memory", size]) == 0
 
 
 def test_ids_that_do_not_fit_the_schema_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

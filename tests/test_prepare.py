@@ -229,6 +229,13 @@ def test_the_report_describes_the_data(tmp_path: Path) -> None:
     assert report["sparsity"] == 1 - 5 / 8 and report["options"]["dedup"] == "exact"
 
 
+@pytest.mark.parametrize("rows", [20, 60_000])
+def test_sparsity_is_of_pairs_that_never_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr("flm_torchrec.data.prepare.ROWS_PER_FILE", 7)
+    events = [(f"u{n % 2}", "xy"[n % 2 and n % 4 // 2], n) for n in range(rows)]
+    assert prepare(Raw("r", "test", frame(events)), tmp_path / "d", Options())["sparsity"] == 1 - 3 / 4
+
+
 def test_features_of_which_nothing_is_known_still_load(tmp_path: Path) -> None:
     kinds = {"c": "categorical", "m": "multi_categorical", "t": "text", "n": "numeric"}
     described = pl.DataFrame({"key": ["other"], "c": ["a"], "m": [["a"]], "t": ["a"], "n": [1.0]})

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import glob
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from flm_torchrec.config.load import nearest
+from flm_torchrec.data.memory import GIB, memory_bytes
 from flm_torchrec.errors import DataError
 
 if TYPE_CHECKING:
@@ -50,8 +48,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def _add_machine(group: Any) -> None:
     group.add_argument(
         "--memory", default="", metavar="SIZE",
-        help="for the whole preparation, such as 2GiB; what does not fit goes to disk beside the output"
-        " (default: half of the machine's)",
+        help="for the whole preparation, such as 2GiB or 1500MB, at least 1GiB; what does not fit goes to disk beside"
+        " the output (default: half of the machine's)",
     )  # fmt: skip
     group.add_argument("--threads", type=int, default=0, metavar="N", help="of the engine (default: all cores)")
     group.add_argument(
@@ -177,7 +175,7 @@ def run(args: argparse.Namespace) -> None:
 
     check_output(args.output, args.overwrite)
     secret = read_secret(args.hash_users) if args.hash_users else b""
-    machine = Machine(args.engine, memory_bytes(args.memory), args.threads)
+    machine = Machine(args.engine, memory_bytes(args.memory, LEAST_MEMORY), args.threads)
     options = Options(
         args.k_core, args.min_user_events, args.min_item_events, args.min_value, args.dedup, args.dedup_window,
         args.session_gap, args.min_count, args.text_buckets, args.text_ngrams, args.quantiles,
@@ -192,24 +190,8 @@ LEAST = {
     "text_buckets": 1, "text_ngrams": 1, "quantiles": 2, "threads": 0,
 }  # fmt: skip
 """Least value of an option."""
-
-
-def memory_bytes(text: str) -> int:
-    """`2GiB`, `500MB` → bytes; empty: half of the machine's.
-
-    Raises:
-        DataError: not written so, or too little for Python and the engine themselves.
-    """
-    if not text:
-        return psutil.virtual_memory().total // 2
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", text, re.IGNORECASE)
-    if not match:
-        raise DataError(f"--memory '{text}': write it as 2GiB or 500MB")
-    number, letter, binary = match.groups()
-    size = int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(letter.upper()) + 1))
-    if size < 2**30:
-        raise DataError(f"--memory {text}: the least is 1GiB")
-    return size
+LEAST_MEMORY = GIB
+"""Bytes that Python and the engine themselves need."""
 
 
 def _check_input(source: str, path: str | None) -> None:

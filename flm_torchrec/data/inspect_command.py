@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from flm_torchrec.data.memory import MIB, memory_bytes
 from flm_torchrec.errors import DataError
 from flm_torchrec.files import write_text
+
+LEAST_MEMORY = 100 * MIB
+"""Bytes below which DuckDB cannot work."""
 
 
 class Problems(DataError):
@@ -34,8 +38,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="time: share of events to test on (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--memory", type=float, default=2.0, metavar="GIB", help="memory of DuckDB, which spills (default: %(default)s)"
-    )
+        "--memory", default="2GiB", metavar="SIZE",
+        help="of DuckDB, such as 2GiB or 500MB, at least 100MiB; what does not fit goes to disk (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--strict", action="store_true", help="exit with 1 where there are problems: a gate (default: 0)"
     )
@@ -51,8 +56,7 @@ def run(args: argparse.Namespace) -> None:
     """
     if not 0 < args.holdout < 0.5:
         raise DataError(f"--holdout {args.holdout}: must be between 0 and 0.5")
-    if args.memory < 0.1:
-        raise DataError(f"--memory {args.memory}: must be at least 0.1 GiB")
+    memory = memory_bytes(args.memory, LEAST_MEMORY)
     if args.output and not args.output.parent.is_dir():
         raise DataError(f"{args.output.parent}: not found; --output must be in a folder that is there")
     # Imported here: a wrong option should be told at once.
@@ -64,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     from flm_torchrec.data.inspection_features import look_at_features
     from flm_torchrec.data.inspection_splits import look_at_splits
 
-    with opened(args.folder, args.memory) as data:
+    with opened(args.folder, memory) as data:
         look_at_counts(data)
         look_at_splits(data, args.split, args.holdout)
         look_at_distributions(data)

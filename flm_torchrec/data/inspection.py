@@ -15,7 +15,7 @@ from typing import Any
 import duckdb
 import numpy as np
 
-from flm_torchrec.data.schema import Schema
+from flm_torchrec.data.schema import Schema, sparsity
 from flm_torchrec.errors import DataError
 from flm_torchrec.pages import Bars, Curves, Grid, Section
 
@@ -44,8 +44,11 @@ class Inspection:
 
 
 @contextmanager
-def opened(folder: Path, memory_gib: float) -> Iterator[Inspection]:
+def opened(folder: Path, memory: int) -> Iterator[Inspection]:
     """The data as views `events`, `items` and `users`; `place` of an event is its position in its file.
+
+    Args:
+        memory: bytes that DuckDB may fill before it goes to disk.
 
     Raises:
         DataError: no prepared data, or a file that is not readable.
@@ -55,9 +58,7 @@ def opened(folder: Path, memory_gib: float) -> Iterator[Inspection]:
     if not files:
         raise DataError(f"{folder / 'interactions'}: no Parquet file; prepare the data again")
     with TemporaryDirectory(prefix="flm-inspect-") as spill:
-        connection = duckdb.connect(
-            config={"memory_limit": f"{round(memory_gib * 1024)}MiB", "temp_directory": spill}
-        )
+        connection = duckdb.connect(config={"memory_limit": f"{memory}B", "temp_directory": spill})
         try:
             events = ", ".join(_quoted(str(file)) for file in files)
             connection.execute(
@@ -97,11 +98,12 @@ def look_at_counts(data: Inspection) -> None:
     )[0]
     if mixed:
         data.findings.append(f"{mixed} events are older than the one before of the same user: prepare the data again")
+    pairs = data.one("SELECT count(*) FROM (SELECT DISTINCT user_id, item_id FROM events)")[0]
     rows = [
         ("events", f"{events:,}"),
         ("users", f"{schema.users:,}, {schema.users - users:,} of them without events"),
         ("items", f"{schema.items:,}, {schema.items - items:,} of them without events"),
-        ("sparsity", f"{1 - events / (schema.users * schema.items):.4%}"),
+        ("sparsity", f"{sparsity(pairs, schema.users, schema.items):.4%}"),
     ]
     if schema.timestamps:
         rows += [("from", _date(first)), ("to", _date(last))]
@@ -235,4 +237,3 @@ def _quoted(text: str) -> str:
 def column_name(column: str) -> str:
     """A column as SQL names it, whatever characters it has."""
     return '"' + column.replace('"', '""') + '"'
-

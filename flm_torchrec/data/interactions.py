@@ -38,6 +38,8 @@ class Written:
 
     per_user: np.ndarray  # [users] events
     sessions: int
+    pairs: int
+    """Of a user and an item that meet at least once."""
 
 
 class Interactions:
@@ -136,7 +138,7 @@ class Interactions:
         """
         folder.mkdir()
         per_user = np.zeros(user_ids.max() + 1, np.int64)
-        part = sessions = 0
+        part = sessions = pairs = 0
         for bucket in buckets(self.folder):
             frame = self._bucket(bucket, user_ids, item_ids)
             if len(frame) == 0:
@@ -146,7 +148,8 @@ class Interactions:
             per_user += np.bincount(frame["user_id"].to_numpy(), minlength=len(per_user))
             if "session" in frame.columns:
                 sessions += frame.select("user_id", "session").n_unique()
-        return Written(per_user, sessions)
+            pairs += frame.select("user_id", "item_id").n_unique()  # a bucket has all of a user
+        return Written(per_user, sessions, pairs)
 
     def _bucket(self, bucket: Path, user_ids: np.ndarray, item_ids: np.ndarray) -> pl.DataFrame:
         frame = pl.read_parquet(bucket / "*.parquet", hive_partitioning=False).filter(pl.col("duplicate") == 0)

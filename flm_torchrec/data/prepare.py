@@ -24,7 +24,7 @@ from flm_torchrec.data.interactions import Cleaning, Interactions, Written
 from flm_torchrec.data.privacy import hash_keys
 from flm_torchrec.data.raw import Raw
 from flm_torchrec.data.rows import by_table
-from flm_torchrec.data.schema import Entity, Schema, Table
+from flm_torchrec.data.schema import Entity, Schema, Table, sparsity
 from flm_torchrec.data.work import work_folder
 from flm_torchrec.errors import DataError
 from flm_torchrec.files import replace_folder
@@ -243,7 +243,7 @@ def _report(
         "users_with_fewer_than_3_events": int((per_user < 3).sum()),
         "events_per_user": quantiles,
         **({"sessions": written.sessions} if options.session_gap else {}),
-        "sparsity": 1 - schema.interactions / (schema.users * schema.items),
+        "sparsity": sparsity(written.pairs, schema.users, schema.items),
         "options": asdict(options),
         **raw.notes,
         **({"oracle": raw.oracle} if raw.oracle and schema.interactions == rows_read else {}),

@@ -149,6 +149,11 @@ class Schema:
         return schema
 
 
+def sparsity(pairs: int, users: int, items: int) -> float:
+    """Share of all pairs of a user and an item that never meet; a pair that meets again counts once."""
+    return 1 - pairs / (users * items)
+
+
 def _check(feature: Feature, path: Path) -> None:
     where = f"{path}: feature '{feature.name}'"
     if feature.kind not in get_args(Kind):
