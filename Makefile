@@ -8,17 +8,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/ready
 EXTRAS := $(VENV)/extras
+# -qq shows errors alone; warnings about the index addresses of this machine, one for each package, would hide them.
+PIP = $(BIN)/pip install -qq
+# README.md must work without the extras: in .venv while it has none, else in an environment of its own.
+BASE := $(if $(wildcard $(EXTRAS)),.venv-base,$(VENV))
 # A CUDA driver decides which build of torch and fbgemm can load.
 DRIVER := $(shell (ldconfig -p 2>/dev/null | grep -q libcuda.so.1 || command -v nvidia-smi >/dev/null 2>&1) && echo gpu || echo cpu)
 
-.PHONY: help venv extras train test lint beauty ml-100k clean
+.PHONY: help venv extras train test check-base lint beauty ml-100k clean
 
 help:
 	@echo "make train    set up, then prepare, pretrain, evaluate, export and recommend on synthetic data"
-	@echo "make test     set up, then style, types and tests"
+	@echo "make test     set up, then style, types, the commands of README.md and all tests"
 	@echo "make beauty   the same as train on Amazon Beauty in FLM_DATA/beauty  (FLM_DATA=$(FLM_DATA))"
 	@echo "make ml-100k  the same on MovieLens 100K in FLM_DATA/ml-100k"
-	@echo "make extras   set up the optional parts too: Spark, Kafka, stores of vectors (make test does it itself)"
+	@echo "make check-base  the commands of README.md alone, without the extras; make lint: style and types alone"
+	@echo "make extras   set up the optional parts too: Spark, Kafka, vector databases (make test does this itself)"
 	@echo "make venv     set up only; make clean removes .venv and caches, keeps data and runs"
 
 venv: $(STAMP)
@@ -29,24 +34,24 @@ $(STAMP): requirements/base.txt requirements/$(DRIVER).txt pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 		{ echo "error: $(PYTHON) has no venv module; install it (Debian: apt-get install python3-venv)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
+	$(PIP) --upgrade pip
 ifeq ($(DRIVER),gpu)
-	$(BIN)/pip install --quiet torch==$(TORCH)
+	$(PIP) torch==$(TORCH)
 else
 	@# The default index gives Linux a CUDA build of torch, which does not load without its libraries.
 	if $(BIN)/pip index versions torch 2>/dev/null | grep -qF '$(TORCH)+cpu'; \
-		then $(BIN)/pip install --quiet --no-deps torch==$(TORCH); \
-		else $(BIN)/pip install --quiet --no-deps torch==$(TORCH) --extra-index-url $(TORCH_CPU_INDEX); fi
+		then $(PIP) --no-deps torch==$(TORCH); \
+		else $(PIP) --no-deps torch==$(TORCH) --extra-index-url $(TORCH_CPU_INDEX); fi
 endif
-	$(BIN)/pip install --quiet --no-deps -r requirements/$(DRIVER).txt
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(PIP) --no-deps -r requirements/$(DRIVER).txt
+	$(PIP) --no-deps --no-build-isolation --editable .
 	$(BIN)/python -c 'import flm_torchrec'
 	touch $@
 
 extras: $(EXTRAS)
 
 $(EXTRAS): $(STAMP) requirements/extras.txt
-	$(BIN)/pip install --quiet --no-deps -r requirements/extras.txt
+	$(PIP) --no-deps -r requirements/extras.txt
 	touch $@
 
 # $(call job,NAME,SOURCE,INPUT OPTIONS,USER)
@@ -71,8 +76,14 @@ lint: $(STAMP)
 	$(BIN)/ruff check flm_torchrec launch tests tools
 	$(BIN)/mypy
 
-test: $(EXTRAS) lint
+# The tests of the optional parts skip themselves where the extras are not installed.
+check-base:
+	$(MAKE) VENV=$(BASE) venv
+	$(BASE)/bin/pytest tests/test_packaging.py tests/test_versions.py
+
+test: lint check-base
+	$(MAKE) extras
 	$(BIN)/pytest
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .venv-base .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

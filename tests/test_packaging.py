@@ -1,26 +1,151 @@
-"""The requirement files hold one consistent set each, and imports flow one way."""
+"""The requirement files hold one complete and consistent set each, and imports flow one way."""
 
 from __future__ import annotations
 
 import ast
+import importlib
+import pkgutil
 import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
+import flm_torchrec
+import launch
+from flm_torchrec._versions import _version
 from tests.conftest import ROOT
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SET = "gpu.txt" if _version("fbgemm-gpu") else "cpu.txt"
+"""The set that this environment was made from."""
+BESIDE_PYPROJECT = ("torch", "torchrec", "torchmetrics", "fbgemm-gpu", "fbgemm-gpu-cpu")
+"""Imported, but not declared in pyproject.toml, which says why."""
 
-def pins(name: str) -> dict[str, str]:
-    lines = [line for f in ("base.txt", name) for line in (ROOT / "requirements" / f).read_text().splitlines()]
+
+def pins(*names: str) -> dict[str, str]:
+    """The packages that requirement files pin, by canonical name."""
+    lines = [line for name in names for line in (ROOT / "requirements" / name).read_text().splitlines()]
     wanted = [line for line in lines if line and not line.startswith(("#", "-r "))]
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9.]+", line) for line in wanted), wanted
-    return {k.lower().replace("_", "-"): v for k, v in (line.split("==") for line in wanted)}
+    return {canonicalize_name(k): v for k, v in (line.split("==") for line in wanted)}
+
+
+def declared(requirement: Requirement) -> Iterator[Requirement]:
+    """What an installed package says that it needs here, with the extras that the requirement names."""
+    for line in metadata.requires(requirement.name) or []:
+        needed = Requirement(line)
+        if not needed.marker or any(needed.marker.evaluate({"extra": e}) for e in ("", *requirement.extras)):
+            yield needed
+
+
+def reached(lines: Iterable[str]) -> set[str]:
+    """The packages that these requirements bring, with all that they need in turn."""
+    seen: set[str] = set()
+    waiting = [Requirement(line) for line in lines]
+    while waiting:
+        wanted = waiting.pop()
+        if str(wanted) not in seen and _version(wanted.name):
+            seen.add(str(wanted))
+            waiting.extend(declared(wanted))
+    return {canonicalize_name(Requirement(line).name) for line in seen}
+
+
+def unmet(packages: Iterable[str], available: dict[str, str]) -> list[str]:
+    """What installed packages declare that the available pins do not satisfy."""
+    found = []
+    for package in packages:
+        for needed in declared(Requirement(package)):
+            pinned = available.get(canonicalize_name(needed.name))
+            if pinned is None or not needed.specifier.contains(pinned, prereleases=True):
+                found.append(f"{package} needs {needed}, pinned: {pinned or 'no'}")
+    return found
+
+
+def test_every_package_of_the_base_set_finds_what_it_declares() -> None:
+    """All is installed with --no-deps, so nothing else would notice what is missing."""
+    base = pins("base.txt", SET)
+    assert {name: (_version(name) or "").split("+")[0] for name in base} == base
+    exception = [f"torchrec needs fbgemm-gpu, pinned: {base.get('fbgemm-gpu', 'no')}"] if SET == "cpu.txt" else []
+    assert unmet(base, base) == exception
+
+
+def test_every_package_of_the_extras_finds_what_it_declares() -> None:
+    extras = pins("extras.txt")
+    missing = [name for name in extras if not _version(name)]
+    if missing:
+        pytest.skip(f"the extras are not installed: {missing[0]}")
+    base = pins("base.txt", SET)
+    assert not set(base) & set(extras)
+    assert {name: _version(name) for name in extras} == extras
+    assert unmet(extras, base | extras) == []
+    optional = PROJECT["optional-dependencies"]
+    assert set(extras) <= reached(line for lines in optional.values() for line in lines)
+
+
+def test_a_missing_and_a_wrong_version_are_found() -> None:
+    base = pins("base.txt", SET)
+    without = {name: version for name, version in base.items() if name not in ("opentelemetry-api", "pillow")}
+    assert any(line.startswith("fastapi needs opentelemetry-api") for line in unmet(["fastapi"], without))
+    assert any(line.startswith("matplotlib needs pillow") for line in unmet(["matplotlib"], without))
+    assert any(line.endswith("pinned: 0.0.1") for line in unmet(["fastapi"], base | {"starlette": "0.0.1"}))
+
+
+def test_the_base_set_holds_nothing_needless() -> None:
+    wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"], *BESIDE_PYPROJECT]
+    assert set(pins("base.txt", SET)) - reached(wanted) == set()
+
+
+def test_pyproject_declares_what_the_package_imports() -> None:
+    """The base set satisfies it too; each optional part is declared under its extra."""
+    of_module = metadata.packages_distributions()
+    files = [*Path(flm_torchrec.__path__[0]).rglob("*.py"), *Path(launch.__path__[0]).rglob("*.py")]
+    modules = {name for file in files for name in _imported(file)} - set(sys.stdlib_module_names)
+    imported = {canonicalize_name(of_module[m][0]) for m in modules if m in of_module} - {"flm-torchrec"}
+    base = [Requirement(line) for line in PROJECT["dependencies"]]
+    optional = [Requirement(line) for lines in PROJECT["optional-dependencies"].values() for line in lines]
+    names = {canonicalize_name(r.name) for r in base}
+    assert imported - names - {canonicalize_name(r.name) for r in optional} - set(BESIDE_PYPROJECT) == set()
+    assert names - imported == {"tensorboard"}  # torch.utils.tensorboard imports it
+    available = pins("base.txt", SET)
+    assert [str(r) for r in base if not r.specifier.contains(available[canonicalize_name(r.name)])] == []
+
+
+def _imported(file: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    plain = {alias.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for alias in n.names}
+    return plain | {(n.module or "").split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom) and not n.level}
+
+
+def test_every_module_can_be_imported_without_the_extras() -> None:
+    """But for the vector stores, which `flm load` imports when one is named."""
+    for package in (flm_torchrec, launch):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not module.name.endswith("__main__") and ".export.stores." not in module.name:
+                importlib.import_module(module.name)
+
+
+def test_the_package_builds_without_a_warning(tmp_path: Path) -> None:
+    """Of its metadata: setuptools announces there what it will refuse later."""
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    build = "from setuptools.build_meta import prepare_metadata_for_build_wheel as prepare; prepare('.')"
+    done = subprocess.run([sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "Warning" not in done.stdout + done.stderr, done.stderr
+    lines = next(tmp_path.rglob("*.dist-info/METADATA")).read_text().splitlines()
+    assert "License-Expression: BSD-3-Clause" in lines and "License-File: LICENSE" in lines
 
 
 @pytest.mark.parametrize(("file", "build"), [("cpu.txt", "fbgemm-gpu-cpu"), ("gpu.txt", "fbgemm-gpu")])
 def test_a_set_has_one_build_of_fbgemm_that_fits_torch(file: str, build: str) -> None:
-    found = pins(file)
+    found = pins("base.txt", file)
     assert [p for p in found if p.startswith("fbgemm")] == [build]
     minor = int(found[build].split(".")[1])
     assert (found["torch"].split(".")[1], found["torchrec"].split(".")[1]) == (str(minor + 5), str(minor))
