@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
@@ -26,11 +27,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from flm_torchrec.config.schema import DistributedConfig, TrainConfig
 from flm_torchrec.distributed.comm import Comm, process_group, ranks_on_this_host
-from flm_torchrec.distributed.shard import make_optimizer, shard
+from flm_torchrec.distributed.shard import kernels, make_optimizer, set_step, shard
 from flm_torchrec.distributed.sharders import BAG_TYPES, SHARDING_TYPES, BagSharder, SequenceSharder
 from flm_torchrec.errors import ConfigError
 
 ROWS = {"odd": 13, "few": 7}  # neither divides by the ranks
+FEWER_THAN_RANKS = {"odd": 3, "few": 1}  # by rows, the last rank of four has none, and the others not of both
 FEATURES = {"a": "odd", "b": "odd", "c": "few"}  # a and b share a table
 POOLING = {"odd": PoolingType.MEAN, "few": PoolingType.SUM}
 BATCH, STEPS, LR, EPS = 5, 4, 0.1, 1e-8
@@ -228,6 +230,28 @@ def check_cut_rows_are_refused(bags: bool, comm: Comm, local: int) -> None:
         assert comm.world_size == 1
 
 
+def check_types(bags: bool, dims: Sequence[int], folder: Path, comm: Comm, local: int) -> None:
+    """Each sharding type learns as the unsharded tables do, and its state goes to each other type."""
+    for dim, (optimizer, types) in product(dims, cases(bags).items()):
+        sharded = [Sharded(bags, dim, kind, optimizer, comm, local) for kind in types]
+        references = [Reference.of(bags, optimizer, s.weights()) for s in sharded]
+        for kind, one, reference in zip(types, sharded, references, strict=True):
+            train_and_compare(one, reference, comm, 0, STEPS)
+            if comm.main:
+                print("equal", folder.name, "bags" if bags else "sequence", dim, kind, optimizer)
+        if dim == 8:
+            check_reshards(sharded, references[0], folder / f"{bags}-{optimizer}", comm)
+
+
+def check_steps_reach_the_kernels(comm: Comm, local: int) -> None:
+    """A resumed run tells every kernel its step, of tables and of parts of tables."""
+    for bags in (True, False):
+        model = Sharded(bags, 8, "row_wise", "adagrad", comm, local).model
+        set_step(model, 7)
+        counted = [int(kernel.iter[0]) for kernel in kernels(model)]
+        assert counted and set(counted) == {7}, counted
+
+
 def check_what_is_not_offered(comm: Comm, local: int) -> None:
     """The reasons that sharders.py gives. When one fails here after an upgrade, that type can be offered."""
     parallel = Sharded(True, 8, "data_parallel", "rowwise_adagrad", comm, local)
@@ -249,16 +273,12 @@ def main(folder: Path) -> None:
         assert ranks_on_this_host(comm) == comm.world_size
         for bags in (True, False):
             check_cut_rows_are_refused(bags, comm, local)
-            for dim, (optimizer, types) in product((8, 64), cases(bags).items()):
-                sharded = [Sharded(bags, dim, kind, optimizer, comm, local) for kind in types]
-                references = [Reference.of(bags, optimizer, s.weights()) for s in sharded]
-                for kind, one, reference in zip(types, sharded, references, strict=True):
-                    train_and_compare(one, reference, comm, 0, STEPS)
-                    if comm.main:
-                        print("equal", "bags" if bags else "sequence", dim, kind, optimizer)
-                if dim == 8:
-                    check_reshards(sharded, references[0], folder / f"{bags}-{optimizer}", comm)
+            check_types(bags, (8, 64), folder / "many", comm, local)
         check_what_is_not_offered(comm, local)
+        check_steps_reach_the_kernels(comm, local)
+        ROWS.update(FEWER_THAN_RANKS)
+        for bags in (True, False):
+            check_types(bags, (8,), folder / "few", comm, local)
 
 
 if __name__ == "__main__":

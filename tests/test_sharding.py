@@ -11,9 +11,10 @@ from tests.conftest import ROOT
 JOB = str(ROOT / "tests" / "equality_job.py")
 BAGS = ["table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise"]
 EQUAL = {
-    f"equal {kind} {dim} {sharding} {optimizer}"
+    f"equal {rows} {kind} {dim} {sharding} {optimizer}"
+    for rows, dims in (("many", (8, 64)), ("few", (8,)))
     for kind, types in (("bags", BAGS), ("sequence", BAGS[:3]))
-    for dim in (8, 64)
+    for dim in dims
     for sharding in types
     for optimizer in ("adagrad", *(() if "column" in sharding else ("rowwise_adagrad",)))
 }

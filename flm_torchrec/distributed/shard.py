@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
@@ -74,6 +75,7 @@ def shard(
             sharders=sharders(),
             data_parallel_wrapper=wrapper,
         )
+    _hold_empty_shards(sharded)
     for name, tensor in sharded.state_dict().items():
         if isinstance(tensor, ShardedTensor) and tensor.dtype.is_floating_point:  # else the ids of a managed table
             _initialise(name, tensor, config.seed)
@@ -103,6 +105,32 @@ def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Comb
         param_to_pgs=sliced,  # type: ignore[arg-type]
     )
     return CombinedOptimizer([("tables", model.fused_optimizer), ("dense", clipped)])  # type: ignore[list-item]
+
+
+def kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    """FBGEMM's modules that look up this rank's shards. TorchRec keeps them in plain lists, out of `modules()`."""
+    for module in model.modules():
+        for lookup in getattr(module, "_lookups", []):
+            yield from (inner for inner in lookup.modules() if isinstance(inner, SplitTableBatchedEmbeddingBagsCodegen))
+
+
+def _hold_empty_shards(model: nn.Module) -> None:
+    """Let a CPU rank look up a table of which it has no row: a table with fewer rows than ranks leaves such ranks.
+
+    FBGEMM 1.8 does two things wrong there. Its lookup_*.py take a kernel for a CPU's by `host_weights.numel() > 0`.
+    Its CPU kernels look for the end of a table in `hash_size_cumsum` by the first larger number, and read past the
+    end of that array. So an empty shard counts as one row here, and empty weights are one row of zeros. No id leads
+    to that row, no table owns it, and no checkpoint holds it.
+    """
+    for kernel in kernels(model):
+        rows = [spec[0] for spec in kernel.embedding_specs]
+        if not kernel.use_cpu or all(rows):
+            continue
+        starts = [0, *accumulate(max(1, n) for n in rows)]
+        counted = [*(starts[table] for table in kernel.feature_table_map), starts[-1]]
+        kernel.hash_size_cumsum.copy_(torch.tensor(counted))
+        if not any(rows):
+            kernel.weights_host = kernel.weights_host.new_zeros(kernel.max_D)
 
 
 def _initialise(name: str, table: ShardedTensor, seed: int) -> None:
@@ -139,6 +167,5 @@ def prepare_state(optimizer: CombinedOptimizer, names: Iterable[str]) -> None:
 
 def set_step(model: nn.Module, step: int) -> None:
     """Tell the tables' kernels how many steps they have done, which Adam corrects its moments by."""
-    for module in model.modules():
-        if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
-            module.set_optimizer_step(step)
+    for kernel in kernels(model):
+        kernel.set_optimizer_step(step)
