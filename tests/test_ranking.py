@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from flm_torchrec.data.prepared import EntityFeatures, PreparedData
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import COLD_ITEM, Examples, split
 from flm_torchrec.errors import RunError
-from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Popularity, Random
+from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Popularity, Random, _blocks, _nearest, _seen
 from flm_torchrec.evaluation.evaluate import evaluate
 from flm_torchrec.evaluation.metrics import RankCounts
 from flm_torchrec.evaluation.protocol import HEADS
@@ -158,6 +159,42 @@ def test_item_knn_is_that_of_dense_numpy(histories: list[list[int]], neighbours:
 
 
 @settings(deadline=None, max_examples=30)
+@given(HISTORIES, st.integers(1, 12), st.integers(1, 40))
+def test_item_knn_keeps_the_same_neighbours_in_blocks_of_any_size(
+    histories: list[list[int]], neighbours: int, entries: int
+) -> None:
+    """Also where many items are equally near, and where one item alone is more than a block may hold."""
+    data = make_data(histories, 12)
+    seen = _seen(data, np.ones(len(data.item), bool))
+    blocks = list(_blocks(seen, entries))
+    assert [start for start, _ in blocks] == [0, *(stop for _, stop in blocks[:-1])] and blocks[-1][1] == 12
+    dense = (seen.T @ seen).toarray()
+    held = (dense > 0).sum(1)
+    assert all(held[start:stop].sum() <= entries or stop == start + 1 for start, stop in blocks)
+    found = _nearest(seen, neighbours, entries)
+    np.testing.assert_array_equal(found.toarray(), _nearest(seen, neighbours).toarray())
+    assert found.nnz <= np.count_nonzero(dense)
+
+
+def test_item_knn_of_a_large_catalogue_holds_no_square_of_it() -> None:
+    """200,000 items would take 160 GB; what is kept is what users saw together."""
+    rng = np.random.default_rng(0)
+    items, users = 200_000, 2_000
+    seen = sp.csr_matrix(
+        (np.ones(users * 20, np.float32), rng.integers(0, items, users * 20), np.arange(0, users * 20 + 1, 20)),
+        shape=(users, items),
+    )
+    seen.sum_duplicates()
+    seen.data[:] = 1.0
+    assert len(list(_blocks(seen, 100_000))) > 3
+    found = _nearest(seen, 5, 100_000)
+    assert found.shape == (items, items) and 0 < found.nnz < 20 * 20 * users
+    item = int(seen.indices[0])
+    others = set(seen[seen[:, item].nonzero()[0]].indices.tolist()) - {item}
+    assert set(found[item].indices.tolist()) <= others
+
+
+@settings(deadline=None, max_examples=30)
 @given(HISTORIES, st.floats(0.5, 50))
 def test_ease_solves_its_regression(histories: list[list[int]], l2: float) -> None:
     """Column j of the weights is the ridge regression of item j on the others: its gradient there is zero."""
@@ -190,6 +227,9 @@ def test_held_out_items_are_ranked_among_all_and_among_themselves(small: Prepare
     assert cold is not None
     found = evaluate(small, splits.test, splits.fit(small), encoder, Alone(), config, "test", cold)
     assert list(found.table) == ["popularity", "item-kNN", *HEADS, "random", "content alone", "ids alone"]
+    none = dataclasses.replace(config, baselines=())
+    bare = evaluate(small, splits.test, splits.fit(small), encoder, Alone(), none, "test", cold)
+    assert list(bare.table) == [*HEADS, "content alone", "ids alone"]
     assert set(found.segments) == {"warm", "cold user", "cold item", "cold item, among those alone"}
     assert found.segments["cold item, among those alone"]["popularity"]["hr@5"] == 0.0  # all tie, ties count against
     ranked = rank_targets(small, splits.test, Random(), Alone(), Blocks(), among=cold)
@@ -206,6 +246,9 @@ def test_all_rows_of_the_table_rank_the_same_users(small: PreparedData) -> None:
     found = evaluate(small, splits.test, splits.fit(small), encoder, Alone(), EvalConfig(ks=(5,)), "test")
     assert list(found.table) == ["popularity", "item-kNN", "EASE-R", *HEADS]
     assert all(set(m) == {"hr@5", "ndcg@5", "mrr", "coverage@10"} for m in found.table.values())
+    few = EvalConfig(ks=(5,), baselines=("EASE-R",))
+    found_few = evaluate(small, splits.test, splits.fit(small), encoder, Alone(), few, "test")
+    assert list(found_few.table) == ["EASE-R", *HEADS] and found_few.table["EASE-R"] == found.table["EASE-R"]
     shares = {s: np.mean(small.segment[splits.test.end] == s) for s in found.segments}
     for name, metrics in found.table.items():
         weighted = sum(shares[s] * found.segments[s][name]["hr@5"] for s in found.segments)

@@ -226,6 +226,13 @@ class EvalConfig:
     ks: Annotated[tuple[Count, ...], Field(min_length=1, description="cut-offs K of HR@K and NDCG@K")] = (5, 10, 20)
     user_block: Annotated[Count, Field(description="users scored at once")] = 256
     item_block: Annotated[Count, Field(description="items scored at once")] = 16384
+    baselines: Annotated[
+        tuple[Literal["popularity", "item-kNN", "EASE-R", "random"], ...],
+        Field(
+            description="what 'flm evaluate' ranks beside the heads; []: nothing; random: only where items are held"
+            " out; EASE-R: only up to ease_items"
+        ),
+    ] = ("popularity", "item-kNN", "EASE-R", "random")
     neighbours: Annotated[Count, Field(description="item-kNN baseline: neighbours kept per item")] = 100
     ease_items: Annotated[
         int, Field(ge=0, description="EASE-R baseline: largest catalogue it is fitted to (8 items^2 bytes); 0: never")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import scipy.sparse as sp
 import torch
@@ -13,6 +15,8 @@ from flm_torchrec.data.splits import Examples
 
 EASE_L2 = 100.0
 """Regularisation of EASE-R. Fixed, so that every table of this project has the same baseline to compare with."""
+BLOCK_ENTRIES = 2**24
+"""Pairs of items that item-kNN holds at once beside those it keeps: 200 MB with their places."""
 
 
 class Popularity:
@@ -66,7 +70,7 @@ class ItemKNN(_FromHistory):
     """Scores an item by its summed cosine similarity to the items of the user's known events.
 
     Cosine over the binary user x item matrix of training events, the `neighbours` most similar items kept for
-    each item (Sarwar et al., WWW 2001; Deshpande & Karypis, ACM TOIS 2004).
+    each item (Sarwar et al., WWW 2001; Deshpande & Karypis, ACM TOIS 2004). Memory grows with items x neighbours.
     """
 
     names: tuple[str, ...] = ("item-kNN",)
@@ -111,18 +115,45 @@ def _seen(data: PreparedData, fit: np.ndarray) -> sp.csr_matrix:
     return seen
 
 
-def _nearest(seen: sp.csr_matrix, neighbours: int, block: int = 1024) -> sp.csr_matrix:
-    """[items, items]: row i holds the cosine of i to its nearest items, itself left out."""
+def _nearest(seen: sp.csr_matrix, neighbours: int, entries: int = BLOCK_ENTRIES) -> sp.csr_matrix:
+    """[items, items]: row i holds the cosine of i to its nearest items, itself left out; those as near as the last too.
+
+    Only pairs that some user has seen both of are ever held, block by block of items.
+
+    Args:
+        entries: of one block, at most; a block has one item at least.
+    """
     norms = np.sqrt(np.asarray(seen.multiply(seen).sum(0)).ravel())
-    unit = (seen @ sp.diags(1 / np.maximum(norms, 1e-12))).tocsc()
+    unit = (seen @ sp.diags(1 / np.maximum(norms, 1e-12))).tocsr()
+    by_item = unit.T.tocsr()
     kept = []
-    for start in range(0, unit.shape[1], block):
-        part = unit[:, start : start + block]
-        cosine = (part.T @ unit).toarray()
-        rows = np.arange(cosine.shape[0])
-        cosine[rows, rows + start] = 0.0
-        if neighbours < cosine.shape[1]:
-            limit = np.partition(cosine, -neighbours, axis=1)[:, -neighbours]
-            cosine[cosine < limit[:, None]] = 0.0
-        kept.append(sp.csr_matrix(cosine))
+    for start, stop in _blocks(seen, entries):
+        cosine = by_item[start:stop] @ unit
+        kept.append(_without_far(cosine, start, neighbours))
     return sp.vstack(kept).tocsr()
+
+
+def _blocks(seen: sp.csr_matrix, entries: int) -> Iterator[tuple[int, int]]:
+    """First item and end of blocks whose rows of the item x item matrix have so many entries together at most."""
+    items = seen.shape[1]
+    # An item's row has an entry for each item of its users at most.
+    most = np.minimum(seen.T @ np.diff(seen.indptr), items)
+    ends = np.cumsum(most)
+    start = 0
+    while start < items:
+        before = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + entries, side="right")))
+        yield start, stop
+        start = stop
+
+
+def _without_far(cosine: sp.csr_matrix, start: int, neighbours: int) -> sp.csr_matrix:
+    """Rows of items `start`, `start` + 1, …, each without itself and whatever is less near than its nearest."""
+    rows = np.repeat(np.arange(cosine.shape[0]), np.diff(cosine.indptr))
+    cosine.data[cosine.indices == rows + start] = 0.0
+    cosine.eliminate_zeros()
+    for row in np.flatnonzero(np.diff(cosine.indptr) > neighbours):
+        values = cosine.data[cosine.indptr[row] : cosine.indptr[row + 1]]
+        values[values < np.partition(values, -neighbours)[-neighbours]] = 0.0
+    cosine.eliminate_zeros()
+    return cosine

@@ -56,15 +56,10 @@ def evaluate(
             more among these alone, also by content and by ids alone and by chance.
     """
     items, block = data.schema.items, config.item_block
-    scorers: list[Scorer] = [
-        Popularity(data, fit),
-        ItemKNN(data, fit, examples, config.neighbours),
-        *([EASE(data, fit, examples)] if items <= config.ease_items else []),
-        HeadScorer(encoder, items, block, comm),
-    ]
+    scorers = [*_baselines(data, examples, fit, config), HeadScorer(encoder, items, block, comm)]
     if cold_items is not None:
         scorers += [
-            Random(),
+            *([Random()] if "random" in config.baselines else []),
             HeadScorer(encoder, items, block, comm, "content", {"content alone": "content"}),
             HeadScorer(encoder, items, block, comm, "id", {"ids alone": "collaborative"}),
         ]
@@ -85,6 +80,18 @@ def evaluate(
             if among is not None and labels is not None:
                 part = count_ranks(_only(among, labels == COLD_ITEM), name, items, comm)
                 found.segments.setdefault(f"{COLD_ITEM}, among those alone", {})[name] = part.metrics(config.ks)
+    return found
+
+
+def _baselines(data: PreparedData, examples: Examples, fit: np.ndarray, config: EvalConfig) -> list[Scorer]:
+    """Those asked for that learn from events; EASE-R only where the catalogue is small enough."""
+    found: list[Scorer] = []
+    if "popularity" in config.baselines:
+        found.append(Popularity(data, fit))
+    if "item-kNN" in config.baselines:
+        found.append(ItemKNN(data, fit, examples, config.neighbours))
+    if "EASE-R" in config.baselines and data.schema.items <= config.ease_items:
+        found.append(EASE(data, fit, examples))
     return found
 
 
