@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from flm_torchrec.config import nearest
 from flm_torchrec.data import command as data_command
 from flm_torchrec.data import inspect_command
 from flm_torchrec.distributed import command as distributed_command
 from flm_torchrec.errors import FlmError
 from flm_torchrec.evaluation import command as evaluation_command
 from flm_torchrec.export import command as export_command
+from flm_torchrec.names import nearest
 from flm_torchrec.report import command as report_command
 from flm_torchrec.serve import command as serve_command
 from flm_torchrec.training import command as training_command

@@ -10,7 +10,6 @@ with more seeds or variants. A run made with other settings than the study now s
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -24,9 +23,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from flm_torchrec.config import Config, load_config, nearest
+from flm_torchrec.config import Config, load_config
 from flm_torchrec.config.schema import LossConfig
+from flm_torchrec.documents import Unreadable, read_json, read_yaml
 from flm_torchrec.errors import ConfigError, FlmError, RunError
+from flm_torchrec.names import nearest
 
 HEADS = ("content", "collaborative", "sequential")
 BASELINES = ("popularity", "item-kNN", "EASE-R")
@@ -53,10 +54,10 @@ def read_study(file: Path, config: str | None, output: Path, seeds: Sequence[int
         ConfigError: the file, a variant or a setting in it is wrong.
     """
     try:
-        study = yaml.safe_load(file.read_text(encoding="utf-8"))
+        study = read_yaml(file)
         start, shared, variants = config or study["config"], study.get("settings") or {}, study["variants"]
         variants = {name: {**shared, **(changes or {})} for name, changes in variants.items()}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (Unreadable, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"{file}: not a study ({reason}); it needs 'config' and 'variants', see tools/ablate.py"
@@ -93,7 +94,7 @@ def result_of(run: Run, split: str) -> dict[str, Any] | None:
         raise RunError(
             f"{run.folder}: made with other settings than the study has now; remove it or give another --output"
         )
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_json(file)
 
 
 def _as_configured(run: Run) -> bool:

@@ -8,7 +8,6 @@ from flm_torchrec.config.load import (
     from_dict,
     given_overrides,
     load_config,
-    nearest,
     sections,
     to_yaml,
 )
@@ -23,7 +22,6 @@ __all__ = [
     "from_dict",
     "given_overrides",
     "load_config",
-    "nearest",
     "sections",
     "to_yaml",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -14,7 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from flm_torchrec.config.schema import Config
+from flm_torchrec.documents import Unreadable, parse_yaml, read_yaml, shortened
 from flm_torchrec.errors import ConfigError
+from flm_torchrec.names import nearest
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -49,7 +50,7 @@ def first_problem(error: ValidationError, depth: int | None = None) -> str:
     """What is wrong with the first value that is: its place, at most `depth` names of it, the reason and the value."""
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"][:depth])
-    given = "" if first["type"] in ("value_error", "missing") else f", not {first['input']!r}"
+    given = "" if first["type"] in ("value_error", "missing") else f", not {shortened(first['input'])}"
     # A check of several sections has no place, and names the fields itself.
     before = f"{place}: " if place else ""
     return f"{before}{first['msg'].removeprefix('Value error, ')}{given}"
@@ -104,20 +105,11 @@ def given_overrides(args: argparse.Namespace) -> list[str]:
     return [f"{key}={value}" for key, value in given.items() if value is not None]
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint that names the closest known name, or lists them all."""
-    known = list(known)
-    close = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; give the path of a YAML config file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+        values = read_yaml(path)
+    except Unreadable as error:
+        raise ConfigError(f"{path}: {error}; give the path of a YAML config file") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -127,9 +119,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _value(key: str, text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--{key}: '{text}' is not a value; put it in quotes") from error
+        value = parse_yaml(text)
+    except Unreadable as error:
+        raise ConfigError(f"--{key}: {shortened(text)} is not a value ({error}); put it in quotes") from error
     # YAML 1.1 reads 1e-3 as a string, Python and people read it as a number.
     if isinstance(value, str):
         try:
@@ -145,7 +137,7 @@ def _refuse_unknown(values: dict[str, Any], source: str) -> None:
         if section not in known:
             raise ConfigError(f"{source}: unknown section '{section}'; {nearest(str(section), known)}")
         if not isinstance(content, dict):
-            raise ConfigError(f"{source}: '{section}' must hold fields, not {content!r}")
+            raise ConfigError(f"{source}: '{section}' must hold fields, not {shortened(content)}")
         names = [f.name for f in fields(known[section])]
         for name in content:
             if name not in names:

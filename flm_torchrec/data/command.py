@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flm_torchrec.config.load import nearest
 from flm_torchrec.data.memory import GIB, memory_bytes
 from flm_torchrec.errors import DataError
+from flm_torchrec.names import nearest
 
 if TYPE_CHECKING:
     from flm_torchrec.data.raw import Raw

@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,10 @@ import pyarrow.parquet as pq
 
 from flm_torchrec.data.prepared import fingerprint_of
 from flm_torchrec.data.schema import Feature, Schema
+from flm_torchrec.documents import read_json
 from flm_torchrec.errors import DataError
 from flm_torchrec.files import write_text
-
-SUGGESTED_FROM = 100_000
-"""Keys that an unknown one is compared with."""
+from flm_torchrec.names import closest
 
 
 def tombstone(user: int) -> str:
@@ -47,7 +45,7 @@ def forgotten_users(file: Path) -> np.ndarray:
 
 def nearest_keys(key: str, known: list[str]) -> str:
     """A hint that names the known keys closest to one that is not."""
-    close = get_close_matches(key, known[:SUGGESTED_FROM], n=3) or known[:1]
+    close = closest(key, known, 3, cutoff=0.6) or known[:1]
     return f"nearest: {', '.join(close)}"
 
 
@@ -220,7 +218,7 @@ def _copy_vocabularies(folder: Path, fresh: Path, used: Mapping[str, np.ndarray]
 def _read_report(folder: Path) -> dict[str, Any]:
     file = folder / "report.json"
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
+        report = read_json(file)
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: not readable ({error}); prepare the data again") from error
     if not isinstance(report, dict) or not isinstance(report.get("forgotten", {}), dict):

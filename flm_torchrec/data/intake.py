@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from flm_torchrec.data.clean import Dropped, drop_bad
 from flm_torchrec.data.raw import Raw, Shard
+from flm_torchrec.documents import read_json
 from flm_torchrec.files import write_text
 
 NO_ROWS = pl.DataFrame(
@@ -76,7 +77,7 @@ class Intake:
 
     def report(self, shards: int) -> tuple[list[str], int, Dropped]:
         """Names of the shards, rows read, and what was dropped of them."""
-        records = [json.loads(rows_file(self.folder, n).with_suffix(".json").read_text()) for n in range(shards)]
+        records = [read_json(rows_file(self.folder, n).with_suffix(".json")) for n in range(shards)]
         dropped = Dropped()
         for record in records:
             dropped.merge(Dropped.from_json(record["dropped"]))

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flm_torchrec.config.load import nearest
 from flm_torchrec.data.schema import Feature, Table
 from flm_torchrec.errors import DataError
+from flm_torchrec.names import nearest
 
 MANAGED_IDS = 2**63 - 1
 """Managed tables are asked for hashed ids below this. Evenly spread: ranks share them out by range."""

@@ -9,8 +9,9 @@ from typing import Literal, get_args
 
 import yaml
 
-from flm_torchrec.config import nearest
+from flm_torchrec.documents import read_yaml
 from flm_torchrec.errors import DataError
+from flm_torchrec.names import nearest
 
 Kind = Literal["categorical", "multi_categorical", "text", "numeric", "quantile", "dense"]
 Entity = Literal["user", "item"]
@@ -133,11 +134,11 @@ class Schema:
         if not path.is_file():
             raise DataError(f"{path}: not found; make the data with 'flm prepare --output {path.parent}'")
         try:
-            record = yaml.safe_load(path.read_text(encoding="utf-8"))
+            record = read_yaml(path)
             features = tuple(Feature(**f) for f in record.pop("features", ()))
             tables = {name: Table(**t) for name, t in record.pop("tables", {}).items()}
             schema = cls(**{**record, "events": tuple(record["events"])}, features=features, tables=tables)
-        except (yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise DataError(f"{path}: not a schema ({reason}); prepare the data again") from error
         for feature in schema.features:

@@ -11,9 +11,10 @@ from pydantic.dataclasses import dataclass
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.types import HardwareConfig, KernelConfig, TopologyFactory, TrainerConfig
 
-from flm_torchrec.config import first_problem, nearest
+from flm_torchrec.config import first_problem
 from flm_torchrec.config.schema import STRICT
 from flm_torchrec.errors import ConfigError
+from flm_torchrec.names import nearest
 
 GIB = 2**30
 Positive = Annotated[float, Field(gt=0)]

@@ -89,10 +89,10 @@ def run(args: argparse.Namespace) -> None:
 def _question(args: argparse.Namespace, cluster: Cluster) -> Question:
     from torchrec.distributed.types import PipelineType
 
-    from flm_torchrec.config import nearest
     from flm_torchrec.distributed.constraints import KERNELS, read_rules, table_configs
     from flm_torchrec.distributed.plan import pipeline_of
     from flm_torchrec.distributed.whatif import Question
+    from flm_torchrec.names import nearest
 
     config = config_from_arguments(args)
     if config.distributed.plan:

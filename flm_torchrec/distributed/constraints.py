@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic import dataclasses as pydantic
 from torch import nn
@@ -16,10 +15,12 @@ from torchrec.distributed.planner import ParameterConstraints
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from flm_torchrec.config import first_problem, nearest
+from flm_torchrec.config import first_problem
 from flm_torchrec.config.schema import STRICT, DistributedConfig
 from flm_torchrec.distributed.sharders import AUTO_TYPES, sharders
+from flm_torchrec.documents import Unreadable, read_yaml, shortened
 from flm_torchrec.errors import ConfigError
+from flm_torchrec.names import nearest
 
 KERNELS = ("fused", "fused_uvm_caching", "fused_uvm")
 """In the device's memory; in host memory with a cache on the device; in host memory. The last two on a GPU only."""
@@ -80,7 +81,7 @@ def read_rules(config: DistributedConfig, tables: Sequence[str]) -> Rules:
     if not config.constraints:
         return Rules(types)
     path = Path(config.constraints)
-    content = read_yaml(path, "distributed.constraints")
+    content = read_mapping(path, "distributed.constraints")
     return Rules(types, tables={str(name): _rule(path, str(name), entry, tables) for name, entry in content.items()})
 
 
@@ -132,18 +133,16 @@ def table_configs(model: nn.Module) -> list[BaseEmbeddingConfig]:
     return found
 
 
-def read_yaml(path: Path, what: str) -> dict[str, Any]:
+def read_mapping(path: Path, what: str) -> dict[str, Any]:
     """A YAML file that holds a mapping.
 
     Raises:
         ConfigError: it does not, or cannot be read.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{what}: {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{what}: {path}: not YAML ({' '.join(str(error).split())})") from error
+        content = read_yaml(path)
+    except Unreadable as error:
+        raise ConfigError(f"{what}: {path}: {error}; give a YAML file") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{what}: {path}: must hold names and values, not a {type(content).__name__}")
     return content
@@ -156,7 +155,7 @@ def checked(kind: type, entry: Any, known: Sequence[str], where: str) -> Any:
         ConfigError: an unknown key, with the nearest of `known`, or a wrong value.
     """
     if not isinstance(entry, dict):
-        raise ConfigError(f"{where}: must hold keys and values, not {entry!r}")
+        raise ConfigError(f"{where}: must hold keys and values, not {shortened(entry)}")
     for key in entry:
         if key not in known:
             raise ConfigError(f"{where}: unknown key '{key}'; {nearest(str(key), known)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ from torchrec.distributed.types import (
 )
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
 
-from flm_torchrec.config import nearest
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.distributed.constraints import KERNELS, offered_types, table_configs
+from flm_torchrec.documents import Unreadable, read_json
 from flm_torchrec.errors import ConfigError
+from flm_torchrec.names import nearest
 
 
 def describe(plan: ShardingPlan, world_size: int) -> dict[str, Any]:
@@ -52,11 +52,9 @@ def read_plan(path: Path) -> dict[str, Any]:
         ConfigError: no such file, or no plan in it.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; give the plan.json of a run or of 'flm plan'") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not JSON, perhaps cut short ({error}); write it anew with 'flm plan'") from error
+        record = read_json(path)
+    except Unreadable as error:
+        raise ConfigError(f"{path}: {error}; give the plan.json of a run, or write it anew with 'flm plan'") from error
     try:
         for table in record["tables"].values():
             str(table["module"]), table["sharding_type"], table["kernel"]

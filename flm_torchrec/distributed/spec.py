@@ -14,7 +14,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 
 from flm_torchrec.config.schema import STRICT
 from flm_torchrec.distributed.capacity import Workload
-from flm_torchrec.distributed.constraints import Lookup, checked, read_yaml
+from flm_torchrec.distributed.constraints import Lookup, checked, read_mapping
 from flm_torchrec.distributed.estimate import DENSE_BYTES
 from flm_torchrec.errors import ConfigError
 
@@ -56,7 +56,7 @@ def read_spec(path: Path) -> Spec:
     Raises:
         ConfigError: an unreadable file, an unknown key with the nearest known one, or a size that cannot be.
     """
-    content = read_yaml(path, "--spec")
+    content = read_mapping(path, "--spec")
     tables = content.get("tables")
     if not isinstance(tables, list):
         raise ConfigError(f"--spec: {path}: 'tables' must be a list of tables, each with name, rows and dim")

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 from flm_torchrec.config import add_overrides, given_overrides
-from flm_torchrec.errors import RunError
+from flm_torchrec.documents import Unreadable, read_json
+from flm_torchrec.errors import DataError, RunError
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -81,4 +82,8 @@ def _rows_of(keys: list[str], user_keys: list[str], users: list[int]) -> list[in
 
 def _oracle(data: Path) -> dict[str, dict[str, float]] | None:
     """What the source knows of the best possible ranking: only the synthetic one does."""
-    return json.loads((data / "report.json").read_text(encoding="utf-8")).get("oracle")
+    file = data / "report.json"
+    try:
+        return read_json(file).get("oracle")
+    except (Unreadable, AttributeError) as error:
+        raise DataError(f"{file}: not a report of 'flm prepare' ({error}); prepare the data again") from error

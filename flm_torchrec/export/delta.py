@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from flm_torchrec.documents import read_json
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.protocol import Comm
 from flm_torchrec.export.index import build_index
@@ -106,7 +107,7 @@ def load_delta(folder: Path) -> Delta:
     if not file.is_file():
         raise RunError(f"{file}: not found; make a delta with 'flm export --since OLDER --output {folder}'")
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file)
         delta = Delta(**{**record, "whole": manifest_of(record["whole"], file)})
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise RunError(f"{file}: not a delta ({error}); export again") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +15,12 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from flm_torchrec.config import nearest
 from flm_torchrec.data.features import split_words, word_bucket
 from flm_torchrec.data.rows import gap_rows
+from flm_torchrec.documents import read_json
 from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.export.tower_files import DESCRIPTION, FOLDER, HISTORIES, ITEM, PROFILE, USER
+from flm_torchrec.names import nearest
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Tower:
         if not (folder / DESCRIPTION).is_file():
             raise RunError(f"{folder}: not found; make the export with 'flm export --tower int8'")
         try:
-            said: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+            said: dict[str, Any] = read_json(folder / DESCRIPTION)
             self.user, self.item, self.profile = (
                 torch.export.load(folder / name).module() for name in (USER, ITEM, PROFILE)
             )

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from flm_torchrec.config import nearest
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.catalogue import ATTRIBUTE
 from flm_torchrec.export.delta import REMOVED, load_delta
@@ -19,6 +18,7 @@ from flm_torchrec.export.manifest import DELTA, Vectors, load_manifest
 from flm_torchrec.export.rows import Rows, read_part
 from flm_torchrec.export.stores.protocol import Batch, Store
 from flm_torchrec.export.vectors import decode
+from flm_torchrec.names import nearest
 
 STORES = {
     "qdrant": ("qdrant", "Qdrant"),

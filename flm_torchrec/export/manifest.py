@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from flm_torchrec.documents import read_json
 from flm_torchrec.errors import RunError
 from flm_torchrec.files import sha256
 
@@ -102,7 +103,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not file.is_file():
         raise RunError(f"{file}: not found; make the export with 'flm export --output {folder}'")
     try:
-        return manifest_of(json.loads(file.read_text(encoding="utf-8")), file)
+        return manifest_of(read_json(file), file)
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise RunError(f"{file}: not a manifest ({error}); export again") from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from flm_torchrec.export.index import brute_force, open_index
 from flm_torchrec.export.manifest import load_manifest
 from flm_torchrec.export.rows import Rows
 from flm_torchrec.export.vectors import decode
+from flm_torchrec.names import COMPARED, nearest_key
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,5 @@ class Recommender:
             row = part.filter(pc.field("user_key") == key)
             if len(row):
                 return decode(row[head])[0], np.asarray(row["seen"][0].as_py(), np.int64)
-        known = self.users.table(["user_key"])["user_key"].slice(0, 100_000).to_pylist()
-        close = get_close_matches(key, known, n=1) or known[:1]
-        raise RunError(f"user '{key}': not in {self.folder}; ids are those of the source, e.g. '{close[0]}'")
+        known = self.users.table(["user_key"])["user_key"].slice(0, COMPARED).to_pylist()
+        raise RunError(f"user '{key}': not in {self.folder}; {nearest_key(key, known, COMPARED)}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flm_torchrec.config import Config
+from flm_torchrec.documents import Unreadable, read_json
 from flm_torchrec.pages import Curves, Grid, Section
 
 NUMBER = 4
@@ -173,10 +174,12 @@ def _text(file: Path, otherwise: str) -> str:
 
 
 def _json(file: Path, otherwise: str) -> dict[str, Any]:
+    if not file.exists():
+        raise Missing(f"{file} is not there; {otherwise}")
     try:
-        found = json.loads(_text(file, otherwise))
-    except ValueError as error:
-        raise Missing(f"{file} is not JSON ({error})") from error
+        found = read_json(file)
+    except Unreadable as error:
+        raise Missing(f"{file} is not readable ({error})") from error
     if not isinstance(found, dict):
         raise Missing(f"{file} holds no record")
     return found

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from flm_torchrec.config import nearest
 from flm_torchrec.errors import DataError, FlmError
+from flm_torchrec.names import nearest, nearest_key
 from flm_torchrec.serve.generation import Generation
-
-NEAR = 2000
-"""Keys among which the nearest to an unknown one is looked for: more would take too long."""
 
 
 class Refused(FlmError):
@@ -57,9 +53,3 @@ def check_filter(now: Generation, wanted: Mapping[str, Sequence[str]]) -> None:
         for value in values:
             if value not in attributes[name].codes:
                 raise Refused(422, f"filter.{name}: no value '{value}'; {nearest_key(value, attributes[name].codes)}")
-
-
-def nearest_key(key: str, known: Iterable[str]) -> str:
-    keys = [k for k, _ in zip(known, range(NEAR), strict=False)]
-    close = get_close_matches(key[:100], keys, n=1) or keys[:1]
-    return f"did you mean '{close[0]}'?" if close else "there are none"

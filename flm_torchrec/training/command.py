@@ -11,10 +11,10 @@ from flm_torchrec.config import (
     config_from_arguments,
     given_overrides,
     load_config,
-    nearest,
     sections,
 )
 from flm_torchrec.errors import ConfigError
+from flm_torchrec.names import nearest
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:

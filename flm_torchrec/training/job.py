@@ -13,7 +13,7 @@ from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
-from flm_torchrec.config import Config, load_config, nearest
+from flm_torchrec.config import Config, load_config
 from flm_torchrec.data.assemble import Assembler, Known
 from flm_torchrec.data.loader import Loader, Negatives, TrainLoader, windows
 from flm_torchrec.data.prepared import PreparedData
@@ -33,6 +33,7 @@ from flm_torchrec.evaluation.protocol import HEADS
 from flm_torchrec.model.label import LabelModel
 from flm_torchrec.model.pretrain import PretrainModel
 from flm_torchrec.model.tower import HEADS as TRAINED_HEADS
+from flm_torchrec.names import nearest
 from flm_torchrec.training.checkpoint import BEST, Checkpoints, Progress, load_checkpoint, load_matching
 from flm_torchrec.training.encode import ModelEncoder
 from flm_torchrec.training.fusion import choose_weights

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from flm_torchrec.documents import read_json
 from flm_torchrec.errors import RunError
 from flm_torchrec.files import sha256
 
@@ -104,7 +105,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """
     file = folder / META
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     except (OSError, ValueError) as error:
         raise RunError(f"{file}: not readable ({error}); is this a run folder whose training ended?") from error
 

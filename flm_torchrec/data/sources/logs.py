@@ -10,12 +10,12 @@ from typing import get_args
 
 import polars as pl
 
-from flm_torchrec.config.load import nearest
 from flm_torchrec.data.raw import Declared, Raw, Shard
 from flm_torchrec.data.schema import Entity, Kind
 from flm_torchrec.data.sources.shards import CsvShard, JsonShard, ParquetShard, Place, places
 from flm_torchrec.data.sources.tables import check_unique, first_line, read_csv, read_parquet
 from flm_torchrec.errors import DataError
+from flm_torchrec.names import nearest
 
 ROLES = ("user", "item", "timestamp", "event", "value")
 UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}

@@ -20,11 +20,11 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from flm_torchrec.config.load import nearest
 from flm_torchrec.data import lines
 from flm_torchrec.data.clean import Dropped
 from flm_torchrec.data.sources.tables import first_line
 from flm_torchrec.errors import DataError
+from flm_torchrec.names import nearest
 
 ENDINGS = {"parquet": (".parquet",), "csv": (".csv", ".csv.gz"), "jsonl": (".jsonl", ".jsonl.gz", ".ndjson")}
 ROWS = 500_000

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import polars as pl
 
-from flm_torchrec.config.load import nearest
 from flm_torchrec.errors import DataError
+from flm_torchrec.names import nearest
 
 
 def read_csv(

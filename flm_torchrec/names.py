@@ -1,0 +1,38 @@
+"""A name that is not known: which known one is nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from itertools import islice
+
+COMPARED = 100_000
+"""Known names that an unknown one is compared with: more would take seconds."""
+COMPARED_WHILE_SERVING = 2000
+"""The same where an answer must come within milliseconds."""
+COMPARED_LETTERS = 200
+"""Letters of the unknown name that are compared, for the same reason."""
+LISTED = 20
+"""Known names that a hint lists at most."""
+
+
+def closest(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.5) -> list[str]:
+    """The known names most like `name`, the most like it first; empty if none is."""
+    return get_close_matches(name[:COMPARED_LETTERS], list(islice(known, COMPARED)), n=count, cutoff=cutoff)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint that names the closest known name, or lists the known ones."""
+    known = list(islice(known, COMPARED))
+    close = closest(name, known)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    more = f", and {len(known) - LISTED} more" if len(known) > LISTED else ""
+    return f"known: {', '.join(known[:LISTED])}{more}" if known else "there are none"
+
+
+def nearest_key(key: str, known: Iterable[str], compared: int = COMPARED_WHILE_SERVING) -> str:
+    """A hint for the id of a user or item: the known id closest to it, else the first one as an example."""
+    keys = list(islice(known, compared))
+    close = closest(key, keys, cutoff=0.6) or keys[:1]
+    return f"did you mean '{close[0]}'?" if close else "there are none"
