@@ -13,6 +13,7 @@ from flm_torchrec.distributed import command as distributed_command
 from flm_torchrec.errors import FlmError
 from flm_torchrec.evaluation import command as evaluation_command
 from flm_torchrec.export import command as export_command
+from flm_torchrec.messages import redact, visible
 from flm_torchrec.names import nearest
 from flm_torchrec.report import command as report_command
 from flm_torchrec.serve import command as serve_command
@@ -24,7 +25,7 @@ class _Parser(argparse.ArgumentParser):
     """Names the nearest option when one is not known."""
 
     def error(self, message: str) -> NoReturn:
-        sys.stderr.write(f"error: {message} (see '{self.prog} --help')\n")
+        sys.stderr.write(f"error: {visible(redact(message))} (see '{self.prog} --help')\n")
         sys.exit(2)
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
@@ -49,6 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except FlmError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(redact(str(error)))}", file=sys.stderr)
         return error.exit_code
     return 0

@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 from rich import box
-from rich.console import Console
 from rich.table import Table as RichTable
+
+from flm_torchrec.messages import escape, visible
+from flm_torchrec.terminal import PlainConsole
 
 INK = "#010203"
 """Drawn with by matplotlib and turned into the page's own colour of text, so that plots go with light and dark."""
@@ -90,17 +91,17 @@ def html(title: str, findings: Sequence[str], sections: Sequence[Section], none:
     )
 
 
-def show(findings: Sequence[str], sections: Sequence[Section], console: Console) -> None:
+def show(findings: Sequence[str], sections: Sequence[Section], console: PlainConsole) -> None:
     """Print the findings, notes and tables."""
     for section in sections:
         console.rule(section.title, align="left", style="dim")
         for note in section.notes:
-            console.print(note, markup=False, highlight=False, soft_wrap=True)
+            console.print(note, soft_wrap=True)
         for grid in section.parts:
             if isinstance(grid, Grid):
                 console.print(_rich(grid))
     for line in findings:
-        console.print(f"problem: {line}", markup=False, highlight=False, style="yellow", soft_wrap=True)
+        console.print(f"problem: {line}", style="yellow", soft_wrap=True)
 
 
 def _rich(grid: Grid) -> RichTable:
@@ -108,7 +109,7 @@ def _rich(grid: Grid) -> RichTable:
     for number, name in enumerate(grid.header):
         table.add_column(name, justify="right" if number else "left")
     for row in grid.rows:
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        table.add_row(*row)
     return table
 
 
@@ -132,15 +133,15 @@ def _plot(plot: Curves | Bars) -> str:
         axes = figure.subplots()
         axes.set_facecolor("none")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(plot.title, loc="left")
+        axes.set_title(visible(plot.title), loc="left")
         if isinstance(plot, Bars):
             axes.bar(range(len(plot.labels)), plot.heights, color=COLOURS[0])
             turned = 60 if max(map(len, plot.labels), default=0) > 4 else 0
-            axes.set_xticks(range(len(plot.labels)), plot.labels, rotation=turned)
+            axes.set_xticks(range(len(plot.labels)), [visible(label) for label in plot.labels], rotation=turned)
         else:
             for number, (name, (x, y)) in enumerate(plot.lines.items()):
                 colour, marker = COLOURS[number % len(COLOURS)], "o" if len(x) < 3 else None
-                axes.plot(x, y, marker=marker, linewidth=1.4, color=colour, label=name)
+                axes.plot(x, y, marker=marker, linewidth=1.4, color=colour, label=visible(name))
             axes.set_xlabel(plot.x)
             if len(plot.lines) > 1:
                 axes.legend(frameon=False, fontsize=8)

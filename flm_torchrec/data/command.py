@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flm_torchrec.data.memory import GIB, memory_bytes
 from flm_torchrec.errors import DataError
+from flm_torchrec.messages import visible
 from flm_torchrec.names import nearest
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def _tell(report: dict[str, Any], output: Path, seconds: float) -> None:
         f" {dropped} of {report['rows_read']} rows dropped, sparsity {report['sparsity']:.4%}, {seconds:.1f} s"
     )
     for reason, detail in report["dropped"].items():
-        print(f"  dropped {detail['rows']}: {reason} (e.g. {detail['examples'][0]})")
+        print(visible(f"  dropped {detail['rows']}: {reason} (e.g. {detail['examples'][0]})"))
     if report["items_without_features"]:
         print(f"  {report['items_without_features']} items have no features: only their ids tell of them")
     print(f"next: flm train --data.path {output}")

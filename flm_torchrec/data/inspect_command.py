@@ -60,13 +60,13 @@ def run(args: argparse.Namespace) -> None:
     if args.output and not args.output.parent.is_dir():
         raise DataError(f"{args.output.parent}: not found; --output must be in a folder that is there")
     # Imported here: a wrong option should be told at once.
-    from rich.console import Console
 
     from flm_torchrec import pages
     from flm_torchrec.data.inspection import look_at_counts, look_at_distributions, look_at_top, opened
     from flm_torchrec.data.inspection_drift import look_at_drift
     from flm_torchrec.data.inspection_features import look_at_features
     from flm_torchrec.data.inspection_splits import look_at_splits
+    from flm_torchrec.terminal import PlainConsole
 
     with opened(args.folder, memory) as data:
         look_at_counts(data)
@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> None:
         look_at_drift(data)
         look_at_features(data)
         look_at_top(data)
-    console = Console()
-    pages.show(data.findings, data.sections, console if console.is_terminal else Console(width=160))
+    console = PlainConsole()
+    pages.show(data.findings, data.sections, console if console.is_terminal else PlainConsole(width=160))
     if args.output:
         page = pages.html(f"{data.schema.name}: prepared data", data.findings, data.sections, "No problems found.")
         write_text(args.output, page)

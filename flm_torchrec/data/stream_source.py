@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from flm_torchrec.data.prepared import told_as_data_error
 from flm_torchrec.errors import DataError
+from flm_torchrec.messages import first_line, redact_address
 
 MESSAGES = 10_000
 """Of Kafka in a chunk, at most."""
@@ -51,15 +52,22 @@ def open_source(url: str) -> Source:
     Raises:
         DataError: there is none, or what it needs is not installed.
     """
-    parts = urlsplit(url)
+    shown = redact_address(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        reason = first_line(error, url)
+        raise DataError(f"--source {shown}: no address ({reason}); write it as kafka://HOST:PORT/TOPIC") from error
     if parts.scheme == "kafka":
+        if "@" in url or parts.query or parts.fragment:
+            raise DataError(f"--source {shown}: takes no user, password or settings; write it kafka://HOST:PORT/TOPIC")
         if not parts.netloc or not parts.path.strip("/"):
-            raise DataError(f"--source {url}: write it as kafka://HOST:PORT/TOPIC")
+            raise DataError(f"--source {shown}: write it as kafka://HOST:PORT/TOPIC")
         return KafkaTopic(parts.netloc, parts.path.strip("/"))
     if parts.scheme:
-        raise DataError(f"--source {url}: '{parts.scheme}' is not known; give a folder or kafka://HOST:PORT/TOPIC")
+        raise DataError(f"--source {shown}: '{parts.scheme}' is not known; give a folder or kafka://HOST:PORT/TOPIC")
     if not Path(url).is_dir():
-        raise DataError(f"--source {url}: no such folder; make it, or give kafka://HOST:PORT/TOPIC")
+        raise DataError(f"--source {shown}: no such folder; make it, or give kafka://HOST:PORT/TOPIC")
     return Folder(Path(url))
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import duckdb
 
 from flm_torchrec.data.intake import FrameShard
-from flm_torchrec.data.sources.tables import first_line
 from flm_torchrec.errors import DataError
+from flm_torchrec.messages import first_line
 
 LOCK = "lock"
 FORMAT = 1

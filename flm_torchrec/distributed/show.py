@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from flm_torchrec.distributed.whatif import Remedy
+from flm_torchrec.messages import escape
+from flm_torchrec.terminal import PlainConsole
 
 MOST_RANKS_SHOWN = 16
 PARTS = {
@@ -92,10 +92,10 @@ def sweep_grid(rows: Sequence[dict[str, Any]]) -> Grid:
 
 def text(lines: Sequence[str], tables: Sequence[Grid]) -> str:
     """As wide as it needs to be, whatever the terminal."""
-    console = Console(width=160, no_color=True, highlight=False)
+    console = PlainConsole(width=160, no_color=True)
     with console.capture() as capture:
         for line in lines:
-            console.print(line, markup=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
         for grid in tables:
             drawn = Table(title=grid.title, title_justify="left")
             for name in grid.header:

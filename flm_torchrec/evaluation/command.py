@@ -40,10 +40,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
     import numpy as np
-    from rich.console import Console
 
     from flm_torchrec.evaluation.evaluate import evaluate
     from flm_torchrec.evaluation.report import markdown, show
+    from flm_torchrec.terminal import PlainConsole
     from flm_torchrec.training.restore import restore
 
     with restore(args.run_folder, given_overrides(args), args.sample) as restored:
@@ -63,9 +63,9 @@ def run(args: argparse.Namespace) -> None:
         if args.markdown:
             print(markdown(evaluation), end="")
             return
-        console = Console()
+        console = PlainConsole()
         # Into a file or a pipe the whole table, not one squeezed into 80 columns.
-        show(evaluation, console if console.is_terminal else Console(width=120), _oracle(job.data.path))
+        show(evaluation, console if console.is_terminal else PlainConsole(width=120), _oracle(job.data.path))
 
 
 def _rows_of(keys: list[str], user_keys: list[str], users: list[int]) -> list[int]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flm_torchrec.evaluation.evaluate import Evaluation
+from flm_torchrec.terminal import PlainConsole
 
 
-def show(evaluation: Evaluation, console: Console, oracle: dict[str, Any] | None = None) -> None:
+def show(evaluation: Evaluation, console: PlainConsole, oracle: dict[str, Any] | None = None) -> None:
     """Print the table of all examples, then one a segment."""
     title = f"{evaluation.split}: {evaluation.users} users, every item ranked, the user's earlier items left out"
     console.print(_table(title, evaluation.table))
@@ -45,5 +46,5 @@ def _table(title: str, rows: dict[str, dict[str, float]]) -> Table:
     for name, metrics in rows.items():
         cells = [f"{metrics[c]:.4f}" if c in metrics else "" for c in columns]
         bold = [c in metrics and metrics[c] == best[c] for c in columns]
-        table.add_row(name, *(f"[bold]{x}[/bold]" if b else x for x, b in zip(cells, bold, strict=True)))
+        table.add_row(name, *(Text(x, "bold") if b else x for x, b in zip(cells, bold, strict=True)))
     return table

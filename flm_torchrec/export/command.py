@@ -188,10 +188,10 @@ def summary(manifest: Manifest) -> str:
 
 
 def run_recommend(args: argparse.Namespace) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from flm_torchrec.export.recommend import Recommender
+    from flm_torchrec.terminal import PlainConsole
 
     found = Recommender(args.export).recommend(args.user, args.k, args.head, args.include_seen)
     if args.json:
@@ -202,4 +202,4 @@ def run_recommend(args: argparse.Namespace) -> None:
         table.add_column(column, justify="right" if column in ("", "score") else "left")
     for place, r in enumerate(found, start=1):
         table.add_row(str(place), r.item_key, r.title, f"{r.score:.3f}")
-    Console().print(table)
+    PlainConsole().print(table)

@@ -18,6 +18,7 @@ from flm_torchrec.export.manifest import DELTA, Vectors, load_manifest
 from flm_torchrec.export.rows import Rows, read_part
 from flm_torchrec.export.stores.protocol import Batch, Store
 from flm_torchrec.export.vectors import decode
+from flm_torchrec.messages import first_line, redact, redact_address
 from flm_torchrec.names import nearest
 
 STORES = {
@@ -31,8 +32,6 @@ BATCH = 1_000
 """Rows sent at once."""
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 """What all of them take for the name of a collection."""
-PASSWORD = re.compile(r"//[^/@]*@")
-"""User and password in an address, not to be shown."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def opened(to: str, collection: str) -> Iterator[Store]:
         RunError: unknown, not installed, not there, or it refuses what is asked of it.
     """
     kind, _, location = to.partition(":")
-    shown = PASSWORD.sub("//", to)
+    shown = redact_address(to)
     if kind not in STORES or not location:
         raise RunError(
             f"--to '{shown}': wants KIND:PLACE, KIND one of {', '.join(STORES)}; {nearest(kind, list(STORES))}"
@@ -69,8 +68,10 @@ def opened(to: str, collection: str) -> Iterator[Store]:
             yield store
         finally:
             store.close()
-    except opener.errors as error:
-        raise RunError(f"--to {shown}: {_first_line(error)}") from error
+    except RunError as error:
+        raise RunError(redact(str(error), to)) from error
+    except (*opener.errors, OSError, ValueError) as error:
+        raise RunError(f"--to {shown}: {first_line(error, to)}") from error
 
 
 def load(folder: Path, to: str, collection: str, vectors: Vectors) -> Loaded:
@@ -112,7 +113,3 @@ def _batch(rows: pa.Table, vectors: Vectors, version: str) -> Batch:
         for i, title in enumerate(rows["title"].to_pylist())
     ]
     return Batch(rows["item_key"].to_pylist(), decode(rows[vectors]), payloads)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -9,6 +9,7 @@ from pathlib import Path
 from flm_torchrec.config import load_config
 from flm_torchrec.errors import RunError
 from flm_torchrec.files import write_text
+from flm_torchrec.messages import visible
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -60,5 +61,5 @@ def run(args: argparse.Namespace) -> None:
     )
     write_text(output, pages.html(f"Run {folder.name}", [f"missing: {line}" for line in missing], sections))
     for line in missing:
-        print(f"missing: {line}")
+        print(f"missing: {visible(line)}")
     print(f"page: {output}")

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 
+from flm_torchrec.messages import visible
 from flm_torchrec.serve.edge import Measured, parse, read_body, tell_errors
 from flm_torchrec.serve.map import Maps
 from flm_torchrec.serve.measures import Measures
@@ -143,4 +144,4 @@ async def _watch(service: Service, seconds: float) -> None:
         try:
             await asyncio.to_thread(service.swap, target)
         except Refused as error:
-            print(f"not swapped: {error}", flush=True)
+            print(f"not swapped: {visible(str(error))}", flush=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flm_torchrec.data.privacy import hash_keys, read_secret
 from flm_torchrec.errors import DataError
+from flm_torchrec.messages import visible
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     from flm_torchrec.training.forget import forget
 
     for line in forget(args.data, list(dict.fromkeys(keys)), args.runs, args.exports):
-        print(line)
+        print(visible(line))
 
 
 def _lines(file: Path) -> list[str]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -21,6 +20,8 @@ from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.errors import RunError
 from flm_torchrec.files import write_text
+from flm_torchrec.messages import redact, visible
+from flm_torchrec.terminal import PlainConsole
 from flm_torchrec.training.storage import refuse_other_data, replace
 
 FINGERPRINT = "vocabulary/fingerprint"
@@ -123,14 +124,15 @@ class Record(AbstractContextManager["Record"]):
         self.started = time.monotonic()
         self.metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self.curves = SummaryWriter(str(folder / "tensorboard"))
-        self.console = Console()
+        self.console = PlainConsole()
         self.log = logging.Logger("flm_torchrec")
         handler = logging.FileHandler(folder / "train.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self.log.addHandler(handler)
         self.progress = Progress(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"), console=self.console, disable=not self.console.is_terminal,
+            TextColumn("{task.fields[status]}", markup=False),
+            console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
         self.task = self.progress.add_task("train", total=steps, status="")
         self.progress.start()
@@ -173,8 +175,9 @@ class Record(AbstractContextManager["Record"]):
     def say(self, text: str) -> None:
         """To the log and to the person watching."""
         if self.folder is not None:
+            text = visible(redact(text))
             self.log.info(text)
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(text, soft_wrap=True)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         if self.folder is not None:
@@ -186,7 +189,7 @@ class Record(AbstractContextManager["Record"]):
         if self.folder is None:
             return
         if error is not None:
-            self.log.error("stopped by %s: %s", type(error).__name__, error)
+            self.log.error("stopped by %s: %s", type(error).__name__, visible(redact(str(error))))
         self.progress.stop()
         try:
             self.metrics.close()

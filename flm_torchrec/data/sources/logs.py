@@ -13,8 +13,9 @@ import polars as pl
 from flm_torchrec.data.raw import Declared, Raw, Shard
 from flm_torchrec.data.schema import Entity, Kind
 from flm_torchrec.data.sources.shards import CsvShard, JsonShard, ParquetShard, Place, places
-from flm_torchrec.data.sources.tables import check_unique, first_line, read_csv, read_parquet
+from flm_torchrec.data.sources.tables import check_unique, read_csv, read_parquet
 from flm_torchrec.errors import DataError
+from flm_torchrec.messages import first_line, redact_address
 from flm_torchrec.names import nearest
 
 ROLES = ("user", "item", "timestamp", "event", "value")
@@ -61,7 +62,7 @@ def read(source: str, location: str, mapping: Mapping) -> Raw:
     shards = tuple(make(place, mapping) for place in _places(source, location, mapping))
     sides = {entity: _side(side, mapping) for entity, side in mapping.sides.items()}
     return Raw(
-        name=re.sub(r"[*?\[\]]", "", PurePosixPath(location).stem) or source,
+        name=re.sub(r"[*?\[\]]", "", PurePosixPath(redact_address(location)).stem) or source,
         source=source,
         interactions=shards,
         items=sides.get("item"),

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 
 from flm_torchrec.data import lines
 from flm_torchrec.data.clean import Dropped
-from flm_torchrec.data.sources.tables import first_line
 from flm_torchrec.errors import DataError
+from flm_torchrec.messages import first_line, redact_address
 from flm_torchrec.names import nearest
 
 ENDINGS = {"parquet": (".parquet",), "csv": (".csv", ".csv.gz"), "jsonl": (".jsonl", ".jsonl.gz", ".ndjson")}
@@ -70,17 +70,20 @@ def places(source: str, location: str) -> list[Place]:
         found = _listed(system, path, ENDINGS[source])
         stated = [(name, system.info(name)) for name in found]
     except (OSError, ImportError, ValueError) as error:
-        raise DataError(f"{location}: cannot be reached ({first_line(error)}); check the address") from error
+        shown = redact_address(location)
+        raise DataError(f"{shown}: cannot be reached ({first_line(error, location)}); check the address") from error
     if not found:
         kinds = " or ".join(f"*{ending}" for ending in ENDINGS[source])
-        raise DataError(f"{location}: no file {kinds}; --input must be such a file, a folder of them or a pattern")
+        raise DataError(
+            f"{redact_address(location)}: no file {kinds}; --input must be such a file, a folder of them or a pattern"
+        )
     made = []
     for name, info in stated:
         url = system.unstrip_protocol(name) if "://" in location else name
         if info.get("size") == 0:
             raise DataError(f"{url}: is empty; give a file with data")
         changed = info.get("mtime") or info.get("LastModified") or info.get("updated") or info.get("ETag")
-        made.append(Place(url, PurePosixPath(name).name, f"{url} {info.get('size')} {changed}"))
+        made.append(Place(url, PurePosixPath(redact_address(name)).name, f"{url} {info.get('size')} {changed}"))
     return made
 
 

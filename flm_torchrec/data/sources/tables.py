@@ -8,6 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from flm_torchrec.errors import DataError
+from flm_torchrec.messages import first_line
 from flm_torchrec.names import nearest
 
 
@@ -80,12 +81,6 @@ def check_unique(keys: pl.Series, file: Path, what: str) -> None:
     twice = keys.filter(keys.is_duplicated())
     if len(twice):
         raise DataError(f"{file}: key '{twice[0]}' occurs more than once as {what}; keep one row of it")
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, fit for one line of an error of ours."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 def _check_columns(file: Path, wanted: Iterable[str] | None, present: Iterable[str]) -> list[str]:
