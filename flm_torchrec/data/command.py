@@ -202,7 +202,7 @@ def _check_input(source: str, path: str | None) -> None:
         return
     if path is None:
         raise DataError(f"--input: name the folder or file of the source '{source}'")
-    if "://" not in path and not Path(path).exists() and not glob.glob(path):
+    if "://" not in path and not Path(path).exists() and path == glob.escape(path):
         raise DataError(f"{path}: not found; --input must name the folder or file of the source")
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import duckdb
 import polars as pl
 
+from flm_torchrec.data import sql
 from flm_torchrec.data.raw import Shard
 
 SHARE = 0.5
@@ -28,14 +29,14 @@ class Engine(Protocol):
     def frame(self, name: str, frame: pl.DataFrame) -> None:
         """Let SQL know the rows of a frame by that name."""
 
-    def query(self, sql: str) -> pl.DataFrame:
+    def query(self, select: str) -> pl.DataFrame:
         """A result that fits into memory."""
 
-    def write(self, sql: str, folder: Path) -> None:
+    def write(self, select: str, folder: Path) -> None:
         """Write a result of any size as Parquet, a folder `bucket=N` for each value of its column bucket."""
 
-    def write_each(self, name: str, source: Path, sql: str, folder: Path) -> None:
-        """As `write`; `sql` reads by that name what `write` left in `source`, and may do so a bucket at a time."""
+    def write_each(self, name: str, source: Path, select: str, folder: Path) -> None:
+        """As `write`; `select` reads by that name what `write` left in `source`, and may do so a bucket at a time."""
 
 
 class DuckEngine:
@@ -45,17 +46,19 @@ class DuckEngine:
         memory: bytes for the whole process, 0 for most of the machine's.
         threads: 0 for all cores.
         spill: folder for what does not fit.
+
+    Raises:
+        DataError: DuckDB cannot use a folder of that name.
     """
 
     def __init__(self, memory: int, threads: int, spill: Path) -> None:
-        self.connection = duckdb.connect()
-        settings = {"temp_directory": f"'{spill}'", "preserve_insertion_order": "false"}
+        settings: dict[str, str | bool | int | float | list[str]]
+        settings = {"temp_directory": sql.checked(spill), "preserve_insertion_order": "false"}
         if memory:
-            settings["memory_limit"] = f"'{int(memory * SHARE)}B'"
+            settings["memory_limit"] = f"{int(memory * SHARE)}B"
         if threads:
             settings["threads"] = str(threads)
-        for name, value in settings.items():
-            self.connection.execute(f"SET {name} = {value}")
+        self.connection = duckdb.connect(config=settings)
 
     def __enter__(self) -> DuckEngine:
         return self
@@ -68,36 +71,28 @@ class DuckEngine:
             take_in(number, shard)
 
     def files(self, name: str, files: Sequence[Path]) -> None:
-        listed = ", ".join(f"'{quoted(file)}'" for file in files)
-        self.connection.execute(f"CREATE OR REPLACE VIEW {name} AS SELECT * FROM read_parquet([{listed}])")
+        self.connection.execute(f"CREATE OR REPLACE VIEW {name} AS SELECT * FROM {sql.read_parquet(files)}")
 
     def frame(self, name: str, frame: pl.DataFrame) -> None:
         self.connection.register(name, frame.to_arrow())
 
-    def query(self, sql: str) -> pl.DataFrame:
-        frame = pl.from_arrow(self.connection.sql(sql).to_arrow_table())
+    def query(self, select: str) -> pl.DataFrame:
+        frame = pl.from_arrow(self.connection.sql(select).to_arrow_table())
         assert isinstance(frame, pl.DataFrame)
         return frame
 
-    def write(self, sql: str, folder: Path) -> None:
-        self.connection.execute(f"COPY ({sql}) TO '{quoted(folder)}' (FORMAT parquet, PARTITION_BY (bucket))")
+    def write(self, select: str, folder: Path) -> None:
+        self.connection.execute(f"COPY ({select}) TO {sql.target(folder)} (FORMAT parquet, PARTITION_BY (bucket))")
 
-    def write_each(self, name: str, source: Path, sql: str, folder: Path) -> None:
+    def write_each(self, name: str, source: Path, select: str, folder: Path) -> None:
         for bucket in buckets(source):
             (folder / bucket.name).mkdir(parents=True)
-            read = f"SELECT *, {bucket.name.removeprefix('bucket=')} AS bucket FROM read_parquet"
-            self.connection.execute(
-                f"CREATE OR REPLACE VIEW {name} AS {read}('{quoted(bucket)}/*.parquet', hive_partitioning = false)"
-            )
-            target = quoted(folder / bucket.name / "part.parquet")
-            self.connection.execute(f"COPY ({sql}) TO '{target}' (FORMAT parquet)")
+            number, rows = bucket.name.removeprefix("bucket="), sql.read_parquet(sorted(bucket.glob("*.parquet")))
+            self.connection.execute(f"CREATE OR REPLACE VIEW {name} AS SELECT *, {number} AS bucket FROM {rows}")
+            target = sql.target(folder / bucket.name / "part.parquet")
+            self.connection.execute(f"COPY ({select}) TO {target} (FORMAT parquet)")
 
 
 def buckets(folder: Path) -> list[Path]:
     """Folders that `Engine.write` left, in order."""
     return sorted(folder.glob("bucket=*"), key=lambda path: int(path.name.removeprefix("bucket=")))
-
-
-def quoted(path: Path) -> str:
-    """As it stands between the quotes of SQL."""
-    return str(path).replace("'", "''")

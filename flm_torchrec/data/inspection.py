@@ -15,6 +15,7 @@ from typing import Any
 import duckdb
 import numpy as np
 
+from flm_torchrec.data import sql
 from flm_torchrec.data.schema import Schema, sparsity
 from flm_torchrec.errors import DataError
 from flm_torchrec.pages import Bars, Curves, Grid, Section
@@ -60,14 +61,13 @@ def opened(folder: Path, memory: int) -> Iterator[Inspection]:
     with TemporaryDirectory(prefix="flm-inspect-") as spill:
         connection = duckdb.connect(config={"memory_limit": f"{memory}B", "temp_directory": spill})
         try:
-            events = ", ".join(_quoted(str(file)) for file in files)
+            events = sql.read_parquet(files, "file_row_number = true")
             connection.execute(
-                "CREATE VIEW events AS SELECT * EXCLUDE (file_row_number), file_row_number AS place"
-                f" FROM read_parquet([{events}], file_row_number = true)"
+                f"CREATE VIEW events AS SELECT * EXCLUDE (file_row_number), file_row_number AS place FROM {events}"
             )
             for entity in ("items", "users"):
-                file = _quoted(str(folder / f"{entity}.parquet"))
-                connection.execute(f"CREATE VIEW {entity} AS SELECT * FROM read_parquet({file})")
+                rows = sql.read_parquet([folder / f"{entity}.parquet"])
+                connection.execute(f"CREATE VIEW {entity} AS SELECT * FROM {rows}")
             yield Inspection(folder, schema, connection)
         except duckdb.Error as error:
             raise DataError(f"{folder}: not readable ({str(error).splitlines()[0]}); prepare the data again") from error
@@ -150,7 +150,7 @@ def look_at_distributions(data: Inspection) -> None:
 
 def look_at_top(data: Inspection) -> None:
     """The items and users of most events."""
-    title = column_name(data.schema.title) if data.schema.title else "item_key"
+    title = sql.name(data.schema.title) if data.schema.title else "item_key"
     total = data.one("SELECT count(*) FROM events")[0]
     items = data.rows(
         f"SELECT item_key, {title}, n FROM (SELECT item_id, count(*) AS n FROM events GROUP BY item_id ORDER BY n DESC,"
@@ -228,12 +228,3 @@ def _seconds(amount: int) -> str:
 
 def _date(seconds: int) -> str:
     return str(np.datetime64(seconds, "s")).replace("T", " ")
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def column_name(column: str) -> str:
-    """A column as SQL names it, whatever characters it has."""
-    return '"' + column.replace('"', '""') + '"'

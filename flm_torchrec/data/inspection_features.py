@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from flm_torchrec.data.inspection import Inspection, column_name
+from flm_torchrec.data import sql
+from flm_torchrec.data.inspection import Inspection
 from flm_torchrec.data.schema import Feature
 from flm_torchrec.pages import Grid, Section
 
@@ -50,7 +51,7 @@ def _problem(data: Inspection, feature: Feature, known: int, held: int, values: 
 
 def _codes(data: Inspection, feature: Feature, entity: str) -> tuple[int, int, int]:
     """Rows that have a code, codes that occur, rows of the commonest."""
-    column = column_name(feature.column)
+    column = sql.name(feature.column)
     listed = feature.kind in ("multi_categorical", "text")
     known = f"len({column}) > 0" if listed else f"{column} IS NOT NULL"
     codes = f"unnest(list_distinct({column}))" if listed else column
@@ -64,7 +65,7 @@ def _codes(data: Inspection, feature: Feature, entity: str) -> tuple[int, int, i
 
 def _numbers(data: Inspection, feature: Feature, entity: str) -> tuple[int, int, int]:
     """Rows that have a number or a vector, different ones (about, by a sketch of their hashes), and nothing."""
-    column = column_name(feature.column)
+    column = sql.name(feature.column)
     rows, values = data.one(
         f"SELECT count({column}), approx_count_distinct(hash({column})) FILTER ({column} IS NOT NULL) FROM {entity}"
     )

@@ -152,7 +152,8 @@ class Interactions:
         return Written(per_user, sessions, pairs)
 
     def _bucket(self, bucket: Path, user_ids: np.ndarray, item_ids: np.ndarray) -> pl.DataFrame:
-        frame = pl.read_parquet(bucket / "*.parquet", hive_partitioning=False).filter(pl.col("duplicate") == 0)
+        files = sorted(bucket.glob("*.parquet"))
+        frame = pl.read_parquet(files, glob=False, hive_partitioning=False).filter(pl.col("duplicate") == 0)
         frame = frame.with_columns(
             user_id=pl.Series(user_ids[frame["user_id"].to_numpy()], dtype=pl.Int64),
             item_id=pl.Series(item_ids[frame["item_id"].to_numpy()], dtype=pl.Int64),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,27 +63,30 @@ class SparkEngine:
             raise DataError(failed[0])
 
     def files(self, name: str, files: Sequence[Path]) -> None:
-        # What a folder `bucket=N` says of its files is not in them.
-        buckets = {file.parent.parent for file in files if file.parent.name.startswith("bucket=")}
-        read = self.session.read
-        for base in buckets:
-            read = read.option("basePath", str(base))
-        read.parquet(*map(str, files)).createOrReplaceTempView(name)
+        # What a folder `bucket=N` says of its files is not in them; other folders say nothing, whatever their names.
+        (base,) = {file.parent.parent if file.parent.name.startswith("bucket=") else file.parent for file in files}
+        read = self.session.read.option("basePath", str(base))
+        read.parquet(*map(_literal, files)).createOrReplaceTempView(name)
 
     def frame(self, name: str, frame: pl.DataFrame) -> None:
         self.session.createDataFrame(frame.to_arrow()).createOrReplaceTempView(name)
 
-    def query(self, sql: str) -> pl.DataFrame:
-        frame = pl.from_arrow(self.session.sql(sql).toArrow())
+    def query(self, select: str) -> pl.DataFrame:
+        frame = pl.from_arrow(self.session.sql(select).toArrow())
         assert isinstance(frame, pl.DataFrame)
         return frame
 
-    def write(self, sql: str, folder: Path) -> None:
-        self.session.sql(sql).repartition("bucket").write.partitionBy("bucket").parquet(str(folder))
+    def write(self, select: str, folder: Path) -> None:
+        self.session.sql(select).repartition("bucket").write.partitionBy("bucket").parquet(str(folder))
 
-    def write_each(self, name: str, source: Path, sql: str, folder: Path) -> None:
+    def write_each(self, name: str, source: Path, select: str, folder: Path) -> None:
         self.files(name, sorted(source.glob("*/*.parquet")))
-        self.write(sql, folder)
+        self.write(select, folder)
+
+
+def _literal(file: Path) -> str:
+    """As a pattern that matches this path alone."""
+    return re.sub(r"([\[\]{}*?\\])", r"\\\1", str(file))
 
 
 def _told(take_in: Callable[[int, Shard], None], number: int, shard: Shard) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import shutil
@@ -42,7 +43,7 @@ def work_folder(output: Path, made_of: list[Any]) -> Iterator[Path]:
     work = output.with_name(f".{output.name}.work-{digest}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        for left in output.parent.glob(f".{output.name}.work-*"):
+        for left in output.parent.glob(f".{glob.escape(output.name)}.work-*"):
             if left != work:
                 with _alone(left, output):
                     shutil.rmtree(left)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import duckdb
@@ -19,8 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
-from flm_torchrec.data import lines
+from flm_torchrec.data import lines, sql
 from flm_torchrec.data.clean import Dropped
 from flm_torchrec.errors import DataError
 from flm_torchrec.messages import first_line, redact_address
@@ -43,6 +45,8 @@ class Place:
     identity: str
 
     def open(self) -> IO[bytes]:
+        if "://" not in self.url:  # a path, whatever fsspec would make of its characters
+            return LocalFileSystem().open(self.url, "rb", compression="infer")
         return fsspec.open(self.url, "rb", compression="infer").open()
 
     @contextmanager
@@ -66,7 +70,10 @@ def places(source: str, location: str) -> list[Place]:
         DataError: none is there, one is empty, or the address cannot be reached.
     """
     try:
-        system, path = fsspec.core.url_to_fs(location)
+        if "://" in location:
+            system, path = fsspec.core.url_to_fs(location)
+        else:
+            system, path = LocalFileSystem(), str(Path(location).absolute())
         found = _listed(system, path, ENDINGS[source])
         stated = [(name, system.info(name)) for name in found]
     except (OSError, ImportError, ValueError) as error:
@@ -74,9 +81,8 @@ def places(source: str, location: str) -> list[Place]:
         raise DataError(f"{shown}: cannot be reached ({first_line(error, location)}); check the address") from error
     if not found:
         kinds = " or ".join(f"*{ending}" for ending in ENDINGS[source])
-        raise DataError(
-            f"{redact_address(location)}: no file {kinds}; --input must be such a file, a folder of them or a pattern"
-        )
+        what, shown = f"no file {kinds}" if system.isdir(path) else "not found", redact_address(location)
+        raise DataError(f"{shown}: {what}; --input must be a file {kinds}, a folder of them or a pattern")
     made = []
     for name, info in stated:
         url = system.unstrip_protocol(name) if "://" in location else name
@@ -92,7 +98,15 @@ def _listed(system: Any, path: str, endings: tuple[str, ...]) -> list[str]:
         return [path]
     if system.isdir(path):
         return sorted(name for name in system.ls(path, detail=False) if name.endswith(endings))
-    return sorted(name for name in system.glob(path) if system.isfile(name))
+    return sorted(name for name in system.glob(_pattern(system, path)) if system.isfile(name))
+
+
+def _pattern(system: Any, path: str) -> str:
+    """The path as a pattern, in which a folder that is there under that very name stands for itself alone."""
+    folder = PurePosixPath(path).parent
+    while glob.escape(str(folder)) != str(folder) and not system.isdir(str(folder)):
+        folder = folder.parent
+    return glob.escape(str(folder)) + path.removeprefix(str(folder)) if str(folder) != "." else path
 
 
 def _wanted(columns: tuple[str, ...], present: list[str], url: str) -> list[str]:
@@ -258,11 +272,11 @@ class JsonShard(_File):
         return table.rename_columns(list(dict.fromkeys(self.columns))), block.numbers[~bad]
 
 
-def _table(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
-    return connection.sql(sql).to_arrow_table()
+def _table(connection: duckdb.DuckDBPyConnection, select: str) -> pa.Table:
+    return connection.sql(select).to_arrow_table()
 
 
 def _path(key: str) -> str:
     """As SQL: where a key of an object is, whatever the key holds."""
-    escaped = key.replace("\\", "\\\\").replace('"', '\\"').replace("'", "''")
-    return f"'$.\"{escaped}\"'"
+    escaped = key.replace("\\", "\\\\").replace('"', '\\"')
+    return sql.text(f'$."{escaped}"')

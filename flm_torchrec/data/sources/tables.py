@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from flm_torchrec.errors import DataError
 from flm_torchrec.messages import first_line
@@ -35,7 +37,7 @@ def read_csv(
     try:
         frame = pl.read_csv(
             file, separator=separator, has_header=names is None, infer_schema=False, encoding=encoding,
-            quote_char='"' if quoted else None,
+            quote_char='"' if quoted else None, glob=False,
         )  # fmt: skip
     except (pl.exceptions.PolarsError, UnicodeDecodeError, ValueError) as error:
         raise DataError(
@@ -61,9 +63,9 @@ def read_parquet(file: Path, *, wanted: Iterable[str] | None = None) -> pl.DataF
     """
     _check_there(file)
     try:
-        present = pl.read_parquet_schema(file)
-        return _some(pl.read_parquet(file, columns=_check_columns(file, wanted, present)), file)
-    except (pl.exceptions.PolarsError, OSError) as error:
+        wanted = _check_columns(file, wanted, pq.read_schema(file).names)
+        return _some(pl.read_parquet(file, columns=wanted, glob=False, hive_partitioning=False), file)
+    except (pl.exceptions.PolarsError, pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: not a readable Parquet file ({first_line(error)}); write it again") from error
 
 

@@ -1,0 +1,121 @@
+"""A path names one file or folder, whatever characters are in it: no column, no pattern, no SQL."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+
+from flm_torchrec.cli import main
+from flm_torchrec.data.prepared import load_prepared
+from flm_torchrec.data.sources.shards import places
+from flm_torchrec.data.stream import RowGroups
+from tests.test_prepare_shards import contents
+
+NAMES = (
+    "place=0", "user_id=7", "event_name=x/duplicate=1", "timestamp=9", "it's", "x'; SELECT 1; --", "run[1]", "[!a]",
+    "**", "a?b", "{a,b}", "a::b", "50%20",
+)  # fmt: skip
+COLUMNS = ("--columns", "user=u,item=i,timestamp=t")
+
+
+def flm(*arguments: str | Path) -> int:
+    return main([str(a) for a in arguments])
+
+
+def write(folder: Path) -> Path:
+    """Logs in two files, of which the order matters, and features of items as Parquet."""
+    (folder / "logs").mkdir(parents=True)
+    (folder / "logs" / "1.csv").write_text("u,i,t\na,z1,5\na,z2,5\nb,z1,5\nb,z3,5\na,q1,1\nb,q1,1\n")
+    (folder / "logs" / "2.csv").write_text("u,i,t\na,y1,5\na,y2,5\nb,y1,5\nb,y3,5\n")
+    items = pl.DataFrame({"item_id": ["z1", "q1", "y1"], "brand": ["r", "s", "s"]})
+    items.write_parquet(folder / "items.parquet")
+    items.write_csv(folder / "items.csv")
+    return folder
+
+
+def prepare(inputs: Path, output: Path, items: str = "items.parquet") -> int:
+    given = ("--input", inputs / "logs", "--items", inputs / items, "--item-features", "brand:categorical")
+    return flm("prepare", "--source", "csv", *given, *COLUMNS, "--dedup", "exact", "--k-core", "2", "--output", output)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("plain")
+    assert prepare(write(folder / "in"), folder / "out") == 0
+    return contents(folder / "out")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_folders_change_no_byte(
+    tmp_path: Path, plain: dict[str, bytes], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / name
+    inputs = write(folder / "in")
+    stale = folder / ".out.work-0123456789abcdef"
+    stale.mkdir()
+    assert prepare(inputs, folder / "out") == 0
+    assert contents(folder / "out") == plain
+    assert sorted(p.name for p in folder.iterdir()) == ["in", "out"] and len(list(tmp_path.iterdir())) == 1
+    # Whatever reads prepared data takes no column from the path either.
+    data = load_prepared(folder / "out")
+    assert data.timestamp.tolist() == [1, 5, 5] * 2
+    assert next(iter(RowGroups(folder / "out").scan(["user_id", "timestamp"])))[1].tolist() == data.timestamp.tolist()
+    capsys.readouterr()
+    assert flm("inspect", folder / "out") == 0
+    told = capsys.readouterr().out
+    shutil.copytree(folder / "out", tmp_path / "copy")
+    assert flm("inspect", tmp_path / "copy") == 0
+    assert capsys.readouterr().out == told and "leak" not in told
+    assert flm("forget", "--data", folder / "out", "--user", "b") == 0
+    assert load_prepared(folder / "out").schema.interactions == 3
+    names = pq.read_table(folder / "out" / "users.parquet").column_names
+    assert names == ["user_id", "user_key"]
+
+
+@pytest.mark.parametrize("name", ["user_id=7", "run[1]", "it's"])
+@pytest.mark.parametrize("source", ["parquet", "jsonl"])
+def test_logs_are_read_where_they_lie(tmp_path: Path, name: str, source: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    frame = pl.DataFrame({"user_id": ["a", "a", "b"], "item_id": ["x", "y", "x"], "timestamp": [1, 2, 3]})
+    frame.write_parquet(folder / "l.parquet") if source == "parquet" else frame.write_ndjson(folder / "l.jsonl")
+    for location in (folder / f"l.{source}", folder, folder / f"?.{source}"):
+        assert flm("prepare", "--source", source, "--input", location, "--output", tmp_path / "out", "--overwrite") == 0
+        data = load_prepared(tmp_path / "out")
+        assert (data.user_keys, data.item_keys, data.timestamp.tolist()) == (["a", "b"], ["x", "y"], [1, 2, 3])
+
+
+def test_a_table_of_items_is_read_as_csv_too(tmp_path: Path, plain: dict[str, bytes]) -> None:
+    assert prepare(write(tmp_path / "in[1]"), tmp_path / "out", items="items.csv") == 0
+    assert contents(tmp_path / "out") == plain
+
+
+def test_a_file_that_is_there_comes_before_a_pattern(tmp_path: Path) -> None:
+    for name in ("a1.csv", "a[12].csv", "a2.csv", "b*.csv", "b1.csv"):
+        (tmp_path / name).write_text("u,i\na,x\n")
+
+    def found(pattern: str) -> list[str]:
+        return [place.name for place in places("csv", str(tmp_path / pattern))]
+
+    assert found("a[12].csv") == ["a[12].csv"] and found("b*.csv") == ["b*.csv"]
+    assert found("a[1-2].csv") == ["a1.csv", "a2.csv"] and found("a?.csv") == ["a1.csv", "a2.csv"]
+    url = f"memory://{tmp_path.name}/k=v/x[1]"
+    import fsspec
+
+    for name in ("x[1]/1.csv", "x[1]/2.csv", "x1/3.csv"):
+        with fsspec.open(f"memory://{tmp_path.name}/k=v/{name}", "w") as file:
+            file.write("u,i\na,x\n")
+    assert [place.name for place in places("csv", url)] == ["1.csv", "2.csv"]
+    assert [place.name for place in places("csv", f"{url}/*.csv")] == ["1.csv", "2.csv"]
+
+
+def test_a_backslash_in_the_output_is_refused_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = write(tmp_path / "in")
+    assert prepare(inputs, tmp_path / "a\\b") == 2
+    error = capsys.readouterr().err
+    assert "with a backslash; rename that folder" in error and error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
