@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -10,7 +11,7 @@ from typing import NoReturn
 from flm_torchrec.data import command as data_command
 from flm_torchrec.data import inspect_command
 from flm_torchrec.distributed import command as distributed_command
-from flm_torchrec.errors import FlmError
+from flm_torchrec.errors import FlmError, RunError
 from flm_torchrec.evaluation import command as evaluation_command
 from flm_torchrec.export import command as export_command
 from flm_torchrec.messages import redact, visible
@@ -19,6 +20,9 @@ from flm_torchrec.report import command as report_command
 from flm_torchrec.serve import command as serve_command
 from flm_torchrec.training import command as training_command
 from flm_torchrec.training import forget_command
+
+ON_RANKS = ("train", "finetune", "evaluate", "export")
+"""Commands that share their work among ranks; each of the others is one process."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,8 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_parser(subparsers)
     args = parser.parse_args(argv)
     try:
+        _check_ranks(args.command)
         args.run(args)
     except FlmError as error:
         print(f"error: {visible(redact(str(error)))}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _check_ranks(command: str) -> None:
+    """Raise RunError where a launcher started several processes of a command that is one process."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if command not in ON_RANKS and ranks != "1":
+        raise RunError(
+            f"flm {command}: runs as one process, not as {ranks} ranks (WORLD_SIZE); start it without torchrun"
+        )

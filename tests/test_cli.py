@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -173,6 +174,32 @@ def test_every_setting_says_its_default(capsys: pytest.CaptureFixture[str]) -> N
     settings = [f"--{section}.{f.name}" for section, kind in kinds.items() for f in dataclasses.fields(kind)]
     assert all(f"{setting} VALUE" in out for setting in settings)
     assert "".join(out.split()).count("(default:") == len(settings) < 60
+
+
+def test_finetune_says_the_defaults_that_it_uses(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    of = dict(re.findall(r"--([a-z_.]+) VALUE (?:(?! VALUE ).)*?\(default: (.*?)\)", told))
+    assert of["train.epochs"] == of["model.dim"] == of["data.path"] == of["loss.negatives"] == "that of the source"
+    assert (of["train.run"], of["train.existing"], of["finetune.share"]) == ("none; must be given", "refuse", "1.0")
+    assert of["train.select"] == "that of the source; label/auc for labels"
+
+
+@pytest.mark.parametrize("command", [
+    ["prepare", "--source", "synthetic", "--output", "{d}/data"], ["inspect", "{d}/data"], ["follow", "--run", "{d}/r",
+    "--source", "{d}/in", "--output", "{d}/out"], ["report", "{d}/r"], ["plan", "--hardware", "h100"],
+    ["recommend", "--export", "{d}/e", "--user", "u1"], ["serve", "--export", "{d}/e"],
+    ["forget", "--data", "{d}/data", "--user", "u1"],
+])  # fmt: skip
+def test_what_is_one_process_refuses_to_be_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([part.format(d=tmp_path) for part in command]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"flm {command[0]}: runs as one process" in told and "without torchrun" in told
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -113,3 +114,29 @@ def test_memory_of_tables_is_counted(tmp_path: Path) -> None:
     assert found["tables"] == 2 * 20000 * 8 * 4 and found["optimizer"] == 2 * 20000 * 4
     assert found["grew by"] > found["tables"] and found["activations"] > 0
     assert found["counted"] == sum(found.values()) - found["counted"] - found["grew by"]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tools").glob("*.py")), ids=lambda file: file.stem)
+def test_every_tool_has_a_help(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(file), "--help"])
+    monkeypatch.syspath_prepend(str(file.parent))
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    if file.stem == "bench_train_peer":
+        assert runpy.run_path(str(file), run_name="__main__")["serve"]  # a module of the trainers, not a command
+        return
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(file), run_name="__main__")
+    assert stop.value.code == 0 and len(capsys.readouterr().out) > 60
+
+
+def test_commands_of_a_page_are_found_whole() -> None:
+    checker = runpy.run_path(str(ROOT / "tools" / "check_readme.py"))
+    heredoc = "mkdir x && python - <<'PY'\nprint(1)  \n# kept\nPY"
+    page = f"```sh\n# a comment\nflm a \\\n    --b   # why\n{heredoc}\n\nflm c\n```\n"
+    other = "text\n```text\nflm not a command\n```\n```sh\nlast\n```\n"
+    found = [command for block in checker["fences"](page + other) for command in checker["commands"](block)]
+    assert found == ["flm a \\\n    --b   # why", heredoc, "flm c", "last"]
+    with pytest.raises(SystemExit, match="write ```sh"):
+        list(checker["fences"]("```\nflm d\n```\n"))

@@ -37,5 +37,12 @@ def serve(trainer: Trainer) -> None:
 
 
 def specification() -> dict[str, Any]:
-    """What bench_train.py says the trainer shall be."""
+    """What bench_train.py says the trainer shall be, as JSON in the first argument.
+
+    Raises:
+        SystemExit: called by hand; `--help` says who calls it.
+    """
+    if len(sys.argv) < 2 or not sys.argv[1].startswith("{"):
+        print(f"{sys.argv[0]}: one of the trainers that tools/bench_train.py starts and compares; call that one")
+        raise SystemExit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
     return json.loads(sys.argv[1])

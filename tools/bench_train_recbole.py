@@ -9,15 +9,17 @@ from collections.abc import Iterator
 
 import torch
 from bench_train_peer import serve, specification
-from recbole.config import Config
-from recbole.data import create_dataset, data_preparation
-from recbole.utils import get_model, get_trainer, init_seed
 
 
 class RecBole:
     """See `bench_train_peer.Trainer`. `spec.folder` holds NAME/NAME.inter, RecBole's atomic file."""
 
     def __init__(self, spec: dict) -> None:
+        # Imported here: RecBole is in an environment of its own, and --help must work in ours.
+        from recbole.config import Config
+        from recbole.data import create_dataset, data_preparation
+        from recbole.utils import get_model, get_trainer, init_seed
+
         settings = {
             "data_path": spec["folder"],
             "load_col": {"inter": ["user_id", "item_id", "timestamp"]},

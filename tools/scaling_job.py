@@ -130,4 +130,7 @@ def _local(state: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3 or not sys.argv[2].isdigit():
+        print(__doc__.strip())
+        raise SystemExit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
     main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -73,11 +73,15 @@ def sections() -> dict[str, type]:
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--config FILE` and one `--section.field VALUE` for every setting of a pretraining."""
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; options below override it")
-    add_overrides(parser, [name for name in sections() if name != "finetune"])
+    add_overrides(parser, [name for name in sections() if name != "finetune"], {})
 
 
-def add_overrides(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
-    """Add one `--section.field VALUE` for every setting of the sections named."""
+def add_overrides(parser: argparse.ArgumentParser, names: Iterable[str], defaults: Mapping[str, str]) -> None:
+    """Add one `--section.field VALUE` for every setting of the sections named.
+
+    Args:
+        defaults: what the help says of a setting, or of all of a section, whose default is not the schema's.
+    """
     for section in names:
         kind = sections()[section]
         group = parser.add_argument_group(section, (kind.__doc__ or "").split("\n")[0])
@@ -85,7 +89,8 @@ def add_overrides(parser: argparse.ArgumentParser, names: Iterable[str]) -> None
         for field in fields(kind):
             infos = [m for m in hints[field.name].__metadata__ if isinstance(m, FieldInfo)]
             text = next(info.description for info in infos if info.description).replace("%", "%%")
-            default = field.default if field.default is not MISSING else ""
+            own = field.default if field.default is not MISSING else ""
+            default = defaults.get(f"{section}.{field.name}", defaults.get(section, own))
             group.add_argument(
                 f"--{section}.{field.name}",
                 dest=f"override:{section}.{field.name}",

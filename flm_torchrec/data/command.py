@@ -55,7 +55,7 @@ def _add_machine(group: Any) -> None:
     group.add_argument("--threads", type=int, default=0, metavar="N", help="of the engine (default: all cores)")
     group.add_argument(
         "--engine", choices=("duckdb", "spark"), default="duckdb",
-        help="duckdb: this machine; spark: a cluster, as spark-submit or SPARK_REMOTE say (default: %(default)s)",
+        help="duckdb: this machine; spark: a cluster, with the settings of spark-submit (default: %(default)s)",
     )  # fmt: skip
 
 

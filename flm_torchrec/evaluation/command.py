@@ -33,7 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         " alone (default: load all)",
     )  # fmt: skip
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown (default: a table)")
-    add_overrides(parser, ["eval"])
+    add_overrides(parser, ["eval"], {"eval": "as the run was trained with"})
     parser.set_defaults(run=run)
 
 

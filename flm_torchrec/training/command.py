@@ -16,6 +16,19 @@ from flm_torchrec.config import (
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.names import nearest
 
+FROM_SOURCE = "that of the source"
+FINETUNE_DEFAULTS = {
+    **dict.fromkeys(("data", "model", "loss", "distributed", "train", "eval"), FROM_SOURCE),
+    "data.stream": "False",
+    "distributed.plan": "none",
+    "distributed.replicas": "1",
+    "train.run": "none; must be given",
+    "train.existing": "refuse",
+    "train.select": f"{FROM_SOURCE}; label/auc for labels",
+    "finetune.source": "none; must be given",
+}
+"""What `flm finetune` takes for a setting that is not given, where that is not the schema's default."""
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
@@ -36,7 +49,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--no-control", action="store_true", help="leave the control out")
-    add_overrides(parser, sections())
+    add_overrides(parser, sections(), FINETUNE_DEFAULTS)
     parser.set_defaults(run=run_finetune)
     parser = subparsers.add_parser(
         "follow",

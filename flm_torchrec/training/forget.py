@@ -78,10 +78,10 @@ def forget(folder: Path, keys: Sequence[str], runs: Sequence[Path], exports: Seq
             told += [_forget_in_run(run, data, gone, rows) for run in runs]
     held = [f"{export} ({len(found)})" for export, found in exported.items() if found]
     if held:
-        done = "; ".join(told) or "nothing else was left to do"
+        done = "; ".join(told) or "nothing else was left"
         raise RunError(
-            f"not done: exports still hold forgotten users: {', '.join(held)}; write them anew with"
-            f" 'flm export --overwrite', or delete them, and load no index from them ({done})"
+            f"exports still hold forgotten users: {', '.join(held)}; write them again with"
+            f" 'flm export --overwrite', or delete them, and load no index from them (done: {done})"
         )
     return told
 

@@ -1,0 +1,194 @@
+"""Run the commands of README.md in order, as they are typed there, in a copy of the repository.
+
+    python tools/check_readme.py             # needs .venv without extras: make check-base sets it up and calls this
+    python tools/check_readme.py --list      # what would be run, and what would not and why
+
+Every fence marked `sh` is run. What is treated otherwise is listed at the top of this file, with its reason; an entry
+that no command begins with any more is an error. Prints one line for each command; ends 1 at the first that fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+SKIPPED = {
+    "make test": "it is what calls this check",
+    "torchx run dist.ddp -j 2x8": "starts 16 processes",
+}
+FAILS = {"flm plan --spec configs/plans/ten_billion.yaml": 2}
+"""Exit codes other than 0 that README announces."""
+SERVERS = {"flm serve": "http://127.0.0.1:8000/health"}
+"""Commands that run until they are stopped: started, waited for until the address answers, stopped at the end."""
+STATE = ("source ", "export ", "cd ")
+"""Commands that change the shell: repeated before each later command."""
+SHORT = {"configs/synthetic.yaml": ("train", {"max_steps": 20})}
+"""Settings changed in the copy, so that a training of minutes takes seconds: the commands themselves stay as typed."""
+LONGEST = 600
+"""Seconds that one command may take."""
+
+
+def fences(text: str) -> Iterator[str]:
+    """The fenced blocks that hold shell commands.
+
+    Raises:
+        SystemExit: a fence does not say what it holds.
+    """
+    for kind, body in re.findall(r"^```(.*)\n((?:.*\n)*?)```$", text, re.MULTILINE):
+        if kind not in ("sh", "text"):
+            raise SystemExit(f"error: README.md: a fence begins ```{kind}; write ```sh or, for no commands, ```text")
+        if kind == "sh":
+            yield body
+
+
+def commands(block: str) -> Iterator[str]:
+    """The commands of a block, each with its continued lines and its here-document; comments are left out."""
+    lines = iter(block.splitlines())
+    for line in lines:
+        if not line.strip() or line.startswith("#"):
+            continue
+        command = line
+        while command.endswith("\\"):
+            command += "\n" + next(lines)
+        if end := re.search(r"<<'?(\w+)'?", line):
+            while command.splitlines()[-1] != end[1]:
+                command += "\n" + next(lines)
+        yield command
+
+
+def entry(table: dict, command: str) -> str | None:
+    return next((key for key in table if command.startswith(key)), None)
+
+
+def copy_of_repository(folder: Path, environment: Path) -> Path:
+    """The files that git tracks or would track, shortened, with a link to the environment in the place of .venv."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    copy = folder / "flm_torchrec"
+    for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    (copy / ".venv").symlink_to(environment)
+    for name, (section, settings) in SHORT.items():
+        config = yaml.safe_load((copy / name).read_text())
+        config[section] |= settings
+        (copy / name).write_text(yaml.safe_dump(config))
+    for command in (["git", "init", "--quiet"], ["git", "add", "--all"]):
+        subprocess.run(command, cwd=copy, check=True)
+    return copy
+
+
+class Shell:
+    """Runs commands in one folder; what changes the shell holds for the later ones."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state: list[str] = []
+        self.servers: list[subprocess.Popen] = []
+        self.environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "MAKEFLAGS")}
+
+    def start(self, command: str, log: Path) -> subprocess.Popen:
+        script = "\n".join(["set -o pipefail", *self.state, command])
+        with log.open("w") as out:
+            return subprocess.Popen(
+                ["bash", "-c", script], cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL,
+                stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def run(self, command: str, log: Path) -> bool:
+        """Whether the command did what README says."""
+        process = self.start(command, log)
+        if server := entry(SERVERS, command):
+            self.servers.append(process)
+            return self._answers(process, SERVERS[server])
+        try:
+            code = process.wait(LONGEST)
+        except subprocess.TimeoutExpired:
+            stop(process)
+            return False
+        if command.startswith(STATE):
+            self.state.append(command)
+        return code == FAILS.get(entry(FAILS, command) or "", 0)
+
+    @staticmethod
+    def _answers(process: subprocess.Popen, address: str) -> bool:
+        until = time.monotonic() + LONGEST
+        while process.poll() is None and time.monotonic() < until:
+            try:
+                with urllib.request.urlopen(address, timeout=5):
+                    return process.poll() is None
+            except OSError:
+                time.sleep(0.5)
+        return False
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a command and all that it started."""
+    for kind, patience in ((signal.SIGTERM, 15), (signal.SIGKILL, 15)):
+        if process.poll() is None:
+            os.killpg(process.pid, kind)
+            try:
+                process.wait(patience)
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def check(found: list[str], environment: Path) -> int:
+    with tempfile.TemporaryDirectory(prefix="readme-") as folder:
+        shell = Shell(copy_of_repository(Path(folder), environment))
+        try:
+            for command in found:
+                log, began, first = Path(folder) / "log", time.monotonic(), command.splitlines()[0]
+                if reason := SKIPPED.get(entry(SKIPPED, command) or ""):
+                    print(f"skipped         {first}: {reason}", flush=True)
+                    continue
+                done = shell.run(command, log)
+                print(f"{'done' if done else 'FAILED'} {time.monotonic() - began:8.1f} s  {first}", flush=True)
+                if not done:
+                    print("\n".join(log.read_text(errors="replace").splitlines()[-40:]))
+                    return 1
+        finally:
+            for server in shell.servers:
+                stop(server)
+        return _left_untracked(shell.folder)
+
+
+def _left_untracked(copy: Path) -> int:
+    """1 if the commands left files that .gitignore does not cover."""
+    others = ["git", "ls-files", "--others", "--exclude-standard"]
+    new = subprocess.run(others, cwd=copy, capture_output=True, text=True, check=True).stdout.split()
+    if new:
+        print(f"error: README.md's commands leave {', '.join(new[:5])} beside the tracked files; use an ignored folder")
+    return int(bool(new))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="show the commands, run none")
+    args = parser.parse_args()
+    found = [command for block in fences((ROOT / "README.md").read_text()) for command in commands(block)]
+    stale = [key for key in (*SKIPPED, *FAILS, *SERVERS) if not any(command.startswith(key) for command in found)]
+    if stale:
+        raise SystemExit(f"error: {__file__}: no command of README.md begins with {stale[0]!r}; remove the entry")
+    if args.list:
+        for command in found:
+            print(f"{'skip' if entry(SKIPPED, command) else 'run'}\t{command.splitlines()[0]}")
+        return 0
+    return check(found, Path(sys.prefix))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
