@@ -12,6 +12,8 @@ import pytest
 
 from flm_torchrec.cli import main
 from flm_torchrec.config import load_config, to_yaml
+from flm_torchrec.data.prepared import fingerprint_of
+from flm_torchrec.data.schema import Schema
 
 
 @pytest.fixture
@@ -37,6 +39,11 @@ def run(tmp_path: Path) -> Path:
     dropped = {"no user": {"rows": 4, "examples": ["a"]}}
     (data / "report.json").write_text(json.dumps({"rows_kept": 9, "dropped": dropped}))
     pq.write_table(pa.table({"item_id": [0, 0, 0, 1, 1, 2]}), data / "interactions/part-00000.parquet")
+    pq.write_table(pa.table({"item_key": [f"k{i}" for i in range(30)]}), data / "items.parquet")
+    pq.write_table(pa.table({"user_key": ["a"]}), data / "users.parquet")
+    Schema("hand", "csv", users=1, items=30, interactions=6).save(data / "schema.yaml")
+    (folder / "vocabulary").mkdir()
+    (folder / "vocabulary/fingerprint").write_text(fingerprint_of(data))
     return folder
 
 

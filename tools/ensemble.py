@@ -62,7 +62,7 @@ def members_of(runs: list[Path], split: str) -> list[Member]:
     """
     members = [Member(run, split) for run in runs]
     for run, member in zip(runs, members, strict=True):
-        same = member.data.path == members[0].data.path
+        same = member.data.fingerprint == members[0].data.fingerprint
         if not same or not np.array_equal(member.examples.end, members[0].examples.end):
             raise RunError(f"{run}: predicts other events than {runs[0]}; name runs of one data set and one split")
     return members

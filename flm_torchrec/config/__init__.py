@@ -2,6 +2,7 @@
 
 from flm_torchrec.config.load import (
     add_config_arguments,
+    add_data_path,
     add_overrides,
     config_from_arguments,
     first_problem,
@@ -16,6 +17,7 @@ from flm_torchrec.config.schema import Config
 __all__ = [
     "Config",
     "add_config_arguments",
+    "add_data_path",
     "add_overrides",
     "config_from_arguments",
     "first_problem",

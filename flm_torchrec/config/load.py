@@ -99,6 +99,14 @@ def add_overrides(parser: argparse.ArgumentParser, names: Iterable[str], default
             )
 
 
+def add_data_path(parser: argparse.ArgumentParser) -> None:
+    """Add `--data.path DIR` to a command that takes a run with its own data."""
+    parser.add_argument(
+        "--data.path", dest="override:data.path", metavar="DIR",
+        help="where the run's own data are now, should they have been moved (default: where they were)",
+    )  # fmt: skip
+
+
 def config_from_arguments(args: argparse.Namespace) -> Config:
     """The config of a parser made with `add_config_arguments`."""
     return load_config(args.config, given_overrides(args))

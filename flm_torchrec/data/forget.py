@@ -97,9 +97,11 @@ def forget_rows(folder: Path, keys: Iterable[str]) -> dict[str, int]:
     return counts
 
 
-def fingerprints(folder: Path) -> tuple[str, list[str]]:
-    """The fingerprint of prepared data, and those that it had before users were forgotten."""
-    return fingerprint_of(folder), list(_read_report(folder).get("forgotten", {}).get("fingerprints_before", ()))
+def fingerprints_before(folder: Path) -> list[str]:
+    """The fingerprints that prepared data had before users were forgotten."""
+    if not (folder / "report.json").exists():
+        return []
+    return list(_read_report(folder).get("forgotten", {}).get("fingerprints_before", ()))
 
 
 def unused_codes(folder: Path, features: Sequence[Feature]) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,10 +17,9 @@ import pyarrow.parquet as pq
 
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.errors import DataError
+from flm_torchrec.files import sha256
 
 EVENT_COLUMNS = ("item_id", "timestamp", "event", "value")
-FOOTER = 65536
-"""Bytes at the end of a file that its fingerprint covers."""
 
 
 def spans(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -31,17 +29,22 @@ def spans(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def fingerprint_of(path: Path) -> str:
-    """A digest of the schema and of the size and end of every file, which tells other data at no cost that grows.
+    """A digest of all that decides what rows mean: schema, keys, features, values behind codes, interactions.
 
-    The end of a Parquet file has the sizes of its column chunks, with least and greatest value of each.
+    Every byte is read, as loading does: two keys that changed places leave all sizes as they were. A copy elsewhere
+    has the same digest. `report.json` does not count, nor does any file that is no part of the layout.
+
+    Raises:
+        DataError: a file is missing or cannot be read.
     """
-    digest = hashlib.sha256((path / "schema.yaml").read_bytes())
-    for file in sorted(path.rglob("*.parquet")):
-        digest.update(str(file.relative_to(path)).encode())
-        with file.open("rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, size - FOOTER))
-            digest.update(size.to_bytes(8, "little") + stream.read())
+    named = [Path("schema.yaml"), Path("items.parquet"), Path("users.parquet")]
+    found = [*(path / "interactions").glob("*.parquet"), *(path / "vocab").glob("*.parquet")]
+    digest = hashlib.sha256()
+    for name in sorted([*named, *(file.relative_to(path) for file in found)]):
+        try:
+            digest.update(f"{name.as_posix()} {sha256(path / name)}\n".encode())
+        except OSError as error:
+            raise DataError(f"{path / name}: not readable ({error.strerror}); prepare the data again") from error
     return digest.hexdigest()
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from flm_torchrec.config import add_overrides, given_overrides
+from flm_torchrec.config import add_data_path, add_overrides, given_overrides
 from flm_torchrec.documents import Unreadable, read_json
 from flm_torchrec.errors import DataError, RunError
 
@@ -33,6 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         " alone (default: load all)",
     )  # fmt: skip
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown (default: a table)")
+    add_data_path(parser)
     add_overrides(parser, ["eval"], {"eval": "as the run was trained with"})
     parser.set_defaults(run=run)
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from flm_torchrec.config import add_data_path, given_overrides
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.protocol import HEADS
 from flm_torchrec.export.manifest import RECALL_WANTED, Kind, Manifest, Quantise, Storage, Vectors, read_manifest
@@ -53,6 +54,7 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
         "--tower", choices=TOWERS, default="int8",
         help="package the user tower beside the vectors, for 'flm serve'; its tables' rows as (default: %(default)s)",
     )  # fmt: skip
+    add_data_path(parser)
     parser.set_defaults(run=run_export)
 
 
@@ -125,7 +127,7 @@ def run_export(args: argparse.Namespace) -> None:
         raise RunError(f"{args.output}: is what the delta is to be applied to; give another --output")
     if older is not None and args.index:
         raise RunError("--index: a delta has none; 'flm apply-delta' makes one of the kind that the older export has")
-    with restore(args.run_folder) as restored:
+    with restore(args.run_folder, given_overrides(args)) as restored:
         job, valid = restored.job, restored.job.scope.splits.valid
         encoder = job.encoder(everyone(job.data))
         held = Held(job.encoder(valid), valid)

@@ -6,10 +6,11 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from flm_torchrec.config import load_config
-from flm_torchrec.errors import RunError
+from flm_torchrec.config import Config, add_data_path, given_overrides, load_config
+from flm_torchrec.errors import FlmError, RunError
 from flm_torchrec.files import write_text
 from flm_torchrec.messages import visible
+from flm_torchrec.training.identity import own_data
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -23,6 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder of 'flm train'")
     parser.add_argument("--output", type=Path, metavar="FILE", help="page to write (default: RUN/report.html)")
     parser.add_argument("--export", type=Path, metavar="DIR", help="export of the run, for nearest items")
+    add_data_path(parser)
     parser.set_defaults(run=run)
 
 
@@ -40,13 +42,14 @@ def run(args: argparse.Namespace) -> None:
     output = args.output or folder / "report.html"
     if not output.parent.is_dir():
         raise RunError(f"{output.parent}: not found; --output must be in a folder that is there")
-    config = load_config(folder / "config.yaml")
+    overrides = given_overrides(args)
+    config = load_config(folder / "config.yaml", overrides)
     # Imported here: a wrong option should be told at once.
     from flm_torchrec import pages
     from flm_torchrec.report import pieces
     from flm_torchrec.report.neighbours import neighbours
 
-    data = Path(config.data.path)
+    data = _own_data(folder, config, bool(overrides))
     missing, sections = pieces.sections_of(
         {
             "settings": partial(pieces.settings, config),
@@ -63,3 +66,11 @@ def run(args: argparse.Namespace) -> None:
     for line in missing:
         print(f"missing: {visible(line)}")
     print(f"page: {output}")
+
+
+def _own_data(folder: Path, config: Config, given: bool) -> Path | str:
+    """Where the run's data are, or why they cannot be shown."""
+    try:
+        return own_data(folder, config, given)
+    except FlmError as error:
+        return str(error)

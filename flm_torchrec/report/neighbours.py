@@ -17,11 +17,11 @@ NEIGHBOURS = 5
 STORED = {"items.parquet": "parquet", "items.arrow": "feather"}
 
 
-def neighbours(export: Path | None, data: Path) -> Section:
+def neighbours(export: Path | None, data: Path | str) -> Section:
     """Items spread over popularity, from the most to the least, each with its nearest by cosine.
 
     Reads the export in batches; of the prepared data only counts of items are asked, and ids are spread where it is
-    not there.
+    not there (then `data` says why) or names other items than the export.
     """
     if export is None:
         raise Missing("give an export of the run with --export")
@@ -30,7 +30,7 @@ def neighbours(export: Path | None, data: Path) -> Section:
         raise Missing(f"{export} holds no items.parquet; 'flm export --output {export}' makes an export")
     try:
         rows = pds.dataset(export / names[0], format=STORED[names[0]])
-        counts = _counts(data, rows.count_rows())
+        counts = _counts(data, rows)
         order = np.argsort(-counts, kind="stable")
         picked = order[np.unique(np.linspace(0, len(order) - 1, SAMPLES).astype(int))]
         columns = ["item_id", "item_key", "title", "embedding"]
@@ -54,16 +54,20 @@ def neighbours(export: Path | None, data: Path) -> Section:
                    [Grid(str(export), header, lines)])  # fmt: skip
 
 
-def _counts(data: Path, items: int) -> np.ndarray:
-    """[items] events of each; all 0 where the data is not there or is other data."""
-    counts = np.zeros(items, np.int64)
-    if (data / "interactions").is_dir():
-        for batch in pds.dataset(data / "interactions", format="parquet").to_batches(columns=["item_id"]):
-            found = np.bincount(batch.column(0).to_numpy(), minlength=items)
-            if len(found) > items:
-                return np.zeros(items, np.int64)
-            counts += found
+def _counts(data: Path | str, export: pds.Dataset) -> np.ndarray:
+    """[items] events of each item of the export; all 0 where the data are not there or name other items."""
+    keys = _keys(export)
+    counts = np.zeros(len(keys), np.int64)
+    if isinstance(data, str) or not keys.equals(_keys(pds.dataset(data / "items.parquet", format="parquet"))):
+        return counts
+    for batch in pds.dataset(data / "interactions", format="parquet").to_batches(columns=["item_id"]):
+        counts += np.bincount(batch.column(0).to_numpy(), minlength=len(keys))
     return counts
+
+
+def _keys(rows: pds.Dataset) -> pa.ChunkedArray:
+    """Keys of items, in order of id."""
+    return pc.cast(rows.to_table(columns=["item_key"])["item_key"], pa.string())
 
 
 def _nearest(rows: pds.Dataset, wanted: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

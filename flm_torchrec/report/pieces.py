@@ -118,9 +118,11 @@ def plan(run: Path) -> Section:
     return Section("Sharding plan", parts=[Grid("", header, rows), Grid("", ("", "float32 weights"), by_rank)])
 
 
-def data_report(folder: Path) -> Section:
-    """report.json of the prepared data."""
-    found = _json(folder / "report.json", "data.path of the run is not there (any more)")
+def data_report(folder: Path | str) -> Section:
+    """report.json of the run's prepared data, or why they are not to be had."""
+    if isinstance(folder, str):
+        raise Missing(folder)
+    found = _json(folder / "report.json", "'flm prepare' writes it")
     dropped = found.pop("dropped", {})
     rows = [(name, json.dumps(v) if isinstance(v, dict | list) else str(v)) for name, v in found.items()]
     parts = [Grid(str(folder), ("", ""), rows)]

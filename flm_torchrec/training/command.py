@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flm_torchrec.config import (
     add_config_arguments,
+    add_data_path,
     add_overrides,
     config_from_arguments,
     given_overrides,
@@ -67,6 +68,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="what the source calls user, item, timestamp, event, value (default: just so)",
     )  # fmt: skip
     parser.add_argument("--once", action="store_true", help="end when there is nothing new (default: wait for more)")
+    add_data_path(parser)
     parser.set_defaults(run=run_follow)
 
 
@@ -102,5 +104,5 @@ def run_follow(args: argparse.Namespace) -> None:
         if field not in FIELDS or not equals:
             raise ConfigError(f"--columns '{part}': write it as FIELD=NAME; {nearest(field, FIELDS)}")
         columns[field] = name
-    found = follow(args.run_folder, args.source, args.output, columns, args.once)
+    found = follow(args.run_folder, args.source, args.output, columns, args.once, given_overrides(args))
     print(f"{args.output}: {found['events']} events learnt from, {found['refused']} rows refused")

@@ -13,11 +13,11 @@ from flm_torchrec.errors import ConfigError, RunError
 from flm_torchrec.evaluation.evaluate import evaluate_heads
 from flm_torchrec.files import write_text
 from flm_torchrec.training.checkpoint import BEST, load_checkpoint
+from flm_torchrec.training.identity import check_has_model, open_run, refuse_forgotten
 from flm_torchrec.training.job import Job, check_select
 from flm_torchrec.training.label import label_metrics
 from flm_torchrec.training.record import check_run_folder, open_run_folder
 from flm_torchrec.training.scope import ANY_RANKS, IN_MEMORY, load_data, scope_of
-from flm_torchrec.training.storage import read_meta
 
 LABEL_SELECT = "label/auc"
 
@@ -25,21 +25,25 @@ LABEL_SELECT = "label/auc"
 def source_config(source: Path, overrides: list[str]) -> Config:
     """The source's config with overrides.
 
-    What chooses the checkpoint follows the task, and a folder that exists is refused, unless they are given.
+    What chooses the checkpoint follows the task, and a folder that exists is refused, unless they are given. Without
+    `data.path` the data are the source's own.
 
     Raises:
-        FlmError: the source is no finished run, or a setting is wrong.
+        FlmError: the source is no finished run, its own data are not there any more, or a setting is wrong.
     """
-    if not (source / "config.yaml").is_file():
-        raise RunError(f"{source}: no config.yaml, so no run folder; --finetune.source must name one of 'flm train'")
-    read_meta(source / BEST)
+    check_has_model(source)
     given = {o.partition("=")[0] for o in overrides}
     if "train.run" not in given:
         raise ConfigError("--train.run: name the folder to write, beside that of the source")
     task = load_config(source / "config.yaml", [IN_MEMORY, *overrides]).finetune.task
     select = [f"train.select={LABEL_SELECT}"] if task == "label" and "train.select" not in given else []
     own = ["train.existing=refuse", IN_MEMORY, *ANY_RANKS]
-    return load_config(source / "config.yaml", [*own, *overrides, *select])
+    settings = [*own, *overrides, *select]
+    if "data.path" not in given:
+        return open_run(source, settings)
+    config = load_config(source / "config.yaml", settings)
+    refuse_forgotten(source, Path(config.data.path))
+    return config
 
 
 def finetune(config: Config, control: bool) -> dict[str, Any]:
@@ -99,6 +103,8 @@ def _one(config: Config, comm: Comm) -> dict[str, dict[str, float]]:
 
     with open_run_folder(config, data, comm, job.total_steps) as record:
         record.say(f"{config.finetune.task} from {config.finetune.start} weights; {job.loaded or 'all new'}")
+        if job.loaded and not job.same_tables:
+            record.say(f"{data.path} holds other data than {config.finetune.source} was made with: tables begin anew")
         found = {"found": measure("test")} if job.loaded and labels is None else {}
         job.fit(record, None if labels is None else lambda: measure("valid"))
         load_checkpoint(Path(config.train.run) / BEST, job.model, comm)

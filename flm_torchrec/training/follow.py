@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flm_torchrec.config import Config, load_config
+from flm_torchrec.config import Config
 from flm_torchrec.data.assemble import Assembler, Known
 from flm_torchrec.data.loader import Negatives, TrainLoader
 from flm_torchrec.data.stream_events import KEPT, Encoder, NewEvents, append, new_windows, newest
@@ -22,12 +23,12 @@ from flm_torchrec.errors import Interrupted, RunError
 from flm_torchrec.files import write_text
 from flm_torchrec.training.checkpoint import BEST, Checkpoints, Progress, load_checkpoint
 from flm_torchrec.training.guard import NON_FINITE, Guard
+from flm_torchrec.training.identity import open_run
 from flm_torchrec.training.job import Job
 from flm_torchrec.training.loop import STEPS
 from flm_torchrec.training.record import Record, open_run_folder
 from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.scope import ANY_RANKS, IN_MEMORY, load_data, scope_of
-from flm_torchrec.training.storage import read_meta
 
 RATE = 0.1
 """Learning rates, as a share of those that the run began with: it ended with none at all."""
@@ -38,7 +39,9 @@ PAUSE = 2.0
 REPORT = "follow.json"
 
 
-def follow(run: Path, url: str, output: Path, columns: dict[str, str], once: bool) -> dict[str, int]:
+def follow(
+    run: Path, url: str, output: Path, columns: dict[str, str], once: bool, overrides: Sequence[str] = ()
+) -> dict[str, int]:
     """Train a run's best model further on a source's events, into a run folder of its own.
 
     Events of a chunk, what was counted in it and the source's position become final with the checkpoint after it, so
@@ -48,6 +51,7 @@ def follow(run: Path, url: str, output: Path, columns: dict[str, str], once: boo
     Args:
         columns: names in the source of user, item, timestamp, event, value, where they differ.
         once: end when there is nothing new, rather than wait.
+        overrides: of the run's config: `data.path`, where its data are now.
 
     Returns the events learnt from and the rows refused, since the folder was made.
 
@@ -55,7 +59,7 @@ def follow(run: Path, url: str, output: Path, columns: dict[str, str], once: boo
         FlmError: run, source or folder is wrong.
         Interrupted: asked to stop by SIGTERM; the state is saved.
     """
-    config = _config_of(run, output)
+    config = _config_of(run, output, overrides)
     source = open_source(url)
     data = load_data(config)
     with process_group(config.distributed) as comm:
@@ -70,17 +74,14 @@ def follow(run: Path, url: str, output: Path, columns: dict[str, str], once: boo
             return follower.totals()
 
 
-def _config_of(run: Path, output: Path) -> Config:
-    if not (run / "config.yaml").is_file():
-        raise RunError(f"{run}: no config.yaml, so no run folder; make one with 'flm train --train.run {run}'")
-    read_meta(run / BEST)
+def _config_of(run: Path, output: Path, overrides: Sequence[str]) -> Config:
     if run.resolve() == output.resolve():
         raise RunError(f"{output}: is the run itself; give another --output")
-    config = load_config(run / "config.yaml", [*ANY_RANKS, IN_MEMORY, f"train.run={output}", "train.existing=resume"])
+    config = open_run(run, [*ANY_RANKS, IN_MEMORY, "train.existing=resume", *overrides])
     if config.finetune.source:
         raise RunError(f"{run}: is a fine-tuning; follow the run that it came from")
     rates = {name: RATE * getattr(config.train, name) for name in ("dense_lr", "sparse_lr")}
-    return replace(config, train=replace(config.train, **rates))
+    return replace(config, train=replace(config.train, run=str(output), **rates))
 
 
 class _Follower:

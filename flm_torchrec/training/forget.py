@@ -18,7 +18,7 @@ from flm_torchrec.config import load_config
 from flm_torchrec.data.forget import (
     beside,
     exchange,
-    fingerprints,
+    fingerprints_before,
     forget_rows,
     forgotten_users,
     keys_and_ids,
@@ -26,14 +26,14 @@ from flm_torchrec.data.forget import (
     nearest_keys,
     unused_codes,
 )
-from flm_torchrec.data.prepared import PreparedData, load_prepared
+from flm_torchrec.data.prepared import PreparedData, fingerprint_of, load_prepared
 from flm_torchrec.data.rows import look_ups
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.stream_events import KEPT
 from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.training import storage
 from flm_torchrec.training.checkpoint import CHECKPOINTS
-from flm_torchrec.training.record import FINGERPRINT
+from flm_torchrec.training.identity import FINGERPRINT, made_with
 
 VOCABULARY = "vocabulary"
 EXPORTED = {".parquet": "parquet", ".arrow": "feather", ".feather": "feather"}
@@ -89,11 +89,11 @@ def forget(folder: Path, keys: Sequence[str], runs: Sequence[Path], exports: Seq
 def _check(folder: Path, runs: Sequence[Path], exports: Sequence[Path]) -> None:
     """Raise where a folder is not what it should be, before anything is changed."""
     Schema.load(folder / "schema.yaml")
-    now, before = fingerprints(folder)
+    known = (fingerprint_of(folder), *fingerprints_before(folder))
     for run in runs:
         if not (run / "config.yaml").is_file() or not (run / FINGERPRINT).is_file():
             raise RunError(f"{run}: no run folder (it lacks config.yaml or {FINGERPRINT}); give one of 'flm train'")
-        if (run / FINGERPRINT).read_text(encoding="ascii") not in (now, *before):
+        if made_with(run) not in known:
             raise RunError(f"{run}: made with other data than {folder}; give the --data of its config.yaml")
         if Schema.load(run / VOCABULARY / "schema.yaml").table("user_id").kind == "zch":
             raise RunError(

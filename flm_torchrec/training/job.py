@@ -13,7 +13,7 @@ from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
-from flm_torchrec.config import Config, load_config
+from flm_torchrec.config import Config
 from flm_torchrec.data.assemble import Assembler, Known
 from flm_torchrec.data.loader import Loader, Negatives, TrainLoader, windows
 from flm_torchrec.data.prepared import PreparedData
@@ -37,10 +37,11 @@ from flm_torchrec.names import nearest
 from flm_torchrec.training.checkpoint import BEST, Checkpoints, Progress, load_checkpoint, load_matching
 from flm_torchrec.training.encode import ModelEncoder
 from flm_torchrec.training.fusion import choose_weights
+from flm_torchrec.training.identity import has_ids_of
 from flm_torchrec.training.lookups import lookups_of
 from flm_torchrec.training.loop import Finished, fit, total_steps
 from flm_torchrec.training.record import Record, check_run_folder, open_run_folder
-from flm_torchrec.training.scope import Scope, load_data, same_data, scope_of
+from flm_torchrec.training.scope import Scope, load_data, scope_of
 
 
 def pretrain(config: Config) -> Finished:
@@ -97,7 +98,7 @@ class Job:
         if not tuning.source or tuning.start == "scratch":
             self.model, self.plan = build(data.schema, config, comm, looked)
         else:
-            if self._same_tables():
+            if self.same_tables:
                 config = replace(config, train=replace(config.train, sparse_lr=tuning.sparse_lr))
             self.model, self.plan = build(data.schema, config, comm, looked, freeze=True)
         self.optimizer = make_optimizer(self.model, config.train)
@@ -106,10 +107,12 @@ class Job:
         """Put the weights of the fine-tuning's source into the model, unless it starts from scratch."""
         if self.config.finetune.start == "pretrained":
             source = Path(self.config.finetune.source) / BEST
-            self.loaded = load_matching(source, self.model, self._same_tables(), self.comm)
+            self.loaded = load_matching(source, self.model, self.same_tables, self.comm)
 
-    def _same_tables(self) -> bool:
-        return same_data(load_config(Path(self.config.finetune.source) / "config.yaml"), self.config)
+    @cached_property
+    def same_tables(self) -> bool:
+        """Whether ids mean what they mean in the fine-tuning's source, so that its tables are of use."""
+        return has_ids_of(Path(self.config.finetune.source), self.data.path, self.data.fingerprint)
 
     @property
     def total_steps(self) -> int:

@@ -22,9 +22,9 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.files import write_text
 from flm_torchrec.messages import redact, visible
 from flm_torchrec.terminal import PlainConsole
+from flm_torchrec.training.identity import FINGERPRINT, STARTED_IN, made_with, refuse_forgotten
 from flm_torchrec.training.storage import refuse_other_data, replace
 
-FINGERPRINT = "vocabulary/fingerprint"
 FREE = (
     "distributed", "eval", "data.path", "train.run", "train.existing", "train.log_every", "train.checkpoint_every",
     "train.non_finite",
@@ -95,13 +95,16 @@ def open_run_folder(config: Config, data: PreparedData, comm: Comm, steps: int) 
     def make() -> None:
         fresh = folder.with_name(folder.name + ".tmp")
         if resumed:
-            refuse_other_data(folder, (folder / FINGERPRINT).read_text(encoding="ascii"), data.fingerprint)
+            refuse_forgotten(folder, data.path)
+            refuse_other_data(folder, made_with(folder), data.fingerprint)
+            write_text(folder / STARTED_IN, str(Path.cwd()))
             write_text(folder / "config.yaml", to_yaml(config))
             return
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         data.save_vocabulary(fresh / "vocabulary")
         (fresh / FINGERPRINT).write_text(data.fingerprint, encoding="ascii")
+        (fresh / STARTED_IN).write_text(str(Path.cwd()), encoding="utf-8")
         (fresh / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         replace(fresh, folder)
 

@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flm_torchrec.config import load_config
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import RunError
 from flm_torchrec.training.checkpoint import BEST, load_checkpoint
+from flm_torchrec.training.identity import open_run
 from flm_torchrec.training.job import Job
 from flm_torchrec.training.scope import ANY_RANKS, IN_MEMORY, load_data, scope_of
-from flm_torchrec.training.storage import read_meta
 
 
 @dataclass(frozen=True)
@@ -32,17 +31,15 @@ def restore(run: str | Path, overrides: Sequence[str] = (), sample: bool = False
 
     Args:
         run: run folder.
-        overrides: of the run's config, such as `distributed.device=cpu`; none that changes what was trained.
+        overrides: of the run's config, such as `distributed.device=cpu`, or `data.path`, where its data are now; none
+            that changes what was trained.
         sample: load the events of those users alone that a run with `data.stream` validated on.
 
     Raises:
-        RunError: no run, no checkpoint, data that changed since, or a sample of a run that had all data in memory.
+        RunError: no run, no checkpoint, data that are not its own, or a sample of a run that had all data in memory.
     """
     run = Path(run)
-    if not (run / "config.yaml").is_file():
-        raise RunError(f"{run}: no config.yaml, so no run folder; make one with 'flm train --train.run {run}'")
-    read_meta(run / BEST)
-    config = load_config(run / "config.yaml", [*ANY_RANKS, *([] if sample else [IN_MEMORY]), *overrides])
+    config = open_run(run, [*ANY_RANKS, *([] if sample else [IN_MEMORY]), *overrides])
     if sample and not config.data.stream:
         raise RunError(f"{run}: was trained with all data in memory; --sample is for runs with data.stream")
     if config.finetune.task == "label" and config.finetune.source:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from flm_torchrec.config import Config, load_config
+from flm_torchrec.config import Config
 from flm_torchrec.data.cohort import Labels, label_events, of_cohort
 from flm_torchrec.data.prepared import PreparedData, load_prepared
 from flm_torchrec.data.splits import Examples, Splits, split, split_by
 from flm_torchrec.data.stream import Stream, StreamedData, hide_values, load_streamed
+from flm_torchrec.training.identity import has_ids_of, read_config
 
 ANY_RANKS = ("distributed.plan=''", "distributed.replicas=1")
 """Laid over a run's config where it is read back: its plan and replicas may be for another number of ranks."""
@@ -64,9 +65,9 @@ def scope_of(config: Config, data: PreparedData) -> Scope:
         splits = split(data, config.data.split, config.data.holdout)
         return Scope(splits, splits.fit(data), splits.fit(data))
     seen = np.zeros(len(data.item), bool)
-    source = load_config(Path(tuning.source) / "config.yaml")
-    if same_data(source, config):
-        seen = scope_of(source, data).known
+    source = Path(tuning.source)
+    if has_ids_of(source, data.path, data.fingerprint):
+        seen = scope_of(read_config(source), data).known
     users = data.event_users()
     cohort = np.ones(data.schema.users, bool)
     if tuning.cohort == "new":
@@ -89,8 +90,3 @@ def spans_of(data: PreparedData, labels: np.ndarray) -> Splits:
     ends = np.where(labelled, data.offsets[1:], data.offsets[:-1])
     nobody = Examples(np.zeros(0, np.int64), np.zeros(0, np.int64))
     return Splits(ends, nobody, nobody)
-
-
-def same_data(source: Config, config: Config) -> bool:
-    """Whether ids mean the same: otherwise the tables of the source are of no use."""
-    return Path(source.data.path).resolve() == Path(config.data.path).resolve()

@@ -1,0 +1,141 @@
+"""Which data a run was made with: told by fingerprint, never by path. Where these data are now is looked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from flm_torchrec.config import Config, load_config
+from flm_torchrec.data.forget import fingerprints_before
+from flm_torchrec.data.prepared import fingerprint_of
+from flm_torchrec.errors import RunError
+
+FINGERPRINT = "vocabulary/fingerprint"
+STARTED_IN = "started_in"
+"""File of a run: the folder that relative paths of its config start from."""
+
+
+def open_run(run: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a run that has a best model, with the paths at which its data and its source are now.
+
+    Args:
+        overrides: of the config. With `data.path` among them the data are looked for there alone.
+
+    Raises:
+        RunError: no run folder, no best model yet, data that are not there or are not those of the run.
+    """
+    check_has_model(run)
+    config = read_config(run, overrides)
+    path = own_data(run, config, given=any(override.startswith("data.path=") for override in overrides))
+    return replace(config, data=replace(config.data, path=str(path)))
+
+
+def read_config(run: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a run, with the path at which the run that it was fine-tuned from is now.
+
+    Raises:
+        FlmError: the config is no config, or there is no such run.
+    """
+    config = load_config(run / "config.yaml", overrides)
+    if not config.finetune.source or any(override.startswith("finetune.source=") for override in overrides):
+        return config
+    source = _source(_places(run, config.finetune.source), run)
+    return replace(config, finetune=replace(config.finetune, source=str(source)))
+
+
+def check_has_model(run: Path) -> None:
+    """Raise RunError unless it is a run folder with a best model; the message says how to come to one."""
+    # Imported here: PyTorch takes seconds, and 'flm report' asks for the data alone.
+    from flm_torchrec.training.checkpoint import BEST
+    from flm_torchrec.training.storage import read_meta
+
+    if not (run / "config.yaml").is_file():
+        inner = [str(file.parent) for file in sorted(run.glob("*/config.yaml"))]
+        mend = f"give one of {', '.join(inner)}" if inner else f"make one with 'flm train --train.run {run}'"
+        raise RunError(f"{run}: no config.yaml, so no run folder; {mend}")
+    if not (run / BEST).exists():
+        command = f"'flm train --config {run / 'config.yaml'} --train.run {run} --train.existing resume'"
+        if load_config(run / "config.yaml").finetune.source:
+            command = "the 'flm finetune' that began it and --train.existing resume"
+        raise RunError(f"{run}: stopped before its first validation, so it has no best model yet; go on with {command}")
+    read_meta(run / BEST)
+
+
+def made_with(run: Path) -> str:
+    """The fingerprint of the data that a run was made with.
+
+    Raises:
+        RunError: the run does not hold one.
+    """
+    try:
+        return (run / FINGERPRINT).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{run / FINGERPRINT}: not readable ({error}); train anew, or copy the run anew") from error
+
+
+def refuse_forgotten(run: Path, data: Path) -> None:
+    """Raise RunError where the data are those of the run, less users who were forgotten in the data alone."""
+    if made_with(run) in fingerprints_before(data):
+        raise RunError(
+            f"{run}: users were forgotten from {data} and not from this run; bring it up to date with"
+            f" 'flm forget --data {data} --run {run}'"
+        )
+
+
+def has_ids_of(run: Path, data: Path, fingerprint: str) -> bool:
+    """Whether ids mean the same in prepared data, whose fingerprint is given, and in the data of a run.
+
+    Forgetting users moves no ids.
+    """
+    return made_with(run) in (fingerprint, *fingerprints_before(data))
+
+
+def own_data(run: Path, config: Config, given: bool = False) -> Path:
+    """Where the data that a run was made with are now.
+
+    Args:
+        given: its config's `data.path` was given anew, so they are looked for there alone.
+
+    Raises:
+        RunError: they are not there, or other data are.
+    """
+    wanted = made_with(run)
+    places = [Path(config.data.path)] if given else _places(run, config.data.path)
+    there = [path for path in places if (path / "schema.yaml").is_file()]
+    for path in there:
+        if fingerprint_of(path) == wanted:
+            return path
+    if not there:
+        raise RunError(f"{run}: its data are not at {places[0]}; say where they are now with --data.path")
+    for path in there:
+        refuse_forgotten(run, path)
+    raise RunError(
+        f"{run}: made with other data than {there[0]} holds now, so its rows would stand for other users and items;"
+        " name a folder with its own data with --data.path, or train anew"
+    )
+
+
+def _source(places: Sequence[Path], run: Path) -> Path:
+    for path in places:
+        if (path / "config.yaml").is_file():
+            return path
+    raise RunError(
+        f"{run}: the run that it was fine-tuned from is not at {places[0]}; put it back there, or set"
+        f" finetune.source in {run / 'config.yaml'}"
+    )
+
+
+def _places(run: Path, path: str) -> list[Path]:
+    """Where a path of a run's config may lead: from here, from where the run was started, or from the run itself.
+
+    The last finds data that were moved along with the run.
+    """
+    places = [Path(path)]
+    file = run / STARTED_IN
+    if file.is_file():
+        start = Path(file.read_text(encoding="utf-8"))
+        began = load_config(run / "config.yaml").train.run
+        places += [start / path, run / os.path.relpath(start / path, start / began)]
+    return list(dict.fromkeys(places))
