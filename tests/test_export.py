@@ -20,12 +20,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.config.schema import EvalConfig
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.data.splits import Examples, split
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.evaluate import evaluate_heads
-from flm_torchrec.evaluation.protocol import HEADS, Of
+from flm_torchrec.evaluation.protocol import Of
 from flm_torchrec.export.catalogue import decoded
 from flm_torchrec.export.index import STEPS, open_index
 from flm_torchrec.export.manifest import Kind, Quantise, Storage, load_manifest
@@ -45,7 +46,7 @@ class MadeUp:
     def __init__(self, data: PreparedData, changed: Collection[int] = (), dim: int = 16) -> None:
         self.dim = dim
         g = torch.Generator().manual_seed(0)
-        self.user = {h: torch.randn(data.schema.users, self.dim, generator=g) for h in HEADS}
+        self.user = {h: torch.randn(data.schema.users, self.dim, generator=g) for h in REPRESENTATIONS}
         self.item = torch.randn(data.schema.items, self.dim, generator=g)
         self.item[list(changed)] += 0.25
         self.user["content"][5] += 1.0 if changed else 0.0
@@ -80,7 +81,7 @@ def vectors(file: Path, column: str) -> np.ndarray:
     return np.stack(pq.read_table(file)[column].to_numpy())
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", REPRESENTATIONS)
 def test_recommendations_are_those_of_brute_force(exported: Path, small: PreparedData, head: str) -> None:
     items = vectors(exported / "items.parquet", "embedding")
     users = vectors(exported / "users.parquet", head)
@@ -98,7 +99,7 @@ def test_what_is_written_is_what_was_encoded(exported: Path, small: PreparedData
     encoder = RandomEncoder(small.schema.users, small.schema.items)
     np.testing.assert_array_equal(vectors(exported / "items.parquet", "embedding"), encoder.item.numpy())
     np.testing.assert_array_equal(vectors(exported / "items.parquet", "content"), encoder.item.numpy() / 2)
-    for head in HEADS:
+    for head in REPRESENTATIONS:
         np.testing.assert_array_equal(vectors(exported / "users.parquet", head), encoder.user[head].numpy())
     assert pq.read_table(exported / "users.parquet")["user_key"].to_pylist() == small.user_keys
     manifest = json.loads((exported / "manifest.json").read_text())
@@ -193,7 +194,7 @@ def test_what_quantising_costs_is_what_evaluation_finds(small: PreparedData, tmp
     source = replace(source_of(small), encoder=MadeUp(small), held=Held(MadeUp(small), valid))
     options = Options(quantise="int8", user_block=32, item_block=32, part_rows=64)
     manifest = export(source, Alone(), tmp_path / "out", options)
-    assert manifest is not None and list(manifest.quality) == list(HEADS)
+    assert manifest is not None and list(manifest.quality) == list(REPRESENTATIONS)
     for head, found in manifest.quality.items():
         assert found["before"] == pytest.approx(before[f"{head}/ndcg@10"])
         assert found["after"] == pytest.approx(after[f"{head}/ndcg@10"])

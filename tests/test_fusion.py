@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flm_torchrec.cli import main
+from flm_torchrec.config.heads import HEADS
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.data.splits import Examples, split
 from flm_torchrec.distributed.comm import Comm
@@ -20,7 +21,6 @@ from flm_torchrec.training.fusion import choose_weights
 from flm_torchrec.training.restore import restore
 
 DIM = 16
-HEADS = ("content", "collaborative", "sequential")
 
 
 class Planted:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.nn import functional as F
 
+from flm_torchrec.config.heads import REPRESENTATIONS
+from flm_torchrec.config.schema import ModelConfig
 from flm_torchrec.data.assemble import Assembler
 from flm_torchrec.data.loader import Negatives, Prefetch, TrainLoader, Windows, windows
 from flm_torchrec.data.prepared import PreparedData, Ragged
@@ -18,21 +22,31 @@ from flm_torchrec.data.splits import split
 from flm_torchrec.errors import DataError
 from flm_torchrec.model import softmax
 from flm_torchrec.model.dropout import Dropout
-from flm_torchrec.model.pretrain import _first_places
+from flm_torchrec.model.fusion import FUSIONS
+from flm_torchrec.model.layout import Jagged, Padded
+from flm_torchrec.model.losses import first_positions
 from flm_torchrec.model.softmax import inclusion_log_probability, sampled_softmax
-from flm_torchrec.model.tower import FUSIONS, REPRESENTATIONS, Encoded, Looked, Tower, Widths
+from flm_torchrec.model.tower import EmbeddingOutputs, Encoded, Tower, Widths
 from flm_torchrec.model.transformer import BLOCKS, CausalTransformer
 
 DIM = 8
 
 
+class MadeTower(Tower):
+    """Takes the inputs of a batch by name."""
+
+    def forward(self, looked: EmbeddingOutputs, **batch: Tensor) -> Encoded:  # type: ignore[override]
+        return super().forward(looked, SimpleNamespace(**batch))
+
+
 def make_tower(
-    fusion: str = "gated", block: str = "transformer", relative: bool = False,
-    cosine: bool = False,
-) -> Tower:  # fmt: skip
+    fusion: str = "gated", block: str = "transformer", relative: bool = False, cosine: bool = False
+) -> MadeTower:
     torch.manual_seed(0)
-    widths = Widths(DIM, item_features=2, item_dense=1, user_features=1, user_dense=2, history=2, max_tokens=6)
-    return Tower(widths, 2, 2, 0.1, 0.1, 0.1, fusion, block, relative, cosine).eval()
+    widths = Widths(item_features=2, item_dense=1, user_features=1, user_dense=2, history=2, max_tokens=6)
+    similarity = "cosine" if cosine else "dot"
+    chosen = {"fusion": fusion, "block": block, "relative_bias": relative, "similarity": similarity}
+    return MadeTower(widths, ModelConfig(dim=DIM, user_id_dropout=0.1, **chosen)).eval()
 
 
 def inputs(items: int = 7, lengths: tuple[int, ...] = (3, 1, 4), seed: int = 1) -> dict:
@@ -40,7 +54,7 @@ def inputs(items: int = 7, lengths: tuple[int, ...] = (3, 1, 4), seed: int = 1) 
     count, users = sum(lengths), len(lengths)
     tokens = torch.randint(0, items, (count,), generator=g)
     tokens[torch.tensor([sum(lengths[:b]) for b in range(users)])] = items
-    looked = Looked(
+    looked = EmbeddingOutputs(
         item_id=torch.randn(items, DIM, generator=g),
         item_features=torch.randn(items, 2 * DIM, generator=g),
         user=torch.randn(users, 2 * DIM, generator=g),
@@ -78,7 +92,7 @@ def test_sequences_of_a_batch_do_not_touch_each_other() -> None:
     tower, batch = make_tower(), inputs()
     alone = {**batch, **{name: batch[name][4:] for name in ("time", "tokens", "value")}}
     alone["lengths"] = batch["lengths"][2:]
-    alone["looked"] = Looked(
+    alone["looked"] = EmbeddingOutputs(
         batch["looked"].item_id, batch["looked"].item_features, batch["looked"].user[2:], batch["looked"].history[4:]
     )
     alone["user_dense"], alone["user_known"] = batch["user_dense"][2:], batch["user_known"][2:]
@@ -93,15 +107,21 @@ def test_attention_in_buckets_is_attention_of_each_sequence_alone(
     lengths: list[int], block: str, relative: bool
 ) -> None:
     torch.manual_seed(sum(lengths))
-    model = CausalTransformer(DIM, 2, 2, 0.1, 40, block, relative).eval()
+    model = CausalTransformer(ModelConfig(dim=DIM, block=block, relative_bias=relative), 40).eval()
     for bias in model.biases.parameters():
         torch.nn.init.normal_(bias)
     x, time = torch.randn(sum(lengths), DIM, requires_grad=True), torch.arange(sum(lengths)) * 7
-    row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    place = torch.cat([torch.arange(n) for n in lengths])
-    found = model(x, row, place, torch.tensor(lengths), time)
+    found = model(x, Jagged(torch.tensor(lengths), time))
     parts = zip(x.split(lengths), time.split(lengths), strict=True)
-    alone = torch.cat([model.padded(part[None], seconds[None])[0] for part, seconds in parts if len(part)] + [x[:0]])
+    # Each token of each sequence is in turn the last one: padding behind it changes nothing.
+    alone = torch.cat(
+        [
+            model(part.expand(len(part), -1, -1), Padded(torch.arange(len(part)), seconds.expand(len(part), -1)))
+            for part, seconds in parts
+            if len(part)
+        ]
+        + [x[:0]]
+    )
     torch.testing.assert_close(found, alone)
     leaves = [x, *model.parameters()]  # with no token at all, each must have a gradient all the same
     assert all(g is not None for g in torch.autograd.grad(found.sum(), leaves, allow_unused=True))
@@ -125,7 +145,7 @@ def changes(field: str) -> set[str]:
     """Which representations change when one of the looked-up inputs does."""
     tower, batch = make_tower(), inputs()
     before = tower(**batch)
-    other = Looked(**vars(batch["looked"]))
+    other = EmbeddingOutputs(**vars(batch["looked"]))
     value = getattr(other, field).clone()
     if field == "user":
         value[:, :DIM] += 1.0  # the id alone
@@ -186,7 +206,7 @@ def test_the_corrected_partition_function_is_unbiased() -> None:
     negatives = Negatives((popularity * 10_000).astype(int) + 1, drawn, 0.5)
     counts = (popularity * 10_000).astype(int) + 1
     scores = torch.from_numpy(rng.normal(size=30))
-    log_pi = inclusion_log_probability(torch.from_numpy(negatives.log_absent), in_batch, drawn).double()
+    log_pi = inclusion_log_probability(torch.from_numpy(negatives.log_not_sampled), in_batch, drawn).double()
     estimates = []
     for _ in range(4000):
         targets = rng.choice(30, size=in_batch, p=counts / counts.sum())
@@ -197,7 +217,7 @@ def test_the_corrected_partition_function_is_unbiased() -> None:
 
 def test_targets_are_found_among_the_candidates_of_all_ranks() -> None:
     candidates, real = torch.tensor([4, 9, 0, 2, 9, 4]), torch.tensor([True, True, False, True, True, True])
-    place, repeated = _first_places(candidates, real, torch.tensor([9, 2, 4]))
+    place, repeated = first_positions(candidates, real, torch.tensor([9, 2, 4]))
     assert place.tolist() == [1, 3, 0]
     assert repeated.tolist() == [False, False, False, False, True, True]
 

@@ -159,7 +159,7 @@ MAY_IMPORT = {
     "distributed": {"config"},
     "training": {"config", "data", "model", "distributed", "evaluation"},
     "evaluation": {"config", "data"},
-    "export": {"config", "data", "evaluation"},
+    "export": {"config", "data", "model", "evaluation"},
     "serve": {"config", "data", "export"},
     "report": {"config", "data", "evaluation", "export"},
 }

@@ -17,6 +17,7 @@ from torchmetrics.functional.retrieval import (
     retrieval_reciprocal_rank,
 )
 
+from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.config.schema import EvalConfig
 from flm_torchrec.data.prepared import EntityFeatures, PreparedData
 from flm_torchrec.data.schema import Schema
@@ -25,7 +26,6 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Popularity, Random, _blocks, _nearest, _seen
 from flm_torchrec.evaluation.evaluate import evaluate
 from flm_torchrec.evaluation.metrics import RankCounts
-from flm_torchrec.evaluation.protocol import HEADS
 from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, count_ranks, rank_targets
 
 
@@ -50,7 +50,7 @@ class RandomEncoder:
 
     def __init__(self, users: int, items: int, seed: int = 0) -> None:
         g = torch.Generator().manual_seed(seed)
-        self.user = {h: torch.randint(-2, 3, (users, 4), generator=g).float() for h in HEADS}
+        self.user = {h: torch.randint(-2, 3, (users, 4), generator=g).float() for h in REPRESENTATIONS}
         self.item = torch.randint(-2, 3, (items, 4), generator=g).float()
 
     def users(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
@@ -86,7 +86,7 @@ def test_ranks_are_those_of_brute_force(histories: list[list[int]], users: int, 
     scorer = HeadScorer(encoder, 12, items, Alone())
     ranked = rank_targets(data, examples, scorer, Alone(), Blocks(users, items), top_k=3)
     for row, history in enumerate(histories):
-        for head in HEADS:
+        for head in REPRESENTATIONS:
             scores = (encoder.user[head][row] @ encoder.item.T).numpy()
             *seen, target = history
             others = [i for i in range(12) if i not in seen and i != target]
@@ -226,10 +226,10 @@ def test_held_out_items_are_ranked_among_all_and_among_themselves(small: Prepare
     config, cold = EvalConfig(ks=(5,), ease_items=0), splits.cold_items
     assert cold is not None
     found = evaluate(small, splits.test, splits.fit(small), encoder, Alone(), config, "test", cold)
-    assert list(found.table) == ["popularity", "item-kNN", *HEADS, "random", "content alone", "ids alone"]
+    assert list(found.table) == ["popularity", "item-kNN", *REPRESENTATIONS, "random", "content alone", "ids alone"]
     none = dataclasses.replace(config, baselines=())
     bare = evaluate(small, splits.test, splits.fit(small), encoder, Alone(), none, "test", cold)
-    assert list(bare.table) == [*HEADS, "content alone", "ids alone"]
+    assert list(bare.table) == [*REPRESENTATIONS, "content alone", "ids alone"]
     assert set(found.segments) == {"warm", "cold user", "cold item", "cold item, among those alone"}
     assert found.segments["cold item, among those alone"]["popularity"]["hr@5"] == 0.0  # all tie, ties count against
     ranked = rank_targets(small, splits.test, Random(), Alone(), Blocks(), among=cold)
@@ -244,11 +244,11 @@ def test_all_rows_of_the_table_rank_the_same_users(small: PreparedData) -> None:
     splits = split(small, "leave-one-out", 0.1)
     encoder = RandomEncoder(len(splits.test), small.schema.items)
     found = evaluate(small, splits.test, splits.fit(small), encoder, Alone(), EvalConfig(ks=(5,)), "test")
-    assert list(found.table) == ["popularity", "item-kNN", "EASE-R", *HEADS]
+    assert list(found.table) == ["popularity", "item-kNN", "EASE-R", *REPRESENTATIONS]
     assert all(set(m) == {"hr@5", "ndcg@5", "mrr", "coverage@10"} for m in found.table.values())
     few = EvalConfig(ks=(5,), baselines=("EASE-R",))
     found_few = evaluate(small, splits.test, splits.fit(small), encoder, Alone(), few, "test")
-    assert list(found_few.table) == ["EASE-R", *HEADS] and found_few.table["EASE-R"] == found.table["EASE-R"]
+    assert list(found_few.table) == ["EASE-R", *REPRESENTATIONS] and found_few.table["EASE-R"] == found.table["EASE-R"]
     shares = {s: np.mean(small.segment[splits.test.end] == s) for s in found.segments}
     for name, metrics in found.table.items():
         weighted = sum(shares[s] * found.segments[s][name]["hr@5"] for s in found.segments)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from flm_torchrec.config import load_config
+from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.data.prepare import Options, prepare
 from flm_torchrec.data.prepared import PreparedData, load_prepared
 from flm_torchrec.data.rows import parse_tables
@@ -21,7 +22,6 @@ from flm_torchrec.data.sources import synthetic
 from flm_torchrec.data.splits import everyone
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import DataError, RunError
-from flm_torchrec.evaluation.protocol import HEADS
 from flm_torchrec.export.encoder import HISTORY_FIELDS, History, Query, Tower
 from flm_torchrec.export.tower import Precision, write_tower
 from flm_torchrec.training.job import Job
@@ -53,7 +53,7 @@ def package(job: Job, folder: Path, precision: Precision = "fp32") -> Tower:
 def trained(job: Job, users: np.ndarray) -> np.ndarray:
     """What the model itself makes of the users, [n, heads, D]."""
     found = job.encoder(everyone(job.data)).users(users)
-    return torch.stack([found[head] for head in HEADS], 1).numpy()
+    return torch.stack([found[head] for head in REPRESENTATIONS], 1).numpy()
 
 
 def packaged(tower: Tower, users: np.ndarray) -> np.ndarray:

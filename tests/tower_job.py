@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from flm_torchrec.config import load_config
+from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.data.prepared import load_prepared
 from flm_torchrec.data.splits import everyone
 from flm_torchrec.distributed.comm import process_group
-from flm_torchrec.evaluation.protocol import HEADS
 from flm_torchrec.export.encoder import Query, Tower
 from flm_torchrec.export.tower import write_tower
 from flm_torchrec.training.job import Job
@@ -32,6 +32,6 @@ with process_group(config.distributed) as comm:
         tower = Tower(Path(target))
         queries = [Query(tower.known_history(int(user)), int(user)) for user in users]
         made = tower.represent(queries, np.zeros((0, 16), np.float32))
-        own = torch.stack([found[head] for head in HEADS], 1).numpy()
+        own = torch.stack([found[head] for head in REPRESENTATIONS], 1).numpy()
         print("moved", np.abs(np.stack([m.heads for m in made]) - own).max())
     comm.all_reduce_sum(torch.zeros(1))  # none leaves while another is at work

@@ -24,12 +24,12 @@ import numpy as np
 import yaml
 
 from flm_torchrec.config import Config, load_config
+from flm_torchrec.config.heads import HEADS
 from flm_torchrec.config.schema import LossConfig
 from flm_torchrec.documents import Unreadable, read_json, read_yaml
 from flm_torchrec.errors import ConfigError, FlmError, RunError
 from flm_torchrec.names import nearest
 
-HEADS = ("content", "collaborative", "sequential")
 BASELINES = ("popularity", "item-kNN", "EASE-R")
 
 

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.evaluation.evaluate import COVERAGE_AT, blocks_of
-from flm_torchrec.evaluation.protocol import HEADS, Comm, Encoder, Of
+from flm_torchrec.evaluation.protocol import Comm, Encoder, Of
 from flm_torchrec.evaluation.ranking import HeadScorer, rank_targets
 from flm_torchrec.training.fusion import choose_weights
 from flm_torchrec.training.restore import restore
@@ -33,7 +34,7 @@ class Kept:
     def __init__(self, encoder: Encoder, users: int, items: int, block: int) -> None:
         self.dim = encoder.dim
         blocks = [encoder.users(np.arange(s, min(s + block, users))) for s in range(0, users, block)]
-        self.heads = {head: torch.cat([b[head] for b in blocks]) for head in HEADS}
+        self.heads = {head: torch.cat([b[head] for b in blocks]) for head in REPRESENTATIONS}
         self.vectors = torch.cat([encoder.items(np.arange(s, min(s + block, items))) for s in range(0, items, block)])
 
     def users(self, rows: np.ndarray) -> dict[str, Tensor]:
@@ -81,7 +82,7 @@ def measure(data: Any, examples: Any, comm: Comm, config: Any, encoder: Encoder,
         print(f"{name}: {statistics.median(times):.2f} s")
     for place, name in ((1, names[1]), (2, names[2])):
         print(f"{name} / {names[0]}: {statistics.median(t[place] / t[0] for t in turns):.2f}")
-    weights = seconds(choose_weights, data, examples, kept, comm, blocks_of(config), HEADS[:3], "ndcg@10")
+    weights = seconds(choose_weights, data, examples, kept, comm, blocks_of(config), REPRESENTATIONS[:3], "ndcg@10")
     print(f"choosing the fusion's weights on as many users: {weights:.2f} s")
 
 

@@ -26,9 +26,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.data.prepared import EntityFeatures, PreparedData
 from flm_torchrec.data.schema import Feature, Schema
-from flm_torchrec.evaluation.protocol import HEADS, Of
+from flm_torchrec.evaluation.protocol import Of
 from flm_torchrec.export.index import INDEX
 from flm_torchrec.export.manifest import Kind, Quantise, Storage
 from flm_torchrec.export.write import Options, Source, export
@@ -62,7 +63,7 @@ class MadeUp:
         self.centres = torch.randn(CLUSTERS, dim, generator=torch.Generator().manual_seed(0))
 
     def users(self, rows: np.ndarray) -> dict[str, Tensor]:
-        return {head: self._around(rows, seed + 1) for seed, head in enumerate(HEADS)}
+        return {head: self._around(rows, seed + 1) for seed, head in enumerate(REPRESENTATIONS)}
 
     def items(self, ids: np.ndarray, of: Of = "all") -> Tensor:
         return self.views(ids)[of]
@@ -73,7 +74,8 @@ class MadeUp:
 
     def _around(self, ids: np.ndarray, seed: int) -> Tensor:
         first = int(ids[0]) if len(ids) else 0
-        noise = torch.randn(len(ids), self.dim, generator=torch.Generator().manual_seed(first * len(HEADS) * 2 + seed))
+        drawn = torch.Generator().manual_seed(first * len(REPRESENTATIONS) * 2 + seed)
+        noise = torch.randn(len(ids), self.dim, generator=drawn)
         centre = self.centres[torch.from_numpy(ids * 2_654_435_761 % CLUSTERS)]
         return torch.nn.functional.normalize(centre + noise, dim=1)
 

@@ -29,6 +29,7 @@ import torch
 from bench_export import BRANDS, Alone, MadeUp, catalogue
 from torch import Tensor
 
+from flm_torchrec.config.schema import ModelConfig
 from flm_torchrec.data.assemble import GAP_BUCKETS
 from flm_torchrec.data.prepared import EntityFeatures, PreparedData, Ragged
 from flm_torchrec.export.encoder import History, Query
@@ -48,8 +49,8 @@ class RandomModel:
 
     def __init__(self, data: PreparedData) -> None:
         torch.manual_seed(0)
-        widths = Widths(DIM, 1, 0, 0, 0, 2, MAX_HISTORY + 1)
-        self.dense = Tower(widths, 2, 2, 0.1, 0.1, 0.9, "sum", "hstu", relative_bias=False, cosine=True)
+        widths = Widths(1, 0, 0, 0, 2, MAX_HISTORY + 1)
+        self.dense = Tower(widths, ModelConfig(dim=DIM))
         self.item_known = np.ones(data.schema.items, np.float32)
         self.user_known = np.ones(data.schema.users, np.float32)
         self.settings: dict[str, Any] = {

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.evaluation.evaluate import evaluate_heads
-from flm_torchrec.evaluation.protocol import HEADS, Encoder, Of
+from flm_torchrec.evaluation.protocol import Encoder, Of
 from flm_torchrec.export.encoder import History, Query, Tower
 from flm_torchrec.export.tower import Precision, write_tower
 from flm_torchrec.training.package import PackagedModel
@@ -37,8 +38,8 @@ class Packaged:
         examples = self.examples.take(rows)
         queries = [self._query(int(u), int(e)) for u, e in zip(examples.user, examples.end, strict=True)]
         found = self.tower.represent(queries, np.zeros((0, self.dim), np.float32)) if queries else []
-        heads = np.array([f.heads for f in found], np.float32).reshape(-1, len(HEADS), self.dim)
-        return {head: torch.from_numpy(heads[:, place].copy()) for place, head in enumerate(HEADS)}
+        heads = np.array([f.heads for f in found], np.float32).reshape(-1, len(REPRESENTATIONS), self.dim)
+        return {head: torch.from_numpy(heads[:, place].copy()) for place, head in enumerate(REPRESENTATIONS)}
 
     def items(self, ids: np.ndarray, of: Of = "all") -> Tensor:
         return self.exact.items(ids, of)
@@ -69,10 +70,10 @@ def main() -> None:
             write_tower(job.data, model, True, precision, target)
             encoder = Packaged(Tower(target), job.data, examples, exact)
             size = sum(f.stat().st_size for f in target.rglob("*.pt2")) / 1e6
-            moved = max(float((encoder.users(sample)[h] - vectors[h]).abs().max()) for h in HEADS)
+            moved = max(float((encoder.users(sample)[h] - vectors[h]).abs().max()) for h in REPRESENTATIONS)
             print(f"{precision}: {size:.1f} MB; no number of a vector moves by more than {moved:.1e}")
             found = evaluate_heads(job.data, examples, encoder, job.comm, job.config.eval)
-            for head in HEADS:
+            for head in REPRESENTATIONS:
                 before, after = own[f"{head}/ndcg@10"], found[f"{head}/ndcg@10"]
                 print(f"  {head:13} ndcg@10 {before:.5f} → {after:.5f}  {after / before - 1:+.2%}", flush=True)
 

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from flm_torchrec.config.heads import HEADS
+
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Count = Annotated[int, Field(ge=1)]
@@ -128,8 +130,8 @@ class LossConfig:
     def _check(self) -> LossConfig:
         if self.negatives != "all" and self.negatives < 0:
             raise ValueError("loss.negatives must be 0 or more, or 'all'")
-        if self.content + self.collaborative + self.sequential == 0:
-            raise ValueError("loss: all three weights are 0; set one of content, collaborative, sequential")
+        if not any(getattr(self, head) for head in HEADS):
+            raise ValueError(f"loss: the weights of all heads are 0; set one of {', '.join(HEADS)}")
         return self
 
 

@@ -25,7 +25,7 @@ class Candidates:
     """Items that a step's softmax runs over on this rank, beside the targets."""
 
     items: np.ndarray  # [K] int64
-    log_absent: np.ndarray | None  # [items, 2] by item id; None: every item is a candidate, nothing is sampled
+    log_not_sampled: np.ndarray | None  # [items, 2] by item id; None: every item is a candidate, nothing is sampled
 
 
 @dataclass(frozen=True)
@@ -110,13 +110,13 @@ class Assembler:
         lengths = np.bincount(np.repeat(np.arange(len(user)), end - start)[learnt], minlength=len(user))
         positions = positions[learnt]
         target_items = events.item[positions]
-        if drawn.log_absent is None:
+        if drawn.log_not_sampled is None:
             candidates = drawn.items
-            log_absent = np.zeros((len(candidates), 2), np.float32)
+            log_not_sampled = np.zeros((len(candidates), 2), np.float32)
         else:
             candidates = np.unique(np.concatenate([target_items, drawn.items]))
-            log_absent = drawn.log_absent[candidates]
-        return self._batch(events, user, begin, lengths, positions, target_items, candidates, log_absent)
+            log_not_sampled = drawn.log_not_sampled[candidates]
+        return self._batch(events, user, begin, lengths, positions, target_items, candidates, log_not_sampled)
 
     def encoding(self, user: np.ndarray, start: np.ndarray, end: np.ndarray) -> Batch:
         """Represent `user[b]` after the events `start[b]:end[b]`: the last token of each sequence."""
@@ -129,8 +129,8 @@ class Assembler:
     def items(self, ids: np.ndarray) -> Batch:
         """The items named, and one sequence of no tokens: TorchRec's sharded modules refuse a stride of 0."""
         nothing, one = np.zeros(0, np.int64), np.zeros(1, np.int64)
-        log_absent = np.zeros((len(ids), 2), np.float32)
-        return self._batch(self.events, one, one, one, nothing, nothing, ids, log_absent)
+        log_not_sampled = np.zeros((len(ids), 2), np.float32)
+        return self._batch(self.events, one, one, one, nothing, nothing, ids, log_not_sampled)
 
     def _batch(
         self,
@@ -141,7 +141,7 @@ class Assembler:
         positions: np.ndarray,
         target_items: np.ndarray,
         candidates: np.ndarray,
-        log_absent: np.ndarray,
+        log_not_sampled: np.ndarray,
     ) -> Batch:
         first = np.zeros(len(positions), bool)
         first[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
@@ -168,7 +168,7 @@ class Assembler:
             targets=torch.from_numpy(rows[len(token_items) : len(token_items) + len(target_items)]),
             label=torch.from_numpy(events.label[positions[: len(target_items)]]),
             candidates=torch.from_numpy(rows[len(token_items) + len(target_items) :]),
-            log_absent=torch.from_numpy(log_absent),
+            log_not_sampled=torch.from_numpy(log_not_sampled),
         )
 
     def _features(

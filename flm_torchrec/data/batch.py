@@ -34,7 +34,7 @@ class Batch(Pipelineable):
     targets: Tensor  # [T] row of the next item; empty where there is nothing to learn
     label: Tensor  # [T] float: 1 or 0 for a target that has a label, else NaN
     candidates: Tensor  # [C] rows of the items that the softmax runs over
-    log_absent: Tensor  # [C, 2] log-probability that one in-batch, one drawn negative is not this item
+    log_not_sampled: Tensor  # [C, 2] log-probability that one in-batch, one drawn negative is not this item
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)})

@@ -62,13 +62,13 @@ class Negatives:
         popularity = counts / counts.sum()
         # An item that is all of the data would be absent with probability 0; a bound keeps the logarithm finite.
         absent = np.log1p(-np.minimum(np.stack([popularity, weights / weights.sum()], 1), 1 - 1e-6))
-        self.log_absent = absent.astype(np.float32)
+        self.log_not_sampled = absent.astype(np.float32)
 
     def draw(self, rng: np.random.Generator, rank: int, world_size: int) -> Candidates:
         if self.number == "all":
             return Candidates(np.arange(rank, self.items, world_size), None)
         drawn = np.searchsorted(self.cumulative, rng.random(self.number), side="right")
-        return Candidates(np.minimum(drawn, self.items - 1)[rank::world_size], self.log_absent)
+        return Candidates(np.minimum(drawn, self.items - 1)[rank::world_size], self.log_not_sampled)
 
 
 class Loader(ABC):

@@ -8,7 +8,6 @@ import numpy as np
 from torch import Tensor
 
 Of = Literal["all", "content", "id"]
-HEADS = ("content", "collaborative", "sequential", "fused")
 
 
 class Encoder(Protocol):
@@ -17,7 +16,7 @@ class Encoder(Protocol):
     dim: int
 
     def users(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """[b] indices of examples → by name of HEADS, [b, D] float32."""
+        """[b] indices of examples → by name of REPRESENTATIONS, [b, D] float32."""
 
     def items(self, ids: np.ndarray, of: Of = "all") -> Tensor:
         """[n] item ids → [n, D] float32, made of the id and the features, or of one of them alone."""

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.data.prepared import PreparedData, spans
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.metrics import RankCounts
-from flm_torchrec.evaluation.protocol import HEADS, Comm, Encoder, Of, Scorer
+from flm_torchrec.evaluation.protocol import Comm, Encoder, Of, Scorer
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class HeadScorer:
         self, encoder: Encoder, items: int, block: int, comm: Comm, of: Of = "all", heads: dict[str, str] | None = None
     ) -> None:
         self.encoder = encoder
-        self.heads = heads or {head: head for head in HEADS}  # by name in the table
+        self.heads = heads or {head: head for head in REPRESENTATIONS}  # by name in the table
         self.names = tuple(self.heads)
         self.vectors = torch.cat([v for _, v in item_vectors(encoder, items, block, comm, of)])  # [items, D]
         _check_finite(self.vectors, "item vectors")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from flm_torchrec.config import add_data_path, given_overrides
+from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.errors import RunError
-from flm_torchrec.evaluation.protocol import HEADS
 from flm_torchrec.export.manifest import RECALL_WANTED, Kind, Manifest, Quantise, Storage, Vectors, read_manifest
 
 TOWERS = ("int8", "fp32", "none")
@@ -105,7 +105,7 @@ def _add_recommend(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--export", required=True, metavar="DIR", help="folder of 'flm export'")
     parser.add_argument("--user", required=True, metavar="KEY", help="user, by the id of the source")
     parser.add_argument("-k", type=int, default=10, help="number of items (default: %(default)s)")
-    parser.add_argument("--head", default="fused", help=f"one of {', '.join(HEADS)} (default: %(default)s)")
+    parser.add_argument("--head", default="fused", help=f"one of {', '.join(REPRESENTATIONS)} (default: %(default)s)")
     parser.add_argument("--include-seen", action="store_true", help="also items the user has had (default: without)")
     parser.add_argument("--json", action="store_true", help="print JSON (default: a table)")
     parser.set_defaults(run=run_recommend)

@@ -9,8 +9,8 @@ from pathlib import Path
 import faiss
 import numpy as np
 
+from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.errors import RunError
-from flm_torchrec.evaluation.protocol import HEADS
 from flm_torchrec.export.manifest import RECALL_WANTED, IndexReport, Kind, Manifest
 from flm_torchrec.export.rows import Rows
 from flm_torchrec.export.vectors import decode
@@ -56,8 +56,8 @@ def build_index(folder: Path, manifest: Manifest, kind: Kind) -> IndexReport | N
     index, parameters = _new(kind, items, manifest)
     for vectors in items.vectors("embedding"):
         index.add(vectors)
-    users = Rows(folder, manifest, "users").sample(HEADS, SAMPLE)
-    queries = np.concatenate([decode(users[head])[:SAMPLE] for head in HEADS])
+    users = Rows(folder, manifest, "users").sample(REPRESENTATIONS, SAMPLE)
+    queries = np.concatenate([decode(users[head])[:SAMPLE] for head in REPRESENTATIONS])
     _, best = brute_force(items.vectors("embedding"), queries, min(max(CUTS), index.ntotal))
     recall: dict[str, dict[str, float]] = {}
     for step in STEPS[kind]:
@@ -128,7 +128,8 @@ def _recall(index: faiss.Index, queries: np.ndarray, best: np.ndarray) -> dict[s
     """By head, whose queries stand one after another; ids of equal scores count as they come."""
     _, found = index.search(queries, best.shape[1])
     recall: dict[str, dict[str, float]] = {}
-    for head, mine, true in zip(HEADS, np.split(found, len(HEADS)), np.split(best, len(HEADS)), strict=True):
+    parts = (np.split(rows, len(REPRESENTATIONS)) for rows in (found, best))
+    for head, mine, true in zip(REPRESENTATIONS, *parts, strict=True):
         recall[head] = {
             f"@{k}": float(np.mean([np.isin(b[:k], f[:k]).mean() for f, b in zip(mine, true, strict=True)]))
             for k in CUTS

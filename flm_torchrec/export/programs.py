@@ -8,12 +8,15 @@ scaled by plain operators.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import fbgemm_gpu  # noqa: F401 (registers the operators)
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from flm_torchrec.config.heads import HEADS, REPRESENTATIONS
+from flm_torchrec.model.layout import Padded
+from flm_torchrec.model.tower import Sequences, Tower
 
 Precision = Literal["int8", "fp32"]
 
@@ -74,78 +77,62 @@ class ContentProgram(nn.Module):
         return self.mlp(torch.cat([pooled.flatten(1), dense], 1))
 
 
+class UserInputs(NamedTuple):
+    """What the program of users takes: B histories of up to L events each, oldest first, padded at the end."""
+
+    items: Tensor
+    """[B, L] rows of the catalogue; from its end on, rows of `added`."""
+    event: Tensor
+    """[B, L] rows of the table of events."""
+    gap: Tensor
+    """[B, L] rows of the table of gaps."""
+    value: Tensor
+    """[B, L] standardised."""
+    time: Tensor
+    """[B, L] seconds since the first event."""
+    lengths: Tensor
+    """[B] events."""
+    added: Tensor
+    """[M, D] content vectors of items beyond the catalogue."""
+    user: Tensor
+    """[B] rows of known users, or -1."""
+    profile: Tensor
+    """[B, D] content vectors of users, used where `given`; else that of the known user."""
+    given: Tensor
+    """[B] bool."""
+
+
 class UserProgram(nn.Module):
-    """Histories → what each head and the fusion make of them after the last event.
+    """Histories → what each head and the fusion make of them after the last event, by the model's own tower."""
 
-    The model's own layers over padded sequences: padding stands at the end, where causal layers do not see it.
-    """
-
-    def __init__(self, dense: Any, tables: dict[str, Rows], items: int) -> None:
+    def __init__(self, tower: Tower, tables: dict[str, Rows], items: int) -> None:
         super().__init__()
         self.tables = nn.ModuleDict(tables)
-        self.event, self.start, self.transformer = dense.event, dense.start, dense.transformer
-        self.content_head, self.collaborative_head = dense.content_head, dense.collaborative_head
-        self.fusion, self.cosine = dense.fusion, dense.cosine
+        self.tower = tower
         self.items = items
 
-    def forward(
-        self,
-        items: Tensor,
-        event: Tensor,
-        gap: Tensor,
-        value: Tensor,
-        time: Tensor,
-        lengths: Tensor,
-        added: Tensor,
-        user: Tensor,
-        profile: Tensor,
-        given: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """items, event, gap, value, time [B, L] of `lengths` [B] events each, oldest first.
-
-        Args:
-            items: rows of the catalogue; of `added` [M, D], content vectors of other items, from its end on.
-            event, gap: rows of their tables. value: standardised. time: seconds since the first.
-            user: [B] rows of known users, or -1.
-            profile: [B, D] content vectors of users, used where `given` [B] bool; else that of the known user.
-
-        Returns:
-            [B, heads + 1, D], fused last, and the heads' weights in it [B, heads]; zeros where it is no weighted sum.
-        """
-        lengths = lengths.unsqueeze(1)
-        count, longest = items.shape
-        shown = (torch.arange(longest)[None, :] < lengths).unsqueeze(2)  # [B, L, 1]
-        known = (items < self.items).unsqueeze(2)
-        rows = items.clamp(max=self.items - 1)
-        item_id = self.tables["item_id"](rows) * (known & shown)
-        other = added[(items - self.items).clamp(min=0)]
-        content = torch.where(known, self.tables["item_content"](rows), other) * shown
-        user_row = user.clamp(min=0)
-        user_id = self.tables["user_id"](user_row) * (user >= 0).unsqueeze(1)
-        profile = torch.where(given.unsqueeze(1), profile, self.tables["profile"](user_row))
-
-        number = lengths.clamp(min=1)
-        heads = [
-            self.content_head(torch.cat([content.sum(1) / number, profile], 1)),
-            self.collaborative_head(torch.cat([user_id, item_id.sum(1) / number], 1)),
-        ]
-        history = torch.cat([self.tables["event"](event), self.tables["gap"](gap), value.unsqueeze(2)], 2)
-        x = torch.cat([(profile + self.start).unsqueeze(1), item_id + content + self.event(history)], 1)
-        clock = torch.cat([time.new_zeros(count, 1), time], 1)
-        heads.append(self.transformer.padded(x, clock)[torch.arange(count), lengths.squeeze(1)])
-        if self.cosine:
-            heads = [F.normalize(h, dim=1) for h in heads]
-        stacked = torch.stack(heads, 1)  # [B, heads, D]
-        fused = self.fusion(stacked)
-        fused = F.normalize(fused, dim=1) if self.cosine else fused
-        return torch.cat([stacked, fused.unsqueeze(1)], 1), self._weights(stacked)
-
-    def _weights(self, stacked: Tensor) -> Tensor:
-        if hasattr(self.fusion, "weights"):
-            return self.fusion.weights(stacked)
-        if hasattr(self.fusion, "scale"):
-            return self.fusion.scale.squeeze(1).expand(stacked.shape[0], -1)
-        return stacked.new_zeros(stacked.shape[:2])
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """`UserInputs`, one by one → [B, heads + 1, D] in the order of REPRESENTATIONS, and the heads' weights in
+        the fused one [B, heads]; zeros where it is no weighted sum."""
+        given = UserInputs(*inputs)
+        count, longest = given.items.shape
+        shown = (torch.arange(longest)[None, :] < given.lengths.unsqueeze(1)).unsqueeze(2)  # [B, L, 1]
+        known = (given.items < self.items).unsqueeze(2)
+        rows = given.items.clamp(max=self.items - 1)
+        other = given.added[(given.items - self.items).clamp(min=0)]
+        user = given.user.clamp(min=0)
+        event, gap = self.tables["event"](given.event), self.tables["gap"](given.gap)
+        seen = Sequences(
+            item_id=self.tables["item_id"](rows) * (known & shown),
+            item_content=torch.where(known, self.tables["item_content"](rows), other) * shown,
+            event=torch.cat([event, gap, given.value.unsqueeze(2)], 2),
+            user_id=self.tables["user_id"](user) * (given.user >= 0).unsqueeze(1),
+            profile=torch.where(given.given.unsqueeze(1), given.profile, self.tables["profile"](user)),
+        )
+        clock = torch.cat([given.time.new_zeros(count, 1), given.time], 1)
+        found = self.tower.represent(seen, Padded(given.lengths, clock))
+        stacked = torch.stack([found[name] for name in REPRESENTATIONS], 1)  # [B, heads + 1, D]
+        return stacked, self.tower.fusion.weights(stacked[:, : len(HEADS)])
 
 
 def _quantised(block: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.data.prepared import PreparedData, spans
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.evaluation.metrics import RankCounts
-from flm_torchrec.evaluation.protocol import HEADS, Comm, Encoder
+from flm_torchrec.evaluation.protocol import Comm, Encoder
 from flm_torchrec.evaluation.ranking import user_blocks
 from flm_torchrec.export.manifest import Quantise
 from flm_torchrec.export.rows import spread
@@ -53,7 +54,8 @@ class Quality:
         )
         self.users = {"before": users, "after": {head: self._stored(h) for head, h in users.items()}}
         self.truth = {"before": truth, "after": self._stored(truth)}
-        self.above = {when: {head: torch.zeros(len(rows), dtype=torch.int64) for head in HEADS} for when in self.users}
+        none = torch.zeros(len(rows), dtype=torch.int64)
+        self.above = {when: {head: none.clone() for head in REPRESENTATIONS} for when in self.users}
         starts = data.offsets[examples.user]
         order = np.argsort(data.item[spans(starts, examples.end - starts)], kind="stable")
         self.seen_rows = np.repeat(np.arange(len(rows)), examples.end - starts)[order]
@@ -84,7 +86,7 @@ class Quality:
     def result(self) -> dict[str, dict[str, float]]:
         """By head: "before", "after" and the relative "change". Collective."""
         found: dict[str, dict[str, float]] = {}
-        for head in HEADS:
+        for head in REPRESENTATIONS:
             above = {when: self.comm.all_reduce_sum(counts[head]) for when, counts in self.above.items()}
             ndcg = {when: RankCounts(np.bincount(counts.numpy()), {}).ndcg(CUT) for when, counts in above.items()}
             change = ndcg["after"] / ndcg["before"] - 1 if ndcg["before"] > 0 else 0.0
@@ -94,10 +96,10 @@ class Quality:
 
 def _encoded(encoder: Encoder, rows: np.ndarray, comm: Comm, block: int) -> dict[str, Tensor]:
     """The examples' vectors [len(rows), D] by head, on every rank; collective."""
-    parts: dict[str, list[Tensor]] = {head: [] for head in HEADS}
+    parts: dict[str, list[Tensor]] = {head: [] for head in REPRESENTATIONS}
     for mine in user_blocks(len(rows), block, comm):
         encoded = encoder.users(rows[mine])
-        for head in HEADS:
+        for head in REPRESENTATIONS:
             padded = torch.cat([encoded[head], encoded[head].new_zeros(block - len(mine), encoder.dim)])
             parts[head].extend(comm.all_gather(padded))
     return {head: torch.cat(blocks)[: len(rows)] for head, blocks in parts.items()}

@@ -24,6 +24,7 @@ from flm_torchrec.data.schema import Feature
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.programs import ContentProgram, Precision, Rows, UserProgram
 from flm_torchrec.export.tower_files import DESCRIPTION, FOLDER, HISTORIES, ITEM, PROFILE, USER
+from flm_torchrec.model.tower import Tower as DenseTower
 
 BLOCK = 16_384
 """Rows looked up and written at once."""
@@ -33,8 +34,8 @@ class Model(Protocol):
     """What is packaged."""
 
     @property
-    def dense(self) -> Any:
-        """The dense tower, whole and on the CPU: `model.tower.Tower`."""
+    def dense(self) -> DenseTower:
+        """The dense tower, whole and on the CPU."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def _export_user(program: UserProgram, dim: int, max_history: int, file: Path) -
         torch.zeros(m, dim), torch.zeros(b, dtype=torch.int64), torch.zeros(b, dim), torch.zeros(b, dtype=torch.bool),
     )  # fmt: skip
     shapes = (*[sequence] * 5, one, {0: added}, one, one, one)
-    _save(program, arguments, shapes, file)
+    _save(program, arguments, (shapes,), file)  # one parameter holds all inputs
 
 
 def _export_content(program: ContentProgram, data: PreparedData, entity: str, file: Path) -> None:

@@ -13,9 +13,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.errors import RunError
-from flm_torchrec.evaluation.protocol import HEADS, Comm, Encoder, Of
+from flm_torchrec.evaluation.protocol import Comm, Encoder, Of
 from flm_torchrec.export.catalogue import Keys
 from flm_torchrec.export.index import build_index, check_index
 from flm_torchrec.export.manifest import DELTA, FILE, FORMAT, Kind, Manifest, Quantise, Storage
@@ -114,7 +115,7 @@ def blank_manifest(source: Source, options: Options) -> Manifest:
         dim=source.encoder.dim,
         users=schema.users,
         items=schema.items,
-        heads=HEADS,
+        heads=REPRESENTATIONS,
         storage=options.storage,
         part_rows=options.part_rows,
         quantise=options.quantise,
@@ -163,7 +164,7 @@ def _write_users(source: Source, comm: Comm, fresh: Path, options: Options) -> N
             offsets = data.offsets[ids[0] : ids[-1] + 2]
             items = pa.array(data.item[offsets[0] : offsets[-1]].astype(np.int32))
             seen = pa.ListArray.from_arrays(pa.array((offsets - offsets[0]).astype(np.int32)), items)
-            vectors = {head: encode(by_head[head].numpy(), options.quantise) for head in HEADS}
+            vectors = {head: encode(by_head[head].numpy(), options.quantise) for head in REPRESENTATIONS}
             return pa.table({"user_id": ids, **keys.rows(int(ids[0]), int(ids[-1]) + 1), "seen": seen, **vectors})
 
         _write("users", part, blocks, encoded, table_of, source, comm, fresh, options)

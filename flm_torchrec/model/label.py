@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.config.schema import LossConfig, ModelConfig
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.model.dropout import Dropout
-from flm_torchrec.model.pretrain import Dense, Gather, Outputs, PretrainModel
-from flm_torchrec.model.tower import REPRESENTATIONS, Encoded
+from flm_torchrec.model.losses import Gather, unused
+from flm_torchrec.model.pretrain import Dense, Outputs, PretrainModel
+from flm_torchrec.model.tower import Encoded
 
 
 class LabelDense(Dense):
@@ -19,12 +21,12 @@ class LabelDense(Dense):
 
     def __init__(self, schema: Schema, model: ModelConfig, loss: LossConfig, max_tokens: int, gather: Gather) -> None:
         super().__init__(schema, model, loss, max_tokens, gather)
-        dim = self.tower.dim
+        dim = model.dim
         self.label_head = nn.Sequential(
             nn.LayerNorm((len(REPRESENTATIONS) + 2) * dim),
             nn.Linear((len(REPRESENTATIONS) + 2) * dim, 2 * dim),
             nn.GELU(),
-            Dropout(self.tower.transformer.dropout.p),
+            Dropout(model.dropout),
             nn.Linear(2 * dim, 1),
         )
 
@@ -36,9 +38,7 @@ class LabelDense(Dense):
         labelled = ~torch.isnan(batch.label)
         count = self.gather.all_reduce_sum(labelled.sum().float()).clamp(min=1)
         summed = F.binary_cross_entropy_with_logits(logits[labelled], batch.label[labelled], reduction="sum")
-        # Parameters that the label does not reach must have a gradient too, or the ranks would wait for each other.
-        unreached = [*self.log_scale.values(), *([self.attribute_scale] if self.attribute > 0 else [])]
-        reached = summed / count + 0.0 * torch.stack(unreached).sum()
+        reached = summed / count + unused(self.losses)
         outputs = Outputs(encoded, {"label": (summed / count).detach()}, int(labelled.sum()), logits.detach())
         return reached * self.gather.world_size, outputs
 

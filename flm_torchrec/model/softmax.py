@@ -12,13 +12,13 @@ TINY = torch.finfo(torch.float32).tiny
 """Least share whose logarithm is taken."""
 
 
-def inclusion_log_probability(log_absent: Tensor, in_batch: Tensor | int, drawn: int) -> Tensor:
+def inclusion_log_probability(log_not_sampled: Tensor, in_batch: Tensor | int, drawn: int) -> Tensor:
     """[C]: log-probability that an item is among the candidates of a step.
 
     It is a candidate unless none of `in_batch` targets and none of `drawn` negatives is it:
-    pi = 1 - (1 - p)^in_batch (1 - q)^drawn, with `log_absent` = [log(1 - p), log(1 - q)], [C, 2].
+    pi = 1 - (1 - p)^in_batch (1 - q)^drawn, with `log_not_sampled` = [log(1 - p), log(1 - q)], [C, 2].
     """
-    absent = in_batch * log_absent[:, 0] + drawn * log_absent[:, 1]
+    absent = in_batch * log_not_sampled[:, 0] + drawn * log_not_sampled[:, 1]
     return torch.log(-torch.expm1(absent).clamp(max=-1e-12))
 
 

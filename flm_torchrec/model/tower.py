@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flm_torchrec.model.dropout import Dropout
+from flm_torchrec.config.heads import FUSED, HEADS
+from flm_torchrec.config.schema import ModelConfig
+from flm_torchrec.model.fusion import FUSIONS
+from flm_torchrec.model.heads import Head, mlp
+from flm_torchrec.model.layout import Jagged, Layout
 from flm_torchrec.model.transformer import CausalTransformer
-
-HEADS = ("content", "collaborative", "sequential")
-REPRESENTATIONS = (*HEADS, "fused")
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Sizes of what the tower takes; D is the width of every table."""
+    """Sizes of what the tower takes beside the width D of every table, which is `ModelConfig.dim`."""
 
-    dim: int
     item_features: int
     """Sparse item features; pooled to D each."""
     item_dense: int
@@ -32,13 +33,40 @@ class Widths:
 
 
 @dataclass
-class Looked:
-    """What the tables gave for a batch."""
+class EmbeddingOutputs:
+    """Rows of the tables for the N items, B sequences and T tokens of a batch."""
 
     item_id: Tensor  # [N, D]
     item_features: Tensor  # [N, item_features * D]
     user: Tensor  # [B, (1 + user_features) * D]: the id first
     history: Tensor  # [T, history * D]
+
+
+class DenseInputs(Protocol):
+    """What the tower takes of a batch beside rows of tables; see `data.batch.Batch`."""
+
+    item_dense: Tensor  # [N, item_dense]
+    item_known: Tensor  # [N] 1 where the id was trained, else 0
+    user_dense: Tensor  # [B, user_dense]
+    user_known: Tensor  # [B]
+    value: Tensor  # [T]
+    lengths: Tensor  # [B] tokens, the prefix included
+    tokens: Tensor  # [T] index of a token's item; N at a prefix
+    time: Tensor  # [T] seconds
+
+
+@dataclass
+class Sequences:
+    """What the heads see of B sequences, whose tokens lie as a `Layout` says.
+
+    An item's id and content are zero at a prefix and at padding.
+    """
+
+    item_id: Tensor  # […, D]
+    item_content: Tensor  # […, D]
+    event: Tensor  # […, history * D + 1]: rows of the tables of events, and the standardised value
+    user_id: Tensor  # [B, D]
+    profile: Tensor  # [B, D] content of the user
 
 
 @dataclass
@@ -52,7 +80,7 @@ class Encoded:
 
 
 class Tower(nn.Module):
-    """Looked-up rows of a batch → item vectors [N, D] and a representation [T, D] by each head and by fusion.
+    """Rows of tables of a batch → item vectors [N, D] and a representation [T, D] by each head and by fusion.
 
     At each token, every head sees the user and the tokens so far, never a later one:
 
@@ -64,94 +92,68 @@ class Tower(nn.Module):
     A score is the dot product of a representation with an item vector.
     """
 
-    def __init__(
-        self,
-        widths: Widths,
-        layers: int,
-        attention_heads: int,
-        dropout: float,
-        item_id_dropout: float,
-        user_id_dropout: float,
-        fusion: str,
-        block: str,
-        relative_bias: bool,
-        cosine: bool,
-    ) -> None:
+    def __init__(self, widths: Widths, config: ModelConfig) -> None:
         super().__init__()
-        dim = widths.dim
-        self.dim = dim
-        self.item_id_dropout = item_id_dropout
-        self.user_id_dropout = user_id_dropout
-        self.cosine = cosine
-        self.item_content = _mlp(widths.item_features * dim + widths.item_dense, dim)
-        self.user_content = _mlp(widths.user_features * dim + widths.user_dense, dim)
+        dim = config.dim
+        self.config = config
+        self.item_content = mlp(widths.item_features * dim + widths.item_dense, dim)
+        self.user_content = mlp(widths.user_features * dim + widths.user_dense, dim)
         self.event = nn.Linear(widths.history * dim + 1, dim)
         self.start = nn.Parameter(torch.zeros(dim))
-        self.transformer = CausalTransformer(
-            dim, layers, attention_heads, dropout, widths.max_tokens, block, relative_bias
+        self.transformer = CausalTransformer(config, widths.max_tokens)
+        self.content_head = Head(2 * dim, dim, config.dropout)
+        self.collaborative_head = Head(2 * dim, dim, config.dropout)
+        self.fusion = FUSIONS[config.fusion](dim)
+
+    def forward(self, embedded: EmbeddingOutputs, batch: DenseInputs) -> Encoded:
+        """See `Encoded`. In training, ids are hidden by chance."""
+        dim = self.config.dim
+        item_id = embedded.item_id * self._shown(batch.item_known, self.config.id_dropout)
+        content = self._content(torch.cat([embedded.item_features, batch.item_dense], 1))
+        user_id, user_features = embedded.user[:, :dim], embedded.user[:, dim:]
+        seen = Sequences(
+            user_id=user_id * self._shown(batch.user_known, self.config.user_id_dropout),
+            profile=self.user_content(torch.cat([user_features, batch.user_dense], 1)),
+            item_id=_gather(item_id, batch.tokens),
+            item_content=_gather(content, batch.tokens),
+            event=torch.cat([embedded.history, batch.value.unsqueeze(1)], 1),
         )
-        self.content_head = _Head(2 * dim, dim, dropout)
-        self.collaborative_head = _Head(2 * dim, dim, dropout)
-        self.fusion = FUSIONS[fusion](dim)
+        representations = self.represent(seen, Jagged(batch.lengths, batch.time))
+        return Encoded(self._unit(item_id + content), embedded.item_id, self._unit(content), representations)
 
-    def forward(
-        self,
-        looked: Looked,
-        item_dense: Tensor,
-        item_known: Tensor,
-        user_dense: Tensor,
-        user_known: Tensor,
-        value: Tensor,
-        lengths: Tensor,
-        tokens: Tensor,
-        time: Tensor,
-    ) -> Encoded:
-        """See `Encoded`; `item_known` [N] and `user_known` [B] are 1 where an id was trained, else 0."""
-        item_id = looked.item_id * self._shown(item_known, self.item_id_dropout)
-        content = self._content(torch.cat([looked.item_features, item_dense], 1))
-        vectors = item_id + content
-
-        user_id, user_features = looked.user[:, : self.dim], looked.user[:, self.dim :]
-        user_id = user_id * self._shown(user_known, self.user_id_dropout)
-        profile = self.user_content(torch.cat([user_features, user_dense], 1))  # [B, D]
-
-        row = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)  # [T]
-        place = torch.arange(len(row), device=row.device) - (torch.cumsum(lengths, 0) - lengths)[row]
-        shown_id, shown_content = _gather(item_id, tokens), _gather(content, tokens)
-        mean_id = _so_far(shown_id, row, place, lengths)
-        mean_content = _so_far(shown_content, row, place, lengths)
+    def represent(self, seen: Sequences, layout: Layout) -> dict[str, Tensor]:
+        """Sequences → by name of REPRESENTATIONS, [R, D] at the R represented tokens of the layout."""
+        profile = layout.each(seen.profile)
+        events = seen.item_id + seen.item_content + self.event(seen.event)
         heads = {
-            "content": self.content_head(torch.cat([mean_content, profile[row]], 1)),
-            "collaborative": self.collaborative_head(torch.cat([user_id[row], mean_id], 1)),
-            "sequential": self._sequential(
-                shown_id + shown_content, profile, looked.history, value, row, place, lengths, time
+            "content": self.content_head(torch.cat([layout.mean(seen.item_content), profile], 1)),
+            "collaborative": self.collaborative_head(
+                torch.cat([layout.each(seen.user_id), layout.mean(seen.item_id)], 1)
             ),
+            "sequential": self.transformer(layout.begin(profile + self.start, events), layout),
         }
-        if self.cosine:
-            vectors, content = F.normalize(vectors, dim=1), F.normalize(content, dim=1)
-            heads = {name: F.normalize(h, dim=1) for name, h in heads.items()}
-        return Encoded(vectors, looked.item_id, content, {**heads, "fused": self.fuse(heads)})
+        heads = {name: self._unit(h) for name, h in heads.items()}
+        return {**heads, FUSED: self._unit(self.fusion(torch.stack([heads[name] for name in HEADS], 1)))}
 
-    def fuse(self, heads: dict[str, Tensor]) -> Tensor:
-        """[rows, D] by name of HEADS → h [rows, D]."""
-        h = self.fusion(torch.stack([heads[name] for name in HEADS], 1))
-        return F.normalize(h, dim=1) if self.cosine else h
+    def sliceable(self) -> list[nn.Module]:
+        """The layers that ranks may hold in slices. The fusion stays whole: its weights are set after training."""
+        return [layer for layer in self.children() if layer is not self.fusion]
 
-    def _sequential(
-        self,
-        shown: Tensor,
-        profile: Tensor,
-        history: Tensor,
-        value: Tensor,
-        row: Tensor,
-        place: Tensor,
-        lengths: Tensor,
-        time: Tensor,
-    ) -> Tensor:
-        prefix = (place == 0).unsqueeze(1)
-        x = shown + self.event(torch.cat([history, value.unsqueeze(1)], 1))
-        x = torch.where(prefix, profile[row] + self.start, x)  # [T, D]
-        return self.transformer(x, row, place, lengths, time)
+    def freeze(self, learning: Literal["frozen", "partial", "full"]) -> None:
+        """Keep layers from learning; "frozen": all but the fusion; "partial": all but the heads and the last block."""
+        if learning == "full":
+            return
+        kept: list[nn.Module] = [self.fusion]
+        if learning == "partial":
+            last = list(self.transformer.blocks)[-1:]
+            kept += [self.content_head, self.collaborative_head, self.transformer.norm, *last]
+        self.requires_grad_(False)
+        for layer in kept:
+            layer.requires_grad_(True)
+
+    def _unit(self, x: Tensor) -> Tensor:
+        """[rows, D], of length 1 where scores are cosines."""
+        return F.normalize(x, dim=1) if self.config.similarity == "cosine" else x
 
     def _content(self, features: Tensor) -> Tensor:
         """[N, F] → [N, D]; where there are no features all items have the same, which is computed once."""
@@ -166,78 +168,6 @@ class Tower(nn.Module):
         return known.unsqueeze(1)
 
 
-class _Head(nn.Module):
-    """What a head knows at a token [T, inputs] → the feature space [T, D]."""
-
-    def __init__(self, inputs: int, dim: int, dropout: float) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            Dropout(dropout), nn.Linear(inputs, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim), nn.LayerNorm(dim)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
-
-
-class GatedFusion(nn.Module):
-    """h = sum over heads k of g_k h_k, g = softmax(W [h_1; h_2; h_3]): mixture of experts, the heads its experts."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.gate = nn.Linear(len(HEADS) * dim, len(HEADS))
-
-    def weights(self, stacked: Tensor) -> Tensor:
-        """[T, heads, D] → [T, heads], summing to 1."""
-        return torch.softmax(self.gate(stacked.flatten(1)), 1)
-
-    def forward(self, stacked: Tensor) -> Tensor:
-        return (stacked * self.weights(stacked).unsqueeze(2)).sum(1)
-
-
-class SumFusion(nn.Module):
-    """h = w_1 h_1 + w_2 h_2 + w_3 h_3, the weights the same for everyone.
-
-    Scores are linear in h, so this adds the heads' scores up: an ensemble in one vector.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.full((len(HEADS), 1), 1 / len(HEADS)))
-
-    def set_weights(self, weights: Tensor) -> None:
-        """Take these [heads] in place of what was learned."""
-        with torch.no_grad():
-            self.scale.copy_(weights[:, None])
-
-    def forward(self, stacked: Tensor) -> Tensor:
-        return (stacked * self.scale).sum(1)
-
-
-class ConcatFusion(nn.Module):
-    """h = mean of the heads + MLP([h_1; h_2; h_3])."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.mlp = _mlp(len(HEADS) * dim, dim)
-
-    def forward(self, stacked: Tensor) -> Tensor:
-        return stacked.mean(1) + self.mlp(stacked.flatten(1))
-
-
-FUSIONS = {"gated": GatedFusion, "sum": SumFusion, "concat": ConcatFusion}
-
-
-def _mlp(inputs: int, dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
-
-
 def _gather(rows: Tensor, tokens: Tensor) -> Tensor:
     """[N, D], [T] → [T, D]; zeros at a prefix token, whose index is N."""
     return F.pad(rows, (0, 0, 0, 1))[tokens]
-
-
-def _so_far(x: Tensor, row: Tensor, place: Tensor, lengths: Tensor) -> Tensor:
-    """[T, D] → [T, D], mean over the sequence's items up to each token; zeros at a prefix."""
-    total = torch.cumsum(x, 0)
-    before = F.pad(total, (0, 0, 1, 0))[torch.cumsum(lengths, 0) - lengths][row]  # sum of all earlier sequences
-    return (total - before) / place.clamp(min=1).unsqueeze(1)

@@ -1,115 +1,43 @@
-"""Causal pre-norm blocks over jagged sequences, padded only at the attention, among sequences of about one length."""
+"""Causal pre-norm blocks over sequences, whatever the layout of their tokens."""
 
 from __future__ import annotations
-
-from bisect import bisect_right
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flm_torchrec.config.schema import ModelConfig
 from flm_torchrec.model.dropout import Dropout
+from flm_torchrec.model.layout import Layout
 
 TIME_BUCKETS = 33
 """Time between two events, in log2 seconds."""
-SHORT = 8
-"""Sequences up to this length are padded to one; longer ones among those up to twice it, four times it, and so on."""
-
-Attend = Callable[[Tensor, Tensor], Tensor]
-"""[b, L, parts * D] projections and [b, L] times of padded sequences → [b, L, D]."""
 
 
 class CausalTransformer(nn.Module):
-    """[T, D] tokens of B jagged sequences → [T, D] (Vaswani et al. 2017; pre-norm as Xiong et al. 2020).
+    """Tokens of B sequences → what each is after those before it (Vaswani et al. 2017; pre-norm as Xiong et al. 2020).
 
     Args:
-        block: name of BLOCKS.
-        relative: add to each attention score a learned bias by distance in position and in time.
+        config: layers, attention heads, dropout, `block` (a name of BLOCKS) and `relative_bias`, which adds to each
+            attention score a learned bias by distance in position and in time.
+        max_tokens: longest sequence, prefix included.
     """
 
-    def __init__(
-        self, dim: int, layers: int, heads: int, dropout: float, max_tokens: int, block: str, relative: bool
-    ) -> None:
+    def __init__(self, config: ModelConfig, max_tokens: int) -> None:
         super().__init__()
-        self.position = nn.Parameter(torch.randn(max_tokens, dim) * 0.02)
-        self.dropout = Dropout(dropout)
-        self.blocks = nn.ModuleList(BLOCKS[block](dim, heads, dropout) for _ in range(layers))
-        self.biases = nn.ModuleList(_RelativeBias(heads, max_tokens) for _ in range(layers if relative else 0))
-        self.norm = nn.LayerNorm(dim)
+        heads, layers = config.attention_heads, range(config.layers)
+        self.position = nn.Parameter(torch.randn(max_tokens, config.dim) * 0.02)
+        self.dropout = Dropout(config.dropout)
+        self.blocks = nn.ModuleList(BLOCKS[config.block](config.dim, heads, config.dropout) for _ in layers)
+        self.biases = nn.ModuleList(_RelativeBias(heads, max_tokens) for _ in layers if config.relative_bias)
+        self.norm = nn.LayerNorm(config.dim)
 
-    def forward(self, x: Tensor, row: Tensor, place: Tensor, lengths: Tensor, time: Tensor) -> Tensor:
-        """Token t stands at `place[t]` of sequence `row[t]`, which has `lengths[row[t]]` tokens; `time[t]` seconds."""
-        x = self.dropout(x + self.position[place])
-        order = torch.argsort(lengths, stable=True)
-        nth = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=x.device))
-        tokens = torch.argsort(nth[row], stable=True)
-        layout = Bucketed(nth[row][tokens], place[tokens], lengths[order], time[tokens])
-        back = torch.empty_like(tokens).index_copy(0, tokens, torch.arange(len(tokens), device=x.device))
-        return self._through(x.index_select(0, tokens), layout).index_select(0, back)
-
-    def padded(self, x: Tensor, time: Tensor) -> Tensor:
-        """[B, L, D] and [B, L]: sequences that are padded already, at the end; no length is looked at."""
-        return self._through(self.dropout(x + self.position[: x.shape[1]]), Padded(time))
-
-    def _through(self, x: Tensor, layout: Bucketed | Padded) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """[…, D] → [R, D]; see `layout.Layout`."""
+        x = layout.group(self.dropout(x + self.position[layout.position]))
         for layer, block in enumerate(self.blocks):
             x = block(x, layout, self.biases[layer] if self.biases else None)
-        return self.norm(x)
-
-
-@dataclass
-class Padded:
-    """Sequences of one length, [B, L] seconds."""
-
-    time: Tensor
-
-    def mix(self, x: Tensor, attend: Attend) -> Tensor:
-        """[B, L, parts * D] → [B, L, D]."""
-        return attend(x, self.time)
-
-
-class Bucketed:
-    """T tokens of B sequences that are sorted by length: those of one bucket stand side by side.
-
-    Attention costs a bucket's longest length squared for each sequence, and most sequences are much shorter than
-    the longest of a batch.
-
-    Args:
-        row, place: [T] sequence of a token, and where in it the token stands.
-        lengths: [B] ascending.
-        time: [T] seconds.
-    """
-
-    def __init__(self, row: Tensor, place: Tensor, lengths: Tensor, time: Tensor) -> None:
-        self.shapes: list[tuple[int, int]] = []
-        self.tokens: list[int] = []
-        sizes, first, limit = lengths.tolist(), 0, SHORT
-        while first < len(sizes):
-            last = bisect_right(sizes, limit)
-            if last > first:
-                self.shapes.append((last - first, sizes[last - 1]))
-                self.tokens.append(sum(sizes[first:last]))
-            first, limit = last, 2 * limit
-        begin = 0
-        self.slots: list[Tensor] = []  # of each bucket, [its tokens] place in its padded rows
-        for (count, longest), rows, places in zip(
-            self.shapes, row.split(self.tokens), place.split(self.tokens), strict=True
-        ):
-            self.slots.append((rows - begin) * longest + places)
-            begin += count
-        self.times = [self._pad(part.unsqueeze(1), n).squeeze(2) for n, part in enumerate(time.split(self.tokens))]
-
-    def mix(self, x: Tensor, attend: Attend) -> Tensor:
-        """[T, parts * D] → [T, D], each sequence by itself."""
-        mixed = [attend(self._pad(part, n), self.times[n]) for n, part in enumerate(x.split(self.tokens))]
-        return torch.cat([m.flatten(0, 1).index_select(0, slots) for m, slots in zip(mixed, self.slots, strict=True)])
-
-    def _pad(self, part: Tensor, bucket: int) -> Tensor:
-        count, longest = self.shapes[bucket]
-        empty = part.new_zeros(count * longest, part.shape[1])
-        return empty.index_copy(0, self.slots[bucket], part).unflatten(0, (count, longest))
+        return layout.represented(self.norm(x))
 
 
 class _RelativeBias(nn.Module):
@@ -121,8 +49,8 @@ class _RelativeBias(nn.Module):
         self.time = nn.Parameter(torch.zeros(heads, TIME_BUCKETS))
 
     def forward(self, clock: Tensor) -> Tensor:
-        place = torch.arange(clock.shape[1], device=clock.device)
-        back = (place[:, None] - place[None, :]).clamp(min=0)  # [L, L]
+        position = torch.arange(clock.shape[1], device=clock.device)
+        back = (position[:, None] - position[None, :]).clamp(min=0)  # [L, L]
         since = (clock[:, :, None] - clock[:, None, :]).abs() + 1
         bucket = since.float().log2().long().clamp(max=TIME_BUCKETS - 1)  # [B, L, L]
         return self.position[:, back] + self.time[:, bucket].transpose(0, 1)
@@ -141,7 +69,7 @@ class _TransformerBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, layout: Bucketed | Padded, bias: _RelativeBias | None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, bias: _RelativeBias | None) -> Tensor:
         qkv = self.qkv(self.attention_norm(x))
         x = x + self.dropout(self.out(layout.mix(qkv, lambda part, time: self._attend(part, time, bias))))
         return x + self.dropout(self.mlp(self.norm(x)))
@@ -169,7 +97,7 @@ class _HSTUBlock(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, layout: Bucketed | Padded, bias: _RelativeBias | None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, bias: _RelativeBias | None) -> Tensor:
         u, vqk = F.silu(self.uvqk(self.input_norm(x))).tensor_split([x.shape[-1]], -1)
         mixed = layout.mix(vqk, lambda part, time: self._attend(part, time, bias))
         return x + self.dropout(self.out(self.mixed_norm(mixed) * u))

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from flm_torchrec.config.heads import FUSED, REPRESENTATIONS
+
 MOST_HISTORY = 1000
 MOST_K = 1000
 MOST_BATCH = 64
@@ -19,7 +21,7 @@ FeatureValue = Text | Annotated[int, Field(ge=-(2**53), le=2**53)] | Finite | (
 )
 Features = Annotated[dict[Key, FeatureValue], Field(max_length=MOST_VALUES)]
 Values = Annotated[list[Key], Field(min_length=1, max_length=MOST_VALUES)]
-Head = Literal["content", "collaborative", "sequential", "fused"]
+Head = Literal[REPRESENTATIONS]  # type: ignore[valid-type]
 
 
 class Message(BaseModel):
@@ -45,7 +47,7 @@ class Recommend(Message):
     """Oldest first; of a known user, what came after the events that are known."""
     features: Features | None = None
     """Of the user, in place of the known user's."""
-    head: Head = "fused"
+    head: Head = FUSED
     k: Annotated[int, Field(ge=1, le=MOST_K)] = 10
     exclude_seen: bool = True
     filter: Annotated[dict[Key, Values], Field(max_length=20)] = {}

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flm_torchrec.config.heads import HEADS
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.evaluation.protocol import Encoder
 from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, count_ranks, rank_targets
-from flm_torchrec.model.tower import HEADS
 
 STEPS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
 ROUNDS = 2

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
 from flm_torchrec.config import Config
+from flm_torchrec.config.heads import HEADS, REPRESENTATIONS
 from flm_torchrec.data.assemble import Assembler, Known
 from flm_torchrec.data.loader import Loader, Negatives, TrainLoader, windows
 from flm_torchrec.data.prepared import PreparedData
@@ -29,10 +29,8 @@ from flm_torchrec.distributed.planfile import describe
 from flm_torchrec.distributed.shard import make_optimizer, shard
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.evaluation.evaluate import blocks_of, evaluate_heads
-from flm_torchrec.evaluation.protocol import HEADS
 from flm_torchrec.model.label import LabelModel
 from flm_torchrec.model.pretrain import PretrainModel
-from flm_torchrec.model.tower import HEADS as TRAINED_HEADS
 from flm_torchrec.names import nearest
 from flm_torchrec.training.checkpoint import BEST, Checkpoints, Progress, load_checkpoint, load_matching
 from flm_torchrec.training.encode import ModelEncoder
@@ -65,7 +63,7 @@ def pretrain(config: Config) -> Finished:
 def check_select(config: Config) -> None:
     """Raise ConfigError where `train.select` is no metric that validation will have."""
     metrics = ["mrr", *(f"{m}@{k}" for m in ("hr", "ndcg") for k in config.eval.ks)]
-    known = [f"{head}/{metric}" for head in HEADS for metric in metrics]
+    known = [f"{head}/{metric}" for head in REPRESENTATIONS for metric in metrics]
     if config.train.select not in known:
         raise ConfigError(
             f"train.select: no validation metric '{config.train.select}'; {nearest(config.train.select, known)}"
@@ -189,12 +187,12 @@ class Job:
         """Put the fusion's weights that rank validation best into the best checkpoint."""
         config = self.config
         meta = load_checkpoint(checkpoints.best, self.model, self.comm)
-        trained = [name for name in TRAINED_HEADS if getattr(config.loss, name) > 0]
+        trained = [name for name in HEADS if getattr(config.loss, name) > 0]
         blocks = blocks_of(config.eval)
         metric = config.train.select.partition("/")[2]
         weights, score = choose_weights(self.data, valid, encode, self.comm, blocks, trained, metric)
         self.model.module.dense.tower.fusion.set_weights(weights)
-        named = dict(zip(TRAINED_HEADS, weights.tolist(), strict=True))
+        named = dict(zip(HEADS, weights.tolist(), strict=True))
         checkpoints.save_best({**meta, "fusion": named})
         record.say(f"fusion weights {named}: validation fused/{metric} {score:.4f}")
 
@@ -221,13 +219,11 @@ def build(
     """
     model = make_model(schema, config, comm)
     if freeze:
-        _freeze(model, config)
+        model.dense.tower.freeze(config.finetune.tower)
     check_managed(model, comm.world_size, config.distributed.sharding)
     batch_size = -(-config.train.batch_size // comm.world_size)
     plan = make_plan(model, comm, config.distributed, batch_size, config.train.sparse_optimizer, looked)
-    # The fusion stays whole: its weights are set by hand after training.
-    sliced = [m for name, m in model.dense.tower.named_children() if name != "fusion"]
-    sliced = sliced if config.distributed.dense == "fsdp" else []
+    sliced = model.dense.tower.sliceable() if config.distributed.dense == "fsdp" else []
     return shard(model, plan, comm, config.train, sliced, config.distributed.replicas), plan
 
 
@@ -278,18 +274,6 @@ def _make_stream_loader(data: PreparedData, stream: Stream, config: Config, comm
     )
     assembler.item_rows = _most_items(data.schema, config, comm, loader.most_sequences(config.train.epochs))
     return loader
-
-
-def _freeze(model: PretrainModel, config: Config) -> None:
-    tower = model.dense.tower
-    learning: list[nn.Module] = [tower.fusion]
-    if config.finetune.tower != "frozen":
-        last = list(tower.transformer.blocks)[-1:]
-        learning += [tower.content_head, tower.collaborative_head, tower.transformer.norm, *last]
-    if config.finetune.tower != "full":
-        tower.requires_grad_(False)
-        for module in learning:
-            module.requires_grad_(True)
 
 
 def _most_items(schema: Schema, config: Config, comm: Comm, sequences: int) -> int:

@@ -1,0 +1,162 @@
+"""How the tokens of B sequences lie in memory. The tower represents users by either layout with the same layers.
+
+A sequence is a prefix token, which stands for the user, and then a token an event.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SHORT = 8
+"""Sequences up to this length are padded to one length; longer ones to twice it, four times it, and so on."""
+
+Attend = Callable[[Tensor, Tensor], Tensor]
+"""[b, L, parts * D] projections and [b, L] times of padded sequences → [b, L, D]."""
+
+
+class Layout(Protocol):
+    """`…` stands for the tokens; the represented tokens `R` are those that a representation is asked for."""
+
+    @property
+    def position(self) -> Tensor:
+        """Where each token stands in its sequence, counted from 0; as many dimensions as `…` or fewer."""
+
+    def each(self, x: Tensor) -> Tensor:
+        """[B, D] → [R, D]: what is true of a sequence, at each of its represented tokens."""
+
+    def mean(self, items: Tensor) -> Tensor:
+        """[items of …, D] → [R, D]: mean over the items before and at each represented token; zeros without any."""
+
+    def begin(self, prefix: Tensor, events: Tensor) -> Tensor:
+        """[R, D] of `each` and [events of …, D] → [..., D]: the tokens, the prefix of each sequence first."""
+
+    def group(self, x: Tensor) -> Tensor:
+        """[…, D] → the order of tokens that `mix` wants."""
+
+    def represented(self, x: Tensor) -> Tensor:
+        """In the order of `mix` → [R, D]."""
+
+    def mix(self, x: Tensor, attend: Attend) -> Tensor:
+        """[…, parts * D] → […, D]: attention inside each sequence, none between two."""
+
+
+class Padded:
+    """[B, L] tokens, padding at the end, where causal layers do not see it. The last token alone is represented.
+
+    Args:
+        lengths: [B] events of each sequence; L is at least the largest, plus one for the prefix.
+        time: [B, L] seconds.
+    """
+
+    def __init__(self, lengths: Tensor, time: Tensor) -> None:
+        self.lengths = lengths
+        self.time = time
+        self.position = torch.arange(time.shape[1], device=time.device)
+
+    def each(self, x: Tensor) -> Tensor:
+        """As of `Layout`, [B, D]."""
+        return x
+
+    def mean(self, items: Tensor) -> Tensor:
+        """As of `Layout`; items [B, L - 1, D] are zero at padding."""
+        return items.sum(1) / self.lengths.clamp(min=1).unsqueeze(1)
+
+    def begin(self, prefix: Tensor, events: Tensor) -> Tensor:
+        """As of `Layout`; events [B, L - 1, D]."""
+        return torch.cat([prefix.unsqueeze(1), events], 1)
+
+    def group(self, x: Tensor) -> Tensor:
+        """As of `Layout`."""
+        return x
+
+    def represented(self, x: Tensor) -> Tensor:
+        """As of `Layout`, [B, D]."""
+        # len() would fix the number of sequences in an exported program.
+        return x[torch.arange(self.lengths.shape[0], device=x.device), self.lengths]
+
+    def mix(self, x: Tensor, attend: Attend) -> Tensor:
+        """As of `Layout`."""
+        return attend(x, self.time)
+
+
+class Jagged:
+    """[T] tokens, one sequence behind the other without padding. Every token is represented.
+
+    Attention costs the longest length squared for each sequence, and most sequences are much shorter than the
+    longest of a batch. So `group` sorts sequences by length, and `mix` pads those of about one length together.
+
+    Args:
+        lengths: [B] tokens of each sequence, the prefix included; 0 is a sequence without tokens.
+        time: [T] seconds.
+    """
+
+    def __init__(self, lengths: Tensor, time: Tensor) -> None:
+        self.lengths = lengths
+        self.sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)  # [T]
+        self.first = torch.cumsum(lengths, 0) - lengths  # [B] the first token of each sequence
+        self.position = torch.arange(len(self.sequence), device=lengths.device) - self.first[self.sequence]  # [T]
+        order = torch.argsort(lengths, stable=True)
+        nth = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=order.device))
+        self.tokens = torch.argsort(nth[self.sequence], stable=True)  # [T] in the order of `mix`
+        self.back = torch.empty_like(self.tokens).index_copy(
+            0, self.tokens, torch.arange(len(self.tokens), device=order.device)
+        )
+        self._make_buckets(lengths[order], nth[self.sequence][self.tokens], self.position[self.tokens])
+        parts = time[self.tokens].split(self.sizes)
+        self.times = [self._pad(part.unsqueeze(1), n).squeeze(2) for n, part in enumerate(parts)]
+
+    def _make_buckets(self, lengths: Tensor, sequence: Tensor, position: Tensor) -> None:
+        """Buckets of sequences of about one length, all sorted by length: [B], [T], [T]."""
+        self.shapes: list[tuple[int, int]] = []  # of each bucket, sequences and longest length
+        self.sizes: list[int] = []  # of each bucket, tokens
+        sizes, first, limit = lengths.tolist(), 0, SHORT
+        while first < len(sizes):
+            last = bisect_right(sizes, limit)
+            if last > first:
+                self.shapes.append((last - first, sizes[last - 1]))
+                self.sizes.append(sum(sizes[first:last]))
+            first, limit = last, 2 * limit
+        self.slots: list[Tensor] = []  # of each bucket, [its tokens] index among its padded tokens
+        begin = 0
+        parts = zip(self.shapes, sequence.split(self.sizes), position.split(self.sizes), strict=True)
+        for (count, longest), sequences, positions in parts:
+            self.slots.append((sequences - begin) * longest + positions)
+            begin += count
+
+    def each(self, x: Tensor) -> Tensor:
+        """As of `Layout`, [T, D]."""
+        return x[self.sequence]
+
+    def mean(self, items: Tensor) -> Tensor:
+        """As of `Layout`; items [T, D] are zero at a prefix."""
+        total = torch.cumsum(items, 0)
+        before = F.pad(total, (0, 0, 1, 0))[self.first][self.sequence]  # sum of all earlier sequences
+        return (total - before) / self.position.clamp(min=1).unsqueeze(1)
+
+    def begin(self, prefix: Tensor, events: Tensor) -> Tensor:
+        """As of `Layout`; events [T, D], of which those at a prefix are not used."""
+        return torch.where((self.position == 0).unsqueeze(1), prefix, events)
+
+    def group(self, x: Tensor) -> Tensor:
+        """As of `Layout`."""
+        return x.index_select(0, self.tokens)
+
+    def represented(self, x: Tensor) -> Tensor:
+        """As of `Layout`, [T, D]."""
+        return x.index_select(0, self.back)
+
+    def mix(self, x: Tensor, attend: Attend) -> Tensor:
+        """As of `Layout`."""
+        mixed = [attend(self._pad(part, n), self.times[n]) for n, part in enumerate(x.split(self.sizes))]
+        return torch.cat([m.flatten(0, 1).index_select(0, slots) for m, slots in zip(mixed, self.slots, strict=True)])
+
+    def _pad(self, part: Tensor, bucket: int) -> Tensor:
+        count, longest = self.shapes[bucket]
+        empty = part.new_zeros(count * longest, part.shape[1])
+        return empty.index_copy(0, self.slots[bucket], part).unflatten(0, (count, longest))

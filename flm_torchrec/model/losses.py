@@ -1,0 +1,154 @@
+"""The losses of pretraining. Each owns its parameters, and gives them a gradient of zero where it is not used.
+
+Ranks wait for each other's gradients, so a parameter without one would stop them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flm_torchrec.config.heads import REPRESENTATIONS
+from flm_torchrec.config.schema import LossConfig
+from flm_torchrec.model.softmax import inclusion_log_probability, sampled_softmax
+from flm_torchrec.model.tower import Encoded
+
+if TYPE_CHECKING:
+    from flm_torchrec.data.batch import Batch
+
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+MAX_LOG_SCALE = math.log(100.0)
+"""Bound of the learned inverse temperature, as in CLIP (Radford et al. 2021)."""
+ATTRIBUTE_LOG_SCALE = 2.0
+"""Start of the item-attribute contrast's own."""
+
+
+class Gather(Protocol):
+    """What the losses need of the other ranks."""
+
+    @property
+    def rank(self) -> int:
+        """This rank's number."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+
+    def concat(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, …] of each rank → those of all ranks, equally long each, and [ranks * longest] bool: which are real.
+
+        Differentiable: each rank gets back the gradient that all ranks together have for its rows.
+        """
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks; no gradient."""
+
+
+class Loss(Protocol):
+    """A part of L. Its value is this rank's share of the mean over all ranks."""
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """What it learns beside tables and tower."""
+
+    def __call__(self, batch: Batch, encoded: Encoded) -> tuple[Tensor, dict[str, Tensor]]:
+        """[] to add to L, weighted; and by name, [] without weight and gradient."""
+
+
+def unused(losses: Iterable[Loss]) -> Tensor:
+    """[] zero, which gives all parameters of these losses a gradient of zero."""
+    parameters: list[Tensor] = [parameter for loss in losses for parameter in loss.parameters()]
+    return 0.0 * torch.stack(parameters).sum()
+
+
+class NextItemLoss:
+    """sum over representations k of weight_k L_k; L_k is a sampled softmax of the next item, at every token."""
+
+    def __init__(self, config: LossConfig, gather: Gather) -> None:
+        self.config = config
+        self.gather = gather
+        start = -math.log(config.temperature)
+        self.log_scale = nn.ParameterDict({name: nn.Parameter(torch.tensor(start)) for name in REPRESENTATIONS})
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Log of the inverse temperature of each softmax."""
+        return self.log_scale.values()
+
+    def __call__(self, batch: Batch, encoded: Encoded) -> tuple[Tensor, dict[str, Tensor]]:
+        """As of `Loss`."""
+        item_ids = batch.item_ids.values()
+        vectors, real = self.gather.concat(encoded.items[batch.candidates])  # [C, D], [C]
+        candidate_ids, _ = self.gather.concat(item_ids[batch.candidates])
+        log_not_sampled, _ = self.gather.concat(batch.log_not_sampled)
+        targets = self.gather.all_reduce_sum(torch.tensor(float(len(batch.targets)), device=vectors.device))
+        position, repeated = first_positions(candidate_ids, real, item_ids[batch.targets])
+        log_q = self._log_q(log_not_sampled, targets).masked_fill(repeated | ~real, math.inf)
+
+        total, losses = vectors.new_zeros(()), {}
+        for name, query in encoded.representations.items():
+            weight = getattr(self.config, name)
+            if weight == 0:
+                total = total + 0.0 * (query.sum() + self.log_scale[name])
+                continue
+            scale = self.log_scale[name].clamp(max=MAX_LOG_SCALE).exp()
+            summed = sampled_softmax(query, vectors, position, log_q, scale, PRECISIONS[self.config.precision])
+            loss = summed / targets.clamp(min=1)
+            losses[name] = loss.detach()
+            total = total + weight * loss
+        return total, losses
+
+    def _log_q(self, log_not_sampled: Tensor, in_batch: Tensor) -> Tensor:
+        """[C]; zero where every item is a candidate."""
+        if self.config.negatives == "all":
+            return torch.zeros_like(log_not_sampled[:, 0])
+        return inclusion_log_probability(log_not_sampled, in_batch, self.config.negatives)
+
+
+class AttributeContrast:
+    """InfoNCE between an item's id and its content, among all ranks' targets.
+
+    Aligns the two views of an item that S3-Rec's item-attribute objective predicts from each other (Zhou et al.,
+    CIKM 2020), in both directions as CLIP does (Radford et al., ICML 2021).
+    """
+
+    def __init__(self, weight: float, gather: Gather) -> None:
+        self.weight = weight
+        self.gather = gather
+        self.scale = nn.Parameter(torch.tensor(ATTRIBUTE_LOG_SCALE))
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Log of the inverse temperature."""
+        return (self.scale,)
+
+    def __call__(self, batch: Batch, encoded: Encoded) -> tuple[Tensor, dict[str, Tensor]]:
+        """As of `Loss`."""
+        mine = torch.unique(batch.targets)
+        ids = F.normalize(encoded.item_ids[mine], dim=1)
+        contents = F.normalize(encoded.content_items[mine], dim=1)
+        all_ids, real = self.gather.concat(ids)
+        all_contents, _ = self.gather.concat(contents)
+        keys, _ = self.gather.concat(batch.item_ids.values()[mine])
+        position, repeated = first_positions(keys, real, batch.item_ids.values()[mine])
+        log_q = torch.zeros_like(all_ids[:, 0]).masked_fill(repeated | ~real, math.inf)
+        # An item that several ranks have is a query on the first of them alone.
+        start = self.gather.rank * (len(real) // self.gather.world_size)
+        first = position == start + torch.arange(len(mine), device=mine.device)
+        scale = self.scale.clamp(max=MAX_LOG_SCALE).exp()
+        summed = sampled_softmax(ids[first], all_contents, position[first], log_q, scale)
+        summed = summed + sampled_softmax(contents[first], all_ids, position[first], log_q, scale)
+        loss = summed / (2 * (real & ~repeated).sum()).clamp(min=1)
+        return self.weight * loss, {"attribute": loss.detach()}
+
+
+def first_positions(candidates: Tensor, real: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each wanted id stands first among the candidates' ids [C], and [C] bool: a later copy of an id."""
+    order = torch.argsort(candidates.masked_fill(~real, torch.iinfo(candidates.dtype).max), stable=True)
+    ordered = candidates.masked_fill(~real, torch.iinfo(candidates.dtype).max)[order]
+    copies = F.pad(ordered[1:] == ordered[:-1], (1, 0))
+    repeated = torch.zeros_like(real)
+    repeated[order] = copies
+    return order[torch.searchsorted(ordered, wanted)], repeated
