@@ -8,9 +8,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -25,9 +27,11 @@ from flm_torchrec.config.schema import DistributedConfig
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.distributed.capacity import Workload, plan_on, report
 from flm_torchrec.distributed.cluster import make_cluster
+from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.distributed.constraints import Lookup, Rules, constraints, read_rules
 from flm_torchrec.distributed.estimate import state_bytes
 from flm_torchrec.distributed.plan import pipeline_of
+from flm_torchrec.distributed.planfile import _misplaced
 from flm_torchrec.distributed.planner import Infeasible
 from flm_torchrec.distributed.spec import read_spec, workload_of_spec
 from flm_torchrec.distributed.whatif import Question, remedies, smallest
@@ -233,6 +237,24 @@ def test_infeasible_is_one_line_after_what_would_fit(tmp_path: Path, capsys: pyt
         ({"tables": [{"name": "t", "rows": 5, "dim": 8}] * 2}, "two tables are named 't'"),
         ({"tables": [{"name": "items", "rows": 5, "dim": 8}]}, "table 'items': PyTorch keeps this name to itself"),
         ({"tables": {}}, "'tables' must be a list"),
+        (
+            {"tables": [{"name": "t", "rows": 10**21, "dim": 8}]},
+            "table 't': rows: Input should be less than or equal to",
+        ),
+        ({"tables": [{"name": "t", "rows": 2**63 - 1, "dim": 8}]}, "table 't': rows: Input should be less than or eq"),
+        ({"tables": [{"name": "t", "rows": 5, "dim": 2**40}]}, "table 't': dim: Input should be less than or equal to"),
+        ({"tables": [{"name": "", "rows": 5, "dim": 8}]}, "name: String should have at least 1 character"),
+        ({"tables": [{"name": " ", "rows": 5, "dim": 8}]}, "has no letters that can be shown"),
+        ({"tables": [{"name": "a\nb", "rows": 5, "dim": 8}]}, "has no letters that can be shown"),
+        ({"tables": [{"name": "t", "rows": 5, "dim": 8, "features": 10**9}]}, "features: Input should be less than"),
+        ({"tables": [{"name": "t", "rows": 5, "dim": 8, "pooling": 1e300}]}, "pooling: Input should be less than"),
+        (
+            {"tables": [{"name": "t", "rows": 5, "dim": 8, "pooling": float("nan")}]},
+            "pooling: Input should be",
+        ),
+        ({"batch_size": 10**30}, "batch_size: Input should be less than or equal to"),
+        ({"dense_parameters": 10**30}, "dense_parameters: Input should be less than or equal to"),
+        ({"dense_parameters": float("inf")}, "dense_parameters: Input should be a finite number"),
         ({"optimizer": "lion"}, "optimizer: Input should be 'rowwise_adagrad'"),
     ],
 )
@@ -251,6 +273,17 @@ def test_a_wrong_spec_is_told(
         (["--set", "hbm_gb=3"], "no value 'hbm_gb' of hardware; did you mean 'hbm_gib'?"),
         (["--set", "intra_gbps=0"], "intra_gbps: Input should be greater than 0"),
         (["--nodes", "0"], "at least one node"),
+        (["--nodes", "100000"], "--nodes: 800,000 ranks; 'flm plan' plans 4,096 at most"),
+        (["--nodes", "1" + "0" * 30], "4,096 at most"),
+        (["--per-node", "5000"], "per_node: Input should be less than or equal to 4096"),
+        (["--sweep", "8", "100000"], "--sweep: 100,000 ranks; 'flm plan' plans 4,096 at most"),
+        (["--set", "hbm_gib=1e300"], "hbm_gib: Input should be less than or equal to 1000000"),
+        (["--set", "hbm_gib=nan"], "hbm_gib: Input should be a finite number"),
+        (["--set", "host_gib=inf"], "host_gib: Input should be a finite number"),
+        (["--set", "hbm_gib=0"], "a GPU has memory"),
+        (["--set", "inter_gbps=1e-300"], "inter_gbps: 1e-300 is less than 0.001"),
+        (["--set", "per_node=2.5"], "per_node: Input should be a valid integer"),
+        (["--set", "hbm_gib"], "write it as NAME=VALUE"),
         (["--kernels", "uvm"], "no kernel 'uvm'; did you mean 'fused_uvm'?"),
         (["--sweep", "0"], "at least 1"),
         (["--distributed.plan", "plan.json"], "compare two plans with --diff"),
@@ -346,6 +379,71 @@ def test_the_plan_made_is_the_plan_trained_by(  # type: ignore[no-untyped-def]
     assert subprocess.run(tool, capture_output=True, text=True, check=True).stdout == "the plans are the same\n"
 
 
+def cut(shard: dict[str, Any], *rows: int) -> list[dict[str, Any]]:
+    """The shard in blocks of so many rows, all on its rank."""
+    ends = np.cumsum([0, *rows]).tolist()
+    return [{**shard, "offset": [first, 0], "size": [n, 16]} for first, n in zip(ends, rows, strict=False)]
+
+
+def columns(shard: dict[str, Any], *widths: int) -> list[dict[str, Any]]:
+    ends = np.cumsum([0, *widths]).tolist()
+    return [{**shard, "offset": [0, first], "size": [149, n]} for first, n in zip(ends, widths, strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shards", "message"),
+    [
+        # 10 rows of 8 on 2 nodes of 2 ranks; TorchRec finds row r on rank r // 3.
+        ("row_wise", [(0, 0, 3), (1, 3, 3), (2, 6, 3), (3, 9, 1)], ""),
+        ("row_wise", [(0, 0, 4), (1, 4, 2), (2, 6, 2), (3, 8, 2)], "blocks of 3 rows"),
+        ("row_wise", [(1, 0, 3), (0, 3, 3), (2, 6, 3), (3, 9, 1)], "the ranks 0 … 3, in their order"),
+        ("row_wise", [(0, 0, 5), (1, 5, 5)], "the ranks 0 … 3, in their order"),
+        ("row_wise", [(0, 0, 3), (1, 2, 3), (2, 6, 3), (3, 9, 1)], "the shard on rank 1 is not where"),
+        ("table_row_wise", [(2, 0, 5), (3, 5, 5)], ""),
+        ("table_row_wise", [(1, 0, 5), (2, 5, 5)], "the ranks of one node"),
+        ("table_row_wise", [(3, 0, 5), (2, 5, 5)], "the ranks 2 … 3, in their order"),
+        ("table_row_wise", [(2, 0, 7), (3, 7, 3)], "blocks of 5 rows"),
+        ("table_wise", [(3, 0, 10)], ""),
+    ],
+)
+def test_rows_lie_where_look_ups_find_them(kind: str, shards: list[tuple[int, int, int]], message: str) -> None:
+    table = {
+        "sharding_type": kind,
+        "shards": [{"rank": rank, "offset": [first, 0], "size": [rows, 8]} for rank, first, rows in shards],
+    }
+    found = _misplaced(table, (10, 8), Comm(0, 4, 2, torch.device("cpu")))
+    assert (message in found) if message else not found
+
+
+def test_a_table_with_fewer_rows_than_ranks_has_empty_shards_at_the_end() -> None:
+    shards = [{"rank": n, "offset": [min(n, 3), 0], "size": [int(n < 3), 8]} for n in range(5)]
+    table = {"sharding_type": "row_wise", "shards": shards}
+    assert not _misplaced(table, (3, 8), Comm(0, 5, 5, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("hardware", "parameters", "said"),
+    [
+        (
+            "h100",
+            7_000_000_000,
+            ["parameters need 130.39 GiB", "26.08 GiB of weights", "80.00 GiB of HBM"],
+        ),
+        ("v100", 2_000_000_000, ["37.25 GiB on every rank", "14.90 GiB of AdamW's two moments", "10.05 GiB too much"]),
+        ("epyc-9654", 10**12, ["768.00 GiB of host memory"]),
+    ],
+)
+def test_a_dense_part_that_does_not_fit_is_told_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], hardware: str, parameters: int, said: list[str]
+) -> None:
+    file = spec(tmp_path, dense_parameters=parameters)
+    assert main(["plan", "--spec", str(file), "--hardware", hardware, "--sweep", "8"]) == 2
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1 and "the dense part does not fit" in told.err and " 0.00 GiB" not in told.err
+    assert all(part in told.err for part in said), told.err
+    assert "no: the dense part" in told.out and "what would make it fit" not in told.out
+
+
 def test_a_plan_that_does_not_fit_is_refused(
     small: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -371,7 +469,7 @@ def test_a_plan_that_does_not_fit_is_refused(
 
     whole = json.dumps(good)
     assert "not JSON, perhaps cut short" in refused(whole[: len(whole) // 2])
-    assert "no plan (KeyError: 'tables')" in refused("{}")
+    assert "no plan (world_size: Field required" in refused("{}")
     assert "is a plan for 2 ranks, not 1" in refused(json.dumps({**good, "world_size": 2}))
     other = {("itemid" if name == "item_id" else name): table for name, table in good["tables"].items()}
     assert "no table 'itemid'; did you mean 'item_id'?" in refused(json.dumps({**good, "tables": other}))
@@ -385,7 +483,28 @@ def test_a_plan_that_does_not_fit_is_refused(
         changed(sharding_type="rowwise")
     )
     assert "no kernel 'fused_uvm' is offered here" in refused(changed(kernel="fused_uvm"))  # on a CPU
-    assert "no plan (ValueError" in refused(changed(shards=[{**shard, "offset": [0]}]))
+    assert "shards.0.offset: List should have at least 2 items" in refused(changed(shards=[{**shard, "offset": [0]}]))
+    for change, message in (
+        ({"shards": [{**shard, "rank": "0"}]}, "shards.0.rank: Input should be a valid integer, not '0'"),
+        ({"shards": [{**shard, "rank": True}]}, "shards.0.rank: Input should be a valid integer, not True"),
+        ({"shards": [{**shard, "size": [150.0, 16]}]}, "shards.0.size.0: Input should be a valid integer, not 150.0"),
+        ({"shards": [{**shard, "offset": [-1, 0]}]}, "greater than or equal to 0, not -1"),
+        ({"shards": [{**shard, "size": [2**63, 16]}]}, "should be less than"),
+        ({"shards": []}, "shards: List should have at least 1 item"),
+        ({"shards": {}}, "shards: Input should be a valid list"),
+        ({"shards": [{**shard, "rnk": 0}]}, "shards.0.rnk: Extra inputs are not permitted"),
+        ({"kernel": None}, "kernel: Input should be a valid string"),
+        ({"sharding_type": "row_wise", "shards": cut(shard, 50, 99)}, "a shard on each of the ranks 0 … 0"),
+        ({"shards": cut(shard, 149, 0)}, "it is table_wise, which is one shard, but has 2"),
+        ({"shards": cut(shard, 100, 49)}, "it is table_wise, which is one shard, but has 2"),
+        ({"sharding_type": "table_row_wise"}, "no sharding_type 'table_row_wise' is offered here"),
+        ({"sharding_type": "table_column_wise"}, "no sharding_type 'table_column_wise' is offered here"),
+        ({"sharding_type": "column_wise", "shards": columns(shard, 6, 10)}, "a multiple of 4 each"),
+        ({"sharding_type": "column_wise", "shards": columns(shard, 16, 0)}, "a multiple of 4 each"),
+    ):
+        assert message in refused(changed(**change)), change
+    assert "'world_size' is there twice" in refused(whole[:-1] + ', "world_size": 1}')
+    assert "world_size: Input should be a valid integer, not inf" in refused(json.dumps({**good, "world_size": 1e999}))
     assert "in module 'users', in the model in 'item_id'" in refused(changed(module="users"))
     file.unlink()
     assert main(["train", *data, *TINY, "--train.run", str(tmp_path / "r"), "--distributed.plan", str(file)]) == 2

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.types import HardwareConfig, KernelConfig, TopologyFactory, TrainerConfig
@@ -17,7 +17,20 @@ from flm_torchrec.errors import ConfigError
 from flm_torchrec.names import nearest
 
 GIB = 2**30
-Positive = Annotated[float, Field(gt=0)]
+MOST_RANKS = 4096
+"""Planning takes time with the square of the ranks: half a minute on one core for these."""
+MOST = 1e6
+"""Of memory in GiB and bandwidth in 10^9 bytes a second: far beyond what there is."""
+LEAST = 1e-3
+
+
+def _not_tiny(value: float) -> float:
+    if 0 < value < LEAST:
+        raise ValueError(f"{value} is less than {LEAST}, the least that is planned with")
+    return value
+
+
+Positive = Annotated[float, Field(gt=0, le=MOST), AfterValidator(_not_tiny)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -25,7 +38,7 @@ class Hardware:
     """One kind of node. Bandwidths are in one direction, in 10^9 bytes a second."""
 
     device: Literal["cuda", "cpu"]
-    hbm_gib: Annotated[float, Field(ge=0)]
+    hbm_gib: Annotated[float, Field(ge=0, le=MOST)]
     """Memory of one GPU in GiB: the sheets' "GB" of HBM are binary."""
     host_gib: Positive
     """Host memory of a node in GiB, which its ranks share evenly."""
@@ -39,7 +52,7 @@ class Hardware:
     """One rank's, to the ranks of its node."""
     inter_gbps: Positive
     """One rank's share of its node's network."""
-    per_node: Annotated[int, Field(ge=1)]
+    per_node: Annotated[int, Field(ge=1, le=MOST_RANKS)]
     """Ranks of a node."""
 
 
@@ -136,7 +149,9 @@ def make_cluster(name: str, nodes: int, per_node: int, overrides: Sequence[str] 
         raise ConfigError(f"--nodes {nodes}, --per-node {per_node}: a cluster has at least one node and rank")
     values = asdict(PRESETS[name])  # type: ignore[call-overload]
     for override in overrides:
-        key, _, value = override.partition("=")
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set '{override}': write it as NAME=VALUE, such as hbm_gib=96")
         if key not in values:
             raise ConfigError(f"--set: no value '{key}' of hardware; {nearest(key, values)}")
         values[key] = value
@@ -146,4 +161,13 @@ def make_cluster(name: str, nodes: int, per_node: int, overrides: Sequence[str] 
         hardware = TypeAdapter(Hardware).validate_python(values)
     except ValidationError as error:
         raise ConfigError(f"--set: {first_problem(error)}") from error
+    if hardware.device == "cuda" and hardware.hbm_gib == 0:
+        raise ConfigError("--set: hbm_gib: a GPU has memory; give more than 0")
+    check_ranks("--nodes", nodes * hardware.per_node)
     return Cluster(name, hardware, nodes, hardware.per_node)
+
+
+def check_ranks(option: str, ranks: int) -> None:
+    """Raise ConfigError unless so many ranks can be planned in reasonable time."""
+    if ranks > MOST_RANKS:
+        raise ConfigError(f"{option}: {ranks:,} ranks; 'flm plan' plans {MOST_RANKS:,} at most")

@@ -36,7 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--hardware", default="h100", help="v100, a100-80, h100, h200, b200, epyc-9654, xeon-8480")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="values",
                         help="a value of the hardware, such as hbm_gib=96; may be repeated")  # fmt: skip
-    parser.add_argument("--nodes", type=int, default=1, help="nodes (default: 1)")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes (default: 1; 4,096 ranks in all at most)")
     parser.add_argument("--per-node", type=int, default=0, help="ranks of a node (default: those of the hardware)")
     parser.add_argument("--kernels", nargs="+", default=["fused"], metavar="KERNEL",
                         help="fused (device memory; default), fused_uvm_caching, fused_uvm (host memory)")  # fmt: skip
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
     from flm_torchrec.distributed.cluster import make_cluster
     from flm_torchrec.distributed.comm import hush
-    from flm_torchrec.distributed.planner import Infeasible
+    from flm_torchrec.distributed.planner import DENSE, Infeasible
     from flm_torchrec.distributed.show import grids, remedy_grid, summary, sweep_grid
     from flm_torchrec.distributed.whatif import remedies, smallest, sweep
 
@@ -71,9 +71,9 @@ def run(args: argparse.Namespace) -> None:
         report["report"] = question.report(cluster)
         lines, tables = summary(report["report"]), grids(report["report"])
     except Infeasible as error:
-        failed, found = error, remedies(question, cluster)
+        failed, found = error, [] if error.table == DENSE else remedies(question, cluster)
         report.update(table=error.table, gap=error.gap, error=str(error), remedies=[asdict(r) for r in found])
-        lines, tables = [f"does not fit: {error}"], [remedy_grid(found)]
+        lines, tables = [f"does not fit: {error}"], [remedy_grid(found)] if found else []
     lines.append(
         f"smallest {cluster.name} cluster that fits: {least} ranks ({cluster.of_size(least).nodes} nodes)"
         if least
@@ -126,9 +126,13 @@ def _question(args: argparse.Namespace, cluster: Cluster) -> Question:
 
 def _sizes(args: argparse.Namespace, cluster: Cluster, least: int | None) -> list[int]:
     """Those asked for, or from the smallest that fits to eight times the cluster, doubling."""
+    from flm_torchrec.distributed.cluster import check_ranks
+
     if args.sweep is not None:
         if any(size < 1 for size in args.sweep):
             raise ConfigError("--sweep: a number of ranks is at least 1")
+        for size in args.sweep:
+            check_ranks("--sweep", cluster.of_size(size).world_size)
         return sorted(args.sweep)
     doubling = [2**n for n in range(11)]
     most = 8 * max(cluster.world_size, least or 1)

@@ -58,8 +58,8 @@ class TableRule:
 
     sharding_types: tuple[str, ...] = ()
     compute_kernels: tuple[str, ...] = ()
-    min_partition: Annotated[int, Field(ge=4)] | None = None
-    pooling_factors: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    min_partition: Annotated[int, Field(ge=4, le=2**16)] | None = None
+    pooling_factors: tuple[Annotated[float, Field(gt=0, le=1e6)], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ from flm_torchrec.distributed.sharders import sharders
 
 RESERVED = 0.15
 """Share of the memory kept from tables, for activations, batches and the allocator."""
-DENSE_BYTES = 20
-"""A dense parameter in training: fp32 weight, gradient, two AdamW moments, and its place in DDP's buckets."""
+DENSE_PARTS = {"weights": 1, "gradients": 1, "AdamW's two moments": 2, "DDP's buckets": 1}
+"""Copies of a dense parameter in training, each float32."""
+DENSE_BYTES = 4 * sum(DENSE_PARTS.values())
+"""Of a dense parameter in training."""
 INT8_ROW_BYTES = 8
 """Scale and bias of a row of int8, float32 each."""
 LENGTH_BYTES = 8

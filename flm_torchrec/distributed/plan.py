@@ -18,7 +18,7 @@ from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.distributed.constraints import Lookup, constraints, read_rules, table_configs
 from flm_torchrec.distributed.estimate import dense_bytes
 from flm_torchrec.distributed.planfile import load_plan
-from flm_torchrec.distributed.planner import Infeasible, solve
+from flm_torchrec.distributed.planner import DENSE, Infeasible, solve
 from flm_torchrec.distributed.replicas import group_of
 from flm_torchrec.errors import ConfigError
 
@@ -50,8 +50,12 @@ def make_plan(
             rules = read_rules(config, [table.name for table in table_configs(model)])
             allowed = constraints(model, rules, lookups())
             topology, pipeline = _topology(comm, group, config), pipeline_of(comm.device.type)
-            return solve(model, topology, batch_size, allowed, optimizer, dense_bytes(model), pipeline).plan
+            # fsdp: each of all ranks holds a slice.
+            dense = dense_bytes(model) // (comm.world_size if config.dense == "fsdp" else 1)
+            return solve(model, topology, batch_size, allowed, optimizer, dense, pipeline).plan
         except Infeasible as error:
+            if error.table == DENSE:
+                return ConfigError(str(error))
             fewer = " or fewer replicas" if config.replicas > 1 else ""
             return ConfigError(
                 f"the tables do not fit on {group.world_size} ranks: {error}; use more ranks{fewer}, a smaller"

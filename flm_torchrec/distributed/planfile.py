@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 from torchrec.distributed.sharding_plan import placement
 from torchrec.distributed.types import (
@@ -14,15 +15,58 @@ from torchrec.distributed.types import (
     ModuleShardingPlan,
     ParameterSharding,
     ShardingPlan,
+    ShardingType,
     ShardMetadata,
 )
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
 
+from flm_torchrec.config import first_problem
 from flm_torchrec.distributed.comm import Comm
-from flm_torchrec.distributed.constraints import KERNELS, offered_types, table_configs
-from flm_torchrec.documents import Unreadable, read_json
+from flm_torchrec.distributed.constraints import KERNELS, table_configs
+from flm_torchrec.distributed.sharders import sharders
+from flm_torchrec.documents import Unreadable, read_json, shortened
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.names import nearest
+
+MOST_RANKS = 2**20
+"""Of a plan that is read."""
+STRICT = ConfigDict(strict=True, extra="forbid")
+TABLE_WISE, ROW_WISE = ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value
+TABLE_ROW_WISE, TABLE_COLUMN_WISE = ShardingType.TABLE_ROW_WISE.value, ShardingType.TABLE_COLUMN_WISE.value
+BY_ROWS, OF_ONE_NODE = (ROW_WISE, TABLE_ROW_WISE), (TABLE_ROW_WISE, TABLE_COLUMN_WISE)
+Size = Annotated[int, Field(ge=0, lt=2**48)]
+Pair = Annotated[list[Size], Field(min_length=2, max_length=2)]
+
+
+_Home = tuple[str, nn.Module]
+"""Of a table: the path of the module it lives in, and the module."""
+
+
+class ShardRecord(BaseModel):
+    """One shard of plan.json: its rank, its first row and column, its rows and columns."""
+
+    model_config = STRICT
+    rank: int
+    offset: Pair
+    size: Pair
+
+
+class TableRecord(BaseModel):
+    """One table of plan.json."""
+
+    model_config = STRICT
+    module: str
+    sharding_type: str
+    kernel: str
+    shards: Annotated[list[ShardRecord], Field(min_length=1)]
+
+
+class PlanRecord(BaseModel):
+    """plan.json."""
+
+    model_config = STRICT
+    world_size: Annotated[int, Field(ge=1, le=MOST_RANKS)]
+    tables: dict[str, TableRecord]
 
 
 def describe(plan: ShardingPlan, world_size: int) -> dict[str, Any]:
@@ -56,16 +100,9 @@ def read_plan(path: Path) -> dict[str, Any]:
     except Unreadable as error:
         raise ConfigError(f"{path}: {error}; give the plan.json of a run, or write it anew with 'flm plan'") from error
     try:
-        for table in record["tables"].values():
-            str(table["module"]), table["sharding_type"], table["kernel"]
-            for shard in table["shards"]:
-                (row, column), (rows, columns) = shard["offset"], shard["size"]
-                int(shard["rank"]), int(row), int(column), int(rows), int(columns)
-        int(record["world_size"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: no plan ({type(error).__name__}: {error}); write it anew with 'flm plan'"
-        ) from error
+        TypeAdapter(PlanRecord).validate_python(record)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: no plan ({first_problem(error)}); write it anew with 'flm plan'") from error
     return record
 
 
@@ -90,7 +127,7 @@ def load_plan(path: Path, model: nn.Module, comm: Comm) -> ShardingPlan:
         if name not in record["tables"]:
             raise ConfigError(f"{path}: has no table '{name}', which the model has; plan anew with 'flm plan'")
         table = record["tables"][name]
-        _check(path, name, table, size, modules[name], comm)
+        _check(f"{path}: table '{name}'", table, size, modules[name], comm)
         module = plan.setdefault(table["module"], EmbeddingModuleShardingPlan())
         module[name] = _sharding(table, comm)  # type: ignore[index]
     return ShardingPlan(plan)
@@ -121,39 +158,79 @@ def _shards(table: Mapping[str, Any]) -> str:
     return ", ".join([*shown, f"{more} more"] if more else shown)
 
 
-def _modules(model: nn.Module) -> dict[str, str]:
-    """Where each table lives."""
-    found: dict[str, str] = {}
+def _modules(model: nn.Module) -> dict[str, _Home]:
+    """By table: path of the module it lives in, and that module."""
+    found: dict[str, _Home] = {}
     for path, module in model.named_modules():
-        if not any(path.startswith(f"{inner}.") for inner in found.values()):
+        if not any(path.startswith(f"{inner}.") for inner, _ in found.values()):
             tables = module._embedding_module if isinstance(module, ManagedCollisionEmbeddingBagCollection) else module
             configs = getattr(tables, "embedding_bag_configs", None) or getattr(tables, "embedding_configs", None)
-            found.update({table.name: path for table in configs()} if configs else {})
+            found.update({table.name: (path, module) for table in configs()} if configs else {})
     return found
 
 
-def _check(path: Path, name: str, table: Mapping[str, Any], size: tuple[int, int], module: str, comm: Comm) -> None:
-    where = f"{path}: table '{name}'"
-    if table["module"] != module:
-        raise ConfigError(f"{where} is in module '{table['module']}', in the model in '{module}'; plan anew")
+def _check(where: str, table: Mapping[str, Any], size: tuple[int, int], home: _Home, comm: Comm) -> None:
+    path, module = home
+    if table["module"] != path:
+        raise ConfigError(f"{where} is in module '{table['module']}', in the model in '{path}'; plan anew")
     kernels = KERNELS if comm.device.type == "cuda" else KERNELS[:1]
-    for key, known in (("sharding_type", offered_types()), ("kernel", kernels)):
+    types = next(s for s in sharders() if isinstance(module, s.module_type)).sharding_types(comm.device.type)
+    for key, known in (("sharding_type", types), ("kernel", kernels)):
         if table[key] not in known:
             raise ConfigError(f"{where}: no {key} '{table[key]}' is offered here; {nearest(str(table[key]), known)}")
-    covered = 0
-    for shard in table["shards"]:
+    shards = table["shards"]
+    for shard in shards:
         if not 0 <= shard["rank"] < comm.world_size:
             last = comm.world_size - 1
             raise ConfigError(f"{where}: a shard is on rank {shard['rank']}, outside 0 … {last}; plan anew")
-        covered += shard["size"][0] * shard["size"][1]
-    ends = [[o + s for o, s in zip(shard["offset"], shard["size"], strict=True)] for shard in table["shards"]]
-    planned = tuple(max((end[axis] for end in ends), default=0) for axis in (0, 1))
+    ends = [[o + s for o, s in zip(shard["offset"], shard["size"], strict=True)] for shard in shards]
+    planned = tuple(max(end[axis] for end in ends) for axis in (0, 1))
     if planned != size:
         raise ConfigError(
             f"{where} has {planned[0]} rows of {planned[1]}, in the model {size[0]} of {size[1]}; plan anew"
         )
+    covered = sum(shard["size"][0] * shard["size"][1] for shard in shards)
     if covered != size[0] * size[1]:
         raise ConfigError(f"{where}: its shards hold {covered} numbers of {size[0] * size[1]}; plan anew")
+    if problem := _misplaced(table, size, comm):
+        raise ConfigError(f"{where}: {problem}; plan anew")
+
+
+def _misplaced(table: Mapping[str, Any], size: tuple[int, int], comm: Comm) -> str:
+    """Why TorchRec could not look up in these shards; empty if it can.
+
+    Its look-ups find a row by arithmetic: rows are in blocks of equal size, in the order of the ranks.
+    """
+    kind, shards = table["sharding_type"], table["shards"]
+    ranks = [shard["rank"] for shard in shards]
+    if kind == TABLE_WISE and len(shards) > 1:
+        return f"it is {kind}, which is one shard, but has {len(shards)}"
+    local, node = comm.local_world_size, ranks[0] // comm.local_world_size
+    if kind in OF_ONE_NODE and {rank // local for rank in ranks} != {node}:
+        return f"it is {kind}, which lies on the ranks of one node ({local} each), but is on ranks {shortened(ranks)}"
+    axis = 0 if kind in BY_ROWS else 1
+    holders = {ROW_WISE: range(comm.world_size), TABLE_ROW_WISE: range(node * local, (node + 1) * local)}.get(kind)
+    if holders is not None and ranks != list(holders):
+        return f"it is {kind}, which has a shard on each of the ranks {holders[0]} … {holders[-1]}, in their order"
+    block = -(-size[0] // len(shards)) if axis == 0 else 0
+    first = 0
+    for shard in shards:
+        wanted = min(block, size[0] - first) if axis == 0 else shard["size"][1]
+        # Rows may run out before the ranks do; a shard without columns is no shard.
+        if (
+            shard["offset"] != _at(axis, first, 0)
+            or shard["size"] != _at(axis, wanted, size[1 - axis])
+            or (axis == 1 and (wanted == 0 or wanted % 4))
+        ):
+            expected = f"blocks of {block} rows" if axis == 0 else "blocks of whole columns, a multiple of 4 each"
+            return f"the shard on rank {shard['rank']} is not where {kind} has it: {expected}, one behind the other"
+        first += wanted
+    return ""
+
+
+def _at(axis: int, along: int, across: int) -> list[int]:
+    """[row, column] of a length along the axis that is cut and one across it."""
+    return [along, across] if axis == 0 else [across, along]
 
 
 def _sharding(table: Mapping[str, Any], comm: Comm) -> ParameterSharding:

@@ -12,15 +12,20 @@ from torchrec.distributed.planner.proposers import GreedyProposer, UniformPropos
 from torchrec.distributed.planner.types import PlannerError, ShardingOption, Storage
 from torchrec.distributed.types import PipelineType, ShardingPlan
 
-from flm_torchrec.distributed.estimate import Enumerator, Reservation
+from flm_torchrec.distributed.estimate import DENSE_BYTES, DENSE_PARTS, RESERVED, Enumerator, Reservation
 from flm_torchrec.distributed.sharders import sharders
 from flm_torchrec.errors import ConfigError
 
 GIB = 2**30
+DENSE = "the dense part"
+"""In place of a table's name, where it alone does not fit."""
 
 
 class Infeasible(ConfigError):
-    """The tables do not fit. `table` is at fault, by `gap` bytes: on each rank if it alone is too much."""
+    """The tables do not fit. `table` is at fault, by `gap` bytes: on each rank if it alone is too much.
+
+    `table` is `DENSE` where the dense part does not fit.
+    """
 
     def __init__(self, message: str, table: str, gap: int) -> None:
         super().__init__(message)
@@ -59,9 +64,10 @@ def solve(
         dense_bytes: of a rank's memory that the dense part takes.
 
     Raises:
-        Infeasible: the tables do not fit.
+        Infeasible: the dense part does not fit, or the tables beside it do not.
         ConfigError: a table has no sharding type or kernel left that the device offers.
     """
+    _refuse_dense(topology, dense_bytes)
     enumerator = Enumerator(topology, batch_size, constraints, optimizer, pipeline)
     planner = EmbeddingShardingPlanner(
         topology=topology,
@@ -88,6 +94,26 @@ def solve(
             " loosen distributed.constraints or distributed.sharding"
         ) from error
     return Solved(plan, planner._best_plan or [], topology, enumerator, constraints)
+
+
+def _refuse_dense(topology: Topology, dense_bytes: int) -> None:
+    """Raise Infeasible where the dense part alone is more than a rank may fill."""
+    memory = topology.devices[0].storage
+    there, tier = (memory.hbm, "HBM") if topology.compute_device == "cuda" else (memory.ddr, "host memory")
+    room = int(there * (1 - RESERVED))
+    if dense_bytes < room:
+        return
+    parameters = dense_bytes // DENSE_BYTES
+    parts = " + ".join(f"{_gib(4 * copies * parameters)} of {name}" for name, copies in DENSE_PARTS.items())
+    raise Infeasible(
+        f"the dense part does not fit, whatever the tables take: its {parameters:,} parameters need {_gib(dense_bytes)}"
+        f" on every rank ({parts}), which has {_gib(there)} of {tier}, {_gib(room)} of it to fill:"
+        f" {_gib(dense_bytes - room)} too much. More ranks do not help: use a smaller dense part"
+        " (dense_parameters of --spec; model.dim, model.layers), ranks with more memory, or distributed.dense=fsdp,"
+        " which 'flm train' alone counts",
+        DENSE,
+        dense_bytes - room,
+    )
 
 
 def _infeasible(options: list[ShardingOption], free: Topology, error: PlannerError) -> Infeasible:

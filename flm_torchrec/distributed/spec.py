@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig
@@ -22,17 +22,23 @@ META = torch.device("meta")
 PRECISIONS = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 
 
+def _printable(name: str) -> str:
+    if not name.isprintable() or not name.strip():
+        raise ValueError(f"{name!r} has no letters that can be shown, or others beside; use plain letters and digits")
+    return name
+
+
 @dataclass(frozen=True, config=STRICT)
 class TableSpec:
     """One table."""
 
-    name: str
-    rows: Annotated[int, Field(ge=1)]
-    dim: Annotated[int, Field(ge=4, multiple_of=4)]
+    name: Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable)]
+    rows: Annotated[int, Field(ge=1, le=10**12)]
+    dim: Annotated[int, Field(ge=4, le=2**16, multiple_of=4)]
     """A multiple of 4, as FBGEMM's kernels want it."""
-    pooling: Annotated[float, Field(gt=0)] = 1.0
+    pooling: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """Ids of one sample and feature, on average."""
-    features: Annotated[int, Field(ge=1)] = 1
+    features: Annotated[int, Field(ge=1, le=1000)] = 1
     """Features that look up this table."""
     pooled: bool = True
     """Whether the ids of a sample become one vector (a bag) or one each (a sequence)."""
@@ -42,12 +48,12 @@ class TableSpec:
 class Spec:
     """Everything that a plan depends on but the cluster."""
 
-    tables: Annotated[tuple[TableSpec, ...], Field(min_length=1)]
-    batch_size: Annotated[int, Field(ge=1)]
+    tables: Annotated[tuple[TableSpec, ...], Field(min_length=1, max_length=10_000)]
+    batch_size: Annotated[int, Field(ge=1, le=10**9)]
     """Samples per rank and step."""
     optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
     precision: Literal["fp32", "fp16"] = "fp32"
-    dense_parameters: Annotated[int, Field(ge=0)] = 0
+    dense_parameters: Annotated[int, Field(ge=0, le=10**15)] = 0
 
 
 def read_spec(path: Path) -> Spec:
@@ -62,7 +68,7 @@ def read_spec(path: Path) -> Spec:
         raise ConfigError(f"--spec: {path}: 'tables' must be a list of tables, each with name, rows and dim")
     names: set[str] = set()
     for number, entry in enumerate(tables):
-        name = str(entry.get("name", number)) if isinstance(entry, dict) else str(number)
+        name = str(entry.get("name") or number)[:200] if isinstance(entry, dict) else str(number)
         checked(TableSpec, entry, list(TableSpec.__dataclass_fields__), f"--spec: {path}: table '{name}'")
         if "." in name or hasattr(nn.ModuleDict(), name):
             raise ConfigError(
