@@ -18,6 +18,13 @@ class Dropped:
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """What was read otherwise than it was named, a line each."""
+
+    def note(self, line: str) -> None:
+        """Keep a line, once."""
+        if line not in self.notes:
+            self.notes.append(line)
 
     def add(self, reason: str, rows: int, examples: Iterable[str]) -> None:
         """Count `rows`; of the examples the first few are kept."""
@@ -39,13 +46,16 @@ class Dropped:
     def merge(self, other: Dropped) -> None:
         for reason, rows in other.counts.items():
             self.add(reason, rows, other.examples[reason])
+        for line in other.notes:
+            self.note(line)
 
     def to_json(self) -> dict[str, Any]:
         return {reason: {"rows": n, "examples": self.examples[reason]} for reason, n in self.counts.items()}
 
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Dropped:
-        return cls({r: d["rows"] for r, d in record.items()}, {r: list(d["examples"]) for r, d in record.items()})
+    def from_json(cls, record: dict[str, Any], notes: list[str]) -> Dropped:
+        rows, examples = ({r: d[name] for r, d in record.items()} for name in ("rows", "examples"))
+        return cls(rows, {r: list(shown) for r, shown in examples.items()}, list(notes))
 
 
 def _finite(value: pl.Expr) -> pl.Expr:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     _add_machine(parser.add_argument_group("with what: changes no byte of the result"))
     _add_cleaning(parser.add_argument_group("cleaning"))
     _add_logs(parser.add_argument_group("your own logs (parquet, csv, jsonl)"))
+    _add_form(parser.add_argument_group("how text is written: of --input, --items and --users alike"))
     _add_synthetic(parser.add_argument_group("synthetic: made-up logs with planted structure, for trying things out"))
     parser.set_defaults(run=run)
 
@@ -112,22 +114,29 @@ def _add_cleaning(group: Any) -> None:
     group.add_argument(
         "--keep-unseen-items", action="store_true", help="also keep described items without events (default: drop)"
     )
+    group.add_argument(
+        "--max-dropped", type=float, default=0.9, metavar="X",
+        help="stop where more than this share of the rows is unreadable or lacks what an event needs; above a share of"
+        " 0.2 a warning is given (default: %(default)s)",
+    )  # fmt: skip
 
 
 def _add_logs(group: Any) -> None:
     group.add_argument(
         "--columns", default="user=user_id,item=item_id,timestamp=timestamp", metavar="ROLE=COLUMN,…",
-        help="roles: user, item, timestamp, event, value; without a timestamp the order of the rows counts"
+        help="roles: user, item, timestamp, event, value; without a timestamp the order of the rows counts. COLUMN may"
+        " be a path into objects (user.id), or several names of which a file has one (uid|user_id)"
         " (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--time-unit", choices=("s", "ms", "us", "ns"), default="s",
         help="unit of numeric timestamps; ISO dates are read as they are (default: %(default)s)",
     )  # fmt: skip
-    group.add_argument("--separator", default=",", help="of CSV columns, one character (default: '%(default)s')")
-    group.add_argument("--list-separator", default="|", help="inside a column of lists (default: '%(default)s')")
     for side in ("item", "user"):
-        group.add_argument(f"--{side}s", type=Path, metavar="FILE", help=f"features of {side}s (default: none)")
+        group.add_argument(
+            f"--{side}s", metavar="PATH",
+            help=f"features of {side}s: Parquet, CSV or JSON lines, a path as of --input (default: none)",
+        )  # fmt: skip
         group.add_argument(
             f"--{side}-key", default=f"{side}_id", metavar="COLUMN", help="its id column (default: %(default)s)"
         )
@@ -135,7 +144,36 @@ def _add_logs(group: Any) -> None:
             f"--{side}-features", default="", metavar="COLUMN:KIND,…",
             help="kinds: categorical, multi_categorical, text, numeric, quantile, dense (default: none)",
         )  # fmt: skip
+    group.add_argument(
+        "--duplicates", choices=("refuse", "first", "last"), default="refuse",
+        help="of rows with one key in --items or --users, the one that is kept (default: %(default)s)",
+    )  # fmt: skip
     group.add_argument("--title", default="", metavar="COLUMN", help="text feature to show to people (default: the id)")
+
+
+def _add_form(group: Any) -> None:
+    group.add_argument("--separator", default=",", help="of CSV columns, one character (default: '%(default)s')")
+    group.add_argument(
+        "--list-separator", default="|",
+        help="inside a column of lists; lists of JSON are read as they are (default: '%(default)s')",
+    )  # fmt: skip
+    group.add_argument(
+        "--encoding", default="utf-8", metavar="NAME",
+        help="of text, such as latin-1, cp1252, utf-16 (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--multiline", action="store_true",
+        help="a quoted field of CSV events may hold line breaks, as those of --items and --users may"
+        " (default: a row is a line, so that a stray quote spoils one row alone)",
+    )  # fmt: skip
+    group.add_argument("--decimal", default=".", metavar="SIGN", help="of numbers in text (default: '%(default)s')")
+    group.add_argument(
+        "--thousands", default="", metavar="SIGN", help="between groups of digits of numbers in text (default: none)"
+    )
+    group.add_argument(
+        "--currency", default="", metavar="SIGN",
+        help="sign or code beside numbers in text, such as € or EUR; another one makes no number (default: none)",
+    )  # fmt: skip
 
 
 def _add_synthetic(group: Any) -> None:
@@ -166,6 +204,8 @@ def run(args: argparse.Namespace) -> None:
     for option, least in LEAST.items():
         if getattr(args, option) < least:
             raise DataError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be at least {least}")
+    if not 0 <= args.max_dropped <= 1:
+        raise DataError(f"--max-dropped {args.max_dropped}: must be a share, from 0 to 1")
     if (args.dedup == "window") != (args.dedup_window > 0):
         raise DataError("--dedup-window: give it with --dedup window, and only then")
     _check_input(args.source, args.input)
@@ -180,7 +220,7 @@ def run(args: argparse.Namespace) -> None:
     options = Options(
         args.k_core, args.min_user_events, args.min_item_events, args.min_value, args.dedup, args.dedup_window,
         args.session_gap, args.min_count, args.text_buckets, args.text_ngrams, args.quantiles,
-        args.keep_unseen_items, parse_tables(args.tables),
+        args.keep_unseen_items, args.max_dropped, parse_tables(args.tables),
     )  # fmt: skip
     report = prepare(SOURCES[args.source](args), args.output, options, args.overwrite, machine, secret)
     _tell(report, args.output, time.monotonic() - started)
@@ -217,6 +257,9 @@ def _tell(report: dict[str, Any], output: Path, seconds: float) -> None:
         print(visible(f"  dropped {detail['rows']}: {reason} (e.g. {detail['examples'][0]})"))
     if report["items_without_features"]:
         print(f"  {report['items_without_features']} items have no features: only their ids tell of them")
+    sys.stdout.flush()
+    for line in report["warnings"]:
+        print(f"warning: {line}", file=sys.stderr)
     print(f"next: flm train --data.path {output}")
 
 
@@ -241,6 +284,8 @@ def _s3rec(args: argparse.Namespace) -> Raw:
 
 def _logs(args: argparse.Namespace) -> Raw:
     from flm_torchrec.data.sources import logs
+    from flm_torchrec.data.sources.form import Form, Numbers
+    from flm_torchrec.data.sources.sides import Side
 
     entities: tuple[Entity, ...] = ("item", "user")
     sides = {}
@@ -250,10 +295,12 @@ def _logs(args: argparse.Namespace) -> Raw:
         if kinds and file is None:
             raise DataError(f"{option}: name the file that has them with --{side}s")
         if file is not None:
-            sides[side] = logs.Side(file, getattr(args, f"{side}_key"), kinds)
+            sides[side] = Side(file, getattr(args, f"{side}_key"), kinds)
     columns = logs.parse_columns(args.columns)
-    separator = args.separator.replace("\\t", "\t")  # as typed in a shell
-    mapping = logs.Mapping(columns, args.time_unit, separator, args.list_separator, sides, args.title)
+    separator, listed = (sign.replace("\\t", "\t") for sign in (args.separator, args.list_separator))  # as typed
+    numbers = Numbers(args.decimal, args.thousands, args.currency)
+    form = Form(separator, listed, args.encoding, args.multiline, numbers)
+    mapping = logs.Mapping(columns, args.time_unit, form, sides, args.title, args.duplicates)
     return logs.read(args.source, args.input, mapping)
 
 

@@ -69,7 +69,7 @@ class Intake:
             writer = writer or pq.ParquetWriter(fresh, table.schema)
             writer.write_table(table)
         unread = sum(n for reason, n in dropped.counts.items() if reason.startswith("malformed"))
-        report = {"name": shard.name, "rows": read + unread, "dropped": dropped.to_json()}
+        report = {"name": shard.name, "rows": read + unread, "dropped": dropped.to_json(), "notes": dropped.notes}
         write_text(file.with_suffix(".json"), json.dumps(report))
         writer = writer or pq.ParquetWriter(fresh, _stored(NO_ROWS, number, 0).to_arrow().schema)
         writer.close()
@@ -80,7 +80,7 @@ class Intake:
         records = [read_json(rows_file(self.folder, n).with_suffix(".json")) for n in range(shards)]
         dropped = Dropped()
         for record in records:
-            dropped.merge(Dropped.from_json(record["dropped"]))
+            dropped.merge(Dropped.from_json(record["dropped"], record["notes"]))
         return [record["name"] for record in records], sum(record["rows"] for record in records), dropped
 
     def files(self, shards: int) -> list[Path]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import IO
 
 import numpy as np
@@ -13,30 +15,37 @@ BLOCK = 2**24
 """Bytes read at once."""
 LONGEST = 2**26
 """Bytes of a line; a longer one is no line of a log."""
+SAMPLE = 2**16
+"""Bytes at the start of a file that tell how its lines end."""
 
 NEWLINE, RETURN, QUOTE = 10, 13, 34
 
 
 @dataclass(frozen=True)
 class Block:
-    """Whole lines of a file."""
+    """Whole lines of a file, or records, which may go over several lines."""
 
     data: bytes
     """Ends with a line feed."""
-    numbers: np.ndarray  # [lines] int64: where each stands in the file, from 1
+    numbers: np.ndarray  # [lines] int64: where each begins in the file, from 1
+    multiline: bool = False
+    """A line feed inside quotes ends no line."""
 
     @cached_property
     def spans(self) -> tuple[np.ndarray, np.ndarray]:
         """[lines] begin and [lines] end (before the line feed) of each line in `data`."""
-        ends = np.flatnonzero(self._bytes() == NEWLINE)
+        ends = _ends(self._bytes(), self.multiline)
         return np.concatenate([[0], ends[:-1] + 1]), ends
 
     def _bytes(self) -> np.ndarray:
         return np.frombuffer(self.data, np.uint8)
 
     def counts(self, byte: int) -> np.ndarray:
-        """[lines] int64: how often the byte stands in each line."""
-        total = np.concatenate([[0], np.cumsum(self._bytes() == byte)])
+        """[lines] int64: how often the byte stands in each line; of several lines, outside quotes."""
+        found = self._bytes() == byte
+        if self.multiline and byte != QUOTE:
+            found &= _outside(self._bytes())
+        total = np.concatenate([[0], np.cumsum(found)])
         begin, end = self.spans
         return total[end] - total[begin]
 
@@ -46,36 +55,60 @@ class Block:
             return self
         begin, end = self.spans
         where = np.repeat(kept, end - begin + 1)
-        return Block(self._bytes()[where].tobytes(), self.numbers[kept])
+        return Block(self._bytes()[where].tobytes(), self.numbers[kept], self.multiline)
 
     def line(self, index: int) -> bytes:
         begin, end = self.spans
         return self.data[begin[index] : end[index]]
 
 
-def blocks(stream: IO[bytes], too_long: Callable[[int], None]) -> Iterator[Block]:
-    """All lines, in order; the number of a line that is too long to be one is told and the line skipped."""
+def pieces(stream: IO[bytes], encoding: str) -> Iterator[bytes]:
+    """A file as UTF-8, its lines ended by line feeds also where it has carriage returns alone.
+
+    What cannot be decoded becomes bytes that are no UTF-8, so that `readable` finds the line.
+    """
+    read = _decoded(stream, encoding)
+    head = next(read, b"")
+    returns = RETURN in head[:-1] and NEWLINE not in head
+    for piece in chain((head,), read):
+        text = piece.replace(b"\r", b"\n") if returns else piece
+        yield from (text[start : start + BLOCK] for start in range(0, len(text), BLOCK))
+
+
+def blocks(text: Iterator[bytes], drop: Callable[[np.ndarray, str], None], multiline: bool = False) -> Iterator[Block]:
+    """All lines of `pieces`, in order; the number of a line that is too long to be one is told and the line skipped.
+
+    Args:
+        drop: told the numbers of lines left out for a reason.
+        multiline: a line feed inside quotes ends no line.
+    """
     rest, first, skipping = b"", 1, False
-    while piece := stream.read(BLOCK):
+    for piece in text:
         data = rest + piece
-        cut = data.rfind(b"\n") + 1
-        if skipping and cut:
-            begin = data.find(b"\n") + 1
-            data, cut, first, skipping = data[begin:], cut - begin, first + 1, False
+        if skipping and b"\n" in data:
+            data, first, skipping = data[data.find(b"\n") + 1 :], first + 1, False
+        cut = 0 if skipping else _cut(data, multiline)
         data, rest = data[:cut], data[cut:]
         if data:
-            count = data.count(b"\n")
-            yield Block(data, np.arange(first, first + count))
-            first += count
+            yield Block(data, first + _lines_before(data, multiline), multiline)
+            first += data.count(b"\n")
         if len(rest) > LONGEST or (skipping and rest):
             if not skipping:
-                too_long(first)
+                drop(np.array([first]), "malformed: a line of over 64 MiB")
+            first += rest.count(b"\n")
             rest, skipping = b"", True
-    if rest and not skipping:
-        yield Block(rest + b"\n", np.array([first]))
+    if not rest or skipping:
+        return
+    if multiline and rest.count(b'"') % 2:
+        drop(np.array([first]), UNCLOSED)
+    else:
+        yield Block(rest + b"\n", np.array([first]), multiline)
 
 
-def readable(block: Block, drop: Callable[[np.ndarray, str], None], quoted: bool) -> Block:
+UNCLOSED = "malformed: a quote is not closed on its line"
+
+
+def readable(block: Block, drop: Callable[[np.ndarray, str], None], quoted: bool, encoding: str = "utf-8") -> Block:
     """Without empty lines, and without those that no parser could be trusted with.
 
     Args:
@@ -89,10 +122,10 @@ def readable(block: Block, drop: Callable[[np.ndarray, str], None], quoted: bool
     rules = {
         "malformed: a zero byte": block.counts(0) > 0,
         "malformed: a carriage return inside the line": block.counts(RETURN) > (closing & (width > 0)),
-        "malformed: not UTF-8": _not_utf8(block),
+        f"malformed: not {shown(encoding)}": _not_utf8(block),
     }
     if quoted:
-        rules["malformed: a quote is not closed on its line"] = block.counts(QUOTE) % 2 == 1
+        rules[UNCLOSED] = block.counts(QUOTE) % 2 == 1
     bad = empty.copy()
     for reason, found in rules.items():
         found = found & ~bad
@@ -119,3 +152,59 @@ def _is_utf8(line: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def shown(encoding: str) -> str:
+    return "UTF-8" if _is_plain(encoding) else encoding
+
+
+def _is_plain(encoding: str) -> bool:
+    return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
+
+
+def _decoded(stream: IO[bytes], encoding: str) -> Iterator[bytes]:
+    """UTF-8 without the mark of its byte order; the first piece is a sample."""
+    decoder = None if _is_plain(encoding) else codecs.getincrementaldecoder(encoding)("replace")
+    size, begun = SAMPLE, False
+    while True:
+        data = stream.read(size)
+        text = data if decoder is None else _marked(decoder.decode(data, final=not data))
+        if text and not begun:
+            text, begun = text.removeprefix(codecs.BOM_UTF8), True
+        if text:
+            yield text
+        if not data:
+            return
+        size = BLOCK
+
+
+def _marked(text: str) -> bytes:
+    """UTF-8, but for what could not be decoded: that becomes a surrogate, which is none."""
+    return text.replace("\ufffd", "\udcff").encode("utf-8", "surrogatepass")
+
+
+def _outside(data: np.ndarray) -> np.ndarray:
+    """[bytes] bool: outside quotes."""
+    return ~np.logical_xor.accumulate(data == QUOTE)
+
+
+def _ends(data: np.ndarray, multiline: bool) -> np.ndarray:
+    """Where lines end."""
+    ends = np.flatnonzero(data == NEWLINE)
+    return ends[_outside(data)[ends]] if multiline and len(ends) else ends
+
+
+def _cut(data: bytes, multiline: bool) -> int:
+    """Behind the last line that is whole."""
+    if not multiline:
+        return data.rfind(b"\n") + 1
+    ends = _ends(np.frombuffer(data, np.uint8), multiline)
+    return int(ends[-1]) + 1 if len(ends) else 0
+
+
+def _lines_before(data: bytes, multiline: bool) -> np.ndarray:
+    """[lines] int64: line feeds before the begin of each."""
+    if not multiline:
+        return np.arange(data.count(b"\n"))
+    codes = np.frombuffer(data, np.uint8)
+    return np.concatenate([[0], np.cumsum(codes == NEWLINE)[_ends(codes, multiline)[:-1]]])

@@ -21,6 +21,7 @@ from flm_torchrec.data.engine import DuckEngine, Engine
 from flm_torchrec.data.features import Coding, Encoded, encode
 from flm_torchrec.data.intake import Intake, shards_of
 from flm_torchrec.data.interactions import Cleaning, Interactions, Written
+from flm_torchrec.data.losses import check_losses, mend, warning_of
 from flm_torchrec.data.privacy import hash_keys
 from flm_torchrec.data.raw import Raw
 from flm_torchrec.data.rows import by_table
@@ -53,6 +54,8 @@ class Options:
     text_ngrams: int = 1
     quantiles: int = 100
     keep_unseen_items: bool = False
+    max_dropped: float = 0.9
+    """Share of the rows that may be unreadable or lack what an event needs."""
     tables: dict[str, Table] = field(default_factory=dict)
 
     def least(self, entity: Entity) -> int:
@@ -105,6 +108,7 @@ def _fill(
     files = intake.files(shards)
     if not files:
         raise _nothing_left(raw, rows_read, dropped)
+    check_losses(raw.name, rows_read, dropped, options.max_dropped)
     cleaning = Cleaning(
         options.dedup, options.dedup_window, options.session_gap, options.least("user"), options.least("item"),
         raw.timestamps,
@@ -171,8 +175,7 @@ def _nothing_left(raw: Raw, rows_read: int, dropped: Dropped) -> DataError:
     reason = max(dropped.counts, key=dropped.counts.__getitem__, default="the source has none")
     where = dropped.examples.get(reason, [raw.name])[0]
     return DataError(
-        f"{raw.name}: none of {rows_read} rows is left (most dropped: {reason}; e.g. {where});"
-        " mend the file, the column mapping or the filters"
+        f"{raw.name}: none of {rows_read} rows is left (most dropped: {reason}; e.g. {where}); {mend(reason)}"
     )
 
 
@@ -244,6 +247,7 @@ def _report(
         "events_per_user": quantiles,
         **({"sessions": written.sessions} if options.session_gap else {}),
         "sparsity": sparsity(written.pairs, schema.users, schema.items),
+        "warnings": [*raw.warnings, *dropped.notes, *warning_of(rows_read, schema.interactions, dropped)],
         "options": asdict(options),
         **raw.notes,
         **({"oracle": raw.oracle} if raw.oracle and schema.interactions == rows_read else {}),

@@ -59,5 +59,7 @@ class Raw:
     """False: only the order counts, and the timestamp becomes the position in the user's sequence."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Goes into report.json as it is."""
+    warnings: tuple[str, ...] = ()
+    """What was read otherwise than people may expect, a line each."""
     oracle: dict[str, dict[str, float]] | None = None
     """Best possible scores, where the source knows them; they hold only while no row is dropped."""

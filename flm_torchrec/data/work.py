@@ -19,7 +19,7 @@ from flm_torchrec.errors import DataError
 from flm_torchrec.messages import first_line
 
 LOCK = "lock"
-FORMAT = 1
+FORMAT = 2
 """Of what is in the folder: raised when shards are stored in another way."""
 
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import get_args
 
 import polars as pl
 
+from flm_torchrec.data.clean import Dropped
 from flm_torchrec.data.raw import Declared, Raw, Shard
 from flm_torchrec.data.schema import Entity, Kind
-from flm_torchrec.data.sources.shards import CsvShard, JsonShard, ParquetShard, Place, places
-from flm_torchrec.data.sources.tables import check_unique, read_csv, read_parquet
+from flm_torchrec.data.sources import sides
+from flm_torchrec.data.sources.form import Form
+from flm_torchrec.data.sources.json_lines import JsonShard
+from flm_torchrec.data.sources.shards import CsvShard, ParquetShard, Place, places
+from flm_torchrec.data.sources.sides import Side, of_kind, once
+from flm_torchrec.data.sources.tables import cast
 from flm_torchrec.errors import DataError
-from flm_torchrec.messages import first_line, redact_address
+from flm_torchrec.messages import redact_address
 from flm_torchrec.names import nearest
 
 ROLES = ("user", "item", "timestamp", "event", "value")
@@ -26,25 +31,17 @@ RESERVED = ("key", "id", "item_id", "user_id", "item_key", "user_key")
 
 
 @dataclass(frozen=True)
-class Side:
-    """A table that describes items or users."""
-
-    file: Path
-    key: str
-    kinds: dict[str, Kind]
-
-
-@dataclass(frozen=True)
 class Mapping:
     """How columns of the logs map to roles."""
 
     columns: dict[str, str]
-    """Column by role of ROLES; user and item are needed."""
+    """Column by role of ROLES; user and item are needed. `a|b` is whichever a file has."""
     time_unit: str = "s"
-    separator: str = ","
-    list_separator: str = "|"
+    form: Form = field(default_factory=Form)
     sides: dict[Entity, Side] = field(default_factory=dict)
     title: str = ""
+    duplicates: str = "refuse"
+    """Rows of one key in a file of items or users: first, last, refuse."""
 
 
 def read(source: str, location: str, mapping: Mapping) -> Raw:
@@ -55,21 +52,24 @@ def read(source: str, location: str, mapping: Mapping) -> Raw:
     Raises:
         DataError: a file or column is missing, a file is corrupt or empty, a key occurs twice.
     """
+    mapping.form.check()
     titled = mapping.sides["item"].kinds.get(mapping.title) if "item" in mapping.sides else None
     if mapping.title and titled != "text":
         raise DataError(f"--title '{mapping.title}': declare it in --item-features as {mapping.title}:text")
     make = _SHARDS[source]
     shards = tuple(make(place, mapping) for place in _places(source, location, mapping))
-    sides = {entity: _side(side, mapping) for entity, side in mapping.sides.items()}
+    notes = Dropped()
+    described = {entity: _described(entity, side, mapping, notes) for entity, side in mapping.sides.items()}
     return Raw(
         name=re.sub(r"[*?\[\]]", "", PurePosixPath(redact_address(location)).stem) or source,
         source=source,
         interactions=shards,
-        items=sides.get("item"),
-        users=sides.get("user"),
+        items=described.get("item"),
+        users=described.get("user"),
         features=tuple(Declared(n, e, k) for e, side in mapping.sides.items() for n, k in side.kinds.items()),
         title=mapping.title,
         timestamps="timestamp" in mapping.columns,
+        warnings=tuple(notes.notes),
     )
 
 
@@ -117,11 +117,12 @@ def _parquet(place: Place, mapping: Mapping) -> Shard:
 
 
 def _csv(place: Place, mapping: Mapping) -> Shard:
-    return CsvShard(place, _columns(mapping), partial(_roles, mapping, place.url), mapping.separator)
+    return CsvShard(place, _columns(mapping), partial(_roles, mapping, place.url), mapping.form)
 
 
 def _jsonl(place: Place, mapping: Mapping) -> Shard:
-    return JsonShard(place, _columns(mapping), partial(_roles, mapping, place.url))
+    numbers = (mapping.columns["value"],) if "value" in mapping.columns else ()
+    return JsonShard(place, _columns(mapping), partial(_roles, mapping, place.url), mapping.form, numbers)
 
 
 _SHARDS = {"parquet": _parquet, "csv": _csv, "jsonl": _jsonl}
@@ -144,7 +145,7 @@ def _roles(mapping: Mapping, file: str, frame: pl.DataFrame) -> pl.DataFrame:
         # Where nothing maps to a role, what the layout says of a source without it; the order is counted later.
         _seconds(given["timestamp"], mapping.time_unit, file) if "timestamp" in given else pl.lit(0, pl.Int64),
         _keys(given["event"], file).fill_null("unknown") if "event" in given else pl.lit("interaction"),
-        _cast(given["value"], pl.Float64(), file, strict=False) if "value" in given else pl.lit(1.0),
+        _values(given["value"], mapping.form, file) if "value" in given else pl.lit(1.0),
     ]
     return frame.select(c.alias(role) for c, role in zip(columns, ROLES, strict=True))
 
@@ -152,23 +153,15 @@ def _roles(mapping: Mapping, file: str, frame: pl.DataFrame) -> pl.DataFrame:
 def _keys(column: pl.Series, file: str) -> pl.Series:
     """As text; whole numbers without a point, as a tool that knows no missing integer may have added one."""
     if not column.dtype.is_float():
-        return _cast(column, pl.String(), file)
+        return cast(column, pl.String(), file)
     value = pl.col(column.name)
     whole = (value == value.round()) & (value.abs() < 2**53)
     as_text = pl.when(whole).then(value.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(value.cast(pl.String))
     return column.to_frame().select(as_text).to_series()
 
 
-def _cast(column: pl.Series, kind: pl.DataType, file: str, strict: bool = True) -> pl.Series:
-    try:
-        if column.dtype.is_nested() and not kind.is_nested():
-            raise TypeError(f"a {column.dtype.base_type()} is not one value")
-        return column.cast(kind, strict=strict)
-    except (pl.exceptions.PolarsError, TypeError) as error:
-        raise DataError(
-            f"{file}: column '{column.name}' is {column.dtype}, and {kind} is needed ({first_line(error)}); mend it,"
-            " or name another column or kind"
-        ) from error
+def _values(column: pl.Series, form: Form, file: str) -> pl.Series:
+    return cast(form.numbers.read(column), pl.Float64(), file, strict=False)
 
 
 def _seconds(column: pl.Series, unit: str, file: str) -> pl.Series:
@@ -191,25 +184,11 @@ def _seconds(column: pl.Series, unit: str, file: str) -> pl.Series:
     return column.to_frame().select(pl.coalesce(*whole, *(t.dt.epoch("s") for t in (*local, zoned)))).to_series()
 
 
-def _side(side: Side, mapping: Mapping) -> pl.DataFrame:
-    wanted = (side.key, *side.kinds)
-    if side.file.suffix == ".parquet":
-        frame = read_parquet(side.file, wanted=wanted)
-    else:
-        frame = read_csv(side.file, mapping.separator, wanted=wanted)
-    file = str(side.file)
+def _described(entity: Entity, side: Side, mapping: Mapping, notes: Dropped) -> pl.DataFrame:
+    """What a file says of items or users: their keys and features, a row each."""
+    option, file = f"--{entity}s", redact_address(side.file)
+    frame = sides.read(side, option, mapping.form, notes)
     keys = _keys(frame[side.key], file).rename("key")
-    columns = [_of_kind(frame[name], kind, mapping.list_separator, file) for name, kind in side.kinds.items()]
+    columns = [of_kind(frame[name], kind, mapping.form, file, notes.note) for name, kind in side.kinds.items()]
     described = pl.DataFrame([keys, *columns]).filter(pl.col("key").is_not_null() & (pl.col("key") != ""))
-    check_unique(described["key"], side.file, f"'{side.key}'")
-    return described
-
-
-def _of_kind(column: pl.Series, kind: Kind, list_separator: str, file: str) -> pl.Series:
-    if column.dtype == pl.String and kind in ("multi_categorical", "dense"):
-        column = column.str.split(list_separator)
-    if kind == "dense":
-        return _cast(column, pl.List(pl.Float32), file)
-    if kind == "multi_categorical":
-        return _cast(column, pl.List(pl.String), file)
-    return _cast(column, pl.Float64() if kind in ("numeric", "quantile") else pl.String(), file)
+    return once(described, mapping.duplicates, side, option, notes.note)

@@ -6,13 +6,12 @@ import glob
 import io
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-import duckdb
 import fsspec
 import numpy as np
 import polars as pl
@@ -22,11 +21,12 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from flm_torchrec.data import lines, sql
+from flm_torchrec.data import lines
 from flm_torchrec.data.clean import Dropped
+from flm_torchrec.data.sources.columns import found
+from flm_torchrec.data.sources.form import Form
 from flm_torchrec.errors import DataError
 from flm_torchrec.messages import first_line, redact_address
-from flm_torchrec.names import nearest
 
 ENDINGS = {"parquet": (".parquet",), "csv": (".csv", ".csv.gz"), "jsonl": (".jsonl", ".jsonl.gz", ".ndjson")}
 ROWS = 500_000
@@ -63,7 +63,7 @@ class Place:
             raise DataError(f"{self.url}: cannot be read to its end ({first_line(error)}); write it again") from error
 
 
-def places(source: str, location: str) -> list[Place]:
+def places(source: str, location: str, option: str = "--input") -> list[Place]:
     """A file, all files of a folder with an ending of the source, or all that a pattern matches, by name.
 
     Raises:
@@ -82,7 +82,7 @@ def places(source: str, location: str) -> list[Place]:
     if not found:
         kinds = " or ".join(f"*{ending}" for ending in ENDINGS[source])
         what, shown = f"no file {kinds}" if system.isdir(path) else "not found", redact_address(location)
-        raise DataError(f"{shown}: {what}; --input must be a file {kinds}, a folder of them or a pattern")
+        raise DataError(f"{shown}: {what}; {option} must be a file {kinds}, a folder of them or a pattern")
     made = []
     for name, info in stated:
         url = system.unstrip_protocol(name) if "://" in location else name
@@ -109,18 +109,13 @@ def _pattern(system: Any, path: str) -> str:
     return glob.escape(str(folder)) + path.removeprefix(str(folder)) if str(folder) != "." else path
 
 
-def _wanted(columns: tuple[str, ...], present: list[str], url: str) -> list[str]:
-    for column in columns:
-        if column not in present:
-            raise DataError(f"{url}: no column '{column}'; {nearest(column, present)}")
-    return list(dict.fromkeys(columns))
-
-
 @dataclass(frozen=True)
-class _File:
+class FileShard:
+    """What shards of every format have in common."""
+
     place: Place
     columns: tuple[str, ...]
-    """The only ones that are ever read."""
+    """The only ones that are ever read, as people name them."""
     roles: Roles
 
     @property
@@ -143,7 +138,7 @@ class _File:
         return drop
 
 
-class ParquetShard(_File):
+class ParquetShard(FileShard):
     """Rows are numbered from 1."""
 
     def batches(self, dropped: Dropped) -> Iterator[pl.DataFrame]:
@@ -155,11 +150,12 @@ class ParquetShard(_File):
         row = 1
         try:
             with self.place.open() as stream, pq.ParquetFile(stream) as file:
-                wanted = _wanted(self.columns, file.schema_arrow.names, self.place.url)
+                wanted = found(self.columns, _paths(file.schema_arrow), self.place.url, dropped.note)
                 if file.metadata.num_rows == 0:
                     raise DataError(f"{self.place.url}: has no rows; give a file with data")
-                for batch in file.iter_batches(ROWS, columns=wanted):
-                    yield self._rows(pa.Table.from_batches([batch]), np.arange(row, row + len(batch)))
+                for batch in file.iter_batches(ROWS, columns=list(dict.fromkeys(wanted.values()))):
+                    table = pa.table({name: _at(batch, path) for name, path in wanted.items()})
+                    yield self._rows(table, np.arange(row, row + len(batch)))
                     row += len(batch)
         except (pa.ArrowException, OSError) as error:
             raise DataError(
@@ -167,11 +163,32 @@ class ParquetShard(_File):
             ) from error
 
 
+def _paths(fields: Iterable[pa.Field], before: str = "") -> list[str]:
+    """Names of columns, and of fields inside them with dots between."""
+    names = []
+    for field in fields:
+        names.append(before + field.name)
+        if pa.types.is_struct(field.type):
+            names += _paths(field.type, f"{before}{field.name}.")
+    return names
+
+
+def _at(batch: pa.RecordBatch, path: str) -> pa.Array:
+    """The column of a path; null where a field that it leads through is."""
+    if path in batch.schema.names:
+        return batch[path]
+    name = max((n for n in batch.schema.names if path.startswith(f"{n}.")), key=len)
+    column = batch[name]
+    for part in path.removeprefix(f"{name}.").split("."):
+        column = pc.struct_field(column, part)
+    return column
+
+
 @dataclass(frozen=True)
-class CsvShard(_File):
+class CsvShard(FileShard):
     """A line a row, after the header; rows are numbered from 1, the header not counted."""
 
-    separator: str
+    form: Form
 
     def batches(self, dropped: Dropped) -> Iterator[pl.DataFrame]:
         """See `Shard`.
@@ -179,39 +196,52 @@ class CsvShard(_File):
         Raises:
             DataError: no header, no rows, or a column is missing.
         """
-        url, drop = self.place.url, self._drop(dropped, 1)
+        url, drop, form = self.place.url, self._drop(dropped, 1), self.form
         names: list[str] | None = None
         some = False
         with self.place.text() as stream:
-            for block in lines.blocks(stream, lambda n: drop(np.array([n]), "malformed: a line of over 64 MiB")):
+            for block in lines.blocks(lines.pieces(stream, form.encoding), drop, form.multiline):
                 if names is None:
                     names = self._header(block.line(0))
-                    wanted = _wanted(self.columns, names, url)
+                    wanted = found(self.columns, names, url, dropped.note)
                     block = block.keep(np.arange(len(block.numbers)) > 0)
                 some = some or len(block.numbers) > 0
-                block = lines.readable(block, drop, quoted=True)
+                block = lines.readable(block, drop, quoted=True, encoding=form.encoding)
                 if len(block.numbers):
-                    yield self._rows(*self._parsed(block, names, wanted, drop))
+                    table, rows = self._parsed(block, names, list(dict.fromkeys(wanted.values())), drop)
+                    yield self._rows(pa.table({name: table[column] for name, column in wanted.items()}), rows)
         if not some:
             raise DataError(f"{url}: has no rows; give a file with data")
 
     def _header(self, line: bytes) -> list[str]:
         try:
-            text = line.decode("utf-8-sig")
-            options = pacsv.ParseOptions(delimiter=self.separator)
-            names = pacsv.read_csv(io.BytesIO(text.encode() + b"\n"), parse_options=options).column_names
+            line.decode()
+            options = pacsv.ParseOptions(delimiter=self.form.separator, newlines_in_values=self.form.multiline)
+            return pacsv.read_csv(io.BytesIO(line + b"\n"), parse_options=options).column_names
         except (pa.ArrowException, UnicodeDecodeError, ValueError, TypeError) as error:
             raise DataError(
-                f"{self.place.url}: not a readable table ({first_line(error)}); give the right separator and encoding"
+                f"{self.place.url}: not a readable table ({first_line(error)}); give the right --separator and"
+                " --encoding"
             ) from error
-        twice = [name for name in self.columns if names.count(name) > 1]
-        if twice:
-            raise DataError(f"{self.place.url}: two columns are named '{twice[0]}'; rename one")
-        return names
 
     def _parsed(
         self, block: lines.Block, names: list[str], wanted: list[str], drop: Callable[[np.ndarray, str], None]
     ) -> tuple[pa.Table, np.ndarray]:
+        table, bad = self._table(block.data, names, wanted)
+        if len(table) + len(bad) != len(block.numbers):  # a quote inside a field: what Arrow takes for text is no quote
+            whole = np.array([self._is_row(block.line(n), names, wanted) for n in range(len(block.numbers))])
+            drop(block.numbers[~whole], "malformed: a quote inside a field")
+            block = block.keep(whole)
+            table, bad = self._table(block.data, names, wanted)
+        drop(block.numbers[bad], f"malformed: not {len(names)} columns")
+        return table, np.delete(block.numbers, bad) - 1
+
+    def _is_row(self, line: bytes, names: list[str], wanted: list[str]) -> bool:
+        table, bad = self._table(line + b"\n", names, wanted)
+        return len(table) + len(bad) == 1
+
+    def _table(self, data: bytes, names: list[str], wanted: list[str]) -> tuple[pa.Table, list[int]]:
+        """The lines of as many columns as there are names, and the places of the others."""
         bad: list[int] = []
 
         def skip(row: pacsv.InvalidRow) -> str:
@@ -219,64 +249,15 @@ class CsvShard(_File):
             return "skip"
 
         table = pacsv.read_csv(
-            io.BytesIO(block.data),
-            read_options=pacsv.ReadOptions(column_names=names, use_threads=False, block_size=len(block.data) + 1),
+            io.BytesIO(data),
+            read_options=pacsv.ReadOptions(column_names=names, use_threads=False, block_size=len(data) + 1),
             parse_options=pacsv.ParseOptions(
-                delimiter=self.separator, invalid_row_handler=skip, ignore_empty_lines=False
+                delimiter=self.form.separator, invalid_row_handler=skip, ignore_empty_lines=False,
+                newlines_in_values=self.form.multiline,
             ),
             convert_options=pacsv.ConvertOptions(
                 include_columns=wanted, column_types=dict.fromkeys(wanted, pa.string()), strings_can_be_null=True,
                 null_values=[""], quoted_strings_can_be_null=False,
             ),
         )  # fmt: skip
-        drop(block.numbers[bad], f"malformed: not {len(names)} columns")
-        numbers = np.delete(block.numbers, bad) - 1
-        if len(numbers) != len(table):
-            raise DataError(f"{self.place.url}: rows {numbers[0]} to {numbers[-1]} cannot be told apart; mend quotes")
-        return table, numbers
-
-
-class JsonShard(_File):
-    """A line a row, a JSON object each; rows are numbered from 1."""
-
-    def batches(self, dropped: Dropped) -> Iterator[pl.DataFrame]:
-        """See `Shard`."""
-        drop = self._drop(dropped, 0)
-        with self.place.text() as stream, duckdb.connect() as connection:
-            connection.execute("SET threads = 1")
-            for block in lines.blocks(stream, lambda n: drop(np.array([n]), "malformed: a line of over 64 MiB")):
-                block = lines.readable(block, drop, quoted=False)
-                if len(block.numbers):
-                    yield self._rows(*self._parsed(connection, block, drop))
-
-    def _parsed(
-        self, connection: duckdb.DuckDBPyConnection, block: lines.Block, drop: Callable[[np.ndarray, str], None]
-    ) -> tuple[pa.Table, np.ndarray]:
-        begin, _ = block.spans
-        offsets = np.concatenate([begin, [len(block.data)]]).astype(np.int32)
-        text = pa.StringArray.from_buffers(len(begin), pa.py_buffer(offsets), pa.py_buffer(block.data))
-        connection.register("lines", pa.table({"line": text, "number": block.numbers}))
-        connection.execute(
-            "CREATE OR REPLACE TEMP TABLE objects AS SELECT number, CASE WHEN json_valid(line) THEN line::JSON END AS o"
-            " FROM lines"
-        )
-        shape = _table(connection, "SELECT json_type(o) AS shape FROM objects ORDER BY number")
-        bad = pc.fill_null(pc.not_equal(shape["shape"], "OBJECT"), True).to_numpy()
-        drop(block.numbers[bad], "malformed: not a JSON object")
-        # A list or an object is no key, time or number; null and what is absent are the same.
-        chosen = ", ".join(
-            f"CASE WHEN json_type(o, {path}) NOT IN ('ARRAY', 'OBJECT', 'NULL') THEN o ->> {path} END AS c{n}"
-            for n, path in enumerate(map(_path, dict.fromkeys(self.columns)))
-        )
-        table = _table(connection, f"SELECT {chosen} FROM objects WHERE json_type(o) = 'OBJECT' ORDER BY number")
-        return table.rename_columns(list(dict.fromkeys(self.columns))), block.numbers[~bad]
-
-
-def _table(connection: duckdb.DuckDBPyConnection, select: str) -> pa.Table:
-    return connection.sql(select).to_arrow_table()
-
-
-def _path(key: str) -> str:
-    """As SQL: where a key of an object is, whatever the key holds."""
-    escaped = key.replace("\\", "\\\\").replace('"', '\\"')
-    return sql.text(f'$."{escaped}"')
+        return table, bad

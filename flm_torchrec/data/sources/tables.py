@@ -9,9 +9,9 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flm_torchrec.data.sources.columns import no_column
 from flm_torchrec.errors import DataError
 from flm_torchrec.messages import first_line
-from flm_torchrec.names import nearest
 
 
 def read_csv(
@@ -85,11 +85,30 @@ def check_unique(keys: pl.Series, file: Path, what: str) -> None:
         raise DataError(f"{file}: key '{twice[0]}' occurs more than once as {what}; keep one row of it")
 
 
+def cast(column: pl.Series, kind: pl.DataType, file: str, strict: bool = True) -> pl.Series:
+    """The column as another type; null where a value does not fit, if not `strict`.
+
+    Raises:
+        DataError: a value does not fit, or lists and plain values are mixed up.
+    """
+    try:
+        if column.dtype.is_nested() and not kind.is_nested():
+            raise TypeError(f"a {column.dtype.base_type()} is not one value")
+        if isinstance(column.dtype, pl.List | pl.Array) and column.dtype.inner.is_nested():  # type: ignore[union-attr]
+            raise TypeError("its lists do not hold plain values")
+        return column.cast(kind, strict=strict)
+    except (pl.exceptions.PolarsError, TypeError) as error:
+        raise DataError(
+            f"{file}: column '{column.name}' is {column.dtype}, and {kind} is needed ({first_line(error)}); mend it,"
+            " or name another column or kind"
+        ) from error
+
+
 def _check_columns(file: Path, wanted: Iterable[str] | None, present: Iterable[str]) -> list[str]:
     present = list(present)
     for column in wanted or ():
         if column not in present:
-            raise DataError(f"{file}: no column '{column}'; {nearest(column, present)}")
+            raise no_column(str(file), column, present)
     return present if wanted is None else list(dict.fromkeys(wanted))
 
 
