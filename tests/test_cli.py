@@ -58,7 +58,7 @@ def test_the_job_from_run_to_recommendations(
     user = small.user_keys.index("u3")
     scores = items @ users[user]
     scores[small.item[small.offsets[user] : small.offsets[user + 1]]] = -np.inf
-    assert [f["item_key"] for f in found] == [small.item_keys[i] for i in np.argsort(-scores)[:4]]
+    assert [f["item"] for f in found] == [small.item_keys[i] for i in np.argsort(-scores)[:4]]
     np.testing.assert_allclose([f["score"] for f in found], np.sort(scores)[::-1][:4], rtol=1e-5)
 
 
@@ -82,7 +82,7 @@ def test_an_export_is_kept_up_to_date_and_loaded(
     assert "arrow" not in out("export", "--run", finished, "--output", whole, "--format", "arrow", "--index", "none")
     assert (whole / "items.arrow" / "part-00000.arrow").is_file() and not (whole / "items.faiss").exists()
     answers = [json.loads(out("recommend", "--export", e, "--user", "u3", "--json")) for e in (old, new, whole)]
-    assert [a["item_key"] for a in answers[0]] == [a["item_key"] for a in answers[1]]
+    assert [a["item"] for a in answers[0]] == [a["item"] for a in answers[1]]
     assert len(answers[2]) == 10
     pytest.importorskip("lancedb")
     assert out("load", "--export", new, "--to", f"lancedb:{tmp_path / 'l'}").endswith("0 taken out, 149 there now\n")

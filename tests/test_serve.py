@@ -333,3 +333,19 @@ def test_cold_items_that_fit_no_more_do_not_stop_a_swap(exports: Path) -> None:
     service.generation = replace(service.generation, added=added)
     service.swap(exports / "two")
     assert [item.key for item in service.generation.added.items] == ["fits"]
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"), [(["a", "b", "a"], ["a", "b"]), (["c", "c"], ["c"]), ([], []), (None, [])]
+)
+def test_a_value_of_an_item_is_shown_once(values: list[str] | None, shown: list[str]) -> None:
+    import pyarrow as pa
+
+    from flm_torchrec.serve.catalogue import Catalogue, _attribute
+
+    lists = pa.array([["b"], values], pa.list_(pa.string()))
+    text, known = pa.array(["x", "y"]), np.ones(2, bool)
+    catalogue = Catalogue(
+        text, text, {"x": 0, "y": 1}, known, np.ones((2, 1), np.float32), {"tags": _attribute(lists)}, None, "none"
+    )
+    assert catalogue.attributes_of(1) == {"tags": shown}

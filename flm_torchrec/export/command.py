@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -197,7 +197,8 @@ def run_recommend(args: argparse.Namespace) -> None:
 
     found = Recommender(args.export).recommend(args.user, args.k, args.head, args.include_seen)
     if args.json:
-        print(json.dumps([asdict(r) for r in found], indent=2))
+        # `item`, as the service answers and as events are given
+        print(json.dumps([{"item": r.item_key, "title": r.title, "score": r.score} for r in found], indent=2))
         return
     table = Table(title=f"for user {args.user}, by {args.head}", title_justify="left")
     for column in ("", "item", "title", "score"):

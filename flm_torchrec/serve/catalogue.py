@@ -57,7 +57,8 @@ class Catalogue:
         return len(self.keys)
 
     def attributes_of(self, row: int) -> dict[str, list[str]]:
-        return {name: a.lists[row].as_py() or [] for name, a in self.attributes.items()}
+        """Values of each feature, each once."""
+        return {name: list(dict.fromkeys(a.lists[row].as_py() or [])) for name, a in self.attributes.items()}
 
     def allowed(self, wanted: Mapping[str, Sequence[str]]) -> np.ndarray | None:
         """[N] bool: the items that for every feature have one of the values named; None where nothing is asked.

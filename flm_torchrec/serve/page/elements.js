@@ -12,9 +12,14 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
-export const tags = (attributes) =>
-  make("p", { className: "tags" }, ...Object.entries(attributes).flatMap(([name, values]) =>
-    values.map((value) => make("span", { className: "tag", title: name, textContent: value }))));
+// Each value once, also where two features have it.
+export const tags = (attributes) => {
+  const names = new Map();
+  for (const [name, values] of Object.entries(attributes))
+    for (const value of values) names.set(value, [...(names.get(value) ?? []), name]);
+  return make("p", { className: "tags" }, ...[...names].map(([value, from]) =>
+    make("span", { className: "tag", title: from.join(", "), textContent: value })));
+};
 
 // A text box with a list of what the server finds, after the ARIA pattern of a combobox.
 // search(text) → [{key, title}]; choose(found) is called with the one taken.
