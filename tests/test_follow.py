@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flm_torchrec.cli import main
+from flm_torchrec.data.clean import Dropped
 from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.sources import logs
 from flm_torchrec.data.stream_events import Encoder, NewEvents, append, new_windows, newest
 from flm_torchrec.data.stream_source import open_source
 from flm_torchrec.errors import DataError
@@ -82,8 +85,8 @@ def test_a_killed_follower_goes_on_to_the_weights_of_an_undisturbed_one(
     report = json.loads((whole / "follow.json").read_text())
     assert report["source"] == {"files": ["a.jsonl", "b.parquet", "c.jsonl"]} and report["events"] == 350
     assert {reason: entry["rows"] for reason, entry in report["refused"].items()} == {
-        "unknown user": 1, "no item": 1, "timestamp missing or not in seconds since 1970": 1, "unknown event": 1,
-        "value is not a finite number": 1, "user is neither a text nor a whole number": 1, "not a JSON object": 2,
+        "unknown user": 2, "no item": 1, "negative timestamp": 1, "unknown event": 1,
+        "value missing or not a finite number": 1, "not a JSON object": 2,
     }  # fmt: skip
     assert report["refused"]["not a JSON object"]["examples"] == ["a.jsonl: row 97", "a.jsonl: row 98"]
 
@@ -244,3 +247,62 @@ def test_the_forgotten_are_out_of_what_a_follower_kept_and_it_goes_on(
     put(source / "c.jsonl", [*gone, *rows_of(small, 20, 50)])
     assert main(arguments) == 0
     assert json.loads((live / "follow.json").read_text())["refused"]["unknown user"]["rows"] >= 1
+
+
+SECOND = NEW * 10**9
+TYPED = {
+    "ns": {"timestamp": pa.array([SECOND + 123_456_789, SECOND - 1], pa.timestamp("ns"))},
+    "ms, with a zone": {"timestamp": pa.array([NEW * 1000, NEW * 1000 - 1], pa.timestamp("ms", "Asia/Tokyo"))},
+    "float seconds": {"timestamp": pa.array([NEW + 0.25, NEW - 0.25])},
+    "text": {"timestamp": pa.array(["2030-03-17T17:46:40Z", "2030-03-17 19:46:39.9 +02"])},
+    "bytes": {"user": pa.array([b"u1", b" u2 "]), "item": pa.array([b"i1", b"i2"], pa.binary(2))},
+    "dictionary": {"user": pa.array(["u1", "u2"]).dictionary_encode()},
+}
+
+
+@pytest.mark.parametrize("kind", TYPED)
+def test_a_parquet_file_is_read_as_preparation_reads_it(run: Path, tmp_path: Path, kind: str) -> None:
+    plain = {"user": ["u1", "u2"], "item": ["i1", "i2"], "timestamp": [NEW, NEW - 1]}
+    table = pa.table({**plain, **TYPED[kind]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    chunk = open_source(str(tmp_path)).after({})
+    assert chunk is not None
+    refused: dict[str, Any] = {}
+    found = Encoder(run / "vocabulary", {}).encode(chunk.rows, refused)
+    assert not refused and found.timestamp.tolist() == [NEW, NEW - 1] and (found.value == 1).all()
+    columns = logs.parse_columns("user=user,item=item,timestamp=timestamp")
+    (shard,) = logs.read("parquet", str(tmp_path / "a.parquet"), logs.Mapping(columns)).interactions
+    prepared = pl.concat(shard.batches(Dropped()))
+    assert prepared["user"].to_list() == plain["user"] and prepared["item"].to_list() == plain["item"]
+    assert prepared["timestamp"].to_list() == found.timestamp.tolist()
+
+
+def test_numbers_of_any_type_are_the_same_id(run: Path, tmp_path: Path) -> None:
+    vocabulary = tmp_path / "vocabulary"
+    shutil.copytree(run / "vocabulary", vocabulary)
+    for name in ("user", "item"):
+        ids = {f"{name}_id": list(range(4)), f"{name}_key": ["0", "1", "2", str(10**30)]}
+        pq.write_table(pa.table(ids), vocabulary / f"{name}s.parquet")
+    big = pa.array([1, 2, 10**30], pa.decimal128(38, 0))
+    for column in (big, big.cast(pa.decimal256(60, 2)), pa.array([1.0, 2.0, None]), pa.array([1, 2, None], pa.int8())):
+        folder = tmp_path / str(column.type)
+        folder.mkdir()
+        pq.write_table(pa.table({"user": column, "item": column, "timestamp": pa.array([1, 2, 3], pa.date32())}),
+                       folder / "a.parquet")  # fmt: skip
+        chunk = open_source(str(folder)).after({})
+        assert chunk is not None
+        refused: dict[str, Any] = {}
+        found = Encoder(vocabulary, {}).encode(chunk.rows, refused)
+        known = [1, 2] if column.null_count else [1, 2, 3]
+        assert found.user.tolist() == found.item.tolist() == known
+        assert found.timestamp.tolist() == [86400 * (n + 1) for n in range(len(known))]
+        assert sum(entry["rows"] for entry in refused.values()) == 3 - len(known)
+
+
+def test_times_in_another_unit_are_refused_and_read_with_the_unit(run: Path) -> None:
+    rows = [(f"row {n}", {"user": "u1", "item": "i1", "timestamp": NEW * 1000 + n}) for n in range(3)]
+    refused: dict[str, Any] = {}
+    assert len(Encoder(run / "vocabulary", {}).encode(rows, refused).user) == 0
+    (reason,) = refused
+    assert "--time-unit" in reason and refused[reason] == {"rows": 3, "examples": ["row 0", "row 1", "row 2"]}
+    assert Encoder(run / "vocabulary", {}, "ms").encode(rows, {}).timestamp.tolist() == [NEW] * 3

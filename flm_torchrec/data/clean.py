@@ -8,6 +8,8 @@ from typing import Any
 
 import polars as pl
 
+from flm_torchrec.data.times import LATEST, TOO_LATE
+
 EXAMPLES = 5
 """Rows of the source that the report names for each reason."""
 
@@ -65,18 +67,24 @@ def _finite(value: pl.Expr) -> pl.Expr:
 
 def drop_bad(frame: pl.DataFrame, dropped: Dropped, min_value: float | None) -> pl.DataFrame:
     """Take out rows that no model can learn from, and those below `min_value`."""
-    rules = [
+    for reason, bad in rules(min_value):
+        frame = dropped.take(frame, bad, reason)
+    return frame
+
+
+def rules(min_value: float | None = None) -> list[tuple[str, pl.Expr]]:
+    """Why a row is dropped, and which ones are; the first reason counts."""
+    found = [
         ("no user", pl.col("user").is_null() | (pl.col("user") == "")),
         ("no item", pl.col("item").is_null() | (pl.col("item") == "")),
         ("timestamp missing or unreadable", pl.col("timestamp").is_null()),
         ("negative timestamp", pl.col("timestamp") < 0),
+        (TOO_LATE, pl.col("timestamp") > LATEST),
         ("value missing or not a finite number", ~_finite(pl.col("value"))),
     ]
     if min_value is not None:
-        rules.append((f"value below {min_value}", pl.col("value") < min_value))
-    for reason, bad in rules:
-        frame = dropped.take(frame, bad, reason)
-    return frame
+        found.append((f"value below {min_value}", pl.col("value") < min_value))
+    return found
 
 
 ORDER = "seconds, shard, place"

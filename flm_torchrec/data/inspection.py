@@ -17,6 +17,7 @@ import numpy as np
 
 from flm_torchrec.data import sql
 from flm_torchrec.data.schema import Schema, sparsity
+from flm_torchrec.data.times import LATEST, year
 from flm_torchrec.errors import DataError
 from flm_torchrec.pages import Bars, Curves, Grid, Section
 
@@ -92,6 +93,12 @@ def look_at_counts(data: Inspection) -> None:
         if here != getattr(schema, name):
             told = f"{here} {name}, but schema.yaml says {getattr(schema, name)}: prepare the data again"
             data.findings.append(told)
+    if schema.timestamps and last > LATEST:
+        late = data.one(f"SELECT count(*) FROM events WHERE timestamp > {LATEST}")[0]
+        data.findings.append(
+            f"{late} of {events} events are later than the year {year(LATEST)}, the last in {year(last)}, so their"
+            " times are not in seconds: prepare again with --time-unit ms, us or ns"
+        )
     mixed = data.one(
         "SELECT count(*) FROM (SELECT timestamp < lag(timestamp) OVER (PARTITION BY user_id ORDER BY place) AS back"
         " FROM events) WHERE back"

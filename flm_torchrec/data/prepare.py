@@ -21,6 +21,7 @@ from flm_torchrec.data.engine import DuckEngine, Engine
 from flm_torchrec.data.features import Coding, Encoded, encode
 from flm_torchrec.data.intake import Intake, shards_of
 from flm_torchrec.data.interactions import Cleaning, Interactions, Written
+from flm_torchrec.data.keys import RULE
 from flm_torchrec.data.losses import check_losses, mend, warning_of
 from flm_torchrec.data.privacy import hash_keys
 from flm_torchrec.data.raw import Raw
@@ -249,6 +250,7 @@ def _report(
         "sparsity": sparsity(written.pairs, schema.users, schema.items),
         "warnings": [*raw.warnings, *dropped.notes, *warning_of(rows_read, schema.interactions, dropped)],
         "options": asdict(options),
+        "ids": RULE,
         **raw.notes,
         **({"oracle": raw.oracle} if raw.oracle and schema.interactions == rows_read else {}),
     }

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow.parquet as pq
 
+from flm_torchrec.data.clean import rules
+from flm_torchrec.data.keys import NO_EVENT, json_text, keys
 from flm_torchrec.data.loader import Windows, cut
 from flm_torchrec.data.prepared import PreparedData, spans, told_as_data_error
 from flm_torchrec.data.schema import Schema
+from flm_torchrec.data.times import seconds
 
 FIELDS = ("user", "item", "timestamp", "event", "value")
+KEYED = ("user", "item", "event")
+"""FIELDS that hold a key of a vocabulary."""
 KEPT = "events"
 """Folder of a follower's run with the events that it learnt from, a Parquet file a chunk, of columns of `NewEvents`."""
 EXAMPLES = 5
 """Rows that the report names for each reason."""
-LATEST = 2**40
-"""Seconds: what is after it, in the year 36812, was not given in seconds."""
 
 
-class Refused(ValueError):
-    """Why a row is not learnt from."""
+@dataclass(frozen=True)
+class RowForm:
+    """How a source writes its rows."""
+
+    columns: dict[str, str]
+    """Its names of FIELDS, where they differ."""
+    time_unit: str = "s"
+    """Of timestamps that are numbers."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +54,11 @@ class Encoder:
     Args:
         vocabulary: folder of a run.
         columns: names that the rows give to FIELDS, where they differ.
+        time_unit: of timestamps that are numbers.
     """
 
-    def __init__(self, vocabulary: Path, columns: dict[str, str]) -> None:
+    def __init__(self, vocabulary: Path, columns: dict[str, str], time_unit: str = "s") -> None:
+        self.time_unit = time_unit
         self.schema = Schema.load(vocabulary / "schema.yaml")
         self.users, self.items = (_places(vocabulary / f"{e}s.parquet", f"{e}_key") for e in ("user", "item"))
         self.events = {name: code for code, name in enumerate(self.schema.events)}
@@ -56,61 +66,49 @@ class Encoder:
 
     def encode(self, rows: Iterable[tuple[str, Any]], refused: dict[str, Any]) -> NewEvents:
         """Rows that cannot be learnt from are counted in `refused` by reason, with examples of where they stand."""
-        found: list[tuple[int, int, int, int, float]] = []
-        for where, row in rows:
-            try:
-                found.append(self._one(row))
-            except Refused as reason:
-                entry = refused.setdefault(str(reason), {"rows": 0, "examples": []})
-                entry["rows"] += 1
-                if len(entry["examples"]) < EXAMPLES:
-                    entry["examples"].append(where)
-        columns = list(zip(*found, strict=True)) or [()] * len(FIELDS)
-        kinds = (np.int64, np.int64, np.int64, np.int32, np.float32)
-        return NewEvents(*(np.array(c, kind) for c, kind in zip(columns, kinds, strict=True)))
+        given = list(rows)
+        objects = [(where, row) for where, row in given if isinstance(row, dict)]
+        _refuse(refused, "not a JSON object", [where for where, row in given if not isinstance(row, dict)])
+        frame = self._read([where for where, _ in objects], [row for _, row in objects])
+        for reason, bad in [*rules(), *((f"unknown {what}", pl.col(f"{what}_id").is_null()) for what in KEYED)]:
+            bad = bad.fill_null(False)
+            _refuse(refused, reason, frame.filter(bad)["where"].to_list())
+            frame = frame.filter(~bad)
+        kinds = {"user_id": np.int64, "item_id": np.int64, "timestamp": np.int64, "event_id": np.int32,
+                 "value": np.float32}  # fmt: skip
+        return NewEvents(*(frame[name].to_numpy().astype(kind) for name, kind in kinds.items()))
 
-    def _one(self, row: Any) -> tuple[int, int, int, int, float]:
-        if not isinstance(row, dict):
-            raise Refused("not a JSON object")
-        given = {field: row.get(name) for field, name in self.names.items()}
-        return (
-            _place("user", given["user"], self.users),
-            _place("item", given["item"], self.items),
-            _seconds(given["timestamp"]) if self.schema.timestamps else 0,
-            0 if given["event"] is None and len(self.events) == 1 else _place("event", given["event"], self.events),
-            1.0 if given["value"] is None else _number(given["value"]),
-        )
+    def _read(self, where: list[str], rows: list[dict[str, Any]]) -> pl.DataFrame:
+        """Columns of FIELDS as preparation has them, `where`, and the ids of KEYED; null where there is none."""
+        given = {
+            field: pl.Series(name, [json_text(row.get(name)) for row in rows], dtype=pl.String)
+            for field, name in self.names.items()
+        }
+        found = {what: keys(given[what], "") for what in KEYED}
+        # As preparation calls an event without a name; where the data have one kind alone, it is of that kind.
+        found["event"] = found["event"].fill_null(next(iter(self.events)) if len(self.events) == 1 else NO_EVENT)
+        places = {"user": self.users, "item": self.items, "event": self.events}
+        ids = [
+            pl.Series(f"{what}_id", [places[what].get(key) for key in found[what]], dtype=pl.Int64) for what in KEYED
+        ]
+        times = pl.Series("timestamp", np.zeros(len(rows), np.int64))  # of data that have none, the order counts
+        if self.schema.timestamps:
+            times = seconds(given["timestamp"], self.time_unit)
+        values = given["value"].fill_null("1").cast(pl.Float64, strict=False)
+        columns = [found["user"].rename("user"), found["item"].rename("item"), times.rename("timestamp")]
+        return pl.DataFrame([pl.Series("where", where, dtype=pl.String), *columns, values.rename("value"), *ids])
+
+
+def _refuse(refused: dict[str, Any], reason: str, places: list[str]) -> None:
+    if places:
+        entry = refused.setdefault(reason, {"rows": 0, "examples": []})
+        entry["rows"] += len(places)
+        entry["examples"] += places[: EXAMPLES - len(entry["examples"])]
 
 
 def _places(file: Path, column: str) -> dict[str, int]:
     with told_as_data_error(file):
         return {key: place for place, key in enumerate(pq.read_table(file, columns=[column])[column].to_pylist())}
-
-
-def _place(what: str, key: Any, places: dict[str, int]) -> int:
-    if key is None or key == "":
-        raise Refused(f"no {what}")
-    if isinstance(key, bool) or not isinstance(key, str | int):
-        raise Refused(f"{what} is neither a text nor a whole number")
-    place = places.get(str(key))
-    if place is None:
-        raise Refused(f"unknown {what}")
-    return place
-
-
-def _seconds(given: Any) -> int:
-    if isinstance(given, datetime):
-        given = (given if given.tzinfo else given.replace(tzinfo=UTC)).timestamp()
-    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given < LATEST:
-        raise Refused("timestamp missing or not in seconds since 1970")
-    return int(given)
-
-
-def _number(given: Any) -> float:
-    known = isinstance(given, int | float) and not isinstance(given, bool) and abs(given) < np.finfo(np.float32).max
-    if not known or not math.isfinite(given):
-        raise Refused("value is not a finite number")
-    return float(given)
 
 
 def append(data: PreparedData, fit: np.ndarray, new: NewEvents) -> tuple[PreparedData, np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from flm_torchrec.config.heads import FUSED, REPRESENTATIONS
+from flm_torchrec.data.times import LATEST
 
 MOST_HISTORY = 1000
 MOST_K = 1000
@@ -14,7 +15,7 @@ MOST_BATCH = 64
 MOST_VALUES = 100
 Key = Annotated[str, Field(min_length=1, max_length=512)]
 Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
-Seconds = Annotated[int, Field(ge=0, le=2**40)]
+Seconds = Annotated[int, Field(ge=0, le=LATEST)]
 Text = Annotated[str, Field(max_length=2000)]
 FeatureValue = Text | Annotated[int, Field(ge=-(2**53), le=2**53)] | Finite | (
     Annotated[list[Text], Field(max_length=MOST_VALUES)] | Annotated[list[Finite], Field(max_length=4096)]

@@ -67,6 +67,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--columns", default="", metavar="FIELD=NAME,...",
         help="what the source calls user, item, timestamp, event, value (default: just so)",
     )  # fmt: skip
+    parser.add_argument(
+        "--time-unit", choices=("s", "ms", "us", "ns"), default="s",
+        help="unit of numeric timestamps; dates are read as they are (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--once", action="store_true", help="end when there is nothing new (default: wait for more)")
     add_data_path(parser)
     parser.set_defaults(run=run_follow)
@@ -95,7 +99,7 @@ def run_finetune(args: argparse.Namespace) -> None:
 
 def run_follow(args: argparse.Namespace) -> None:
     # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
-    from flm_torchrec.data.stream_events import FIELDS
+    from flm_torchrec.data.stream_events import FIELDS, RowForm
     from flm_torchrec.training.follow import follow
 
     columns = {}
@@ -104,5 +108,6 @@ def run_follow(args: argparse.Namespace) -> None:
         if field not in FIELDS or not equals:
             raise ConfigError(f"--columns '{part}': write it as FIELD=NAME; {nearest(field, FIELDS)}")
         columns[field] = name
-    found = follow(args.run_folder, args.source, args.output, columns, args.once, given_overrides(args))
+    rows = RowForm(columns, args.time_unit)
+    found = follow(args.run_folder, args.source, args.output, rows, args.once, given_overrides(args))
     print(f"{args.output}: {found['events']} events learnt from, {found['refused']} rows refused")

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from flm_torchrec.config import Config
 from flm_torchrec.data.assemble import Assembler, Known
 from flm_torchrec.data.loader import Negatives, TrainLoader
-from flm_torchrec.data.stream_events import KEPT, Encoder, NewEvents, append, new_windows, newest
+from flm_torchrec.data.stream_events import KEPT, Encoder, NewEvents, RowForm, append, new_windows, newest
 from flm_torchrec.data.stream_source import Chunk, Source, open_source
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import Interrupted, RunError
@@ -40,7 +40,7 @@ REPORT = "follow.json"
 
 
 def follow(
-    run: Path, url: str, output: Path, columns: dict[str, str], once: bool, overrides: Sequence[str] = ()
+    run: Path, url: str, output: Path, form: RowForm, once: bool, overrides: Sequence[str] = ()
 ) -> dict[str, int]:
     """Train a run's best model further on a source's events, into a run folder of its own.
 
@@ -49,7 +49,7 @@ def follow(
     from once, in the windows that hold its events; what the run held out stays held out.
 
     Args:
-        columns: names in the source of user, item, timestamp, event, value, where they differ.
+        form: how the source writes its rows.
         once: end when there is nothing new, rather than wait.
         overrides: of the run's config: `data.path`, where its data are now.
 
@@ -68,7 +68,7 @@ def follow(
         job = Job(config, data, scope_of(config, data), comm)
         load_checkpoint(run / BEST, job.model, comm)
         with open_run_folder(config, data, comm, 0) as record, Guard(comm, "stop", output / NON_FINITE) as guard:
-            follower = _Follower(job, record, guard, run / "vocabulary", columns)
+            follower = _Follower(job, record, guard, Encoder(run / "vocabulary", form.columns, form.time_unit))
             follower.go_on()
             follower.take_all(source, once)
             return follower.totals()
@@ -87,12 +87,12 @@ def _config_of(run: Path, output: Path, overrides: Sequence[str]) -> Config:
 class _Follower:
     """The model, the newest events of each user, and what has been taken from the source."""
 
-    def __init__(self, job: Job, record: Record, guard: Guard, vocabulary: Path, columns: dict[str, str]) -> None:
+    def __init__(self, job: Job, record: Record, guard: Guard, encoder: Encoder) -> None:
         self.job = job
         self.record = record
         self.guard = guard
         self.folder = Path(job.config.train.run)
-        self.encoder = Encoder(vocabulary, columns)
+        self.encoder = encoder
         self.checkpoints = Checkpoints(self.folder, job.model, job.optimizer, job.comm, job.data.fingerprint)
         self.schedule = Schedule(job.optimizer, 0, ENDLESS)
         self.progress = Progress(following={"source": {}, "parts": 0, "events": 0, "refused": {}})

@@ -11,6 +11,7 @@ from typing import get_args
 import polars as pl
 
 from flm_torchrec.data.clean import Dropped
+from flm_torchrec.data.keys import NO_EVENT, keys
 from flm_torchrec.data.raw import Declared, Raw, Shard
 from flm_torchrec.data.schema import Entity, Kind
 from flm_torchrec.data.sources import sides
@@ -19,13 +20,12 @@ from flm_torchrec.data.sources.json_lines import JsonShard
 from flm_torchrec.data.sources.shards import CsvShard, ParquetShard, Place, places
 from flm_torchrec.data.sources.sides import Side, of_kind, once
 from flm_torchrec.data.sources.tables import cast
+from flm_torchrec.data.times import check_unit, seconds
 from flm_torchrec.errors import DataError
 from flm_torchrec.messages import redact_address
 from flm_torchrec.names import nearest
 
 ROLES = ("user", "item", "timestamp", "event", "value")
-UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
-DATES = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d")
 RESERVED = ("key", "id", "item_id", "user_id", "item_key", "user_key")
 """Names of columns and tables that the layout and the model use themselves."""
 
@@ -140,55 +140,36 @@ def _columns(mapping: Mapping) -> tuple[str, ...]:
 def _roles(mapping: Mapping, file: str, frame: pl.DataFrame) -> pl.DataFrame:
     given = {role: frame[column] for role, column in mapping.columns.items()}
     columns = [
-        _keys(given["user"], file).rename("user"),
-        _keys(given["item"], file).rename("item"),
+        keys(given["user"], file).rename("user"),
+        keys(given["item"], file).rename("item"),
         # Where nothing maps to a role, what the layout says of a source without it; the order is counted later.
-        _seconds(given["timestamp"], mapping.time_unit, file) if "timestamp" in given else pl.lit(0, pl.Int64),
-        _keys(given["event"], file).fill_null("unknown") if "event" in given else pl.lit("interaction"),
+        _times(given["timestamp"], mapping.time_unit, file) if "timestamp" in given else pl.lit(0, pl.Int64),
+        keys(given["event"], file).fill_null(NO_EVENT) if "event" in given else pl.lit("interaction"),
         _values(given["value"], mapping.form, file) if "value" in given else pl.lit(1.0),
     ]
     return frame.select(c.alias(role) for c, role in zip(columns, ROLES, strict=True))
-
-
-def _keys(column: pl.Series, file: str) -> pl.Series:
-    """As text; whole numbers without a point, as a tool that knows no missing integer may have added one."""
-    if not column.dtype.is_float():
-        return cast(column, pl.String(), file)
-    value = pl.col(column.name)
-    whole = (value == value.round()) & (value.abs() < 2**53)
-    as_text = pl.when(whole).then(value.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(value.cast(pl.String))
-    return column.to_frame().select(as_text).to_series()
 
 
 def _values(column: pl.Series, form: Form, file: str) -> pl.Series:
     return cast(form.numbers.read(column), pl.Float64(), file, strict=False)
 
 
-def _seconds(column: pl.Series, unit: str, file: str) -> pl.Series:
-    """Unix seconds; null where unreadable. Times that name no zone are UTC."""
-    kind = column.dtype
-    if isinstance(kind, pl.Datetime | pl.Date):
-        return column.dt.epoch("s")
-    if kind.is_integer():
-        return column.cast(pl.Int64, strict=False) // UNITS[unit]
-    if kind.is_float():
-        return (column // UNITS[unit]).cast(pl.Int64, strict=False)
-    if kind != pl.String:
-        raise DataError(f"{file}: column '{column.name}' is {kind}, not a time; map timestamp to another column")
-    text = pl.col(column.name).str.strip_chars()
-    plain = text.str.replace(r"^(\d{4}-\d\d-\d\d)T", "$1 ").str.replace(r"Z$", "")
-    numbers = [text.cast(number, strict=False) // UNITS[unit] for number in (pl.Int64, pl.Float64)]
-    local = [plain.str.to_datetime(form, time_unit="us", strict=False) for form in DATES]
-    zoned = plain.str.to_datetime(f"{DATES[0]}%z", time_unit="us", strict=False)
-    whole = [number.cast(pl.Int64, strict=False) for number in numbers]
-    return column.to_frame().select(pl.coalesce(*whole, *(t.dt.epoch("s") for t in (*local, zoned)))).to_series()
+def _times(column: pl.Series, unit: str, file: str) -> pl.Series:
+    try:
+        found = seconds(column, unit)
+        check_unit(column, unit, found)
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error
+    return found
 
 
 def _described(entity: Entity, side: Side, mapping: Mapping, notes: Dropped) -> pl.DataFrame:
     """What a file says of items or users: their keys and features, a row each."""
     option, file = f"--{entity}s", redact_address(side.file)
     frame = sides.read(side, option, mapping.form, notes)
-    keys = _keys(frame[side.key], file).rename("key")
+    ids = keys(frame[side.key], file).rename("key")
     columns = [of_kind(frame[name], kind, mapping.form, file, notes.note) for name, kind in side.kinds.items()]
-    described = pl.DataFrame([keys, *columns]).filter(pl.col("key").is_not_null() & (pl.col("key") != ""))
+    if ids.null_count():
+        notes.note(f"{option} {file}: {ids.null_count()} rows have no id in '{side.key}' and are left out")
+    described = pl.DataFrame([ids, *columns]).filter(pl.col("key").is_not_null())
     return once(described, mapping.duplicates, side, option, notes.note)

@@ -23,6 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from flm_torchrec.data import lines
 from flm_torchrec.data.clean import Dropped
+from flm_torchrec.data.keys import frame_of
 from flm_torchrec.data.sources.columns import found
 from flm_torchrec.data.sources.form import Form
 from flm_torchrec.errors import DataError
@@ -127,9 +128,8 @@ class FileShard:
         return self.place.identity
 
     def _rows(self, table: pa.Table, rows: np.ndarray) -> pl.DataFrame:
-        frame = pl.from_arrow(table)
-        assert isinstance(frame, pl.DataFrame)
-        return self.roles(frame).with_columns(pl.lit(self.name).alias("file"), pl.Series("row", rows, dtype=pl.Int64))
+        frame = self.roles(frame_of(table))
+        return frame.with_columns(pl.lit(self.name).alias("file"), pl.Series("row", rows, dtype=pl.Int64))
 
     def _drop(self, dropped: Dropped, before: int) -> Callable[[np.ndarray, str], None]:
         def drop(numbers: np.ndarray, reason: str) -> None:

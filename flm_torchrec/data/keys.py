@@ -1,0 +1,95 @@
+"""Ids of users and items as text: one rule, whatever the file and its type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+from flm_torchrec.errors import DataError
+
+NO_ID = ("", "NULL", "null", "NaN", "nan", "None", "<NA>", "\\N")
+"""Texts that tools write where there is no value."""
+NO_EVENT = "unknown"
+"""Kind of an event that names none, where the source has kinds."""
+RULE = (
+    "text without white space around it; a whole number has no point (1.0 is 1); bytes that are no UTF-8 are"
+    f" hexadecimal; null, NaN and the texts {', '.join(repr(text) for text in NO_ID)} are no id"
+)
+"""For the report."""
+EXACT = 2**53
+"""Below this every whole number has a float of its own."""
+
+
+def keys(column: pl.Series, file: str) -> pl.Series:
+    """[n] values → [n] text, null where there is no id; see RULE.
+
+    Raises:
+        DataError: lists, or whole numbers that a float has rounded, so that two ids may have become one.
+    """
+    if column.dtype.is_nested():
+        raise DataError(f"{file}: column '{column.name}' is {column.dtype}, an id is one value; name another column")
+    if column.dtype.is_float():
+        rounded = column.filter(column.is_finite() & (column.abs() >= EXACT))
+        if len(rounded):
+            raise DataError(
+                f"{file}: column '{column.name}' has the id {rounded[0]} as a float, which is rounded from"
+                f" 2^53 on, so different ids may be one; store ids as integers or as text"
+            )
+        column = column.set(~column.is_finite(), None)
+    text = pl.col(column.name).str.strip_chars()
+    plain = text.str.replace(r"^([+-]?\d+)\.0+$", "$1").str.replace(r"^-(0+)$", "$1")
+    return as_text(column).to_frame().select(pl.when(~plain.is_in(NO_ID)).then(plain)).to_series()
+
+
+def frame_of(table: pa.Table) -> pl.DataFrame:
+    """A table of Arrow for Polars, which has no decimals of over 38 digits: those become text."""
+    for place, field in enumerate(table.schema):
+        if pa.types.is_decimal256(field.type):
+            table = table.set_column(place, field.name, table.column(place).cast(pa.string()))
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def as_text(column: pl.Series) -> pl.Series:
+    """[n] values → [n] text, as JSON lines or a CSV file would have them; empty where the value is a list or object.
+
+    Times are UTC. Bytes are text if they are UTF-8, else hexadecimal.
+    """
+    kind, value = column.dtype, pl.col(column.name)
+    if kind.is_nested():
+        return column.to_frame().select(pl.when(value.is_not_null()).then(pl.lit("")).alias(column.name)).to_series()
+    if isinstance(kind, pl.Datetime) and kind.time_zone:
+        column = column.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
+    if kind == pl.Binary:
+        return pl.Series(column.name, [_decoded(v) for v in column], dtype=pl.String)
+    if kind.is_float():
+        whole = (value == value.round()) & (value.abs() < EXACT)
+        text = pl.when(whole).then(value.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(value.cast(pl.String))
+    else:
+        text = value.cast(pl.String)
+    return column.to_frame().select(text.alias(column.name)).to_series()
+
+
+def json_text(value: Any) -> str | None:
+    """A value that `json.loads` made, as `as_text` writes one."""
+    if value is None:
+        return None
+    if isinstance(value, list | dict):
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() else as_text(pl.Series("value", [value]))[0]
+    return str(value).encode(errors="replace").decode()  # half of a surrogate pair is no text
+
+
+def _decoded(value: bytes | None) -> str | None:
+    if value is None:
+        return None
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.hex()
