@@ -80,6 +80,7 @@ lint: $(STAMP)
 check-base:
 	$(MAKE) VENV=$(BASE) venv
 	$(BASE)/bin/pytest tests/test_packaging.py tests/test_versions.py
+	$(BASE)/bin/python tools/check_readme.py
 
 test: lint check-base
 	$(MAKE) extras

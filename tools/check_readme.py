@@ -1,6 +1,6 @@
 """Run the commands of README.md in order, as they are typed there, in a copy of the repository.
 
-    python tools/check_readme.py             # needs .venv without extras: make check-base sets it up and calls this
+    python tools/check_readme.py             # by the python of an environment without extras, as make check-base does
     python tools/check_readme.py --list      # what would be run, and what would not and why
 
 Every fence marked `sh` is run. What is treated otherwise is listed at the top of this file, with its reason; an entry
@@ -20,13 +20,16 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import yaml
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = {
     "make test": "it is what calls this check",
+    "python tools/two_hosts.py": "tests/test_launch.py runs it",
     "torchx run dist.ddp -j 2x8": "starts 16 processes",
 }
 FAILS = {"flm plan --spec configs/plans/ten_billion.yaml": 2}
@@ -35,7 +38,7 @@ SERVERS = {"flm serve": "http://127.0.0.1:8000/health"}
 """Commands that run until they are stopped: started, waited for until the address answers, stopped at the end."""
 STATE = ("source ", "export ", "cd ")
 """Commands that change the shell: repeated before each later command."""
-SHORT = {"configs/synthetic.yaml": ("train", {"max_steps": 20})}
+SHORT = {"configs/synthetic.yaml": ("train", {"max_steps": 5, "eval_users": 200})}
 """Settings changed in the copy, so that a training of minutes takes seconds: the commands themselves stay as typed."""
 LONGEST = 600
 """Seconds that one command may take."""
@@ -117,8 +120,9 @@ class Shell:
         try:
             code = process.wait(LONGEST)
         except subprocess.TimeoutExpired:
-            stop(process)
             return False
+        finally:
+            stop(process)
         if command.startswith(STATE):
             self.state.append(command)
         return code == FAILS.get(entry(FAILS, command) or "", 0)
@@ -187,6 +191,11 @@ def main() -> int:
         for command in found:
             print(f"{'skip' if entry(SKIPPED, command) else 'run'}\t{command.splitlines()[0]}")
         return 0
+    extras = re.findall(r"^([\w.-]+)==", (ROOT / "requirements" / "extras.txt").read_text(), re.MULTILINE)
+    installed = {canonicalize_name(package.name) for package in metadata.distributions()}
+    if there := [name for name in extras if canonicalize_name(name) in installed]:
+        raise SystemExit(f"error: {sys.prefix} holds {there[0]}, an extra; remove it, then run make check-base")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     return check(found, Path(sys.prefix))
 
 
