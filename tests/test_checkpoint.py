@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.errors import RunError
+from flm_torchrec.files import mend_inside, temporary
 from flm_torchrec.training import storage
 from tests.conftest import ROOT, launch_ranks
 
@@ -175,7 +176,7 @@ def test_a_save_that_fails_leaves_what_was_there(state: Path, monkeypatch: pytes
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunError, match="No space left on device"):
         storage.write(state, {"a": torch.ones(3)}, {"step": 9}, None)
     assert storage.damage(state) == [] and storage.read_meta(state)["step"] == 4
@@ -183,7 +184,7 @@ def test_a_save_that_fails_leaves_what_was_there(state: Path, monkeypatch: pytes
 
 
 def test_an_interruption_between_the_two_renames_is_mended(state: Path) -> None:
-    state.rename(state.with_name("state.old"))
-    (state.parent / "other.tmp").mkdir()
-    storage.restore_older(state.parent)
+    state.rename(temporary(state, "old"))
+    temporary(state.with_name("other"), "new").mkdir()
+    mend_inside(state.parent)
     assert storage.damage(state) == [] and [file.name for file in state.parent.iterdir()] == ["state"]

@@ -301,3 +301,40 @@ def test_only_an_older_export_is_replaced(exported: Path, tmp_path: Path) -> Non
     (tmp_path / "mine" / "file").touch()
     with pytest.raises(RunError, match="is no export"):
         check_output(tmp_path / "mine", overwrite=True)
+
+
+def test_a_second_export_into_one_output_is_refused_and_the_first_is_whole(small: PreparedData, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def begin_another(_: Path) -> None:
+        with pytest.raises(RunError, match=r"out: process \d+ on '.+' is writing it; wait") as error:
+            export(source_of(small, seed=1, version="v2"), Alone(), tmp_path / "out", Options())
+        told.append(str(error.value))
+
+    export(replace(source_of(small), beside=begin_another), Alone(), tmp_path / "out", Options(part_rows=64))
+    assert len(told) == 1 and "\n" not in told[0]
+    export(source_of(small), Alone(), tmp_path / "calm", Options(part_rows=64))
+    assert load_manifest(tmp_path / "out") == load_manifest(tmp_path / "calm")
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "calm"}
+
+
+def test_an_export_made_while_this_one_waited_is_not_replaced_unasked(exported: Path, small: PreparedData) -> None:
+    before = load_manifest(exported)
+    with pytest.raises(RunError, match="exists; give another --output, or --overwrite"):
+        export(source_of(small, version="v2"), Alone(), exported, Options(), overwrite=False)
+    assert load_manifest(exported) == before
+
+
+def test_an_export_replaces_what_a_link_leads_to_and_touches_no_neighbour(exported: Path, small: PreparedData) -> None:
+    neighbours = [exported.with_name(name) for name in ("out.tmp", ".out.old", "out.whole", "link.tmp", ".link.old")]
+    for folder in neighbours:
+        folder.mkdir()
+        (folder / "mine").touch()
+    exported.chmod(0o700)
+    link = exported.with_name("link")
+    link.symlink_to(exported)
+    for version in ("v2", "v3"):
+        export(source_of(small, version=version), Alone(), link, Options(part_rows=64))
+        assert link.is_symlink() and load_manifest(exported).model_version == version
+    assert exported.stat().st_mode & 0o777 == 0o700 and all((folder / "mine").is_file() for folder in neighbours)
+    assert {p.name for p in exported.parent.iterdir()} == {"out", "link", *(folder.name for folder in neighbours)}

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flm_torchrec.claim import InUse, claim
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.delta import Delta, apply_delta, export_delta, load_delta
@@ -177,6 +178,24 @@ def test_only_what_fits_is_compared_and_applied(older: Source, tmp_path: Path) -
     with pytest.raises(RunError, match="not a delta"):
         apply_delta(tmp_path / "base", tmp_path / "delta", tmp_path / "merged")
     assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.tmp").exists()
+
+
+def test_delta_and_merged_export_have_one_writer_and_touch_no_neighbour(older: Source, tmp_path: Path) -> None:
+    for name in ("delta.tmp", "delta.whole", "merged.tmp", ".merged.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").touch()
+    with claim(tmp_path / "delta"), pytest.raises(InUse, match="delta: process"):
+        make_delta(newer(older), tmp_path)
+    make_delta(newer(older), tmp_path)
+    with claim(tmp_path / "merged"), pytest.raises(InUse, match="merged: process"):
+        apply_delta(tmp_path / "base", tmp_path / "delta", tmp_path / "merged")
+    apply_delta(tmp_path / "base", tmp_path / "delta", tmp_path / "merged")
+    with pytest.raises(RunError, match="exists; give another --output, or --overwrite"):
+        apply_delta(tmp_path / "base", tmp_path / "delta", tmp_path / "merged", overwrite=False)
+    apply_delta(tmp_path / "base", tmp_path / "delta", tmp_path / "merged")
+    mine = {path.parent.name for path in tmp_path.glob("*/mine")}
+    assert mine == {"delta.tmp", "delta.whole", "merged.tmp", ".merged.old"}
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "delta", "merged", *mine}
 
 
 def test_is_part() -> None:

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flm_torchrec.claim import InUse, claim
 from flm_torchrec.cli import main
 from flm_torchrec.config import load_config
 from flm_torchrec.data import forget as data_forget
@@ -22,6 +23,7 @@ from flm_torchrec.data.prepared import PreparedData, load_prepared
 from flm_torchrec.data.privacy import hash_keys
 from flm_torchrec.data.rows import look_ups, parse_tables
 from flm_torchrec.data.sources import synthetic
+from flm_torchrec.files import temporary
 from flm_torchrec.training import storage
 from flm_torchrec.training.forget import forget, rows_to_reset
 from flm_torchrec.training.job import pretrain
@@ -125,7 +127,7 @@ def test_after_an_interruption_the_same_call_does_the_rest(
     def kill(*_: object) -> None:
         raise Killed
 
-    place = {"forget_rows": (data_forget, "exchange"), "write": (storage, "write"), "exchange": (module, "exchange")}
+    place = {"forget_rows": (data_forget, "replacing"), "write": (storage, "write"), "exchange": (module, "replacing")}
     with monkeypatch.context() as patch:
         patch.setattr(*place[step], kill)
         with pytest.raises(Killed):
@@ -136,11 +138,34 @@ def test_after_an_interruption_the_same_call_does_the_rest(
 
 
 def test_a_kill_between_the_two_renames_is_mended(copy: Path) -> None:
-    fresh, older = data_forget.beside(copy / "data")
+    fresh, older = (temporary(copy / "data", kind) for kind in ("new", "old"))
     shutil.copytree(copy / "data", fresh)
     (copy / "data").rename(older)
     forget(copy / "data", [GONE], [copy / "run"], [])
     assert holders(copy, GONE) == [] and not fresh.exists() and not older.exists()
+
+
+def test_modes_and_neighbours_stay(copy: Path) -> None:
+    for path in copy.rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    for place in (copy / ".data.forgetting", copy / ".data.before-forgetting", copy / "run/.vocabulary.forgetting"):
+        place.mkdir()
+        (place / "mine").touch()
+    forget(copy / "data", [GONE], [copy / "run"], [])
+    assert holders(copy, GONE) == [] and len(list(copy.rglob("mine"))) == 3
+    assert all(p.stat().st_mode & 0o777 == 0o600 for p in (copy / "data").rglob("*") if p.is_file())
+    assert all(p.stat().st_mode & 0o777 == 0o600 for p in (copy / "run").rglob("*") if p.is_file() and p.name != "mine")
+    assert (copy / "data").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("busy", ["data", "run"])
+def test_what_another_job_writes_is_not_forgotten_from(copy: Path, busy: str) -> None:
+    before = holders(copy, GONE)
+    with claim(copy / busy), pytest.raises(InUse, match=rf"{busy}: process \d+ on .* is writing it"):
+        forget(copy / "data", [GONE], [copy / "run"], [])
+    assert holders(copy, GONE) == before
+    forget(copy / "data", [GONE], [copy / "run"], [])
+    assert holders(copy, GONE) == []
 
 
 def test_a_link_to_data_stays_one(copy: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -241,3 +242,13 @@ def test_ids_that_do_not_fit_the_schema_are_told(tmp_path: Path, capsys: pytest.
     lines = findings(data, capsys=capsys)
     assert any("outside users.parquet" in line for line in lines)
     assert any("60 users, but schema.yaml says 50" in line for line in lines)
+
+
+def test_a_page_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "data", steady(days=4))
+    for place in ("/proc/page.html", "/dev/full", str(tmp_path)):
+        assert main(["inspect", str(data), "--output", place]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {place}: ") and error.count("\n") == 1
+    assert stat.S_ISCHR(Path("/dev/full").stat().st_mode)
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import stat
 from collections import Counter
 from pathlib import Path
 
@@ -172,6 +173,22 @@ def test_an_interrupted_write_leaves_the_older_data(tmp_path: Path, monkeypatch:
     with pytest.raises(DataError, match="d: cannot be written \\(No space left on device\\)"):
         prepare(Raw("r", "test", frame([("a", "y", 1)])), tmp_path / "d", Options(), overwrite=True)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(("folder", "file"), [(0o700, 0o600), (0o750, 0o640)])
+def test_prepared_anew_keeps_modes_links_and_neighbours(tmp_path: Path, folder: int, file: int) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "d")
+    prepare(Raw("r", "test", frame([("a", "x", 1)])), link, Options())
+    for path in [*(tmp_path / "d").rglob("*"), tmp_path / "d"]:
+        path.chmod(folder if path.is_dir() else file)
+    for name in (".d.old", "d.old", ".d.work-mine", ".link.old"):
+        (tmp_path / name).mkdir()
+    prepare(Raw("r", "test", frame([("a", "x", 1), ("a", "y", 2)])), link, Options(), overwrite=True)
+    assert link.is_symlink() and load_prepared(link).schema.interactions == 2
+    after = {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "d").rglob("*") if p.is_file()}
+    assert after == {file} and stat.S_IMODE((tmp_path / "d").stat().st_mode) == folder
+    assert {p.name for p in tmp_path.iterdir()} == {"d", "link", ".d.old", "d.old", ".d.work-mine", ".link.old"}
 
 
 @settings(max_examples=30, deadline=None)

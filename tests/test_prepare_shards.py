@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flm_torchrec.claim import claim
 from flm_torchrec.cli import main
 from flm_torchrec.data import lines
 from flm_torchrec.data.prepared import load_prepared
@@ -245,14 +247,12 @@ def test_memory_runs_out_in_one_line(  # type: ignore[no-untyped-def]
 
 
 def test_two_preparations_of_one_output_do_not_meet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import fcntl
-
     logs = write_logs(tmp_path / "logs")
     other = tmp_path / ".out.work-0123456789abcdef"
     other.mkdir()
-    with (other / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with claim(tmp_path / "out"):
         assert flm("--source", "csv", "--input", logs, "--output", tmp_path / "out") == 2
-        assert "another preparation is writing it" in capsys.readouterr().err and other.is_dir()
+        error = capsys.readouterr().err
+        assert f"process {os.getpid()} on '{socket.gethostname()}' is writing it" in error and other.is_dir()
     assert flm("--source", "csv", "--input", logs, "--output", tmp_path / "out") == 0
     assert not other.exists()

@@ -140,3 +140,26 @@ def test_an_export_that_cannot_be_read_is_named(run: Path, capsys: pytest.Captur
     (export / "items.parquet").write_bytes(b"PAR1")
     made(run, "--export", str(export))
     assert "not readable" in capsys.readouterr().out
+
+
+def test_a_full_disk_or_a_folder_that_cannot_be_written_is_one_line(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run / "report.html").write_text("older")
+    full_disk(monkeypatch)
+    assert main(["report", str(run)]) == 2
+    assert f"error: {run / 'report.html'}: No space left on device; mend that, or give another --output\n" in (
+        capsys.readouterr().err
+    )
+    assert (run / "report.html").read_text() == "older"
+    assert not [p for p in run.iterdir() if p.name.startswith(".")]
+    monkeypatch.undo()
+    assert main(["report", str(run), "--output", "/proc/page.html"]) == 2
+    assert "error: /proc/page.html: " in capsys.readouterr().err
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)

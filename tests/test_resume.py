@@ -25,6 +25,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flm_torchrec.claim import InUse, claim
 from flm_torchrec.cli import main
 from flm_torchrec.config import load_config
 from flm_torchrec.data.batch import Batch
@@ -327,6 +328,78 @@ def test_a_run_folder_that_cannot_be_written_is_refused(small: PreparedData, tmp
         pretrain(load_config(None, overrides(small, tmp_path / "file" / "run")))
     with pytest.raises(RunError, match=r"mend that, or give another --train\.run"):
         pretrain(load_config(None, overrides(small, Path("/proc/run"))))
+
+
+@pytest.mark.parametrize("existing", ["refuse", "replace", "resume"])
+def test_a_run_that_another_job_writes_is_refused(
+    small: PreparedData, undisturbed: Path, tmp_path: Path, existing: str
+) -> None:
+    run = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    holder = rf"run: process {os.getpid()} on '{socket.gethostname()}' is writing it"
+    with claim(run), pytest.raises(InUse, match=holder + r"; wait until that ends, or give another --train\.run"):
+        pretrain(load_config(None, overrides(small, run, f"train.existing={existing}")))
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_a_requeued_job_is_refused_beside_a_live_one_and_goes_on_once_that_is_dead(
+    small: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first of two ranks is killed, the second stays for a while: nothing of it keeps the folder."""
+    run = tmp_path / "run"
+    options = [*TRAIN, "--data.path", str(small.path), "--train.run", str(run), "--train.existing", "resume"]
+    processes = start_ranks(2, [*options, "--train.max_steps", "0", "--train.epochs", "100000"])
+    try:
+        wait_for(lambda: any((run / "checkpoints").glob("step-*5")), processes[0])
+        assert main(options) == 2
+        assert f"process {processes[0].pid} on '{socket.gethostname()}'" in capsys.readouterr().err
+        assert processes[0].poll() is None and processes[1].poll() is None
+    finally:
+        processes[0].kill()
+        processes[0].communicate()
+        processes[1].kill()
+        processes[1].communicate()
+    assert main([*options, "--train.max_steps", "0", "--train.epochs", "1"]) == 2  # other settings: it is read again
+    assert "was made with" in capsys.readouterr().err
+
+
+def test_a_full_disk_at_the_start_names_the_run(
+    small: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each thing that a run begins with: its folder, its log and metrics, its plan."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for number, place in enumerate(("pyarrow.parquet.write_table", "logging.StreamHandler.flush",
+                                    "flm_torchrec.training.record.SummaryWriter",
+                                    "flm_torchrec.training.record.write_text")):  # fmt: skip
+        run = tmp_path / str(number)
+        with monkeypatch.context() as patch:
+            patch.setattr(place, full)
+            with pytest.raises(RunError, match=rf"^{run}: No space left on device; mend that, or ") as told:
+                pretrain(load_config(None, overrides(small, run)))
+        assert "\n" not in str(told.value)
+        assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_what_people_put_beside_a_run_and_its_states_is_left_alone(small: PreparedData, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    mine = [tmp_path / "run.tmp", tmp_path / "run.old", *(run / "checkpoints" / n for n in ("best.old", "step-backup9",
+            "step-000000005.tmp", "damaged-mine"))]  # fmt: skip
+    for folder in mine[:2]:
+        folder.mkdir()
+    pretrain(load_config(None, overrides(small, run)))
+    for folder in mine[2:]:
+        folder.mkdir()
+    file = next(newest(run).glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1])
+    for path in [run, *run.rglob("*")]:
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    pretrain(load_config(None, overrides(small, run, "train.existing=resume")))
+    assert all(folder.is_dir() for folder in mine)
+    best = [run, run / checkpoint.BEST, *(run / checkpoint.BEST).iterdir(), run / "config.yaml", run / "metrics.jsonl"]
+    assert all(path.stat().st_mode & 0o077 == 0 for path in best)
 
 
 def poisoned(loader, bad: int):  # type: ignore[no-untyped-def]

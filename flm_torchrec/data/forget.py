@@ -19,7 +19,7 @@ from flm_torchrec.data.prepared import fingerprint_of
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.documents import read_json
 from flm_torchrec.errors import DataError
-from flm_torchrec.files import write_text
+from flm_torchrec.files import replacing, write_text
 from flm_torchrec.names import closest
 
 
@@ -49,21 +49,11 @@ def nearest_keys(key: str, known: list[str]) -> str:
     return f"nearest: {', '.join(close)}"
 
 
-def mend(folder: Path) -> None:
-    """Undo a replacement that was interrupted between its two renames."""
-    folder = folder.resolve()
-    fresh, older = beside(folder)
-    if older.exists() and not folder.exists():
-        older.rename(folder)
-    for left in (fresh, older):
-        shutil.rmtree(left, ignore_errors=True)
-
-
 def forget_rows(folder: Path, keys: Iterable[str]) -> dict[str, int]:
     """Rewrite prepared data without these users, and put it in the place of what was there.
 
     Their interactions go, their row in users.parquet stays, empty and with a tombstone for a key, so that no id
-    shifts. A value of a user feature that nobody else has leaves the vocabulary too.
+    shifts. A value of a user feature that nobody else has leaves the vocabulary too. Claim the folder first.
 
     Returns the number of "users" and of "events" taken out.
 
@@ -76,24 +66,21 @@ def forget_rows(folder: Path, keys: Iterable[str]) -> dict[str, int]:
     before = fingerprint_of(folder)
     report = _read_report(folder)
     schema = Schema.load(folder / "schema.yaml")
-    fresh, _ = beside(folder)
     try:
-        (fresh / "interactions").mkdir(parents=True)
-        kept = sum(_copy_events(f, fresh / "interactions", users) for f in _event_files(folder))
-        if kept == 0:
-            raise DataError(f"{folder}: holds no events but those of these users; delete the folder instead")
-        shutil.copy(folder / "items.parquet", fresh)
-        used = _copy_users(folder, fresh, schema, users)
-        _copy_vocabularies(folder, fresh, used)
-        counts = {"users": len(users), "events": schema.interactions - kept}
-        write_text(fresh / "report.json", json.dumps(_without(report, gone, counts, before), indent=2))
-        replace(schema, interactions=kept).save(fresh / "schema.yaml")
-        exchange(folder)
+        with replacing(folder) as fresh:
+            (fresh / "interactions").mkdir()
+            kept = sum(_copy_events(f, fresh / "interactions", users) for f in _event_files(folder))
+            if kept == 0:
+                raise DataError(f"{folder}: holds no events but those of these users; delete the folder instead")
+            shutil.copy(folder / "items.parquet", fresh)
+            used = _copy_users(folder, fresh, schema, users)
+            _copy_vocabularies(folder, fresh, used)
+            counts = {"users": len(users), "events": schema.interactions - kept}
+            write_text(fresh / "report.json", json.dumps(_without(report, gone, counts, before), indent=2))
+            replace(schema, interactions=kept).save(fresh / "schema.yaml")
     except (OSError, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise DataError(f"{folder}: not rewritten ({reason}); what was there is kept") from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
     return counts
 
 
@@ -111,21 +98,6 @@ def unused_codes(folder: Path, features: Sequence[Feature]) -> np.ndarray:
         for column in batch.columns:
             used[_codes(column)] = True
     return np.flatnonzero(~used)
-
-
-def beside(folder: Path) -> tuple[Path, Path]:
-    """Where a folder's replacement is made, and where the older one waits between the two renames."""
-    folder = folder.resolve()  # where a link leads to, the folder itself is
-    return folder.with_name(f".{folder.name}.forgetting"), folder.with_name(f".{folder.name}.before-forgetting")
-
-
-def exchange(folder: Path) -> None:
-    """Put the replacement in the place of the folder; `mend` undoes an interruption."""
-    folder = folder.resolve()
-    fresh, older = beside(folder)
-    folder.rename(older)
-    fresh.rename(folder)
-    shutil.rmtree(older)
 
 
 def _opened(file: Path) -> pq.ParquetFile:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flm_torchrec.data.memory import MIB, memory_bytes
 from flm_torchrec.errors import DataError
-from flm_torchrec.files import write_text
+from flm_torchrec.files import telling, write_text
 
 LEAST_MEMORY = 100 * MIB
 """Bytes below which DuckDB cannot work."""
@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> None:
     pages.show(data.findings, data.sections, console if console.is_terminal else PlainConsole(width=160))
     if args.output:
         page = pages.html(f"{data.schema.name}: prepared data", data.findings, data.sections, "No problems found.")
-        write_text(args.output, page)
+        with telling(args.output):
+            write_text(args.output, page)
         print(f"page: {args.output}")
     if data.findings and args.strict:
         raise Problems(f"{args.folder}: {len(data.findings)} problems, told above; mend them, or leave out --strict")

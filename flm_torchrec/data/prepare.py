@@ -8,7 +8,7 @@ file. Only keys and features of users and items are ever held whole.
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from flm_torchrec.claim import claim
 from flm_torchrec.data.clean import Dropped
 from flm_torchrec.data.engine import DuckEngine, Engine
 from flm_torchrec.data.features import Coding, Encoded, encode
@@ -29,7 +30,7 @@ from flm_torchrec.data.rows import by_table
 from flm_torchrec.data.schema import Entity, Schema, Table, sparsity
 from flm_torchrec.data.work import work_folder
 from flm_torchrec.errors import DataError
-from flm_torchrec.files import replace_folder
+from flm_torchrec.files import put_in_place
 
 ROWS_PER_FILE = 2_000_000
 """Rows of a bucket at most, unless one user has more."""
@@ -89,15 +90,20 @@ def prepare(
 
     Raises:
         DataError: no rows are left, a feature cannot be encoded, or the folder is in use.
+        InUse: another process writes the folder.
     """
     check_output(output, overwrite)
     output, shards = output.resolve(), shards_of(raw)
     made_of = [raw.source, options.min_value, *(shard.identity for shard in shards)]
-    with work_folder(output, made_of) as work, _engine(machine or Machine(), work) as engine:
+    with ExitStack() as held:
+        held.enter_context(claim(output))
+        check_output(output, overwrite)  # another preparation may have written it until now
+        work = held.enter_context(work_folder(output, made_of))
+        engine = held.enter_context(_engine(machine or Machine(), work))
         intake = Intake(work, options.min_value)
         engine.shards(shards, intake)
         report = _fill(work / "fresh", raw, options, intake, len(shards), engine, secret)
-        replace_folder(work / "fresh", output)
+        put_in_place(work / "fresh", output)
     return report
 
 

@@ -111,7 +111,7 @@ class PreparedData:
 
     def save_vocabulary(self, folder: Path) -> None:
         """Write what rows of the tables stand for: the schema, keys of users and items, values behind codes."""
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         shutil.copy(self.path / "schema.yaml", folder)
         for entity in ("user", "item"):
             file = f"{entity}s.parquet"

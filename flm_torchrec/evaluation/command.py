@@ -9,6 +9,7 @@ from pathlib import Path
 from flm_torchrec.config import add_data_path, add_overrides, given_overrides
 from flm_torchrec.documents import Unreadable, read_json
 from flm_torchrec.errors import DataError, RunError
+from flm_torchrec.files import telling, write_text
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -60,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
             return
         if not args.user:
             file = Path(args.run_folder) / f"evaluation-{args.split}.json"
-            file.write_text(json.dumps(evaluation.to_json(), indent=2), encoding="utf-8")
+            with telling(file, "make room"):
+                write_text(file, json.dumps(evaluation.to_json(), indent=2))
         if args.markdown:
             print(markdown(evaluation), end="")
             return

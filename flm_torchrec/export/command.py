@@ -143,10 +143,10 @@ def run_export(args: argparse.Namespace) -> None:
             item_block=job.config.eval.item_block,
         )
         if older is not None:
-            delta = export_delta(source, job.comm, args.since, args.output, options)
+            delta = export_delta(source, job.comm, args.since, args.output, options, args.overwrite)
             done = None if delta is None else f"{_changes(delta)}; since model {delta.base_version}"
         else:
-            manifest = export(source, job.comm, args.output, options)
+            manifest = export(source, job.comm, args.output, options, args.overwrite)
             done = None if manifest is None else summary(manifest)
     if done is not None:
         print(f"{args.output}: {done}")
@@ -154,10 +154,8 @@ def run_export(args: argparse.Namespace) -> None:
 
 def run_apply_delta(args: argparse.Namespace) -> None:
     from flm_torchrec.export.delta import apply_delta
-    from flm_torchrec.export.write import check_output
 
-    check_output(args.output, args.overwrite)
-    print(f"{args.output}: {summary(apply_delta(args.base, args.delta, args.output))}")
+    print(f"{args.output}: {summary(apply_delta(args.base, args.delta, args.output, args.overwrite))}")
 
 
 def run_load(args: argparse.Namespace) -> None:

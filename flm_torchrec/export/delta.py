@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,6 +19,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from flm_torchrec.claim import claim
 from flm_torchrec.documents import read_json
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.protocol import Comm
@@ -37,8 +36,17 @@ from flm_torchrec.export.manifest import (
     read_manifest,
 )
 from flm_torchrec.export.rows import ENTITIES, Entity, Rows, part_name, read_part, write_part
-from flm_torchrec.export.write import Options, Source, blank_manifest, export, together
-from flm_torchrec.files import replace_folder, sha256, telling
+from flm_torchrec.export.write import (
+    Options,
+    Source,
+    blank_manifest,
+    check_output,
+    claimed,
+    export,
+    fresh_folder,
+    together,
+)
+from flm_torchrec.files import replacing, sha256, telling
 
 REMOVED = "removed"
 JOIN_MEMORY = "1GB"
@@ -77,11 +85,13 @@ def check_alike(folder: Path, old: Manifest, new: Manifest) -> None:
 def write_delta(base: Path, old: Manifest, whole: Path, new: Manifest, output: Path) -> Delta:
     """Compare two exports, both with their manifests, and write what leads from `base` to `whole`.
 
+    Claim the output first.
+
     Raises:
         RunError: their rows cannot be compared.
     """
     check_alike(base, old, new)
-    with _fresh(output) as fresh:
+    with telling(output), replacing(output) as fresh:
         changed: dict[str, int] = {
             e: _write_changed(Rows(base, old, e), Rows(whole, new, e), whole, fresh) for e in ENTITIES
         }
@@ -115,12 +125,21 @@ def load_delta(folder: Path) -> Delta:
     return delta
 
 
-def apply_delta(base: Path, folder: Path, output: Path) -> Manifest:
+def apply_delta(base: Path, folder: Path, output: Path, overwrite: bool = True) -> Manifest:
     """Write the export that the delta leads to: rows bit for bit, and an index over them of the kind the base has.
 
+    Args:
+        overwrite: replace an older export at `output`; else it is refused, and anything else always.
+
     Raises:
-        RunError: the delta is of another base, or one of the two is not whole.
+        RunError: the delta is of another base, one of the two is not whole, or another process writes the output.
     """
+    with claim(output):
+        check_output(output, overwrite)
+        return _apply_delta(base, folder, output)
+
+
+def _apply_delta(base: Path, folder: Path, output: Path) -> Manifest:
     old, delta = load_manifest(base), load_delta(folder)
     if old.rows_digest != delta.base_rows:
         raise RunError(
@@ -128,7 +147,7 @@ def apply_delta(base: Path, folder: Path, output: Path) -> Manifest:
             f" (of {old.model_version}); apply deltas in the order they were made"
         )
     kind: Kind = old.index.kind if old.index else "none"
-    with _fresh(output) as fresh:
+    with telling(output), replacing(output) as fresh:
         for entity in ENTITIES:
             _write_merged(entity, base, folder, delta, fresh)
         for name in delta.sha256:
@@ -142,7 +161,9 @@ def apply_delta(base: Path, folder: Path, output: Path) -> Manifest:
     return manifest
 
 
-def export_delta(source: Source, comm: Comm, base: Path, output: Path, options: Options) -> Delta | None:
+def export_delta(
+    source: Source, comm: Comm, base: Path, output: Path, options: Options, overwrite: bool = True
+) -> Delta | None:
     """Export whole, beside `output` for as long as it takes, and keep what differs from `base`; collective.
 
     Raises:
@@ -152,32 +173,14 @@ def export_delta(source: Source, comm: Comm, base: Path, output: Path, options: 
     options = replace(options, index="none", part_rows=old.part_rows)
     check_alike(base, old, blank_manifest(source, options))
     together(comm, base, lambda: check_files(base, old.sha256, base / FILE) if comm.rank == 0 else None)
-    whole = output.with_name(output.name + ".whole")
-    try:
-        manifest = export(source, comm, whole, options)
-        return None if manifest is None else write_delta(base, old, whole, manifest, output)
-    finally:
-        if comm.rank == 0:
-            shutil.rmtree(whole, ignore_errors=True)
+    with claimed(output, overwrite, comm), fresh_folder(output, comm) as beside:
+        manifest = export(source, comm, beside / "whole", options)
+        return None if manifest is None else write_delta(base, old, beside / "whole", manifest, output)
 
 
 def _copy(name: str, source: Path, target: Path) -> None:
     (target / name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(source / name, target / name)
-
-
-@contextmanager
-def _fresh(output: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `output` when all is written, and is gone if that fails."""
-    fresh = output.with_name(output.name + ".tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    try:
-        with telling(fresh):
-            fresh.mkdir(parents=True)
-            yield fresh
-            replace_folder(fresh, output)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _write_changed(old: Rows, new: Rows, whole: Path, fresh: Path) -> int:

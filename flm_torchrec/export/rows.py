@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.manifest import Manifest, Storage
 from flm_torchrec.export.vectors import decode
+from flm_torchrec.files import sync
 
 Entity = Literal["items", "users"]
 ENTITIES: tuple[Entity, ...] = get_args(Entity)
@@ -40,10 +41,12 @@ def write_part(file: Path, table: pa.Table) -> None:
     if file.suffix == ".arrow":
         with pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table, max_chunksize=ROW_GROUP)
+        sync(file)
         return
     repeated = [f"{field.name}.list.element" for field in table.schema if pa.types.is_list(field.type)]
     single = [field.name for field in table.schema if not pa.types.is_nested(field.type)]
     pq.write_table(table, file, row_group_size=ROW_GROUP, use_dictionary=repeated, write_statistics=single)
+    sync(file)  # by the host that wrote it: rank 0 cannot do it for others
 
 
 def _field(field: pa.Field) -> pa.Field:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
+import secrets
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from flm_torchrec.claim import claim
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.errors import RunError
@@ -23,7 +25,7 @@ from flm_torchrec.export.manifest import DELTA, FILE, FORMAT, Kind, Manifest, Qu
 from flm_torchrec.export.quality import Held, Quality
 from flm_torchrec.export.rows import PART_ROWS, Entity, part_name, write_part
 from flm_torchrec.export.vectors import encode
-from flm_torchrec.files import replace_folder, telling
+from flm_torchrec.files import new_folder, put_in_place, remove, telling, temporary
 
 VIEWS: dict[str, Of] = {"embedding": "all", "content": "content", "id": "id"}
 """What the encoder calls them."""
@@ -74,21 +76,59 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise RunError(f"{output}: exists; give another --output, or --overwrite to replace it")
 
 
-def export(source: Source, comm: Comm, output: Path, options: Options) -> Manifest | None:
+@contextmanager
+def claimed(output: Path, overwrite: bool, comm: Comm) -> Iterator[None]:
+    """Keep other jobs from writing the output; rank 0 claims it for all ranks. Collective.
+
+    Raises:
+        InUse: another job has it.
+        RunError: as of `check_output`.
+    """
+    with ExitStack() as held:
+
+        def begin() -> None:
+            if comm.rank == 0:
+                held.enter_context(claim(output))
+                check_output(output, overwrite)  # another job may have written it until now
+
+        together(comm, output, begin)
+        yield
+
+
+@contextmanager
+def fresh_folder(output: Path, comm: Comm) -> Iterator[Path]:
+    """A folder beside the output, the same on all ranks, that is gone at the end unless put in place. Collective."""
+    drawn = torch.tensor(secrets.randbits(60) if comm.rank == 0 else 0)
+    token = f"{int(comm.all_reduce_sum(drawn)):016x}"
+    fresh = temporary(output, "new", token)
+    together(comm, output, lambda: None if comm.rank else _make(output, token))
+    try:
+        yield fresh
+    finally:
+        if comm.rank == 0:
+            remove(fresh)
+
+
+def _make(output: Path, token: str) -> None:
+    new_folder(output, token)
+
+
+def export(source: Source, comm: Comm, output: Path, options: Options, overwrite: bool = True) -> Manifest | None:
     """Write the export; collective. Rank 0 builds the index and returns the manifest.
 
     Each rank encodes and writes its own range of parts, so that none holds more than one part; the folder is on a
     disk that all ranks share, as a run's is.
 
+    Args:
+        overwrite: replace an older export; else it is refused, and anything else always.
+
     Raises:
-        RunError: the catalogue is too small for the index, or the disk does not take it; nothing is left then.
+        RunError: the catalogue is too small for the index, another job writes the output, or the disk does not take it;
+            nothing is left then.
     """
-    schema, main = source.data.schema, comm.rank == 0
-    check_index(options.index, schema.items)
-    fresh = output.with_name(output.name + ".tmp")
+    check_index(options.index, source.data.schema.items)
     manifest = blank_manifest(source, options)
-    together(comm, output, lambda: _start(fresh) if main else None)
-    try:
+    with claimed(output, overwrite, comm), fresh_folder(output, comm) as fresh:
         quality = None
         if source.held is not None and len(source.held.examples) and options.quantise != "none":
             quality = Quality(source.data, source.held, options.quantise, comm, options.user_block)
@@ -96,13 +136,10 @@ def export(source: Source, comm: Comm, output: Path, options: Options) -> Manife
         _write_users(source, comm, fresh, options)
         together(comm, output, lambda: source.beside(fresh))
         manifest = replace(manifest, quality={} if quality is None else quality.result())
-        if not main:
+        if comm.rank:
             return None  # none waits for an index, which may take longer than a collective
-        with telling(fresh):
+        with telling(output):
             return _finish(manifest, fresh, output, options)
-    finally:
-        if main:
-            shutil.rmtree(fresh, ignore_errors=True)
 
 
 def blank_manifest(source: Source, options: Options) -> Manifest:
@@ -122,11 +159,6 @@ def blank_manifest(source: Source, options: Options) -> Manifest:
     )
 
 
-def _start(fresh: Path) -> None:
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-
-
 def _finish(manifest: Manifest, fresh: Path, output: Path, options: Options) -> Manifest:
     manifest = manifest.listing(fresh)
     for entity, rows in (("items", manifest.items), ("users", manifest.users)):
@@ -136,7 +168,7 @@ def _finish(manifest: Manifest, fresh: Path, output: Path, options: Options) -> 
                 raise RunError(f"{fresh / name}: is not there; all ranks must write to one disk that they share")
     manifest = replace(manifest, index=build_index(fresh, manifest, options.index)).listing(fresh)
     manifest.save(fresh)
-    replace_folder(fresh, output)
+    put_in_place(fresh, output)
     return manifest
 
 

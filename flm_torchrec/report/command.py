@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flm_torchrec.config import Config, add_data_path, given_overrides, load_config
 from flm_torchrec.errors import FlmError, RunError
-from flm_torchrec.files import write_text
+from flm_torchrec.files import telling, write_text
 from flm_torchrec.messages import visible
 from flm_torchrec.training.identity import own_data
 
@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
             "versions": pieces.versions,
         }
     )
-    write_text(output, pages.html(f"Run {folder.name}", [f"missing: {line}" for line in missing], sections))
+    with telling(output):
+        write_text(output, pages.html(f"Run {folder.name}", [f"missing: {line}" for line in missing], sections))
     for line in missing:
         print(f"missing: {visible(line)}")
     print(f"page: {output}")

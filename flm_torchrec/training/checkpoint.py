@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,16 @@ from torchrec.optim.keyed import CombinedOptimizer
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.distributed.shard import prepare_state, set_step
 from flm_torchrec.errors import RunError
+from flm_torchrec.files import discard, mend_inside
 from flm_torchrec.training import storage
 from flm_torchrec.training.snapshot import copies, leaves, names, own_bytes
 
 CHECKPOINTS = "checkpoints"
 BEST = f"{CHECKPOINTS}/best"
+STATE = re.compile(r"step-(\d{9,})")
+"""Name of a state to resume from, by its step."""
+ASIDE = re.compile(rf"damaged-{STATE.pattern}(-\d+)?")
+"""Name of a state that was found damaged."""
 DENSE = "dense."
 RNG = "rng."
 LEAVE = 10.0
@@ -203,25 +210,25 @@ class Checkpoints:
 
     def tidy(self) -> None:
         """Mend and clear away what an interruption left half done."""
-        self.comm.on_main(lambda: storage.restore_older(self.folder))
+        self.comm.on_main(lambda: mend_inside(self.folder))
 
     def put_aside(self, damaged: Iterable[Path]) -> None:
         """Rename damaged states, so that retention does not count them."""
 
         def rename() -> None:
             for folder in damaged:
-                aside = folder.with_name(f"damaged-{folder.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)
+                names = (f"damaged-{folder.name}{again}" for again in ("", *(f"-{n}" for n in count(2))))
+                folder.rename(next(path for name in names if not (path := folder.with_name(name)).exists()))
 
         self.comm.on_main(rename)
 
     def _states(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*[0-9]"), reverse=True)
+        found = [(STATE.fullmatch(folder.name), folder) for folder in self.folder.glob("step-*")]
+        return [folder for _, folder in sorted(((int(m[1]), f) for m, f in found if m), reverse=True)]
 
     def _retire(self) -> None:
         for folder in self._states()[KEPT:]:
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
 
     def _state(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()["state"]}

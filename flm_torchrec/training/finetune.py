@@ -11,12 +11,12 @@ from flm_torchrec.config import Config, load_config
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.errors import ConfigError, RunError
 from flm_torchrec.evaluation.evaluate import evaluate_heads
-from flm_torchrec.files import write_text
+from flm_torchrec.files import telling, write_text
 from flm_torchrec.training.checkpoint import BEST, load_checkpoint
 from flm_torchrec.training.identity import check_has_model, open_run, refuse_forgotten
 from flm_torchrec.training.job import Job, check_select
 from flm_torchrec.training.label import label_metrics
-from flm_torchrec.training.record import check_run_folder, open_run_folder
+from flm_torchrec.training.record import ANOTHER_RUN, check_run_folder, claimed, open_run_folder
 from flm_torchrec.training.scope import ANY_RANKS, IN_MEMORY, load_data, scope_of
 
 LABEL_SELECT = "label/auc"
@@ -70,14 +70,15 @@ def finetune(config: Config, control: bool) -> dict[str, Any]:
     for run in runs:
         _check(run)
     found: dict[str, Any] = {}
-    with process_group(config.distributed) as comm:
+    with process_group(config.distributed) as comm, claimed(root, comm):
         for run in runs:
             check_run_folder(run, comm)
         for run in runs:
             found |= _one(run, comm)
         if comm.main:
             report = {"task": config.finetune.task, "share": config.finetune.share, "test": found}
-            write_text(root / "finetune.json", json.dumps(report, indent=2))
+            with telling(root, ANOTHER_RUN):
+                write_text(root / "finetune.json", json.dumps(report, indent=2))
     return found
 
 
@@ -101,7 +102,7 @@ def _one(config: Config, comm: Comm) -> dict[str, dict[str, float]]:
         shape = (config.train.batch_size, config.data.max_history)
         return label_metrics(job.model, data, getattr(labels, part), job.scope.known, comm, *shape)
 
-    with open_run_folder(config, data, comm, job.total_steps) as record:
+    with claimed(config.train.run, comm), open_run_folder(config, data, comm, job.total_steps) as record:
         record.say(f"{config.finetune.task} from {config.finetune.start} weights; {job.loaded or 'all new'}")
         if job.loaded and not job.same_tables:
             record.say(f"{data.path} holds other data than {config.finetune.source} was made with: tables begin anew")

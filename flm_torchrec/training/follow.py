@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +21,13 @@ from flm_torchrec.data.stream_events import KEPT, Encoder, NewEvents, RowForm, a
 from flm_torchrec.data.stream_source import Chunk, Source, open_source
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import Interrupted, RunError
-from flm_torchrec.files import write_text
+from flm_torchrec.files import ANOTHER, mend_inside, replacing_file, telling, write_text
 from flm_torchrec.training.checkpoint import BEST, Checkpoints, Progress, load_checkpoint
 from flm_torchrec.training.guard import NON_FINITE, Guard
 from flm_torchrec.training.identity import open_run
 from flm_torchrec.training.job import Job
 from flm_torchrec.training.loop import STEPS
-from flm_torchrec.training.record import Record, open_run_folder
+from flm_torchrec.training.record import Record, claimed, open_run_folder
 from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.scope import ANY_RANKS, IN_MEMORY, load_data, scope_of
 
@@ -62,9 +63,10 @@ def follow(
     config = _config_of(run, output, overrides)
     source = open_source(url)
     data = load_data(config)
-    with process_group(config.distributed) as comm:
+    with process_group(config.distributed) as comm, ExitStack() as held:
         if comm.world_size > 1:
             raise RunError("flm follow: runs as one process; start it without torchrun")
+        held.enter_context(claimed(output, comm, ANOTHER))
         job = Job(config, data, scope_of(config, data), comm)
         load_checkpoint(run / BEST, job.model, comm)
         with open_run_folder(config, data, comm, 0) as record, Guard(comm, "stop", output / NON_FINITE) as guard:
@@ -112,7 +114,9 @@ class _Follower:
                 raise RunError(f"{self.folder}: no 'flm follow' made it; give another --output")
             self.progress = found if found.following else self.progress
         self.checkpoints.check_space()
-        (self.folder / KEPT).mkdir(exist_ok=True)
+        with telling(self.folder):
+            (self.folder / KEPT).mkdir(exist_ok=True)
+            mend_inside(self.folder / KEPT)
         for number in range(self.progress.following["parts"]):
             table = pq.read_table(self._part(number))
             self._remember(NewEvents(*(column.to_numpy() for column in table.columns)))
@@ -138,10 +142,8 @@ class _Follower:
         state = self.progress.following
         new = self.encoder.encode(chunk.rows, state["refused"])
         if len(new.user):
-            file = self._part(state["parts"])
-            fresh = file.with_suffix(".tmp")
-            pq.write_table(pa.table(vars(new)), fresh)
-            fresh.replace(file)
+            with telling(self.folder), replacing_file(self._part(state["parts"])) as fresh:
+                pq.write_table(pa.table(vars(new)), fresh)
             self._train(self._loader(self._remember(new)), state["parts"])
             state["parts"] += 1
         state["events"] += len(new.user)
@@ -187,7 +189,8 @@ class _Follower:
         self.checkpoints.save(self.progress)
         self.checkpoints.finish()
         self.checkpoints.save_best({"step": self.progress.step})
-        write_text(self.folder / REPORT, json.dumps(self.progress.following, indent=2))
+        with telling(self.folder):
+            write_text(self.folder / REPORT, json.dumps(self.progress.following, indent=2))
 
     def _part(self, number: int) -> Path:
         return self.folder / KEPT / f"part-{number:06d}.parquet"

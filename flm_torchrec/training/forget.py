@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,13 @@ import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 import torch
 
+from flm_torchrec.claim import claim
 from flm_torchrec.config import load_config
 from flm_torchrec.data.forget import (
-    beside,
-    exchange,
     fingerprints_before,
     forget_rows,
     forgotten_users,
     keys_and_ids,
-    mend,
     nearest_keys,
     unused_codes,
 )
@@ -31,11 +30,13 @@ from flm_torchrec.data.rows import look_ups
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.stream_events import KEPT
 from flm_torchrec.errors import DataError, RunError
+from flm_torchrec.files import leftovers, mend, mend_inside, replacing, replacing_file, telling
 from flm_torchrec.training import storage
-from flm_torchrec.training.checkpoint import CHECKPOINTS
+from flm_torchrec.training.checkpoint import ASIDE, CHECKPOINTS
 from flm_torchrec.training.identity import FINGERPRINT, made_with
 
 VOCABULARY = "vocabulary"
+AFTERWARDS = "give the same command again afterwards"
 EXPORTED = {".parquet": "parquet", ".arrow": "feather", ".feather": "feather"}
 """Formats of an export's rows, by suffix."""
 
@@ -43,8 +44,9 @@ EXPORTED = {".parquet": "parquet", ".arrow": "feather", ".feather": "feather"}
 def forget(folder: Path, keys: Sequence[str], runs: Sequence[Path], exports: Sequence[Path]) -> list[str]:
     """Take users out of prepared data, runs and, by asking for them anew, exports. What was done, a line each.
 
-    Each folder is replaced as a whole. After an interruption the same call does the rest: runs remember the data they
-    were made with, and a key counts as known while any of the folders still has it.
+    Each folder is replaced as a whole, and nobody else may write it meanwhile. After an interruption the same call
+    does the rest: runs remember the data they were made with, and a key counts as known while any of the folders still
+    has it.
 
     Args:
         folder: prepared data.
@@ -55,8 +57,19 @@ def forget(folder: Path, keys: Sequence[str], runs: Sequence[Path], exports: Seq
         RunError: a run of other data, or one whose table cannot be mended: nothing is changed. Or, after all else is
             done, an export that still has one of the keys.
     """
-    for each in (folder, *(run / VOCABULARY for run in runs)):
-        mend(each)
+    with ExitStack() as held:
+        for each in dict.fromkeys(path.resolve() for path in (folder, *runs)):
+            if each.parent.is_dir():  # else _check says what is not there
+                held.enter_context(claim(each, AFTERWARDS))
+        with telling(folder, AFTERWARDS):
+            for run in runs:
+                mend(run / VOCABULARY)
+                mend_inside(run / CHECKPOINTS)
+                mend_inside(run / KEPT)
+        return _forget(folder, keys, runs, exports)
+
+
+def _forget(folder: Path, keys: Sequence[str], runs: Sequence[Path], exports: Sequence[Path]) -> list[str]:
     _check(folder, runs, exports)
     known, _ = keys_and_ids(folder / "users.parquet")
     there = set(keys) & set(known)
@@ -68,6 +81,7 @@ def forget(folder: Path, keys: Sequence[str], runs: Sequence[Path], exports: Seq
     told = []
     if there:
         counts = forget_rows(folder, there)
+        _refuse_leftovers(leftovers(folder.resolve().parent, folder.resolve().name))
         told.append(f"{folder}: {counts['users']} users and their {counts['events']} events forgotten")
     if runs:
         data = load_prepared(folder)
@@ -109,9 +123,7 @@ def _check(folder: Path, runs: Sequence[Path], exports: Sequence[Path]) -> None:
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    storage.restore_older(run / CHECKPOINTS)
-    folders = sorted((run / CHECKPOINTS).glob("*"))
-    return [f for f in folders if f.is_dir() and not f.name.startswith("damaged-")]
+    return [f for f in sorted((run / CHECKPOINTS).glob("*")) if f.is_dir() and not ASIDE.fullmatch(f.name)]
 
 
 def _forget_in_run(run: Path, data: PreparedData, gone: np.ndarray, rows: dict[str, np.ndarray]) -> str:
@@ -121,14 +133,16 @@ def _forget_in_run(run: Path, data: PreparedData, gone: np.ndarray, rows: dict[s
         tensors = storage.read_all(folder)
         _reset(tensors, rows, folder)
         storage.write(folder, tensors, {**storage.read_meta(folder), "data": data.fingerprint}, None)
-    for damaged in (run / CHECKPOINTS).glob("damaged-*"):
-        shutil.rmtree(damaged)  # nothing reads it any more, and it cannot be mended
-    for file in (run / KEPT).glob("*.parquet"):
-        _forget_kept(file, gone)
-    fresh, _ = beside(run / VOCABULARY)
-    data.save_vocabulary(fresh)
-    (fresh / Path(FINGERPRINT).name).write_text(data.fingerprint, encoding="ascii")
-    exchange(run / VOCABULARY)
+    with telling(run, AFTERWARDS):
+        for damaged in (run / CHECKPOINTS).glob("damaged-*"):
+            if ASIDE.fullmatch(damaged.name):
+                shutil.rmtree(damaged)  # nothing reads it any more, and it cannot be mended
+        for file in (run / KEPT).glob("*.parquet"):
+            _forget_kept(file, gone)
+        with replacing(run / VOCABULARY) as fresh:
+            data.save_vocabulary(fresh)
+            (fresh / Path(FINGERPRINT).name).write_text(data.fingerprint, encoding="ascii")
+    _refuse_leftovers([*leftovers(run), *leftovers(run / CHECKPOINTS), *leftovers(run / KEPT)])
     told = f"{run}: {len(gone)} forgotten users' rows set to zero in {len(checkpoints)} checkpoints"
     kind = data.schema.table("user_id").kind
     told += "; its user_id table is hashed, so users who share these rows lose them too" if kind == "hash" else ""
@@ -140,9 +154,14 @@ def _forget_in_run(run: Path, data: PreparedData, gone: np.ndarray, rows: dict[s
 def _forget_kept(file: Path, gone: np.ndarray) -> None:
     """Users out of a chunk of 'flm follow'; an empty one stays, since chunks are numbered."""
     events = pq.read_table(file)
-    fresh = file.with_suffix(".tmp")
-    pq.write_table(events.filter(pc.invert(pc.is_in(events["user"], pa.array(gone)))), fresh)
-    fresh.replace(file)
+    with replacing_file(file) as fresh:
+        pq.write_table(events.filter(pc.invert(pc.is_in(events["user"], pa.array(gone)))), fresh)
+
+
+def _refuse_leftovers(left: Sequence[Path]) -> None:
+    """Raise where what was replaced could not be removed: it still has the users."""
+    if left:
+        raise RunError(f"{left[0]}: was replaced and cannot be removed; remove it, then give the same command again")
 
 
 def rows_to_reset(data: PreparedData, gone: np.ndarray) -> dict[str, np.ndarray]:

@@ -15,8 +15,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "forget",
         help="take users out of prepared data and of the runs made with it",
         description="Take users out of prepared data and of the tables and checkpoints of runs made with it. Ids of all"
-        " others stay. Let no training of these runs go on meanwhile. After an interruption, give the same command"
-        " again.",
+        " others stay. While a training writes one of the runs, the command is refused. After an interruption, give"
+        " the same command again.",
         allow_abbrev=False,
     )
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="prepared data (required)")

@@ -38,7 +38,7 @@ from flm_torchrec.training.fusion import choose_weights
 from flm_torchrec.training.identity import has_ids_of
 from flm_torchrec.training.lookups import lookups_of
 from flm_torchrec.training.loop import Finished, fit, total_steps
-from flm_torchrec.training.record import Record, check_run_folder, open_run_folder
+from flm_torchrec.training.record import Record, check_run_folder, claimed, open_run_folder
 from flm_torchrec.training.scope import Scope, load_data, scope_of
 
 
@@ -53,7 +53,7 @@ def pretrain(config: Config) -> Finished:
     check_select(config)
     data = load_data(config)
     scope = scope_of(config, data)
-    with process_group(config.distributed) as comm:
+    with process_group(config.distributed) as comm, claimed(config.train.run, comm):
         check_run_folder(config, comm)
         job = Job(config, data, scope, comm)
         with open_run_folder(config, data, comm, job.total_steps) as record:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -15,21 +15,36 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from flm_torchrec.claim import claim
 from flm_torchrec.config import Config, load_config, to_yaml
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.errors import RunError
-from flm_torchrec.files import write_text
+from flm_torchrec.files import replacing, telling, write_text
 from flm_torchrec.messages import redact, visible
 from flm_torchrec.terminal import PlainConsole
 from flm_torchrec.training.identity import FINGERPRINT, STARTED_IN, made_with, refuse_forgotten
-from flm_torchrec.training.storage import refuse_other_data, replace
+from flm_torchrec.training.storage import refuse_other_data
 
+ANOTHER_RUN = "give another --train.run"
+GO_ON = "go on with --train.existing resume"
 FREE = (
     "distributed", "eval", "data.path", "train.run", "train.existing", "train.log_every", "train.checkpoint_every",
     "train.non_finite",
 )  # fmt: skip
 """Sections and settings that a resumed run may have otherwise than it began; data are compared by fingerprint."""
+
+
+@contextmanager
+def claimed(run: str | Path, comm: Comm, instead: str = ANOTHER_RUN) -> Iterator[None]:
+    """Keep other jobs from training in a run folder; rank 0 claims it for all ranks. Collective.
+
+    Raises:
+        InUse: another job has it; on every rank.
+    """
+    with ExitStack() as held:
+        comm.on_main(lambda: held.enter_context(claim(Path(run), instead)))
+        yield
 
 
 def check_run_folder(config: Config, comm: Comm) -> bool:
@@ -84,7 +99,8 @@ def _changed(made: Config, config: Config) -> str:
 def open_run_folder(config: Config, data: PreparedData, comm: Comm, steps: int) -> Record:
     """The record of a run in its folder, made anew or gone on with as `check_run_folder` says; collective.
 
-    A new folder has the config in it and the vocabulary, what the rows of the tables stand for.
+    A new folder has the config in it and the vocabulary, what the rows of the tables stand for. The job has `claimed`
+    the folder before.
 
     Raises:
         RunError: it cannot be written, or some rank does not see it.
@@ -93,27 +109,31 @@ def open_run_folder(config: Config, data: PreparedData, comm: Comm, steps: int) 
     resumed = check_run_folder(config, comm)
 
     def make() -> None:
-        fresh = folder.with_name(folder.name + ".tmp")
         if resumed:
             refuse_forgotten(folder, data.path)
             refuse_other_data(folder, made_with(folder), data.fingerprint)
             write_text(folder / STARTED_IN, str(Path.cwd()))
             write_text(folder / "config.yaml", to_yaml(config))
             return
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        data.save_vocabulary(fresh / "vocabulary")
-        (fresh / FINGERPRINT).write_text(data.fingerprint, encoding="ascii")
-        (fresh / STARTED_IN).write_text(str(Path.cwd()), encoding="utf-8")
-        (fresh / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        replace(fresh, folder)
+        with replacing(folder) as fresh:
+            data.save_vocabulary(fresh / "vocabulary")
+            (fresh / FINGERPRINT).write_text(data.fingerprint, encoding="ascii")
+            (fresh / STARTED_IN).write_text(str(Path.cwd()), encoding="utf-8")
+            (fresh / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
 
-    comm.on_main(make)
+    records: list[Record] = []
+
+    def begin() -> None:
+        with telling(folder, ANOTHER_RUN):
+            make()
+            records.append(Record(folder, steps, resumed))
+
+    comm.on_main(begin)
     comm.remember(_opened(config))
     blind = [rank for rank, sees in enumerate(comm.gather((folder / "config.yaml").is_file())) if not sees]
     if blind:
         raise RunError(f"{folder}: not seen by rank {blind[0]}; --train.run must be on storage that all nodes share")
-    return Record(folder if comm.main else None, steps, resumed)
+    return records[0] if comm.main else Record(None, steps, resumed)
 
 
 class Record(AbstractContextManager["Record"]):
@@ -129,7 +149,7 @@ class Record(AbstractContextManager["Record"]):
         self.curves = SummaryWriter(str(folder / "tensorboard"))
         self.console = PlainConsole()
         self.log = logging.Logger("flm_torchrec")
-        handler = logging.FileHandler(folder / "train.log")
+        handler = _LogFile(folder / "train.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self.log.addHandler(handler)
         self.progress = Progress(
@@ -148,7 +168,10 @@ class Record(AbstractContextManager["Record"]):
         """Forget what was recorded after the step that a resumed run goes on from, and tests; they come again."""
         if self.folder is None:
             return
-        file = self.folder / "metrics.jsonl"
+        with telling(self.folder, GO_ON):
+            self._rewind(self.folder / "metrics.jsonl", step)
+
+    def _rewind(self, file: Path, step: int) -> None:
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [
             line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step and "test/" not in line
@@ -158,33 +181,31 @@ class Record(AbstractContextManager["Record"]):
         self.metrics = file.open("a", encoding="utf-8")
         self.started -= json.loads(kept[-1])["seconds"] if kept else 0.0
         self.curves.close()
-        self.curves = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+        self.curves = SummaryWriter(str(file.parent / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """A line of metrics.jsonl and a point on each curve."""
         if self.folder is None:
             return
         line = {"step": step, "seconds": round(time.monotonic() - self.started, 3), **values}
-        try:
+        with telling(self.folder, GO_ON):
             self.metrics.write(json.dumps(line) + "\n")
             self.metrics.flush()
             for name, value in values.items():
                 self.curves.add_scalar(name, value, step)
-        except OSError as error:
-            raise RunError(
-                f"{self.folder}: cannot be written ({error.strerror}); mend that and go on with --train.existing resume"
-            ) from error
 
     def say(self, text: str) -> None:
         """To the log and to the person watching."""
         if self.folder is not None:
             text = visible(redact(text))
-            self.log.info(text)
+            with telling(self.folder, GO_ON):
+                self.log.info(text)
             self.console.print(text, soft_wrap=True)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         if self.folder is not None:
-            write_text(self.folder / name, json.dumps(content, indent=2))
+            with telling(self.folder, GO_ON):
+                write_text(self.folder / name, json.dumps(content, indent=2))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -192,7 +213,8 @@ class Record(AbstractContextManager["Record"]):
         if self.folder is None:
             return
         if error is not None:
-            self.log.error("stopped by %s: %s", type(error).__name__, visible(redact(str(error))))
+            with suppress(OSError):  # a full disk, of which `error` tells
+                self.log.error("stopped by %s: %s", type(error).__name__, visible(redact(str(error))))
         self.progress.stop()
         try:
             self.metrics.close()
@@ -201,3 +223,10 @@ class Record(AbstractContextManager["Record"]):
             if error is None:
                 raise
             # A full disk, of which `error` tells.
+
+
+class _LogFile(logging.FileHandler):
+    """Raises what the disk says, in place of a traceback on standard error for each line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise

@@ -7,10 +7,9 @@ format of sha256sum(1). It is written beside its place and renamed, so one witho
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
-import shutil
+import secrets
 from dataclasses import is_dataclass
 from pathlib import Path, PurePath
 from typing import Any, ClassVar
@@ -28,13 +27,11 @@ from torch.futures import Future
 
 from flm_torchrec.documents import read_json
 from flm_torchrec.errors import RunError
-from flm_torchrec.files import sha256
+from flm_torchrec.files import new_folder, put_in_place, remove, sha256, temporary
 
 META = "meta.json"
 SUMS = "SHA256SUMS"
 PART = ".sums"
-FRESH = ".tmp"
-OLD = ".old"
 UNREADABLE = (pickle.UnpicklingError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 """What taking a broken pickle for a description of tensors may raise."""
 
@@ -42,15 +39,17 @@ UNREADABLE = (pickle.UnpicklingError, ValueError, TypeError, AttributeError, Key
 def write(folder: Path, tensors: dict[str, Any], meta: dict[str, Any], group: dist.ProcessGroup | None) -> None:
     """Write tensors (each rank its shards) and `meta`; collective over `group`. What was there stays until then.
 
+    Claim the run first: `files.mend_inside` may then clear away what a kill leaves.
+
     Raises:
         RunError: it cannot be written, on every rank, with the reason of the rank that failed.
     """
-    writer = _Writer(folder, meta)
+    writer = _Writer(folder, meta, _drawn(group))
     try:
         dcp.save(tensors, storage_writer=writer, process_group=group)
     except (dcp.api.CheckpointException, OSError) as error:
         if writer.coordinator:  # all ranks are past writing: they raise together
-            shutil.rmtree(_beside(folder), ignore_errors=True)
+            remove(writer.fresh)
         raise RunError(f"{folder}: checkpoint not written ({_reason(error)}); what was there before is kept") from error
 
 
@@ -150,9 +149,10 @@ def damage(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
 class _Writer(dcp.FileSystemWriter):
     """DCP's writer into a folder beside the one wanted; rank 0 completes and renames it when all have written."""
 
-    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, meta: dict[str, Any], token: str) -> None:
         self.final = folder
-        self.fresh = _beside(folder)
+        self.token = token
+        self.fresh = temporary(folder, "new", token)
         self.meta = meta
         self.coordinator = False
         super().__init__(self.fresh)
@@ -164,7 +164,7 @@ class _Writer(dcp.FileSystemWriter):
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         if not self.coordinator:
             return plan  # they write when all are past this, into the folder that is then there
-        shutil.rmtree(self.fresh, ignore_errors=True)
+        new_folder(self.final, self.token)
         return super().prepare_local_plan(plan)
 
     def storage_meta(self) -> dcp_metadata.StorageMeta:
@@ -187,42 +187,15 @@ class _Writer(dcp.FileSystemWriter):
         for part in parts:
             part.unlink()
         (self.fresh / SUMS).write_text("".join(lines), encoding="ascii")
-        for path in (self.fresh / META, self.fresh / SUMS, self.fresh):
-            _sync(path)
-        replace(self.fresh, self.final)
+        put_in_place(self.fresh, self.final)
 
 
-def replace(fresh: Path, folder: Path) -> None:
-    """Put a whole folder where an older one may be; `restore_older` mends an interruption between the two renames."""
-    old = folder.with_name(folder.name + OLD)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    fresh.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def restore_older(folder: Path) -> None:
-    """Bring back what `replace` had moved away when it was interrupted, and clear away what it had not finished."""
-    for old in folder.glob("*" + OLD):
-        if not old.with_suffix("").exists():
-            old.rename(old.with_suffix(""))
-    for left in [*folder.glob("*" + FRESH), *folder.glob("*" + OLD)]:
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def _beside(folder: Path) -> Path:
-    return folder.with_name(folder.name + FRESH)
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _drawn(group: dist.ProcessGroup | None) -> str:
+    """What rank 0 draws for the name of the folder that all ranks write to; collective over `group`."""
+    token = [secrets.token_hex(8)]
+    if group is not None and dist.get_world_size(group) > 1:
+        dist.broadcast_object_list(token, src=0, group=group)
+    return token[0]
 
 
 class _Reader(dcp.FileSystemReader):
