@@ -371,12 +371,17 @@ def test_a_full_disk_at_the_start_names_the_run(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for number, place in enumerate(("pyarrow.parquet.write_table", "logging.StreamHandler.flush",
-                                    "flm_torchrec.training.record.SummaryWriter",
-                                    "flm_torchrec.training.record.write_text")):  # fmt: skip
+    record = "flm_torchrec.training.record"
+    places = {
+        "pyarrow.parquet.write_table": full,
+        f"{record}._LogFile._open": lambda _: Path("/dev/full").open("a"),  # noqa: SIM115
+        f"{record}.SummaryWriter": full,
+        f"{record}.write_text": full,
+    }
+    for number, (place, found) in enumerate(places.items()):
         run = tmp_path / str(number)
         with monkeypatch.context() as patch:
-            patch.setattr(place, full)
+            patch.setattr(place, found)
             with pytest.raises(RunError, match=rf"^{run}: No space left on device; mend that, or ") as told:
                 pretrain(load_config(None, overrides(small, run)))
         assert "\n" not in str(told.value)
@@ -390,9 +395,9 @@ def test_what_people_put_beside_a_run_and_its_states_is_left_alone(small: Prepar
     for folder in mine[:2]:
         folder.mkdir()
     pretrain(load_config(None, overrides(small, run)))
+    file = next(newest(run).glob("*.distcp"))
     for folder in mine[2:]:
         folder.mkdir()
-    file = next(newest(run).glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-1])
     for path in [run, *run.rglob("*")]:
         path.chmod(0o700 if path.is_dir() else 0o600)
