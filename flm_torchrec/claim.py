@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flm_torchrec.errors import RunError
-from flm_torchrec.files import ANOTHER, MARK, mend, resolved, telling
+from flm_torchrec.files import ANOTHER, MARK, make_parent, mend, resolved, telling
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 """What file systems without locks answer, such as Lustre mounted without `flock`."""
@@ -39,7 +39,7 @@ def claim(folder: Path, instead: str = ANOTHER) -> Iterator[None]:
     """
     with telling(folder, instead):
         folder = resolved(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_parent(folder)
         handle = _lock(folder, instead)
     try:
         with telling(folder, instead):

@@ -123,9 +123,20 @@ def new_folder(folder: Path, token: str = "") -> Path:
     folder = resolved(folder)
     _check_replaceable(folder)
     fresh = temporary(folder, "new", token)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(folder)
     fresh.mkdir(mode=0o700 if folder.exists() else 0o777)
     return fresh
+
+
+def make_parent(path: Path) -> None:
+    """Make the folder that `path` is to lie in.
+
+    Raises:
+        OSError: it cannot be made; named if a file is in its place.
+    """
+    if path.parent.exists() and not path.parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent))
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def put_in_place(fresh: Path, folder: Path) -> None:
