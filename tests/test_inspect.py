@@ -94,7 +94,7 @@ def planted() -> dict[str, tuple[list[tuple[int, ...]], str]]:
         "unsorted": ([(0, 1, 9 * DAY, 0), (0, 2, 1, 0), *((u + 1, *e) for u, *e in events)], "1 events are older"),
         "milliseconds": (
             [(u, i, (1_700_000_000 + t) * 1000, k) for u, i, t, k in events],
-            f"{len(events)} of {len(events)} events are later than the year 2242, the last in 5588",
+            f"{len(events)} of {len(events)} events are later than the year 2242, the last in 55895",
         ),
         "mixed units": ([*events, (60, 1, 5, 0), (60, 2, 10**13, 0)], f"1 of {len(events) + 2} events are later than"),
         "ties": (
