@@ -83,7 +83,7 @@ def test_a_killed_follower_goes_on_to_the_weights_of_an_undisturbed_one(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main([*follow, str(whole)]) == 0
     report = json.loads((whole / "follow.json").read_text())
-    assert report["source"] == {"files": ["a.jsonl", "b.parquet", "c.jsonl"]} and report["events"] == 350
+    assert list(report["source"]["files"]) == ["a.jsonl", "b.parquet", "c.jsonl"] and report["events"] == 350
     assert {reason: entry["rows"] for reason, entry in report["refused"].items()} == {
         "unknown user": 2, "no item": 1, "negative timestamp": 1, "unknown event": 1,
         "value missing or not a finite number": 1, "not a JSON object": 2,
@@ -109,7 +109,7 @@ main({[*follow, str(killed)]!r})
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=120)
     assert done.returncode == -9, done.stderr
     state = json.loads((killed / "follow.json").read_text())
-    assert state["source"] == {"files": ["a.jsonl"]} and len(list((killed / "events").iterdir())) == 2
+    assert list(state["source"]["files"]) == ["a.jsonl"] and len(list((killed / "events").iterdir())) == 2
     assert main([*follow, str(killed)]) == 0
     assert json.loads((killed / "follow.json").read_text()) == report
     assert weights(killed) == weights(whole)
@@ -143,6 +143,31 @@ def test_what_cannot_be_followed_is_told(run: Path, source: Path, tmp_path: Path
     assert "exists and is no run folder" in told("--output", str(source))
     (source / "a.parquet").write_bytes(b"PAR1 and no more PAR1")
     assert "a.parquet: not a readable Parquet file" in told()
+
+
+def test_an_output_goes_on_with_its_own_source_alone(
+    small: PreparedData, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other, output = tmp_path / "one", tmp_path / "other", tmp_path / "out"
+    for number, folder in enumerate((one, other)):
+        (folder / "spark.parquet").mkdir(parents=True)
+        (folder / "link.jsonl").symlink_to("nowhere")
+        put(folder / "day.jsonl", rows_of(small, 5, number))
+    arguments = ["follow", "--run", str(run), "--output", str(output), "--once", "--source"]
+    assert main([*arguments, str(one)]) == 0
+    log = (output / "train.log").read_text()
+    assert "spark.parquet: is a folder, left alone" in log and "link.jsonl: is a link that leads nowhere" in log
+    before = (output / "follow.json").read_text()
+    capsys.readouterr()
+    assert main([*arguments, str(other)]) == 2
+    told = capsys.readouterr().err
+    assert f"--output began with folder {one}" in told and told.count("\n") == 1
+    assert (output / "follow.json").read_text() == before
+    with (one / "day.jsonl").open("a") as file:
+        file.write(json.dumps(rows_of(small, 1, 7)[0]) + "\n")
+    put(one / "again.jsonl", rows_of(small, 5, 0))
+    assert main([*arguments, str(one)]) == 0
+    assert json.loads((output / "follow.json").read_text())["events"] == 6
 
 
 JSON = st.recursive(

@@ -71,7 +71,7 @@ def follow(
         load_checkpoint(run / BEST, job.model, comm)
         with open_run_folder(config, data, comm, 0) as record, Guard(comm, "stop", output / NON_FINITE) as guard:
             follower = _Follower(job, record, guard, Encoder(run / "vocabulary", form.columns, form.time_unit))
-            follower.go_on()
+            follower.go_on(source)
             follower.take_all(source, once)
             return follower.totals()
 
@@ -102,17 +102,20 @@ class _Follower:
         self.counts = np.bincount(self.data.item[self.fit], minlength=self.data.schema.items)
         self.known = Known.by(self.data, job.scope.known, values=True)
 
-    def go_on(self) -> None:
+    def go_on(self, source: Source) -> None:
         """Be where the newest checkpoint is.
 
         Raises:
-            RunError: the folder is that of another kind of run, or the disk is too small.
+            FlmError: the folder is that of another kind of run or of another source, or the disk is too small.
         """
         if self.record.resumed:
             found = self.job.resume(self.checkpoints, self.record)
             if found.step and not found.following:
                 raise RunError(f"{self.folder}: no 'flm follow' made it; give another --output")
             self.progress = found if found.following else self.progress
+        state = self.progress.following
+        state["source"] = source.resume(state["source"])
+        self._tell(source)
         self.checkpoints.check_space()
         with telling(self.folder):
             (self.folder / KEPT).mkdir(exist_ok=True)
@@ -126,6 +129,7 @@ class _Follower:
         """Learn from chunk after chunk."""
         while not self.guard.asked:
             chunk = source.after(self.progress.following["source"])
+            self._tell(source)
             if chunk is not None:
                 self._take(chunk)
             elif once:
@@ -133,6 +137,11 @@ class _Follower:
             else:
                 time.sleep(PAUSE)
         raise Interrupted(f"stopped by SIGTERM after step {self.progress.step}, all saved; start it again to go on")
+
+    def _tell(self, source: Source) -> None:
+        for line in source.told:
+            self.record.say(line)
+        source.told.clear()
 
     def totals(self) -> dict[str, int]:
         state = self.progress.following
@@ -149,7 +158,8 @@ class _Follower:
         state["events"] += len(new.user)
         state["source"] = chunk.position
         self._save()
-        self.record.say(f"{chunk.name}: {len(new.user)} of {len(chunk.rows)} rows, to step {self.progress.step}")
+        if chunk.rows:
+            self.record.say(f"{chunk.name}: {len(new.user)} of {len(chunk.rows)} rows, to step {self.progress.step}")
 
     def _remember(self, new: NewEvents) -> np.ndarray:
         """Take events into the histories, of which only the end is kept; [interactions] bool, which are new."""

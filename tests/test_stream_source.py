@@ -1,0 +1,263 @@
+"""Sources of new events: every row is given once, however files grow, change, move and come again."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flm_torchrec.data import stream_kafka, stream_source
+from flm_torchrec.data.stream_source import Folder, open_source
+from flm_torchrec.errors import DataError
+
+
+class Follower:
+    """Takes all that is new, and starts again from its saved position each time."""
+
+    def __init__(self, folder: Path, position: dict[str, Any] | None = None) -> None:
+        self.folder = folder
+        self.position = position or {}
+        self.told: list[str] = []
+
+    def take(self) -> list[Any]:
+        source = Folder(self.folder)
+        self.position = source.resume(json.loads(json.dumps(self.position)))
+        found: list[Any] = []
+        while (chunk := source.after(self.position)) is not None:
+            found += [int(row["n"]) for _, row in chunk.rows]
+            self.position = chunk.position
+        self.told = source.told
+        return found
+
+
+def lines(*numbers: int) -> str:
+    return "".join(json.dumps({"n": n}) + "\n" for n in numbers)
+
+
+@pytest.fixture
+def incoming(tmp_path: Path) -> Path:
+    folder = tmp_path / "incoming"
+    folder.mkdir()
+    return folder
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 4), st.booleans(), st.booleans()), max_size=12),
+    st.integers(1, 30),
+)
+@settings(deadline=None, max_examples=60)
+def test_of_files_that_grow_anywhere_every_row_is_taken_once(
+    writes: list[tuple[str, int, bool, bool]], cut: int
+) -> None:
+    """Rows are appended in pieces that end within a row, and the follower looks in between, or not."""
+    with tempfile.TemporaryDirectory() as place:
+        follower, written, pending, taken = Follower(Path(place)), 0, dict.fromkeys("abc", ""), []
+        for name, rows, partly, look in writes:
+            text = pending[name] + lines(*range(written, written + rows))
+            written += rows
+            kept = len(text) - (cut % len(text) if partly else 0)
+            with (Path(place) / f"{name}.jsonl").open("a") as file:
+                file.write(text[:kept])
+            pending[name] = text[kept:]
+            if look:
+                taken += follower.take()
+        for name, text in pending.items():
+            with (Path(place) / f"{name}.jsonl").open("a") as file:
+                file.write(text)
+        taken += follower.take()
+        assert sorted(taken) == list(range(written))
+        assert follower.take() == []
+
+
+def test_the_rows_of_a_file_that_grew_are_numbered_on(incoming: Path) -> None:
+    (incoming / "day.jsonl").write_text(lines(1, 2))
+    source = Folder(incoming)
+    first = source.after({})
+    assert first is not None and source.after(first.position) is None
+    assert [where for where, _ in first.rows] == ["day.jsonl: row 1", "day.jsonl: row 2"]
+    again = source.after({})
+    assert again is not None and again.rows == first.rows  # the same after the same position
+    with (incoming / "day.jsonl").open("a") as file:
+        file.write(lines(3) + '{"n": 4')
+    more = source.after(first.position)
+    assert more is not None and more.rows == [("day.jsonl: row 3", {"n": 3})]
+    assert any("its end is not there yet" in line for line in source.told)
+
+
+@pytest.mark.parametrize(
+    "content", [lines(1, 9, 3), lines(1, 2), lines(9), ""], ids=["a row changed", "cut off", "replaced", "emptied"]
+)
+def test_a_file_that_is_not_what_it_was_is_refused(incoming: Path, content: str) -> None:
+    file = incoming / "day.jsonl"
+    file.write_text(lines(1, 2, 3))
+    follower = Follower(incoming)
+    assert follower.take() == [1, 2, 3]
+    file.write_text(content)
+    os.utime(file, ns=(1, 1))
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"day\.jsonl: is not what it was when its rows were learnt from"):
+            follower.take()
+    file.write_text(lines(1, 2, 3, 4))
+    assert follower.take() == [4]
+
+
+def test_a_parquet_file_that_was_written_anew_is_refused(incoming: Path) -> None:
+    pq.write_table(pa.table({"n": [1, 2]}), incoming / "day.parquet")
+    follower = Follower(incoming)
+    assert follower.take() == [1, 2]
+    os.utime(incoming / "day.parquet")
+    assert follower.take() == []
+    pq.write_table(pa.table({"n": [1, 3]}), incoming / "day.parquet")
+    with pytest.raises(DataError, match=r"day\.parquet: is not what it was"):
+        follower.take()
+
+
+def test_the_same_content_under_another_name_is_skipped_and_told(incoming: Path) -> None:
+    (incoming / "b.jsonl").write_text(lines(1, 2))
+    pq.write_table(pa.table({"n": [3]}), incoming / "c.parquet")
+    follower = Follower(incoming)
+    assert follower.take() == [1, 2, 3]
+    (incoming / "a.jsonl").write_text(lines(1, 2))
+    (incoming / "d.parquet").write_bytes((incoming / "c.parquet").read_bytes())
+    assert follower.take() == []
+    assert [line.split(";")[0] for line in follower.told] == [
+        "a.jsonl: has the content of b.jsonl, so it is not learnt from again",
+        "d.parquet: has the content of c.parquet, so it is not learnt from again",
+    ]
+    assert follower.take() == [] and follower.told == []
+    with (incoming / "a.jsonl").open("a") as file:
+        file.write(lines(5))
+    assert follower.take() == [5]
+
+
+def test_a_file_that_was_renamed_and_grew_goes_on_but_a_common_beginning_is_none(incoming: Path) -> None:
+    (incoming / "app.jsonl").write_text(lines(1, 2))
+    follower = Follower(incoming)
+    assert follower.take() == [1, 2]
+    (incoming / "other.jsonl").write_text(lines(1, 2, 3))  # a file of its own, that happens to begin so
+    assert follower.take() == [1, 2, 3]
+    (incoming / "app.jsonl").rename(incoming / "app-monday.jsonl")
+    with (incoming / "app-monday.jsonl").open("a") as file:
+        file.write(lines(4))
+    assert follower.take() == [4] and "begins with the 2 rows of app.jsonl" in follower.told[0]
+
+
+def test_files_that_went_are_known_when_they_come_again_but_not_for_ever(
+    incoming: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_source, "REMEMBERED", 2)
+    follower = Follower(incoming)
+    for n in range(4):
+        (incoming / f"{n}.jsonl").write_text(lines(n))
+    assert follower.take() == [0, 1, 2, 3]
+    for n in range(4):
+        (incoming / f"{n}.jsonl").rename(incoming.parent / f"{n}.jsonl")
+    (incoming / "new.jsonl").write_text(lines(9))
+    assert follower.take() == [9] and sorted(follower.position["files"]) == ["2.jsonl", "3.jsonl", "new.jsonl"]
+    (incoming / "again.jsonl").write_text(lines(3))
+    assert follower.take() == []
+
+
+def test_what_is_no_file_is_told_and_never_ends_the_follower(
+    incoming: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (incoming / "spark.parquet").mkdir()
+    pq.write_table(pa.table({"n": [1]}), incoming / "spark.parquet/part-0.parquet")
+    (incoming / "gone.jsonl").symlink_to("nowhere")
+    (incoming / "gone.parquet").symlink_to("nowhere")
+    (incoming / "round.jsonl").symlink_to("round.jsonl")
+    os.mkfifo(incoming / "pipe.jsonl")
+    (incoming / "vanishes.jsonl").write_text(lines(2))
+    (incoming / "whole.jsonl").write_text(lines(3))
+    read = Path.read_bytes
+
+    def vanishing(file: Path) -> bytes:
+        if file.name == "vanishes.jsonl":
+            raise FileNotFoundError(2, "No such file or directory", str(file))
+        return read(file)
+
+    monkeypatch.setattr(Path, "read_bytes", vanishing)
+    follower = Follower(incoming)
+    assert follower.take() == [3]
+    told = "\n".join(follower.told)
+    for line in ("spark.parquet: is a folder", "gone.jsonl: is a link that leads nowhere", "pipe.jsonl: is no file",
+                 "gone.parquet: is a link", "round.jsonl: not readable"):  # fmt: skip
+        assert told.count(line) == 1
+    monkeypatch.undo()
+    assert follower.take() == [2]  # it was there after all
+    (incoming / "gone.jsonl").unlink()
+    (incoming / "gone.jsonl").write_text(lines(4))
+    assert follower.take() == [4]
+    incoming.rename(incoming.parent / "away")
+    with pytest.raises(DataError, match="put the folder back"):
+        Folder(incoming).after(follower.position)
+
+
+def test_another_source_is_refused_and_a_moved_folder_is_not(incoming: Path, tmp_path: Path) -> None:
+    (incoming / "day.jsonl").write_text(lines(1))
+    follower = Follower(incoming)
+    assert follower.take() == [1]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "day.jsonl").write_text(lines(2))
+    with pytest.raises(DataError, match=f"is folder {other}, but --output began with folder {incoming}"):
+        Follower(other, follower.position).take()
+    with pytest.raises(DataError, match="began with a Kafka topic"):
+        Follower(other, {"topic": "events", "cluster": "c", "offsets": {"0": 3}}).take()
+    with pytest.raises(DataError, match="began with a Kafka topic"):
+        Follower(other, {"0": 3}).take()  # as an older version wrote it
+    incoming.rename(tmp_path / "moved")
+    moved = Follower(tmp_path / "moved", follower.position)
+    assert moved.take() == [] and "is not there any more" in moved.told[0]
+
+
+def test_a_position_by_names_alone_counts_what_is_there_as_taken(incoming: Path) -> None:
+    (incoming / "old.jsonl").write_text(lines(1, 2))
+    (incoming / "new.jsonl").write_text(lines(3))
+    follower = Follower(incoming, {"files": ["gone.jsonl", "old.jsonl"]})
+    assert follower.take() == [3] and "known by name alone" in follower.told[0]
+    with (incoming / "old.jsonl").open("a") as file:
+        file.write(lines(4))
+    assert follower.take() == [4]
+
+
+def test_a_topic_is_told_from_others_and_its_new_partitions_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    kafka = pytest.importorskip("confluent_kafka")
+    monkeypatch.setattr(stream_kafka, "PATIENCE", 1.0)
+    monkeypatch.setattr(stream_kafka, "RELIST", 0.0)
+    producer = kafka.Producer({"test.mock.num.brokers": 1})  # a broker of librdkafka's own, in this process
+    broker = next(iter(producer.list_topics("events", 10).brokers.values()))
+    producer.list_topics("others", 10)
+    for partition in (0, 1, 3):
+        producer.produce("events", json.dumps({"n": partition}), partition=partition)
+    producer.flush(10)
+    address = f"kafka://{broker.host}:{broker.port}/"
+    source = open_source(address + "events")
+    assert isinstance(source, stream_kafka.KafkaTopic)
+    source.partitions, source.listed = [0], float("inf")  # as if it had been all that there were
+    position, found = source.resume({}), []
+    for wanted in (1, 3):
+        while len(found) < wanted:
+            chunk = source.after(position)
+            if chunk is not None:
+                found += [row["n"] for _, row in chunk.rows]
+                position = chunk.position
+        source.listed = 0.0
+    assert found[0] == 0 and sorted(found[1:]) == [1, 3]
+    assert source.told == ["topic events: new partitions 1, 2, 3, read from their start"]
+    assert source.resume(position) == position
+    with pytest.raises(DataError, match="is topic others, but --output began with topic events"):
+        open_source(address + "others").resume(position)
+    with pytest.raises(DataError, match="began with topic events of another Kafka cluster"):
+        source.resume({**position, "cluster": "elsewhere"})
+    with pytest.raises(DataError, match="began with a folder"):
+        source.resume({"files": ["a.jsonl"]})
+    assert source.resume({"0": 7})["offsets"] == {"0": 7}
