@@ -20,6 +20,6 @@ class RunError(FlmError):
 
 
 class Interrupted(FlmError):
-    """Asked to stop (SIGTERM), and all is saved: start it again to go on."""
+    """Asked to stop (SIGTERM, Ctrl-C), and all is saved: start it again to go on."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: not done, try again

@@ -15,7 +15,10 @@ import pytest
 from flm_torchrec.cli import main
 from flm_torchrec.config import load_config
 from flm_torchrec.config.load import sections
+from flm_torchrec.data import command as data_command
+from flm_torchrec.data import inspect_command
 from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.serve import command as serve_command
 from flm_torchrec.train import script_arguments
 
 TINY = ["--model.dim", "16", "--train.batch_size", "32", "--data.max_history", "8", "--train.eval_every", "5"]
@@ -213,3 +216,23 @@ def test_what_is_one_process_refuses_to_be_several(
 )
 def test_the_script_drops_what_a_launcher_adds(given: list[str], taken: list[str]) -> None:
     assert script_arguments(given) == taken
+
+
+@pytest.mark.parametrize("command", ["prepare", "serve", "inspect"])
+def test_ctrl_c_is_one_line(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = {
+        "prepare": ["prepare", "--source", "synthetic", "--output", "x"],
+        "serve": ["serve", "--export", "x"],
+        "inspect": ["inspect", "x"],
+    }[command]
+
+    def interrupted(args: object) -> None:
+        raise KeyboardInterrupt
+
+    module, name = {
+        "prepare": (data_command, "run"), "serve": (serve_command, "run_serve"), "inspect": (inspect_command, "run"),
+    }[command]  # fmt: skip
+    monkeypatch.setattr(module, name, interrupted)
+    assert main(arguments) == 130
+    error = capsys.readouterr().err
+    assert error.startswith("error: interrupted") and error.count("\n") == 1

@@ -34,8 +34,9 @@ from flm_torchrec.data.prepared import PreparedData, load_prepared
 from flm_torchrec.data.splits import split
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.distributed.join import fresh_store
-from flm_torchrec.errors import RunError
+from flm_torchrec.errors import Interrupted, RunError
 from flm_torchrec.training import checkpoint, storage
+from flm_torchrec.training.encode import ModelEncoder
 from flm_torchrec.training.guard import Guard, NonFinite, as_arrays, from_arrays
 from flm_torchrec.training.job import Job, pretrain
 from flm_torchrec.training.loop import STEPS as KINDS_OF_STEPS
@@ -131,6 +132,49 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(
     # Lines of steps that a stop cut in two average the rest alone; those after are the same to the last digit.
     assert metrics(run)[-3:] == metrics(undisturbed)[-3:]
     assert len({line["step"] for line in metrics(run)}) == len({line["step"] for line in metrics(undisturbed)})
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 20), (signal.SIGTERM, 20), (signal.SIGINT, STEPS)])
+def test_a_stop_within_a_validation_saves_and_it_comes_first_when_the_run_goes_on(
+    small: PreparedData, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, number: int, step: int
+) -> None:
+    """Left at the next block, not at its end; the same end as the run undisturbed."""
+    run = tmp_path / "run"
+    users, asked, blocks = ModelEncoder.users, step // 20, [0]
+
+    def users_and_signal(self: ModelEncoder, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        blocks[0] += 1
+        if blocks[0] == asked:
+            os.kill(os.getpid(), number)
+        return users(self, rows)
+
+    monkeypatch.setattr(ModelEncoder, "users", users_and_signal)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match=rf"at step {step} of {STEPS}, all saved"):
+        pretrain(load_config(None, overrides(small, run)))
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    meta = storage.read_meta(newest(run))
+    assert meta["step"] == step and meta["due"] and blocks[0] == asked
+    assert [line["step"] for line in metrics(run) if "valid/" in str(line)] == [20][: asked - 1]
+    monkeypatch.undo()
+    pretrain(load_config(None, overrides(small, run, "train.existing=resume")))
+    assert same(newest(run), newest(undisturbed)) and same(run / checkpoint.BEST, undisturbed / checkpoint.BEST)
+    assert metrics(run) == metrics(undisturbed) and not storage.read_meta(newest(run))["due"]
+
+
+def test_a_second_ctrl_c_ends_at_once_but_not_the_one_that_a_launcher_hands_on(tmp_path: Path) -> None:
+    with process_group(load_config(None, []).distributed) as comm, Guard(comm, "stop", tmp_path) as guard:
+        ended: list[int] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "_exit", ended.append)
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert guard.asked and not ended
+            guard.since -= 2.0
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert not ended
+            os.kill(os.getpid(), signal.SIGINT)
+            assert ended == [130]
 
 
 def test_sigterm_to_one_rank_stops_all_and_another_number_of_ranks_goes_on(small: PreparedData, tmp_path: Path) -> None:

@@ -118,6 +118,13 @@ def given_overrides(args: argparse.Namespace) -> list[str]:
     return [f"{key}={value}" for key, value in given.items() if value is not None]
 
 
+def given_options(args: argparse.Namespace) -> dict[str, str]:
+    """Options of a command beside settings and folders, which may lie elsewhere on each host."""
+    left_out = ("run_folder", "config")
+    given = {name: value for name, value in vars(args).items() if ":" not in name and name not in left_out}
+    return {f"--{name}": str(value) for name, value in given.items() if isinstance(value, str | int | float | list)}
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         values = read_yaml(path)

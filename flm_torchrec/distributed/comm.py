@@ -164,8 +164,9 @@ def process_group(config: DistributedConfig) -> Iterator[Comm]:
     saving = dist.new_group(timeout=10 * timeout, backend="gloo")
     comm = Comm(dist.get_rank(), dist.get_world_size(), local_world_size, device, control, saving, launch)
     if device.type == "cpu":
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(config.threads or max(1, cores // ranks_on_this_host(comm)))
+        # Asked of all ranks, also of one that was told its threads.
+        share = max(1, len(os.sched_getaffinity(0)) // ranks_on_this_host(comm))
+        torch.set_num_threads(config.threads or share)
     try:
         yield comm
     except RuntimeError as error:
@@ -200,9 +201,9 @@ def _who_is_lost(store: dist.Store, timeout: float, error: RuntimeError) -> str:
         time.sleep(ROLL_CALL)
         lost = [str(r) for r in range(world_size) if not store.check([str(r)])]
     except (RuntimeError, ValueError) as gone:
-        return f"rank {rank}: the job's store does not answer ({gone}), after: {reason}; see the logs of all ranks"
+        return f"the job's store does not answer ({gone}), after: {reason}; see the logs of all ranks"
     if not lost:
-        return f"rank {rank}: a collective failed, though every rank answers: {reason}; see the logs of all ranks"
+        return f"a collective failed, though every rank answers: {reason}; see the logs of all ranks"
     return (
         f"rank {', '.join(lost)} of {world_size} does not answer: it died, or hung for distributed.timeout ="
         f" {timeout:g} s ({reason}); see its log, and go on with --train.existing resume"

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from flm_torchrec.config import add_data_path, add_overrides, given_overrides
+from flm_torchrec.config import add_data_path, add_overrides, given_options, given_overrides
 from flm_torchrec.documents import Unreadable, read_json
 from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.files import telling, write_text
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     from flm_torchrec.terminal import PlainConsole
     from flm_torchrec.training.restore import restore
 
-    with restore(args.run_folder, given_overrides(args), args.sample) as restored:
+    with restore(args.run_folder, given_overrides(args), args.sample, given_options(args)) as restored:
         job = restored.job
         examples = job.scope.splits.test if args.split == "test" else job.scope.splits.valid
         if args.user:

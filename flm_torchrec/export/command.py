@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from flm_torchrec.config import add_data_path, given_overrides
+from flm_torchrec.config import add_data_path, given_options, given_overrides
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.manifest import RECALL_WANTED, Kind, Manifest, Quantise, Storage, Vectors, read_manifest
@@ -127,7 +127,7 @@ def run_export(args: argparse.Namespace) -> None:
         raise RunError(f"{args.output}: is what the delta is to be applied to; give another --output")
     if older is not None and args.index:
         raise RunError("--index: a delta has none; 'flm apply-delta' makes one of the kind that the older export has")
-    with restore(args.run_folder, given_overrides(args)) as restored:
+    with restore(args.run_folder, given_overrides(args), options=given_options(args)) as restored:
         job, valid = restored.job, restored.job.scope.splits.valid
         encoder = job.encoder(everyone(job.data))
         held = Held(job.encoder(valid), valid)

@@ -49,6 +49,8 @@ class Progress:
     best_step: int = 0
     stale: int = 0
     """Validations since the best."""
+    due: bool = False
+    """Stopped within the validation after this step, which then comes first."""
     following: dict[str, Any] = field(default_factory=dict)
     """Of `flm follow`: where it stands in its source, and what it has counted."""
 

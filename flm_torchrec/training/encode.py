@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -37,9 +40,17 @@ class ModelEncoder:
         self.comm = comm
         self.dim = dim
         self.max_history = max_history
+        self.check: Callable[[], None] = lambda: None
+
+    def checked(self, check: Callable[[], None]) -> ModelEncoder:
+        """The same, which calls `check` on every rank before each block: it may raise to end what is going on."""
+        copied = copy(self)
+        copied.check = check
+        return copied
 
     def users(self, rows: np.ndarray) -> dict[str, Tensor]:
         """[b] indices of examples → by name of REPRESENTATIONS, [b, D] float32 after the known events."""
+        self.check()
         examples = self.examples.take(self._padded(rows))
         start = np.maximum(self.data.offsets[examples.user], examples.end - self.max_history)
         batch = self.assembler.encoding(examples.user, start, examples.end)
@@ -53,6 +64,7 @@ class ModelEncoder:
 
     def views(self, ids: np.ndarray) -> dict[Of, Tensor]:
         """By kind, what `items` gives."""
+        self.check()
         wanted, place = np.unique(self._padded(ids), return_inverse=True)
         encoded = self._encode(self.assembler.items(wanted))
         views: dict[Of, Tensor] = {"all": encoded.items, "content": encoded.content_items, "id": encoded.item_ids}

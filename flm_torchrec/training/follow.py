@@ -58,7 +58,7 @@ def follow(
 
     Raises:
         FlmError: run, source or folder is wrong.
-        Interrupted: asked to stop by SIGTERM; the state is saved.
+        Interrupted: asked to stop by SIGTERM or Ctrl-C; the state is saved.
     """
     config = _config_of(run, output, overrides)
     source = open_source(url)
@@ -136,7 +136,7 @@ class _Follower:
                 return
             else:
                 time.sleep(PAUSE)
-        raise Interrupted(f"stopped by SIGTERM after step {self.progress.step}, all saved; start it again to go on")
+        raise Interrupted(f"stopped as asked after step {self.progress.step}, all saved; start it again to go on")
 
     def _tell(self, source: Source) -> None:
         for line in source.told:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
@@ -26,6 +28,15 @@ MOST_KEPT = 20
 """Batches in that folder: enough to find the cause, too few to fill a disk."""
 
 
+AT_ONCE = 1.0
+"""Seconds after the first Ctrl-C from which another ends the process at once. torchrun hands on to its ranks what the
+terminal has sent them already: that second signal comes sooner."""
+
+
+class Stopped(Exception):
+    """Asked to stop within a validation, which every rank leaves at the same block."""
+
+
 class NonFinite(RunError):
     """The loss is no longer a number, on some rank; every rank raises it, and none has learnt from the step."""
 
@@ -45,21 +56,40 @@ class Guard(AbstractContextManager["Guard"]):
         self.policy = policy
         self.folder = folder
         self.asked = False
+        self.since = 0.0
         self.stopping = False
         """Some rank was asked to stop, and all know."""
         self.skipped = 0
 
     def __enter__(self) -> Guard:
-        self.before = signal.signal(signal.SIGTERM, self._ask)
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.signal(signal.SIGTERM, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        if number == signal.SIGINT and self.asked and time.monotonic() - self.since > AT_ONCE:
+            # Past all clean-up, which may wait for other ranks: files are whole under their names at any time.
+            os.write(2, b"error: ended at once by Ctrl-C; go on at the newest checkpoint\n")
+            os._exit(128 + number)
+        if not self.asked:
+            self.asked, self.since = True, time.monotonic()
+            if number == signal.SIGINT and self.comm.main:
+                os.write(2, b"stopping; what was learnt is saved first (Ctrl-C again: at once)\n")
+
+    def check(self) -> None:
+        """Asked between the blocks of a validation; collective.
+
+        Raises:
+            Stopped: some rank was asked to stop.
+        """
+        self.stopping = self.stopping or self.comm.any(self.asked)[0]
+        if self.stopping:
+            raise Stopped
 
     def passes(self, step: int, batch: Batch, loss: torch.Tensor, outputs: Outputs) -> bool:
         """Whether to learn from the batch; False, on every rank, if the loss of any is no number. Collective.

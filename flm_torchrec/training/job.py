@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,9 +36,10 @@ from flm_torchrec.names import nearest
 from flm_torchrec.training.checkpoint import BEST, Checkpoints, Progress, load_checkpoint, load_matching
 from flm_torchrec.training.encode import ModelEncoder
 from flm_torchrec.training.fusion import choose_weights
+from flm_torchrec.training.given import check_given
 from flm_torchrec.training.identity import has_ids_of
 from flm_torchrec.training.lookups import lookups_of
-from flm_torchrec.training.loop import Finished, fit, total_steps
+from flm_torchrec.training.loop import Finished, Validate, fit, total_steps
 from flm_torchrec.training.record import Record, check_run_folder, claimed, open_run_folder
 from flm_torchrec.training.scope import Scope, load_data, scope_of
 
@@ -53,7 +55,10 @@ def pretrain(config: Config) -> Finished:
     check_select(config)
     data = load_data(config)
     scope = scope_of(config, data)
-    with process_group(config.distributed) as comm, claimed(config.train.run, comm):
+    with ExitStack() as stack:
+        comm = stack.enter_context(process_group(config.distributed))
+        check_given(comm, config, data)
+        stack.enter_context(claimed(config.train.run, comm))
         check_run_folder(config, comm)
         job = Job(config, data, scope, comm)
         with open_run_folder(config, data, comm, job.total_steps) as record:
@@ -130,7 +135,7 @@ class Job:
             self.model, self.data, self.known, examples, self.comm, config.model.dim, config.data.max_history, block,
         )  # fmt: skip
 
-    def fit(self, record: Record, validate: Callable[[], dict[str, float]] | None = None) -> Finished:
+    def fit(self, record: Record, validate: Validate | None = None) -> Finished:
         """Train, or go on where the run folder's newest checkpoint is, and keep the best checkpoint.
 
         Args:
@@ -143,8 +148,8 @@ class Job:
         encode = self.encoder(valid)
         if validate is None:
 
-            def validate() -> dict[str, float]:
-                return evaluate_heads(data, valid, encode, comm, config.eval)
+            def validate(check: Callable[[], None]) -> dict[str, float]:
+                return evaluate_heads(data, valid, encode.checked(check), comm, config.eval)
 
         record.say(
             f"{data.schema.name}: {data.schema.users} users, {data.schema.items} items, {self.scope.learnt_from}"

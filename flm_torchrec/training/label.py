@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from flm_torchrec.training.scope import spans_of
 
 def label_metrics(
     model: DistributedModelParallel, data: PreparedData, labels: np.ndarray, known: np.ndarray, comm: Comm,
-    batch_size: int, max_history: int,
+    batch_size: int, max_history: int, check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:  # fmt: skip
     """`label/auc`, `label/ne` and `label/events` over the labelled events; collective.
 
@@ -28,6 +30,7 @@ def label_metrics(
     Args:
         labels: [interactions] float32, NaN where there is none.
         known: [interactions] bool, events that made ids known to the model.
+        check: called on every rank before each batch; it may raise to end this.
     """
     splits = spans_of(data, labels)
     rows = 0 if comm.world_size == 1 else data.schema.items
@@ -35,7 +38,7 @@ def label_metrics(
     nothing = Negatives(np.ones(data.schema.items), 0, 1.0)
     spans = windows(data, splits, max_history)
     loader = TrainLoader(spans, assembler, nothing, batch_size, 0, comm.rank, comm.world_size)
-    logits, truth = _collect(model, loader, comm)
+    logits, truth = _collect(model, loader, comm, check)
     rate = truth.mean()
     log_loss = F.binary_cross_entropy_with_logits(logits, truth)
     base = -(rate * rate.log() + (1 - rate) * (1 - rate).log())
@@ -46,12 +49,15 @@ def label_metrics(
     }
 
 
-def _collect(model: DistributedModelParallel, loader: TrainLoader, comm: Comm) -> tuple[Tensor, Tensor]:
+def _collect(
+    model: DistributedModelParallel, loader: TrainLoader, comm: Comm, check: Callable[[], None]
+) -> tuple[Tensor, Tensor]:
     """Logits and labels of all ranks, in the same order on each."""
     logits, truth = [], []
     model.eval()
     with torch.no_grad():
         for batch in loader.epoch(0):
+            check()
             moved = batch.to(comm.device)
             _, outputs = model(moved)
             labelled = ~torch.isnan(moved.label)

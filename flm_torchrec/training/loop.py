@@ -23,11 +23,12 @@ from flm_torchrec.distributed.replicas import average_replicas
 from flm_torchrec.errors import Interrupted
 from flm_torchrec.model.pretrain import Outputs
 from flm_torchrec.training.checkpoint import Checkpoints, Progress
-from flm_torchrec.training.guard import NON_FINITE, Guard, NonFinite
+from flm_torchrec.training.guard import NON_FINITE, Guard, NonFinite, Stopped
 from flm_torchrec.training.record import Record
 from flm_torchrec.training.schedule import Schedule
 
-Validate = Callable[[], dict[str, float]]
+Validate = Callable[[Callable[[], None]], dict[str, float]]
+"""Given what to call between two blocks, by which a validation may be left."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,11 @@ def fit(
 
     Raises:
         RunError: the loss is no longer a number, or the last checkpoint cannot be written.
-        Interrupted: asked to stop by SIGTERM; the state is saved.
+        Interrupted: asked to stop by SIGTERM or Ctrl-C; the state is saved.
     """
     total = total_steps(config, len(loader))
     every = config.eval_every or len(loader)
     schedule = Schedule(optimizer, config.warmup_steps, total)
-    best = _Best(config.select, record, validate, checkpoints, progress)
-    if as_found and progress.step == 0:
-        best.judge(total)
     ahead = Prefetch(islice(loader.after(progress.step), total - progress.step))
     meter = _Meter(comm, ahead)
     model.train()
@@ -68,6 +66,10 @@ def fit(
         closing(checkpoints),
         closing(iter(ahead)) as batches,
     ):
+        best = _Best(config.select, record, lambda: validate(guard.check), checkpoints, progress)
+        if progress.due or (as_found and progress.step == 0):
+            best.judge(total)
+            _checkpoint(progress, total, config, checkpoints, record, guard)
         steps = STEPS[comm.device.type](model, optimizer, schedule, comm.device, guard)
         while progress.step < total and not best.done(config.patience):
             began = time.monotonic()
@@ -96,6 +98,7 @@ def fit(
         steps.release()
         if progress.best is None:  # resumed at the end, and what was best is damaged
             best.judge(total)
+            _checkpoint(progress, total, config, checkpoints, record, guard)
         checkpoints.finish()
     assert progress.best is not None
     return Finished(progress.step, progress.best_step, progress.best, progress.seconds)
@@ -105,14 +108,15 @@ def _checkpoint(
     progress: Progress, total: int, config: TrainConfig, checkpoints: Checkpoints, record: Record, guard: Guard
 ) -> None:
     due = config.checkpoint_every and progress.step % config.checkpoint_every == 0
-    if due or guard.stopping or progress.worn_out(config.patience) or progress.step == total:
+    due = due or guard.stopping or progress.worn_out(config.patience) or progress.step == total
+    if due and progress.step > 0:
         failed = checkpoints.save(progress)
         if failed:
             record.say(f"step {progress.step}: {failed}")
-    if guard.stopping and progress.step < total:
+    if guard.stopping and (progress.step < total or progress.due):
         checkpoints.finish()
         raise Interrupted(
-            f"stopped by SIGTERM at step {progress.step} of {total}, all saved; go on with --train.existing resume"
+            f"stopped as asked at step {progress.step} of {total}, all saved; go on with --train.existing resume"
         )
 
 
@@ -120,8 +124,9 @@ class _Best:
     """Validates, and saves whatever is better than all before."""
 
     def __init__(
-        self, select: str, record: Record, validate: Validate, checkpoints: Checkpoints, progress: Progress
-    ) -> None:
+        self, select: str, record: Record, validate: Callable[[], dict[str, float]], checkpoints: Checkpoints,
+        progress: Progress,
+    ) -> None:  # fmt: skip
         self.select = select
         self.record = record
         self.validate = validate
@@ -129,7 +134,14 @@ class _Best:
         self.progress = progress
 
     def judge(self, total: int) -> None:
-        metrics, progress = self.validate(), self.progress
+        """Validate, unless asked to stop meanwhile: then it is due when the run goes on."""
+        progress = self.progress
+        try:
+            metrics = self.validate()
+        except Stopped:
+            progress.due = True
+            return
+        progress.due = False
         score = metrics[self.select]
         improved = progress.best is None or score > progress.best
         self.record.scalars(progress.step, {f"valid/{name}": value for name, value in metrics.items()})

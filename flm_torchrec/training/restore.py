@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import RunError
 from flm_torchrec.training.checkpoint import BEST, load_checkpoint
+from flm_torchrec.training.given import check_given
 from flm_torchrec.training.identity import open_run
 from flm_torchrec.training.job import Job
 from flm_torchrec.training.scope import ANY_RANKS, IN_MEMORY, load_data, scope_of
@@ -26,16 +27,20 @@ class Restored:
 
 
 @contextmanager
-def restore(run: str | Path, overrides: Sequence[str] = (), sample: bool = False) -> Iterator[Restored]:
+def restore(
+    run: str | Path, overrides: Sequence[str] = (), sample: bool = False, options: Mapping[str, str] | None = None
+) -> Iterator[Restored]:
     """Load a run's best checkpoint onto the ranks of this job; collective.
 
     Args:
         run: run folder.
         overrides: of the run's config, such as `distributed.device=cpu`, or `data.path`, where its data are now; none
             that changes what was trained.
+        options: of the command that asks, which all ranks must have been given alike.
         sample: load the events of those users alone that a run with `data.stream` validated on.
 
     Raises:
+        ConfigError: ranks were not given the same.
         RunError: no run, no checkpoint, data that are not its own, or a sample of a run that had all data in memory.
     """
     run = Path(run)
@@ -47,6 +52,7 @@ def restore(run: str | Path, overrides: Sequence[str] = (), sample: bool = False
     data = load_data(config)
     scope = scope_of(config, data)
     with process_group(config.distributed) as comm:
+        check_given(comm, config, data, run, options)
         job = Job(config, data, scope, comm)
         meta = load_checkpoint(run / BEST, job.model, comm)
         digest = hashlib.sha256((run / "config.yaml").read_bytes()).hexdigest()[:8]

@@ -1,0 +1,36 @@
+"""What the ranks of a job were given, compared: settings, data, runs that they read, code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from flm_torchrec.config import Config
+from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.distributed.alike import Given, check_alike, digest_of
+from flm_torchrec.distributed.comm import Comm
+from flm_torchrec.training.checkpoint import BEST
+from flm_torchrec.training.storage import SUMS
+
+
+def check_given(
+    comm: Comm, config: Config, data: PreparedData, run: Path | None = None, options: Mapping[str, str] | None = None
+) -> None:
+    """Refuse ranks that were not given the same, before any size can differ between them; collective.
+
+    Folders may lie elsewhere on each host if their content is the same.
+
+    Args:
+        run: finished run that all ranks read.
+        options: of the command, beside the config.
+
+    Raises:
+        ConfigError: on every rank, with what differs, its values and ranks.
+    """
+    found = {name: Given(value) for name, value in (options or {}).items()}
+    found["data"] = Given(data.fingerprint[:12], str(data.path))
+    for name, folder in (("the run", run), ("finetune.source", config.finetune.source)):
+        if folder:
+            best = Path(folder) / BEST
+            found[name] = Given(digest_of(Path(folder) / "config.yaml", best / SUMS)[:12], str(folder))
+    check_alike(comm, config, found)
