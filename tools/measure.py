@@ -1,7 +1,7 @@
 """Measures of the source that the project holds itself to, one a line, with its bound. Exits 1 where one is broken.
 
-    python tools/measure.py                # the package, launch/ and tools/
-    python tools/measure.py --where        # also names each place that counts
+python tools/measure.py                # the package, launch/ and tools/
+python tools/measure.py --where        # also names each place that counts
 """
 
 from __future__ import annotations
@@ -103,10 +103,22 @@ def measure(root: Path) -> list[Measure]:
     Raises:
         SyntaxError: a file is no Python.
     """
-    long, deep, wide = Measure("functions over 60 lines", 0), Measure("nesting over 3", 0), Measure("parameters over 6", 0)
+    long, deep, wide = (
+        Measure("functions over 60 lines", 0),
+        Measure("nesting over 3", 0),
+        Measure("parameters over 6", 0),
+    )
     bare, skipped = Measure("public functions without docstring", 0), Measure("'fmt: skip'", 9)
-    twice, settings, circle = Measure("class names defined twice", 0), Measure("config fields", 69), Measure("import circles", 0)
-    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for folder in FOLDERS for file in sorted((root / folder).rglob("*.py"))}
+    twice, settings, circle = (
+        Measure("class names defined twice", 0),
+        Measure("config fields", 69),
+        Measure("import circles", 0),
+    )
+    trees = {
+        file: ast.parse(file.read_text(encoding="utf-8"))
+        for folder in FOLDERS
+        for file in sorted((root / folder).rglob("*.py"))
+    }
     classes: dict[str, str] = {}
     for file, tree in trees.items():
         at = file.relative_to(root)
@@ -116,7 +128,11 @@ def measure(root: Path) -> list[Measure]:
             deep.places += [place] * (nesting(function) > 3)
             wide.places += [place] * (parameters(function) > 6)
             bare.places += [place] * (public and not ast.get_docstring(function))
-        skipped.places += [f"{at}:{n}" for n, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1) if line.rstrip().endswith("# fmt: skip")]
+        skipped.places += [
+            f"{at}:{n}"
+            for n, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+            if line.rstrip().endswith("# fmt: skip")
+        ]
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef) and node.name in classes:
                 twice.places.append(f"{at}:{node.lineno} {node.name}, as in {classes[node.name]}")
@@ -124,7 +140,10 @@ def measure(root: Path) -> list[Measure]:
                 classes[node.name] = f"{at}:{node.lineno}"
         if at.as_posix() == "flm_torchrec/config/schema.py":
             settings.places = config_fields(tree)
-    names = {".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): tree for file, tree in trees.items()}
+    names = {
+        ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): tree
+        for file, tree in trees.items()
+    }
     circle.places = circles({name: imported(tree, set(names)) - {name} for name, tree in names.items()})
     return [long, deep, wide, bare, skipped, twice, settings, circle]
 
