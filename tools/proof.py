@@ -24,40 +24,16 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ["--data.path", "data"]
 SHORT = [
-    *("--model.dim", "16", "--train.batch_size", "32", "--distributed.threads", "1", "--train.max_steps", "40"),
-    *("--train.eval_every", "15", "--train.log_every", "5"),
+    *"--model.dim 16 --train.batch_size 32 --distributed.threads 1 --train.max_steps 40".split(),
+    *"--train.eval_every 15 --train.log_every 5".split(),
 ]
 RUNS = {
-    "sum": [],
-    "gated": [
-        "--model.block",
-        "transformer",
-        "--model.relative_bias",
-        "true",
-        "--model.fusion",
-        "gated",
-        "--loss.fused",
-        "1",
-        "--loss.negatives",
-        "all",
-    ],
-    "concat": [
-        "--model.fusion",
-        "concat",
-        "--loss.fused",
-        "0.5",
-        "--model.similarity",
-        "dot",
-        "--loss.temperature",
-        "1",
-        "--loss.negatives",
-        "64",
-        "--loss.collaborative",
-        "0",
-        "--loss.precision",
-        "bf16",
-    ],
-    "streamed": ["--data.stream", "true", "--train.eval_users", "100"],
+    "sum": "",
+    "gated": "--model.block transformer --model.relative_bias true --model.fusion gated --loss.fused 1"
+    " --loss.negatives all",
+    "concat": "--model.fusion concat --loss.fused 0.5 --model.similarity dot --loss.temperature 1 --loss.negatives 64"
+    " --loss.collaborative 0 --loss.precision bf16",
+    "streamed": "--data.stream true --train.eval_users 100",
 }
 EXPORTED = ("sum", "gated", "concat")
 OF_TIME = ("seconds", "samples_per_second", "input_wait")
@@ -81,7 +57,7 @@ def pipeline(source: Path, folder: Path) -> None:
     made_up = ["--synthetic-users", "300", "--synthetic-items", "150", "--synthetic-events", "12"]
     flm("prepare", "--source", "synthetic", *made_up, "--output", "data")
     for run, settings in RUNS.items():
-        flm("train", *DATA, *SHORT, "--train.run", run, *settings)
+        flm("train", *DATA, *SHORT, "--train.run", run, *settings.split())
     flm("train", *DATA, *SHORT, "--train.run", "two-ranks", ranks=2)
     flm("finetune", "--finetune.source", "sum", "--train.run", "finetuned", "--finetune.tower", "partial")
     for run in EXPORTED:
