@@ -23,10 +23,10 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ["--data.path", "data"]
-SHORT = [
-    *"--model.dim 16 --train.batch_size 32 --distributed.threads 1 --train.max_steps 40".split(),
-    *"--train.eval_every 15 --train.log_every 5".split(),
-]
+SHORT = (
+    "--model.dim 16 --train.batch_size 32 --distributed.threads 1 --train.max_steps 40 --train.eval_every 15"
+    " --train.log_every 5"
+)
 RUNS = {
     "sum": "",
     "gated": "--model.block transformer --model.relative_bias true --model.fusion gated --loss.fused 1"
@@ -57,8 +57,8 @@ def pipeline(source: Path, folder: Path) -> None:
     made_up = ["--synthetic-users", "300", "--synthetic-items", "150", "--synthetic-events", "12"]
     flm("prepare", "--source", "synthetic", *made_up, "--output", "data")
     for run, settings in RUNS.items():
-        flm("train", *DATA, *SHORT, "--train.run", run, *settings.split())
-    flm("train", *DATA, *SHORT, "--train.run", "two-ranks", ranks=2)
+        flm("train", *DATA, *f"{SHORT} {settings}".split(), "--train.run", run)
+    flm("train", *DATA, *SHORT.split(), "--train.run", "two-ranks", ranks=2)
     flm("finetune", "--finetune.source", "sum", "--train.run", "finetuned", "--finetune.tower", "partial")
     for run in EXPORTED:
         flm("evaluate", "--run", run)
