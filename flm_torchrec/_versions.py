@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import re
 from importlib import metadata
 
@@ -42,6 +43,13 @@ def check_versions() -> None:
             "fbgemm-gpu is the CUDA build and this machine has no CUDA driver;"
             f" run: pip uninstall -y fbgemm-gpu && {MEND_CPU}"
         )
+
+
+def installed() -> dict[str, str]:
+    """Versions of this package and of what its results depend on; those that are not installed are left out."""
+    names = ("flm_torchrec", "torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "faiss-cpu", "numpy", "pyarrow")
+    found = {name: _version(name) for name in names}
+    return {"Python": platform.python_version(), **{name: version for name, version in found.items() if version}}
 
 
 def _version(package: str) -> str | None:

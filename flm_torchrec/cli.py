@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import select
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from flm_torchrec._versions import installed
 from flm_torchrec.errors import FlmError, RunError
 from flm_torchrec.names import nearest
 from flm_torchrec.told import tell
 
 ON_RANKS = ("train", "finetune", "evaluate", "export")
 """Commands that share their work among ranks; each of the others is one process."""
+STEPS = ("prepare", "train", "evaluate", "export", "recommend", "serve")
+"""Commands of the main job, in its order."""
+BROKEN_PIPE = 128 + 13
+"""What a shell shows of a process that SIGPIPE ended."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Names the nearest option when one is not known."""
+    """Names the nearest option, command or choice when one is not known."""
 
     def error(self, message: str) -> NoReturn:
         tell(f"{message} (see '{self.prog} --help')")
         sys.exit(2)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            hint = nearest(str(value), map(str, action.choices))
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}; {hint}")
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
         namespace, unknown = super().parse_known_args(args, namespace)
@@ -35,10 +47,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; 0 on success, else one line on standard error.
 
     2 where the user can mend it, 75 where training was asked to stop (SIGTERM, Ctrl-C) and can go on,
-    130 where Ctrl-C ended anything else.
+    130 where Ctrl-C ended anything else, 141 where what reads the output, such as `head`, has ended.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # in a locale of ASCII a name or a dash must not end the command
     try:
-        args = _parser().parse_args(argv)
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is met; Python's own flush at the end would complain
+    except BrokenPipeError:
+        if not _pipe_closed():
+            raise
+        return BROKEN_PIPE
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        parser, subparsers = _parser()
+        args = parser.parse_args(argv)
+        if args.command is None and args.version:
+            print("\n".join(f"{name} {version}" for name, version in installed().items()))
+            return 0
+        if args.command is None:
+            print(_steps(subparsers), file=sys.stderr)
+            return 2
         _check_ranks(args.command)
         args.run(args)
     except FlmError as error:
@@ -51,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     # Imported here: it takes a second, in which Ctrl-C should be one line too.
     from flm_torchrec.data import command as data_command
     from flm_torchrec.data import inspect_command
@@ -64,11 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     from flm_torchrec.training import forget_command
 
     parser = _Parser(prog="flm", description=__doc__, allow_abbrev=False)
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="store_true", help="print the versions of flm_torchrec and its libraries")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     stages = (data_command, distributed_command, training_command, evaluation_command, export_command, serve_command)
     for command in (*stages, inspect_command, report_command, forget_command):
         command.add_parser(subparsers)
-    return parser
+    return parser, subparsers
 
 
 def _check_ranks(command: str) -> None:
@@ -78,3 +113,28 @@ def _check_ranks(command: str) -> None:
         raise RunError(
             f"flm {command}: runs as one process, not as {ranks} ranks (WORLD_SIZE); start it without torchrun"
         )
+
+
+def _steps(subparsers: argparse._SubParsersAction) -> str:
+    """What `flm` alone says: the commands, those of the main job first and in order."""
+    told = {action.dest: action.help or "" for action in subparsers._choices_actions}
+    order = [*(name for name in STEPS if name in told), *(name for name in told if name not in STEPS)]
+    lines = [f"  {name:<12} {told[name]}" for name in order]
+    here, rest = lines[: len(STEPS)], lines[len(STEPS) :]
+    return "\n".join(
+        ["usage: flm COMMAND [OPTIONS]", "", "the steps, in order:", *here, "", "besides:", *rest, "",
+         "'flm COMMAND --help' lists the options of a command; 'flm --version' the versions."]
+    )  # fmt: skip
+
+
+def _pipe_closed() -> bool:
+    """Whether it is standard output that nobody reads any more; it then goes nowhere, so that no flush complains."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, 0)
+    if any(event & select.POLLERR for _, event in poll.poll(0)):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, output)
+        os.close(nowhere)
+        return True
+    return False

@@ -12,6 +12,12 @@ from torchx import specs
 from torchx.components import dist
 from torchx.specs.finder import ComponentValidationException
 
+RANGES = {
+    "nodes": (1, 100_000), "nproc_per_node": (1, 1024), "cpu": (1, 4096), "gpu": (0, 1024), "memory_gib": (1, 2**20),
+    "max_retries": (0, 1000), "max_restarts": (0, 1000), "rdzv_port": (0, 65535),
+}  # fmt: skip
+"""Least and most of each number that `pretrain` takes."""
+
 
 def pretrain(
     *script_args: str,
@@ -45,6 +51,14 @@ def pretrain(
         env: environment variables, A=1,B=2
         mounts: type=bind,src=/host,dst=/job and so on, as torchx takes them
     """
+    given = {
+        "nodes": nodes, "nproc_per_node": nproc_per_node, "cpu": cpu, "gpu": gpu, "memory_gib": memory_gib,
+        "max_retries": max_retries, "max_restarts": max_restarts, "rdzv_port": rdzv_port,
+    }  # fmt: skip
+    for name, value in given.items():
+        low, high = RANGES[name]
+        if not low <= value <= high:
+            raise ComponentValidationException(f"--{name} {value}: give {low:,} to {high:,}")
     if gpu and nproc_per_node > gpu:
         # torchx shows this error as a line, any other as a traceback.
         raise ComponentValidationException(

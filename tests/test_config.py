@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 from flm_torchrec.config import Config, add_config_arguments, config_from_arguments, load_config, to_yaml
+from flm_torchrec.config.accepts import accepts
+from flm_torchrec.config.load import sections
 from flm_torchrec.errors import ConfigError
 from tests.conftest import ROOT
 
@@ -56,6 +60,7 @@ def test_a_wrong_override_is_one_line_that_names_it(override: str, message: str)
 
 def test_all_losses_off_is_refused() -> None:
     with pytest.raises(ConfigError, match="the weights of all heads are 0; set one of"):
+    with pytest.raises(ConfigError, match="weights of all heads are 0; set one of content, collaborative, sequential"):
         load_config(None, ["loss.content=0", "loss.collaborative=0", "loss.sequential=0"])
 
 
@@ -70,3 +75,46 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml"):
         load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distributed.timeout=1e12", "distributed.timeout: must be a number above 0 to 2,592,000, not 1000000000000.0"),
+        ("distributed.memory_gib=1e300", "distributed.memory_gib: must be a number from 0 to 1e"),
+        ("train.dense_lr=1e38", "train.dense_lr: must be a number above 0 to 10000, not 1e"),
+        ("finetune.sparse_lr=1e38", "finetune.sparse_lr: must be a number from 0 to 10000"),
+        ("train.max_steps=99999999999999999999", "train.max_steps: must be a whole number from 0 to 2,147,483,647"),
+        ("model.dim=nan", "model.dim: must be a whole number from 1 to 65,536, not nan"),
+        ("model.block=gru", "model.block: must be one of transformer, hstu, not 'gru'"),
+        ("data.stream=maybe", "data.stream: must be true or false, not 'maybe'"),
+        ("loss.negatives=some", "loss.negatives: must be a whole number from 0 to 2,147,483,647, or 'all', not 'some'"),
+        ("eval.ks=5,x", "eval.ks: must be one or several, separated by commas, each a whole number from 1 to .*'x'"),
+        ("eval.baselines=random,best", "each one of popularity, item-kNN, EASE-R, random, not 'best'"),
+    ],
+)
+def test_what_a_setting_takes_is_told(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [override])
+
+
+def test_every_number_has_a_lower_and_an_upper_bound() -> None:
+    for section, kind in sections().items():
+        for name, hint in get_type_hints(kind, include_extras=True).items():
+            for told in accepts(hint).split(", or "):
+                if "number" in told:
+                    assert re.search(r"number (from|above) \S+ (to|below) \S+", told), (section, name, told)
+
+
+def test_a_list_may_be_written_with_commas_and_one_value_without() -> None:
+    assert load_config(None, ["eval.ks=10"]).eval.ks == (10,)
+    assert load_config(None, ["eval.ks=5, 20"]).eval.ks == (5, 20)
+    assert load_config(None, ["data.features=title,brand"]).data.features == ("title", "brand")
+    assert load_config(None, ["data.features=title"]).data.features == ("title",)
+    assert load_config(None, ["data.features=none"]).data.features == "none"
+
+
+def test_a_text_is_taken_as_it_is_written() -> None:
+    """YAML would make a number, a truth or a date of these."""
+    for path in ("2024", "no", "2024-01-01", "1e3", "null"):
+        assert load_config(None, [f"data.path={path}"]).data.path == path

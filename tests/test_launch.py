@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torchx.specs.finder import ComponentValidationException
 
 from flm_torchrec.data.prepared import PreparedData
 from launch.components import pretrain
@@ -77,6 +78,21 @@ def test_what_clusters_would_get(scheduler: str, config: str, expected: list[str
 def test_more_ranks_than_gpus_are_refused_in_a_line() -> None:
     done = torchx("-s", "slurm", "--dryrun", "launch/components.py:pretrain", "--nproc_per_node", "9")
     assert done.returncode != 0 and "a rank takes one GPU" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("nodes", 0), ("nodes", -2), ("nproc_per_node", 0), ("gpu", -1), ("memory_gib", 10**30), ("rdzv_port", 70000)],
+)
+def test_numbers_out_of_range_are_refused(name: str, value: int) -> None:
+    with pytest.raises(ComponentValidationException, match=f"--{name} {value}: give "):
+        pretrain(**{name: value})  # type: ignore[arg-type]
+
+
+def test_no_nodes_are_refused_in_a_line() -> None:
+    done = torchx("-s", "slurm", "--dryrun", "launch/components.py:pretrain", "--nodes", "0")
+    assert done.returncode != 0 and "--nodes 0: give 1 to" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
 
 

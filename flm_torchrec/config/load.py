@@ -12,6 +12,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from flm_torchrec.config.accepts import TEXT, accepts
 from flm_torchrec.config.schema import Config
 from flm_torchrec.documents import Unreadable, parse_yaml, read_yaml, shortened
 from flm_torchrec.errors import ConfigError
@@ -33,7 +34,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         values.setdefault(section, {})
         if not isinstance(values[section], dict):
             raise ConfigError(f"{path}: '{section}' is not a section; write its fields below it")
-        values[section][name] = _value(key, text)
+        values[section][name] = text if _is_text(section, name) else _value(key, text)
     return from_dict(values, source=str(path or "command line"))
 
 
@@ -43,7 +44,7 @@ def from_dict(values: dict[str, Any], source: str) -> Config:
     try:
         return TypeAdapter(Config).validate_python(values)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {first_problem(error, 2)}") from error
+        raise ConfigError(f"{source}: {_problem(error)}") from error
 
 
 def first_problem(error: ValidationError, depth: int | None = None) -> str:
@@ -54,6 +55,21 @@ def first_problem(error: ValidationError, depth: int | None = None) -> str:
     # A check of several sections has no place, and names the fields itself.
     before = f"{place}: " if place else ""
     return f"{before}{first['msg'].removeprefix('Value error, ')}{given}"
+
+
+def _problem(error: ValidationError) -> str:
+    """As `first_problem`; of a setting what it takes, so that the choices and the range are told at once."""
+    first = error.errors()[0]
+    if len(first["loc"]) < 2 or first["type"] == "value_error":
+        return first_problem(error, 2)
+    section, name = map(str, first["loc"][:2])
+    given = error.errors()[-1]["input"] if len(first["loc"]) == 2 else first["input"]
+    return f"{section}.{name}: must be {accepted(section, name)}, not {shortened(given)}"
+
+
+def accepted(section: str, name: str) -> str:
+    """What a setting takes, for people: its choices, or its range."""
+    return accepts(get_type_hints(sections()[section], include_extras=True)[name])
 
 
 def to_yaml(config: Config) -> str:
@@ -91,11 +107,13 @@ def add_overrides(parser: argparse.ArgumentParser, names: Iterable[str], default
             text = next(info.description for info in infos if info.description).replace("%", "%%")
             own = field.default if field.default is not MISSING else ""
             default = defaults.get(f"{section}.{field.name}", defaults.get(section, own))
+            default = ",".join(map(str, default)) if isinstance(default, tuple) else default
+            taken = accepts(hints[field.name]).replace("%", "%%")
             group.add_argument(
                 f"--{section}.{field.name}",
                 dest=f"override:{section}.{field.name}",
                 metavar="VALUE",
-                help=f"{text} (default: {default})",
+                help=f"{text}; {taken} (default: {default})" if taken != TEXT else f"{text} (default: {default})",
             )
 
 
@@ -135,6 +153,11 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold sections such as 'train:', not a {type(values).__name__}")
     return values
+
+
+def _is_text(section: str, name: str) -> bool:
+    """Whether the setting is a text, such as a path: `2024` and `no` are then names and no numbers or truths."""
+    return section in sections() and get_type_hints(sections()[section]).get(name) is str
 
 
 def _value(key: str, text: str) -> Any:

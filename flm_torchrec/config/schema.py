@@ -5,19 +5,34 @@ A field's `description` is its help on the command line; anything that can be de
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from flm_torchrec.config.heads import HEADS
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-Count = Annotated[int, Field(ge=1)]
-Weight = Annotated[float, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
+MOST_COUNT = 2**31 - 1
+"""What indices of 32 bits reach."""
+
+Count = Annotated[int, Field(ge=1, le=MOST_COUNT)]
+Number = Annotated[int, Field(ge=0, le=MOST_COUNT)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+Rate = Annotated[float, Field(gt=0, le=1e6)]
+LearningRate = Annotated[float, Field(ge=0, le=1e4)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _several(value: Any) -> Any:
+    """A list may be written with commas, and one value without."""
+    if isinstance(value, str) and value not in ("all", "none"):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Several = BeforeValidator(_several)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -43,12 +58,13 @@ class DataConfig:
     ] = 0.1
     features: Annotated[
         Literal["all", "none"] | tuple[str, ...],
+        Several,
         Field(description="features of users and items to use: all, none (ids alone), or a list of names"),
     ] = "all"
     values: Annotated[
         bool, Field(description="show the model the values (ratings) of past events; false: they will be labels later")
     ] = True
-    max_history: Annotated[Count, Field(description="events of a user that the model sees at once")] = 50
+    max_history: Annotated[Count, Field(le=10**6, description="events of a user that the model sees at once")] = 50
     stream: Annotated[
         bool,
         Field(
@@ -62,9 +78,9 @@ class DataConfig:
 class ModelConfig:
     """The shape of the model."""
 
-    dim: Annotated[Count, Field(description="width of the one feature space")] = 64
-    layers: Annotated[int, Field(ge=0, description="Transformer blocks of the sequential head")] = 2
-    attention_heads: Annotated[Count, Field(description="attention heads of a block; divides dim")] = 2
+    dim: Annotated[Count, Field(le=2**16, description="width of the one feature space")] = 64
+    layers: Annotated[int, Field(ge=0, le=1000, description="Transformer blocks of the sequential head")] = 2
+    attention_heads: Annotated[Count, Field(le=2**16, description="attention heads of a block; divides dim")] = 2
     dropout: Annotated[Share, Field(description="share of activations dropped in training")] = 0.1
     block: Annotated[
         Literal["transformer", "hstu"], Field(description="of the sequential head: softmax or pointwise attention")
@@ -111,7 +127,7 @@ class LossConfig:
     fused: Annotated[Weight, Field(description="weight of the loss of h itself, which reaches fusion and heads")] = 0.0
     attribute: Annotated[Weight, Field(description="weight of the contrast between an item's id and its content")] = 0.1
     negatives: Annotated[
-        int | Literal["all"],
+        Number | Literal["all"],
         Field(description="items drawn per global batch beside the in-batch ones; 'all': full softmax"),
     ] = 2048
     negative_power: Annotated[
@@ -124,12 +140,12 @@ class LossConfig:
             " inputs rounded to 10 bits, on a GPU alone"
         ),
     ] = "fp32"
-    temperature: Annotated[Rate, Field(description="start of the learned temperature of each softmax")] = 0.07
+    temperature: Annotated[
+        float, Field(ge=1e-4, le=1e4, description="start of the learned temperature of each softmax")
+    ] = 0.07
 
     @model_validator(mode="after")
     def _check(self) -> LossConfig:
-        if self.negatives != "all" and self.negatives < 0:
-            raise ValueError("loss.negatives must be 0 or more, or 'all'")
         if not any(getattr(self, head) for head in HEADS):
             raise ValueError(f"loss: the weights of all heads are 0; set one of {', '.join(HEADS)}")
         return self
@@ -167,11 +183,13 @@ class DistributedConfig:
             " divides the ranks; 1: all ranks are one group"
         ),
     ] = 1
-    threads: Annotated[int, Field(ge=0, description="CPU threads per rank; 0: cores / local ranks")] = 0
+    threads: Annotated[int, Field(ge=0, le=4096, description="CPU threads per rank; 0: cores / local ranks")] = 0
     memory_gib: Annotated[
-        float, Field(ge=0, description="memory the planner may fill per rank, in GiB; 0: what the device has")
+        float, Field(ge=0, le=1e6, description="memory the planner may fill per rank, in GiB; 0: what the device has")
     ] = 0.0
-    timeout: Annotated[Rate, Field(description="seconds before a collective that hangs ends the job")] = 600.0
+    timeout: Annotated[
+        float, Field(gt=0, le=30 * 86400, description="seconds before a collective that hangs ends the job")
+    ] = 600.0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -188,32 +206,32 @@ class TrainConfig:
             " job that its launcher starts anew always does"
         ),
     ] = "refuse"
-    seed: Annotated[int, Field(ge=0, description="of weights, shuffling, dropout and negatives")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**62, description="of weights, shuffling, dropout and negatives")] = 0
     batch_size: Annotated[Count, Field(description="sequences per step, over all ranks together")] = 256
     epochs: Annotated[Count, Field(description="passes over the training events, at most")] = 30
-    max_steps: Annotated[int, Field(ge=0, description="steps at most; 0: no such limit")] = 0
-    dense_lr: Annotated[Rate, Field(description="AdamW learning rate of the dense part")] = 1e-3
+    max_steps: Annotated[Number, Field(description="steps at most; 0: no such limit")] = 0
+    dense_lr: Annotated[Rate, Field(le=1e4, description="AdamW learning rate of the dense part")] = 1e-3
     weight_decay: Annotated[Weight, Field(description="AdamW weight decay of the dense part's matrices")] = 0.01
     sparse_optimizer: Annotated[
         Literal["rowwise_adagrad", "adagrad", "adam"],
         Field(description="optimizer of the tables, fused into backward; adam needs a GPU"),
     ] = "rowwise_adagrad"
-    sparse_lr: Annotated[Weight, Field(description="learning rate of the tables; 0: they stay as they are")] = 0.4
+    sparse_lr: Annotated[LearningRate, Field(description="learning rate of the tables; 0: they stay as they are")] = 0.4
     warmup_steps: Annotated[
-        int, Field(ge=0, description="steps of linear warm-up, at most a tenth of all; then cosine decay")
+        Number, Field(description="steps of linear warm-up, at most a tenth of all; then cosine decay")
     ] = 100
-    clip: Annotated[Rate, Field(description="largest norm of the dense gradient")] = 1.0
-    eval_every: Annotated[int, Field(ge=0, description="steps between validations; 0: once an epoch")] = 0
-    eval_users: Annotated[int, Field(ge=0, description="users of a validation, drawn once; 0: all")] = 0
+    clip: Annotated[float, Field(gt=0, le=1e12, description="largest norm of the dense gradient")] = 1.0
+    eval_every: Annotated[Number, Field(description="steps between validations; 0: once an epoch")] = 0
+    eval_users: Annotated[Number, Field(description="users of a validation, drawn once; 0: all")] = 0
     patience: Annotated[
-        int, Field(ge=0, description="validations without gain before stopping early; 0: never stop early")
+        Number, Field(description="validations without gain before stopping early; 0: never stop early")
     ] = 5
     select: Annotated[str, Field(description="validation metric that chooses the best checkpoint")] = (
         "sequential/ndcg@10"
     )
     log_every: Annotated[Count, Field(description="steps between lines of metrics.jsonl")] = 10
     checkpoint_every: Annotated[
-        int, Field(ge=0, description="steps between checkpoints to resume from; 0: only when training ends")
+        Number, Field(description="steps between checkpoints to resume from; 0: only when training ends")
     ] = 100
     non_finite: Annotated[
         Literal["stop", "skip"],
@@ -225,11 +243,16 @@ class TrainConfig:
 class EvalConfig:
     """How to measure."""
 
-    ks: Annotated[tuple[Count, ...], Field(min_length=1, description="cut-offs K of HR@K and NDCG@K")] = (5, 10, 20)
+    ks: Annotated[
+        tuple[Count, ...],
+        Several,
+        Field(min_length=1, max_length=100, description="cut-offs K of HR@K and NDCG@K"),
+    ] = (5, 10, 20)
     user_block: Annotated[Count, Field(description="users scored at once")] = 256
     item_block: Annotated[Count, Field(description="items scored at once")] = 16384
     baselines: Annotated[
         tuple[Literal["popularity", "item-kNN", "EASE-R", "random"], ...],
+        Several,
         Field(
             description="what 'flm evaluate' ranks beside the heads; []: nothing; random: only where items are held"
             " out; EASE-R: only up to ease_items"
@@ -237,7 +260,7 @@ class EvalConfig:
     ] = ("popularity", "item-kNN", "EASE-R", "random")
     neighbours: Annotated[Count, Field(description="item-kNN baseline: neighbours kept per item")] = 100
     ease_items: Annotated[
-        int, Field(ge=0, description="EASE-R baseline: largest catalogue it is fitted to (8 items^2 bytes); 0: never")
+        Number, Field(description="EASE-R baseline: largest catalogue it is fitted to (8 items^2 bytes); 0: never")
     ] = 15_000
 
 
@@ -253,7 +276,7 @@ class FinetuneConfig:
         Literal["next-item", "label"],
         Field(description="next-item: as in pretraining; label: is the value of an event at least the threshold"),
     ] = "next-item"
-    threshold: Annotated[float, Field(description="label: least value of a positive event")] = 4.0
+    threshold: Annotated[float, Field(ge=-1e30, le=1e30, description="label: least value of a positive event")] = 4.0
     cohort: Annotated[
         Literal["all", "new"], Field(description="users to learn from and predict for; new: those the source never saw")
     ] = "all"
@@ -267,7 +290,7 @@ class FinetuneConfig:
             " the last block; full: all"
         ),
     ] = "full"
-    sparse_lr: Annotated[Weight, Field(description="learning rate of the source's tables; 0: they stay")] = 0.02
+    sparse_lr: Annotated[LearningRate, Field(description="learning rate of the source's tables; 0: they stay")] = 0.02
 
 
 @dataclass(frozen=True, config=STRICT)

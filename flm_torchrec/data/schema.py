@@ -132,7 +132,10 @@ class Schema:
             DataError: the file is missing, is no YAML, or has an unknown key, kind, table, or an impossible size.
         """
         if not path.is_file():
-            raise DataError(f"{path}: not found; make the data with 'flm prepare --output {path.parent}'")
+            raise DataError(
+                f"{path}: not found; give the folder that 'flm prepare --output' wrote, or prepare your logs first"
+                " ('flm prepare --help')"
+            )
         try:
             record = read_yaml(path)
             features = tuple(Feature(**f) for f in record.pop("features", ()))

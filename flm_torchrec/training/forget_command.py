@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from flm_torchrec.data.privacy import hash_keys, read_secret
+from flm_torchrec.documents import Unreadable, read_text
 from flm_torchrec.errors import DataError
 from flm_torchrec.messages import visible
+
+MOST_BYTES = 2**30
+"""Of a file of users."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -54,8 +59,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _lines(file: Path) -> list[str]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = re.split("\r\n|\r|\n", read_text(file, MOST_BYTES))
+    except Unreadable as error:
         raise DataError(f"{file}: not readable ({error}); --users must name a text file, one id a line") from error
     keys = [line for line in lines if line.strip()]
     if not keys:

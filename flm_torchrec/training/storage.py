@@ -6,10 +6,13 @@ format of sha256sum(1). It is written beside its place and renamed, so one witho
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import pickle
 import re
 import secrets
+from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass
 from pathlib import Path, PurePath
 from typing import Any, ClassVar
@@ -32,7 +35,14 @@ from flm_torchrec.files import new_folder, put_in_place, remove, sha256, tempora
 META = "meta.json"
 SUMS = "SHA256SUMS"
 PART = ".sums"
-UNREADABLE = (pickle.UnpicklingError, ValueError, TypeError, AttributeError, KeyError, IndexError)
+MOST_METADATA = 2**20
+"""Bytes of .metadata beyond those of the shards: it tells of them, at a fraction of their size."""
+MOST_NESTED = 1000
+"""Values inside one tuple or index of .metadata. Hashing takes time and stack with these."""
+UNREADABLE = (
+    pickle.UnpicklingError, ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError, MemoryError,
+    OverflowError,
+)  # fmt: skip
 """What taking a broken pickle for a description of tensors may raise."""
 
 
@@ -132,7 +142,8 @@ def damage(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
     # META comes last, so that sums cut short at the end of a line lack it.
     if not found or not all(found) or found[-1][2] != META:  # type: ignore[index]
         return [f"{SUMS} is not as it was written"]
-    if {file.name for file in folder.iterdir()} != {SUMS, *(match[2] for match in found if match)}:
+    there, named = {file.name for file in folder.iterdir()}, {SUMS, *(match[2] for match in found if match)}
+    if named - there or not all(map(_stray, there - named)):
         return [f"{SUMS} does not name just the files that are there"]
     wrong = []
     for match in found[share::shares]:
@@ -144,6 +155,11 @@ def damage(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
         else:
             wrong += [] if same else [f"{match[2]} has changed since it was written"]
     return wrong
+
+
+def _stray(name: str) -> bool:
+    """Whether a file is one that file systems and desktops leave anywhere (.nfs…, .DS_Store), and none of ours."""
+    return name.startswith(".") or name in ("Thumbs.db", "desktop.ini")
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -202,21 +218,48 @@ class _Reader(dcp.FileSystemReader):
     """DCP's reader, whose metadata may hold nothing but the description of tensors in this folder."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata = _Unpickler(file).load()
+        file = Path(self.path) / ".metadata"
+        shards = sum(other.stat().st_size for other in file.parent.iterdir() if other != file)
+        with file.open("rb") as stream:
+            content = stream.read(shards + MOST_METADATA + 1)
+        if len(content) > shards + MOST_METADATA:
+            raise pickle.UnpicklingError(".metadata is larger than what it tells of")
+        metadata = _Unpickler(io.BytesIO(content)).load()
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
             raise pickle.UnpicklingError(".metadata describes no tensors")
         for info in metadata.storage_data.values():
             if PurePath(info.relative_path).name != info.relative_path:
                 raise pickle.UnpicklingError(f"'{info.relative_path}' lies outside the folder")
+        if (told := sum(map(_bytes, metadata.state_dict_metadata.values()))) > shards:
+            raise pickle.UnpicklingError(f".metadata tells of tensors of {told:,} bytes, the shards have {shards:,}")
         metadata.storage_meta = dcp_metadata.StorageMeta(load_id=self.load_id)
         return metadata
+
+
+def _bytes(entry: Any) -> int:
+    """Of a whole tensor, by its description."""
+    if not isinstance(entry, dcp_metadata.TensorStorageMetadata):
+        return 0
+    if not isinstance(entry.size, torch.Size) or min(entry.size, default=0) < 0:
+        raise pickle.UnpicklingError(".metadata tells of a tensor without a size")
+    return math.prod(entry.size) * entry.properties.dtype.itemsize
 
 
 class _Planner(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
         # DCP would unpickle it, which runs what it says; all that is not a tensor is in META.
         raise ValueError(f"{read_item.storage_index.fqn} is no tensor")
+
+
+def _weighed(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    """The loading of a tuple, with its weight."""
+
+    def loaded(unpickler: _Unpickler) -> None:
+        load(unpickler)
+        made = unpickler.stack[-1]  # type: ignore[attr-defined]
+        unpickler.weigh(made, made)
+
+    return loaded
 
 
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
@@ -239,13 +282,33 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
             return torch.serialization._get_layout
         raise pickle.UnpicklingError(f".metadata asks for {module}.{name}, which no checkpoint does")
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.nested: dict[int, tuple[Any, int]] = {}
+        """By id: a tuple or built object, kept so that its id stays its own, and how many values are in it."""
+
+    def weigh(self, found: Any, values: Iterable[Any]) -> None:
+        """Count the values in `found`; one that is there twice counts twice, as hashing goes through both."""
+        weight = 1 + sum(self.nested.get(id(value), (None, 1))[1] for value in values)
+        if weight > MOST_NESTED:
+            raise pickle.UnpicklingError(f".metadata has more than {MOST_NESTED} values inside each other")
+        self.nested[id(found)] = found, weight
+
     def load_build(self) -> None:
         target = self.stack[-2]  # type: ignore[attr-defined]
         if not is_dataclass(target) or isinstance(target, type):
             raise pickle.UnpicklingError(f".metadata sets a state on {target!r}, which no checkpoint does")
+        state = self.stack[-1]  # type: ignore[attr-defined]
+        self.weigh(target, state.values() if isinstance(state, dict) else [state])
         super().load_build()  # type: ignore[misc]
 
+    def refuse(self) -> None:
+        raise pickle.UnpicklingError(".metadata holds bytes to be written to, which no checkpoint does")
+
     dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]
+    dispatch[pickle.BYTEARRAY8[0]] = refuse  # type: ignore[assignment]  # it allocates what the file only claims
+    for code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
+        dispatch[code[0]] = _weighed(dispatch[code[0]])
 
 
 def _reason(error: BaseException) -> str:

@@ -1,0 +1,39 @@
+"""What a setting takes, told from its type: the same words in the help and in errors."""
+
+from __future__ import annotations
+
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+
+TEXT = "a text"
+
+
+def accepts(hint: Any) -> str:
+    """Choices of a Literal, range of a number, form of a list; alternatives of a union joined by "or"."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _ranged(inner[0], [m for info in inner[1:] if isinstance(info, FieldInfo) for m in info.metadata])
+    if origin is Literal:
+        return f"one of {', '.join(map(str, inner))}" if len(inner) > 1 else f"'{inner[0]}'"
+    if origin in (Union, UnionType):
+        return ", or ".join(map(accepts, inner))
+    if origin is tuple:
+        return f"one or several, separated by commas, each {accepts(inner[0])}"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: TEXT}[hint]
+
+
+def _ranged(kind: Any, limits: list[Any]) -> str:
+    """A number's type with its limits, the narrowest where there are several."""
+    if kind not in (int, float):
+        return accepts(kind)
+    low = [(m.ge, "from") for m in limits if isinstance(m, Ge)] + [(m.gt, "above") for m in limits if isinstance(m, Gt)]
+    high = [(m.le, "to") for m in limits if isinstance(m, Le)] + [(m.lt, "below") for m in limits if isinstance(m, Lt)]
+    ends: list[tuple[Any, str]] = [max(low, default=(None, "")), min(high, default=(None, ""))]  # type: ignore[type-var]
+    return " ".join([accepts(kind), *(f"{word} {_number(limit)}" for limit, word in ends if word)])
+
+
+def _number(limit: float) -> str:
+    return f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
