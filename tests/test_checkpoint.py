@@ -190,15 +190,22 @@ def test_an_interruption_between_the_two_renames_is_mended(state: Path) -> None:
     assert storage.damage(state) == [] and [file.name for file in state.parent.iterdir()] == ["state"]
 
 
-def test_files_that_others_leave_do_not_damn_a_checkpoint(state: Path) -> None:
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """A small state of one process."""
+    storage.write(tmp_path / "plain", {"a": torch.ones(10, 4), "b": torch.zeros(3)}, {"step": 1}, None)
+    return tmp_path / "plain"
+
+
+def test_files_that_others_leave_do_not_damn_a_checkpoint(plain: Path) -> None:
     for name in (".nfs0000000012345", ".DS_Store", "Thumbs.db"):
-        (state / name).write_bytes(b"x")
-    assert storage.damage(state) == []
-    (state / "more.distcp").write_bytes(b"x")
-    assert storage.damage(state)
-    (state / "more.distcp").unlink()
-    (state / ".metadata").unlink()  # hidden too, and one of its own
-    assert storage.damage(state)
+        (plain / name).write_bytes(b"x")
+    assert storage.damage(plain) == []
+    (plain / "more.distcp").write_bytes(b"x")
+    assert storage.damage(plain)
+    (plain / "more.distcp").unlink()
+    (plain / ".metadata").unlink()  # hidden too, and one of its own
+    assert storage.damage(plain)
 
 
 def wide(depth: int) -> object:
@@ -209,34 +216,31 @@ def wide(depth: int) -> object:
     return found
 
 
-def test_metadata_that_would_take_hours_or_gigabytes_is_refused(state: Path) -> None:
+def test_metadata_that_would_take_hours_or_gigabytes_is_refused(plain: Path) -> None:
     index = dcp.metadata.MetadataIndex
-    deep: object = ()
-    for _ in range(400):
-        deep = (deep,)
     nested = b"(" * 2000 + b"t" * 2000 + b"."
     inside = index("a")
     for _ in range(8):
         inside = index((inside,) * 9)  # type: ignore[arg-type]
     for content in (
         pickle.dumps(wide(12)),
-        pickle.dumps([index("a", wide(9))]),  # type: ignore[arg-type]
+        pickle.dumps([index(wide(9))]),  # type: ignore[arg-type]
         pickle.dumps([inside]),
         pickle.PROTO + b"\x02" + nested,
         pickle.PROTO + b"\x05" + pickle.BYTEARRAY8 + (2**40).to_bytes(8, "little") + b".",
         pickle.PROTO + b"\x04" + pickle.BINUNICODE8 + (2**60).to_bytes(8, "little") + b".",
         b"\x80\x04" + b"N0" * 2**23 + b"N.",
     ):
-        (state / ".metadata").write_bytes(content)
+        (plain / ".metadata").write_bytes(content)
         with pytest.raises(RunError, match="no readable checkpoint"):
-            storage.stored(state)
+            storage.stored(plain)
 
 
-def test_a_tensor_larger_than_the_shards_is_refused(state: Path) -> None:
-    whole = pickle.loads((state / ".metadata").read_bytes())
+def test_a_tensor_larger_than_the_shards_is_refused(plain: Path) -> None:
+    whole = pickle.loads((plain / ".metadata").read_bytes())
     entry = next(iter(whole.state_dict_metadata.values()))
     for size in (torch.Size([2**40, 64]), torch.Size([10**7])):
         entry.size = size
-        (state / ".metadata").write_bytes(pickle.dumps(whole))
+        (plain / ".metadata").write_bytes(pickle.dumps(whole))
         with pytest.raises(RunError, match="tells of tensors of"):
-            storage.read_all(state)
+            storage.read_all(plain)
