@@ -5,10 +5,11 @@ from __future__ import annotations
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 TEXT = "a text"
+LIMITS = {"ge": "from", "gt": "above", "le": "to", "lt": "below"}
+"""Of a number, by the names that pydantic gives them."""
 
 
 def accepts(hint: Any) -> str:
@@ -29,9 +30,10 @@ def _ranged(kind: Any, limits: list[Any]) -> str:
     """A number's type with its limits, the narrowest where there are several."""
     if kind not in (int, float):
         return accepts(kind)
-    low = [(m.ge, "from") for m in limits if isinstance(m, Ge)] + [(m.gt, "above") for m in limits if isinstance(m, Gt)]
-    high = [(m.le, "to") for m in limits if isinstance(m, Le)] + [(m.lt, "below") for m in limits if isinstance(m, Lt)]
-    ends: list[tuple[Any, str]] = [max(low, default=(None, "")), min(high, default=(None, ""))]  # type: ignore[type-var]
+    found = [(name, getattr(limit, name)) for limit in limits for name in LIMITS if hasattr(limit, name)]
+    low = [(value, LIMITS[name]) for name, value in found if name in ("ge", "gt")]
+    high = [(value, LIMITS[name]) for name, value in found if name in ("le", "lt")]
+    ends: list[tuple[Any, str]] = [max(low, default=(None, "")), min(high, default=(None, ""))]
     return " ".join([accepts(kind), *(f"{word} {_number(limit)}" for limit, word in ends if word)])
 
 
