@@ -1,7 +1,10 @@
 """One pretrained model for content, collaborative and sequential recommendation, on TorchRec."""
 
+from importlib.util import find_spec
+
 from flm_torchrec._versions import check_versions
 
 __version__ = "0.1.0"
 
-check_versions()
+if find_spec("torchrec") is not None:  # serving, recommending and loading go without
+    check_versions()

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from flm_torchrec._versions import installed
+from flm_torchrec._versions import MEND_CPU, installed
 from flm_torchrec.errors import FlmError, RunError
 from flm_torchrec.names import nearest
 from flm_torchrec.told import tell
@@ -21,6 +21,9 @@ STEPS = ("prepare", "train", "evaluate", "export", "recommend", "serve")
 """Commands of the main job, in its order."""
 BROKEN_PIPE = 128 + 13
 """What a shell shows of a process that SIGPIPE ended."""
+
+TRAINING_STACK = ("torchrec", "fbgemm_gpu")
+"""What recommending, loading and serving do without."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -82,6 +85,11 @@ def _run(argv: Sequence[str] | None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print("error: interrupted; what was not finished is not kept", file=sys.stderr, flush=True)
         return 130  # 128 + SIGINT, as shells have it
+    except ModuleNotFoundError as error:
+        if error.name not in TRAINING_STACK:
+            raise
+        tell(f"flm {args.command}: needs {error.name}; run: {MEND_CPU} (or gpu.txt)")
+        return 2
     return 0
 
 

@@ -28,7 +28,8 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.evaluate import evaluate_heads
 from flm_torchrec.evaluation.protocol import Of
 from flm_torchrec.export.catalogue import decoded
-from flm_torchrec.export.index import STEPS, open_index
+from flm_torchrec.export.command import summary
+from flm_torchrec.export.index import STEPS, open_index, top
 from flm_torchrec.export.manifest import Kind, Quantise, Storage, load_manifest
 from flm_torchrec.export.quality import Held
 from flm_torchrec.export.recommend import Recommender
@@ -225,6 +226,82 @@ def test_an_index_searches_as_hard_as_its_recall_takes(
     _, found = index.search(queries, 100)
     best = np.argsort(-scores, 1)[:, :100]
     assert np.mean([np.isin(b, f).mean() for b, f in zip(best, found, strict=True)]) > 0.98
+
+
+class Tied(bench_export.MadeUp):
+    """25 items of vectors of their own; all others have one of `shared` vectors, many items each."""
+
+    def __init__(self, dim: int, items: int, shared: int) -> None:
+        super().__init__(dim)
+        rng = np.random.default_rng(1)
+        own, few = (rng.standard_normal((n, dim)).astype(np.float32) for n in (25, shared))
+        self.vectors = np.concatenate([own, few[np.arange(items - 25) % shared] * np.float32(0.1)])
+
+    def views(self, ids: np.ndarray) -> dict[Of, torch.Tensor]:
+        vectors = torch.from_numpy(self.vectors[ids])
+        return {"all": vectors, "content": vectors, "id": vectors}
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantise", "shared", "found"),
+    [
+        ("hnsw", "none", 1, "hnsw"),
+        ("hnsw", "int8", 3, "hnsw"),
+        ("none", "none", 2, "none"),
+        ("ivfpq", "none", 40, "flat"),
+    ],
+)
+def test_many_equal_vectors_hide_nothing(
+    tmp_path: Path, kind: Kind, quantise: Quantise, shared: int, found: str
+) -> None:
+    """The best items come back, of equal scores the first items, whatever the index."""
+    items = 10_000 if kind == "ivfpq" else 3000
+    data, encoder = bench_export.catalogue(tmp_path / "data", items), Tied(8, items, shared)
+    source = Source(data, encoder, np.ones(items, bool), "v1")
+    manifest = export(source, Alone(), tmp_path / "out", Options(index=kind, quantise=quantise, part_rows=1024))
+    assert manifest is not None and (manifest.index is None or manifest.index.least == 1.0)
+    assert found == (manifest.index.kind if manifest.index else "none")
+    assert manifest.index is None or (manifest.index.rows, manifest.index.asked) == (25 + shared, kind)
+    vectors = np.concatenate(list(Rows(tmp_path / "out", manifest, "items").vectors("embedding"))).astype(np.float64)
+    users = Rows(tmp_path / "out", manifest, "users").table(["user_key", "fused"]).slice(0, 40)
+    recommender = Recommender(tmp_path / "out")
+    for user, query in list(zip(users["user_key"].to_pylist(), decode(users["fused"]), strict=True))[::8]:
+        order = np.lexsort((np.arange(items), -(vectors @ query.astype(np.float64)).round(5)))
+        got = recommender.recommend(user, 60, include_seen=True)
+        assert [r.item_key for r in got] == [data.item_keys[i] for i in order[:60]]
+
+
+def test_an_index_below_the_promise_is_replaced_by_a_flat_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, encoder = bench_export.catalogue(tmp_path / "data", 10_000), bench_export.MadeUp(8)
+    monkeypatch.setitem(STEPS, "hnsw", ({"efSearch": 1},))
+    source = Source(data, encoder, np.ones(10_000, bool), "v1")
+    for promised, kind in ((0.999, "flat"), (0.05, "hnsw")):
+        options = Options(index="hnsw", recall=promised, user_block=500)
+        manifest = export(source, Alone(), tmp_path / str(promised), options)
+        assert manifest is not None and manifest.index is not None
+        assert (manifest.index.kind, manifest.index.asked, manifest.index.promised) == (kind, "hnsw", promised)
+        assert manifest.index.least >= promised
+        assert ("did not reach the promised 0.999" in summary(manifest)) == (kind == "flat")
+
+
+def test_an_older_graph_is_not_gone_by(small: PreparedData, tmp_path: Path) -> None:
+    """Format 2 indexed equal vectors many times over; its rows are read, and all are scored."""
+    out = tmp_path / "out"
+    export(source_of(small), Alone(), out, Options(index="hnsw"))
+    before = Recommender(out).recommend("u3", 20)
+    record = json.loads((out / "manifest.json").read_text())
+    index = {k: v for k, v in record["index"].items() if k not in ("rows", "promised", "asked")}
+    (out / "manifest.json").write_text(json.dumps(record | {"format": 2, "index": index}))
+    recommender = Recommender(out)
+    assert recommender.index is None and recommender.recommend("u3", 20) == before
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=40), st.integers(1, 45))
+def test_top_is_a_stable_sort(scores: list[int], k: int) -> None:
+    ids = np.arange(len(scores))[::-1].copy()
+    best, found = top(np.array(scores, np.float32), ids, k)
+    want = sorted(zip(scores, ids.tolist(), strict=True), key=lambda pair: (-pair[0], pair[1]))[:k]
+    assert list(zip(best.tolist(), found.tolist(), strict=True)) == want
 
 
 def test_too_few_items_to_train_an_index_are_told_before_any_work(small: PreparedData, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def brute_force(service: Service, query: Query, head: int, left: np.ndarray) -> 
     """Scores of all items of `left` [N] bool, best first."""
     now = service.generation
     (found,) = now.represent([query])
-    return sorted((now.catalogue.vectors @ found.heads[head])[left].tolist(), reverse=True)
+    return sorted((now.catalogue.vectors(left) @ found.heads[head]).tolist(), reverse=True)
 
 
 def known(service: Service, user: str) -> Query:

@@ -222,7 +222,7 @@ from flm_torchrec.export.encoder import Query, Tower
 import flm_torchrec.serve.app
 tower = Tower(Path({str(case.folder / 'int8')!r}))
 print(tower.represent([Query(tower.known_history(1), 1)], np.zeros((0, 16), np.float32))[0].heads.shape)
-loaded = ["torchrec", *("flm_torchrec." + name for name in ("model", "training", "distributed"))]
+loaded = ["torchrec", "fbgemm_gpu", *("flm_torchrec." + name for name in ("model", "training", "distributed"))]
 print([name for name in loaded if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

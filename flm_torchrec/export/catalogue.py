@@ -9,10 +9,7 @@ import pyarrow.parquet as pq
 
 from flm_torchrec.data.prepared import PreparedData
 from flm_torchrec.errors import DataError
-from flm_torchrec.export.rows import whole
-
-ATTRIBUTE = "attr_"
-"""Before a feature's name: the column of its values."""
+from flm_torchrec.export.rows import ATTRIBUTE, whole
 
 
 class Keys:

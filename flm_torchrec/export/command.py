@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, get_args
 from flm_torchrec.config import add_data_path, given_options, given_overrides
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.errors import RunError
-from flm_torchrec.export.manifest import RECALL_WANTED, Kind, Manifest, Quantise, Storage, Vectors, read_manifest
+from flm_torchrec.export.manifest import RECALL, Kind, Manifest, Quantise, Storage, Vectors, read_manifest
 
 TOWERS = ("int8", "fp32", "none")
 
@@ -45,6 +45,11 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--index", choices=get_args(Kind),
         help="faiss index: flat is exact, hnsw faster for millions of items, ivfpq also smaller (default: flat)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--recall", type=float, metavar="PART",
+        help="recall@100 that the index promises, of each head beside brute force; a flat index takes the place of one"
+        f" that stays below, which is told and stands in manifest.json (default: {RECALL})",
     )  # fmt: skip
     parser.add_argument(
         "--since", type=Path, metavar="DIR",
@@ -127,6 +132,8 @@ def run_export(args: argparse.Namespace) -> None:
         raise RunError(f"{args.output}: is what the delta is to be applied to; give another --output")
     if older is not None and args.index:
         raise RunError("--index: a delta has none; 'flm apply-delta' makes one of the kind that the older export has")
+    if args.recall is not None and (older is not None or not 0 < args.recall <= 1):
+        raise RunError(f"--recall {args.recall}: give a number above 0 and up to 1, and not with --since")
     with restore(args.run_folder, given_overrides(args), options=given_options(args)) as restored:
         job, valid = restored.job, restored.job.scope.splits.valid
         encoder = job.encoder(everyone(job.data))
@@ -139,6 +146,7 @@ def run_export(args: argparse.Namespace) -> None:
             storage=args.format or (older.storage if older else "parquet"),
             quantise=args.quantise or (older.quantise if older else "none"),
             index=args.index or "flat",
+            recall=RECALL if args.recall is None else args.recall,
             user_block=job.config.eval.user_block,
             item_block=job.config.eval.item_block,
         )
@@ -178,10 +186,9 @@ def summary(manifest: Manifest) -> str:
     index, quality = manifest.index, manifest.quality
     line = f"{manifest.users} users x {len(manifest.heads)} heads, {manifest.items} items, {manifest.dim} numbers each"
     if index is not None:
-        least = min(index.recall.values(), key=lambda r: r["@100"])
-        line += f"; {index.kind} index, {index.bytes_per_item:.0f} bytes an item, recall@100 {least['@100']:.4f}"
-        if least["@100"] < RECALL_WANTED:
-            line += f" (below {RECALL_WANTED})"
+        line += f"; {index.kind} index, {index.bytes_per_item:.0f} bytes an item, recall@100 {index.least:.4f}"
+        if index.asked != index.kind:
+            line += f" ({index.asked} did not reach the promised {index.promised:g}, so all items are searched)"
     if quality:
         line += f"; {manifest.quantise} changes NDCG@10 of validation by {quality['fused']['change']:+.2%}"
     return f"{line}; model {manifest.model_version}"

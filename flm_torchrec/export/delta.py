@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import duckdb
@@ -18,22 +18,27 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from pydantic.dataclasses import dataclass
 
 from flm_torchrec.claim import claim
-from flm_torchrec.documents import read_json
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.protocol import Comm
 from flm_torchrec.export.index import build_index
 from flm_torchrec.export.manifest import (
     DELTA,
     FILE,
+    RECALL,
+    STRICT,
+    Count,
     Kind,
     Manifest,
+    Sha256,
     check_files,
+    check_manifest,
     is_part,
     load_manifest,
-    manifest_of,
     read_manifest,
+    read_strictly,
 )
 from flm_torchrec.export.rows import ENTITIES, Entity, Rows, part_name, read_part, write_part
 from flm_torchrec.export.write import (
@@ -53,7 +58,7 @@ JOIN_MEMORY = "1GB"
 """For finding keys that are no longer there; beyond it DuckDB works on disk."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Delta:
     """`delta.json`, written last: what a delta changes."""
 
@@ -61,17 +66,31 @@ class Delta:
     """Model of the export that it is to be applied to."""
     base_rows: str
     """`rows_digest` of that export."""
-    changed: dict[str, int]
+    changed: dict[str, Count]
     """Rows new or changed, of "items" and "users"."""
-    removed: dict[str, int]
+    removed: dict[str, Count]
     """Keys no longer there."""
     whole: Manifest
     """Of the export that it leads to, with the digests of its rows."""
-    sha256: dict[str, str]
+    sha256: dict[str, Sha256]
     """Of the delta's own files."""
 
     def rows(self, folder: Path, entity: Entity) -> Rows:
-        return Rows(folder, replace(self.whole, sha256=self.sha256), entity)
+        return Rows(folder, replace(self.whole, sha256=self.sha256), entity, whole=False)
+
+    def removed_keys(self, folder: Path, entity: Entity) -> pa.ChunkedArray:
+        """Keys that are no longer there.
+
+        Raises:
+            RunError: there are not as many as the delta says, or these are no texts.
+        """
+        name, key = f"{REMOVED}/{entity}.parquet", f"{entity[:-1]}_key"
+        if name not in self.sha256:
+            raise RunError(f"{folder / name}: not found; export again")
+        keys = read_part(folder / name, [key])[key]
+        if keys.type != pa.string() or keys.null_count or len(keys) != self.removed.get(entity):
+            raise RunError(f"{folder / name}: holds {len(keys)} of {keys.type}, not the keys told; export again")
+        return keys
 
 
 def check_alike(folder: Path, old: Manifest, new: Manifest) -> None:
@@ -116,11 +135,10 @@ def load_delta(folder: Path) -> Delta:
     file = folder / DELTA
     if not file.is_file():
         raise RunError(f"{file}: not found; make a delta with 'flm export --since OLDER --output {folder}'")
-    try:
-        record = read_json(file)
-        delta = Delta(**{**record, "whole": manifest_of(record["whole"], file)})
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise RunError(f"{file}: not a delta ({error}); export again") from error
+    delta = read_strictly(file, Delta)
+    check_manifest(delta.whole, file)
+    if set(delta.changed) != set(ENTITIES) or set(delta.removed) != set(ENTITIES):
+        raise RunError(f"{file}: changed and removed: want {' and '.join(ENTITIES)}; export again")
     check_files(folder, delta.sha256, file)
     return delta
 
@@ -146,17 +164,21 @@ def _apply_delta(base: Path, folder: Path, output: Path) -> Manifest:
             f"{folder}: changes an export of model {delta.base_version}, and {base} is another one"
             f" (of {old.model_version}); apply deltas in the order they were made"
         )
-    kind: Kind = old.index.kind if old.index else "none"
+    check_alike(base, old, delta.whole)
+    kind: Kind = "none"
+    if old.index:  # what was asked for: the new rows may keep the promise where the old ones did not
+        kind = old.index.asked if old.index.rows else old.index.kind
+    promised = old.index.promised if old.index else RECALL
     with telling(output), replacing(output) as fresh:
         for entity in ENTITIES:
-            _write_merged(entity, base, folder, delta, fresh)
+            _write_merged(Rows(base, old, entity), delta.rows(folder, entity), entity, delta, fresh)
         for name in delta.sha256:
             if not is_part(name) and not name.startswith(f"{REMOVED}/"):
                 _copy(name, folder, fresh)
         manifest = replace(delta.whole, sha256={}).listing(fresh)
         if manifest.rows_digest != delta.whole.rows_digest:
             raise RunError(f"{output}: is not what the delta was made of; apply it with the same version of pyarrow")
-        manifest = replace(manifest, index=build_index(fresh, manifest, kind)).listing(fresh)
+        manifest = replace(manifest, index=build_index(fresh, manifest, kind, promised)).listing(fresh)
         manifest.save(fresh)
     return manifest
 
@@ -187,10 +209,10 @@ def _write_changed(old: Rows, new: Rows, whole: Path, fresh: Path) -> int:
     count = 0
     before = {file.name: file for file in old.files}
     for file in new.files:
-        table = read_part(file)
+        table = new.part(file)
         changed = np.ones(len(table), bool)
         if file.name in before:
-            changed = _differs(read_part(before[file.name]), table, before[file.name])
+            changed = _differs(old.part(before[file.name]), table, before[file.name])
         if changed.any():
             write_part(fresh / file.relative_to(whole), table.filter(pa.array(changed)))
             count += int(changed.sum())
@@ -228,17 +250,20 @@ def _write_removed(old: Rows, new: Rows, entity: Entity, fresh: Path) -> int:
     return pq.read_metadata(file).num_rows
 
 
-def _write_merged(entity: Entity, base: Path, folder: Path, delta: Delta, fresh: Path) -> None:
-    rows = delta.whole.items if entity == "items" else delta.whole.users
+def _write_merged(old: Rows, new: Rows, entity: Entity, delta: Delta, fresh: Path) -> None:
+    rows = new.count
     version = {"model_version": delta.whole.model_version, "format": str(delta.whole.format)}
+    before, after = ({file.name: file for file in side.files} for side in (old, new))
     for part, start in enumerate(range(0, rows, delta.whole.part_rows)):
         name = part_name(entity, delta.whole.storage, part)
-        stop = min(start + delta.whole.part_rows, rows)
-        tables = [read_part(base / name)] if (base / name).is_file() else []
+        stop, file = min(start + delta.whole.part_rows, rows), Path(name).name
+        tables = [old.part(before[file])] if file in before else []
         kept = len(tables[0]) if tables else 0
         place = np.arange(stop - start)
-        if name in delta.sha256:
-            changed = read_part(folder / name)
+        if file in after:
+            changed = new.part(after[file])
             place[changed[f"{entity[:-1]}_id"].to_numpy() - start] = kept + np.arange(len(changed))
             tables.append(changed)
+        if not tables or place.max() >= sum(map(len, tables)) or any(t.schema != tables[0].schema for t in tables):
+            raise RunError(f"{fresh.name}: {name} does not follow from base and delta; export whole")
         write_part(fresh / name, pa.concat_tables(tables).take(place).replace_schema_metadata(version))

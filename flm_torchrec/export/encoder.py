@@ -13,13 +13,16 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from flm_torchrec.data.features import split_words, word_bucket
 from flm_torchrec.data.rows import gap_rows
-from flm_torchrec.documents import read_json
+from flm_torchrec.documents import MOST_JSON_BYTES, read_text
 from flm_torchrec.errors import DataError, RunError
-from flm_torchrec.export.tower_files import DESCRIPTION, FOLDER, HISTORIES, ITEM, PROFILE, USER
+from flm_torchrec.export.rows import whole
+from flm_torchrec.export.tower_files import DESCRIPTION, FOLDER, HISTORIES, ITEM, PROFILE, USER, Description
+from flm_torchrec.messages import first_line
 from flm_torchrec.names import nearest
 
 
@@ -43,9 +46,12 @@ class History:
         return History(*(getattr(self, name)[-most:] for name in HISTORY_FIELDS))
 
 
-LARGEST = 1e6
+MOST_DEVIATIONS = 1e6
 """Of a feature in standard deviations: beyond it float32 layers give nothing but noise."""
 HISTORY_FIELDS = ("item", "event", "value", "timestamp")
+HISTORY_TYPES = tuple(
+    pa.list_(pa.field("element", kind)) for kind in (pa.int32(), pa.int32(), pa.float32(), pa.int64())
+)
 NO_HISTORY = History(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))
 
 
@@ -103,27 +109,33 @@ class Tower:
         if not (folder / DESCRIPTION).is_file():
             raise RunError(f"{folder}: not found; make the export with 'flm export --tower int8'")
         try:
-            said: dict[str, Any] = read_json(folder / DESCRIPTION)
+            said = Description.model_validate_json(read_text(folder / DESCRIPTION, MOST_JSON_BYTES))
             self.user, self.item, self.profile = (
                 torch.export.load(folder / name).module() for name in (USER, ITEM, PROFILE)
             )
-            self.histories = pq.read_table(folder / HISTORIES).combine_chunks()
+            self.histories = _histories(folder / HISTORIES)
+        except ValidationError as error:
+            problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise RunError(f"{folder / DESCRIPTION}: {where}: {problem['msg']}; export again") from error
         except (ValueError, RuntimeError, OSError, BadZipFile, pa.ArrowException) as error:
-            raise RunError(f"{folder}: cannot be read ({str(error).splitlines()[0]}); export again") from error
-        self.dim: int = said["dim"]
-        self.items: int = said["items"]
-        self.max_history: int = said["max_history"]
-        self.cosine: bool = said["cosine"]
-        self.fusion: str = said["fusion"]
-        self.events: list[str] = said["events"]
-        self.timestamps: bool = said["timestamps"]
-        self.usual_gap: int = said["usual_gap"]
-        self.value_mean, self.value_scale, self.gaps = said["value_mean"], said["value_scale"], said["gaps"]
-        kinds = (Kind(**{**f, "values": tuple(f.get("values", ()))}) for f in said["features"])
+            raise RunError(f"{folder}: cannot be read ({first_line(error)}); export again") from error
+        self.dim, self.items, self.max_history = said.dim, said.items, said.max_history
+        self.cosine, self.fusion, self.events = said.cosine, said.fusion, said.events
+        self.timestamps, self.usual_gap = said.timestamps, said.usual_gap
+        self.value_mean, self.value_scale, self.gaps = said.value_mean, said.value_scale, said.gaps
+        kinds = (Kind(**f.model_dump()) for f in said.features)
         self.features = [
             Kind(**{**vars(kind), "codes": {value: code for code, value in enumerate(kind.values)}}) for kind in kinds
         ]
+        self._check_histories(folder / HISTORIES)
         self.nobody = self.content("user", {})[0]
+
+    def _check_histories(self, file: Path) -> None:
+        item, event, _, _ = (whole(self.histories[name]).flatten().to_numpy() for name in HISTORY_FIELDS)
+        for name, codes, most in (("item", item, self.items), ("event", event, len(self.events))):
+            if len(codes) and not 0 <= codes.min() <= codes.max() < most:
+                raise RunError(f"{file}: column '{name}' holds {codes.min()} … {codes.max()}, of {most}; export again")
 
     def known_history(self, user: int) -> History:
         """The last events of a known user, one more than the tower sees."""
@@ -198,6 +210,18 @@ class Tower:
         return gap_rows(np.maximum(np.diff(timestamp, prepend=timestamp[:1]), 0), self.gaps - 1)
 
 
+def _histories(file: Path) -> pa.Table:
+    """The users' last events: four lists a user, of one length."""
+    table = pq.read_table(file, columns=list(HISTORY_FIELDS)).combine_chunks()
+    table.validate(full=True)
+    if any(column.type != kind for column, kind in zip(table.columns, HISTORY_TYPES, strict=True)):
+        raise ValueError(f"{HISTORIES} has columns of other types")
+    lengths = [whole(column).value_lengths() for column in table.columns]
+    if any(length.null_count or not length.equals(lengths[0]) for length in lengths):
+        raise ValueError(f"{HISTORIES} has lists of unequal length, or none")
+    return table
+
+
 def _dense(feature: Kind) -> bool:
     return feature.kind in ("numeric", "dense")
 
@@ -243,7 +267,7 @@ def _numbers(feature: Kind, given: Any) -> list[float]:
         raise DataError(f"features.{feature.name}: a number is too large") from error
     if feature.deviation:
         numbers = (numbers - feature.mean) / feature.deviation
-    if not (np.abs(numbers) < LARGEST).all():
+    if not (np.abs(numbers) < MOST_DEVIATIONS).all():
         raise DataError(f"features.{feature.name}: a number is too large")
     return [float(n) for n in numbers]
 

@@ -1,25 +1,34 @@
-"""faiss indices over an export's items, built in one pass over the parts, tuned against brute force."""
+"""faiss indices over an export's distinct item vectors, tuned against brute force; equal vectors are items of one row.
+
+A graph finds few of many equal vectors, and may not get past these to better ones. So each distinct vector is indexed
+once, and `items.rows.npy` says which row of the index an item has; without that file item i has row i.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
 
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.errors import RunError
-from flm_torchrec.export.manifest import RECALL_WANTED, IndexReport, Kind, Manifest
+from flm_torchrec.export.manifest import RECALL, IndexReport, Kind, Manifest
 from flm_torchrec.export.rows import Rows
 from flm_torchrec.export.vectors import decode
 
-INDEX = "items.faiss"
+INDEX, ROWS = "items.faiss", "items.rows.npy"
 
 SAMPLE = 256
 """Users of whom each head's recall is taken."""
 CUTS = (10, 100)
+CLOSE = 1e-5
+"""Part of the largest score by which a score may be below the k-th best and count: sums differ by their order."""
 
 LINKS, CONSTRUCTION = 32, 200
 """HNSW's M and efConstruction (Malkov & Yashunin, IEEE TPAMI 2020)."""
@@ -34,7 +43,73 @@ STEPS: dict[str, tuple[dict[str, int], ...]] = {
     "ivfpq": tuple({"nprobe": 2 << n, "k_factor_rf": 2 << n // 2} for n in range(2, 12)),
     "flat": ({},),
 }
-"""Search effort, raised until recall@100 is RECALL_WANTED or there is no more."""
+"""Search effort, raised until recall@100 is what was promised or there is no more."""
+EFFORT = ("efSearch", "nprobe", "k_factor_rf")
+TYPES: dict[str, type] = {"flat": faiss.IndexFlat, "hnsw": faiss.IndexHNSW, "ivfpq": faiss.IndexRefine}
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Items by their row in the index: those with the same vector share a row."""
+
+    row: np.ndarray  # [items] int64: the row of each item
+    first: np.ndarray  # [rows] int64: the first item of each row
+    starts: np.ndarray  # [rows + 1] int64 into `members`
+    members: np.ndarray  # [items] int64: items of row 0, then of row 1 …, ascending in each
+
+    @classmethod
+    def of(cls, row: np.ndarray, rows: int) -> Groups:
+        """Of each item's row, from 0 to `rows` - 1, every one of which has an item."""
+        members = np.argsort(row, kind="stable")
+        starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))])
+        return cls(row, members[starts[:-1]], starts, members)
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+
+@dataclass(frozen=True)
+class ItemIndex:
+    """A faiss index over distinct vectors that answers in items."""
+
+    index: faiss.Index
+    groups: Groups
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and items [q, k] of the k best, best first and of equal scores the lower item first.
+
+        Where fewer are found the rest is -inf and item -1.
+        """
+        found, rows = self.index.search(queries, min(k, len(self.groups)))
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        items = np.full((len(queries), k), -1, np.int64)
+        for q in range(len(queries)):
+            there = rows[q] >= 0
+            best, members = self._members(found[q][there], rows[q][there], k)
+            best, members = top(best, members, k)
+            scores[q, : len(best)], items[q, : len(best)] = best, members
+        return scores, items
+
+    def _members(self, scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of rows, best first: at least the k best items if there are so many, of each row the first k."""
+        starts = self.groups.starts[rows]
+        lengths = np.minimum(self.groups.starts[rows + 1] - starts, k)
+        ends = np.cumsum(lengths)
+        enough = int(np.searchsorted(ends, k))
+        if enough < len(rows):  # rows behind the k-th item count only where their score is the same
+            kept = int(np.searchsorted(-scores, -scores[enough], side="right"))
+            starts, lengths, ends, scores = starts[:kept], lengths[:kept], ends[:kept], scores[:kept]
+        places = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+        return np.repeat(scores, lengths), self.groups.members[np.repeat(starts, lengths) + places]
+
+
+def top(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k largest of scores [n] and their ids, largest first; of equal scores those of the lowest ids, in order."""
+    if k < len(scores):
+        kept = scores >= np.partition(scores, len(scores) - k)[len(scores) - k]
+        scores, ids = scores[kept], ids[kept]
+    order = np.lexsort((ids, -scores))[:k]
+    return scores[order], ids[order]
 
 
 def check_index(kind: Kind, items: int) -> None:
@@ -45,47 +120,62 @@ def check_index(kind: Kind, items: int) -> None:
         )
 
 
-def build_index(folder: Path, manifest: Manifest, kind: Kind) -> IndexReport | None:
-    """Write the index over the stored embeddings; it alone is in memory, beside one part of the items.
+def build_index(folder: Path, manifest: Manifest, kind: Kind, promised: float = RECALL) -> IndexReport | None:
+    """Write the index over the distinct embeddings; it alone is in memory, beside one part of the items.
 
-    Its recall is that of the least of the heads, each asked for a sample of users.
+    Its recall is that of the least of the heads, each asked for a sample of users. Where that stays below what is
+    promised, or there are too few distinct vectors to train it, a flat index takes its place, as the report says.
     """
     if kind == "none":
         return None
     items = Rows(folder, manifest, "items")
-    index, parameters = _new(kind, items, manifest)
-    for vectors in items.vectors("embedding"):
-        index.add(vectors)
+    groups = _groups(items)
     users = Rows(folder, manifest, "users").sample(REPRESENTATIONS, SAMPLE)
     queries = np.concatenate([decode(users[head])[:SAMPLE] for head in REPRESENTATIONS])
-    _, best = brute_force(items.vectors("embedding"), queries, min(max(CUTS), index.ntotal))
-    recall: dict[str, dict[str, float]] = {}
-    for step in STEPS[kind]:
-        _set(index, step)
-        recall = _recall(index, queries, best)
-        parameters |= step
-        if min(r[f"@{max(CUTS)}"] for r in recall.values()) >= RECALL_WANTED:
-            break
+    best, _ = brute_force(items.vectors("embedding"), queries, min(max(CUTS), manifest.items))
+    wanted = kind
+    if kind == "ivfpq" and len(groups) < TRAINING_ROWS << BITS:
+        kind = "flat"
+    found, parameters, recall = _tuned(items, groups, kind, queries, best, promised)
+    if _least(recall) < promised:
+        kind = "flat"
+        found, parameters, recall = _tuned(items, groups, kind, queries, best, promised)
     with (folder / INDEX).open("wb") as stream:  # faiss's own writer does not tell of a full disk at the end
-        faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))  # type: ignore[attr-defined]
-    return IndexReport(kind, parameters, recall, (folder / INDEX).stat().st_size / index.ntotal)
+        faiss.write_index(found.index, faiss.PyCallbackIOWriter(stream.write))  # type: ignore[attr-defined]
+    size = (folder / INDEX).stat().st_size
+    if len(groups) < manifest.items:
+        np.save(folder / ROWS, groups.row.astype(np.int32), allow_pickle=False)
+        size += (folder / ROWS).stat().st_size
+    return IndexReport(kind, parameters, recall, size / manifest.items, len(groups), promised, wanted)
 
 
-def open_index(folder: Path, manifest: Manifest) -> faiss.Index:
-    """The index, set to search as hard as its measured recall took.
+def open_index(folder: Path, manifest: Manifest) -> ItemIndex | None:
+    """The index, set to search as hard as its measured recall took; None where there is none to go by.
+
+    That is where the export was made without, or by an older version that indexed equal vectors many times over: its
+    graph may hide the best items, so all items are to be scored.
 
     Raises:
-        RunError: the export was made with none, or faiss cannot read it.
+        RunError: faiss cannot read it, or it is not of these items.
     """
-    if manifest.index is None:
-        raise RunError(f"{folder}: has no index; export again with --index flat or hnsw")
+    report = manifest.index
+    if report is None or (report.rows is None and report.kind != "flat"):
+        return None
+    file = folder / INDEX
     try:
-        index = faiss.read_index(str(folder / INDEX))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0].rpartition("cpp:")[2].partition(": ")[2]
-        raise RunError(f"{folder / INDEX}: faiss cannot read it ({reason}); export again") from error
-    _set(index, {k: v for k, v in manifest.index.parameters.items() if k in ("efSearch", "nprobe", "k_factor_rf")})
-    return index
+        index = faiss.read_index(str(file))
+        _set(index, {k: v for k, v in report.parameters.items() if k in EFFORT})
+    except (RuntimeError, MemoryError) as error:
+        reason = (str(error).splitlines() or ["too large"])[0].rpartition("cpp:")[2].partition(": ")[2]
+        raise RunError(f"{file}: faiss cannot read it ({reason or 'not an index'}); export again") from error
+    rows = report.rows or manifest.items
+    alike = index.d == manifest.dim and index.ntotal == rows and index.metric_type == faiss.METRIC_INNER_PRODUCT
+    if not alike or not isinstance(index, TYPES[report.kind]):
+        raise RunError(
+            f"{file}: {type(index).__name__} of {index.ntotal} x {index.d}, and the manifest says {report.kind} of"
+            f" {rows} x {manifest.dim}; export again"
+        )
+    return ItemIndex(index, _read_groups(folder, manifest.items, rows))
 
 
 def brute_force(blocks: Iterator[np.ndarray], queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -100,8 +190,74 @@ def brute_force(blocks: Iterator[np.ndarray], queries: np.ndarray, k: int) -> tu
     return heap.D, heap.I
 
 
-def _new(kind: Kind, items: Rows, manifest: Manifest) -> tuple[faiss.Index, dict[str, int]]:
-    dim = manifest.dim
+def _groups(items: Rows) -> Groups:
+    """Items by equal vectors, told apart by a digest of 128 bits each; rows are in order of their first item."""
+    digests = [
+        np.frombuffer(b"".join(blake2b(vector, digest_size=16).digest() for vector in vectors + 0.0), np.uint64)
+        for vectors in items.vectors("embedding")  # + 0.0: minus zero is zero
+    ]
+    pairs = np.concatenate(digests).reshape(-1, 2)
+    order = np.lexsort((pairs[:, 1], pairs[:, 0]))  # stable: equal ones stay in order of id
+    fresh = np.concatenate([[True], (np.diff(pairs[order].view(np.int64), axis=0) != 0).any(1)])
+    first = np.minimum.reduceat(order, np.flatnonzero(fresh))
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    row = np.empty(len(order), np.int64)
+    row[order] = rank[np.cumsum(fresh) - 1]
+    return Groups.of(row, len(first))
+
+
+def _read_groups(folder: Path, items: int, rows: int) -> Groups:
+    if rows == items:
+        return Groups.of(np.arange(items), items)
+    file = folder / ROWS
+    try:
+        row = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: cannot be read ({error}); export again") from error
+    if row.shape != (items,) or row.dtype != np.int32 or row.min() < 0 or row.max() >= rows:
+        raise RunError(f"{file}: is not of {items} items in {rows} rows; export again")
+    if len(np.unique(row)) < rows:
+        raise RunError(f"{file}: a row of the index has no item; export again")
+    return Groups.of(row.astype(np.int64), rows)
+
+
+def _tuned(
+    items: Rows, groups: Groups, kind: Kind, queries: np.ndarray, best: np.ndarray, promised: float
+) -> tuple[ItemIndex, dict[str, int], dict[str, dict[str, float]]]:
+    """An index with the least effort that keeps the promise, or with the most that there is."""
+    index, parameters = _new(kind, items, groups)
+    for vectors in _distinct(items, groups):
+        index.add(vectors)
+    found = ItemIndex(index, groups)
+    recall: dict[str, dict[str, float]] = {}
+    for step in STEPS[kind]:
+        _set(index, step)
+        scores, ids = found.search(queries, best.shape[1])
+        if kind == "ivfpq":  # its own scores are of rounded vectors
+            scores = _scores(items, queries, ids)
+        recall = _recall(scores, best)
+        parameters |= step
+        if _least(recall) >= promised:
+            break
+    return found, parameters, recall
+
+
+def _least(recall: dict[str, dict[str, float]]) -> float:
+    return min(r[f"@{max(CUTS)}"] for r in recall.values())
+
+
+def _distinct(items: Rows, groups: Groups) -> Iterator[np.ndarray]:
+    """The vectors of the index, in order of row, part by part."""
+    start = 0
+    for vectors in items.vectors("embedding"):
+        low, high = np.searchsorted(groups.first, [start, start + len(vectors)])
+        yield np.ascontiguousarray(vectors[groups.first[low:high] - start])
+        start += len(vectors)
+
+
+def _new(kind: Kind, items: Rows, groups: Groups) -> tuple[faiss.Index, dict[str, int]]:
+    dim, rows = items.dim, len(groups)
     if kind == "flat":
         return faiss.IndexFlatIP(dim), {}
     if kind == "hnsw":
@@ -110,12 +266,12 @@ def _new(kind: Kind, items: Rows, manifest: Manifest) -> tuple[faiss.Index, dict
         return graph, {"M": LINKS, "efConstruction": CONSTRUCTION}
     # About four lists to the square root of the items (faiss guidelines); a byte of code for four numbers or so,
     # and fp16 vectors beside them by which what the codes found is ordered anew.
-    lists = min(LISTS, 2 ** round(math.log2(4 * math.sqrt(manifest.items))))
-    lists = min(lists, manifest.items // TRAINING_ROWS)
+    lists = min(LISTS, 2 ** round(math.log2(4 * math.sqrt(rows))))
+    lists = min(lists, rows // TRAINING_ROWS)
     m = max(m for m in range(1, max(2, dim // 4 + 1)) if dim % m == 0)
     index = faiss.index_factory(dim, f"OPQ{m},IVF{lists},PQ{m}x{BITS},Refine(SQfp16)", faiss.METRIC_INNER_PRODUCT)
-    step = max(1, manifest.items // (TRAINING_ROWS * max(lists, 1 << BITS)))
-    index.train(np.concatenate([vectors[::step] for vectors in items.vectors("embedding")]))
+    step = max(1, rows // (TRAINING_ROWS * max(lists, 1 << BITS)))
+    index.train(np.concatenate([vectors[::step] for vectors in _distinct(items, groups)]))
     return index, {"m": m, "nlist": lists}
 
 
@@ -124,14 +280,29 @@ def _set(index: faiss.Index, values: dict[str, int]) -> None:
         faiss.ParameterSpace().set_index_parameter(index, name, value)
 
 
-def _recall(index: faiss.Index, queries: np.ndarray, best: np.ndarray) -> dict[str, dict[str, float]]:
-    """By head, whose queries stand one after another; ids of equal scores count as they come."""
-    _, found = index.search(queries, best.shape[1])
-    recall: dict[str, dict[str, float]] = {}
-    parts = (np.split(rows, len(REPRESENTATIONS)) for rows in (found, best))
+def _scores(items: Rows, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """[q, k] inner products of queries with the items found; -inf where none was."""
+    wanted = np.unique(ids[ids >= 0])
+    held = np.empty((len(wanted), queries.shape[1]), np.float32)
+    start = 0
+    for vectors in items.vectors("embedding"):
+        low, high = np.searchsorted(wanted, [start, start + len(vectors)])
+        held[low:high] = vectors[wanted[low:high] - start]
+        start += len(vectors)
+    scores = np.full(ids.shape, -np.inf, np.float32)
+    for query, found, row in zip(queries, ids, scores, strict=True):
+        row[found >= 0] = held[np.searchsorted(wanted, found[found >= 0])] @ query
+    return scores
+
+
+def _recall(scores: np.ndarray, best: np.ndarray) -> dict[str, dict[str, float]]:
+    """By head, whose queries stand one after another. Found is any item whose score is that of the k-th best."""
+    recall: dict[str, dict[str, Any]] = {}
+    parts = (np.split(of_all, len(REPRESENTATIONS)) for of_all in (scores, best))
     for head, mine, true in zip(REPRESENTATIONS, *parts, strict=True):
+        slack = CLOSE * np.abs(true).max(1, keepdims=True)
+        cuts = {k: min(k, best.shape[1]) for k in CUTS}
         recall[head] = {
-            f"@{k}": float(np.mean([np.isin(b[:k], f[:k]).mean() for f, b in zip(mine, true, strict=True)]))
-            for k in CUTS
+            f"@{k}": float((mine[:, :most] >= true[:, most - 1 : most] - slack).mean()) for k, most in cuts.items()
         }
     return recall

@@ -12,10 +12,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from flm_torchrec.errors import RunError
-from flm_torchrec.export.catalogue import ATTRIBUTE
-from flm_torchrec.export.delta import REMOVED, load_delta
+from flm_torchrec.export.delta import load_delta
 from flm_torchrec.export.manifest import DELTA, Vectors, load_manifest
-from flm_torchrec.export.rows import Rows, read_part
+from flm_torchrec.export.rows import ATTRIBUTE, Rows
 from flm_torchrec.export.stores.protocol import Batch, Store
 from flm_torchrec.export.vectors import decode
 from flm_torchrec.messages import first_line, redact, redact_address
@@ -88,7 +87,7 @@ def load(folder: Path, to: str, collection: str, vectors: Vectors) -> Loaded:
     if (folder / DELTA).is_file():
         delta = load_delta(folder)
         manifest, rows = delta.whole, delta.rows(folder, "items")
-        removed = read_part(folder / REMOVED / "items.parquet")["item_key"]
+        removed = delta.removed_keys(folder, "items")
     else:
         manifest = load_manifest(folder)
         rows = Rows(folder, manifest, "items")

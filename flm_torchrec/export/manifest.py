@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from flm_torchrec.documents import read_json
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from flm_torchrec.config.heads import REPRESENTATIONS
+from flm_torchrec.documents import MOST_JSON_BYTES, Unreadable, parse_json, read_text
 from flm_torchrec.errors import RunError
 from flm_torchrec.files import sha256
+from flm_torchrec.messages import visible
 
 FILE = "manifest.json"
 DELTA = "delta.json"
 """Of a delta, in its place."""
-FORMAT = 2
+FORMAT = 3
+READABLE = (2, 3)
+"""2 has no `rows` in the report of its index."""
 
-RECALL_WANTED = 0.99
-"""Recall@100 against brute force, of each head, that an index is tuned to."""
+RECALL = 0.99
+"""Recall@100 against brute force, of each head, that an index promises by default."""
 
 Storage = Literal["parquet", "arrow"]
 Quantise = Literal["none", "fp16", "int8"]
@@ -26,39 +33,60 @@ Kind = Literal["flat", "hnsw", "ivfpq", "none"]
 Vectors = Literal["embedding", "content", "id"]
 """Columns of an item: of its id and features, which all heads score against, or of one of the two alone."""
 
+Count = Annotated[int, Field(ge=0, le=1 << 40)]
+Least1 = Annotated[int, Field(ge=1, le=1 << 40)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Recall = dict[str, Annotated[float, Field(ge=0, le=1)]]
+STRICT = ConfigDict(strict=True, extra="forbid")
+"""A wrong type or an unknown field is refused, not bent."""
 
-@dataclass(frozen=True)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, config=STRICT)
 class IndexReport:
     """A faiss index over the items' embeddings by inner product, and what it costs beside brute force."""
 
-    kind: Kind
-    parameters: dict[str, int]
+    kind: Literal["flat", "hnsw", "ivfpq"]
+    parameters: dict[str, Count]
     """How it was built, and efSearch or nprobe and k_factor_rf as tuned: `open_index` sets them."""
-    recall: dict[str, dict[str, float]]
+    recall: dict[str, Recall]
     """By head: recall "@10" and "@100" against brute force, on a sample of users."""
-    bytes_per_item: float
+    bytes_per_item: Number
+    rows: Least1 | None = None
+    """Distinct vectors, each indexed once. None: by an older version, each item by itself."""
+    promised: Number = RECALL
+    """Recall@100 that `--recall` asked for."""
+    asked: Kind = "flat"
+    """What `--index` asked for: another kind than `kind` where that did not keep the promise."""
+
+    @property
+    def least(self) -> float:
+        """Recall@100 of the head that fares worst."""
+        return min(recall["@100"] for recall in self.recall.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Manifest:
     """Written last: an export without it is not whole."""
 
     format: int
     model_version: str
     data: str
-    dim: int
-    users: int
-    items: int
+    dim: Annotated[int, Field(ge=1, le=1 << 16)]
+    users: Count
+    items: Least1
     heads: tuple[str, ...]
     storage: Storage
-    part_rows: int
+    part_rows: Least1
     """Of each part but the last: part p has the ids from p * part_rows on."""
     quantise: Quantise
     """How vectors are stored: see `vectors.encode`."""
     index: IndexReport | None = None
-    quality: dict[str, dict[str, float]] = field(default_factory=dict)
+    quality: dict[str, dict[str, Number]] = field(default_factory=dict)
     """By head, where vectors are quantised: NDCG@10 in validation "before" and "after", and the relative "change"."""
-    sha256: dict[str, str] = field(default_factory=dict)
+    sha256: dict[str, Sha256] = field(default_factory=dict)
     """By file, relative to the export."""
 
     def save(self, folder: Path) -> None:
@@ -97,36 +125,71 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest alone, its files unchecked.
 
     Raises:
-        RunError: no export, or another format.
+        RunError: no export, another format, or it does not hold together.
     """
     file = folder / FILE
     if not file.is_file():
         raise RunError(f"{file}: not found; make the export with 'flm export --output {folder}'")
-    try:
-        return manifest_of(read_json(file), file)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise RunError(f"{file}: not a manifest ({error}); export again") from error
+    manifest = read_strictly(file, Manifest)
+    check_manifest(manifest, file)
+    return manifest
 
 
-def manifest_of(record: dict[str, Any], file: Path) -> Manifest:
-    """The manifest as its dataclass.
+def read_strictly(file: Path, kind: type[T]) -> T:
+    """A JSON file as the dataclass that describes it.
 
     Raises:
-        RunError: another format. TypeError, KeyError: not a manifest.
+        RunError: it is not readable, of a format that this version does not read, or not as described.
     """
-    if record["format"] != FORMAT:
-        raise RunError(f"{file}: format {record['format']}, this version reads {FORMAT}; export again")
-    index = IndexReport(**record["index"]) if record["index"] else None
-    return Manifest(**{**record, "heads": tuple(record["heads"]), "index": index})
+    what = "a delta" if file.name == DELTA else "a manifest"
+    try:
+        text = read_text(file, MOST_JSON_BYTES)
+        _check_format(parse_json(text), file)
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise RunError(f"{file}: not {what} ({visible(where)[:200]}: {problem['msg']}); export again") from error
+    except Unreadable as error:
+        raise RunError(f"{file}: not {what} ({visible(str(error))[:200]}); export again") from error
+
+
+def _check_format(record: Any, file: Path) -> None:
+    """Raise RunError for another format, before its other fields are looked at."""
+    whole = record.get("whole", record) if isinstance(record, dict) else None
+    found = whole.get("format") if isinstance(whole, dict) else None
+    if type(found) is not int:
+        raise Unreadable("has no number of its format")
+    if found not in READABLE:
+        wanted = " and ".join(map(str, READABLE))
+        raise RunError(f"{file}: format {found}, this version reads {wanted}; export again")
+
+
+def check_manifest(manifest: Manifest, file: Path) -> None:
+    """Raise RunError where the fields of a manifest do not go together."""
+    heads = set(manifest.heads)
+    if not heads or len(heads) < len(manifest.heads) or not heads <= set(REPRESENTATIONS):
+        raise RunError(f"{file}: heads: wants some of {', '.join(REPRESENTATIONS)}; export again")
+    index = manifest.index
+    if index is None:
+        return
+    if set(index.recall) != set(manifest.heads) or any(set(r) != {"@10", "@100"} for r in index.recall.values()):
+        raise RunError(f"{file}: index.recall: wants @10 and @100 of each head; export again")
+    if index.rows is not None and index.rows > manifest.items:
+        raise RunError(f"{file}: index.rows: {index.rows} of {manifest.items} items; export again")
 
 
 def check_files(folder: Path, sha256s: dict[str, str], listed: Path) -> None:
     """Raise RunError where a file that `listed` lists is missing, changed, or lies outside the folder."""
     for name, digest in sha256s.items():
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:
+        if path.is_absolute() or ".." in path.parts or "\0" in name:
             raise RunError(f"{listed}: '{name}' lies outside the folder; export again")
-        if not (folder / name).is_file():
+        try:
+            found = sha256(folder / name) if (folder / name).is_file() else None
+        except OSError as error:
+            raise RunError(f"{folder / name}: cannot be read ({error.strerror}); mend that, or export again") from error
+        if found is None:
             raise RunError(f"{folder / name}: not found; export again")
-        if sha256(folder / name) != digest:
+        if found != digest:
             raise RunError(f"{folder / name}: changed since the export was written; export again")

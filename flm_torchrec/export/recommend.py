@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pyarrow.compute as pc
 
 from flm_torchrec.errors import RunError
-from flm_torchrec.export.index import brute_force, open_index
+from flm_torchrec.export.index import open_index, top
 from flm_torchrec.export.manifest import load_manifest
 from flm_torchrec.export.rows import Rows
 from flm_torchrec.export.vectors import decode
@@ -35,7 +36,7 @@ class Recommender:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.manifest = load_manifest(self.folder)
-        self.index = open_index(self.folder, self.manifest) if self.manifest.index else None
+        self.index = open_index(self.folder, self.manifest)
         self.items = Rows(self.folder, self.manifest, "items")
         self.users = Rows(self.folder, self.manifest, "users")
         self.shown = self.items.table(["item_key", "title"])
@@ -52,18 +53,27 @@ class Recommender:
             raise RunError(f"--head '{head}': choose one of {', '.join(self.manifest.heads)}")
         vector, seen = self._user(user_key, head)
         left_out = set() if include_seen else set(seen.tolist())
-        scores, ids = self._search(vector[None], min(k + len(left_out), self.manifest.items))
-        found = [(i, s) for i, s in zip(ids[0].tolist(), scores[0].tolist(), strict=True) if i not in left_out]
+        scores, ids = self._search(vector, min(k + len(left_out), self.manifest.items))
+        found = [(i, s) for i, s in zip(ids.tolist(), scores.tolist(), strict=True) if i not in left_out]
         return [
             Recommendation(self.shown["item_key"][i].as_py(), self.shown["title"][i].as_py(), score)
             for i, score in found[:k]
             if i >= 0
         ]
 
-    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        if self.index is None:
-            return brute_force(self.items.vectors("embedding"), queries, k)
-        return self.index.search(queries, k)
+    def _search(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and ids [k] of the best items by query [D]."""
+        if self.index is not None:
+            scores, ids = self.index.search(query[None], k)
+            return scores[0], ids[0]
+        best, found = np.zeros(0, np.float32), np.zeros(0, np.int64)
+        start = 0
+        for vectors in self.items.vectors("embedding"):
+            # By faiss, whose sum is the same for equal vectors wherever they stand; a BLAS product is not.
+            scores, ids = faiss.knn(query[None], vectors, len(vectors), metric=faiss.METRIC_INNER_PRODUCT)
+            best, found = top(np.concatenate([best, scores[0]]), np.concatenate([found, ids[0] + start]), k)
+            start += len(vectors)
+        return best, found
 
     def _user(self, key: str, head: str) -> tuple[np.ndarray, np.ndarray]:
         for part in self.users.parts(["user_key", "seen", head]):

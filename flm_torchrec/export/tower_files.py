@@ -1,5 +1,49 @@
-"""Names of the files of the packaged tower."""
+"""The files of the packaged tower: their names, and what `tower.json` holds."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
 
 FOLDER = "tower"
 USER, ITEM, PROFILE = "user.pt2", "item.pt2", "profile.pt2"
 DESCRIPTION, HISTORIES = "tower.json", "histories.parquet"
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=1 << 40)]
+
+
+class FeatureDescription(BaseModel):
+    """A feature as the tower takes it; see `encoder.Kind`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: str
+    entity: str
+    kind: str
+    width: Annotated[int, Field(ge=0, le=1 << 16)] = 0
+    mean: Number = 0.0
+    deviation: Number = 0.0
+    buckets: Count = 0
+    ngrams: Annotated[int, Field(ge=1, le=100)] = 1
+    values: tuple[str, ...] = ()
+
+
+class Description(BaseModel):
+    """`tower.json`: what of it an encoder needs; a wrong type is refused, not bent."""
+
+    model_config = ConfigDict(strict=True)
+
+    dim: Annotated[int, Field(ge=1, le=1 << 16)]
+    items: Count
+    max_history: Annotated[int, Field(ge=1, le=1 << 20)]
+    cosine: bool
+    fusion: str
+    events: Annotated[list[str], Field(min_length=1)]
+    timestamps: bool
+    usual_gap: Annotated[int, Field(ge=0, le=1 << 40)]
+    value_mean: Number
+    value_scale: Number
+    gaps: Annotated[int, Field(ge=1, le=1 << 20)]
+    features: list[FeatureDescription]

@@ -1,14 +1,24 @@
-"""Vectors as columns: fp32, fp16, or int8 in FBGEMM's row-wise format."""
+"""Vectors as columns: fp32, fp16, or int8 in FBGEMM's row-wise format, by plain NumPy."""
 
 from __future__ import annotations
 
-import fbgemm_gpu  # noqa: F401 (registers the operators)
 import numpy as np
 import pyarrow as pa
-import torch
 
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.manifest import Quantise
+
+TAIL = 8
+"""Bytes behind a row's numbers: scale and bias, each float32."""
+SMALL = 1e-8
+"""What FBGEMM adds to a row's range, so that a row of equal numbers can be divided by it."""
+
+
+def stored_type(quantise: Quantise, dim: int) -> pa.DataType:
+    """The type of the column that `encode` makes, as it is read back."""
+    kinds = {"none": (pa.float32(), dim), "fp16": (pa.float16(), dim), "int8": (pa.uint8(), dim + TAIL)}
+    value, size = kinds[quantise]
+    return pa.list_(pa.field("element", value), size)
 
 
 def encode(rows: np.ndarray, quantise: Quantise) -> pa.FixedSizeListArray:
@@ -25,7 +35,7 @@ def encode(rows: np.ndarray, quantise: Quantise) -> pa.FixedSizeListArray:
     if not np.isfinite(stored).all():
         raise RunError("a vector has NaN, infinity or a number too large for its format; train again with a lower rate")
     if quantise == "int8":
-        stored = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(torch.from_numpy(stored)).numpy()
+        stored = _quantised(stored)
     return pa.FixedSizeListArray.from_arrays(pa.array(stored.ravel()), stored.shape[1])
 
 
@@ -34,5 +44,20 @@ def decode(column: pa.ChunkedArray | pa.FixedSizeListArray) -> np.ndarray:
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     stored = array.flatten().to_numpy().reshape(len(array), array.type.list_size)
     if stored.dtype == np.uint8:
-        return torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(torch.tensor(stored)).numpy()
+        scale, bias = np.ascontiguousarray(stored[:, -TAIL:]).view(np.float32).T[:, :, None]
+        # In double precision, as FBGEMM multiplies and adds with one rounding.
+        return (stored[:, :-TAIL] * scale.astype(np.float64) + bias).astype(np.float32)
     return stored.astype(np.float32, copy=False)
+
+
+def _quantised(rows: np.ndarray) -> np.ndarray:
+    """[n, D] float32 → [n, D + 8] uint8: what FBGEMM's FloatToFused8BitRowwiseQuantized makes, bit for bit."""
+    low, high = rows.min(1, keepdims=True), rows.max(1, keepdims=True)
+    with np.errstate(over="ignore"):  # told below
+        span = high - low
+    if not np.isfinite(span).all():
+        raise RunError("the numbers of a vector are too far apart for int8; train again with a lower rate")
+    inverse = np.float32(255) / (span + np.float32(SMALL))
+    numbers = np.rint((rows - low) * inverse).astype(np.uint8)
+    scale = span / np.float32(255)
+    return np.concatenate([numbers, scale.view(np.uint8), low.view(np.uint8)], axis=1)

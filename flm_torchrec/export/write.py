@@ -21,7 +21,7 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.protocol import Comm, Encoder, Of
 from flm_torchrec.export.catalogue import Keys
 from flm_torchrec.export.index import build_index, check_index
-from flm_torchrec.export.manifest import DELTA, FILE, FORMAT, Kind, Manifest, Quantise, Storage
+from flm_torchrec.export.manifest import DELTA, FILE, FORMAT, RECALL, Kind, Manifest, Quantise, Storage
 from flm_torchrec.export.quality import Held, Quality
 from flm_torchrec.export.rows import PART_ROWS, Entity, part_name, write_part
 from flm_torchrec.export.vectors import encode
@@ -54,6 +54,8 @@ class Options:
     storage: Storage = "parquet"
     quantise: Quantise = "none"
     index: Kind = "flat"
+    recall: float = RECALL
+    """Recall@100 that the index promises: a flat one takes the place of one that stays below."""
     user_block: int = 256
     """Users encoded at once."""
     item_block: int = 16_384
@@ -166,7 +168,7 @@ def _finish(manifest: Manifest, fresh: Path, output: Path, options: Options) -> 
             name = part_name(entity, options.storage, part)  # type: ignore[arg-type]
             if name not in manifest.sha256:
                 raise RunError(f"{fresh / name}: is not there; all ranks must write to one disk that they share")
-    manifest = replace(manifest, index=build_index(fresh, manifest, options.index)).listing(fresh)
+    manifest = replace(manifest, index=build_index(fresh, manifest, options.index, options.recall)).listing(fresh)
     manifest.save(fresh)
     put_in_place(fresh, output)
     return manifest

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pds
 
+from flm_torchrec.export.vectors import decode
 from flm_torchrec.pages import Grid, Section
 from flm_torchrec.report.pieces import Missing
 
@@ -88,9 +89,7 @@ def _nearest(rows: pds.Dataset, wanted: np.ndarray, own: np.ndarray) -> tuple[np
 
 def _unit(column: pa.FixedSizeListArray) -> np.ndarray:
     """[n, D] of length 1."""
-    from flm_torchrec.export.vectors import (
-        decode,  # Imported here: PyTorch takes seconds; a report without an export does not need it.
-    )
-
     vectors = decode(column)
+    if not np.isfinite(vectors).all():
+        raise Missing("the export's vectors have NaN or infinity; export again")
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -30,7 +30,7 @@ def sections_of(pieces: dict[str, Callable[[], Section]]) -> tuple[list[str], li
             found.append(piece())
         except Missing as error:
             missing.append(f"{name}: {error}")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             missing.append(f"{name}: not as it is written ({type(error).__name__}: {error})")
     return missing, found
 

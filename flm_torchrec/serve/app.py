@@ -15,6 +15,7 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 
 from flm_torchrec.messages import visible
+from flm_torchrec.serve.connections import KnownHosts, tell_once
 from flm_torchrec.serve.edge import Measured, parse, read_body, tell_errors
 from flm_torchrec.serve.map import Maps
 from flm_torchrec.serve.measures import Measures
@@ -33,6 +34,10 @@ class Load:
 
     body_bytes: int = 1_000_000
     """Of a request; more gets 413."""
+    body_seconds: float = 30.0
+    """In which a request's body must come; a later one gets 408."""
+    hosts: tuple[str, ...] = ("*",)
+    """Host names that requests may ask for; see `connections.KnownHosts`."""
     threads: int = 2
     """That work on requests at once."""
     waiting: int = 128
@@ -47,6 +52,7 @@ def create_app(service: Service, load: Load = Load()) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        tell_once(asyncio.get_running_loop())
         watcher = asyncio.create_task(_watch(service, load.watch_seconds)) if load.watch_seconds else None
         yield
         if watcher is not None:
@@ -55,6 +61,7 @@ def create_app(service: Service, load: Load = Load()) -> FastAPI:
 
     app = FastAPI(title="flm serve", lifespan=lifespan, docs_url=None, redoc_url=None)
     tell_errors(app)
+    app.add_middleware(KnownHosts, hosts=load.hosts)
     app.add_middleware(Measured, measures=measures)
     _read_routes(app, service, workers, measures)
     _write_routes(app, service, workers, load)
@@ -103,7 +110,7 @@ def _read_routes(app: FastAPI, service: Service, workers: Workers, measures: Mea
 def _write_routes(app: FastAPI, service: Service, workers: Workers, load: Load) -> None:
     def post(path: str, message: type[M], answer: Callable[[M], Awaitable[Any]]) -> None:
         async def route(request: Request) -> Response:
-            asked = parse(message, await read_body(request, load.body_bytes))
+            asked = parse(message, await read_body(request, load.body_bytes, load.body_seconds))
             return JSONResponse(await answer(asked))
 
         app.post(path, openapi_extra=_takes(message))(route)
@@ -122,7 +129,7 @@ def _write_routes(app: FastAPI, service: Service, workers: Workers, load: Load) 
 
     @app.post("/v1/swap", openapi_extra=_takes(Swap))
     async def swap(request: Request) -> dict[str, Any]:
-        asked = parse(Swap, await read_body(request, load.body_bytes))
+        asked = parse(Swap, await read_body(request, load.body_bytes, load.body_seconds))
         return await asyncio.to_thread(service.swap, Path(asked.export))  # loading must not keep requests waiting
 
 

@@ -11,10 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flm_torchrec.export.catalogue import ATTRIBUTE
-from flm_torchrec.export.index import open_index
+from flm_torchrec.export.index import ItemIndex, open_index, top
 from flm_torchrec.export.manifest import Manifest
-from flm_torchrec.export.rows import Rows, whole
+from flm_torchrec.export.rows import ATTRIBUTE, Rows, whole
 
 TOP_VALUES = 100
 """Of a feature, that `GET /v1/catalogue` lists."""
@@ -48,13 +47,18 @@ class Catalogue:
     titles: pa.Array  # [N] strings
     row_of: Mapping[str, int]
     known: np.ndarray  # [N] bool: the id was trained
-    vectors: np.ndarray  # [N, D] float32: what representations are scored against
+    distinct: np.ndarray  # [R, D] float32: the vectors that representations are scored against, equal ones once
+    vector_of: np.ndarray  # [N] rows of `distinct`
     attributes: Mapping[str, Attribute]
-    index: faiss.Index | None
+    index: ItemIndex | None
     kind: str
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """[n] rows → [n, D]."""
+        return self.distinct[self.vector_of[rows]]
 
     def attributes_of(self, row: int) -> dict[str, list[str]]:
         """Values of each feature, each once."""
@@ -93,8 +97,9 @@ class Catalogue:
         mask = np.ones(len(self), bool) if allowed is None else allowed.copy()
         mask[excluded] = False
         rows = np.flatnonzero(mask)
-        vectors = self.vectors if len(rows) == len(self) else self.vectors[rows]
-        return best_of(h, vectors, rows, k)
+        if len(rows) * 4 < len(self.distinct):
+            return best_of(h, self.vectors(rows), rows, k)
+        return top((self.distinct @ h)[self.vector_of[rows]], rows, k)
 
     def search(self, text: str, limit: int) -> list[int]:
         """Rows whose key or title begins with the text, then those that hold it, whatever the case."""
@@ -115,11 +120,8 @@ MOST_ASKED = 4096
 
 
 def best_of(h: np.ndarray, vectors: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and rows of the k largest inner products, largest first."""
-    scores = vectors @ h
-    top = np.argpartition(-scores, k - 1)[:k] if k < len(scores) else np.arange(len(scores))
-    top = top[np.argsort(-scores[top], kind="stable")]
-    return scores[top], rows[top]
+    """Scores and rows of the k largest inner products, largest first; of equal ones the lower row first."""
+    return top(np.einsum("nd,d->n", vectors, h), rows, k)  # not by BLAS, whose sums differ by the place of a row
 
 
 def load_catalogue(folder: Path, manifest: Manifest) -> Catalogue:
@@ -131,17 +133,19 @@ def load_catalogue(folder: Path, manifest: Manifest) -> Catalogue:
     rows = Rows(folder, manifest, "items")
     table = rows.table([n for n in _columns(rows) if n in ("item_key", "title", "known") or n.startswith(ATTRIBUTE)])
     keys = whole(table["item_key"])
-    index = open_index(folder, manifest) if manifest.index is not None else None
+    index = open_index(folder, manifest)
+    distinct, vector_of = _vectors(rows, index, manifest)
     lists = {n.removeprefix(ATTRIBUTE): whole(table[n]) for n in table.column_names if n.startswith(ATTRIBUTE)}
     return Catalogue(
         keys=keys,
         titles=whole(table["title"]),
         row_of={key: row for row, key in enumerate(keys.to_pylist())},
         known=whole(table["known"]).to_numpy(zero_copy_only=False),
-        vectors=_vectors(rows, index, manifest),
+        distinct=distinct,
+        vector_of=vector_of,
         attributes={name: _attribute(column) for name, column in lists.items()},
         index=index,
-        kind="none" if manifest.index is None else manifest.index.kind,
+        kind="none" if manifest.index is None or index is None else manifest.index.kind,
     )
 
 
@@ -149,19 +153,19 @@ def _columns(rows: Rows) -> Iterable[str]:
     return next(rows.parts()).column_names
 
 
-def _vectors(rows: Rows, index: faiss.Index | None, manifest: Manifest) -> np.ndarray:
-    """[N, D]: those that the index holds where it holds them whole, so that they are in memory once."""
-    flat = index
-    if isinstance(index, faiss.IndexHNSWFlat):
-        flat = faiss.downcast_index(index.storage)
-    if isinstance(flat, faiss.IndexFlat):
-        return faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d)
+def _vectors(rows: Rows, index: ItemIndex | None, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
+    """[R, D] and [N]: those that the index holds where it holds them whole, so that they are in memory once."""
+    flat = None if index is None else index.index
+    if isinstance(flat, faiss.IndexHNSWFlat):
+        flat = faiss.downcast_index(flat.storage)
+    if index is not None and isinstance(flat, faiss.IndexFlat):
+        return faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d), index.groups.row
     vectors = np.empty((manifest.items, manifest.dim), np.float32)
     start = 0
     for part in rows.vectors("embedding"):
         vectors[start : start + len(part)] = part
         start += len(part)
-    return vectors
+    return vectors, np.arange(manifest.items)
 
 
 def _attribute(lists: pa.ListArray) -> Attribute:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import signal
+from functools import partial
 from pathlib import Path
 
 from flm_torchrec.errors import RunError
@@ -22,6 +24,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--export", required=True, type=Path, metavar="DIR", help="folder of 'flm export', or a link")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    parser.add_argument(
+        "--allowed-hosts", default="", metavar="NAMES",
+        help="host names that requests may ask for, with commas; '*.example.org' for all below one, '*' for any"
+        " (default: localhost and the address listened on; listening on all, any IP address)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=2, help="that work on requests (default: %(default)s)")
     parser.add_argument(
         "--waiting", type=int, default=128,
@@ -40,17 +47,35 @@ def run_serve(args: argparse.Namespace) -> None:
     import uvicorn
 
     from flm_torchrec.serve.app import Load, create_app
+    from flm_torchrec.serve.connections import BACKLOG, GuardedProtocol, listening, most_connections
     from flm_torchrec.serve.service import Service
 
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)  # uvicorn puts its own in place while it serves, and raises the signal afterwards
+    bound, most = listening(args.host, args.port), most_connections()
     service = Service(args.export)
-    load = Load(threads=args.threads, waiting=args.waiting, watch_seconds=args.watch)
+    load = Load(threads=args.threads, waiting=args.waiting, watch_seconds=args.watch, hosts=_hosts(args))
     now = service.generation
     print(f"{now.folder}: {now.manifest.items} items, {now.manifest.users} users; model {now.manifest.model_version}")
     print(f"http://{args.host}:{args.port}", flush=True)
-    uvicorn.run(
-        create_app(service, load), host=args.host, port=args.port, log_level="warning", access_log=False,
-        timeout_graceful_shutdown=GRACE,
+    config = uvicorn.Config(
+        create_app(service, load), log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE,
+        http=partial(GuardedProtocol, most=most), ws="none", backlog=BACKLOG,  # type: ignore[arg-type]
     )  # fmt: skip
+    uvicorn.Server(config).run(sockets=[bound])
+
+
+def _stop(number: int, frame: object) -> None:
+    """Asked to stop, and nothing is lost: exit code 0."""
+    raise SystemExit(0)
+
+
+def _hosts(args: argparse.Namespace) -> tuple[str, ...]:
+    """What `--allowed-hosts` names, or by default what nobody else can have a browser ask this server for."""
+    if args.allowed_hosts:
+        return tuple(filter(None, (name.strip() for name in args.allowed_hosts.split(","))))
+    everywhere = args.host in ("0.0.0.0", "::", "")
+    return "localhost", "127.0.0.1", "::1", "address" if everywhere else args.host
 
 
 def _check(args: argparse.Namespace) -> None:

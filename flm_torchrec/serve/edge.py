@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any, TypeVar
 
@@ -10,12 +11,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flm_torchrec.serve.measures import Measures
 from flm_torchrec.serve.names import Refused
 
 M = TypeVar("M", bound=BaseModel)
+BROKEN_OFF = 499
+"""Status counted where the client has gone, as nginx does; nobody gets it."""
+CLOSING = (408, 413)
+"""After these the rest of a body may still come: the connection is closed."""
 HEADERS = (
     (b"content-security-policy", b"default-src 'self'"),
     (b"x-content-type-options", b"nosniff"),
@@ -23,20 +29,30 @@ HEADERS = (
 )
 
 
-async def read_body(request: Request, most: int) -> bytes:
+async def read_body(request: Request, most: int, seconds: float) -> bytes:
     """The body of a request of JSON.
 
     Raises:
-        Refused: it says to be something else, or is longer than `most` bytes, of which no more are read.
+        Refused: it says to be something else, is longer than `most` bytes, of which no more are read, takes longer
+            than `seconds` to come, or is broken off.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Refused(415, "Content-Type: send application/json")
+    told = request.headers.get("content-length", "")
+    if told.isascii() and told.isdigit() and (len(told) > 18 or int(told) > most):
+        raise Refused(413, f"body: more than {most} bytes; ask for less at once")
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > most:
-            raise Refused(413, f"body: more than {most} bytes; ask for less at once")
+    try:
+        async with asyncio.timeout(seconds):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > most:
+                    raise Refused(413, f"body: more than {most} bytes; ask for less at once")
+    except TimeoutError as error:
+        raise Refused(408, f"body: did not come within {seconds:g} seconds; send it faster") from error
+    except ClientDisconnect as error:
+        raise Refused(BROKEN_OFF, "body: broken off") from error
     return bytes(body)
 
 
@@ -66,7 +82,9 @@ def _printable(text: str) -> str:
 def tell_errors(app: FastAPI) -> None:
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> JSONResponse:
-        headers = {"Retry-After": "1"} if error.status == 503 else None
+        headers = {"Retry-After": "1"} if error.status == 503 else {}
+        if error.status in CLOSING:
+            headers["Connection"] = "close"
         return JSONResponse({"detail": _printable(str(error))}, error.status, headers)
 
     @app.exception_handler(RequestValidationError)

@@ -13,8 +13,12 @@ import pyarrow as pa
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.encoder import Query, Represented, Tower
 from flm_torchrec.export.manifest import Manifest, load_manifest
-from flm_torchrec.export.rows import Rows
+from flm_torchrec.export.rows import Rows, whole
+from flm_torchrec.messages import first_line, visible
 from flm_torchrec.serve.catalogue import Catalogue, best_of, load_catalogue
+
+UNSOUND = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, OSError, MemoryError)
+"""What reading an export may raise where it is not what it says, beside RunError."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Generation:
         rows = np.asarray(rows, np.int64)
         result = np.empty((len(rows), self.manifest.dim), np.float32)
         inside = rows < len(self.catalogue)
-        result[inside] = self.catalogue.vectors[rows[inside]]
+        result[inside] = self.catalogue.vectors(rows[inside])
         result[~inside] = self.added.vectors[rows[~inside] - len(self.catalogue)]
         return result
 
@@ -114,12 +118,26 @@ def load_generation(folder: Path, number: int) -> Generation:
         RunError: the export is missing, incomplete, changed, or was made without a tower.
     """
     folder = folder.resolve()
+    try:
+        return _loaded(folder, number)
+    except UNSOUND as error:
+        # The programs of the tower are compiled code of the export's own: what they raise cannot be foreseen.
+        reason = f"{type(error).__name__}: {visible(first_line(error))}"
+        raise RunError(f"{folder}: is not an export that can be served ({reason}); export again") from error
+
+
+def _loaded(folder: Path, number: int) -> Generation:
     manifest = load_manifest(folder)
     tower = Tower(folder)
     if tower.items != manifest.items or tower.dim != manifest.dim:
         raise RunError(f"{folder}: the tower is of {tower.items} items, the rows of {manifest.items}; export again")
-    users = Rows(folder, manifest, "users").table(["user_key", "seen"]).combine_chunks()
+    if len(tower.histories) != manifest.users:
+        raise RunError(f"{folder}: the tower is of {len(tower.histories)} users, not {manifest.users}; export again")
     nothing = np.zeros((0, manifest.dim), np.float32)
+    (tried,) = tower.represent([Query()], nothing)
+    if tried.heads.shape != (len(manifest.heads), manifest.dim) or not np.isfinite(tried.heads).all():
+        raise RunError(f"{folder}: the tower makes other vectors than the manifest says; export again")
+    users = Rows(folder, manifest, "users").table(["user_key", "seen"]).combine_chunks()
     return Generation(
         number=number,
         folder=folder,
@@ -127,6 +145,6 @@ def load_generation(folder: Path, number: int) -> Generation:
         tower=tower,
         catalogue=load_catalogue(folder, manifest),
         user_of={key: row for row, key in enumerate(users["user_key"].to_pylist())},
-        seen=users["seen"].chunk(0),
+        seen=whole(users["seen"]),
         added=Added((), nothing, nothing),
     )

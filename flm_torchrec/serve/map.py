@@ -54,7 +54,7 @@ def draw(generation: Generation) -> dict[str, Any]:
     rows = np.arange(len(catalogue))
     if len(rows) > MOST_ITEMS:
         rows = np.sort(np.random.default_rng(0).choice(len(rows), MOST_ITEMS, replace=False))
-    places, variance = flatten(catalogue.vectors[rows])
+    places, variance = flatten(catalogue.vectors(rows))
     return {
         "model_version": generation.manifest.model_version,
         "of": len(catalogue),

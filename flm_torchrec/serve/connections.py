@@ -1,0 +1,182 @@
+"""Connections of `flm serve`: how many are taken, how long each may be silent, and names that the server answers to."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import socket
+from collections.abc import Collection
+from ipaddress import ip_address
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from flm_torchrec.errors import RunError
+from flm_torchrec.messages import visible
+
+BACKLOG = 128
+"""Connections that the system holds until they are accepted; as many may be accepted at once."""
+SPARE = 128
+"""Descriptors kept for files: an export that is swapped in has some open at a time."""
+FEWEST = 16
+"""Connections below which it is not worth to serve."""
+HEADER_SECONDS = 10.0
+"""From the opening of a connection, or the first byte of a later request, to the end of the request's header."""
+
+
+def most_connections() -> int:
+    """How many connections fit into the limit of descriptors, which is raised as far as this process may.
+
+    Raises:
+        RunError: too few.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    most = min(hard if hard != resource.RLIM_INFINITY else 1 << 20, 1 << 20)
+    held = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else SPARE
+    left = most - held - SPARE - BACKLOG
+    if left < FEWEST:
+        raise RunError(f"open files: the limit of {most} leaves no room for connections; give 'ulimit -n 4096'")
+    return left
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens at the address.
+
+    Raises:
+        RunError: there is no such address, or another process has it.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen(BACKLOG)  # from now on the port is taken; who comes before all is loaded waits
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RunError(f"--host {host} --port {port}: {reason}; give another address") from error
+    return bound
+
+
+class GuardedProtocol(H11Protocol):
+    """uvicorn's protocol, which closes connections beyond `most`, and those whose request does not come.
+
+    A connection may be opened and left silent, and thousands may: without a limit these use up the descriptors, and
+    the server cannot accept anyone. uvicorn itself only ends connections that are idle after an answer.
+    """
+
+    def __init__(self, *args: Any, most: int, header_seconds: float = HEADER_SECONDS, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.most = most
+        self.header_seconds = header_seconds
+        self.refused = False
+        self.deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        if len(self.connections) >= self.most:
+            self.refused = True
+            transport.abort()
+            return
+        super().connection_made(transport)
+        self._await_header()
+
+    def data_received(self, data: bytes) -> None:
+        if self.refused:
+            return
+        super().data_received(data)
+        if self._in_request():
+            self._stop()
+        elif self.deadline is None:
+            self._await_header()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop()
+        if not self.refused:
+            super().connection_lost(exc)
+
+    def eof_received(self) -> None:
+        if not self.refused:
+            super().eof_received()
+
+    def _in_request(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _await_header(self) -> None:
+        self.deadline = self.loop.call_later(self.header_seconds, self._late)
+
+    def _stop(self) -> None:
+        if self.deadline is not None:
+            self.deadline.cancel()
+            self.deadline = None
+
+    def _late(self) -> None:
+        self.deadline = None
+        if not self._in_request():
+            self.transport.abort()
+
+
+def tell_once(loop: asyncio.AbstractEventLoop) -> None:
+    """Of sockets that cannot be accepted asyncio logs a traceback for each; one line is enough for all."""
+    told = False
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal told
+        if "accept" not in context.get("message", ""):
+            loop.default_exception_handler(context)
+        elif not told:
+            told = True
+            print(f"connections: {visible(str(context.get('exception')))}; told once, tried on", flush=True)
+
+    loop.set_exception_handler(handle)
+
+
+class KnownHosts:
+    """Refuses requests for other host names: a page elsewhere could lead a browser here by a name of its own.
+
+    Args:
+        hosts: names and addresses without ports; "*" is any, "*.example.org" any name below it, "address" any IP
+            address, which no name of another's can stand for.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:
+        self.app = app
+        self.hosts = {host.lower().strip("[]") for host in hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("host", "")
+        if self._known(given):
+            await self.app(scope, receive, send)
+            return
+        detail = f"Host: '{visible(given)[:100]}' is not served here; name it with --allowed-hosts"
+        await JSONResponse({"detail": detail}, 400)(scope, receive, send)
+
+    def _known(self, given: str) -> bool:
+        name = host_name(given)
+        if "*" in self.hosts or name in self.hosts:
+            return True
+        if any(host.startswith("*.") and name.endswith(host[1:]) for host in self.hosts):
+            return True
+        return "address" in self.hosts and _is_address(name)
+
+
+def host_name(given: str) -> str:
+    """The host of a Host header, without its port and brackets: `[::1]:8000` → `::1`."""
+    name = given.strip().lower()
+    if name.startswith("["):
+        return name[1:].partition("]")[0]
+    return name.partition(":")[0].removesuffix(".")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
