@@ -110,6 +110,7 @@ class Tower(nn.Module):
         dim = self.config.dim
         item_id = embedded.item_id * self._shown(batch.item_known, self.config.id_dropout)
         content = self._content(torch.cat([embedded.item_features, batch.item_dense], 1))
+        vectors = item_id + content
         user_id, user_features = embedded.user[:, :dim], embedded.user[:, dim:]
         seen = Sequences(
             user_id=user_id * self._shown(batch.user_known, self.config.user_id_dropout),
@@ -119,18 +120,17 @@ class Tower(nn.Module):
             event=torch.cat([embedded.history, batch.value.unsqueeze(1)], 1),
         )
         representations = self.represent(seen, Jagged(batch.lengths, batch.time))
-        return Encoded(self._unit(item_id + content), embedded.item_id, self._unit(content), representations)
+        return Encoded(self._unit(vectors), embedded.item_id, self._unit(content), representations)
 
     def represent(self, seen: Sequences, layout: Layout) -> dict[str, Tensor]:
         """Sequences → by name of REPRESENTATIONS, [R, D] at the R represented tokens of the layout."""
-        profile = layout.each(seen.profile)
         events = seen.item_id + seen.item_content + self.event(seen.event)
         heads = {
-            "content": self.content_head(torch.cat([layout.mean(seen.item_content), profile], 1)),
+            "content": self.content_head(torch.cat([layout.mean(seen.item_content), layout.each(seen.profile)], 1)),
             "collaborative": self.collaborative_head(
                 torch.cat([layout.each(seen.user_id), layout.mean(seen.item_id)], 1)
             ),
-            "sequential": self.transformer(layout.begin(profile + self.start, events), layout),
+            "sequential": self.transformer(layout.begin(layout.each(seen.profile) + self.start, events), layout),
         }
         heads = {name: self._unit(h) for name, h in heads.items()}
         return {**heads, FUSED: self._unit(self.fusion(torch.stack([heads[name] for name in HEADS], 1)))}
