@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table as RichTable
 
-from flm_torchrec.messages import escape, visible
+from flm_torchrec.safe_text import escape, visible
 from flm_torchrec.terminal import PlainConsole
 
 INK = "#010203"

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from flm_torchrec.messages import visible
+from flm_torchrec.safe_text import visible
 
 
 class PlainConsole(Console):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from flm_torchrec.data.prepare import Options, prepare
-from flm_torchrec.data.prepared import PreparedData, load_prepared
-from flm_torchrec.data.sources import synthetic
+from flm_torchrec.data.dataset import PreparedData, load_prepared
+from flm_torchrec.prepare.prepare import Options, prepare
+from flm_torchrec.prepare.sources import synthetic
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from flm_torchrec.config.schema import DistributedConfig
-from flm_torchrec.data.prepared import load_prepared
+from flm_torchrec.data.dataset import load_prepared
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.quality import Held

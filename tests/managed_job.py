@@ -15,12 +15,12 @@ from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from flm_torchrec.config import load_config
-from flm_torchrec.data.prepared import load_prepared
-from flm_torchrec.data.rows import MANAGED_IDS
+from flm_torchrec.data.dataset import load_prepared
+from flm_torchrec.data.hashing import MANAGED_IDS
 from flm_torchrec.data.schema import Table
 from flm_torchrec.distributed.comm import process_group
-from flm_torchrec.training.job import Job
 from flm_torchrec.training.scope import scope_of
+from flm_torchrec.training.trainer import Job
 from tests.equality_job import whole
 
 ROWS = 64

@@ -22,17 +22,17 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from flm_torchrec.config import load_config
 from flm_torchrec.config.schema import DistributedConfig, TrainConfig
-from flm_torchrec.data.prepared import PreparedData, load_prepared
+from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.distributed.replicas import average_replicas, group_of
 from flm_torchrec.distributed.shard import make_optimizer, shard
-from flm_torchrec.training.checkpoint import CHECKPOINTS, Checkpoints, Progress
+from flm_torchrec.training.checkpoint.manager import CHECKPOINTS, Checkpoints, Progress
+from flm_torchrec.training.checkpoint.state import own_bytes
 from flm_torchrec.training.guard import Guard
-from flm_torchrec.training.job import Job
 from flm_torchrec.training.loop import STEPS as STEPPERS
 from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.scope import scope_of
-from flm_torchrec.training.snapshot import own_bytes
+from flm_torchrec.training.trainer import Job
 from tests.equality_job import (
     CLOSE,
     LR,

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from flm_torchrec.config import load_config
-from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import everyone
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.export.manifest import Kind
-from flm_torchrec.export.tower import write_tower
+from flm_torchrec.export.tower.writer import write_tower
 from flm_torchrec.export.write import Options, Source, export
-from flm_torchrec.training.job import Job
-from flm_torchrec.training.package import PackagedModel
+from flm_torchrec.training.gathered import PackagedModel
 from flm_torchrec.training.scope import scope_of
+from flm_torchrec.training.trainer import Job
 
 
 def write_export(data: PreparedData, folder: Path, seed: int = 1, index: Kind = "flat") -> None:

@@ -12,12 +12,12 @@ from itertools import islice
 from pathlib import Path
 
 from flm_torchrec.config import load_config
-from flm_torchrec.data.prepared import load_prepared
+from flm_torchrec.data.dataset import load_prepared
 from flm_torchrec.distributed.comm import process_group
-from flm_torchrec.distributed.planfile import describe
-from flm_torchrec.training.checkpoint import Checkpoints, Progress
-from flm_torchrec.training.job import Job
+from flm_torchrec.planner.planfile import describe
+from flm_torchrec.training.checkpoint.manager import Checkpoints, Progress
 from flm_torchrec.training.scope import scope_of
+from flm_torchrec.training.trainer import Job
 
 STEPS = 4
 

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from flm_torchrec.config import load_config
-from flm_torchrec.data.prepared import load_prepared
+from flm_torchrec.data.dataset import load_prepared
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, rank_targets
-from flm_torchrec.training.job import Job
 from flm_torchrec.training.scope import scope_of
+from flm_torchrec.training.trainer import Job
 
 STEPS = 20
 

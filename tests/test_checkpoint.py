@@ -14,10 +14,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.errors import RunError
 from flm_torchrec.files import mend_inside, temporary
-from flm_torchrec.training import storage
+from flm_torchrec.training.checkpoint import storage
 from tests.conftest import ROOT, launch_ranks
 
 JOB = str(ROOT / "tests" / "state_job.py")

@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from flm_torchrec.cli import inspect as inspect_command
 from flm_torchrec.cli import main
+from flm_torchrec.cli import prepare as data_command
+from flm_torchrec.cli import serve as serve_command
 from flm_torchrec.config import load_config
 from flm_torchrec.config.load import sections
-from flm_torchrec.data import command as data_command
-from flm_torchrec.data import inspect_command
-from flm_torchrec.data.prepared import PreparedData
-from flm_torchrec.serve import command as serve_command
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.train import script_arguments
 
 TINY = ["--model.dim", "16", "--train.batch_size", "32", "--data.max_history", "8", "--train.eval_every", "5"]

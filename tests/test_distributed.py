@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.dataset import PreparedData
 from tests.conftest import ROOT
 
 JOB = str(ROOT / "tests" / "steps_job.py")

@@ -16,7 +16,7 @@ from flm_torchrec.documents import MOST_DEPTH, Unreadable, parse_json, parse_yam
 from flm_torchrec.errors import FlmError
 from flm_torchrec.export.manifest import read_manifest
 from flm_torchrec.names import LISTED, closest, nearest, nearest_key
-from flm_torchrec.training.storage import read_meta
+from flm_torchrec.training.checkpoint.storage import read_meta
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
 SHARED = "base: &base {rows: 3}\nother:\n  <<: *base\n"

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from flm_torchrec.cli import BROKEN_PIPE, STEPS, main
-from flm_torchrec.data.prepared import PreparedData
-from flm_torchrec.training.forget_command import _lines
+from flm_torchrec.cli.forget import _lines
+from flm_torchrec.data.dataset import PreparedData
 
 
 def refused(*arguments: str) -> int:

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from flm_torchrec.data.prepared import PreparedData
-from flm_torchrec.export.encoder import Query, Represented
+from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.export.tower.reader import Query, Represented
 from flm_torchrec.serve.explain import NEAREST, explain
 from flm_torchrec.serve.generation import Generation, load_generation
 from flm_torchrec.serve.map import draw, flatten

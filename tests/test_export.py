@@ -20,25 +20,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from flm_torchrec.cli.export import summary
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.config.schema import EvalConfig
-from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import Examples, split
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.evaluate import evaluate_heads
 from flm_torchrec.evaluation.protocol import Of
-from flm_torchrec.export.catalogue import decoded
-from flm_torchrec.export.command import summary
+from flm_torchrec.export.attributes import decoded
 from flm_torchrec.export.index import STEPS, open_index, top
 from flm_torchrec.export.manifest import Kind, Quantise, Storage, load_manifest
+from flm_torchrec.export.parts import Rows
 from flm_torchrec.export.quality import Held
 from flm_torchrec.export.recommend import Recommender
-from flm_torchrec.export.rows import Rows
 from flm_torchrec.export.vectors import decode, encode
 from flm_torchrec.export.write import Options, Source, check_output, export
 from tests.conftest import ROOT
 from tests.test_ranking import Alone, RandomEncoder
-from tools import bench_export
+from tools.benchmarks import export as bench_export
 
 
 class MadeUp:

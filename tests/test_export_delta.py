@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flm_torchrec.claim import InUse, claim
-from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.delta import Delta, apply_delta, export_delta, load_delta
 from flm_torchrec.export.manifest import Storage, is_part, load_manifest
@@ -25,7 +25,7 @@ from flm_torchrec.export.write import Options, Source, export
 from flm_torchrec.files import sha256
 from tests.test_export import MadeUp
 from tests.test_ranking import Alone
-from tools import bench_export
+from tools.benchmarks import export as bench_export
 
 OPTIONS = Options(user_block=32, item_block=32, part_rows=40, index="flat")
 

@@ -17,7 +17,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from flm_torchrec.cli import main
-from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.export.delta import export_delta
 from flm_torchrec.export.write import Options, export
 from flm_torchrec.serve.app import create_app

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from flm_torchrec.cli import main
 from flm_torchrec.config import load_config
 from flm_torchrec.data.cohort import label_events, of_cohort
-from flm_torchrec.data.prepare import Options, prepare
-from flm_torchrec.data.prepared import PreparedData
-from flm_torchrec.data.sources import synthetic
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import split
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import DataError
-from flm_torchrec.training.job import Job
+from flm_torchrec.prepare.prepare import Options, prepare
+from flm_torchrec.prepare.sources import synthetic
 from flm_torchrec.training.restore import restore
 from flm_torchrec.training.scope import load_data, scope_of
+from flm_torchrec.training.trainer import Job
 
 SMALL = ["--model.dim", "16", "--train.batch_size", "32", "--train.max_steps", "6", "--eval.ks", "[10]"]
 

@@ -20,12 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flm_torchrec.cli import main
-from flm_torchrec.data.clean import Dropped
-from flm_torchrec.data.prepared import PreparedData
-from flm_torchrec.data.sources import logs
-from flm_torchrec.data.stream_events import Encoder, NewEvents, append, new_windows, newest
-from flm_torchrec.data.stream_source import open_source
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.errors import DataError
+from flm_torchrec.prepare.clean import Dropped
+from flm_torchrec.prepare.sources import logs
+from flm_torchrec.training.follow.events import Encoder, NewEvents, append, new_windows, newest
+from flm_torchrec.training.follow.sources import open_source
 from tests.conftest import ROOT
 
 NEW = 1_900_000_000

@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 from flm_torchrec.claim import InUse, claim
 from flm_torchrec.cli import main
 from flm_torchrec.config import load_config
-from flm_torchrec.data import forget as data_forget
-from flm_torchrec.data.prepare import Options, prepare
-from flm_torchrec.data.prepared import PreparedData, load_prepared
-from flm_torchrec.data.privacy import hash_keys
-from flm_torchrec.data.rows import look_ups, parse_tables
-from flm_torchrec.data.sources import synthetic
+from flm_torchrec.data.dataset import PreparedData, load_prepared
+from flm_torchrec.data.hashing import look_ups, parse_tables
 from flm_torchrec.files import temporary
-from flm_torchrec.training import storage
-from flm_torchrec.training.forget import forget, rows_to_reset
-from flm_torchrec.training.job import pretrain
+from flm_torchrec.prepare.hash_users import hash_keys
+from flm_torchrec.prepare.prepare import Options, prepare
+from flm_torchrec.prepare.sources import synthetic
+from flm_torchrec.privacy import forget_in_data as data_forget
+from flm_torchrec.privacy.forget import forget, rows_to_reset
+from flm_torchrec.training.checkpoint import storage
+from flm_torchrec.training.trainer import pretrain
 
 GONE, STAYS = "u17", "u18"
 SETTINGS = ("train.epochs=2", "train.batch_size=16", "train.checkpoint_every=2", "model.dim=16", "loss.negatives=64")
@@ -119,7 +119,7 @@ def test_training_goes_on_and_others_metrics_are_as_before(copy: Path, capsys: p
 def test_after_an_interruption_the_same_call_does_the_rest(
     copy: Path, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flm_torchrec.training import forget as module
+    from flm_torchrec.privacy import forget as module
 
     class Killed(BaseException):
         pass

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from flm_torchrec.cli import main
 from flm_torchrec.config.heads import HEADS
-from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import Examples, split
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.evaluation.protocol import Of
 from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, count_ranks, rank_targets
-from flm_torchrec.training.fusion import choose_weights
+from flm_torchrec.training.fusion_weights import choose_weights
 from flm_torchrec.training.restore import restore
 
 DIM = 16

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flm_torchrec.cli import main
-from flm_torchrec.data.prepared import PreparedData, fingerprint_of
+from flm_torchrec.data.dataset import PreparedData, fingerprint_of
 
 OPTIONS = ["--train.max_steps", "3", "--train.batch_size", "32", "--model.dim", "8", "--data.max_history", "6"]
 OPTIONS += ["--eval.ks", "[10]", "--distributed.threads", "1"]

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flm_torchrec.cli import main
-from flm_torchrec.data.inspection import opened
-from flm_torchrec.data.inspection_drift import _by_period, _divergence, _stability
-from flm_torchrec.data.inspection_splits import look_at_splits
-from flm_torchrec.data.prepared import PreparedData, load_prepared
+from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.data.splits import split
+from flm_torchrec.inspection.drift import _by_period, _divergence, _stability
+from flm_torchrec.inspection.inspect import opened
+from flm_torchrec.inspection.leakage import look_at_splits
 
 DAY = 86400
 

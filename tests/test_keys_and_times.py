@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flm_torchrec.cli import main
-from flm_torchrec.data.clean import Dropped
 from flm_torchrec.data.keys import as_text, json_text, keys
-from flm_torchrec.data.sources import logs
 from flm_torchrec.data.times import LATEST, check_unit, seconds
 from flm_torchrec.errors import DataError
+from flm_torchrec.prepare.clean import Dropped
+from flm_torchrec.prepare.sources import logs
 
 COLUMNS = logs.parse_columns("user=user_id,item=item_id,timestamp=timestamp")
 

@@ -15,13 +15,13 @@ from rich.table import Table
 
 from flm_torchrec import pages
 from flm_torchrec.cli import main
-from flm_torchrec.data.sources.logs import Mapping
-from flm_torchrec.data.sources.logs import read as read_logs
-from flm_torchrec.data.stream_source import open_source
 from flm_torchrec.errors import DataError, RunError
-from flm_torchrec.export.load import opened
-from flm_torchrec.messages import redact, redact_address, visible
+from flm_torchrec.export.stores.load import opened
+from flm_torchrec.prepare.sources.logs import Mapping
+from flm_torchrec.prepare.sources.logs import read as read_logs
+from flm_torchrec.safe_text import redact, redact_address, visible
 from flm_torchrec.terminal import PlainConsole
+from flm_torchrec.training.follow.sources import open_source
 
 MARK = "Zq7vWx"
 """In each password here, so that a piece of it is found wherever it is shown."""

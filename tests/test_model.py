@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.config.schema import ModelConfig
-from flm_torchrec.data.assemble import Assembler
+from flm_torchrec.data.collate import Assembler
+from flm_torchrec.data.dataset import PreparedData, Ragged
 from flm_torchrec.data.loader import Negatives, Prefetch, TrainLoader, Windows, windows
-from flm_torchrec.data.prepared import PreparedData, Ragged
 from flm_torchrec.data.splits import split
 from flm_torchrec.errors import DataError
 from flm_torchrec.model import softmax

@@ -12,7 +12,7 @@ import httpx
 import pytest
 import uvicorn
 
-from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.serve.app import create_app
 from flm_torchrec.serve.service import Service
 from tests.serving import write_export

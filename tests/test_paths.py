@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from flm_torchrec.cli import main
-from flm_torchrec.data.prepared import load_prepared
-from flm_torchrec.data.sources.shards import places
-from flm_torchrec.data.stream import RowGroups
+from flm_torchrec.data.dataset import load_prepared
+from flm_torchrec.data.survey import RowGroups
+from flm_torchrec.prepare.sources.shards import places
 from tests.test_prepare_shards import contents
 
 NAMES = (

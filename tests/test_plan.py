@@ -24,17 +24,17 @@ from torchrec.distributed.types import PipelineType
 
 from flm_torchrec.cli import main
 from flm_torchrec.config.schema import DistributedConfig
-from flm_torchrec.data.prepared import PreparedData
-from flm_torchrec.distributed.capacity import Workload, plan_on, report
-from flm_torchrec.distributed.cluster import make_cluster
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.distributed.comm import Comm
-from flm_torchrec.distributed.constraints import Lookup, Rules, constraints, read_rules
-from flm_torchrec.distributed.estimate import state_bytes
-from flm_torchrec.distributed.plan import pipeline_of
-from flm_torchrec.distributed.planfile import _misplaced
-from flm_torchrec.distributed.planner import Infeasible
-from flm_torchrec.distributed.spec import read_spec, workload_of_spec
-from flm_torchrec.distributed.whatif import Question, remedies, smallest
+from flm_torchrec.planner.capacity import Workload, plan_on, report
+from flm_torchrec.planner.constraints import Lookup, Rules, constraints, read_rules
+from flm_torchrec.planner.estimate import state_bytes
+from flm_torchrec.planner.hardware import make_cluster
+from flm_torchrec.planner.plan import pipeline_of
+from flm_torchrec.planner.planfile import _misplaced
+from flm_torchrec.planner.solve import Infeasible
+from flm_torchrec.planner.spec import read_spec, workload_of_spec
+from flm_torchrec.planner.whatif import Question, remedies, smallest
 from tests.conftest import ROOT
 
 TEN_BILLION = ROOT / "configs" / "plans" / "ten_billion.yaml"

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flm_torchrec.data.features import Coding, encode
-from flm_torchrec.data.prepare import Options, check_output, prepare
-from flm_torchrec.data.prepared import load_prepared
-from flm_torchrec.data.raw import Declared, Raw
+from flm_torchrec.data.dataset import load_prepared
 from flm_torchrec.errors import DataError
+from flm_torchrec.prepare.features import Coding, encode
+from flm_torchrec.prepare.prepare import Options, check_output, prepare
+from flm_torchrec.prepare.sources.raw import Declared, Raw
 
 EVENTS = st.lists(
     st.tuples(st.sampled_from("abcd"), st.sampled_from("xyzw"), st.integers(0, 5)), min_size=1, max_size=40
@@ -195,7 +195,7 @@ def test_prepared_anew_keeps_modes_links_and_neighbours(tmp_path: Path, folder: 
 @given(EVENTS, st.integers(1, 6))
 def test_a_user_is_never_split_between_files(tmp_path_factory, events, rows) -> None:  # type: ignore[no-untyped-def]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flm_torchrec.data.prepare.ROWS_PER_FILE", rows)
+        patch.setattr("flm_torchrec.prepare.prepare.ROWS_PER_FILE", rows)
         folder = tmp_path_factory.mktemp("parts") / "data"
         prepare(Raw("r", "test", frame(events)), folder, Options())
     parts = [pl.read_parquet(p)["user_id"].to_list() for p in sorted((folder / "interactions").iterdir())]
@@ -248,7 +248,7 @@ def test_the_report_describes_the_data(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rows", [20, 60_000])
 def test_sparsity_is_of_pairs_that_never_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr("flm_torchrec.data.prepare.ROWS_PER_FILE", 7)
+    monkeypatch.setattr("flm_torchrec.prepare.prepare.ROWS_PER_FILE", 7)
     events = [(f"u{n % 2}", "xy"[n % 2 and n % 4 // 2], n) for n in range(rows)]
     assert prepare(Raw("r", "test", frame(events)), tmp_path / "d", Options())["sparsity"] == 1 - 3 / 4
 

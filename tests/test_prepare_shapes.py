@@ -13,14 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flm_torchrec.cli import main
-from flm_torchrec.data import lines
-from flm_torchrec.data.clean import Dropped
-from flm_torchrec.data.prepared import load_prepared
-from flm_torchrec.data.raw import Raw
-from flm_torchrec.data.sources import logs
-from flm_torchrec.data.sources.form import Form, Numbers
-from flm_torchrec.data.sources.sides import Side
+from flm_torchrec.data.dataset import load_prepared
 from flm_torchrec.errors import DataError
+from flm_torchrec.prepare.clean import Dropped
+from flm_torchrec.prepare.sources import lines, logs
+from flm_torchrec.prepare.sources.form import Form, Numbers
+from flm_torchrec.prepare.sources.raw import Raw
+from flm_torchrec.prepare.sources.sides import Side
 
 COLUMNS = "user=u,item=i"
 

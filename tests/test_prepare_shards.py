@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from flm_torchrec.claim import claim
 from flm_torchrec.cli import main
-from flm_torchrec.data import lines
-from flm_torchrec.data.prepared import load_prepared
+from flm_torchrec.data.dataset import load_prepared
+from flm_torchrec.prepare.sources import lines
 from tests.conftest import ROOT
 
 GOOD = [("ann", "x", 3), ("bob", "y", 1), ("ann", "z", 2)]
@@ -111,7 +111,7 @@ def write_logs(folder: Path, kind: str = "csv", files: int = 5) -> Path:
 
 
 def test_the_same_bytes_however_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flm_torchrec.data.prepare.ROWS_PER_FILE", 50)
+    monkeypatch.setattr("flm_torchrec.prepare.prepare.ROWS_PER_FILE", 50)
     cleaning = ("--dedup", "exact", "--min-item-events", "2", "--session-gap", "20")
     made = {}
     for name, kind, machine in (
@@ -156,7 +156,7 @@ def test_text_that_cannot_be_unpacked_is_told_in_one_line(
 
 KILLED = """
 import os, signal, sys
-from flm_torchrec.data import intake
+from flm_torchrec.prepare import intake
 from flm_torchrec.cli import main
 take = intake.Intake.__call__
 def call(self, number, shard):
@@ -177,7 +177,7 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     done = {p.name: p.stat().st_mtime_ns for p in work.glob("rows-*.parquet")}
     assert len(done) == 3
     opened = []
-    monkeypatch.setattr("flm_torchrec.data.sources.shards.CsvShard.batches", _told(opened))
+    monkeypatch.setattr("flm_torchrec.prepare.sources.shards.CsvShard.batches", _told(opened))
     assert main(call) == 0
     assert opened == ["3.csv", "4.csv"]
     monkeypatch.undo()
@@ -187,7 +187,7 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
 
 
 def _told(opened: list[str]):  # type: ignore[no-untyped-def]
-    from flm_torchrec.data.sources.shards import CsvShard
+    from flm_torchrec.prepare.sources.shards import CsvShard
 
     batches = CsvShard.batches
 
@@ -238,7 +238,7 @@ def test_memory_runs_out_in_one_line(  # type: ignore[no-untyped-def]
     def full(*_: object) -> None:
         raise duckdb.OutOfMemoryException("Out of Memory Error: could not allocate")
 
-    monkeypatch.setattr("flm_torchrec.data.engine.DuckEngine.write", full)
+    monkeypatch.setattr("flm_torchrec.prepare.engine.DuckEngine.write", full)
     logs = write_logs(tmp_path / "logs")
     assert flm("--source", "csv", "--input", logs, "--output", tmp_path / "out") == 2
     error = capsys.readouterr().err

@@ -12,11 +12,11 @@ import polars as pl
 import pytest
 
 from flm_torchrec.cli import main
-from flm_torchrec.data.clean import Dropped
-from flm_torchrec.data.prepare import Options, prepare
-from flm_torchrec.data.prepared import PreparedData, load_prepared
-from flm_torchrec.data.sources import logs, movielens, s3rec
+from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.errors import DataError
+from flm_torchrec.prepare.clean import Dropped
+from flm_torchrec.prepare.prepare import Options, prepare
+from flm_torchrec.prepare.sources import logs, movielens, s3rec
 
 
 def flm(*arguments: str | Path) -> int:

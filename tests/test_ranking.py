@@ -19,7 +19,7 @@ from torchmetrics.functional.retrieval import (
 
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.config.schema import EvalConfig
-from flm_torchrec.data.prepared import EntityFeatures, PreparedData
+from flm_torchrec.data.dataset import EntityFeatures, PreparedData
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import COLD_ITEM, Examples, split
 from flm_torchrec.errors import RunError

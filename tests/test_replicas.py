@@ -12,7 +12,7 @@ from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 
 from flm_torchrec.cli import main
-from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.schema import Schema, Table
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.distributed.replicas import check_replicable, group_of

@@ -12,7 +12,7 @@ import pytest
 
 from flm_torchrec.cli import main
 from flm_torchrec.config import load_config, to_yaml
-from flm_torchrec.data.prepared import fingerprint_of
+from flm_torchrec.data.dataset import fingerprint_of
 from flm_torchrec.data.schema import Schema
 
 

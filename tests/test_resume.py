@@ -29,23 +29,24 @@ from flm_torchrec.claim import InUse, claim
 from flm_torchrec.cli import main
 from flm_torchrec.config import load_config
 from flm_torchrec.data.batch import Batch
+from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.data.loader import Negatives, TrainLoader, windows
-from flm_torchrec.data.prepared import PreparedData, load_prepared
 from flm_torchrec.data.splits import split
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.distributed.join import fresh_store
 from flm_torchrec.errors import Interrupted, RunError
-from flm_torchrec.training import checkpoint, storage
-from flm_torchrec.training.encode import ModelEncoder
+from flm_torchrec.training.checkpoint import storage
+from flm_torchrec.training.checkpoint.manager import manager as checkpoint
+from flm_torchrec.training.encoder import ModelEncoder
 from flm_torchrec.training.guard import Guard, NonFinite, as_arrays, from_arrays
-from flm_torchrec.training.job import Job, pretrain
 from flm_torchrec.training.loop import STEPS as KINDS_OF_STEPS
-from flm_torchrec.training.record import check_run_folder, open_run_folder
+from flm_torchrec.training.run_folder import check_run_folder, open_run_folder
 from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.scope import scope_of
+from flm_torchrec.training.trainer import Job, pretrain
 from tests.conftest import ROOT
 from tests.test_checkpoint import tensors
-from tools.replay import replay
+from tools.faults.replay import replay
 
 STEPS = 40
 OF_TIME = ("seconds", "samples_per_second", "input_wait")
@@ -415,7 +416,7 @@ def test_a_full_disk_at_the_start_names_the_run(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    record = "flm_torchrec.training.record"
+    record = "flm_torchrec.training.run_folder"
     places = {
         "pyarrow.parquet.write_table": full,
         f"{record}._LogFile._open": lambda _: Path("/dev/full").open("a"),  # noqa: SIM115

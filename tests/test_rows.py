@@ -15,17 +15,17 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from flm_torchrec.config.schema import DistributedConfig, TrainConfig
-from flm_torchrec.data.prepare import Options, prepare
-from flm_torchrec.data.prepared import PreparedData, load_prepared
-from flm_torchrec.data.rows import MANAGED_IDS, by_table, look_ups, mix, parse_tables
+from flm_torchrec.data.dataset import PreparedData, load_prepared
+from flm_torchrec.data.hashing import MANAGED_IDS, by_table, look_ups, mix, parse_tables
 from flm_torchrec.data.schema import Feature, Schema, Table
-from flm_torchrec.data.sources import synthetic
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.distributed.managed import check_managed
-from flm_torchrec.distributed.plan import make_plan
 from flm_torchrec.distributed.shard import make_optimizer, shard
 from flm_torchrec.errors import ConfigError, DataError
 from flm_torchrec.model.tables import EVICTION_INTERVAL, user_tables
+from flm_torchrec.planner.plan import make_plan
+from flm_torchrec.prepare.prepare import Options, prepare
+from flm_torchrec.prepare.sources import synthetic
 from tests.conftest import ROOT
 
 CHOICE = "user_id=zch:64,title=zch:32:lru,brand=hash:5"
@@ -172,7 +172,7 @@ def test_a_row_that_a_new_id_takes_starts_from_nothing() -> None:
 
 
 def test_a_churn_of_new_ids_stays_in_its_memory_and_spares_the_regular_ones() -> None:
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "churn.py"), "--ids", "200000", "--rows", "10000",
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "faults" / "churn.py"), "--ids", "200000", "--rows", "10000",
                "--regulars", "5000", "--batch", "2048"]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from flm_torchrec.data.prepared import PreparedData
-from flm_torchrec.distributed.capacity import plan_on
-from flm_torchrec.distributed.cluster import make_cluster
-from flm_torchrec.distributed.constraints import Rules
-from flm_torchrec.distributed.plan import pipeline_of
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.distributed.sharders import BagSharder
-from flm_torchrec.distributed.spec import Spec, TableSpec, workload_of_spec
-from flm_torchrec.distributed.volume import sent_bytes
+from flm_torchrec.planner.capacity import plan_on
+from flm_torchrec.planner.constraints import Rules
+from flm_torchrec.planner.hardware import make_cluster
+from flm_torchrec.planner.plan import pipeline_of
+from flm_torchrec.planner.spec import Spec, TableSpec, workload_of_spec
+from flm_torchrec.planner.volume import sent_bytes
 from tests.conftest import ROOT
 
 
 def test_estimates_are_near_what_is_counted(small: PreparedData, tmp_path: Path) -> None:
     output = tmp_path / "study"
-    command = [sys.executable, str(ROOT / "tools" / "scaling_study.py"), "--output", str(output), "--ranks", "2"]
+    command = [sys.executable, str(ROOT / "tools" / "studies" / "scaling_study.py"), "--output", str(output), "--ranks", "2"]
     settings = ["--", f"data.path={small.path}", "model.dim=32"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

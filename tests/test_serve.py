@@ -18,8 +18,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from flm_torchrec.cli import main
-from flm_torchrec.data.prepared import PreparedData
-from flm_torchrec.export.encoder import History, Kind, Query
+from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.export.tower.reader import History, Kind, Query
 from flm_torchrec.serve.app import Load, create_app
 from flm_torchrec.serve.generation import AddedItem
 from flm_torchrec.serve.service import Limits, Service
@@ -341,7 +341,7 @@ def test_cold_items_that_fit_no_more_do_not_stop_a_swap(exports: Path) -> None:
 def test_a_value_of_an_item_is_shown_once(values: list[str] | None, shown: list[str]) -> None:
     import pyarrow as pa
 
-    from flm_torchrec.serve.catalogue import Catalogue, _attribute
+    from flm_torchrec.serve.items import Catalogue, _attribute
 
     lists = pa.array([["b"], values], pa.list_(pa.string()))
     text, known = pa.array(["x", "y"]), np.ones(2, bool)

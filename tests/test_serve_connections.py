@@ -17,7 +17,7 @@ from fastapi import FastAPI, Request
 
 from flm_torchrec.cli import main
 from flm_torchrec.serve.connections import GuardedProtocol, KnownHosts, host_name, listening
-from flm_torchrec.serve.edge import Measured, read_body, tell_errors
+from flm_torchrec.serve.middleware import Measured, read_body, tell_errors
 
 MOST, SECONDS = 8, 0.5
 
@@ -184,7 +184,7 @@ import threading
 from functools import partial
 import signal, os, uvicorn
 from fastapi import FastAPI
-from flm_torchrec.serve.command import _stop
+from flm_torchrec.cli.serve import _stop
 from flm_torchrec.serve.connections import GuardedProtocol, listening
 signal.signal(signal.{name}, _stop)
 app = FastAPI()

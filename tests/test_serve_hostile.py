@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.serve.app import Load, create_app
 from flm_torchrec.serve.service import Limits, Service
 from tests.serving import write_export

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flm_torchrec.data.prepared import load_prepared
+from flm_torchrec.data.dataset import load_prepared
 from tests.test_prepare_shards import HEADER, contents, flm, report, write_logs
 
 pytest.importorskip("pyspark", reason="the extra 'spark' is not installed")
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(shutil.which("java") is None, reason="Spark need
 def test_spark_writes_the_bytes_that_duckdb_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cleaning: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr("flm_torchrec.data.prepare.ROWS_PER_FILE", 60)
+    monkeypatch.setattr("flm_torchrec.prepare.prepare.ROWS_PER_FILE", 60)
     logs = write_logs(tmp_path / "logs")
     (logs / "5.csv").write_bytes(HEADER + b"u1,i1\nu1,,4\nu1,i2,1000\n")
     for engine in ("duckdb", "spark"):

@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from flm_torchrec.data.assemble import Assembler, Candidates
-from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.collate import Assembler, Candidates
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import COLD_ITEM, everyone, split
 from flm_torchrec.errors import DataError
 

@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.delta import export_delta
-from flm_torchrec.export.load import STORES, load, opened
 from flm_torchrec.export.manifest import load_manifest
-from flm_torchrec.export.rows import Rows
+from flm_torchrec.export.parts import Rows
+from flm_torchrec.export.stores.load import STORES, load, opened
 from flm_torchrec.export.stores.protocol import Batch
 from flm_torchrec.export.vectors import decode
 from flm_torchrec.export.write import Options, Source, export

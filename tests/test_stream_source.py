@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flm_torchrec.data import stream_kafka, stream_source
-from flm_torchrec.data.stream_source import Folder, open_source
 from flm_torchrec.errors import DataError
+from flm_torchrec.training.follow.follower import kafka as stream_kafka
+from flm_torchrec.training.follow.follower import sources as stream_source
+from flm_torchrec.training.follow.sources import Folder, open_source
 
 
 class Follower:

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flm_torchrec.cli import main
-from flm_torchrec.data.prepare import Options, prepare
-from flm_torchrec.data.prepared import load_prepared
-from flm_torchrec.data.raw import Raw
-from flm_torchrec.data.sources import synthetic
-from flm_torchrec.data.sources.synthetic import MECHANISMS, Recipe
+from flm_torchrec.data.dataset import load_prepared
 from flm_torchrec.errors import DataError
+from flm_torchrec.prepare.prepare import Options, prepare
+from flm_torchrec.prepare.sources import synthetic
+from flm_torchrec.prepare.sources.raw import Raw
+from flm_torchrec.prepare.sources.synthetic import MECHANISMS, Recipe
 
 SMALL = Recipe(users=1200, items=400, events=24, seed=3)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.dataset import PreparedData
 from tests.conftest import ROOT
 
 QUICK = {"model.dim": 8, "model.layers": 1, "train.batch_size": 32, "train.max_steps": 3, "eval.ks": [10]}
@@ -35,7 +35,7 @@ def test_a_study_is_run_once_and_told_in_markdown(small: PreparedData, tmp_path:
     study, runs = tmp_path / "study.yaml", tmp_path / "runs"
     write_study(study, small.path)
     command = [str(study), "--output", str(runs), "--seeds", "0", "1"]
-    done = tool("ablate.py", *command)
+    done = tool("studies/ablate.py", *command)
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in done.stdout.splitlines()]
     assert ["all heads", "fused", "2"] in rows and ["content alone", "content", "2"] in rows
@@ -45,23 +45,23 @@ def test_a_study_is_run_once_and_told_in_markdown(small: PreparedData, tmp_path:
 
     checkpoints = {f: f.stat().st_mtime_ns for f in runs.rglob("meta.json")}
     (runs / "all-heads-1" / "evaluation-valid.json").unlink()
-    again = tool("ablate.py", *command)
+    again = tool("studies/ablate.py", *command)
     assert again.stdout == done.stdout
     assert {f: f.stat().st_mtime_ns for f in runs.rglob("meta.json")} == checkpoints
 
-    ensemble = tool("ensemble.py", str(runs / "all-heads-0"), str(runs / "all-heads-1"))
+    ensemble = tool("studies/ensemble.py", str(runs / "all-heads-0"), str(runs / "all-heads-1"))
     assert ensemble.returncode == 0, ensemble.stderr
     alone = json.loads((runs / "all-heads-1" / "evaluation-valid.json").read_text())["table"]["fused"]
     rows = [line.split(" | ") for line in ensemble.stdout.splitlines()]
     assert [row[0] for row in rows[2:]] == [f"| {runs}/all-heads-0", f"| {runs}/all-heads-1", "| together"]
     assert rows[3][1:] == [f"{alone['hr@10']:.4f}", f"{alone['ndcg@10']:.4f} |"]
 
-    timed = tool("bench_eval.py", "--run", str(runs / "all-heads-0"), "--rounds", "1")
+    timed = tool("benchmarks/eval.py", "--run", str(runs / "all-heads-0"), "--rounds", "1")
     assert timed.returncode == 0, timed.stderr
     assert "ranks and the best ten / matmul and top-k alone: " in timed.stdout
 
     write_study(study, small.path, **{"model.dropout": 0.4})
-    refused = tool("ablate.py", *command)
+    refused = tool("studies/ablate.py", *command)
     assert refused.returncode == 2 and "other settings" in refused.stderr and len(refused.stderr.splitlines()) == 1
 
 
@@ -74,7 +74,7 @@ def test_a_wrong_study_is_refused_before_anything_runs(
 ) -> None:
     study = tmp_path / "study.yaml"
     write_study(study, small.path, **change)
-    done = tool("ablate.py", str(study), "--output", str(tmp_path / "runs"))
+    done = tool("studies/ablate.py", str(study), "--output", str(tmp_path / "runs"))
     assert done.returncode == 2 and told in done.stderr and not (tmp_path / "runs").exists()
 
 
@@ -87,20 +87,20 @@ def test_fine_tuning_is_studied_by_share(small: PreparedData, tmp_path: Path) ->
     )  # fmt: skip
     command = ["--source", str(source), "--output", str(tmp_path / "study"), "--shares", "0.3", "1"]
     options = ["--", "--finetune.cohort", "new", "--data.split", "leave-one-out"]
-    done = tool("finetune_study.py", *command, *options)
+    done = tool("studies/finetune_study.py", *command, *options)
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ")[:2] for line in done.stdout.splitlines()[2:]]
     starts = ["pretrained, tuned", "pretrained, as it is", "from scratch"]
     assert rows == [[f"| {share}", start] for share in ("30%", "100%") for start in starts]
     assert (tmp_path / "study" / "study.svg").read_text().startswith("<?xml")
-    assert tool("finetune_study.py", *command, *options).stdout == done.stdout
-    wrong = tool("finetune_study.py", *command, "--metrics", "fused/ndgc@10", *options)
+    assert tool("studies/finetune_study.py", *command, *options).stdout == done.stdout
+    wrong = tool("studies/finetune_study.py", *command, "--metrics", "fused/ndgc@10", *options)
     assert wrong.returncode == 1 and "no 'fused/ndgc@10'" in wrong.stderr
 
 
 def test_training_is_timed_beside_plain_pytorch(small: PreparedData) -> None:
     few = ["--rounds", "1", "--steps", "1", "--threads", "1", "--dim", "8", "--length", "6", "--batch-size", "32"]
-    done = tool("bench_train.py", "--data", str(small.path), *few, "--quality", "--limit", "0.001", "--roofline")
+    done = tool("benchmarks/train.py", "--data", str(small.path), *few, "--quality", "--limit", "0.001", "--roofline")
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ")[0] for line in done.stdout.splitlines() if line.startswith(("| ours", "| plain"))]
     assert len(rows) == 10 and len(set(rows)) == 5  # speed and quality, of three of ours and two of the others
@@ -108,7 +108,7 @@ def test_training_is_timed_beside_plain_pytorch(small: PreparedData) -> None:
 
 
 def test_memory_of_tables_is_counted(tmp_path: Path) -> None:
-    counted = tool("bench_tables.py", "--memory", "20000", "--dim", "8")
+    counted = tool("benchmarks/tables.py", "--memory", "20000", "--dim", "8")
     assert counted.returncode == 0, counted.stderr
     found = json.loads(counted.stdout.splitlines()[-1])
     assert found["tables"] == 2 * 20000 * 8 * 4 and found["optimizer"] == 2 * 20000 * 4

@@ -15,18 +15,18 @@ import torch
 
 from flm_torchrec.config import load_config
 from flm_torchrec.config.heads import REPRESENTATIONS
-from flm_torchrec.data.prepare import Options, prepare
-from flm_torchrec.data.prepared import PreparedData, load_prepared
-from flm_torchrec.data.rows import parse_tables
-from flm_torchrec.data.sources import synthetic
+from flm_torchrec.data.dataset import PreparedData, load_prepared
+from flm_torchrec.data.hashing import parse_tables
 from flm_torchrec.data.splits import everyone
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import DataError, RunError
-from flm_torchrec.export.encoder import HISTORY_FIELDS, History, Query, Tower
-from flm_torchrec.export.tower import Precision, write_tower
-from flm_torchrec.training.job import Job
-from flm_torchrec.training.package import PackagedModel
+from flm_torchrec.export.tower.reader import HISTORY_FIELDS, History, Query, Tower
+from flm_torchrec.export.tower.writer import Precision, write_tower
+from flm_torchrec.prepare.prepare import Options, prepare
+from flm_torchrec.prepare.sources import synthetic
+from flm_torchrec.training.gathered import PackagedModel
 from flm_torchrec.training.scope import scope_of
+from flm_torchrec.training.trainer import Job
 from tests.conftest import ROOT
 
 NONE_ADDED = np.zeros((0, 16), np.float32)
@@ -218,7 +218,7 @@ def test_it_runs_without_model_training_and_torchrec(case: Case) -> None:
 import sys
 from pathlib import Path
 import numpy as np
-from flm_torchrec.export.encoder import Query, Tower
+from flm_torchrec.export.tower.reader import Query, Tower
 import flm_torchrec.serve.app
 tower = Tower(Path({str(case.folder / 'int8')!r}))
 print(tower.represent([Query(tower.known_history(1), 1)], np.zeros((0, 16), np.float32))[0].heads.shape)

@@ -10,14 +10,14 @@ import torch
 
 from flm_torchrec.config import load_config
 from flm_torchrec.config.heads import REPRESENTATIONS
-from flm_torchrec.data.prepared import load_prepared
+from flm_torchrec.data.dataset import load_prepared
 from flm_torchrec.data.splits import everyone
 from flm_torchrec.distributed.comm import process_group
-from flm_torchrec.export.encoder import Query, Tower
-from flm_torchrec.export.tower import write_tower
-from flm_torchrec.training.job import Job
-from flm_torchrec.training.package import PackagedModel
+from flm_torchrec.export.tower.reader import Query, Tower
+from flm_torchrec.export.tower.writer import write_tower
+from flm_torchrec.training.gathered import PackagedModel
 from flm_torchrec.training.scope import scope_of
+from flm_torchrec.training.trainer import Job
 
 folder, target, *overrides = sys.argv[1:]
 config = load_config(None, ["model.dim=16", "data.max_history=7", "distributed.device=cpu", *overrides])

@@ -13,9 +13,9 @@ from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
-from flm_torchrec.data.assemble import Assembler, Candidates
 from flm_torchrec.data.batch import Batch
-from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.collate import Assembler, Candidates
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import Splits
 
 

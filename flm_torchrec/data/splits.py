@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.errors import DataError
 

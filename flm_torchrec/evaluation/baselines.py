@@ -10,7 +10,7 @@ import torch
 from scipy import linalg
 from torch import Tensor
 
-from flm_torchrec.data.prepared import PreparedData, spans
+from flm_torchrec.data.dataset import PreparedData, spans
 from flm_torchrec.data.splits import Examples
 
 EASE_L2 = 100.0

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from flm_torchrec.config.schema import EvalConfig
-from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import COLD_ITEM, Examples
 from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Popularity, Random
 from flm_torchrec.evaluation.protocol import Comm, Encoder, Scorer

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flm_torchrec.config.heads import REPRESENTATIONS
-from flm_torchrec.data.prepared import PreparedData, spans
+from flm_torchrec.data.dataset import PreparedData, spans
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.metrics import RankCounts

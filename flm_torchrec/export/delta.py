@@ -40,7 +40,7 @@ from flm_torchrec.export.manifest import (
     read_manifest,
     read_strictly,
 )
-from flm_torchrec.export.rows import ENTITIES, Entity, Rows, part_name, read_part, write_part
+from flm_torchrec.export.parts import ENTITIES, Entity, Rows, part_name, read_part, write_part
 from flm_torchrec.export.write import (
     Options,
     Source,

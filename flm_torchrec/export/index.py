@@ -19,7 +19,7 @@ import numpy as np
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.manifest import RECALL, IndexReport, Kind, Manifest
-from flm_torchrec.export.rows import Rows
+from flm_torchrec.export.parts import Rows
 from flm_torchrec.export.vectors import decode
 
 INDEX, ROWS = "items.faiss", "items.rows.npy"

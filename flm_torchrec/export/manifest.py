@@ -15,7 +15,7 @@ from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.documents import MOST_JSON_BYTES, Unreadable, parse_json, read_text
 from flm_torchrec.errors import RunError
 from flm_torchrec.files import sha256
-from flm_torchrec.messages import visible
+from flm_torchrec.safe_text import visible
 
 FILE = "manifest.json"
 DELTA = "delta.json"

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from flm_torchrec.config.heads import REPRESENTATIONS
-from flm_torchrec.data.prepared import PreparedData, spans
+from flm_torchrec.data.dataset import PreparedData, spans
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.evaluation.metrics import RankCounts
 from flm_torchrec.evaluation.protocol import Comm, Encoder
 from flm_torchrec.evaluation.ranking import user_blocks
 from flm_torchrec.export.manifest import Quantise
-from flm_torchrec.export.rows import spread
+from flm_torchrec.export.parts import spread
 from flm_torchrec.export.vectors import decode, encode
 
 SAMPLE = 4096

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.index import open_index, top
 from flm_torchrec.export.manifest import load_manifest
-from flm_torchrec.export.rows import Rows
+from flm_torchrec.export.parts import Rows
 from flm_torchrec.export.vectors import decode
 from flm_torchrec.names import COMPARED, nearest_key
 

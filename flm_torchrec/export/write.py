@@ -16,14 +16,14 @@ from torch import Tensor
 
 from flm_torchrec.claim import claim
 from flm_torchrec.config.heads import REPRESENTATIONS
-from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.protocol import Comm, Encoder, Of
-from flm_torchrec.export.catalogue import Keys
+from flm_torchrec.export.attributes import Keys
 from flm_torchrec.export.index import build_index, check_index
 from flm_torchrec.export.manifest import DELTA, FILE, FORMAT, RECALL, Kind, Manifest, Quantise, Storage
+from flm_torchrec.export.parts import PART_ROWS, Entity, part_name, write_part
 from flm_torchrec.export.quality import Held, Quality
-from flm_torchrec.export.rows import PART_ROWS, Entity, part_name, write_part
 from flm_torchrec.export.vectors import encode
 from flm_torchrec.files import new_folder, put_in_place, remove, telling, temporary
 

@@ -17,8 +17,8 @@ from torchrec.modules.mc_modules import (
     MCHManagedCollisionModule,
 )
 
-from flm_torchrec.data.assemble import GAP_BUCKETS
-from flm_torchrec.data.rows import MANAGED_IDS
+from flm_torchrec.data.collate import GAP_BUCKETS
+from flm_torchrec.data.hashing import MANAGED_IDS
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.errors import RunError
 

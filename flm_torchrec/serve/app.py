@@ -14,13 +14,13 @@ from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 
-from flm_torchrec.messages import visible
+from flm_torchrec.safe_text import visible
 from flm_torchrec.serve.connections import KnownHosts, tell_once
-from flm_torchrec.serve.edge import Measured, parse, read_body, tell_errors
 from flm_torchrec.serve.map import Maps
-from flm_torchrec.serve.measures import Measures
 from flm_torchrec.serve.messages import NewEvent, NewItem, Recommend, RecommendBatch, Swap
-from flm_torchrec.serve.names import Refused
+from flm_torchrec.serve.metrics import Measures
+from flm_torchrec.serve.middleware import Measured, parse, read_body, tell_errors
+from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.service import Service
 from flm_torchrec.serve.workers import Workers
 

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flm_torchrec.errors import RunError
-from flm_torchrec.messages import visible
+from flm_torchrec.safe_text import visible
 
 BACKLOG = 128
 """Connections that the system holds until they are accepted; as many may be accepted at once."""

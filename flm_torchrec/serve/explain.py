@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flm_torchrec.export.encoder import Represented
+from flm_torchrec.export.tower.reader import Represented
 from flm_torchrec.serve.generation import Generation
 
 NEAREST = 3

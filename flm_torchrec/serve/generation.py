@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 
 from flm_torchrec.errors import RunError
-from flm_torchrec.export.encoder import Query, Represented, Tower
 from flm_torchrec.export.manifest import Manifest, load_manifest
-from flm_torchrec.export.rows import Rows, whole
-from flm_torchrec.messages import first_line, visible
-from flm_torchrec.serve.catalogue import Catalogue, best_of, load_catalogue
+from flm_torchrec.export.parts import Rows, whole
+from flm_torchrec.export.tower.reader import Query, Represented, Tower
+from flm_torchrec.safe_text import first_line, visible
+from flm_torchrec.serve.items import Catalogue, best_of, load_catalogue
 
 UNSOUND = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, OSError, MemoryError)
 """What reading an export may raise where it is not what it says, beside RunError."""

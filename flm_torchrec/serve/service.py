@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from flm_torchrec.errors import DataError, RunError
-from flm_torchrec.export.encoder import NO_HISTORY, History, Query, Represented
+from flm_torchrec.export.tower.reader import NO_HISTORY, History, Query, Represented
 from flm_torchrec.names import nearest_key
-from flm_torchrec.serve.catalogue import TOP_VALUES
 from flm_torchrec.serve.explain import explain
 from flm_torchrec.serve.generation import Added, AddedItem, Generation, load_generation
+from flm_torchrec.serve.items import TOP_VALUES
 from flm_torchrec.serve.live import LiveEvent, LiveEvents
 from flm_torchrec.serve.messages import Event, NewEvent, NewItem, Recommend
-from flm_torchrec.serve.names import Refused, check_filter, content_of, event_code, item_row
+from flm_torchrec.serve.resolve import Refused, check_filter, content_of, event_code, item_row
 
 DAY = 86_400
 """Seconds that a clock may be ahead by: an event of another year would stand before all that follow."""

@@ -13,7 +13,7 @@ import faiss
 import torch
 
 from flm_torchrec.serve.messages import MOST_BATCH, Recommend
-from flm_torchrec.serve.names import Refused
+from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.service import Service
 
 Result = TypeVar("Result")

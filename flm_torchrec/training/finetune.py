@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flm_torchrec.config import Config, load_config
-from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.errors import ConfigError, RunError
 from flm_torchrec.evaluation.evaluate import evaluate_heads
 from flm_torchrec.files import telling, write_text
-from flm_torchrec.training.checkpoint import BEST, load_checkpoint
+from flm_torchrec.training.checkpoint.manager import BEST, load_checkpoint
 from flm_torchrec.training.given import check_given
 from flm_torchrec.training.identity import check_has_model, open_run, refuse_forgotten
-from flm_torchrec.training.job import Job, check_select
-from flm_torchrec.training.label import label_metrics
-from flm_torchrec.training.record import ANOTHER_RUN, check_run_folder, claimed, open_run_folder
+from flm_torchrec.training.label_metrics import label_metrics
+from flm_torchrec.training.run_folder import ANOTHER_RUN, check_run_folder, claimed, open_run_folder
 from flm_torchrec.training.scope import ANY_RANKS, IN_MEMORY, load_data, scope_of
+from flm_torchrec.training.trainer import Job, check_select
 
 LABEL_SELECT = "label/auc"
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from flm_torchrec.config import Config
-from flm_torchrec.data.prepared import PreparedData
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.distributed.alike import Given, check_alike, digest_of
 from flm_torchrec.distributed.comm import Comm
-from flm_torchrec.training.checkpoint import BEST
-from flm_torchrec.training.storage import SUMS
+from flm_torchrec.training.checkpoint.manager import BEST
+from flm_torchrec.training.checkpoint.storage import SUMS
 
 
 def check_given(

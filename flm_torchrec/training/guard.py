@@ -48,7 +48,7 @@ class Guard(AbstractContextManager["Guard"]):
 
     Args:
         policy: `train.non_finite`.
-        folder: where batches with such a loss are written, for `tools/replay.py`.
+        folder: where batches with such a loss are written, for `tools/faults/replay.py`.
     """
 
     def __init__(self, comm: Comm, policy: str, folder: Path) -> None:

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from flm_torchrec.config import Config, load_config
-from flm_torchrec.data.forget import fingerprints_before
-from flm_torchrec.data.prepared import fingerprint_of
+from flm_torchrec.data.dataset import fingerprint_of
 from flm_torchrec.errors import RunError
+from flm_torchrec.privacy.forget_in_data import fingerprints_before
 
 FINGERPRINT = "vocabulary/fingerprint"
 STARTED_IN = "started_in"
@@ -48,8 +48,8 @@ def read_config(run: Path, overrides: Sequence[str] = ()) -> Config:
 def check_has_model(run: Path) -> None:
     """Raise RunError unless it is a run folder with a best model; the message says how to come to one."""
     # Imported here: PyTorch takes seconds, and 'flm report' asks for the data alone.
-    from flm_torchrec.training.checkpoint import BEST
-    from flm_torchrec.training.storage import read_meta
+    from flm_torchrec.training.checkpoint.manager import BEST
+    from flm_torchrec.training.checkpoint.storage import read_meta
 
     if not (run / "config.yaml").is_file():
         inner = [str(file.parent) for file in sorted(run.glob("*/config.yaml"))]

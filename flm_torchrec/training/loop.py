@@ -22,9 +22,9 @@ from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.distributed.replicas import average_replicas
 from flm_torchrec.errors import Interrupted
 from flm_torchrec.model.pretrain import Outputs
-from flm_torchrec.training.checkpoint import Checkpoints, Progress
+from flm_torchrec.training.checkpoint.manager import Checkpoints, Progress
 from flm_torchrec.training.guard import NON_FINITE, Guard, NonFinite, Stopped
-from flm_torchrec.training.record import Record
+from flm_torchrec.training.run_folder import Record
 from flm_torchrec.training.schedule import Schedule
 
 Validate = Callable[[Callable[[], None]], dict[str, float]]

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import RunError
-from flm_torchrec.training.checkpoint import BEST, load_checkpoint
+from flm_torchrec.training.checkpoint.manager import BEST, load_checkpoint
 from flm_torchrec.training.given import check_given
 from flm_torchrec.training.identity import open_run
-from flm_torchrec.training.job import Job
 from flm_torchrec.training.scope import ANY_RANKS, IN_MEMORY, load_data, scope_of
+from flm_torchrec.training.trainer import Job
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import numpy as np
 
 from flm_torchrec.config import Config
 from flm_torchrec.data.cohort import Labels, label_events, of_cohort
-from flm_torchrec.data.prepared import PreparedData, load_prepared
+from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.data.splits import Examples, Splits, split, split_by
-from flm_torchrec.data.stream import Stream, StreamedData, hide_values, load_streamed
+from flm_torchrec.data.survey import Stream, StreamedData, hide_values, load_streamed
 from flm_torchrec.training.identity import has_ids_of, read_config
 
 ANY_RANKS = ("distributed.plan=''", "distributed.replicas=1")

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 
 from flm_torchrec.config import Config
-from flm_torchrec.distributed.capacity import Workload
 from flm_torchrec.distributed.comm import Comm
-from flm_torchrec.distributed.estimate import dense_bytes
-from flm_torchrec.training.job import make_loader, make_model
-from flm_torchrec.training.lookups import lookups_of
+from flm_torchrec.planner.capacity import Workload
+from flm_torchrec.planner.estimate import dense_bytes
+from flm_torchrec.training.lookup_counts import lookups_of
 from flm_torchrec.training.scope import load_data, scope_of
+from flm_torchrec.training.trainer import make_loader, make_model
 
 
 def workload_of(config: Config) -> Callable[[int], Workload]:

@@ -1,0 +1,148 @@
+"""`flm`: prepare → train → evaluate → export → recommend → serve."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import select
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from flm_torchrec._versions import MEND_CPU, installed
+from flm_torchrec.cli.error_line import tell
+from flm_torchrec.errors import FlmError, RunError
+from flm_torchrec.names import nearest
+
+ON_RANKS = ("train", "finetune", "evaluate", "export")
+"""Commands that share their work among ranks; each of the others is one process."""
+STEPS = ("prepare", "train", "evaluate", "export", "recommend", "serve")
+"""Commands of the main job, in its order."""
+BROKEN_PIPE = 128 + 13
+"""What a shell shows of a process that SIGPIPE ended."""
+
+TRAINING_STACK = ("torchrec", "fbgemm_gpu")
+"""What recommending, loading and serving do without."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest option, command or choice when one is not known."""
+
+    def error(self, message: str) -> NoReturn:
+        tell(f"{message} (see '{self.prog} --help')")
+        sys.exit(2)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            hint = nearest(str(value), map(str, action.choices))
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}; {hint}")
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            options = [option for action in self._actions for option in action.option_strings]
+            self.error(f"unknown option '{unknown[0]}'; {nearest(unknown[0].split('=')[0], options)}")
+        return namespace, unknown
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; 0 on success, else one line on standard error.
+
+    2 where the user can mend it, 75 where training was asked to stop (SIGTERM, Ctrl-C) and can go on,
+    130 where Ctrl-C ended anything else, 141 where what reads the output, such as `head`, has ended.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # in a locale of ASCII a name or a dash must not end the command
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is met; Python's own flush at the end would complain
+    except BrokenPipeError:
+        if not _pipe_closed():
+            raise
+        return BROKEN_PIPE
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        parser, subparsers = _parser()
+        args = parser.parse_args(argv)
+        if args.command is None and args.version:
+            print("\n".join(f"{name} {version}" for name, version in installed().items()))
+            return 0
+        if args.command is None:
+            print(_steps(subparsers), file=sys.stderr)
+            return 2
+        _check_ranks(args.command)
+        args.run(args)
+    except FlmError as error:
+        tell(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("error: interrupted; what was not finished is not kept", file=sys.stderr, flush=True)
+        return 130  # 128 + SIGINT, as shells have it
+    except ModuleNotFoundError as error:
+        if error.name not in TRAINING_STACK:
+            raise
+        tell(f"flm {args.command}: needs {error.name}; run: {MEND_CPU} (or gpu.txt)")
+        return 2
+    return 0
+
+
+def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
+    # Imported here: it takes a second, in which Ctrl-C should be one line too.
+    from flm_torchrec.cli import evaluate as evaluation_command
+    from flm_torchrec.cli import export as export_command
+    from flm_torchrec.cli import forget as forget_command
+    from flm_torchrec.cli import inspect as inspect_command
+    from flm_torchrec.cli import plan as distributed_command
+    from flm_torchrec.cli import prepare as data_command
+    from flm_torchrec.cli import report as report_command
+    from flm_torchrec.cli import serve as serve_command
+    from flm_torchrec.cli import train as training_command
+
+    parser = _Parser(prog="flm", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="store_true", help="print the versions of flm_torchrec and its libraries")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    stages = (data_command, distributed_command, training_command, evaluation_command, export_command, serve_command)
+    for command in (*stages, inspect_command, report_command, forget_command):
+        command.add_parser(subparsers)
+    return parser, subparsers
+
+
+def _check_ranks(command: str) -> None:
+    """Raise RunError where a launcher started several processes of a command that is one process."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if command not in ON_RANKS and ranks != "1":
+        raise RunError(
+            f"flm {command}: runs as one process, not as {ranks} ranks (WORLD_SIZE); start it without torchrun"
+        )
+
+
+def _steps(subparsers: argparse._SubParsersAction) -> str:
+    """What `flm` alone says: the commands, those of the main job first and in order."""
+    told = {action.dest: action.help or "" for action in subparsers._choices_actions}
+    order = [*(name for name in STEPS if name in told), *(name for name in told if name not in STEPS)]
+    lines = [f"  {name:<12} {told[name]}" for name in order]
+    here, rest = lines[: len(STEPS)], lines[len(STEPS) :]
+    return "\n".join(
+        ["usage: flm COMMAND [OPTIONS]", "", "the steps, in order:", *here, "", "besides:", *rest, "",
+         "'flm COMMAND --help' lists the options of a command; 'flm --version' the versions."]
+    )  # fmt: skip
+
+
+def _pipe_closed() -> bool:
+    """Whether it is standard output that nobody reads any more; it then goes nowhere, so that no flush complains."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, 0)
+    if any(event & select.POLLERR for _, event in poll.poll(0)):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, output)
+        os.close(nowhere)
+        return True
+    return False

@@ -1,0 +1,168 @@
+"""`flm plan`: what a cluster would hold and how fast it would be, with no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flm_torchrec.config import add_config_arguments, config_from_arguments, given_overrides
+from flm_torchrec.errors import ConfigError
+from flm_torchrec.files import write_text
+
+if TYPE_CHECKING:
+    from flm_torchrec.planner.capacity import Workload
+    from flm_torchrec.planner.hardware import Cluster
+    from flm_torchrec.planner.show import Grid
+    from flm_torchrec.planner.whatif import Question
+
+PIPELINES = {"none": "none", "sparse-dist": "train_sparse_dist", "prefetch": "train_prefetch_sparse_dist"}
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "plan",
+        help="plan the tables over a cluster that need not be there: memory, step time, what fits",
+        description="Plan the tables over a cluster that need not be there. From a config and its prepared data (the"
+        " settings below), or from --spec, a bare list of tables. Says what each rank would hold and how long the"
+        " tables' part of a step would take, the smallest cluster that fits, and what would make it fit.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--spec", metavar="FILE", help="YAML of tables, instead of a config (configs/plans)")
+    parser.add_argument("--hardware", default="h100", help="v100, a100-80, h100, h200, b200, epyc-9654, xeon-8480")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="values",
+                        help="a value of the hardware, such as hbm_gib=96; may be repeated")  # fmt: skip
+    parser.add_argument("--nodes", type=int, default=1, help="nodes (default: 1; 4,096 ranks in all at most)")
+    parser.add_argument("--per-node", type=int, default=0, help="ranks of a node (default: those of the hardware)")
+    parser.add_argument("--kernels", nargs="+", default=["fused"], metavar="KERNEL",
+                        help="fused (device memory; default), fused_uvm_caching, fused_uvm (host memory)")  # fmt: skip
+    parser.add_argument("--pipeline", choices=PIPELINES, help="input pipeline (default: as training does there)")
+    parser.add_argument("--sweep", nargs="*", type=int, metavar="RANKS", help="other numbers of ranks to plan for")
+    parser.add_argument(
+        "--output", metavar="DIR", help="write plan.json, report.json, report.txt and report.html there"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--diff", nargs=2, metavar="PLAN", help="only say what differs between two plan.json")
+    add_config_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.diff:
+        return _diff(Path(args.diff[0]), Path(args.diff[1]))
+    # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
+    from flm_torchrec.distributed.comm import hush
+    from flm_torchrec.planner.hardware import make_cluster
+    from flm_torchrec.planner.show import grids, remedy_grid, summary, sweep_grid
+    from flm_torchrec.planner.solve import DENSE, Infeasible
+    from flm_torchrec.planner.whatif import remedies, smallest, sweep
+
+    hush()
+    cluster = make_cluster(args.hardware, args.nodes, args.per_node, args.values)
+    question = _question(args, cluster)
+    least = smallest(question, cluster)
+    report: dict[str, Any] = {"smallest": least, "sweep": sweep(question, cluster, _sizes(args, cluster, least))}
+    failed: Infeasible | None = None
+    try:
+        report["report"] = question.report(cluster)
+        lines, tables = summary(report["report"]), grids(report["report"])
+    except Infeasible as error:
+        failed, found = error, [] if error.table == DENSE else remedies(question, cluster)
+        report.update(table=error.table, gap=error.gap, error=str(error), remedies=[asdict(r) for r in found])
+        lines, tables = [f"does not fit: {error}"], [remedy_grid(found)] if found else []
+    lines.append(
+        f"smallest {cluster.name} cluster that fits: {least} ranks ({cluster.of_size(least).nodes} nodes)"
+        if least
+        else "no cluster of 1,024 ranks or fewer fits"
+    )
+    if report["sweep"]:
+        tables.append(sweep_grid(report["sweep"]))
+    _hand_over(args, report, lines, tables)
+    if failed:
+        raise ConfigError(str(failed))
+
+
+def _question(args: argparse.Namespace, cluster: Cluster) -> Question:
+    from torchrec.distributed.types import PipelineType
+
+    from flm_torchrec.names import nearest
+    from flm_torchrec.planner.constraints import KERNELS, read_rules, table_configs
+    from flm_torchrec.planner.plan import pipeline_of
+    from flm_torchrec.planner.whatif import Question
+
+    config = config_from_arguments(args)
+    if config.distributed.plan:
+        raise ConfigError("distributed.plan: 'flm plan' makes a plan; leave it out, or compare two plans with --diff")
+    if config.distributed.replicas > 1:
+        raise ConfigError("distributed.replicas: 'flm plan' plans one replica; leave it out, and give the nodes of one")
+    if config.distributed.memory_gib:
+        raise ConfigError("distributed.memory_gib: give it as the hardware's, with --set hbm_gib=N or host_gib=N")
+    for kernel in args.kernels:
+        if kernel not in KERNELS:
+            raise ConfigError(f"--kernels: no kernel '{kernel}'; {nearest(kernel, KERNELS)}")
+    if args.spec:
+        from flm_torchrec.planner.spec import read_spec, workload_of_spec
+
+        other = [name for name in given_overrides(args) if not name.startswith("distributed.")]
+        if args.config or other:
+            raise ConfigError(
+                f"--spec stands for the model and the data; leave {other[0] if other else '--config'} out"
+            )
+        fixed = workload_of_spec(read_spec(Path(args.spec)))
+        workload: Callable[[int], Workload] = lambda _: fixed  # noqa: E731
+    else:
+        from flm_torchrec.training.workload import workload_of
+
+        workload = cache(workload_of(config))
+    names = [table.name for table in table_configs(workload(cluster.world_size).model)]
+    rules = replace(read_rules(config.distributed, names), kernels=tuple(args.kernels))
+    pipeline = PipelineType(PIPELINES[args.pipeline]) if args.pipeline else pipeline_of(cluster.hardware.device)
+    return Question(workload, rules, pipeline)
+
+
+def _sizes(args: argparse.Namespace, cluster: Cluster, least: int | None) -> list[int]:
+    """Those asked for, or from the smallest that fits to eight times the cluster, doubling."""
+    from flm_torchrec.planner.hardware import check_ranks
+
+    if args.sweep is not None:
+        if any(size < 1 for size in args.sweep):
+            raise ConfigError("--sweep: a number of ranks is at least 1")
+        for size in args.sweep:
+            check_ranks("--sweep", cluster.of_size(size).world_size)
+        return sorted(args.sweep)
+    doubling = [2**n for n in range(11)]
+    most = 8 * max(cluster.world_size, least or 1)
+    return [size for size in doubling if (least or 1) <= 2 * size and size <= min(most, 1024)]
+
+
+def _hand_over(args: argparse.Namespace, report: dict[str, Any], lines: list[str], tables: list[Grid]) -> None:
+    from flm_torchrec.planner.show import html, text
+
+    as_json, as_text = json.dumps(report, indent=2) + "\n", text(lines, tables)
+    print(as_json if args.json else as_text, end="")
+    if not args.output:
+        return
+    folder = Path(args.output)
+    files = {"report.json": as_json, "report.txt": as_text, "report.html": html(lines, tables, report["sweep"])}
+    if "report" in report:
+        files["plan.json"] = json.dumps(report["report"]["plan"], indent=2)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_text(folder / name, content)
+    except OSError as error:
+        raise ConfigError(f"--output: {folder}: {error.strerror}") from error
+
+
+def _diff(one: Path, other: Path) -> None:
+    from flm_torchrec.planner.planfile import differences, read_plan
+
+    found = differences(read_plan(one), read_plan(other))
+    for what, left, right in found:
+        print(f"{what}: {left} -> {right}")
+    if not found:
+        print("the plans are the same")

@@ -1,0 +1,77 @@
+"""`flm report`."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from flm_torchrec.config import Config, add_data_path, given_overrides, load_config
+from flm_torchrec.errors import FlmError, RunError
+from flm_torchrec.files import telling, write_text
+from flm_torchrec.safe_text import visible
+from flm_torchrec.training.identity import own_data
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "report",
+        help="one HTML page of a run: settings, curves, metrics, plan, data, nearest items",
+        description="Write one HTML page of a run, which needs no other file: settings, curves, metric tables, fusion"
+        " weights, sharding plan, data report, nearest items. What the run folder lacks is named on the page.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder of 'flm train'")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="page to write (default: RUN/report.html)")
+    parser.add_argument("--export", type=Path, metavar="DIR", help="export of the run, for nearest items")
+    add_data_path(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the page and say where it is and what it lacks.
+
+    Raises:
+        RunError: no run folder, or no place for the page.
+    """
+    folder = args.run_folder
+    if not (folder / "config.yaml").is_file():
+        inner = [str(file.parent) for file in sorted(folder.glob("*/config.yaml"))]
+        hint = f"; give one of {', '.join(inner)}" if inner else f"; make one with 'flm train --train.run {folder}'"
+        raise RunError(f"{folder}: no config.yaml, so no run folder{hint}")
+    output = args.output or folder / "report.html"
+    if not output.parent.is_dir():
+        raise RunError(f"{output.parent}: not found; --output must be in a folder that is there")
+    overrides = given_overrides(args)
+    config = load_config(folder / "config.yaml", overrides)
+    # Imported here: a wrong option should be told at once.
+    from flm_torchrec import pages
+    from flm_torchrec.report import pieces
+    from flm_torchrec.report.neighbours import neighbours
+
+    data = _own_data(folder, config, bool(overrides))
+    missing, sections = pieces.sections_of(
+        {
+            "settings": partial(pieces.settings, config),
+            "curves": partial(pieces.curves, folder),
+            "evaluation": partial(pieces.evaluations, folder),
+            "best checkpoint": partial(pieces.best, folder),
+            "plan": partial(pieces.plan, folder),
+            "nearest items": partial(neighbours, args.export, data),
+            "data": partial(pieces.data_report, data),
+            "versions": pieces.versions,
+        }
+    )
+    with telling(output):
+        write_text(output, pages.html(f"Run {folder.name}", [f"missing: {line}" for line in missing], sections))
+    for line in missing:
+        print(f"missing: {visible(line)}")
+    print(f"page: {output}")
+
+
+def _own_data(folder: Path, config: Config, given: bool) -> Path | str:
+    """Where the run's data are, or why they cannot be shown."""
+    try:
+        return own_data(folder, config, given)
+    except FlmError as error:
+        return str(error)

@@ -1,0 +1,277 @@
+"""The packaged user tower read back: fresh histories and features → vectors, without model code and TorchRec."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from flm_torchrec.data.hashing import gap_rows
+from flm_torchrec.documents import MOST_JSON_BYTES, read_text
+from flm_torchrec.errors import DataError, RunError
+from flm_torchrec.export.parts import whole
+from flm_torchrec.export.tower.layout import DESCRIPTION, FOLDER, HISTORIES, ITEM, PROFILE, USER, Description
+from flm_torchrec.names import nearest
+from flm_torchrec.prepare.features import split_words, word_bucket
+from flm_torchrec.safe_text import first_line
+
+
+@dataclass(frozen=True)
+class History:
+    """Events of a user, oldest first."""
+
+    item: np.ndarray  # [n] int64: rows of the catalogue, from its end on those of added items
+    event: np.ndarray  # [n] int64: codes
+    value: np.ndarray  # [n] float32
+    timestamp: np.ndarray  # [n] int64, seconds
+
+    def __len__(self) -> int:
+        return len(self.item)
+
+    def __add__(self, later: History) -> History:
+        pairs = ((getattr(self, name), getattr(later, name)) for name in HISTORY_FIELDS)
+        return History(*(np.concatenate(pair) for pair in pairs))
+
+    def last(self, most: int) -> History:
+        return History(*(getattr(self, name)[-most:] for name in HISTORY_FIELDS))
+
+
+MOST_DEVIATIONS = 1e6
+"""Of a feature in standard deviations: beyond it float32 layers give nothing but noise."""
+HISTORY_FIELDS = ("item", "event", "value", "timestamp")
+HISTORY_TYPES = tuple(
+    pa.list_(pa.field("element", kind)) for kind in (pa.int32(), pa.int32(), pa.float32(), pa.int64())
+)
+NO_HISTORY = History(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))
+
+
+@dataclass(frozen=True)
+class Query:
+    """For whom."""
+
+    history: History = NO_HISTORY
+    user: int = -1
+    """Row of a known user, or -1."""
+    profile: np.ndarray | None = None  # [D] content of the user by features, in place of the known user's
+
+
+@dataclass(frozen=True)
+class Represented:
+    """What the tower makes of one query."""
+
+    heads: np.ndarray  # [heads + 1, D], fused last
+    weights: np.ndarray  # [heads]: h is their weighted sum of the heads; zeros where it is none
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A feature as the package takes it."""
+
+    name: str
+    entity: str
+    kind: str
+    width: int = 0
+    mean: float = 0.0
+    deviation: float = 0.0
+    buckets: int = 0
+    ngrams: int = 1
+    values: tuple[str, ...] = ()
+    codes: Mapping[str, int] = field(default_factory=dict)
+    """By value, of categorical kinds."""
+
+    def shown(self, given: Any) -> list[str]:
+        """What people and filters see of a value, as of the catalogue's items: of a number, its bucket."""
+        if self.kind == "quantile":
+            return [self.values[code] for code in _codes(self, given, [])]
+        values = given if isinstance(given, list) else [given]
+        return [str(value) for value in values if value is not None]
+
+
+class Tower:
+    """The package of one export. Safe to call from several threads.
+
+    Raises:
+        RunError: the export was made without it, or it cannot be read.
+    """
+
+    def __init__(self, export: Path) -> None:
+        folder = export / FOLDER
+        if not (folder / DESCRIPTION).is_file():
+            raise RunError(f"{folder}: not found; make the export with 'flm export --tower int8'")
+        try:
+            said = Description.model_validate_json(read_text(folder / DESCRIPTION, MOST_JSON_BYTES))
+            self.user, self.item, self.profile = (
+                torch.export.load(folder / name).module() for name in (USER, ITEM, PROFILE)
+            )
+            self.histories = _histories(folder / HISTORIES)
+        except ValidationError as error:
+            problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise RunError(f"{folder / DESCRIPTION}: {where}: {problem['msg']}; export again") from error
+        except (ValueError, RuntimeError, OSError, BadZipFile, pa.ArrowException) as error:
+            raise RunError(f"{folder}: cannot be read ({first_line(error)}); export again") from error
+        self.dim, self.items, self.max_history = said.dim, said.items, said.max_history
+        self.cosine, self.fusion, self.events = said.cosine, said.fusion, said.events
+        self.timestamps, self.usual_gap = said.timestamps, said.usual_gap
+        self.value_mean, self.value_scale, self.gaps = said.value_mean, said.value_scale, said.gaps
+        kinds = (Kind(**f.model_dump()) for f in said.features)
+        self.features = [
+            Kind(**{**vars(kind), "codes": {value: code for code, value in enumerate(kind.values)}}) for kind in kinds
+        ]
+        self._check_histories(folder / HISTORIES)
+        self.nobody = self.content("user", {})[0]
+
+    def _check_histories(self, file: Path) -> None:
+        item, event, _, _ = (whole(self.histories[name]).flatten().to_numpy() for name in HISTORY_FIELDS)
+        for name, codes, most in (("item", item, self.items), ("event", event, len(self.events))):
+            if len(codes) and not 0 <= codes.min() <= codes.max() < most:
+                raise RunError(f"{file}: column '{name}' holds {codes.min()} … {codes.max()}, of {most}; export again")
+
+    def known_history(self, user: int) -> History:
+        """The last events of a known user, one more than the tower sees."""
+        columns = (self.histories[name].chunk(0)[user].values.to_numpy() for name in HISTORY_FIELDS)
+        item, event, value, timestamp = columns
+        return History(item.astype(np.int64), event.astype(np.int64), value, timestamp)
+
+    def represent(self, queries: Sequence[Query], added: np.ndarray) -> list[Represented]:
+        """Each query's representations.
+
+        Args:
+            added: [M, D] content vectors (as of `content`) of the items beyond the catalogue.
+        """
+        shown = [q.history.last(self.max_history) for q in queries]
+        longest = max([1, *(len(h) for h in shown)])
+        shape = len(queries), longest
+        item, event, gap, time = (np.zeros(shape, np.int64) for _ in range(4))
+        value = np.zeros(shape, np.float32)
+        for row, (query, history) in enumerate(zip(queries, shown, strict=True)):
+            n = len(history)
+            item[row, :n] = history.item
+            event[row, :n] = history.event + 1
+            value[row, :n] = (history.value - np.float32(self.value_mean)) * np.float32(self.value_scale)
+            if self.timestamps and n:
+                gap[row, :n] = self._gaps(query.history.timestamp)[-n:]
+                time[row, :n] = history.timestamp - history.timestamp[0]
+        # A cold user's row of the table is not used: the profile is given.
+        profiles = [self.nobody if q.profile is None else q.profile for q in queries]
+        given = [q.profile is not None or q.user < 0 for q in queries]
+        arrays = (
+            item, event, gap, value, time, np.array([len(h) for h in shown]),
+            added if len(added) else np.zeros((1, self.dim), np.float32),
+            np.array([q.user for q in queries]), np.stack(profiles), np.array(given),
+        )  # fmt: skip
+        with torch.inference_mode():
+            heads, weights = self.user(*(torch.from_numpy(a) for a in arrays))
+        return [Represented(h, w) for h, w in zip(heads.numpy(), weights.numpy(), strict=True)]
+
+    def content(self, entity: str, given: Mapping[str, Any]) -> tuple[np.ndarray, list[str]]:
+        """Features of an item or of a user → its content vector [D], as the tower takes it, and what was left out.
+
+        A value that training did not see is left out, as `flm prepare` does with rare ones, and told.
+
+        Raises:
+            DataError: no such feature, or a value that does not fit its kind.
+        """
+        features = [f for f in self.features if f.entity == entity]
+        names = [f.name for f in features]
+        for name in given:
+            if name not in names:
+                known = nearest(name, names) if names else f"{entity}s have no features"
+                raise DataError(f"features: no {entity} feature '{name}'; {known}")
+        left_out: list[str] = []
+        sparse = [list(_codes(f, given.get(f.name), left_out)) for f in features if not _dense(f)]
+        numbers = [n for f in features if _dense(f) for n in _numbers(f, given.get(f.name))]
+        codes = torch.full((1, len(sparse), max([1, *(len(c) for c in sparse)])), -1)
+        for place, found in enumerate(sparse):
+            codes[0, place, : len(found)] = torch.tensor(found, dtype=torch.int64)
+        program = self.item if entity == "item" else self.profile
+        with torch.inference_mode():
+            made: Tensor = program(codes, torch.tensor([numbers], dtype=torch.float32))
+        return made[0].numpy(), left_out
+
+    def scored(self, contents: np.ndarray) -> np.ndarray:
+        """[n, D] contents of items → the vectors that representations are scored against."""
+        if not self.cosine:
+            return contents
+        return contents / np.maximum(np.linalg.norm(contents, axis=1, keepdims=True), 1e-12)
+
+    def _gaps(self, timestamp: np.ndarray) -> np.ndarray:
+        """Seconds since the event before → rows of the table of gaps."""
+        return gap_rows(np.maximum(np.diff(timestamp, prepend=timestamp[:1]), 0), self.gaps - 1)
+
+
+def _histories(file: Path) -> pa.Table:
+    """The users' last events: four lists a user, of one length."""
+    table = pq.read_table(file, columns=list(HISTORY_FIELDS)).combine_chunks()
+    table.validate(full=True)
+    if any(column.type != kind for column, kind in zip(table.columns, HISTORY_TYPES, strict=True)):
+        raise ValueError(f"{HISTORIES} has columns of other types")
+    lengths = [whole(column).value_lengths() for column in table.columns]
+    if any(length.null_count or not length.equals(lengths[0]) for length in lengths):
+        raise ValueError(f"{HISTORIES} has lists of unequal length, or none")
+    return table
+
+
+def _dense(feature: Kind) -> bool:
+    return feature.kind in ("numeric", "dense")
+
+
+def _codes(feature: Kind, given: Any, left_out: list[str]) -> Iterator[int]:
+    if given is None:
+        return
+    if feature.kind == "text":
+        if not isinstance(given, str):
+            raise DataError(f"features.{feature.name}: a text, not {_shown(given)}")
+        words = split_words(pl.Series([given]), feature.ngrams)[0]
+        yield from (word_bucket(word, feature.buckets) for word in words)
+        return
+    if feature.kind == "quantile":
+        if not isinstance(given, int | float):
+            raise DataError(f"features.{feature.name}: takes one number, not {_shown(given)}")
+        if feature.values:  # the least number of each bucket
+            yield int(np.searchsorted([float(v) for v in feature.values], given, "right")) - 1
+        return
+    several = feature.kind == "multi_categorical"
+    values = given if isinstance(given, list) and several else [given]
+    for value in values:
+        if not isinstance(value, str | int):
+            wanted = "texts, or a list of them" if several else "one text"
+            raise DataError(f"features.{feature.name}: takes {wanted}, not {_shown(value)}")
+        code = feature.codes.get(str(value))
+        if code is None:
+            left_out.append(f"features.{feature.name}: '{value}' was not in training")
+        else:
+            yield code
+
+
+def _numbers(feature: Kind, given: Any) -> list[float]:
+    if given is None:
+        return [0.0] * feature.width
+    values = given if isinstance(given, list) and feature.kind == "dense" else [given]
+    if len(values) != feature.width or not all(isinstance(v, int | float) for v in values):
+        wanted = "one number" if feature.kind == "numeric" else f"a list of {feature.width} numbers"
+        raise DataError(f"features.{feature.name}: takes {wanted}, not {_shown(given)}")
+    try:
+        numbers = np.array(values, np.float64)
+    except OverflowError as error:
+        raise DataError(f"features.{feature.name}: a number is too large") from error
+    if feature.deviation:
+        numbers = (numbers - feature.mean) / feature.deviation
+    if not (np.abs(numbers) < MOST_DEVIATIONS).all():
+        raise DataError(f"features.{feature.name}: a number is too large")
+    return [float(n) for n in numbers]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

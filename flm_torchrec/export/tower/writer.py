@@ -1,0 +1,208 @@
+"""The user tower as a package: a trained model → three programs of torch.export that hold their tables as int8 rows.
+
+`tower/user.pt2` makes representations of histories, `tower/item.pt2` and `tower/profile.pt2` content vectors of items
+and users by their features; `tower/tower.json` says what they take; `tower/histories.parquet` holds the events that
+known users start from. They run with torch alone: no model code, no TorchRec, no FBGEMM.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from flm_torchrec.data.dataset import EntityFeatures, PreparedData, spans
+from flm_torchrec.data.schema import Feature
+from flm_torchrec.errors import RunError
+from flm_torchrec.export.tower.layout import DESCRIPTION, FOLDER, HISTORIES, ITEM, PROFILE, USER
+from flm_torchrec.export.tower.programs import ContentProgram, Precision, Rows, UserProgram
+from flm_torchrec.model.tower import Tower as DenseTower
+
+BLOCK = 16_384
+"""Rows looked up and written at once."""
+
+
+class Model(Protocol):
+    """What is packaged."""
+
+    @property
+    def dense(self) -> DenseTower:
+        """The dense tower, whole and on the CPU."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a caller must know to make the programs' inputs: see `encoder.Tower`."""
+
+    item_known: np.ndarray  # [items] float32: 1 where the id was trained
+    user_known: np.ndarray  # [users] float32
+
+    def rows(self, name: str, ids: np.ndarray, entity: str = "") -> Tensor:
+        """[n] ids of "item_id", "user_id", "event", "gap", or codes of an entity's feature → [n, D]; collective."""
+
+
+def write_tower(data: PreparedData, model: Model, main: bool, precision: Precision, folder: Path) -> None:
+    """Write `folder/tower`; collective, rank 0 alone holds the packaged tables and writes.
+
+    With int8, these take 2 (D + 8) bytes an item and a user, and twice that while they are put together.
+
+    Raises:
+        RunError: torch.export refuses a part of the tower.
+    """
+    dim = int(model.settings["dim"])
+    with torch.no_grad():
+        item, item_content = _content(data, model, "item", dim, precision)
+        profile, user_profile = _content(data, model, "user", dim, precision)
+        schema = data.schema
+
+        def ids(name: str, size: int, known: np.ndarray | None) -> Iterator[Tensor]:
+            for block in _blocks(size):
+                rows = model.rows(name, block)
+                if main:
+                    yield rows if known is None else rows * torch.from_numpy(known[block])[:, None]
+
+        # Events and gaps have a few dozen rows, so that nothing is won by rounding them.
+        tables = {
+            "item_id": Rows(ids("item_id", schema.items, model.item_known), dim, precision),
+            "item_content": Rows(item_content if main else iter(()), dim, precision),
+            "user_id": Rows(ids("user_id", schema.users, model.user_known), dim, precision),
+            "profile": Rows(user_profile if main else iter(()), dim, precision),
+            "event": Rows(ids("event", len(schema.events) + 1, None), dim, "fp32"),
+            "gap": Rows(ids("gap", model.settings["gaps"], None), dim, "fp32"),
+        }
+        if not main:
+            return
+        target = folder / FOLDER
+        target.mkdir()
+        _export_user(UserProgram(model.dense, tables, schema.items), dim, model.settings["max_history"], target / USER)
+        for program, entity, file in ((item, "item", ITEM), (profile, "user", PROFILE)):
+            _export_content(program, data, entity, target / file)
+    _write_histories(data, model.settings["max_history"] + 1, target / HISTORIES)
+    description = {
+        **model.settings,
+        "precision": precision,
+        "items": schema.items,
+        "events": list(schema.events),
+        "timestamps": schema.timestamps,
+        "usual_gap": _usual_gap(data),
+        "features": [_described(data, f) for f in (*_ordered(data, "item"), *_ordered(data, "user"))],
+    }
+    (target / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
+
+
+def _content(
+    data: PreparedData, model: Model, entity: str, dim: int, precision: Precision
+) -> tuple[ContentProgram, Iterator[Tensor]]:
+    """The program of an entity's content, and what it gives for all entities of the data, block by block.
+
+    The content of known entities is made of unrounded rows, then rounded once.
+    """
+    features = data.schema.of(entity, sparse=True)  # type: ignore[arg-type]
+    sizes = [f.cardinality for f in features]
+    offset = [sum(sizes[:place]) for place in range(len(sizes))]
+    blocks = [model.rows(f.name, block, entity) for f in features for block in _blocks(f.cardinality)]
+    mlp = model.dense.item_content if entity == "item" else model.dense.user_content
+    exact = ContentProgram(mlp, Rows(iter(blocks), dim, "fp32"), offset)
+    source = data.items if entity == "item" else data.users
+    count = data.schema.items if entity == "item" else data.schema.users
+
+    def contents() -> Iterator[Tensor]:
+        for block in _blocks(count):
+            yield exact(_padded_codes(source, features, block), torch.from_numpy(source.dense[block]))
+
+    return ContentProgram(mlp, Rows(iter(blocks), dim, precision), offset), contents()
+
+
+def _padded_codes(source: EntityFeatures, features: tuple[Feature, ...], rows: np.ndarray) -> Tensor:
+    """[n] rows → [n, features, C] int64, -1 where there is no code."""
+    taken = [source.sparse[f.name].take(rows) for f in features]
+    longest = max([1, *(int(t.lengths.max(initial=0)) for t in taken)])
+    codes = np.full((len(rows), len(features), longest), -1, np.int64)
+    for place, ragged in enumerate(taken):
+        codes[:, place][np.arange(longest) < ragged.lengths[:, None]] = ragged.values
+    return torch.from_numpy(codes)
+
+
+def _export_user(program: UserProgram, dim: int, max_history: int, file: Path) -> None:
+    batch, length, added = Dim("batch", min=1), Dim("length", min=1, max=max_history), Dim("added", min=1)
+    sequence, one = {0: batch, 1: length}, {0: batch}
+    b, n, m = 3, min(5, max_history), 2
+    integers = [torch.zeros(b, n, dtype=torch.int64) for _ in range(3)]
+    arguments = (
+        *integers, torch.zeros(b, n), torch.zeros(b, n, dtype=torch.int64), torch.ones(b, dtype=torch.int64),
+        torch.zeros(m, dim), torch.zeros(b, dtype=torch.int64), torch.zeros(b, dim), torch.zeros(b, dtype=torch.bool),
+    )  # fmt: skip
+    shapes = (*[sequence] * 5, one, {0: added}, one, one, one)
+    _save(program, arguments, (shapes,), file)  # one parameter holds all inputs
+
+
+def _export_content(program: ContentProgram, data: PreparedData, entity: str, file: Path) -> None:
+    width = sum(f.width for f in data.schema.of(entity, sparse=False))  # type: ignore[arg-type, misc]
+    rows, codes = Dim("rows", min=1), Dim("codes", min=1)
+    arguments = torch.full((3, program.features, 2 if program.features else 1), -1), torch.zeros(3, width)
+    shapes = {0: rows, 2: codes} if program.features else {0: rows}, {0: rows}
+    _save(program, arguments, shapes, file)
+
+
+def _save(program: nn.Module, arguments: tuple[Tensor, ...], shapes: tuple[Any, ...], file: Path) -> None:
+    program.eval().requires_grad_(False)
+    try:
+        exported = torch.export.export(program, arguments, dynamic_shapes=shapes, strict=False)
+    except (torch._dynamo.exc.UserError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"{file}: torch.export refuses the tower ({reason}); export with --tower none") from error
+    torch.export.save(exported, file)
+
+
+def _write_histories(data: PreparedData, most: int, file: Path) -> None:
+    """Each user's last `most` events, a row a user in order of id, oldest event first."""
+    columns = {"item": data.item, "event": data.event, "value": data.value, "timestamp": data.timestamp}
+    types = {"item": pa.int32(), "event": pa.int32(), "value": pa.float32(), "timestamp": pa.int64()}
+    schema = pa.schema([(name, pa.list_(kind)) for name, kind in types.items()])
+    with pq.ParquetWriter(file, schema) as writer:
+        for block in _blocks(data.schema.users):
+            end = data.offsets[block + 1]
+            lengths = np.minimum(end - data.offsets[block], most)
+            offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+            places = spans(end - lengths, lengths)
+            lists = [
+                pa.ListArray.from_arrays(offsets, pa.array(columns[name][places]).cast(kind))
+                for name, kind in types.items()
+            ]
+            writer.write_table(pa.table(lists, schema=schema))
+
+
+def _usual_gap(data: PreparedData) -> int:
+    """Median seconds between a user's event and the one before; what an event without a time is given."""
+    inside = np.ones(len(data.timestamp), bool)
+    inside[data.offsets[:-1][np.diff(data.offsets) > 0]] = False
+    since = np.diff(data.timestamp, prepend=0)[inside]
+    return int(np.median(since)) if len(since) else 0
+
+
+def _ordered(data: PreparedData, entity: str) -> Iterator[Feature]:
+    """Sparse features, then the others, each in the schema's order, as the programs take them."""
+    for sparse in (True, False):
+        yield from data.schema.of(entity, sparse=sparse)  # type: ignore[arg-type]
+
+
+def _described(data: PreparedData, feature: Feature) -> dict[str, Any]:
+    described: dict[str, Any] = {"name": feature.name, "entity": feature.entity, "kind": feature.kind}
+    if not feature.sparse:
+        return {**described, "width": feature.width, "mean": feature.mean, "deviation": feature.deviation}
+    if feature.kind == "text":
+        return {**described, "buckets": feature.cardinality, "ngrams": max(1, feature.ngrams)}
+    vocabulary = pq.read_table(data.path / "vocab" / f"{feature.entity}_{feature.name}.parquet").sort_by("code")
+    return {**described, "values": vocabulary["value"].to_pylist()}
+
+
+def _blocks(size: int) -> Iterator[np.ndarray]:
+    for start in range(0, size, BLOCK):
+        yield np.arange(start, min(size, start + BLOCK))

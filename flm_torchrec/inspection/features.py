@@ -1,0 +1,72 @@
+"""Features that a model can learn nothing from: unknown, constant, or a name for each row."""
+
+from __future__ import annotations
+
+from flm_torchrec.data.schema import Feature
+from flm_torchrec.inspection.inspect import Inspection
+from flm_torchrec.pages import Grid, Section
+from flm_torchrec.prepare import sql
+
+UNKNOWN = 0.99
+"""Share of unknown rows from which a feature is taken for dead."""
+UNIQUE = 0.9
+"""Values for each row that has one, from which a categorical feature is taken for an id."""
+ENOUGH = 100
+"""Rows below which all may well differ."""
+
+
+def look_at_features(data: Inspection) -> None:
+    """A line a feature; dead ones are findings."""
+    rows = []
+    for feature in data.schema.features:
+        entity = f"{feature.entity}s"
+        held = data.one(f"SELECT count(*) FROM {entity}")[0]
+        known, values, commonest = (_codes if feature.sparse else _numbers)(data, feature, entity)
+        told = f"{commonest / known:.1%}" if known and feature.sparse else ""
+        unused = f"{feature.cardinality - values:,}" if feature.sparse and feature.kind != "text" else ""
+        share = f"{known / max(held, 1):.1%}"
+        rows.append((feature.name, feature.entity, feature.kind, share, f"{values:,}", told, unused))
+        if problem := _problem(data, feature, known, held, values):
+            names = f"{feature.entity} feature '{feature.name}'"
+            data.findings.append(f"{names} {problem}: leave it out with --data.features, or prepare without it")
+    header = ("feature", "of", "kind", "known", "values", "commonest", "codes never used")
+    notes = () if rows else ("none: only ids can be learnt",)
+    data.sections.append(Section("Features", notes, [Grid("", header, rows)] if rows else []))
+
+
+def _problem(data: Inspection, feature: Feature, known: int, held: int, values: int) -> str:
+    if known == 0:
+        return "is unknown in every row"
+    if known < held * (1 - UNKNOWN):
+        return f"is unknown in {1 - known / held:.1%} of rows"
+    if values == 1:
+        return "is constant"
+    if feature.kind == "categorical" and known >= ENOUGH and values >= UNIQUE * known:
+        return f"has {values} values in {known} rows, so it is nearly an id"
+    direct = feature.kind != "text" and feature.sparse and data.schema.table(feature.table).kind == "direct"
+    if direct and values < feature.cardinality / 2:
+        return f"uses {values} of {feature.cardinality} codes, so most of its table is never learnt"
+    return ""
+
+
+def _codes(data: Inspection, feature: Feature, entity: str) -> tuple[int, int, int]:
+    """Rows that have a code, codes that occur, rows of the commonest."""
+    column = sql.name(feature.column)
+    listed = feature.kind in ("multi_categorical", "text")
+    known = f"len({column}) > 0" if listed else f"{column} IS NOT NULL"
+    codes = f"unnest(list_distinct({column}))" if listed else column
+    rows = data.one(f"SELECT count(*) FROM {entity} WHERE {known}")[0]
+    values, most = data.one(
+        f"SELECT count(*), coalesce(max(n), 0) FROM (SELECT code, count(*) AS n FROM (SELECT {codes} AS code FROM"
+        f" {entity} WHERE {known}) GROUP BY code)"
+    )
+    return rows, values, most
+
+
+def _numbers(data: Inspection, feature: Feature, entity: str) -> tuple[int, int, int]:
+    """Rows that have a number or a vector, different ones (about, by a sketch of their hashes), and nothing."""
+    column = sql.name(feature.column)
+    rows, values = data.one(
+        f"SELECT count({column}), approx_count_distinct(hash({column})) FILTER ({column} IS NOT NULL) FROM {entity}"
+    )
+    return rows, values, 0

@@ -1,0 +1,187 @@
+"""What the planner takes each option to cost: TorchRec's estimates, made exact where the model's memory is known."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torchrec.distributed.planner import ParameterConstraints, Topology
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import Shard, SharderDataMap, ShardingOption, Storage
+from torchrec.distributed.types import ModuleSharder, PipelineType, ShardingType
+
+from flm_torchrec.distributed.sharders import sharders
+from flm_torchrec.planner.constraints import KERNELS, TableConstraints, offered_types
+
+RESERVED = 0.15
+"""Share of the memory kept from tables, for activations, batches and the allocator."""
+DENSE_PARTS = {"weights": 1, "gradients": 1, "AdamW's two moments": 2, "DDP's buckets": 1}
+"""Copies of a dense parameter in training, each float32."""
+DENSE_BYTES = 4 * sum(DENSE_PARTS.values())
+"""Of a dense parameter in training."""
+INT8_ROW_BYTES = 8
+"""Scale and bias of a row of int8, float32 each."""
+LENGTH_BYTES = 8
+"""Of a bag's length: int64, as the batches hold it."""
+ID_BYTES = 8
+"""Of an id: int64 too."""
+TABLE_WISE, ROW_WISE = ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value
+
+
+class Enumerator(EmbeddingEnumerator):
+    """Each table's options in one order: TorchRec's comes out of a set of strings, another one in each process."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        batch_size: int,
+        constraints: dict[str, ParameterConstraints],
+        optimizer: str,
+        pipeline: PipelineType,
+    ) -> None:
+        storage = StorageEstimator(topology, constraints, pipeline, optimizer)
+        perf = EmbeddingPerfEstimator(topology, constraints)
+        super().__init__(topology, batch_size, constraints, [perf, storage])
+
+    def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
+        options = super().enumerate(module, sharders)
+        tables, types = list(dict.fromkeys(option.fqn for option in options)), offered_types()
+        whole = {option.fqn for option in options if option.sharding_type == TABLE_WISE}
+        # A table too narrow to cut is the same thing column-wise as table-wise, and called by the plainer name.
+        options = [o for o in options if o.num_shards > 1 or o.sharding_type == TABLE_WISE or o.fqn not in whole]
+        return sorted(
+            options,
+            key=lambda option: (
+                tables.index(option.fqn),
+                types.index(option.sharding_type),
+                KERNELS.index(option.compute_kernel),
+            ),
+        )
+
+    def split(self, option: ShardingOption) -> list[dict[str, Storage]]:
+        """A chosen option's memory by shard: weights, optimizer, input_output, pipeline."""
+        storage = next(e for e in self._estimators if isinstance(e, StorageEstimator))
+        return storage.split(option, self._sharder_data_map)
+
+
+class StorageEstimator(EmbeddingStorageEstimator):
+    """TorchRec's estimate with the embeddings' outputs, and what it leaves out, and optimizer state as FBGEMM has it.
+
+    TorchRec takes state to be as wide as the weights and spread over column-wise shards; FBGEMM's is float32, and
+    row-wise Adagrad has one number for each row of each shard.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        constraints: dict[str, ParameterConstraints],
+        pipeline: PipelineType,
+        optimizer: str,
+    ) -> None:
+        super().__init__(topology, constraints, pipeline_type=pipeline, run_embedding_at_peak_memory=True)
+        self.optimizer = optimizer
+
+    def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: SharderDataMap) -> None:
+        super().estimate(sharding_options, sharder_data_map)
+        for option in sharding_options:
+            for shard in option.shards:
+                assert shard.storage is not None
+                extra = self._state(option, shard.size) + self._scales(option, shard.size)
+                shard.storage = shard.storage + extra + self._uncounted(option, shard)
+
+    def split(self, option: ShardingOption, data: SharderDataMap) -> list[dict[str, Storage]]:
+        """Memory of each shard: with and without look-ups, with and without the pipeline's copies."""
+        plain = EmbeddingStorageEstimator(self._topology, self._constraints)
+        idle, busy = _copy(option), _copy(option)
+        idle.input_lengths = [0.0] * len(option.input_lengths)
+        plain.estimate([idle], data)
+        plain.estimate([busy], data)
+        found = []
+        for shard, without, used in zip(option.shards, idle.shards, busy.shards, strict=True):
+            assert shard.storage and without.storage and used.storage
+            state, scales = self._state(option, shard.size), self._scales(option, shard.size)
+            more = self._uncounted(option, shard)
+            found.append(
+                {
+                    "weights": without.storage + scales,
+                    "optimizer": state,
+                    "input_output": used.storage - without.storage + more,
+                    "pipeline": shard.storage - used.storage - state - scales - more,
+                }
+            )
+        return found
+
+    def _state(self, option: ShardingOption, size: list[int]) -> Storage:
+        return self._placed(option, state_bytes(self.optimizer, size[0], size[1]))
+
+    def _scales(self, option: ShardingOption, size: list[int]) -> Storage:
+        return self._placed(option, INT8_ROW_BYTES * size[0] if option.tensor.dtype == torch.int8 else 0)
+
+    def _uncounted(self, option: ShardingOption, shard: Shard) -> Storage:
+        """What TorchRec leaves out: lengths of bags, vectors of empty ones, rows looked up more than others."""
+        if shard.size[0] * shard.size[1] == 0:
+            return Storage(hbm=0, ddr=0)
+        assert self._constraints is not None
+        allowed = self._constraints[option.name]
+        assert isinstance(allowed, TableConstraints)
+        samples = option.batch_size * self._topology.world_size
+        vector = shard.size[1] * option.tensor.element_size()
+        amount = 0.0
+        for ids, use in zip(option.input_lengths, allowed.lookups, strict=True):
+            bags = samples * use.bags
+            amount += bags * (LENGTH_BYTES + (vector * max(0.0, 1 - ids) if option.is_pooled else 0))
+            share = use.share(shard.offset[0], shard.offset[0] + shard.size[0])
+            if option.sharding_type == ROW_WISE and share is not None:
+                more = share - 1 / self._topology.world_size
+                amount += more * bags * ids * (ID_BYTES + (0 if option.is_pooled else vector))
+        size = round(amount)
+        return Storage(hbm=size, ddr=0) if self._topology.compute_device == "cuda" else Storage(hbm=0, ddr=size)
+
+    def _placed(self, option: ShardingOption, amount: int) -> Storage:
+        on_device = option.compute_kernel == "fused" and self._topology.compute_device == "cuda"
+        return Storage(hbm=amount, ddr=0) if on_device else Storage(hbm=0, ddr=amount)
+
+
+class Reservation(FixedPercentageStorageReservation):
+    """Keeps a share of the memory, and the dense part's, from the tables; on a CPU too, where TorchRec keeps none."""
+
+    def __init__(self, dense_bytes: int) -> None:
+        super().__init__(RESERVED)
+        self.dense_bytes = dense_bytes
+
+    def reserve(
+        self,
+        topology: Topology,
+        batch_size: int,
+        module: nn.Module,
+        sharders: list[ModuleSharder[nn.Module]],
+        constraints: dict[str, ParameterConstraints] | None = None,
+    ) -> Topology:
+        reserved = super().reserve(topology, batch_size, module, sharders, constraints)
+        for device in reserved.devices:
+            if topology.compute_device == "cuda":
+                device.storage.hbm = max(0, device.storage.hbm - self.dense_bytes)
+            else:
+                device.storage.ddr = max(0, int(device.storage.ddr * (1 - RESERVED)) - self.dense_bytes)
+        return reserved
+
+
+def state_bytes(optimizer: str, rows: int, columns: int) -> int:
+    """Optimizer state of one shard as FBGEMM holds it, always float32."""
+    numbers = {"sgd": 0, "rowwise_adagrad": rows, "adagrad": rows * columns, "adam": 2 * rows * columns}
+    return 4 * numbers[optimizer]
+
+
+def dense_bytes(model: nn.Module) -> int:
+    """Memory of a rank that the dense part takes in training, activations aside."""
+    sharded = {id(p) for sharder in sharders() for m in model.modules() if isinstance(m, sharder.module_type)
+               for p in m.parameters()}  # fmt: skip
+    return DENSE_BYTES * sum(p.numel() for p in model.parameters() if id(p) not in sharded)
+
+
+def _copy(option: ShardingOption) -> ShardingOption:
+    copied = ShardingOption.__new__(ShardingOption)
+    copied.__dict__.update(option.__dict__)
+    copied.shards = [type(shard)(shard.size, shard.offset) for shard in option.shards]
+    return copied

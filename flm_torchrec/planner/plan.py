@@ -1,0 +1,94 @@
+"""Which rank holds which rows: the planner's choice, or that of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+from torchrec.distributed.collective_utils import invoke_on_rank_and_broadcast_result
+from torchrec.distributed.planner import Topology
+from torchrec.distributed.planner.types import KernelConfig, TopologyFactory, TrainerConfig
+from torchrec.distributed.types import PipelineType, ShardingPlan
+
+from flm_torchrec.config.schema import DistributedConfig
+from flm_torchrec.distributed.comm import Comm
+from flm_torchrec.distributed.replicas import group_of
+from flm_torchrec.errors import ConfigError
+from flm_torchrec.planner.constraints import Lookup, constraints, read_rules, table_configs
+from flm_torchrec.planner.estimate import dense_bytes
+from flm_torchrec.planner.planfile import load_plan
+from flm_torchrec.planner.solve import DENSE, Infeasible, solve
+
+
+def make_plan(
+    model: nn.Module,
+    comm: Comm,
+    config: DistributedConfig,
+    batch_size: int,
+    optimizer: str,
+    lookups: Callable[[], Mapping[str, Lookup]],
+) -> ShardingPlan:
+    """Plan the model's tables over the ranks of one replica, or read `config.plan`; the same on every rank; collective.
+
+    Args:
+        batch_size: sequences per rank and step.
+        optimizer: of the tables, by its name in the config.
+        lookups: gives those of one sequence, by feature; asked on the one rank that plans.
+
+    Raises:
+        ConfigError: the tables do not fit, with the table at fault; or a file does not fit the model.
+    """
+    group = group_of(comm, config.replicas)
+
+    def attempt() -> ShardingPlan | ConfigError:
+        try:
+            if config.plan:
+                return load_plan(Path(config.plan), model, group)
+            rules = read_rules(config, [table.name for table in table_configs(model)])
+            allowed = constraints(model, rules, lookups())
+            topology, pipeline = _topology(comm, group, config), pipeline_of(comm.device.type)
+            # fsdp: each of all ranks holds a slice.
+            dense = dense_bytes(model) // (comm.world_size if config.dense == "fsdp" else 1)
+            return solve(model, topology, batch_size, allowed, optimizer, dense, pipeline).plan
+        except Infeasible as error:
+            if error.table == DENSE:
+                return ConfigError(str(error))
+            fewer = " or fewer replicas" if config.replicas > 1 else ""
+            return ConfigError(
+                f"the tables do not fit on {group.world_size} ranks: {error}; use more ranks{fewer}, a smaller"
+                " model.dim, a --min-count in 'flm prepare', or raise distributed.memory_gib; 'flm plan' says what"
+                " would fit"
+            )
+        except ConfigError as error:
+            return error
+
+    # The error is handed round too, or the other ranks would wait for a plan that never comes.
+    found = invoke_on_rank_and_broadcast_result(torch.distributed.GroupMember.WORLD, 0, attempt)
+    if isinstance(found, ConfigError):
+        raise found
+    return found
+
+
+def pipeline_of(device: str) -> PipelineType:
+    """The input pipeline that training uses there."""
+    return PipelineType.TRAIN_SPARSE_DIST if device == "cuda" else PipelineType.NONE
+
+
+def _topology(comm: Comm, group: Comm, config: DistributedConfig) -> Topology:
+    given = int(config.memory_gib * 2**30) or None
+    memory: dict[str, int | None]
+    if comm.device.type == "cuda":
+        memory = {"hbm_cap_bytes": given or torch.cuda.get_device_properties(comm.device).total_memory}
+    else:
+        memory = {"ddr_cap_bytes": given or psutil.virtual_memory().total // comm.local_world_size}
+    return TopologyFactory.create_topology(
+        trainer_config=TrainerConfig(
+            world_size=group.world_size,
+            local_world_size=group.local_world_size,
+            **memory,  # type: ignore[arg-type]
+        ),
+        kernel_config=KernelConfig(compute_device=comm.device.type),
+    )

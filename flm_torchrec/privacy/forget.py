@@ -1,0 +1,202 @@
+"""Forgetting users: out of prepared data, and out of the tables and the vocabulary of runs made with it."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pds
+import pyarrow.parquet as pq
+import torch
+
+from flm_torchrec.claim import claim
+from flm_torchrec.config import load_config
+from flm_torchrec.data.dataset import PreparedData, fingerprint_of, load_prepared
+from flm_torchrec.data.hashing import look_ups
+from flm_torchrec.data.schema import Schema
+from flm_torchrec.errors import DataError, RunError
+from flm_torchrec.files import leftovers, mend, mend_inside, replacing, replacing_file, telling
+from flm_torchrec.privacy.forget_in_data import (
+    fingerprints_before,
+    forget_rows,
+    forgotten_users,
+    keys_and_ids,
+    nearest_keys,
+    unused_codes,
+)
+from flm_torchrec.training.checkpoint.manager import ASIDE, CHECKPOINTS, storage
+from flm_torchrec.training.follow.events import KEPT
+from flm_torchrec.training.identity import FINGERPRINT, made_with
+
+VOCABULARY = "vocabulary"
+AFTERWARDS = "give the same command again afterwards"
+EXPORTED = {".parquet": "parquet", ".arrow": "feather", ".feather": "feather"}
+"""Formats of an export's rows, by suffix."""
+
+
+def forget(folder: Path, keys: Sequence[str], runs: Sequence[Path], exports: Sequence[Path]) -> list[str]:
+    """Take users out of prepared data, runs and, by asking for them anew, exports. What was done, a line each.
+
+    Each folder is replaced as a whole, and nobody else may write it meanwhile. After an interruption the same call
+    does the rest: runs remember the data they were made with, and a key counts as known while any of the folders still
+    has it.
+
+    Args:
+        folder: prepared data.
+        keys: of users, as users.parquet has them; none: runs are brought up to date with what the data has forgotten.
+
+    Raises:
+        DataError: a key that none of the folders has, or data that are not whole; nothing is changed.
+        RunError: a run of other data, or one whose table cannot be mended: nothing is changed. Or, after all else is
+            done, an export that still has one of the keys.
+    """
+    with ExitStack() as held:
+        for each in dict.fromkeys(path.resolve() for path in (folder, *runs)):
+            if each.parent.is_dir():  # else _check says what is not there
+                held.enter_context(claim(each, AFTERWARDS))
+        with telling(folder, AFTERWARDS):
+            for run in runs:
+                mend(run / VOCABULARY)
+                mend_inside(run / CHECKPOINTS)
+                mend_inside(run / KEPT)
+        return _forget(folder, keys, runs, exports)
+
+
+def _forget(folder: Path, keys: Sequence[str], runs: Sequence[Path], exports: Sequence[Path]) -> list[str]:
+    _check(folder, runs, exports)
+    known, _ = keys_and_ids(folder / "users.parquet")
+    there = set(keys) & set(known)
+    elsewhere = {key for run in runs for key in keys_and_ids(run / VOCABULARY / "users.parquet")[0]}
+    exported = {export: _exported(export, keys) for export in exports}
+    for key in keys:
+        if key not in there and key not in elsewhere and not any(key in found for found in exported.values()):
+            raise DataError(f"user '{key}': not in {folder / 'users.parquet'}; {nearest_keys(key, known)}")
+    told = []
+    if there:
+        counts = forget_rows(folder, there)
+        _refuse_leftovers(leftovers(folder.resolve().parent, folder.resolve().name))
+        told.append(f"{folder}: {counts['users']} users and their {counts['events']} events forgotten")
+    if runs:
+        data = load_prepared(folder)
+        gone = forgotten_users(folder / "users.parquet")
+        rows = rows_to_reset(data, gone)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be: one process, no ranks
+            told += [_forget_in_run(run, data, gone, rows) for run in runs]
+    held = [f"{export} ({len(found)})" for export, found in exported.items() if found]
+    if held:
+        done = "; ".join(told) or "nothing else was left"
+        raise RunError(
+            f"exports still hold forgotten users: {', '.join(held)}; write them again with"
+            f" 'flm export --overwrite', or delete them, and load no index from them (done: {done})"
+        )
+    return told
+
+
+def _check(folder: Path, runs: Sequence[Path], exports: Sequence[Path]) -> None:
+    """Raise where a folder is not what it should be, before anything is changed."""
+    Schema.load(folder / "schema.yaml")
+    known = (fingerprint_of(folder), *fingerprints_before(folder))
+    for run in runs:
+        if not (run / "config.yaml").is_file() or not (run / FINGERPRINT).is_file():
+            raise RunError(f"{run}: no run folder (it lacks config.yaml or {FINGERPRINT}); give one of 'flm train'")
+        if made_with(run) not in known:
+            raise RunError(f"{run}: made with other data than {folder}; give the --data of its config.yaml")
+        if Schema.load(run / VOCABULARY / "schema.yaml").table("user_id").kind == "zch":
+            raise RunError(
+                f"{run}: its user_id table is managed (zch), where rows pass from user to user and no one's can be"
+                " told for sure; forget in --data alone, delete this run and train anew"
+            )
+        for checkpoint in _checkpoints(run):
+            if wrong := storage.damage(checkpoint):
+                raise RunError(f"{checkpoint}: {'; '.join(wrong)}; delete it, or copy it anew, and start again")
+    for export in exports:
+        if not export.is_dir():
+            raise RunError(f"{export}: not found; --export must name a folder of 'flm export'")
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    return [f for f in sorted((run / CHECKPOINTS).glob("*")) if f.is_dir() and not ASIDE.fullmatch(f.name)]
+
+
+def _forget_in_run(run: Path, data: PreparedData, gone: np.ndarray, rows: dict[str, np.ndarray]) -> str:
+    """All users that the data has forgotten; the vocabulary comes last, so that it tells whether all is done."""
+    checkpoints = _checkpoints(run)
+    for folder in checkpoints:
+        tensors = storage.read_all(folder)
+        _reset(tensors, rows, folder)
+        storage.write(folder, tensors, {**storage.read_meta(folder), "data": data.fingerprint}, None)
+    with telling(run, AFTERWARDS):
+        for damaged in (run / CHECKPOINTS).glob("damaged-*"):
+            if ASIDE.fullmatch(damaged.name):
+                shutil.rmtree(damaged)  # nothing reads it any more, and it cannot be mended
+        for file in (run / KEPT).glob("*.parquet"):
+            _forget_kept(file, gone)
+        with replacing(run / VOCABULARY) as fresh:
+            data.save_vocabulary(fresh)
+            (fresh / Path(FINGERPRINT).name).write_text(data.fingerprint, encoding="ascii")
+    _refuse_leftovers([*leftovers(run), *leftovers(run / CHECKPOINTS), *leftovers(run / KEPT)])
+    told = f"{run}: {len(gone)} forgotten users' rows set to zero in {len(checkpoints)} checkpoints"
+    kind = data.schema.table("user_id").kind
+    told += "; its user_id table is hashed, so users who share these rows lose them too" if kind == "hash" else ""
+    if load_config(run / "config.yaml").data.split != "leave-one-out":
+        told += "; its split is drawn over all events, so it may change: compare no metrics with those from before"
+    return told
+
+
+def _forget_kept(file: Path, gone: np.ndarray) -> None:
+    """Users out of a chunk of 'flm follow'; an empty one stays, since chunks are numbered."""
+    events = pq.read_table(file)
+    with replacing_file(file) as fresh:
+        pq.write_table(events.filter(pc.invert(pc.is_in(events["user"], pa.array(gone)))), fresh)
+
+
+def _refuse_leftovers(left: Sequence[Path]) -> None:
+    """Raise where what was replaced could not be removed: it still has the users."""
+    if left:
+        raise RunError(f"{left[0]}: was replaced and cannot be removed; remove it, then give the same command again")
+
+
+def rows_to_reset(data: PreparedData, gone: np.ndarray) -> dict[str, np.ndarray]:
+    """By table of users, [n] int64: rows to reset; of features those that no user has, where ids share none."""
+    schema = data.schema
+    rows = {"user_id": np.unique(look_ups(schema.table("user_id"), gone))}
+    features = schema.of("user", sparse=True)
+    for table in {f.table for f in features}:
+        if schema.table(table).kind == "direct":
+            rows[table] = unused_codes(data.path, [f for f in features if f.table == table])
+    return rows
+
+
+def _reset(tensors: dict[str, torch.Tensor], rows: dict[str, np.ndarray], folder: Path) -> None:
+    """Set rows of the users' tables, and their optimizer state, to zero, as if never learnt."""
+    for table, ids in rows.items():
+        weight = f"users.embedding_bags.{table}.weight"
+        size = tensors[f"model.{weight}"].shape[0] if f"model.{weight}" in tensors else 0
+        for name, tensor in tensors.items():
+            if name != f"model.{weight}" and not name.startswith(f"optimizer.tables.{weight}."):
+                continue
+            if tensor.ndim and tensor.shape[0] != size:
+                raise RunError(f"{folder}: {name} has {tensor.shape[0]} rows, its table {size}; train anew")
+            if tensor.ndim:
+                tensor[torch.from_numpy(ids)] = 0
+
+
+def _exported(export: Path, keys: Sequence[str]) -> set[str]:
+    """Those of the keys that an export has, in whatever files of its users."""
+    found: set[str] = set()
+    for file in sorted(f for f in export.rglob("*") if f.suffix in EXPORTED):
+        try:
+            rows = pds.dataset(file, format=EXPORTED[file.suffix])
+            if "user_key" in rows.schema.names:
+                there = pds.field("user_key").isin(list(keys))
+                found |= set(rows.to_table(columns=["user_key"], filter=there)["user_key"].to_pylist())
+        except (pa.ArrowInvalid, OSError) as error:
+            raise RunError(f"{file}: not readable ({str(error).splitlines()[0]}); export again") from error
+    return found

@@ -1,0 +1,213 @@
+"""A user's rows out of prepared data; the ids of all others stay what they are."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from flm_torchrec.data.dataset import fingerprint_of
+from flm_torchrec.data.schema import Feature, Schema
+from flm_torchrec.documents import read_json
+from flm_torchrec.errors import DataError
+from flm_torchrec.files import replacing, write_text
+from flm_torchrec.names import closest
+
+
+def tombstone(user: int) -> str:
+    """What stands in place of a forgotten user's key."""
+    return f"forgotten-{user}"
+
+
+def keys_and_ids(file: Path) -> tuple[list[str], np.ndarray]:
+    """The keys of a users.parquet, and [users] int64 their ids."""
+    source = _opened(file)
+    if missing := {"user_id", "user_key"} - set(source.schema_arrow.names):
+        raise DataError(f"{file}: no column '{min(missing)}'; prepare the data again")
+    table = source.read(["user_id", "user_key"])
+    return table["user_key"].to_pylist(), table["user_id"].to_numpy()
+
+
+def forgotten_users(file: Path) -> np.ndarray:
+    """[n] int64: ids whose key in the users.parquet is a tombstone."""
+    keys, ids = keys_and_ids(file)
+    return np.array([i for key, i in zip(keys, ids.tolist(), strict=True) if key == tombstone(i)], np.int64)
+
+
+def nearest_keys(key: str, known: list[str]) -> str:
+    """A hint that names the known keys closest to one that is not."""
+    close = closest(key, known, 3, cutoff=0.6) or known[:1]
+    return f"nearest: {', '.join(close)}"
+
+
+def forget_rows(folder: Path, keys: Iterable[str]) -> dict[str, int]:
+    """Rewrite prepared data without these users, and put it in the place of what was there.
+
+    Their interactions go, their row in users.parquet stays, empty and with a tombstone for a key, so that no id
+    shifts. A value of a user feature that nobody else has leaves the vocabulary too. Claim the folder first.
+
+    Returns the number of "users" and of "events" taken out.
+
+    Raises:
+        DataError: a file is missing or corrupt, nobody would be left, or it cannot be written; nothing is changed.
+    """
+    gone = set(keys)
+    known, ids = keys_and_ids(folder / "users.parquet")
+    users = ids[[key in gone for key in known]]
+    before = fingerprint_of(folder)
+    report = _read_report(folder)
+    schema = Schema.load(folder / "schema.yaml")
+    try:
+        with replacing(folder) as fresh:
+            (fresh / "interactions").mkdir()
+            kept = sum(_copy_events(f, fresh / "interactions", users) for f in _event_files(folder))
+            if kept == 0:
+                raise DataError(f"{folder}: holds no events but those of these users; delete the folder instead")
+            shutil.copy(folder / "items.parquet", fresh)
+            used = _copy_users(folder, fresh, schema, users)
+            _copy_vocabularies(folder, fresh, used)
+            counts = {"users": len(users), "events": schema.interactions - kept}
+            write_text(fresh / "report.json", json.dumps(_without(report, gone, counts, before), indent=2))
+            replace(schema, interactions=kept).save(fresh / "schema.yaml")
+    except (OSError, pa.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise DataError(f"{folder}: not rewritten ({reason}); what was there is kept") from error
+    return counts
+
+
+def fingerprints_before(folder: Path) -> list[str]:
+    """The fingerprints that prepared data had before users were forgotten."""
+    if not (folder / "report.json").exists():
+        return []
+    return list(_read_report(folder).get("forgotten", {}).get("fingerprints_before", ()))
+
+
+def unused_codes(folder: Path, features: Sequence[Feature]) -> np.ndarray:
+    """[n] codes that no user has in any of these user features, which share a table."""
+    used = np.zeros(max(f.cardinality for f in features), bool)
+    for batch in _opened(folder / "users.parquet").iter_batches(columns=list({f.column for f in features})):
+        for column in batch.columns:
+            used[_codes(column)] = True
+    return np.flatnonzero(~used)
+
+
+def _opened(file: Path) -> pq.ParquetFile:
+    if not file.is_file():
+        raise DataError(f"{file}: not found; prepare the data again")
+    try:
+        return pq.ParquetFile(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{file}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _event_files(folder: Path) -> list[Path]:
+    return sorted((folder / "interactions").glob("*.parquet"))
+
+
+def _writer(target: Path, source: pq.ParquetFile) -> pq.ParquetWriter:
+    groups = source.metadata.num_row_groups
+    compression = source.metadata.row_group(0).column(0).compression.lower() if groups else "snappy"
+    return pq.ParquetWriter(target, source.schema_arrow, compression=compression.replace("uncompressed", "none"))
+
+
+def _copy_events(file: Path, target: Path, users: np.ndarray) -> int:
+    """Rows kept; a file of which none is left is not written."""
+    source = _opened(file)
+    kept = 0
+    with _writer(target / file.name, source) as writer:
+        for number in range(source.num_row_groups):
+            rows = source.read_row_group(number)
+            rows = rows.filter(pc.invert(pc.is_in(rows["user_id"], pa.array(users))))
+            if len(rows):
+                writer.write_table(rows, row_group_size=len(rows))
+            kept += len(rows)
+    if kept == 0:
+        (target / file.name).unlink()
+    return kept
+
+
+def _copy_users(folder: Path, fresh: Path, schema: Schema, users: np.ndarray) -> dict[str, np.ndarray]:
+    """Write users.parquet with the rows of `users` emptied; the codes still used, [cardinality] bool by feature."""
+    source = _opened(folder / "users.parquet")
+    coded = [f for f in schema.of("user", sparse=True) if f.kind != "text"]
+    used = {f.name: np.zeros(f.cardinality, bool) for f in coded}
+    with _writer(fresh / "users.parquet", source) as writer:
+        for number in range(source.num_row_groups):
+            rows = source.read_row_group(number).combine_chunks()
+            gone = pc.is_in(rows["user_id"], pa.array(users))
+            columns = [_emptied(rows, name, gone) for name in rows.column_names]
+            rows = pa.table(columns, schema=source.schema_arrow)
+            for feature in coded:
+                used[feature.name][_codes(rows[feature.column].combine_chunks())] = True
+            if len(rows):
+                writer.write_table(rows, row_group_size=len(rows))
+    return used
+
+
+def _emptied(rows: pa.Table, name: str, gone: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
+    column = rows[name]
+    if name == "user_id":
+        return column
+    if name == "user_key":
+        marks = [tombstone(i) for i in rows["user_id"].to_pylist()]
+        return pc.if_else(gone, pa.array(marks, column.type), column)
+    # By taking from it: null where gone, for lists and vectors of fixed size as well.
+    place = pc.if_else(gone, pa.scalar(None, pa.int64()), pa.array(np.arange(len(rows))))
+    emptied = column.take(place)
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        return pc.fill_null(emptied, pa.scalar([], column.type))
+    return emptied
+
+
+def _codes(column: pa.Array) -> np.ndarray:
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        column = pc.list_flatten(column)
+    return column.drop_null().to_numpy(zero_copy_only=False)
+
+
+def _copy_vocabularies(folder: Path, fresh: Path, used: Mapping[str, np.ndarray]) -> None:
+    if not (folder / "vocab").is_dir():
+        return
+    shutil.copytree(folder / "vocab", fresh / "vocab")
+    for name, there in used.items():
+        file = fresh / "vocab" / f"user_{name}.parquet"
+        if not file.is_file() or there.all():
+            continue
+        table = pq.read_table(file)
+        codes = table["code"].to_pylist()
+        values = [v if there[c] else tombstone(c) for c, v in zip(codes, table["value"].to_pylist(), strict=True)]
+        place = table.column_names.index("value")
+        pq.write_table(table.set_column(place, "value", pa.array(values, table["value"].type)), file)
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    file = folder / "report.json"
+    try:
+        report = read_json(file)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: not readable ({error}); prepare the data again") from error
+    if not isinstance(report, dict) or not isinstance(report.get("forgotten", {}), dict):
+        raise DataError(f"{file}: not a report of 'flm prepare'; prepare the data again")
+    return report
+
+
+def _without(report: dict[str, Any], keys: set[str], counts: Mapping[str, int], before: str) -> dict[str, Any]:
+    """The report with how many were forgotten, never who: an example that names one of them goes too."""
+    named = re.compile("|".join(rf"(?<!\w){re.escape(key)}(?!\w)" for key in keys)) if keys else None
+    for detail in report.get("dropped", {}).values():
+        detail["examples"] = [e for e in detail.get("examples", ()) if not (named and named.search(str(e)))]
+    earlier = report.get("forgotten", {})
+    report["forgotten"] = {
+        **{name: earlier.get(name, 0) + count for name, count in counts.items()},
+        "fingerprints_before": [*earlier.get("fingerprints_before", ()), before],
+    }
+    return report

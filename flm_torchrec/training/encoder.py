@@ -1,0 +1,84 @@
+"""The trained model as an encoder: users and items → vectors in the one space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flm_torchrec.data.batch import Batch
+from flm_torchrec.data.collate import Assembler, Known
+from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.data.splits import Examples
+from flm_torchrec.distributed.comm import Comm
+from flm_torchrec.evaluation.protocol import Of
+from flm_torchrec.model.tower import Encoded
+
+
+class ModelEncoder:
+    """Encodes examples and items with a sharded model.
+
+    Both methods are collective: every rank calls them equally often, if need be with nothing to encode.
+
+    Args:
+        known: what made ids known to the model.
+        block: most users or items of one call.
+    """
+
+    def __init__(
+        self, model: nn.Module, data: PreparedData, known: Known, examples: Examples,
+        comm: Comm, dim: int, max_history: int, block: int,
+    ) -> None:  # fmt: skip
+        rows = 0 if comm.world_size == 1 else min(data.schema.items, block * max_history)
+        self.assembler = Assembler(data, np.zeros(len(data.item), bool), item_rows=rows, known=known)
+        self.model = model
+        self.data = data
+        self.examples = examples
+        self.comm = comm
+        self.dim = dim
+        self.max_history = max_history
+        self.check: Callable[[], None] = lambda: None
+
+    def checked(self, check: Callable[[], None]) -> ModelEncoder:
+        """The same, which calls `check` on every rank before each block: it may raise to end what is going on."""
+        copied = copy(self)
+        copied.check = check
+        return copied
+
+    def users(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """[b] indices of examples → by name of REPRESENTATIONS, [b, D] float32 after the known events."""
+        self.check()
+        examples = self.examples.take(self._padded(rows))
+        start = np.maximum(self.data.offsets[examples.user], examples.end - self.max_history)
+        batch = self.assembler.encoding(examples.user, start, examples.end)
+        last = torch.cumsum(batch.lengths, 0)[: len(rows)] - 1
+        encoded = self._encode(batch)
+        return {name: h[last.to(h.device)].cpu() for name, h in encoded.representations.items()}
+
+    def items(self, ids: np.ndarray, of: Of = "all") -> Tensor:
+        """[n] item ids → [n, D] float32; of "content": as for an item never seen; of "id": the row of the table."""
+        return self.views(ids)[of]
+
+    def views(self, ids: np.ndarray) -> dict[Of, Tensor]:
+        """By kind, what `items` gives."""
+        self.check()
+        wanted, place = np.unique(self._padded(ids), return_inverse=True)
+        encoded = self._encode(self.assembler.items(wanted))
+        views: dict[Of, Tensor] = {"all": encoded.items, "content": encoded.content_items, "id": encoded.item_ids}
+        return {of: vectors.cpu()[torch.from_numpy(place[: len(ids)])] for of, vectors in views.items()}
+
+    def _padded(self, indices: np.ndarray) -> np.ndarray:
+        """As many on every rank, filled up with index 0: pooling of sharded tables needs one stride."""
+        longest = int(torch.stack(self.comm.all_gather(torch.tensor(len(indices), device=self.comm.device))).max())
+        return np.concatenate([indices, np.zeros(longest - len(indices), indices.dtype)])
+
+    def _encode(self, batch: Batch) -> Encoded:
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            _, outputs = self.model(batch.to(self.comm.device))
+        self.model.train(was_training)
+        return outputs.encoded

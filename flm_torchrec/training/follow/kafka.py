@@ -1,0 +1,94 @@
+"""New events out of a Kafka topic."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from flm_torchrec.errors import DataError
+from flm_torchrec.training.follow.sources import Chunk, json_of, other_source
+
+MESSAGES = 10_000
+"""Of Kafka in a chunk, at most."""
+PATIENCE = 5.0
+"""Seconds in which Kafka must answer, or bring the first message of a chunk."""
+LINGER = 0.5
+"""Seconds in which it may bring the others."""
+RELIST = 30.0
+"""Seconds after which a topic is asked again which partitions it has."""
+
+
+class KafkaTopic:
+    """Messages of JSON objects, of all partitions. Offsets are kept with the checkpoint, none is committed to Kafka."""
+
+    def __init__(self, servers: str, topic: str) -> None:
+        try:
+            import confluent_kafka
+        except ImportError as error:
+            raise DataError("--source kafka://: needs confluent-kafka; pip install 'flm_torchrec[kafka]'") from error
+        self.kafka = confluent_kafka
+        self.topic = topic
+        self.told: list[str] = []
+        settings = {"bootstrap.servers": servers, "group.id": "flm_torchrec", "enable.auto.commit": False}
+        self.consumer = confluent_kafka.Consumer({**settings, "auto.offset.reset": "error"})
+        try:
+            found = self.consumer.list_topics(topic, PATIENCE)
+        except confluent_kafka.KafkaException as error:
+            raise DataError(f"kafka://{servers}/{topic}: {error.args[0].str()}; is the broker there?") from error
+        if found.topics[topic].error is not None:
+            raise DataError(f"kafka://{servers}/{topic}: {found.topics[topic].error.str()}; make the topic first")
+        self.cluster = found.cluster_id or ""
+        self.partitions = sorted(found.topics[topic].partitions)
+        self.listed = time.monotonic()
+        self.assigned = False
+
+    def resume(self, position: dict[str, Any]) -> dict[str, Any]:
+        """As of `Source`. A topic is known by its name and its cluster, whose brokers may change."""
+        if "files" in position:
+            raise other_source("a folder", f"topic {self.topic}")
+        if position and "offsets" not in position:  # of an older version: the offsets alone
+            position = {"offsets": position}
+            self.told.append(f"the position names no topic; it is taken for one of {self.topic}")
+        began = position.get("topic", self.topic)
+        if began != self.topic:
+            raise other_source(f"topic {began}", f"topic {self.topic}")
+        if self.cluster and (position.get("cluster") or self.cluster) != self.cluster:
+            raise other_source(f"topic {began} of another Kafka cluster", f"topic {self.topic}")
+        return self._position(position.get("offsets", {}))
+
+    def after(self, position: dict[str, Any]) -> Chunk | None:
+        """As of `Source`; a position is that of the chunk before, but for the first call."""
+        if time.monotonic() - self.listed >= RELIST:
+            self._list_again()
+        known = position.get("offsets", {})
+        offsets = {str(p): known.get(str(p), self.kafka.OFFSET_BEGINNING) for p in self.partitions}
+        if not self.assigned:
+            self.consumer.assign([self.kafka.TopicPartition(self.topic, int(p), o) for p, o in offsets.items()])
+            self.assigned = True
+        first = self.consumer.poll(PATIENCE)
+        if first is None:
+            return None
+        messages = [first, *self.consumer.consume(MESSAGES - 1, LINGER)]
+        for message in messages:
+            error, offset = message.error(), message.offset()
+            if error is not None or offset is None:
+                raise DataError(f"kafka topic {self.topic}: {error}; events behind the saved position may be gone")
+            offsets[str(message.partition())] = offset + 1
+        rows = [(f"{self.topic}: partition {m.partition()}, offset {m.offset()}", json_of(m.value())) for m in messages]
+        return Chunk(f"{len(rows)} messages", rows, self._position({p: o for p, o in offsets.items() if o >= 0}))
+
+    def _position(self, offsets: dict[str, int]) -> dict[str, Any]:
+        return {"topic": self.topic, "cluster": self.cluster, "offsets": offsets}
+
+    def _list_again(self) -> None:
+        """Take up partitions that were added; those that were there go on where they are."""
+        self.listed = time.monotonic()
+        try:
+            found = sorted(self.consumer.list_topics(self.topic, PATIENCE).topics[self.topic].partitions)
+        except self.kafka.KafkaException as error:
+            self.told.append(f"topic {self.topic}: its partitions could not be listed again ({error.args[0].str()})")
+            return
+        if added := sorted(set(found) - set(self.partitions)):
+            self.told.append(f"topic {self.topic}: new partitions {', '.join(map(str, added))}, read from their start")
+            self.partitions = sorted({*self.partitions, *added})
+            self.assigned = False

@@ -1,0 +1,247 @@
+"""Where new events come from: a folder that files are put into, or a Kafka topic."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flm_torchrec.data.dataset import told_as_data_error
+from flm_torchrec.data.keys import as_text, frame_of
+from flm_torchrec.errors import DataError
+from flm_torchrec.safe_text import first_line, redact_address
+from flm_torchrec.training.follow.folder import Ledger, Taken, taken_whole
+
+PARQUET_END = b"PAR1"
+SUFFIXES = (".parquet", ".jsonl")
+REMEMBERED = 10_000
+"""Files that are not in the folder any more whose content is still known, should it come again."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows that are learnt from together."""
+
+    name: str
+    rows: list[tuple[str, Any]]
+    """Where each stands, for the report, and what it holds; None where that cannot be read."""
+    position: dict[str, Any]
+    """Of the source, after these rows: what `Source.after` is given to go on behind them."""
+
+
+class Source(Protocol):
+    """Gives the same rows after the same position, if it still has them."""
+
+    told: list[str]
+    """Lines for the user, who takes them away."""
+
+    def resume(self, position: dict[str, Any]) -> dict[str, Any]:
+        """A position of an earlier run, or {}, as `after` takes it.
+
+        Raises:
+            DataError: it is that of another source.
+        """
+
+    def after(self, position: dict[str, Any]) -> Chunk | None:
+        """The next chunk; None if there is nothing new at the moment.
+
+        Raises:
+            DataError: the source cannot be read.
+        """
+
+
+def open_source(url: str) -> Source:
+    """The source that `url` names: a folder, or kafka://HOST:PORT/TOPIC.
+
+    Raises:
+        DataError: there is none, or what it needs is not installed.
+    """
+    shown = redact_address(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        reason = first_line(error, url)
+        raise DataError(f"--source {shown}: no address ({reason}); write it as kafka://HOST:PORT/TOPIC") from error
+    if parts.scheme == "kafka":
+        if "@" in url or parts.query or parts.fragment:
+            raise DataError(f"--source {shown}: takes no user, password or settings; write it kafka://HOST:PORT/TOPIC")
+        if not parts.netloc or not parts.path.strip("/"):
+            raise DataError(f"--source {shown}: write it as kafka://HOST:PORT/TOPIC")
+        # Imported here: it needs the classes of this file.
+        from flm_torchrec.training.follow.kafka import KafkaTopic
+
+        return KafkaTopic(parts.netloc, parts.path.strip("/"))
+    if parts.scheme:
+        raise DataError(f"--source {shown}: '{parts.scheme}' is not known; give a folder or kafka://HOST:PORT/TOPIC")
+    if not Path(url).is_dir():
+        raise DataError(f"--source {shown}: no such folder; make it, or give kafka://HOST:PORT/TOPIC")
+    return Folder(Path(url))
+
+
+class Folder:
+    """Files in order of their names, of each the rows that are new; see `stream_files` for how these are told.
+
+    A Parquet file is whole once its footer is there. A JSONL file is read up to its last line break, and may grow.
+    Hidden files, those with other endings, and what is no file are left alone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.told: list[str] = []
+        self.said: set[str] = set()
+        self.idle: dict[str, tuple[int, int, Taken | None]] = {}
+        """By name: size, time and what was taken when nothing was new, so that it is not read again at every look."""
+
+    def resume(self, position: dict[str, Any]) -> dict[str, Any]:
+        """As of `Source`. A folder that was moved is known by its files."""
+        files = position.get("files", {})
+        if position and "files" not in position:
+            raise other_source("a Kafka topic", f"folder {self.path}")
+        if isinstance(files, list):
+            files = self._adopt(files)
+        began = Path(position.get("folder", self.path))
+        try:
+            if not began.samefile(self.path):
+                raise other_source(f"folder {began}", f"folder {self.path}")
+        except OSError:
+            self._tell(f"{began}: is not there any more, so {self.path} is taken for it; files are known by content")
+        return {"folder": str(self.path.resolve()), "files": files}
+
+    def after(self, position: dict[str, Any]) -> Chunk | None:
+        ledger = Ledger(position.get("files", {}))
+        before = dict(ledger.files)
+        files = self._files()
+        there = {file.name for file in files}
+        rows: list[tuple[str, Any]] = []
+        name = ""
+        for file in files:
+            rows = self._new_rows(file, ledger, there - {file.name})
+            name = file.name
+            if rows:
+                break
+        if not rows and ledger.files == before:
+            return None
+        ledger.forget_gone(there, REMEMBERED)
+        return Chunk(name, rows, {"folder": str(self.path.resolve()), "files": ledger.to_json()})
+
+    def _new_rows(self, file: Path, ledger: Ledger, there: set[str]) -> list[tuple[str, Any]]:
+        """What the file has that was not taken before; enters it into the ledger."""
+        old = ledger.files.get(file.name)
+        found = self._status(file)
+        if found is None or (old and (old.size, old.modified) == found) or self.idle.get(file.name) == (*found, old):
+            return []
+        content = self._whole(file)
+        if content is None or (old is None and not content):
+            return []
+        begins = ledger.begins_with(content, there)
+        if file.suffix == ".parquet" and begins and begins[1].size < len(content):
+            begins = None  # a Parquet file does not grow
+        if old and (begins is None or begins[1].size < old.size):
+            raise DataError(
+                f"{file}: is not what it was when its rows were learnt from; put that content back, or take the file"
+                " away, and put new rows at its end or into a new file"
+            )
+        if begins and begins[1].size == len(content):
+            if old is None or old.size < len(content):
+                self._tell(f"{file.name}: has the content of {begins[0]}, so it is not learnt from again")
+                ledger.files[file.name] = replace(begins[1], modified=found[1])
+            self.idle[file.name] = (*found, ledger.files[file.name])
+            return []
+        if begins and begins[0] != file.name:
+            self._tell(f"{file.name}: begins with the {begins[1].rows} rows of {begins[0]}; only those after are new")
+        size, before = (begins[1].size, begins[1].rows) if begins else (0, 0)
+        values = _parquet_rows(file, content) if file.suffix == ".parquet" else _json_rows(content[size:])
+        rows = [(f"{file.name}: row {n}", value) for n, value in enumerate(values, before + 1)]
+        ledger.files[file.name] = taken_whole(content, before + len(rows), found[1])
+        return rows
+
+    def _files(self) -> list[Path]:
+        try:
+            there = sorted(self.path.iterdir())
+        except OSError as error:
+            raise DataError(f"--source {self.path}: not readable ({error.strerror}); put the folder back") from error
+        return [f for f in there if f.suffix in SUFFIXES and not f.name.startswith((".", "_"))]
+
+    def _status(self, file: Path) -> tuple[int, int] | None:
+        """Size and time of a file; None if it is gone, or is none, which is told once."""
+        try:
+            found = file.stat()
+        except FileNotFoundError:
+            if file.is_symlink():
+                self._tell(f"{file.name}: is a link that leads nowhere, left alone")
+            return None
+        except OSError as error:
+            self._tell(f"{file.name}: not readable ({error.strerror}), left alone for now")
+            return None
+        if stat.S_ISDIR(found.st_mode):
+            self._tell(f"{file.name}: is a folder, left alone; put the files in it into {self.path}")
+            return None
+        if not stat.S_ISREG(found.st_mode):
+            self._tell(f"{file.name}: is no file, left alone")
+            return None
+        return found.st_size, found.st_mtime_ns
+
+    def _whole(self, file: Path) -> bytes | None:
+        """The content as far as it is whole; None if it is gone."""
+        try:
+            content = file.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._tell(f"{file.name}: not readable ({error.strerror}), left alone for now")
+            return None
+        end = len(content) if content.endswith(PARQUET_END) else 0
+        end = end if file.suffix == ".parquet" else content.rfind(b"\n") + 1
+        if end < len(content):
+            self._tell(f"{file.name}: its end is not there yet; what is missing is left for later")
+        return content[:end]
+
+    def _adopt(self, names: list[str]) -> dict[str, Any]:
+        """Entries for files that an older version knew by name alone: what they hold now counts as taken."""
+        ledger = Ledger({})
+        for file in self._files():
+            found = self._status(file) if file.name in names else None
+            content = self._whole(file) if found else None
+            if found and content:
+                rows = 0 if file.suffix == ".parquet" else content.count(b"\n")
+                ledger.files[file.name] = taken_whole(content, rows, found[1])
+        self._tell(f"{self.path}: its files were known by name alone; all that they hold now counts as learnt from")
+        return ledger.to_json()
+
+    def _tell(self, line: str) -> None:
+        if line not in self.said:
+            self.said.add(line)
+            self.told.append(line)
+
+
+def other_source(began: str, given: str) -> DataError:
+    """Told where an output began with another source than the one given."""
+    return DataError(f"--source: is {given}, but --output began with {began}; give that, or another --output")
+
+
+def _parquet_rows(file: Path, content: bytes) -> list[Any]:
+    """Rows as JSON lines would have them: numbers, times and bytes of every type as text."""
+    with told_as_data_error(file), pq.ParquetFile(pa.BufferReader(content)) as source:
+        frame = frame_of(source.read())
+    return pl.DataFrame([as_text(column) for column in frame]).to_dicts()
+
+
+def _json_rows(lines: bytes) -> Iterator[Any]:
+    for line in lines.split(b"\n")[:-1]:
+        yield json_of(line)
+
+
+def json_of(text: bytes | None) -> Any:
+    """What a line or a message holds; None where it is no JSON."""
+    try:
+        return json.loads(text or b"")
+    except (ValueError, RecursionError):
+        return None

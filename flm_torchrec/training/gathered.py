@@ -1,0 +1,76 @@
+"""A restored model as the export of the user tower takes it: whole dense weights, rows of sharded tables by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from flm_torchrec.data.collate import GAP_BUCKETS
+from flm_torchrec.data.hashing import look_ups
+from flm_torchrec.model.pretrain import HISTORY_KEYS, pooled
+from flm_torchrec.model.tower import Tower
+from flm_torchrec.training.trainer import Job, make_model
+
+
+class PackagedModel:
+    """What `export.tower.write_tower` asks of a model. Collective: all ranks make it, and ask it alike."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.model = job.model.eval().module
+        known = job.known
+        self.item_known, self.user_known = known.items, known.users
+        config = job.config
+        self.settings: dict[str, Any] = {
+            "dim": config.model.dim,
+            "max_history": config.data.max_history,
+            "gaps": GAP_BUCKETS + 1,
+            "cosine": config.model.similarity == "cosine",
+            "fusion": config.model.fusion,
+            "value_mean": known.value_mean,
+            "value_scale": known.value_scale,
+        }
+        self.dense = self._whole()
+
+    def _whole(self) -> Tower:
+        """The dense tower on the CPU, its slices over the ranks (FSDP) put together."""
+        state: Mapping[str, Any] = self.model.dense.tower.state_dict()
+        weights = {n: (w.full_tensor() if isinstance(w, DTensor) else w).cpu() for n, w in state.items()}
+        with torch.random.fork_rng(devices=[]):
+            tower = make_model(self.job.data.schema, self.job.config, self.job.comm).dense.tower
+        tower.load_state_dict(weights)
+        return tower.eval()
+
+    def rows(self, name: str, ids: np.ndarray, entity: str = "") -> Tensor:
+        """[n] ids or codes → [n, D] on the CPU; see `export.tower.Model`."""
+        schema, model = self.job.data.schema, self.model
+        with torch.no_grad():
+            if name == "item_id":
+                return self._unpooled(model.item_id, ["item_id"], name, ids)
+            if name in HISTORY_KEYS:
+                return self._unpooled(model.history, HISTORY_KEYS, name, ids)
+            of_item = entity == "item"
+            tables = {f.name: f.table for f in schema.of("item" if of_item else "user", sparse=True)}
+            table = schema.table("user_id" if not entity else tables[name])
+            fixed = model.item_features if of_item else model.users
+            managed = model.managed_item_features if of_item else model.managed_users
+            keys = [*([] if of_item else ["user_id"]), *tables]
+            asked = self._jagged(keys, name, look_ups(table, ids))
+            found = {key: v for given in pooled(fixed, managed, asked) for key, v in given.to_dict().items()}
+            return found[name].float().cpu()
+
+    def _unpooled(self, tables: Any, keys: Any, name: str, ids: np.ndarray) -> Tensor:
+        return tables(self._jagged(keys, name, ids))[name].values().float().cpu()
+
+    def _jagged(self, keys: Any, name: str, ids: np.ndarray) -> KeyedJaggedTensor:
+        """One id a row for `name`, none for the other keys."""
+        lengths = [torch.full((len(ids),), int(key == name)) for key in keys]
+        values = torch.from_numpy(ids.astype(np.int64))
+        jagged = KeyedJaggedTensor(keys=list(keys), values=values, lengths=torch.cat(lengths))
+        return jagged.to(self.job.comm.device)

@@ -1,0 +1,30 @@
+"""How often a batch of the data looks up each feature: what the planner weighs memory and time by."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flm_torchrec.data.loader import Loader
+from flm_torchrec.planner.constraints import Lookup
+
+BATCHES = 4
+
+
+def lookups_of(loader: Loader) -> dict[str, Lookup]:
+    """By feature, of one sequence: counted in this rank's first training batches, the same every time."""
+    sequences = 0
+    bags: Counter[str] = Counter()
+    seen: defaultdict[str, list[Tensor]] = defaultdict(list)
+    for batch in islice(loader.epoch(0), BATCHES):
+        sequences += len(batch.lengths)
+        for features in (batch.item_ids, batch.item_features, batch.users, batch.history):
+            for name, ids in features.to_dict().items():
+                seen[name].append(ids.values())
+                bags[name] += features.stride()
+    rows = {name: np.sort(torch.cat(parts).numpy()) for name, parts in seen.items()}
+    return {name: Lookup(len(ids) / max(1, bags[name]), bags[name] / sequences, ids) for name, ids in rows.items()}

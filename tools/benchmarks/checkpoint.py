@@ -1,0 +1,102 @@
+"""What a checkpoint every N steps costs: blocks of N steps, in turns with and without one written meanwhile.
+
+    python tools/benchmarks/checkpoint.py --config configs/beauty.yaml --every 100 --pairs 4
+
+A block with a checkpoint copies the state, trains N steps while it is written, and waits for the rest. Prints seconds
+and processor seconds of each block, and the ratio of their sums: the second is the one to trust on a busy machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from flm_torchrec.config import add_config_arguments, config_from_arguments
+from flm_torchrec.data.loader import Prefetch
+from flm_torchrec.distributed.comm import process_group
+from flm_torchrec.errors import FlmError
+from flm_torchrec.training.checkpoint.manager import Checkpoints, Progress
+from flm_torchrec.training.guard import Guard
+from flm_torchrec.training.loop import STEPS
+from flm_torchrec.training.schedule import Schedule
+from flm_torchrec.training.scope import load_data, scope_of
+from flm_torchrec.training.trainer import Job
+
+ORDER = (True, False, False, True)
+"""Neither always comes first."""
+
+
+def measure(job: Job, folder: Path, every: int, pairs: int) -> tuple[dict[bool, list[tuple[float, float]]], float]:
+    """Seconds and processor seconds of each block, by whether one was written; seconds of one with no step beside."""
+    found: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    checkpoints = Checkpoints(folder, job.model, job.optimizer, job.comm, job.data.fingerprint)
+    schedule = Schedule(job.optimizer, job.config.train.warmup_steps, (2 * pairs + 1) * every)
+    job.model.train()
+    steps = STEPS[job.comm.device.type](
+        job.model, job.optimizer, schedule, job.comm.device, Guard(job.comm, "stop", folder)
+    )
+    with closing(iter(Prefetch(islice(job.loader.after(0), schedule.total)))) as batches:
+
+        def block(number: int) -> None:
+            for step in range(number * every, (number + 1) * every):
+                steps.take(batches, step)
+
+        block(0)  # first steps pay for what later ones have
+        for number in range(2 * pairs):
+            saves = ORDER[number % len(ORDER)]
+            began, worked = time.monotonic(), time.process_time()
+            if saves:
+                checkpoints.save(Progress(number))
+            block(number + 1)
+            checkpoints.finish()
+            found[saves].append((time.monotonic() - began, time.process_time() - worked))
+        steps.release()
+    alone = []
+    for number in range(5):
+        began = time.monotonic()
+        checkpoints.save(Progress(number))
+        checkpoints.finish()
+        alone.append(time.monotonic() - began)
+    return found, statistics.median(alone)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--every", type=int, default=100, help="steps of a block (default: 100)")
+    parser.add_argument("--pairs", type=int, default=4, help="blocks with one, and as many without (default: 4)")
+    add_config_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        config = config_from_arguments(args)
+        data = load_data(config)
+        with process_group(config.distributed) as comm, TemporaryDirectory() as own:
+            folder = Path(comm.gather(own)[0])
+            job = Job(config, data, scope_of(config, data), comm)
+            found, alone = measure(job, folder, args.every, args.pairs)
+            newest = max(folder.glob("checkpoints/step-*"))
+            size = sum(file.stat().st_size for file in newest.iterdir())
+            comm.barrier()
+            if not comm.main:
+                return 0
+    except FlmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"{args.every} steps, seconds (processor seconds); a checkpoint has {size / 2**20:.1f} MiB")
+    for saves, told in ((True, "with a checkpoint"), (False, "without")):
+        print(f"{told}: " + "  ".join(f"{wall:.2f} ({cpu:.2f})" for wall, cpu in found[saves]))
+    ratios = [sum(block[kind] for block in found[True]) / sum(block[kind] for block in found[False]) for kind in (0, 1)]
+    print(f"with / without: {ratios[0]:.4f} in time, {ratios[1]:.4f} in processor time")
+    least = min(block[0] for block in found[False])
+    print(f"written with no step beside it, one takes {alone:.3f} s: {alone / least:.2%} of the shortest block")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

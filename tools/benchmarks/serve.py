@@ -1,0 +1,262 @@
+"""Latency and throughput of `flm serve` on loopback, beside raw faiss search of the same queries in the same run.
+
+    python tools/benchmarks/serve.py --export exports/beauty                        # p50, p99, requests/s
+    python tools/benchmarks/serve.py --items 1000000 --cache /tmp/made-up          # of made-up items and a random tower
+    python tools/benchmarks/serve.py --export exports/one --next exports/two --minutes 10 --swaps 3  # counts failures
+
+A request is a history of 20 items and asks for the 10 best by the fused head. The server is a process of its own, the
+client this one: keep-alive connections, each of which sends when it has been answered. The floor is what the server
+cannot do without, one query after another in one thread: the packaged tower, and the index of the same export.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from export import BRANDS, Alone, MadeUp, catalogue
+from torch import Tensor
+
+from flm_torchrec.config.schema import ModelConfig
+from flm_torchrec.data.collate import GAP_BUCKETS
+from flm_torchrec.data.dataset import EntityFeatures, PreparedData, Ragged
+from flm_torchrec.export.manifest import FILE, Kind
+from flm_torchrec.export.tower.reader import History, Query
+from flm_torchrec.export.tower.writer import write_tower
+from flm_torchrec.export.write import Options, Source, export
+from flm_torchrec.model.tower import Tower, Widths
+from flm_torchrec.serve.generation import load_generation
+
+HISTORY, K = 20, 10
+DIM, MAX_HISTORY = 64, 50
+HOST = "127.0.0.1"
+
+
+class RandomModel:
+    """A tower of the default size with the weights it begins with, over rows that are made up."""
+
+    def __init__(self, data: PreparedData) -> None:
+        torch.manual_seed(0)
+        widths = Widths(1, 0, 0, 0, 2, MAX_HISTORY + 1)
+        self.dense = Tower(widths, ModelConfig(dim=DIM))
+        self.item_known = np.ones(data.schema.items, np.float32)
+        self.user_known = np.ones(data.schema.users, np.float32)
+        self.settings: dict[str, Any] = {
+            "dim": DIM, "max_history": MAX_HISTORY, "gaps": GAP_BUCKETS + 1, "cosine": True, "fusion": "sum",
+            "value_mean": 1.0, "value_scale": 0.0,
+        }  # fmt: skip
+
+    def rows(self, name: str, ids: np.ndarray, entity: str = "") -> Tensor:
+        first = int(ids[0]) if len(ids) else 0
+        return torch.randn(len(ids), DIM, generator=torch.Generator().manual_seed(first)) * DIM**-0.5
+
+
+def made_up_export(folder: Path, items: int, index: Kind) -> Path:
+    """An export of made-up items, kept for the next run."""
+    target = folder / f"{items}-{index}"
+    if (target / FILE).is_file():
+        return target
+    shutil.rmtree(folder / "data", ignore_errors=True)
+    data = catalogue(folder / "data", items)
+    brands = Ragged(np.arange(items + 1), np.arange(items) % BRANDS)
+    data = replace(
+        data,
+        items=EntityFeatures({"brand": brands}, np.zeros((items, 0), np.float32)),
+        users=EntityFeatures({}, np.zeros((data.schema.users, 0), np.float32)),
+    )
+    model = RandomModel(data)
+    source = Source(
+        data, MadeUp(DIM), np.ones(items, bool), f"made-up-{items}",
+        beside=lambda fresh: write_tower(data, model, True, "int8", fresh),
+    )  # fmt: skip
+    began = time.monotonic()
+    manifest = export(source, Alone(), target, Options(index=index))
+    assert manifest is not None
+    print(f"made {target} in {time.monotonic() - began:.0f} s: {manifest.index}", flush=True)
+    return target
+
+
+def histories(keys: Sequence[str], count: int) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.choice(len(keys), min(HISTORY, len(keys)), replace=False).tolist() for _ in range(count)]
+
+
+def floor(folder: Path, count: int) -> tuple[list[bytes], dict[str, float]]:
+    """Requests to send, and p50 seconds of the tower and of the index alone for the same."""
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    now = load_generation(folder, 1)
+    keys = now.catalogue.keys.to_pylist()
+    rows = histories(keys, count)
+    gap = now.tower.usual_gap
+    queries = [
+        Query(History(np.array(r), np.zeros(len(r), np.int64), np.ones(len(r), np.float32), np.arange(len(r)) * gap))
+        for r in rows
+    ]
+    vectors: list[np.ndarray] = []
+    tower = _each(lambda q: vectors.append(now.represent([q])[0].heads[-1]), queries)
+    index = now.catalogue.index
+    assert index is not None
+    search = _each(lambda h: index.search(h[None], K + HISTORY), vectors)
+    bodies = [json.dumps({"history": [{"item": keys[i]} for i in r], "k": K}).encode() for r in rows]
+    return bodies, {"tower": tower, "index": search}
+
+
+def _each(work: Callable[[Any], Any], given: Sequence[Any]) -> float:
+    taken = []
+    for one in given:
+        began = time.perf_counter()
+        work(one)
+        taken.append(time.perf_counter() - began)
+    return float(np.median(taken))
+
+
+@dataclass
+class Tally:
+    """What a client saw."""
+
+    seconds: list[float] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    wall: float = 0.0
+    busy: float = 0.0
+    """Seconds of this process's own work."""
+
+    def __str__(self) -> str:
+        p50, p99, most = np.percentile(np.array(self.seconds) * 1000, (50, 99, 100))
+        rate = len(self.seconds) / self.wall
+        return (
+            f"p50 {p50:6.2f} ms  p99 {p99:6.2f} ms  longest {most:7.2f} ms  {rate:6.0f} requests/s"
+            f"  {len(self.failed)} of {len(self.seconds)} failed  (client busy {self.busy / self.wall:.0%})"
+        )
+
+
+async def ask(port: int, path: str, body: bytes, streams: Any) -> tuple[int, bytes]:
+    """One request over a connection that is kept: HTTP as far as it goes here, so that the client costs little."""
+    reader, writer = streams
+    head = f"POST {path} HTTP/1.1\r\nHost: {HOST}:{port}\r\nContent-Type: application/json\r\n"
+    writer.write(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    answer = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+    length = int(answer.partition("content-length:")[2].partition("\r\n")[0])
+    return int(answer.split(" ", 2)[1]), await reader.readexactly(length)
+
+
+async def load(port: int, bodies: list[bytes], connections: int, seconds: float) -> Tally:
+    """Keep so many connections busy for so long."""
+    tally, end = Tally(), time.monotonic() + seconds
+    waiting = iter(range(10**12))
+
+    async def connection() -> None:
+        streams = await asyncio.open_connection(HOST, port)
+        while time.monotonic() < end:
+            began = time.perf_counter()
+            try:
+                status, answer = await ask(port, "/v1/recommend", bodies[next(waiting) % len(bodies)], streams)
+                problem = "" if status == 200 and len(json.loads(answer)["items"]) == K else f"{status} {answer!r:.200}"
+            except (OSError, ValueError, asyncio.IncompleteReadError) as error:
+                problem, streams = repr(error), await asyncio.open_connection(HOST, port)
+            tally.seconds.append(time.perf_counter() - began)
+            if problem:
+                tally.failed.append(problem)
+        streams[1].close()
+
+    wall, busy = time.monotonic(), time.process_time()
+    await asyncio.gather(*(connection() for _ in range(connections)))
+    tally.wall, tally.busy = time.monotonic() - wall, time.process_time() - busy
+    return tally
+
+
+async def swap(port: int, exports: Sequence[Path], swaps: int, seconds: float) -> None:
+    """Swap evenly over the time, to each of the exports in turn."""
+    for turn in range(swaps):
+        await asyncio.sleep(seconds / (swaps + 1))
+        streams = await asyncio.open_connection(HOST, port)
+        began = time.monotonic()
+        body = json.dumps({"export": str(exports[(turn + 1) % len(exports)].resolve())}).encode()
+        status, answer = await ask(port, "/v1/swap", body, streams)
+        streams[1].close()
+        print(f"  swap: {status} {answer.decode()} in {time.monotonic() - began:.1f} s", flush=True)
+
+
+async def soak(
+    port: int, bodies: list[bytes], connections: int, seconds: float, exports: Sequence[Path], swaps: int
+) -> Tally:
+    tally, _ = await asyncio.gather(
+        load(port, bodies, connections, seconds), swap(port, exports, swaps, seconds)
+    )
+    return tally
+
+
+def serve(folder: Path, port: int) -> subprocess.Popen[bytes]:
+    """The server, once it answers."""
+    command = [sys.executable, "-m", "flm_torchrec", "serve", "--export", str(folder), "--port", str(port)]
+    process = subprocess.Popen(command)
+    for _ in range(600):
+        if process.poll() is not None:
+            raise SystemExit("the server did not start; see above")
+        try:
+            asyncio.run(load(port, [b"{}"], 1, 0.0))
+            return process
+        except OSError:
+            time.sleep(0.2)
+    process.terminate()
+    raise SystemExit("the server did not answer within two minutes")
+
+
+def resident(process: subprocess.Popen[bytes]) -> float:
+    """Megabytes."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--export", type=Path, help="export to serve")
+    what.add_argument("--items", type=int, help="serve an export of so many made-up items")
+    parser.add_argument("--cache", type=Path, default=Path("made-up"), help="folder of made-up exports")
+    parser.add_argument("--index", choices=("flat", "hnsw", "ivfpq"), default="hnsw", help="of made-up items")
+    parser.add_argument("--next", type=Path, help="export to swap to and back from; default: the same again")
+    parser.add_argument("--connections", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--seconds", type=float, default=10.0, help="of load for each number of connections")
+    parser.add_argument("--minutes", type=float, default=0.0, help="of load by 4 connections, with swaps")
+    parser.add_argument("--swaps", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=1000, help="different ones")
+    parser.add_argument("--port", type=int, default=8765)
+    args = parser.parse_args()
+    folder = args.export or made_up_export(args.cache, args.items, args.index)
+    bodies, alone = floor(folder, args.requests)
+    both = sum(alone.values())
+    print(f"{folder}: alone p50, tower {alone['tower'] * 1e3:.2f} ms, index {alone['index'] * 1e3:.2f} ms", flush=True)
+    process = serve(folder, args.port)
+    try:
+        asyncio.run(load(args.port, bodies, 2, 1.0))  # caches and allocators
+        for connections in args.connections if not args.minutes else ():
+            tally = asyncio.run(load(args.port, bodies, connections, args.seconds))
+            p50 = float(np.median(tally.seconds))
+            print(f"{connections:3} connections: {tally}  {p50 / both:.1f} x tower + index", flush=True)
+        print(f"server's memory {resident(process):.0f} MB", flush=True)
+        if args.minutes:
+            before, seconds = resident(process), args.minutes * 60
+            exports = [folder, args.next or folder]
+            tally = asyncio.run(soak(args.port, bodies, 4, seconds, exports, args.swaps))
+            print(f"{args.minutes:g} minutes, {args.swaps} swaps: {tally}")
+            print(f"  and after it {resident(process):.0f} MB, {before:.0f} before", *tally.failed[:5], sep="\n  ")
+    finally:
+        process.terminate()
+        process.wait()
+
+
+if __name__ == "__main__":
+    main()

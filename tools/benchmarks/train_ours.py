@@ -1,0 +1,239 @@
+"""This project's trainer, stepped for bench_train.py; not run by hand. Under torchrun it takes `--steps N` at once."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchrec.distributed.types import LazyAwaitable
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
+from train_peer import serve, specification
+
+from flm_torchrec.config import load_config
+from flm_torchrec.data.batch import Batch
+from flm_torchrec.data.loader import Prefetch
+from flm_torchrec.distributed.comm import Comm, process_group
+from flm_torchrec.evaluation.evaluate import evaluate_heads
+from flm_torchrec.training.guard import Guard
+from flm_torchrec.training.loop import STEPS
+from flm_torchrec.training.schedule import Schedule
+from flm_torchrec.training.scope import load_data, scope_of
+from flm_torchrec.training.trainer import Job
+
+SPARSE = ("item_id", "item_features", "users", "history")
+TIMED = ("input", "forward", "backward", "optimizer")
+COPY_BYTES = 2**28
+PRODUCTS = {"mm": 0, "addmm": 1, "addmm_": 1, "bmm": 0}
+"""Operators that multiply matrices, and which argument is the first of the two."""
+
+
+class Ours:
+    """See `bench_train_peer.Trainer`."""
+
+    def __init__(self, spec: dict[str, Any], comm: Comm) -> None:
+        self.config = load_config(Path(spec["config"]) if spec["config"] else None, spec["settings"])
+        data = load_data(self.config)
+        self.comm = comm
+        self.job = Job(self.config, data, scope_of(self.config, data), comm)
+        schedule = Schedule(self.job.optimizer, self.config.train.warmup_steps, self.job.total_steps)
+        guard = Guard(comm, "stop", Path("/nonexistent"))
+        self.taken = STEPS[comm.device.type](self.job.model, self.job.optimizer, schedule, comm.device, guard)
+        self.seen: list[Batch] = []
+        self.batches = self._watched(iter(Prefetch(self.job.loader.after(0))))
+        self.step = 0
+        valid = self.job.scope.splits.valid
+        self.valid, self.encode = valid, self.job.encoder(valid)
+
+    def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.seen = [batch]
+            yield batch
+
+    def steps(self, count: int) -> tuple[int, int]:
+        self.job.model.train()
+        sequences = targets = 0
+        for _ in range(count):
+            outputs = self.taken.take(self.batches, self.step)
+            assert outputs is not None
+            self.step += 1
+            sequences, targets = sequences + outputs.sequences, targets + len(self.seen[0].targets)
+        return sequences, targets
+
+    def validate(self) -> float:
+        found = evaluate_heads(self.job.data, self.valid, self.encode, self.comm, self.config.eval)
+        return found["sequential/ndcg@10"]
+
+    def stages(self, count: int) -> dict[str, float]:
+        """Milliseconds of each stage of a step, mean of `count` steps; waiting for other ranks is in all-to-all."""
+        self.job.model.train()
+        spent: defaultdict[str, float] = defaultdict(float)
+        model, batches = self.job.model.module, self.batches
+        hooks = [h for name in SPARSE for h in _timed(getattr(model, name), "sparse forward", spent)]
+        hooks += _timed(model.dense.tower, "tower", spent)
+        hooks += _timed(model.dense, "dense", spent)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            for _ in range(count):
+                marks = [time.perf_counter()]
+                batch = next(batches)
+                marks.append(time.perf_counter())
+                self.job.optimizer.zero_grad()
+                loss, _ = self.job.model(batch)
+                marks.append(time.perf_counter())
+                loss.backward()
+                marks.append(time.perf_counter())
+                self.job.optimizer.step()
+                marks.append(time.perf_counter())
+                for name, (begin, end) in zip(TIMED, pairwise(marks), strict=True):
+                    spent[name] += end - begin
+        for hook in hooks:
+            hook.remove()
+        sent = sum(e.cpu_time_total for e in profile.key_averages() if e.key.startswith(("gloo:", "nccl:"))) / 1e6
+        loss_seconds = spent.pop("dense") - spent["tower"]
+        other = spent.pop("forward") - spent["sparse forward"] - spent["tower"] - loss_seconds
+        spent |= {"loss and its gradients": loss_seconds, "other": other, "all-to-all (inside the others)": sent}
+        return {name: 1e3 * seconds / count for name, seconds in spent.items()}
+
+    def dense_step(self) -> Callable[[], None]:
+        """Forward and backward of everything after the look-ups, on one batch, again and again."""
+        self.job.model.train()
+        dense, kept = self.job.model.module.dense, []
+        hook = dense.register_forward_pre_hook(lambda module, given: kept.append(given))
+        self.steps(1)
+        hook.remove()
+        batch, *looked = kept[0]
+        leaves = [_leaf(part) for part in looked]
+
+        def step() -> None:
+            loss, _ = dense(batch, *leaves)
+            loss.backward()
+
+        return step
+
+    def roofline(self, count: int) -> dict[str, float]:
+        """The dense part beside what its matrix products and its memory traffic alone must take."""
+        step = self.dense_step()
+        step()
+        with Counted() as counted:
+            step()
+        measured, products, copies = [], [], []
+        for _ in range(count):  # interleaved
+            measured.append(_seconds(step))
+            products.append(sum(n * _product_seconds(*key) for key, n in counted.products.items()))
+            copies.append(counted.bytes / _copy_rate())
+        flops = sum(n * _flops(shapes) for (_, shapes, _), n in counted.products.items())
+        return {
+            "dense ms": 1e3 * _median(measured),
+            "products ms": 1e3 * _median(products),
+            "GFLOP": flops / 1e9,
+            "GFLOP/s of the products alone": flops / 1e9 / _median(products),
+            "traffic GB": counted.bytes / 1e9,
+            "traffic at copy rate ms": 1e3 * _median(copies),
+            "copy GB/s": counted.bytes / 1e9 / _median(copies),
+        }
+
+
+class Counted(TorchDispatchMode):
+    """Counts matrix products by shape and precision, and the bytes that all other operators read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: defaultdict[tuple[str, tuple[Any, ...], torch.dtype], int] = defaultdict(int)
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in PRODUCTS:
+            a, b = args[PRODUCTS[name] : PRODUCTS[name] + 2]
+            # Whether an operand lies transposed decides which kernel runs.
+            shapes = tuple((tuple(x.shape), tuple(x.stride())) for x in (a, b))
+            self.products["bmm" if name == "bmm" else "mm", shapes, a.dtype] += 1
+        elif not func.is_view:
+            self.bytes += sum(x.nbytes for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor))
+        return out
+
+
+def _flops(shapes: tuple[Any, ...]) -> int:
+    (a, _), (b, _) = shapes
+    return 2 * torch.Size(a).numel() * b[-1]
+
+
+def _product_seconds(name: str, shapes: tuple[Any, ...], dtype: torch.dtype) -> float:
+    """Of one product of these shapes, run alone, over and over: the best of a few."""
+    a, b = (torch.empty_strided(*shape, dtype=dtype).uniform_() for shape in shapes)
+    out = torch.empty(*a.shape[:-1], b.shape[-1], dtype=dtype)
+    product = torch.bmm if name == "bmm" else torch.mm
+    return min(_seconds(lambda: product(a, b, out=out)) for _ in range(3))
+
+
+def _copy_rate() -> float:
+    """Bytes read and written a second by a large copy."""
+    source = torch.ones(COPY_BYTES // 4)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / min(_seconds(lambda: target.copy_(source)) for _ in range(3))
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    before = time.perf_counter()
+    action()
+    return time.perf_counter() - before
+
+
+def _median(values: list[float]) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).median())
+
+
+def _timed(module: torch.nn.Module | None, name: str, spent: defaultdict[str, float]) -> list[Any]:
+    if module is None:
+        return []
+
+    def before(*_: Any) -> None:
+        spent[name] -= time.perf_counter()
+
+    def after(*_: Any) -> None:
+        spent[name] += time.perf_counter()
+
+    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+
+def _leaf(looked: Any) -> Any:
+    """The same rows, cut off from the tables, with a gradient of their own."""
+    if isinstance(looked, LazyAwaitable):
+        looked = looked.wait()
+    if isinstance(looked, list):
+        return [_leaf(part) for part in looked]
+    if isinstance(looked, KeyedTensor):
+        return KeyedTensor(looked.keys(), looked.length_per_key(), looked.values().detach().requires_grad_())
+    values = {key: part.values().detach().requires_grad_() for key, part in looked.items()}
+    return {key: JaggedTensor(rows, lengths=torch.ones(len(rows), dtype=torch.int64)) for key, rows in values.items()}
+
+
+def main() -> None:
+    spec = specification()
+    with process_group(load_config(None, spec["settings"]).distributed) as comm:
+        trainer = Ours(spec, comm)
+        if len(sys.argv) == 2:
+            serve(trainer)
+            return
+        trainer.steps(3)
+        comm.barrier()
+        before = time.perf_counter()
+        sequences, _ = trainer.steps(int(sys.argv[2]))
+        seconds = time.perf_counter() - before
+        total = int(comm.all_reduce_sum(torch.tensor(sequences)))
+        stages = trainer.stages(int(sys.argv[2]))
+        if comm.main:
+            print(f"{total / seconds:.1f}", stages)
+
+
+if __name__ == "__main__":
+    main()

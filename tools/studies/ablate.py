@@ -1,0 +1,197 @@
+"""Train variants of a config with several seeds, evaluate each, print mean ± std as a Markdown table.
+
+    python tools/studies/ablate.py configs/studies/heads.yaml --output runs/heads --seeds 0 1 2
+
+A study is a YAML file: `config`, the file that all variants start from (or --config); `settings`, overrides for all of
+them; and `variants`, overrides by name. What is done already is not done again: call it anew after an interruption, or
+with more seeds or variants. A run made with other settings than the study now says is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from flm_torchrec.config import Config, load_config
+from flm_torchrec.config.heads import HEADS
+from flm_torchrec.config.schema import LossConfig
+from flm_torchrec.documents import Unreadable, read_json, read_yaml
+from flm_torchrec.errors import ConfigError, FlmError, RunError
+from flm_torchrec.names import nearest
+
+BASELINES = ("popularity", "item-kNN", "EASE-R")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One variant with one seed."""
+
+    variant: str
+    seed: int
+    config: Config
+    overrides: list[str]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.train.run)
+
+
+def read_study(file: Path, config: str | None, output: Path, seeds: Sequence[int], only: Sequence[str]) -> list[Run]:
+    """All runs of a study, every config checked; `config` in place of the file's own.
+
+    Raises:
+        ConfigError: the file, a variant or a setting in it is wrong.
+    """
+    try:
+        study = read_yaml(file)
+        start, shared, variants = config or study["config"], study.get("settings") or {}, study["variants"]
+        variants = {name: {**shared, **(changes or {})} for name, changes in variants.items()}
+    except (Unreadable, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{file}: not a study ({reason}); it needs 'config' and 'variants', see tools/studies/ablate.py"
+        ) from error
+    for name in only:
+        if name not in variants:
+            raise ConfigError(f"--only '{name}': no such variant in {file}; {nearest(name, variants)}")
+    runs = []
+    for name in only or variants:
+        for seed in seeds:
+            folder = output / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{seed}"
+            settings = {**variants[name], "train.seed": seed, "train.run": str(folder), "train.existing": "replace"}
+            overrides = [
+                f"{key}={yaml.safe_dump(value, default_flow_style=True).split(chr(10))[0]}"
+                for key, value in settings.items()
+            ]
+            runs.append(Run(name, seed, load_config(start, overrides), [start, *overrides]))
+    folders = [run.folder for run in runs]
+    if len(set(folders)) < len(folders):
+        raise ConfigError(f"{file}: two variants have names that differ in signs alone; rename one")
+    return runs
+
+
+def result_of(run: Run, split: str) -> dict[str, Any] | None:
+    """The evaluation of a finished run, or None.
+
+    Raises:
+        RunError: the run was made with other settings.
+    """
+    file = run.folder / f"evaluation-{split}.json"
+    if not file.is_file():
+        return None
+    if not _as_configured(run):
+        raise RunError(
+            f"{run.folder}: made with other settings than the study has now; remove it or give another --output"
+        )
+    return read_json(file)
+
+
+def _as_configured(run: Run) -> bool:
+    """Whether the folder was made with the run's settings, on however many threads."""
+    made = load_config(run.folder / "config.yaml")
+    return replace(made, distributed=run.config.distributed) == run.config
+
+
+def execute(run: Run, split: str, threads: int) -> str | None:
+    """Train and evaluate in processes of their own; returns what went wrong."""
+    start, *overrides = run.overrides
+    settings = [part for o in overrides for part in (f"--{o.partition('=')[0]}", o.partition("=")[2])]
+    flm = [sys.executable, "-m", "flm_torchrec"]
+    steps = [[*flm, "train", "--config", start, *settings]]
+    steps[0] += ["--distributed.threads", str(threads)]
+    if (run.folder / "finished").is_file() and _as_configured(run):
+        steps = []
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    log = run.folder.with_suffix(".log")
+    with log.open("w", encoding="utf-8") as output:
+        for step in [*steps, [*flm, "evaluate", "--run", str(run.folder), "--split", split]]:
+            if subprocess.run(step, stdout=output, stderr=subprocess.STDOUT).returncode:
+                return f"{run.variant}, seed {run.seed}: failed, see {log}"
+            if step[3] == "train":
+                (run.folder / "finished").touch()
+    return None
+
+
+def table(runs: Sequence[Run], split: str, metrics: Sequence[str]) -> str:
+    """Markdown: a row a variant and scorer; mean ± sample standard deviation over the seeds."""
+    lines = [
+        f"| variant | row | seeds | {' | '.join(m.upper() for m in metrics)} |",
+        "|---|---|---" + "|---" * len(metrics) + "|",
+    ]
+    shown: set[str] = set()
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        result = result_of(run, split)
+        if result is not None:
+            found.setdefault(run.variant, []).append(result["table"])
+    for variant, tables in found.items():
+        loss = next(run.config.loss for run in runs if run.variant == variant)
+        for row in tables[0]:
+            if row in shown or not _says_something(loss, row):
+                continue
+            name = "" if row in BASELINES else variant
+            if row in BASELINES:
+                shown.add(row)
+            values = [[t[row][m] for t in tables] for m in metrics]
+            cells = [_cell(v if row not in BASELINES else v[:1]) for v in values]
+            lines.append(f"| {name} | {row} | {len(tables) if name else ''} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _says_something(loss: LossConfig, row: str) -> bool:
+    """A head that was not trained does not, nor does a fusion of one head."""
+    trained = [head for head in HEADS if getattr(loss, head) > 0]
+    return row in trained or (len(trained) > 1 if row == "fused" else row not in HEADS)
+
+
+def _cell(values: list[float]) -> str:
+    spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{spread}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("study", type=Path, help="YAML file of variants")
+    parser.add_argument("--config", metavar="FILE", help="config to start from (default: the study's)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the runs (required)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="(default: 0)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="these variants alone (default: all)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once, cores shared (default: 1)")
+    parser.add_argument("--split", choices=("valid", "test"), default="valid", help="examples to rank (default: valid)")
+    parser.add_argument(
+        "--metrics", nargs="+", default=["hr@10", "ndcg@10"], metavar="NAME", help="columns (default: hr@10 ndcg@10)"
+    )
+    parser.add_argument("--table", action="store_true", help="train nothing: print the table of what is there")
+    args = parser.parse_args()
+    try:
+        if args.jobs < 1:
+            raise ConfigError(f"--jobs {args.jobs}: must be at least 1")
+        runs = read_study(args.study, args.config, args.output, args.seeds, args.only)
+        todo = [] if args.table else [run for run in runs if result_of(run, args.split) is None]
+        threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            failures = [f for f in pool.map(lambda run: execute(run, args.split, threads), todo) if f]
+        print(table(runs, args.split, args.metrics))
+    except FlmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Fine-tune a pretrained run on growing shares of what can be learnt, beside the same from scratch: table and plot.
+
+    python tools/studies/finetune_study.py --source runs/new-users --output runs/new-users-study \\
+        --metrics fused/ndcg@10 --shares 0.01 0.1 1 --seeds 0 1 2 -- --finetune.cohort new --data.split leave-one-out
+
+What stands after `--` goes to `flm finetune` as it is. What is done already is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+STARTS = {"pretrained": "pretrained, tuned", "found": "pretrained, as it is", "scratch": "from scratch"}
+
+Found = dict[tuple[float, str, str], list[float]]
+"""By share, first weights and metric: a value a seed."""
+
+
+def execute(folder: Path, arguments: Sequence[str]) -> str | None:
+    """One `flm finetune`, unless it is done; returns what went wrong."""
+    if (folder / "finetune.json").is_file():
+        return None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.parent / f"{folder.name}.log"
+    flm = [sys.executable, "-m", "flm_torchrec", "finetune"]
+    command = [*flm, "--train.run", str(folder), "--train.existing", "replace", *arguments]
+    with log.open("w", encoding="utf-8") as output:
+        if subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode:
+            return f"{folder}: failed, see {log}"
+    return None
+
+
+def collect(folders: dict[tuple[float, int], Path], metrics: Sequence[str]) -> Found:
+    """What the runs that are done found.
+
+    Raises:
+        KeyError: a run has no such metric.
+    """
+    found: Found = {}
+    for (share, _), folder in folders.items():
+        if not (folder / "finetune.json").is_file():
+            continue
+        test = json.loads((folder / "finetune.json").read_text(encoding="utf-8"))["test"]
+        for start in [s for s in STARTS if s in test]:
+            for metric in metrics:
+                found.setdefault((share, start, metric), []).append(test[start][metric])
+    return found
+
+
+def table(found: Found, shares: Sequence[float], metrics: Sequence[str]) -> str:
+    """Markdown, mean ± sample standard deviation over the seeds."""
+    lines = [f"| share | weights | seeds | {' | '.join(metrics)} |", "|---|---|---" + "|---" * len(metrics) + "|"]
+    for share in shares:
+        for start, name in STARTS.items():
+            values = [found.get((share, start, metric), []) for metric in metrics]
+            if values[0]:
+                cells = " | ".join(f"{np.mean(v):.4f}{_spread(v, ' ± {:.4f}')}" for v in values)
+                lines.append(f"| {share:.0%} | {name} | {len(values[0])} | {cells} |")
+    return "\n".join(lines)
+
+
+def plot(found: Found, shares: Sequence[float], metrics: Sequence[str], file: Path) -> None:
+    """One panel a metric; share on a logarithmic axis, bars of one standard deviation."""
+    figure, axes = plt.subplots(1, len(metrics), figsize=(4.5 * len(metrics), 3.5), squeeze=False, layout="constrained")
+    for axis, metric in zip(axes[0], metrics, strict=True):
+        for start, name in STARTS.items():
+            points = [(s, found[s, start, metric]) for s in shares if (s, start, metric) in found]
+            if points:
+                spread = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for _, v in points]
+                axis.errorbar([s for s, _ in points], [np.mean(v) for _, v in points], spread, marker="o", label=name)
+        axis.set(xscale="log", xlabel="share learnt from", title=metric)
+        axis.set_xticks(shares, [f"{s:.0%}" for s in shares])
+        axis.grid(alpha=0.3)
+    axes[0][0].legend()
+    figure.savefig(file)
+
+
+def _spread(values: Sequence[float], text: str) -> str:
+    return text.format(np.std(values, ddof=1)) if len(values) > 1 else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--source", type=Path, required=True, metavar="RUN", help="pretrained run (required)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the runs (required)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="SVG or PNG (default: DIR/study.svg)")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.1, 1.0], help="(default: 0.01 0.1 1)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="(default: 0)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default: 1)")
+    parser.add_argument(
+        "--metrics", nargs="+", default=["fused/hr@10", "fused/ndcg@10"], help="(default: fused/hr@10 fused/ndcg@10)"
+    )
+    parser.add_argument("finetune", nargs="*", metavar="-- OPTIONS", help="options of flm finetune")
+    args = parser.parse_args()
+    folders = {(share, seed): args.output / f"{share:g}-{seed}" for share in args.shares for seed in args.seeds}
+
+    def one(key: tuple[float, int]) -> str | None:
+        given = {"--finetune.source": args.source, "--finetune.share": key[0], "--train.seed": key[1]}
+        return execute(folders[key], [*(str(x) for pair in given.items() for x in pair), *args.finetune])
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        failures = [f for f in pool.map(one, folders) if f]
+    try:
+        found = collect(folders, args.metrics)
+    except KeyError as error:
+        failures.append(f"--metrics: the runs have no {error}")
+    else:
+        print(table(found, args.shares, args.metrics))
+        plot(found, args.shares, args.metrics, args.plot or args.output / "study.svg")
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

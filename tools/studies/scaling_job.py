@@ -1,0 +1,136 @@
+"""One rank of tools/studies/scaling_study.py: train some steps by a plan, and measure memory and what is sent.
+
+Run by torchrun. Arguments: folder for what each rank found, steps, overrides of the config.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from flm_torchrec.config import load_config
+from flm_torchrec.distributed.comm import process_group
+from flm_torchrec.training.checkpoint.state import leaves, own_bytes
+from flm_torchrec.training.scope import load_data, scope_of
+from flm_torchrec.training.trainer import Job
+
+
+class Sent(TorchDispatchMode):
+    """Counts what this rank hands to each kind of collective, below DDP, TorchRec and our own calls alike.
+
+    `bytes` are those that leave the rank: of an all-to-all the parts for others, as its split sizes say; of the other
+    collectives what a ring sends (docs/scaling.md), from the size of the tensors.
+    """
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        super().__init__()
+        self.rank, self.ranks = rank, ranks
+        self.bytes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "c10d":
+            name = func.overloadpacket._qualified_op_name.partition("::")[2]
+            self.calls[name] += 1
+            self.bytes[name] += self._sent(name, args)
+        return func(*args, **(kwargs or {}))
+
+    def _sent(self, name: str, args: tuple[Any, ...]) -> int:
+        others = self.ranks - 1
+        if name == "alltoall_base_":
+            payload, splits = args[1], args[4]
+            rows = splits or [len(payload) // self.ranks] * self.ranks
+            row = _bytes(payload) // max(1, len(payload))
+            return (sum(rows) - rows[self.rank]) * row
+        if name == "allreduce_":
+            return 2 * others * _bytes(args[0]) // self.ranks
+        if name == "_reduce_scatter_base_":
+            return others * _bytes(args[1]) // self.ranks
+        if name == "reduce_scatter_":
+            return others * _bytes(args[1]) // self.ranks
+        if name == "_allgather_base_":
+            return others * _bytes(args[1])
+        if name == "allgather_":
+            return others * _bytes(args[1])
+        if name in ("broadcast_", "barrier", "monitored_barrier_"):
+            return 0
+        raise ValueError(f"no rule for what {name} sends; add one")
+
+
+class Passing:
+    """What goes into the tables' look-ups on this rank and what comes out, in bytes, each step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.input, self.lengths, self.output = 0, 0, 0
+        for module in model.modules():
+            for lookup in getattr(module, "_lookups", []):
+                lookup.register_forward_hook(self._add)
+
+    def _add(self, module: nn.Module, inputs: tuple[KeyedJaggedTensor], output: Tensor) -> None:
+        self.input += _bytes(inputs[0].values())
+        self.lengths += _bytes(inputs[0].lengths())
+        self.output += _bytes(output)
+
+
+def main(folder: str, steps: int, overrides: list[str]) -> None:
+    config = load_config(None, ["distributed.threads=1", *overrides])
+    data = load_data(config)
+    scope = scope_of(config, data)
+    with process_group(config.distributed) as comm:
+        before = psutil.Process().memory_info().rss
+        job = Job(config, data, scope, comm)
+        passing = Passing(job.model)
+        job.model.train()
+        sent, candidates, targets = Sent(comm.rank, comm.world_size), 0, 0
+        for batch in islice(job.loader.after(0), steps):
+            with sent:
+                job.optimizer.zero_grad()
+                loss, _ = job.model(batch)
+                loss.backward()
+                job.optimizer.step()
+            candidates += len(batch.candidates)
+            targets += len(torch.unique(batch.targets))
+        found = {
+            "rank": comm.rank,
+            "weights": _local(job.model.state_dict()),
+            "optimizer": _local(job.model.fused_optimizer.state_dict()["state"]),
+            "input": passing.input / steps,
+            "lengths": passing.lengths / steps,
+            "output": passing.output / steps,
+            "dense_parameters": sum(p.numel() for p in job.model.module.dense.parameters()),
+            "process_growth": psutil.Process().memory_info().rss - before,
+            "sent": {name: amount / steps for name, amount in sorted(sent.bytes.items())},
+            "calls": {name: amount / steps for name, amount in sorted(sent.calls.items())},
+            "candidates": candidates / steps,
+            "targets": targets / steps,
+        }
+        (Path(folder) / f"rank{comm.rank}.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
+
+
+def _bytes(tensors: Any) -> int:
+    if isinstance(tensors, Tensor):
+        return tensors.numel() * tensors.element_size()
+    return sum(_bytes(tensor) for tensor in tensors)
+
+
+def _local(state: dict[str, Any]) -> int:
+    """Bytes of this rank's shards in a state, however deep."""
+    return sum(own_bytes(tensor) for tensor in leaves(state) if isinstance(tensor, ShardedTensor))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3 or not sys.argv[2].isdigit():
+        print(__doc__.strip())
+        raise SystemExit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])

@@ -1,0 +1,82 @@
+"""What int8 rows in the packaged user tower cost: how far vectors move, and NDCG@10 beside the model's own.
+
+    python tools/studies/tower_quality.py --run runs/synthetic --split test
+
+Each example's history goes through the packages as `flm serve` would send it, and the true next item is ranked among
+all items by the model's own item vectors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flm_torchrec.config.heads import REPRESENTATIONS
+from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.data.splits import Examples
+from flm_torchrec.evaluation.evaluate import evaluate_heads
+from flm_torchrec.evaluation.protocol import Encoder, Of
+from flm_torchrec.export.tower.reader import History, Query, Tower
+from flm_torchrec.export.tower.writer import Precision, write_tower
+from flm_torchrec.training.gathered import PackagedModel
+from flm_torchrec.training.restore import restore
+
+
+class Packaged:
+    """Users by the package, items by the model."""
+
+    def __init__(self, tower: Tower, data: PreparedData, examples: Examples, exact: Encoder) -> None:
+        self.tower, self.data, self.examples, self.exact = tower, data, examples, exact
+        self.dim = tower.dim
+
+    def users(self, rows: np.ndarray) -> dict[str, Tensor]:
+        examples = self.examples.take(rows)
+        queries = [self._query(int(u), int(e)) for u, e in zip(examples.user, examples.end, strict=True)]
+        found = self.tower.represent(queries, np.zeros((0, self.dim), np.float32)) if queries else []
+        heads = np.array([f.heads for f in found], np.float32).reshape(-1, len(REPRESENTATIONS), self.dim)
+        return {head: torch.from_numpy(heads[:, place].copy()) for place, head in enumerate(REPRESENTATIONS)}
+
+    def items(self, ids: np.ndarray, of: Of = "all") -> Tensor:
+        return self.exact.items(ids, of)
+
+    def _query(self, user: int, end: int) -> Query:
+        data = self.data
+        events = slice(max(data.offsets[user], end - self.tower.max_history - 1), end)
+        event = data.event[events].astype(np.int64)
+        return Query(History(data.item[events], event, data.value[events], data.timestamp[events]), user)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="run folder of 'flm train'")
+    parser.add_argument("--split", choices=("valid", "test"), default="valid")
+    args = parser.parse_args()
+    precisions: tuple[Precision, ...] = ("fp32", "int8")
+    with restore(args.run) as restored, tempfile.TemporaryDirectory() as folder:
+        job = restored.job
+        examples: Examples = getattr(job.scope.splits, args.split)
+        model, exact = PackagedModel(job), job.encoder(examples)
+        own = evaluate_heads(job.data, examples, exact, job.comm, job.config.eval)
+        sample = np.arange(min(256, len(examples)))
+        vectors = exact.users(sample)
+        for precision in precisions:
+            target = Path(folder) / precision
+            target.mkdir()
+            write_tower(job.data, model, True, precision, target)
+            encoder = Packaged(Tower(target), job.data, examples, exact)
+            size = sum(f.stat().st_size for f in target.rglob("*.pt2")) / 1e6
+            moved = max(float((encoder.users(sample)[h] - vectors[h]).abs().max()) for h in REPRESENTATIONS)
+            print(f"{precision}: {size:.1f} MB; no number of a vector moves by more than {moved:.1e}")
+            found = evaluate_heads(job.data, examples, encoder, job.comm, job.config.eval)
+            for head in REPRESENTATIONS:
+                before, after = own[f"{head}/ndcg@10"], found[f"{head}/ndcg@10"]
+                print(f"  {head:13} ndcg@10 {before:.5f} → {after:.5f}  {after / before - 1:+.2%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
