@@ -29,9 +29,9 @@ from flm_torchrec.distributed.shard import make_optimizer, shard
 from flm_torchrec.training.checkpoint.manager import CHECKPOINTS, Checkpoints, Progress
 from flm_torchrec.training.checkpoint.state import own_bytes
 from flm_torchrec.training.guard import Guard
-from flm_torchrec.training.loop import STEPS as STEPPERS
 from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.scope import scope_of
+from flm_torchrec.training.steps import STEPS as STEPPERS
 from flm_torchrec.training.trainer import Job
 from tests.equality_job import (
     CLOSE,

@@ -230,7 +230,7 @@ def test_ctrl_c_is_one_line(command: str, monkeypatch: pytest.MonkeyPatch, capsy
         raise KeyboardInterrupt
 
     module, name = {
-        "prepare": (data_command, "run"), "serve": (serve_command, "run_serve"), "inspect": (inspect_command, "run"),
+        "prepare": (data_command, "run"), "serve": (serve_command, "run"), "inspect": (inspect_command, "run"),
     }[command]  # fmt: skip
     monkeypatch.setattr(module, name, interrupted)
     assert main(arguments) == 130

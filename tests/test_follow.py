@@ -94,7 +94,7 @@ def test_a_killed_follower_goes_on_to_the_weights_of_an_undisturbed_one(
     script = f"""
 import os, signal
 from flm_torchrec.cli import main
-from flm_torchrec.training.loop import PlainSteps
+from flm_torchrec.training.steps import PlainSteps
 take, count = PlainSteps.take, 0
 def counted(self, batches, step):
     global count

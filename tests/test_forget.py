@@ -18,11 +18,12 @@ from flm_torchrec.claim import InUse, claim
 from flm_torchrec.cli import main
 from flm_torchrec.config import load_config
 from flm_torchrec.data.dataset import PreparedData, load_prepared
-from flm_torchrec.data.hashing import look_ups, parse_tables
+from flm_torchrec.data.hashing import look_ups
 from flm_torchrec.files import temporary
 from flm_torchrec.prepare.hash_users import hash_keys
 from flm_torchrec.prepare.prepare import Options, prepare
 from flm_torchrec.prepare.sources import synthetic
+from flm_torchrec.prepare.table_options import parse_tables
 from flm_torchrec.privacy import forget_in_data as data_forget
 from flm_torchrec.privacy.forget import forget, rows_to_reset
 from flm_torchrec.training.checkpoint import storage

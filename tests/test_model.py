@@ -17,8 +17,11 @@ from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.config.schema import ModelConfig
 from flm_torchrec.data.collate import Assembler
 from flm_torchrec.data.dataset import PreparedData, Ragged
-from flm_torchrec.data.loader import Negatives, Prefetch, TrainLoader, Windows, windows
+from flm_torchrec.data.loader import TrainLoader
+from flm_torchrec.data.negatives import Negatives
+from flm_torchrec.data.prefetch import Prefetch
 from flm_torchrec.data.splits import split
+from flm_torchrec.data.windows import Windows, windows
 from flm_torchrec.errors import DataError
 from flm_torchrec.model import softmax
 from flm_torchrec.model.dropout import Dropout

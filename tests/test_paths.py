@@ -11,7 +11,7 @@ import pytest
 
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import load_prepared
-from flm_torchrec.data.survey import RowGroups
+from flm_torchrec.data.row_groups import RowGroups
 from flm_torchrec.prepare.sources.shards import places
 from tests.test_prepare_shards import contents
 

@@ -14,11 +14,12 @@ from flm_torchrec.config import load_config
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import ConfigError
+from flm_torchrec.training.build import set_precision
 from flm_torchrec.training.guard import Guard
-from flm_torchrec.training.loop import STEPS
 from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.scope import scope_of
-from flm_torchrec.training.trainer import Job, set_precision
+from flm_torchrec.training.steps import STEPS
+from flm_torchrec.training.trainer import Job
 
 
 def losses(data: PreparedData, kind: str, folder: Path) -> list[float]:

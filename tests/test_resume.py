@@ -30,8 +30,10 @@ from flm_torchrec.cli import main
 from flm_torchrec.config import load_config
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.dataset import PreparedData, load_prepared
-from flm_torchrec.data.loader import Negatives, TrainLoader, windows
+from flm_torchrec.data.loader import TrainLoader
+from flm_torchrec.data.negatives import Negatives
 from flm_torchrec.data.splits import split
+from flm_torchrec.data.windows import windows
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.distributed.join import fresh_store
 from flm_torchrec.errors import Interrupted, RunError
@@ -39,10 +41,10 @@ from flm_torchrec.training.checkpoint import storage
 from flm_torchrec.training.checkpoint.manager import manager as checkpoint
 from flm_torchrec.training.encoder import ModelEncoder
 from flm_torchrec.training.guard import Guard, NonFinite, as_arrays, from_arrays
-from flm_torchrec.training.loop import STEPS as KINDS_OF_STEPS
 from flm_torchrec.training.run_folder import check_run_folder, open_run_folder
 from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.scope import scope_of
+from flm_torchrec.training.steps import STEPS as KINDS_OF_STEPS
 from flm_torchrec.training.trainer import Job, pretrain
 from tests.conftest import ROOT
 from tests.test_checkpoint import tensors

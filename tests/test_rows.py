@@ -16,7 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from flm_torchrec.config.schema import DistributedConfig, TrainConfig
 from flm_torchrec.data.dataset import PreparedData, load_prepared
-from flm_torchrec.data.hashing import MANAGED_IDS, by_table, look_ups, mix, parse_tables
+from flm_torchrec.data.hashing import MANAGED_IDS, look_ups, mix
 from flm_torchrec.data.schema import Feature, Schema, Table
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.distributed.managed import check_managed
@@ -26,6 +26,7 @@ from flm_torchrec.model.tables import EVICTION_INTERVAL, user_tables
 from flm_torchrec.planner.plan import make_plan
 from flm_torchrec.prepare.prepare import Options, prepare
 from flm_torchrec.prepare.sources import synthetic
+from flm_torchrec.prepare.table_options import by_table, parse_tables
 from tests.conftest import ROOT
 
 CHOICE = "user_id=zch:64,title=zch:32:lru,brand=hash:5"

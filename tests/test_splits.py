@@ -7,8 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from flm_torchrec.data.collate import Assembler, Candidates
+from flm_torchrec.data.collate import Assembler
 from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.data.negatives import Candidates
 from flm_torchrec.data.splits import COLD_ITEM, everyone, split
 from flm_torchrec.errors import DataError
 

@@ -25,11 +25,14 @@ from flm_torchrec.data import stream_loader as stream_loader_module
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.collate import Assembler, Known
 from flm_torchrec.data.dataset import load_prepared
-from flm_torchrec.data.loader import Negatives, TrainLoader, windows
+from flm_torchrec.data.loader import TrainLoader
+from flm_torchrec.data.negatives import Negatives
+from flm_torchrec.data.row_groups import RowGroups
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import split
 from flm_torchrec.data.stream_loader import LANES, StreamLoader, merged
-from flm_torchrec.data.survey import RowGroups, StreamedData, load_streamed, order_statistics
+from flm_torchrec.data.survey import StreamedData, load_streamed, order_statistics
+from flm_torchrec.data.windows import windows
 from flm_torchrec.errors import ConfigError, DataError
 from flm_torchrec.training.finetune import source_config
 from flm_torchrec.training.scope import load_data, scope_of

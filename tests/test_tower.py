@@ -16,7 +16,6 @@ import torch
 from flm_torchrec.config import load_config
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.data.dataset import PreparedData, load_prepared
-from flm_torchrec.data.hashing import parse_tables
 from flm_torchrec.data.splits import everyone
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import DataError, RunError
@@ -24,6 +23,7 @@ from flm_torchrec.export.tower.reader import HISTORY_FIELDS, History, Query, Tow
 from flm_torchrec.export.tower.writer import Precision, write_tower
 from flm_torchrec.prepare.prepare import Options, prepare
 from flm_torchrec.prepare.sources import synthetic
+from flm_torchrec.prepare.table_options import parse_tables
 from flm_torchrec.training.gathered import PackagedModel
 from flm_torchrec.training.scope import scope_of
 from flm_torchrec.training.trainer import Job

@@ -1,17 +1,15 @@
-"""`flm export`, `flm apply-delta`, `flm load` and `flm recommend`."""
+"""`flm export`."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from flm_torchrec.config import add_data_path, given_options, given_overrides
-from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.errors import RunError
-from flm_torchrec.export.manifest import RECALL, Kind, Manifest, Quantise, Storage, Vectors, read_manifest
+from flm_torchrec.export.manifest import RECALL, Kind, Manifest, Quantise, Storage, read_manifest
 
 TOWERS = ("int8", "fp32", "none")
 
@@ -20,13 +18,7 @@ if TYPE_CHECKING:
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    _add_export(subparsers)
-    _add_apply_delta(subparsers)
-    _add_load(subparsers)
-    _add_recommend(subparsers)
-
-
-def _add_export(subparsers: argparse._SubParsersAction) -> None:
+    """Add `export` to the subcommands."""
     parser = subparsers.add_parser(
         "export",
         help="write user and item embeddings as Parquet, and a faiss index",
@@ -60,63 +52,21 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
         help="package the user tower beside the vectors, for 'flm serve'; its tables' rows as (default: %(default)s)",
     )  # fmt: skip
     add_data_path(parser)
-    parser.set_defaults(run=run_export)
+    parser.set_defaults(run=run)
 
 
-def _add_apply_delta(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser(
-        "apply-delta",
-        help="bring an older export up to date by a delta",
-        description="Write the export that a delta of 'flm export --since' leads to: the rows bit for bit those of a"
-        " whole export, and an index of the kind that the older export has.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--base", required=True, type=Path, metavar="DIR", help="the older export")
-    parser.add_argument("--delta", required=True, type=Path, metavar="DIR", help="folder of 'flm export --since'")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace an older export (default: refuse)")
-    parser.set_defaults(run=run_apply_delta)
 
 
-def _add_load(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser(
-        "load",
-        help="put the items of an export into a vector database",
-        description="Put the items of an export, with keys, titles, attributes and model version, into Qdrant, Milvus,"
-        " LanceDB or PostgreSQL, or bring a collection there up to date by a delta. Done again it changes nothing.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--export", required=True, type=Path, metavar="DIR", help="export, or delta, to load")
-    parser.add_argument(
-        "--to", required=True, metavar="KIND:PLACE",
-        help="qdrant:FOLDER, milvus:FILE.db, lancedb:FOLDER, postgresql://USER@HOST/DATABASE, or the URL of a server"
-        " after qdrant: or milvus:",
-    )  # fmt: skip
-    parser.add_argument("--collection", default="items", metavar="NAME", help="or table (default: %(default)s)")
-    parser.add_argument(
-        "--vectors", choices=get_args(Vectors), default="embedding",
-        help="which view of an item: embedding is what all heads score against (default: %(default)s)",
-    )  # fmt: skip
-    parser.set_defaults(run=run_load)
 
 
-def _add_recommend(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser(
-        "recommend",
-        help="recommend items to a user, from an export alone",
-        description="Recommend items to a user, from an export alone.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--export", required=True, metavar="DIR", help="folder of 'flm export'")
-    parser.add_argument("--user", required=True, metavar="KEY", help="user, by the id of the source")
-    parser.add_argument("-k", type=int, default=10, help="number of items (default: %(default)s)")
-    parser.add_argument("--head", default="fused", help=f"one of {', '.join(REPRESENTATIONS)} (default: %(default)s)")
-    parser.add_argument("--include-seen", action="store_true", help="also items the user has had (default: without)")
-    parser.add_argument("--json", action="store_true", help="print JSON (default: a table)")
-    parser.set_defaults(run=run_recommend)
 
 
-def run_export(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Export the best model of a run, whole or as a delta, and print one line about the export.
+
+    Raises:
+        FlmError: an option, the run, its data or the output is wrong.
+    """
     # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
     from flm_torchrec.data.splits import everyone
     from flm_torchrec.export.delta import export_delta
@@ -160,17 +110,8 @@ def run_export(args: argparse.Namespace) -> None:
         print(f"{args.output}: {done}")
 
 
-def run_apply_delta(args: argparse.Namespace) -> None:
-    from flm_torchrec.export.delta import apply_delta
-
-    print(f"{args.output}: {summary(apply_delta(args.base, args.delta, args.output, args.overwrite))}")
 
 
-def run_load(args: argparse.Namespace) -> None:
-    from flm_torchrec.export.stores.load import load
-
-    loaded = load(args.export, args.to, args.collection, args.vectors)
-    print(f"{args.collection}: {loaded.upserted} items put in, {loaded.deleted} taken out, {loaded.total} there now")
 
 
 def _changes(delta: Delta) -> str:
@@ -194,20 +135,3 @@ def summary(manifest: Manifest) -> str:
     return f"{line}; model {manifest.model_version}"
 
 
-def run_recommend(args: argparse.Namespace) -> None:
-    from rich.table import Table
-
-    from flm_torchrec.export.recommend import Recommender
-    from flm_torchrec.terminal import PlainConsole
-
-    found = Recommender(args.export).recommend(args.user, args.k, args.head, args.include_seen)
-    if args.json:
-        # `item`, as the service answers and as events are given
-        print(json.dumps([{"item": r.item_key, "title": r.title, "score": r.score} for r in found], indent=2))
-        return
-    table = Table(title=f"for user {args.user}, by {args.head}", title_justify="left")
-    for column in ("", "item", "title", "score"):
-        table.add_column(column, justify="right" if column in ("", "score") else "left")
-    for place, r in enumerate(found, start=1):
-        table.add_row(str(place), r.item_key, r.title, f"{r.score:.3f}")
-    PlainConsole().print(table)

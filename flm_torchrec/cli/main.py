@@ -95,21 +95,28 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     # Imported here: it takes a second, in which Ctrl-C should be one line too.
-    from flm_torchrec.cli import evaluate as evaluation_command
-    from flm_torchrec.cli import export as export_command
-    from flm_torchrec.cli import forget as forget_command
-    from flm_torchrec.cli import inspect as inspect_command
-    from flm_torchrec.cli import plan as distributed_command
-    from flm_torchrec.cli import prepare as data_command
-    from flm_torchrec.cli import report as report_command
-    from flm_torchrec.cli import serve as serve_command
-    from flm_torchrec.cli import train as training_command
+    from flm_torchrec.cli import (
+        apply_delta,
+        evaluate,
+        export,
+        finetune,
+        follow,
+        forget,
+        inspect,
+        load,
+        plan,
+        prepare,
+        recommend,
+        report,
+        serve,
+        train,
+    )
 
     parser = _Parser(prog="flm", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="store_true", help="print the versions of flm_torchrec and its libraries")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
-    stages = (data_command, distributed_command, training_command, evaluation_command, export_command, serve_command)
-    for command in (*stages, inspect_command, report_command, forget_command):
+    steps = (prepare, plan, train, finetune, follow, evaluate, export, apply_delta, load, recommend, serve)
+    for command in (*steps, inspect, report, forget):
         command.add_parser(subparsers)
     return parser, subparsers
 

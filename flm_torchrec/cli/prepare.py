@@ -210,9 +210,9 @@ def run(args: argparse.Namespace) -> None:
         raise DataError("--dedup-window: give it with --dedup window, and only then")
     _check_input(args.source, args.input)
     # Imported here: a wrong option should be told at once.
-    from flm_torchrec.data.hashing import parse_tables
     from flm_torchrec.prepare.hash_users import read_secret
     from flm_torchrec.prepare.prepare import Machine, Options, check_output, prepare
+    from flm_torchrec.prepare.table_options import parse_tables
 
     check_output(args.output, args.overwrite)
     secret = read_secret(args.hash_users) if args.hash_users else b""

@@ -38,10 +38,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--watch", type=float, default=0.0, metavar="SECONDS",
         help="look so often whether --export, a link, points to another export, and swap (default: never)",
     )  # fmt: skip
-    parser.set_defaults(run=run_serve)
+    parser.set_defaults(run=run)
 
 
-def run_serve(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     _check(args)
     # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
     import uvicorn

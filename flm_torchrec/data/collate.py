@@ -12,6 +12,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.dataset import EntityFeatures, PreparedData, Ragged, spans
 from flm_torchrec.data.hashing import gap_rows, look_ups
+from flm_torchrec.data.negatives import Candidates
 from flm_torchrec.data.schema import Feature
 
 GAP_BUCKETS = 32
@@ -20,12 +21,6 @@ LEAST_SPREAD = 1e-6
 """Standard deviation of values below which they are all the same."""
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """Items that a step's softmax runs over on this rank, beside the targets."""
-
-    items: np.ndarray  # [K] int64
-    log_not_sampled: np.ndarray | None  # [items, 2] by item id; None: every item is a candidate, nothing is sampled
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flm_torchrec.data.schema import Feature, Schema
+from flm_torchrec.documents import read_json
 from flm_torchrec.errors import DataError
 from flm_torchrec.files import sha256
 
@@ -272,3 +274,21 @@ def _numbers(column: pa.Array, feature: Feature, file: Path) -> np.ndarray:
     if not np.isfinite(numbers).all():
         raise DataError(f"{file}: column '{feature.column}' has NaN or infinity; clean it and prepare again")
     return numbers
+
+
+def fingerprints_before(folder: Path) -> list[str]:
+    """The fingerprints that prepared data had before users were forgotten."""
+    if not (folder / "report.json").exists():
+        return []
+    return list(read_report(folder).get("forgotten", {}).get("fingerprints_before", ()))
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    file = folder / "report.json"
+    try:
+        report = read_json(file)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: not readable ({error}); prepare the data again") from error
+    if not isinstance(report, dict) or not isinstance(report.get("forgotten", {}), dict):
+        raise DataError(f"{file}: not a report of 'flm prepare'; prepare the data again")
+    return report

@@ -10,10 +10,13 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from flm_torchrec.data.batch import Batch
-from flm_torchrec.data.collate import Assembler, Candidates, Events
+from flm_torchrec.data.collate import Assembler, Events
 from flm_torchrec.data.dataset import spans
-from flm_torchrec.data.loader import Loader, Negatives, Prefetch, cut, number_of_windows
+from flm_torchrec.data.loader import Loader
+from flm_torchrec.data.negatives import Candidates, Negatives
+from flm_torchrec.data.prefetch import Prefetch
 from flm_torchrec.data.survey import Stream
+from flm_torchrec.data.windows import cut, number_of_windows
 from flm_torchrec.errors import DataError
 
 LANES = 64

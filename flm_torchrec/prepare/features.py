@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
 
 from flm_torchrec.data.schema import Feature
+from flm_torchrec.data.text import split_words, word_bucket
 from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.sources.raw import Declared
 
@@ -100,25 +100,8 @@ def _text(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:
     return Encoded(feature, [text.rename(declared.name), tokens], None)
 
 
-def split_words(text: pl.Series, longest: int = 1) -> pl.Series:
-    """Texts → lists of their words in lower case, and of the runs of up to `longest` words, joined by spaces."""
-    words = text.str.to_lowercase().str.extract_all(r"[\p{L}\p{N}]+")
-    if longest == 1:
-        return words
-    rows = words.to_frame("words").with_row_index("row")
-    flat = rows.explode("words").drop_nulls()
-    found = [
-        flat.select("row", pl.concat_str([pl.col("words").shift(-n).over("row") for n in range(size)], separator=" "))
-        for size in range(1, longest + 1)
-    ]
-    runs = pl.concat(found).drop_nulls().group_by("row", maintain_order=True).agg("words")
-    joined = rows.select("row").join(runs, "row", "left", maintain_order="left")["words"]
-    return joined.fill_null([]).rename(text.name)
 
 
-def word_bucket(word: str, buckets: int) -> int:
-    """Code of a word, by a hash that is the same on every machine and in every version, unlike Python's and polars'."""
-    return zlib.crc32(word.encode()) % buckets
 
 
 def _numeric(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:

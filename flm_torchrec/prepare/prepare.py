@@ -17,7 +17,6 @@ import numpy as np
 import polars as pl
 
 from flm_torchrec.claim import claim
-from flm_torchrec.data.hashing import by_table
 from flm_torchrec.data.keys import RULE
 from flm_torchrec.data.schema import Entity, Schema, Table, sparsity
 from flm_torchrec.errors import DataError
@@ -30,6 +29,7 @@ from flm_torchrec.prepare.hash_users import hash_keys
 from flm_torchrec.prepare.intake import Intake, shards_of
 from flm_torchrec.prepare.interactions import Cleaning, Interactions, Written
 from flm_torchrec.prepare.sources.raw import Raw
+from flm_torchrec.prepare.table_options import by_table
 from flm_torchrec.prepare.work_folder import work_folder
 
 ROWS_PER_FILE = 2_000_000

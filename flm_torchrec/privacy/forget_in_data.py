@@ -15,9 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from flm_torchrec.data.dataset import fingerprint_of
+from flm_torchrec.data.dataset import fingerprint_of, read_report
 from flm_torchrec.data.schema import Feature, Schema
-from flm_torchrec.documents import read_json
 from flm_torchrec.errors import DataError
 from flm_torchrec.files import replacing, write_text
 from flm_torchrec.names import closest
@@ -64,7 +63,7 @@ def forget_rows(folder: Path, keys: Iterable[str]) -> dict[str, int]:
     known, ids = keys_and_ids(folder / "users.parquet")
     users = ids[[key in gone for key in known]]
     before = fingerprint_of(folder)
-    report = _read_report(folder)
+    report = read_report(folder)
     schema = Schema.load(folder / "schema.yaml")
     try:
         with replacing(folder) as fresh:
@@ -84,11 +83,6 @@ def forget_rows(folder: Path, keys: Iterable[str]) -> dict[str, int]:
     return counts
 
 
-def fingerprints_before(folder: Path) -> list[str]:
-    """The fingerprints that prepared data had before users were forgotten."""
-    if not (folder / "report.json").exists():
-        return []
-    return list(_read_report(folder).get("forgotten", {}).get("fingerprints_before", ()))
 
 
 def unused_codes(folder: Path, features: Sequence[Feature]) -> np.ndarray:
@@ -189,15 +183,6 @@ def _copy_vocabularies(folder: Path, fresh: Path, used: Mapping[str, np.ndarray]
         pq.write_table(table.set_column(place, "value", pa.array(values, table["value"].type)), file)
 
 
-def _read_report(folder: Path) -> dict[str, Any]:
-    file = folder / "report.json"
-    try:
-        report = read_json(file)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: not readable ({error}); prepare the data again") from error
-    if not isinstance(report, dict) or not isinstance(report.get("forgotten", {}), dict):
-        raise DataError(f"{file}: not a report of 'flm prepare'; prepare the data again")
-    return report
 
 
 def _without(report: dict[str, Any], keys: set[str], counts: Mapping[str, int], before: str) -> dict[str, Any]:

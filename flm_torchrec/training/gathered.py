@@ -15,7 +15,8 @@ from flm_torchrec.data.collate import GAP_BUCKETS
 from flm_torchrec.data.hashing import look_ups
 from flm_torchrec.model.pretrain import HISTORY_KEYS, pooled
 from flm_torchrec.model.tower import Tower
-from flm_torchrec.training.trainer import Job, make_model
+from flm_torchrec.training.build import make_model
+from flm_torchrec.training.trainer import Job
 
 
 class PackagedModel:

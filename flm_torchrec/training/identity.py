@@ -8,9 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from flm_torchrec.config import Config, load_config
-from flm_torchrec.data.dataset import fingerprint_of
+from flm_torchrec.data.dataset import fingerprint_of, fingerprints_before
 from flm_torchrec.errors import RunError
-from flm_torchrec.privacy.forget_in_data import fingerprints_before
 
 FINGERPRINT = "vocabulary/fingerprint"
 STARTED_IN = "started_in"

@@ -13,7 +13,9 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from flm_torchrec.data.collate import Assembler
 from flm_torchrec.data.dataset import PreparedData
-from flm_torchrec.data.loader import Negatives, TrainLoader, windows
+from flm_torchrec.data.loader import TrainLoader
+from flm_torchrec.data.negatives import Negatives
+from flm_torchrec.data.windows import windows
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.training.scope import spans_of
 

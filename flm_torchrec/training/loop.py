@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from flm_torchrec.config.schema import TrainConfig
-from flm_torchrec.data.batch import Batch
-from flm_torchrec.data.loader import Loader, Prefetch
+from flm_torchrec.data.loader import Loader
+from flm_torchrec.data.prefetch import Prefetch
 from flm_torchrec.distributed.comm import Comm
-from flm_torchrec.distributed.replicas import average_replicas
 from flm_torchrec.errors import Interrupted
-from flm_torchrec.model.pretrain import Outputs
 from flm_torchrec.training.checkpoint.manager import Checkpoints, Progress
 from flm_torchrec.training.guard import NON_FINITE, Guard, NonFinite, Stopped
-from flm_torchrec.training.run_folder import Record
+from flm_torchrec.training.logger import Record
+from flm_torchrec.training.meter import Meter, status
 from flm_torchrec.training.schedule import Schedule
+from flm_torchrec.training.steps import STEPS
 
 Validate = Callable[[Callable[[], None]], dict[str, float]]
 """Given what to call between two blocks, by which a validation may be left."""
@@ -59,7 +56,7 @@ def fit(
     every = config.eval_every or len(loader)
     schedule = Schedule(optimizer, config.warmup_steps, total)
     ahead = Prefetch(islice(loader.after(progress.step), total - progress.step))
-    meter = _Meter(comm, ahead)
+    meter = Meter(comm, ahead)
     model.train()
     with (
         Guard(comm, config.non_finite, Path(config.run) / NON_FINITE) as guard,
@@ -86,7 +83,7 @@ def fit(
             if progress.step % config.log_every == 0 or progress.step == total:
                 values = meter.read()
                 record.scalars(progress.step, {**values, "lr_factor": schedule.factor})
-                record.step(progress.step, _status(values))
+                record.step(progress.step, status(values))
             progress.seconds += time.monotonic() - began
             if progress.step % every == 0 or progress.step == total:
                 steps.release()
@@ -165,119 +162,11 @@ def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     return min(total, config.max_steps) if config.max_steps else total
 
 
-class PlainSteps:
-    """Forward, backward, update, one batch after the other."""
-
-    def __init__(
-        self, model: DistributedModelParallel, optimizer: Optimizer, schedule: Schedule, device: torch.device,
-        guard: Guard,
-    ) -> None:  # fmt: skip
-        self.model = model
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.device = device
-        self.guard = guard
-
-    def take(self, batches: Iterator[Batch], step: int) -> Outputs | None:
-        """Learn from the next batch, which is that of the step, counted from 0; None if the guard had it left out."""
-        self.schedule.set(step)
-        self.optimizer.zero_grad()
-        batch = next(batches).to(self.device)
-        loss, outputs = self.model(batch)
-        if not self.guard.passes(step + 1, batch, loss, outputs):
-            return None
-        loss.backward()
-        self.optimizer.step()
-        average_replicas(self.model)  # as TorchRec's pipeline does by itself
-        return outputs
-
-    def release(self) -> None:
-        """Let others use the model until the next step."""
 
 
-class PipelinedSteps(TrainPipelineSparseDist[Batch, Outputs]):
-    """The same, the next batch's copy to the device and its input distribution overlapping this one's compute."""
-
-    def __init__(
-        self, model: DistributedModelParallel, optimizer: Optimizer, schedule: Schedule, device: torch.device,
-        guard: Guard,
-    ) -> None:  # fmt: skip
-        super().__init__(model, optimizer, device, execute_all_batches=True, custom_model_fwd=self._forward)
-        self.schedule = schedule
-        self.guard = guard
-        self.number = 0
-        self.learns = True
-
-    def take(self, batches: Iterator[Batch], step: int) -> Outputs | None:
-        """As `PlainSteps.take`."""
-        self.schedule.set(step)
-        self.number = step + 1
-        outputs = self.progress(batches)
-        return outputs if self.learns else None
-
-    def release(self) -> None:
-        """Let others use the model until the next step: its modules would give them what is on its way for that."""
-        if self._model_attached:
-            self.detach()
-
-    def _forward(self, batch: Batch | None) -> tuple[Tensor, Outputs]:
-        loss, outputs = self._model(batch)
-        assert batch is not None
-        self.made = batch, outputs
-        return loss, outputs
-
-    def _backward(self, losses: Tensor) -> None:
-        # Asked here and not in forward: by now the input distribution of the next batch is under way.
-        self.learns = self.guard.passes(self.number, self.made[0], losses, self.made[1])
-        if self.learns:
-            super()._backward(losses)
-
-    def _optimizer_step(self) -> None:
-        if self.learns:
-            super()._optimizer_step()
 
 
-STEPS: dict[str, type[PlainSteps] | type[PipelinedSteps]] = {"cpu": PlainSteps, "cuda": PipelinedSteps}
 
 
-class _Meter:
-    """Mean losses since the last reading, over all ranks, the rate of samples and the share of time without input."""
-
-    def __init__(self, comm: Comm, ahead: Prefetch[Batch]) -> None:
-        self.comm = comm
-        self.ahead = ahead
-        self._reset()
-
-    def restart(self) -> None:
-        """Leave the time of a validation out of the rate."""
-        self.since = time.monotonic()
-        self.waited = self.ahead.waited
-
-    def _reset(self) -> None:
-        self.total: dict[str, Tensor] = {}
-        self.steps = 0
-        self.sequences = 0
-        self.restart()
-
-    def add(self, outputs: Outputs) -> None:
-        for name, loss in outputs.losses.items():
-            self.total[name] = self.total.get(name, 0.0) + loss
-        self.steps += 1
-        self.sequences += outputs.sequences
-
-    def read(self) -> dict[str, float]:
-        waited = self.ahead.waited - self.waited
-        counts = torch.tensor([float(self.sequences), waited], device=self.comm.device)
-        sums = self.comm.all_reduce_sum(torch.stack([*counts, *self.total.values()]))
-        sequences, waited, *losses = sums.tolist()
-        seconds = max(1e-9, time.monotonic() - self.since)
-        values = {f"loss/{name}": loss / self.steps for name, loss in zip(self.total, losses, strict=True)}
-        values["samples_per_second"] = sequences / seconds
-        values["input_wait"] = waited / self.comm.world_size / seconds
-        self._reset()
-        return values
 
 
-def _status(values: dict[str, float]) -> str:
-    losses = "  ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
-    return f"{values['samples_per_second']:.0f} samples/s  {losses}"

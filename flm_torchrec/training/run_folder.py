@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Any
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from flm_torchrec.claim import claim
 from flm_torchrec.config import Config, load_config, to_yaml
@@ -21,10 +14,9 @@ from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.errors import RunError
 from flm_torchrec.files import replacing, telling, write_text
-from flm_torchrec.safe_text import redact, visible
-from flm_torchrec.terminal import PlainConsole
 from flm_torchrec.training.checkpoint.storage import refuse_other_data
 from flm_torchrec.training.identity import FINGERPRINT, STARTED_IN, made_with, refuse_forgotten
+from flm_torchrec.training.logger import Record
 
 ANOTHER_RUN = "give another --train.run"
 GO_ON = "go on with --train.existing resume"
@@ -136,92 +128,6 @@ def open_run_folder(config: Config, data: PreparedData, comm: Comm, steps: int) 
     return records[0] if comm.main else Record(None, steps, resumed)
 
 
-class Record(AbstractContextManager["Record"]):
-    """Writes on rank 0; on the other ranks `folder` is None and every call does nothing."""
-
-    def __init__(self, folder: Path | None, steps: int, resumed: bool = False) -> None:
-        self.folder = folder
-        self.resumed = resumed
-        if folder is None:
-            return
-        self.started = time.monotonic()
-        self.metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self.curves = SummaryWriter(str(folder / "tensorboard"))
-        self.console = PlainConsole()
-        self.log = logging.Logger("flm_torchrec")
-        handler = _LogFile(folder / "train.log")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        self.log.addHandler(handler)
-        self.progress = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}", markup=False),
-            console=self.console, disable=not self.console.is_terminal,
-        )  # fmt: skip
-        self.task = self.progress.add_task("train", total=steps, status="")
-        self.progress.start()
-
-    def step(self, step: int, status: str) -> None:
-        if self.folder is not None:
-            self.progress.update(self.task, completed=step, status=status)
-
-    def rewind(self, step: int) -> None:
-        """Forget what was recorded after the step that a resumed run goes on from, and tests; they come again."""
-        if self.folder is None:
-            return
-        with telling(self.folder, GO_ON):
-            self._rewind(self.folder / "metrics.jsonl", step)
-
-    def _rewind(self, file: Path, step: int) -> None:
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [
-            line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step and "test/" not in line
-        ]
-        self.metrics.close()
-        write_text(file, "".join(kept))
-        self.metrics = file.open("a", encoding="utf-8")
-        self.started -= json.loads(kept[-1])["seconds"] if kept else 0.0
-        self.curves.close()
-        self.curves = SummaryWriter(str(file.parent / "tensorboard"), purge_step=step + 1)
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """A line of metrics.jsonl and a point on each curve."""
-        if self.folder is None:
-            return
-        line = {"step": step, "seconds": round(time.monotonic() - self.started, 3), **values}
-        with telling(self.folder, GO_ON):
-            self.metrics.write(json.dumps(line) + "\n")
-            self.metrics.flush()
-            for name, value in values.items():
-                self.curves.add_scalar(name, value, step)
-
-    def say(self, text: str) -> None:
-        """To the log and to the person watching."""
-        if self.folder is not None:
-            text = visible(redact(text))
-            with telling(self.folder, GO_ON):
-                self.log.info(text)
-            self.console.print(text, soft_wrap=True)
-
-    def write_json(self, name: str, content: dict[str, Any]) -> None:
-        if self.folder is not None:
-            with telling(self.folder, GO_ON):
-                write_text(self.folder / name, json.dumps(content, indent=2))
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.folder is None:
-            return
-        if error is not None:
-            with suppress(OSError):  # a full disk, of which `error` tells
-                self.log.error("stopped by %s: %s", type(error).__name__, visible(redact(str(error))))
-        self.progress.stop()
-        try:
-            self.metrics.close()
-            self.curves.close()
-        except OSError:
-            if error is None:
-                raise
             # A full disk, of which `error` tells.
 
 

@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import ShardingPlan
 
 from flm_torchrec.config import Config
 from flm_torchrec.config.heads import HEADS, REPRESENTATIONS
-from flm_torchrec.data.collate import Assembler, Known
+from flm_torchrec.data.collate import Known
 from flm_torchrec.data.dataset import PreparedData
-from flm_torchrec.data.loader import Loader, Negatives, TrainLoader, windows
-from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import Examples, sampled
 from flm_torchrec.data.stream_loader import StreamLoader
-from flm_torchrec.data.survey import Stream
 from flm_torchrec.distributed.comm import Comm, process_group
-from flm_torchrec.distributed.managed import check_managed
-from flm_torchrec.distributed.shard import make_optimizer, shard
+from flm_torchrec.distributed.shard import make_optimizer
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.evaluation.evaluate import blocks_of, evaluate_heads
-from flm_torchrec.model.label import LabelModel
-from flm_torchrec.model.pretrain import PretrainModel
 from flm_torchrec.names import nearest
-from flm_torchrec.planner.constraints import Lookup
-from flm_torchrec.planner.plan import make_plan
 from flm_torchrec.planner.planfile import describe
+from flm_torchrec.training.build import build, set_precision
 from flm_torchrec.training.checkpoint.manager import BEST, Checkpoints, Progress, load_checkpoint, load_matching
 from flm_torchrec.training.encoder import ModelEncoder
 from flm_torchrec.training.fusion_weights import choose_weights
 from flm_torchrec.training.given import check_given
 from flm_torchrec.training.identity import has_ids_of
+from flm_torchrec.training.loaders import make_loader
+from flm_torchrec.training.logger import Record
 from flm_torchrec.training.lookup_counts import lookups_of
 from flm_torchrec.training.loop import Finished, Validate, fit, total_steps
-from flm_torchrec.training.run_folder import Record, check_run_folder, claimed, open_run_folder
+from flm_torchrec.training.run_folder import check_run_folder, claimed, open_run_folder
 from flm_torchrec.training.scope import Scope, load_data, scope_of
 
 
@@ -202,91 +194,16 @@ class Job:
         record.say(f"fusion weights {named}: validation fused/{metric} {score:.4f}")
 
 
-def set_precision(config: Config, device: torch.device) -> None:
-    """Let products of float32 take TF32, or not.
-
-    Raises:
-        ConfigError: asked for on a CPU.
-    """
-    if config.loss.precision == "tf32" and device.type != "cuda":
-        raise ConfigError("loss.precision: tf32 is a precision of GPUs, and this runs on a CPU; use fp32 or bf16")
-    torch.set_float32_matmul_precision("high" if config.loss.precision == "tf32" else "highest")
 
 
-def build(
-    schema: Schema, config: Config, comm: Comm, looked: Callable[[], Mapping[str, Lookup]], freeze: bool = False
-) -> tuple[DistributedModelParallel, ShardingPlan]:
-    """The sharded model with its first weights, the same for any number of ranks.
-
-    Args:
-        looked: how often features are looked up; asked by the rank that plans.
-        freeze: keep from learning what `finetune.tower` says.
-    """
-    model = make_model(schema, config, comm)
-    if freeze:
-        model.dense.tower.freeze(config.finetune.tower)
-    check_managed(model, comm.world_size, config.distributed.sharding)
-    batch_size = -(-config.train.batch_size // comm.world_size)
-    plan = make_plan(model, comm, config.distributed, batch_size, config.train.sparse_optimizer, looked)
-    sliced = model.dense.tower.sliceable() if config.distributed.dense == "fsdp" else []
-    return shard(model, plan, comm, config.train, sliced, config.distributed.replicas), plan
 
 
-def make_model(schema: Schema, config: Config, comm: Comm) -> PretrainModel:
-    """The model with its first dense weights; its tables are on the meta device."""
-    torch.manual_seed(config.train.seed)
-    label = bool(config.finetune.source) and config.finetune.task == "label"
-    kind = LabelModel if label else PretrainModel
-    return kind(schema, config.model, config.loss, config.data.max_history + 1, comm)
 
 
-def make_loader(data: PreparedData, scope: Scope, config: Config, comm: Comm) -> Loader:
-    """This rank's training batches."""
-    if scope.stream is not None:
-        return _make_stream_loader(data, scope.stream, config, comm)
-    counts = np.bincount(data.item[scope.fit], minlength=data.schema.items)
-    labels = scope.labels.fit if scope.labels is not None else None
-    drawn = config.loss.negatives if labels is None else 0
-    sequences = -(-config.train.batch_size // comm.world_size)
-    return TrainLoader(
-        windows(data, scope.splits, config.data.max_history),
-        Assembler(
-            data,
-            scope.fit,
-            item_rows=_most_items(data.schema, config, comm, sequences),
-            labels=labels,
-            known=scope.known,
-        ),
-        Negatives(counts, drawn, config.loss.negative_power),
-        config.train.batch_size,
-        config.train.seed,
-        comm.rank,
-        comm.world_size,
-    )
 
 
-def _make_stream_loader(data: PreparedData, stream: Stream, config: Config, comm: Comm) -> StreamLoader:
-    assembler = Assembler(data, np.zeros(len(data.item), bool), known=stream.known)
-    loader = StreamLoader(
-        stream,
-        assembler,
-        Negatives(stream.counts, config.loss.negatives, config.loss.negative_power),
-        config.data.max_history,
-        config.train.batch_size,
-        config.train.seed,
-        comm.rank,
-        comm.world_size,
-    )
-    assembler.item_rows = _most_items(data.schema, config, comm, loader.most_sequences(config.train.epochs))
-    return loader
 
 
-def _most_items(schema: Schema, config: Config, comm: Comm, sequences: int) -> int:
-    """Most different items in a rank's batch of so many sequences, or 0 where ranks need not agree on it."""
-    if comm.world_size == 1:
-        return 0
-    drawn = schema.items if config.loss.negatives == "all" else config.loss.negatives
-    return min(schema.items, sequences * (config.data.max_history + 1) + -(-drawn // comm.world_size))
 
 
 def _sample(examples: Examples, most: int, seed: int) -> Examples:

@@ -19,14 +19,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from flm_torchrec.config import add_config_arguments, config_from_arguments
-from flm_torchrec.data.loader import Prefetch
+from flm_torchrec.data.prefetch import Prefetch
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import FlmError
 from flm_torchrec.training.checkpoint.manager import Checkpoints, Progress
 from flm_torchrec.training.guard import Guard
-from flm_torchrec.training.loop import STEPS
 from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.scope import load_data, scope_of
+from flm_torchrec.training.steps import STEPS
 from flm_torchrec.training.trainer import Job
 
 ORDER = (True, False, False, True)

@@ -37,11 +37,13 @@ from torch.utils.data import DataLoader, Dataset
 from flm_torchrec.config import load_config
 from flm_torchrec.data.collate import Assembler
 from flm_torchrec.data.dataset import EVENT_COLUMNS, PreparedData, load_prepared
-from flm_torchrec.data.loader import Negatives, TrainLoader, windows
+from flm_torchrec.data.loader import TrainLoader
+from flm_torchrec.data.negatives import Negatives
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import split
 from flm_torchrec.data.stream_loader import StreamLoader
 from flm_torchrec.data.survey import load_streamed
+from flm_torchrec.data.windows import windows
 from flm_torchrec.errors import FlmError
 from flm_torchrec.training.trainer import pretrain
 

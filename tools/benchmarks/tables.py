@@ -37,9 +37,9 @@ from flm_torchrec.data.dataset import EntityFeatures, PreparedData
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.training.guard import Guard
-from flm_torchrec.training.loop import PlainSteps
 from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.scope import scope_of
+from flm_torchrec.training.steps import PlainSteps
 from flm_torchrec.training.trainer import Job
 
 SIZES = (10**4, 10**5, 10**6, 10**7)

@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 
 from flm_torchrec.data.dataset import PreparedData, load_prepared
-from flm_torchrec.data.loader import windows
 from flm_torchrec.data.splits import split
+from flm_torchrec.data.windows import windows
 
 TOOLS = Path(__file__).resolve().parent
 OURS, PLAIN, RECBOLE = "train_ours.py", "train_plain.py", "train_recbole.py"

@@ -20,13 +20,13 @@ from train_peer import serve, specification
 
 from flm_torchrec.config import load_config
 from flm_torchrec.data.batch import Batch
-from flm_torchrec.data.loader import Prefetch
+from flm_torchrec.data.prefetch import Prefetch
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.evaluation.evaluate import evaluate_heads
 from flm_torchrec.training.guard import Guard
-from flm_torchrec.training.loop import STEPS
 from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.scope import load_data, scope_of
+from flm_torchrec.training.steps import STEPS
 from flm_torchrec.training.trainer import Job
 
 SPARSE = ("item_id", "item_features", "users", "history")

@@ -17,12 +17,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from flm_torchrec.data.hashing import gap_rows
+from flm_torchrec.data.text import split_words, word_bucket
 from flm_torchrec.documents import MOST_JSON_BYTES, read_text
 from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.export.parts import whole
 from flm_torchrec.export.tower.layout import DESCRIPTION, FOLDER, HISTORIES, ITEM, PROFILE, USER, Description
 from flm_torchrec.names import nearest
-from flm_torchrec.prepare.features import split_words, word_bucket
 from flm_torchrec.safe_text import first_line
 
 

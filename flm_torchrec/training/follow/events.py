@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 
 from flm_torchrec.data.dataset import PreparedData, spans, told_as_data_error
 from flm_torchrec.data.keys import NO_EVENT, json_text, keys
-from flm_torchrec.data.loader import Windows, cut
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.times import seconds
+from flm_torchrec.data.windows import Windows, cut
 from flm_torchrec.prepare.clean import rules
 
 FIELDS = ("user", "item", "timestamp", "event", "value")

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 
 from flm_torchrec.config import Config
 from flm_torchrec.data.collate import Assembler, Known
-from flm_torchrec.data.loader import Negatives, TrainLoader
+from flm_torchrec.data.loader import TrainLoader
+from flm_torchrec.data.negatives import Negatives
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import Interrupted, RunError
 from flm_torchrec.files import ANOTHER, mend_inside, replacing_file, telling, write_text
@@ -25,10 +26,11 @@ from flm_torchrec.training.follow.events import KEPT, Encoder, NewEvents, RowFor
 from flm_torchrec.training.follow.sources import Chunk, Source, open_source
 from flm_torchrec.training.guard import NON_FINITE, Guard
 from flm_torchrec.training.identity import open_run
-from flm_torchrec.training.loop import STEPS
-from flm_torchrec.training.run_folder import Record, claimed, open_run_folder
+from flm_torchrec.training.logger import Record
+from flm_torchrec.training.run_folder import claimed, open_run_folder
 from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.scope import ANY_RANKS, IN_MEMORY, load_data, scope_of
+from flm_torchrec.training.steps import STEPS
 from flm_torchrec.training.trainer import Job
 
 RATE = 0.1

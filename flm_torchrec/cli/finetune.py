@@ -1,0 +1,55 @@
+"""`flm finetune`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flm_torchrec.config import add_overrides, given_overrides, load_config, sections
+from flm_torchrec.errors import ConfigError
+
+FROM_SOURCE = "that of the source"
+FINETUNE_DEFAULTS = {
+    **dict.fromkeys(("data", "model", "loss", "distributed", "train", "eval"), FROM_SOURCE),
+    "data.stream": "False",
+    "distributed.plan": "none",
+    "distributed.replicas": "1",
+    "train.run": "none; must be given",
+    "train.existing": "refuse",
+    "train.select": f"{FROM_SOURCE}; label/auc for labels",
+    "finetune.source": "none; must be given",
+}
+"""What `flm finetune` takes for a setting that is not given, where that is not the schema's default."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `finetune` to the subcommands."""
+    parser = subparsers.add_parser(
+        "finetune",
+        help="train a pretrained run further: new users, a new domain, or telling labels",
+        description="Train a pretrained run further, for the next item or for labels, on its data or on other data, and"
+        " the same model from new weights as a control. Settings are those of the source unless given. Writes"
+        " RUN/pretrained, RUN/scratch and RUN/finetune.json.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--no-control", action="store_true", help="leave the control out")
+    add_overrides(parser, sections(), FINETUNE_DEFAULTS)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Fine-tune a pretrained run beside its control, and print the test metrics of both.
+
+    Raises:
+        FlmError: a setting, the source, the data or the run folder is wrong.
+    """
+    overrides = given_overrides(args)
+    source = load_config(None, overrides).finetune.source
+    if not source:
+        raise ConfigError("--finetune.source: name the run folder of the pretraining")
+    # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
+    from flm_torchrec.training.finetune import finetune, source_config
+
+    for start, test in finetune(source_config(Path(source), overrides), not args.no_control).items():
+        shown = [name for name in test if name.startswith(("label/", "fused/"))]
+        print(f"test, {start}: " + "  ".join(f"{name} {test[name]:.4f}" for name in shown))

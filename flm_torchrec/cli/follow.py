@@ -1,0 +1,57 @@
+"""`flm follow`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flm_torchrec.config import add_data_path, given_overrides
+from flm_torchrec.errors import ConfigError
+from flm_torchrec.names import nearest
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `follow` to the subcommands."""
+    parser = subparsers.add_parser(
+        "follow",
+        help="train a run further on new events as they come, from a folder or Kafka",
+        description="Train a run's best model further on new events as they come: whole Parquet or JSONL files put into"
+        " a folder, or JSON messages of a Kafka topic. Started again, it goes on where it was. Rows that cannot be"
+        " learnt from are counted in OUTPUT/follow.json.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", required=True, dest="run_folder", type=Path, metavar="DIR", help="run of 'flm train'")
+    parser.add_argument("--source", required=True, metavar="URL", help="folder, or kafka://HOST:PORT/TOPIC")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="run folder to write, or to go on in")
+    parser.add_argument(
+        "--columns", default="", metavar="FIELD=NAME,...",
+        help="what the source calls user, item, timestamp, event, value (default: just so)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--time-unit", choices=("s", "ms", "us", "ns"), default="s",
+        help="unit of numeric timestamps; dates are read as they are (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--once", action="store_true", help="end when there is nothing new (default: wait for more)")
+    add_data_path(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Learn from new events of a source, and print how many.
+
+    Raises:
+        FlmError: an option, the run, its data, the source or the output is wrong.
+    """
+    # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
+    from flm_torchrec.training.follow.events import FIELDS, RowForm
+    from flm_torchrec.training.follow.follower import follow
+
+    columns = {}
+    for part in filter(None, args.columns.split(",")):
+        field, equals, name = part.partition("=")
+        if field not in FIELDS or not equals:
+            raise ConfigError(f"--columns '{part}': write it as FIELD=NAME; {nearest(field, FIELDS)}")
+        columns[field] = name
+    rows = RowForm(columns, args.time_unit)
+    found = follow(args.run_folder, args.source, args.output, rows, args.once, given_overrides(args))
+    print(f"{args.output}: {found['events']} events learnt from, {found['refused']} rows refused")

@@ -1,0 +1,36 @@
+"""Items drawn as negatives, and their probability to be drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+
+class Negatives:
+    """Draws negatives by popularity ** power, the same for any number of ranks."""
+
+    def __init__(self, counts: np.ndarray, number: int | Literal["all"], power: float) -> None:
+        self.number = number
+        self.items = len(counts)
+        weights = np.where(counts > 0, counts, 0).astype(np.float64) ** power * (counts > 0)
+        self.cumulative = np.cumsum(weights / weights.sum())
+        popularity = counts / counts.sum()
+        # An item that is all of the data would be absent with probability 0; a bound keeps the logarithm finite.
+        absent = np.log1p(-np.minimum(np.stack([popularity, weights / weights.sum()], 1), 1 - 1e-6))
+        self.log_not_sampled = absent.astype(np.float32)
+
+    def draw(self, rng: np.random.Generator, rank: int, world_size: int) -> Candidates:
+        if self.number == "all":
+            return Candidates(np.arange(rank, self.items, world_size), None)
+        drawn = np.searchsorted(self.cumulative, rng.random(self.number), side="right")
+        return Candidates(np.minimum(drawn, self.items - 1)[rank::world_size], self.log_not_sampled)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Items that a step's softmax runs over on this rank, beside the targets."""
+
+    items: np.ndarray  # [K] int64
+    log_not_sampled: np.ndarray | None  # [items, 2] by item id; None: every item is a candidate, nothing is sampled

@@ -1,0 +1,74 @@
+"""Prepared interactions read from disk, row group by row group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flm_torchrec.data.dataset import EVENT_COLUMNS, check_columns, interaction_files, told_as_data_error
+
+BATCH = 2**17
+"""Rows of one step of a pass."""
+
+
+BUFFER = 2**20
+"""Bytes of a column that are read at once: what is not asked for of a row group is not read."""
+
+
+class RowGroups:
+    """The rows of `interactions/`, numbered through all files; no more than asked for is read.
+
+    Raises:
+        DataError: a file is missing or no Parquet, or lacks a column.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files = interaction_files(path)
+        self.metadata: list[pq.FileMetaData] = []
+        for file in self.files:
+            with told_as_data_error(file):
+                self.metadata.append(pq.read_metadata(file))
+            check_columns(file, ["user_id", *EVENT_COLUMNS], self.metadata[-1].schema.to_arrow_schema().names)
+        groups = [(f, g) for f, meta in enumerate(self.metadata) for g in range(meta.num_row_groups)]
+        self.groups = np.array(groups, np.int64).reshape(-1, 2)  # [groups, 2]: file, and which of its groups
+        sizes = [self.metadata[f].row_group(g).num_rows for f, g in groups]
+        self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])  # [groups + 1] first row of each
+
+    @property
+    def rows(self) -> int:
+        return int(self.starts[-1])
+
+    def scan(self, columns: Sequence[str]) -> Iterator[tuple[np.ndarray, ...]]:
+        """One pass over all rows, in order."""
+        for number, file in enumerate(self.files):
+            with told_as_data_error(file):
+                for batch in self._open(number).iter_batches(BATCH, columns=list(columns)):
+                    if len(batch):
+                        yield tuple(batch[name].to_numpy() for name in columns)
+
+    def read(self, start: int, stop: int, columns: Sequence[str] = EVENT_COLUMNS) -> dict[str, np.ndarray]:
+        """Rows `start:stop`, all of one file; of its row groups those are read that hold them, no further than that."""
+        first = int(np.searchsorted(self.starts, start, "right")) - 1
+        last = int(np.searchsorted(self.starts, stop, "left"))
+        number = int(self.groups[first, 0])
+        skip, wanted = start - int(self.starts[first]), stop - start
+        parts, have = [], 0
+        with told_as_data_error(self.files[number]):
+            batches = self._open(number).iter_batches(
+                skip + wanted, row_groups=self.groups[first:last, 1].tolist(), columns=list(columns), use_threads=False
+            )
+            for batch in batches:
+                parts.append(batch)
+                have += len(batch)
+                if have >= skip + wanted:
+                    break
+        table = pa.Table.from_batches(parts).slice(skip, wanted)
+        return {name: table[name].to_numpy() for name in columns}  # no copy where it is one batch
+
+    def _open(self, number: int) -> pq.ParquetFile:
+        return pq.ParquetFile(self.files[number], metadata=self.metadata[number], buffer_size=BUFFER)

@@ -1,0 +1,58 @@
+"""The sharded model of a run, with its first weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardingPlan
+
+from flm_torchrec.config import Config
+from flm_torchrec.data.schema import Schema
+from flm_torchrec.distributed.comm import Comm
+from flm_torchrec.distributed.managed import check_managed
+from flm_torchrec.distributed.shard import shard
+from flm_torchrec.errors import ConfigError
+from flm_torchrec.model.label import LabelModel
+from flm_torchrec.model.pretrain import PretrainModel
+from flm_torchrec.planner.constraints import Lookup
+from flm_torchrec.planner.plan import make_plan
+
+
+def set_precision(config: Config, device: torch.device) -> None:
+    """Let products of float32 take TF32, or not.
+
+    Raises:
+        ConfigError: asked for on a CPU.
+    """
+    if config.loss.precision == "tf32" and device.type != "cuda":
+        raise ConfigError("loss.precision: tf32 is a precision of GPUs, and this runs on a CPU; use fp32 or bf16")
+    torch.set_float32_matmul_precision("high" if config.loss.precision == "tf32" else "highest")
+
+
+def build(
+    schema: Schema, config: Config, comm: Comm, looked: Callable[[], Mapping[str, Lookup]], freeze: bool = False
+) -> tuple[DistributedModelParallel, ShardingPlan]:
+    """The sharded model with its first weights, the same for any number of ranks.
+
+    Args:
+        looked: how often features are looked up; asked by the rank that plans.
+        freeze: keep from learning what `finetune.tower` says.
+    """
+    model = make_model(schema, config, comm)
+    if freeze:
+        model.dense.tower.freeze(config.finetune.tower)
+    check_managed(model, comm.world_size, config.distributed.sharding)
+    batch_size = -(-config.train.batch_size // comm.world_size)
+    plan = make_plan(model, comm, config.distributed, batch_size, config.train.sparse_optimizer, looked)
+    sliced = model.dense.tower.sliceable() if config.distributed.dense == "fsdp" else []
+    return shard(model, plan, comm, config.train, sliced, config.distributed.replicas), plan
+
+
+def make_model(schema: Schema, config: Config, comm: Comm) -> PretrainModel:
+    """The model with its first dense weights; its tables are on the meta device."""
+    torch.manual_seed(config.train.seed)
+    label = bool(config.finetune.source) and config.finetune.task == "label"
+    kind = LabelModel if label else PretrainModel
+    return kind(schema, config.model, config.loss, config.data.max_history + 1, comm)

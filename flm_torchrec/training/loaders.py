@@ -1,0 +1,66 @@
+"""Which loader a run has, and how its batches are shaped."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flm_torchrec.config import Config
+from flm_torchrec.data.collate import Assembler
+from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.data.loader import Loader, TrainLoader
+from flm_torchrec.data.negatives import Negatives
+from flm_torchrec.data.schema import Schema
+from flm_torchrec.data.stream_loader import StreamLoader
+from flm_torchrec.data.survey import Stream
+from flm_torchrec.data.windows import windows
+from flm_torchrec.distributed.comm import Comm
+from flm_torchrec.training.scope import Scope
+
+
+def make_loader(data: PreparedData, scope: Scope, config: Config, comm: Comm) -> Loader:
+    """This rank's training batches."""
+    if scope.stream is not None:
+        return _make_stream_loader(data, scope.stream, config, comm)
+    counts = np.bincount(data.item[scope.fit], minlength=data.schema.items)
+    labels = scope.labels.fit if scope.labels is not None else None
+    drawn = config.loss.negatives if labels is None else 0
+    sequences = -(-config.train.batch_size // comm.world_size)
+    return TrainLoader(
+        windows(data, scope.splits, config.data.max_history),
+        Assembler(
+            data,
+            scope.fit,
+            item_rows=_most_items(data.schema, config, comm, sequences),
+            labels=labels,
+            known=scope.known,
+        ),
+        Negatives(counts, drawn, config.loss.negative_power),
+        config.train.batch_size,
+        config.train.seed,
+        comm.rank,
+        comm.world_size,
+    )
+
+
+def _make_stream_loader(data: PreparedData, stream: Stream, config: Config, comm: Comm) -> StreamLoader:
+    assembler = Assembler(data, np.zeros(len(data.item), bool), known=stream.known)
+    loader = StreamLoader(
+        stream,
+        assembler,
+        Negatives(stream.counts, config.loss.negatives, config.loss.negative_power),
+        config.data.max_history,
+        config.train.batch_size,
+        config.train.seed,
+        comm.rank,
+        comm.world_size,
+    )
+    assembler.item_rows = _most_items(data.schema, config, comm, loader.most_sequences(config.train.epochs))
+    return loader
+
+
+def _most_items(schema: Schema, config: Config, comm: Comm, sequences: int) -> int:
+    """Most different items in a rank's batch of so many sequences, or 0 where ranks need not agree on it."""
+    if comm.world_size == 1:
+        return 0
+    drawn = schema.items if config.loss.negatives == "all" else config.loss.negatives
+    return min(schema.items, sequences * (config.data.max_history + 1) + -(-drawn // comm.world_size))

@@ -1,0 +1,92 @@
+"""One training step: plain on a CPU, pipelined on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from flm_torchrec.data.batch import Batch
+from flm_torchrec.distributed.replicas import average_replicas
+from flm_torchrec.model.pretrain import Outputs
+from flm_torchrec.training.guard import Guard
+from flm_torchrec.training.schedule import Schedule
+
+
+class PlainSteps:
+    """Forward, backward, update, one batch after the other."""
+
+    def __init__(
+        self, model: DistributedModelParallel, optimizer: Optimizer, schedule: Schedule, device: torch.device,
+        guard: Guard,
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.device = device
+        self.guard = guard
+
+    def take(self, batches: Iterator[Batch], step: int) -> Outputs | None:
+        """Learn from the next batch, which is that of the step, counted from 0; None if the guard had it left out."""
+        self.schedule.set(step)
+        self.optimizer.zero_grad()
+        batch = next(batches).to(self.device)
+        loss, outputs = self.model(batch)
+        if not self.guard.passes(step + 1, batch, loss, outputs):
+            return None
+        loss.backward()
+        self.optimizer.step()
+        average_replicas(self.model)  # as TorchRec's pipeline does by itself
+        return outputs
+
+    def release(self) -> None:
+        """Let others use the model until the next step."""
+
+
+class PipelinedSteps(TrainPipelineSparseDist[Batch, Outputs]):
+    """The same, the next batch's copy to the device and its input distribution overlapping this one's compute."""
+
+    def __init__(
+        self, model: DistributedModelParallel, optimizer: Optimizer, schedule: Schedule, device: torch.device,
+        guard: Guard,
+    ) -> None:  # fmt: skip
+        super().__init__(model, optimizer, device, execute_all_batches=True, custom_model_fwd=self._forward)
+        self.schedule = schedule
+        self.guard = guard
+        self.number = 0
+        self.learns = True
+
+    def take(self, batches: Iterator[Batch], step: int) -> Outputs | None:
+        """As `PlainSteps.take`."""
+        self.schedule.set(step)
+        self.number = step + 1
+        outputs = self.progress(batches)
+        return outputs if self.learns else None
+
+    def release(self) -> None:
+        """Let others use the model until the next step: its modules would give them what is on its way for that."""
+        if self._model_attached:
+            self.detach()
+
+    def _forward(self, batch: Batch | None) -> tuple[Tensor, Outputs]:
+        loss, outputs = self._model(batch)
+        assert batch is not None
+        self.made = batch, outputs
+        return loss, outputs
+
+    def _backward(self, losses: Tensor) -> None:
+        # Asked here and not in forward: by now the input distribution of the next batch is under way.
+        self.learns = self.guard.passes(self.number, self.made[0], losses, self.made[1])
+        if self.learns:
+            super()._backward(losses)
+
+    def _optimizer_step(self) -> None:
+        if self.learns:
+            super()._optimizer_step()
+
+
+STEPS: dict[str, type[PlainSteps] | type[PipelinedSteps]] = {"cpu": PlainSteps, "cuda": PipelinedSteps}
