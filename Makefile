@@ -12,10 +12,11 @@ EXTRAS := $(VENV)/extras
 PIP = $(BIN)/pip install -qq
 # README.md must work without the extras: in .venv while it has none, else in an environment of its own.
 BASE := $(if $(wildcard $(EXTRAS)),.venv-base,$(VENV))
+CODE = flm_torchrec launch tests tools
 # A CUDA driver decides which build of torch and fbgemm can load.
 DRIVER := $(shell (ldconfig -p 2>/dev/null | grep -q libcuda.so.1 || command -v nvidia-smi >/dev/null 2>&1) && echo gpu || echo cpu)
 
-.PHONY: help venv extras train test check-base lint beauty ml-100k clean
+.PHONY: help venv extras train test check check-base lint format beauty ml-100k clean
 
 help:
 	@echo "make train    set up, then prepare, pretrain, evaluate, export and recommend on synthetic data"
@@ -23,6 +24,7 @@ help:
 	@echo "make beauty   the same as train on Amazon Beauty in FLM_DATA/beauty  (FLM_DATA=$(FLM_DATA))"
 	@echo "make ml-100k  the same on MovieLens 100K in FLM_DATA/ml-100k"
 	@echo "make check-base  the commands of README.md alone, without the extras; make lint: style and types alone"
+	@echo "make check T=tests/model   one folder or file of tests; make format formats the code"
 	@echo "make extras   set up the optional parts too: Spark, Kafka, vector databases (make test does this itself)"
 	@echo "make venv     set up only; make clean removes .venv and caches, keeps data and runs"
 
@@ -73,8 +75,17 @@ ml-100k: $(STAMP)
 	$(call job,ml-100k,movielens-100k,--input $(FLM_DATA)/ml-100k,196)
 
 lint: $(STAMP)
-	$(BIN)/ruff check flm_torchrec launch tests tools
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+# One folder or file of tests: make check T=tests/model
+check: $(STAMP)
+	$(BIN)/pytest $(T)
 
 # The tests of the optional parts skip themselves where the extras are not installed.
 check-base:

@@ -62,9 +62,7 @@ def redact(text: str, *addresses: str) -> str:
     """
     secrets = sorted({s for a in addresses for s in _secrets(a)}, key=lambda s: (-len(s), s))
     if secrets:
-        either = "|".join(
-            re.escape(s) if len(s) >= SHORTEST else rf"(?<!\w){re.escape(s)}(?!\w)" for s in secrets
-        )
+        either = "|".join(re.escape(s) if len(s) >= SHORTEST else rf"(?<!\w){re.escape(s)}(?!\w)" for s in secrets)
         text = re.sub(either, MASK, text, flags=re.IGNORECASE)
     text = USER.sub(rf"\1{MASK}@", text)
     for pattern in (ASSIGNED, MEMBER, HEADER):

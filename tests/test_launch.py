@@ -115,7 +115,14 @@ def test_variables_of_ones_own_do_not_lose_the_environment() -> None:
 def test_two_hosts_train_one_job(small: PreparedData, tmp_path: Path) -> None:
     """In network namespaces where this machine allows them, else on two loopback addresses, as the tool then says."""
     options = ["--data.path", str(small.path), "--train.max_steps", "4", "--train.log_every", "4", "--model.dim", "16"]
-    command = [sys.executable, str(ROOT / "tools" / "faults" / "two_hosts.py"), "--output", str(tmp_path), "--", *options]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "faults" / "two_hosts.py"),
+        "--output",
+        str(tmp_path),
+        "--",
+        *options,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert re.search("^two (network namespaces|agents on two loopback addresses)", done.stdout, re.MULTILINE)

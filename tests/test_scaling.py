@@ -23,7 +23,14 @@ from tests.conftest import ROOT
 
 def test_estimates_are_near_what_is_counted(small: PreparedData, tmp_path: Path) -> None:
     output = tmp_path / "study"
-    command = [sys.executable, str(ROOT / "tools" / "studies" / "scaling_study.py"), "--output", str(output), "--ranks", "2"]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "studies" / "scaling_study.py"),
+        "--output",
+        str(output),
+        "--ranks",
+        "2",
+    ]
     settings = ["--", f"data.path={small.path}", "model.dim=32"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

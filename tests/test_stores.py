@@ -107,9 +107,7 @@ def test_search_finds_what_brute_force_does_and_loading_twice_is_as_once(
         ("postgresql://nobody:secret@127.0.0.1:1/none", "items", "127.0.0.1"),
     ],
 )
-def test_a_wrong_place_is_one_line(
-    source: Source, tmp_path: Path, to: str, collection: str, message: str
-) -> None:
+def test_a_wrong_place_is_one_line(source: Source, tmp_path: Path, to: str, collection: str, message: str) -> None:
     kind = to.partition(":")[0]
     pytest.importorskip(CLIENTS.get(kind, "numpy"))
     (tmp_path / "file").touch()

@@ -167,9 +167,7 @@ def test_files_that_went_are_known_when_they_come_again_but_not_for_ever(
     assert follower.take() == []
 
 
-def test_what_is_no_file_is_told_and_never_ends_the_follower(
-    incoming: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_no_file_is_told_and_never_ends_the_follower(incoming: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (incoming / "spark.parquet").mkdir()
     pq.write_table(pa.table({"n": [1]}), incoming / "spark.parquet/part-0.parquet")
     (incoming / "gone.jsonl").symlink_to("nowhere")

@@ -117,9 +117,7 @@ def test_memory_of_tables_is_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "tools").glob("*.py")), ids=lambda file: file.stem)
-def test_every_tool_has_a_help(
-    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_tool_has_a_help(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", [str(file), "--help"])
     monkeypatch.syspath_prepend(str(file.parent))
     monkeypatch.setenv("MPLBACKEND", "agg")

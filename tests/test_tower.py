@@ -220,7 +220,7 @@ from pathlib import Path
 import numpy as np
 from flm_torchrec.export.tower.reader import Query, Tower
 import flm_torchrec.serve.app
-tower = Tower(Path({str(case.folder / 'int8')!r}))
+tower = Tower(Path({str(case.folder / "int8")!r}))
 print(tower.represent([Query(tower.known_history(1), 1)], np.zeros((0, 16), np.float32))[0].heads.shape)
 loaded = ["torchrec", "fbgemm_gpu", *("flm_torchrec." + name for name in ("model", "training", "distributed"))]
 print([name for name in loaded if name in sys.modules])

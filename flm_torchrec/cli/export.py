@@ -55,12 +55,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
 
 
-
-
-
-
-
-
 def run(args: argparse.Namespace) -> None:
     """Export the best model of a run, whole or as a delta, and print one line about the export.
 
@@ -110,10 +104,6 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.output}: {done}")
 
 
-
-
-
-
 def _changes(delta: Delta) -> str:
     parts = [
         f"{delta.changed[e]} of {whole} {e} new or changed, {delta.removed[e]} gone"
@@ -133,5 +123,3 @@ def summary(manifest: Manifest) -> str:
     if quality:
         line += f"; {manifest.quantise} changes NDCG@10 of validation by {quality['fused']['change']:+.2%}"
     return f"{line}; model {manifest.model_version}"
-
-

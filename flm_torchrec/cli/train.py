@@ -34,7 +34,3 @@ def run(args: argparse.Namespace) -> None:
     from flm_torchrec.training.trainer import pretrain
 
     pretrain(config)
-
-
-
-

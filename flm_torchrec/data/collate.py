@@ -21,8 +21,6 @@ LEAST_SPREAD = 1e-6
 """Standard deviation of values below which they are all the same."""
 
 
-
-
 @dataclass(frozen=True)
 class Events:
     """Interactions that spans point into: all of a data set, or those of one batch of a stream."""

@@ -215,9 +215,7 @@ def _keys(file: Path, column: str) -> list[str]:
     return _read(file, [column])[column].to_pylist()
 
 
-def check_rows(
-    user: np.ndarray, item: np.ndarray, schema: Schema, path: Path, first: int = 0, after: int = 0
-) -> None:
+def check_rows(user: np.ndarray, item: np.ndarray, schema: Schema, path: Path, first: int = 0, after: int = 0) -> None:
     """Raise DataError where an id is outside the schema, or users are not in order.
 
     Args:

@@ -32,7 +32,3 @@ def look_ups(table: Table, ids: np.ndarray) -> np.ndarray:
 def gap_rows(since: np.ndarray, buckets: int) -> np.ndarray:
     """[n] seconds since the event before → [n] rows of the table of gaps, by log2; row 0 is the prefix's."""
     return np.minimum(np.log2(since + 1).astype(np.int64), buckets - 2) + 1
-
-
-
-

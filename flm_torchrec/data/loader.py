@@ -85,7 +85,3 @@ class TrainLoader(Loader):
         short = -(-len(rows) // self.world_size) - len(mine)
         pad = np.zeros(short, np.int64)
         return np.concatenate([user, pad]), np.concatenate([start, pad]), np.concatenate([end, pad])
-
-
-
-

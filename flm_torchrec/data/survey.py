@@ -22,8 +22,6 @@ BINS = 2**16
 """Of a histogram of timestamps: two passes find one second in 136 years."""
 
 
-
-
 @dataclass(frozen=True)
 class Stream:
     """All interactions on disk, and what training must know of them: O(users + items) in memory."""
@@ -141,9 +139,7 @@ def order_statistics(groups: RowGroups, ranks: Sequence[int]) -> list[int]:
     return low
 
 
-def _survey(
-    groups: RowGroups, schema: Schema, rule: Rule, offsets: np.ndarray, train_end: np.ndarray
-) -> Stream:
+def _survey(groups: RowGroups, schema: Schema, rule: Rule, offsets: np.ndarray, train_end: np.ndarray) -> Stream:
     """What the rows up to `train_end` tell: counts of items, known ids, mean and deviation of values."""
     nothing = Known(np.zeros(schema.items, np.float32), np.zeros(schema.users, np.float32), 0.0, 0.0)
     stream = Stream(groups, rule, offsets, train_end, np.zeros(schema.items, np.int64), nothing, 0)

@@ -100,10 +100,6 @@ def _text(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:
     return Encoded(feature, [text.rename(declared.name), tokens], None)
 
 
-
-
-
-
 def _numeric(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:
     numbers = column.cast(pl.Float64)
     numbers = numbers.set(~numbers.is_finite().fill_null(False), None)

@@ -83,8 +83,6 @@ def forget_rows(folder: Path, keys: Iterable[str]) -> dict[str, int]:
     return counts
 
 
-
-
 def unused_codes(folder: Path, features: Sequence[Feature]) -> np.ndarray:
     """[n] codes that no user has in any of these user features, which share a table."""
     used = np.zeros(max(f.cardinality for f in features), bool)
@@ -181,8 +179,6 @@ def _copy_vocabularies(folder: Path, fresh: Path, used: Mapping[str, np.ndarray]
         values = [v if there[c] else tombstone(c) for c, v in zip(codes, table["value"].to_pylist(), strict=True)]
         place = table.column_names.index("value")
         pq.write_table(table.set_column(place, "value", pa.array(values, table["value"].type)), file)
-
-
 
 
 def _without(report: dict[str, Any], keys: set[str], counts: Mapping[str, int], before: str) -> dict[str, Any]:

@@ -181,5 +181,3 @@ def _attribute(lists: pa.ListArray) -> Attribute:
         rows=items[order],
         starts=np.concatenate([[0], np.cumsum(counts)]),
     )
-
-

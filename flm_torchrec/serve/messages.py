@@ -17,8 +17,11 @@ Key = Annotated[str, Field(min_length=1, max_length=512)]
 Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
 Seconds = Annotated[int, Field(ge=0, le=LATEST)]
 Text = Annotated[str, Field(max_length=2000)]
-FeatureValue = Text | Annotated[int, Field(ge=-(2**53), le=2**53)] | Finite | (
-    Annotated[list[Text], Field(max_length=MOST_VALUES)] | Annotated[list[Finite], Field(max_length=4096)]
+FeatureValue = (
+    Text
+    | Annotated[int, Field(ge=-(2**53), le=2**53)]
+    | Finite
+    | (Annotated[list[Text], Field(max_length=MOST_VALUES)] | Annotated[list[Finite], Field(max_length=4096)])
 )
 Features = Annotated[dict[Key, FeatureValue], Field(max_length=MOST_VALUES)]
 Values = Annotated[list[Key], Field(min_length=1, max_length=MOST_VALUES)]

@@ -262,6 +262,7 @@ class Service:
             np.array(times, np.int64),
         )
 
+
 def _item(now: Generation, row: int) -> dict[str, Any]:
     return {"item": now.key(row), "title": now.title(row), "attributes": now.attributes(row)}
 

@@ -160,13 +160,3 @@ class _Best:
 def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     total = config.epochs * steps_per_epoch
     return min(total, config.max_steps) if config.max_steps else total
-
-
-
-
-
-
-
-
-
-

@@ -127,8 +127,7 @@ def open_run_folder(config: Config, data: PreparedData, comm: Comm, steps: int) 
         raise RunError(f"{folder}: not seen by rank {blind[0]}; --train.run must be on storage that all nodes share")
     return records[0] if comm.main else Record(None, steps, resumed)
 
-
-            # A full disk, of which `error` tells.
+    # A full disk, of which `error` tells.
 
 
 class _LogFile(logging.FileHandler):

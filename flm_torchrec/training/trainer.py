@@ -194,17 +194,5 @@ class Job:
         record.say(f"fusion weights {named}: validation fused/{metric} {score:.4f}")
 
 
-
-
-
-
-
-
-
-
-
-
-
-
 def _sample(examples: Examples, most: int, seed: int) -> Examples:
     return examples.take(sampled(len(examples), most, seed)) if most else examples

@@ -192,9 +192,7 @@ async def swap(port: int, exports: Sequence[Path], swaps: int, seconds: float) -
 async def soak(
     port: int, bodies: list[bytes], connections: int, seconds: float, exports: Sequence[Path], swaps: int
 ) -> Tally:
-    tally, _ = await asyncio.gather(
-        load(port, bodies, connections, seconds), swap(port, exports, swaps, seconds)
-    )
+    tally, _ = await asyncio.gather(load(port, bodies, connections, seconds), swap(port, exports, swaps, seconds))
     return tally
 
 

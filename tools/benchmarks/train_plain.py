@@ -29,9 +29,7 @@ class SASRec(nn.Module):
         self.position = nn.Embedding(length, dim)
         nn.init.normal_(self.item.weight, std=0.02)
         nn.init.normal_(self.position.weight, std=0.02)
-        block = nn.TransformerEncoderLayer(
-            dim, heads, 4 * dim, dropout, F.gelu, batch_first=True, norm_first=True
-        )
+        block = nn.TransformerEncoderLayer(dim, heads, 4 * dim, dropout, F.gelu, batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(block, layers, nn.LayerNorm(dim), enable_nested_tensor=False)
         self.dropout = nn.Dropout(dropout)
 
@@ -52,9 +50,7 @@ class Plain:
         data = np.load(spec["file"])
         self.bf16 = spec["precision"] == "bf16"
         self.length, self.items = spec["length"], int(data["items"])
-        self.model = SASRec(
-            self.items, self.length + 1, spec["dim"], spec["layers"], spec["heads"], spec["dropout"]
-        )
+        self.model = SASRec(self.items, self.length + 1, spec["dim"], spec["layers"], spec["heads"], spec["dropout"])
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=spec["lr"], weight_decay=0.01)
         train = torch.from_numpy(data["train"]).split(np.diff(data["train_offsets"]).tolist())
         self.valid = torch.from_numpy(data["valid"]).split(np.diff(data["valid_offsets"]).tolist())
