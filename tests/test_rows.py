@@ -173,8 +173,8 @@ def test_a_row_that_a_new_id_takes_starts_from_nothing() -> None:
 
 
 def test_a_churn_of_new_ids_stays_in_its_memory_and_spares_the_regular_ones() -> None:
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "faults" / "churn.py"), "--ids", "200000", "--rows", "10000",
-               "--regulars", "5000", "--batch", "2048"]  # fmt: skip
+    churn = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "faults" / "churn.py")]
+    command = [*churn, "--ids", "200000", "--rows", "10000", "--regulars", "5000", "--batch", "2048"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -16,7 +16,6 @@ from torch.utils.tensorboard import SummaryWriter
 from flm_torchrec.files import telling, write_text
 from flm_torchrec.safe_text import redact, visible
 from flm_torchrec.terminal import PlainConsole
-from flm_torchrec.training.run_folder import GO_ON, _LogFile
 
 
 class Record(AbstractContextManager["Record"]):
@@ -32,7 +31,7 @@ class Record(AbstractContextManager["Record"]):
         self.curves = SummaryWriter(str(folder / "tensorboard"))
         self.console = PlainConsole()
         self.log = logging.Logger("flm_torchrec")
-        handler = _LogFile(folder / "train.log")
+        handler = LogFile(folder / "train.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self.log.addHandler(handler)
         self.progress = Progress(
@@ -105,3 +104,13 @@ class Record(AbstractContextManager["Record"]):
         except OSError:
             if error is None:
                 raise
+
+
+GO_ON = "go on with --train.existing resume"
+
+
+class LogFile(logging.FileHandler):
+    """Raises what the disk says, in place of a traceback on standard error for each line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -19,7 +18,6 @@ from flm_torchrec.training.identity import FINGERPRINT, STARTED_IN, made_with, r
 from flm_torchrec.training.logger import Record
 
 ANOTHER_RUN = "give another --train.run"
-GO_ON = "go on with --train.existing resume"
 FREE = (
     "distributed", "eval", "data.path", "train.run", "train.existing", "train.log_every", "train.checkpoint_every",
     "train.non_finite",
@@ -128,10 +126,3 @@ def open_run_folder(config: Config, data: PreparedData, comm: Comm, steps: int) 
     return records[0] if comm.main else Record(None, steps, resumed)
 
     # A full disk, of which `error` tells.
-
-
-class _LogFile(logging.FileHandler):
-    """Raises what the disk says, in place of a traceback on standard error for each line."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        raise
