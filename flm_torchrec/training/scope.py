@@ -14,7 +14,7 @@ from flm_torchrec.data.splits import Examples, Splits, split, split_by
 from flm_torchrec.data.survey import Stream, StreamedData, hide_values, load_streamed
 from flm_torchrec.training.identity import has_ids_of, read_config
 
-ANY_RANKS = ("distributed.plan=''", "distributed.replicas=1")
+ANY_RANKS = ("distributed.plan=", "distributed.replicas=1")
 """Laid over a run's config where it is read back: its plan and replicas may be for another number of ranks."""
 IN_MEMORY = "data.stream=false"
 """Laid over it where every user's events are needed."""
