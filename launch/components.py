@@ -13,10 +13,16 @@ from torchx.components import dist
 from torchx.specs.finder import ComponentValidationException
 
 RANGES = {
-    "nodes": (1, 100_000), "nproc_per_node": (1, 1024), "cpu": (1, 4096), "gpu": (0, 1024), "memory_gib": (1, 2**20),
-    "max_retries": (0, 1000), "max_restarts": (0, 1000), "rdzv_port": (0, 65535),
-}  # fmt: skip
-"""Least and most of each number that `pretrain` takes."""
+    "nodes": (1, 100_000),
+    "nproc_per_node": (1, 1024),
+    "cpu": (1, 4096),
+    "gpu": (0, 1024),
+    "memory_gib": (1, 2**20),
+    "max_retries": (0, 1000),
+    "max_restarts": (0, 1000),
+    "rdzv_port": (0, 65535),
+}
+"""Minimum and maximum of each number that `pretrain` takes."""
 
 
 def pretrain(
@@ -44,26 +50,24 @@ def pretrain(
         memory_gib: host memory of each machine in GiB
         image: container image with the package installed (kubernetes, aws_batch); slurm runs in the submitting
             folder
-        max_retries: times the scheduler starts the job anew after a failure; with --train.existing resume it goes on
-        max_restarts: times torchrun starts all ranks anew after one failed; they go on where they were
-        rdzv_port: port on the first machine where agents meet; 0: one that is free here, so that two jobs on one
+        max_retries: times the scheduler restarts the job after a failure; with --train.existing resume it resumes
+        max_restarts: times torchrun restarts all ranks after one failed; they resume from the newest checkpoint
+        rdzv_port: port on the first machine where agents meet; 0: a port that is free here, so that two jobs on one
             machine do not meet
         env: environment variables, A=1,B=2
         mounts: type=bind,src=/host,dst=/job and so on, as torchx takes them
     """
-    given = {
-        "nodes": nodes, "nproc_per_node": nproc_per_node, "cpu": cpu, "gpu": gpu, "memory_gib": memory_gib,
-        "max_retries": max_retries, "max_restarts": max_restarts, "rdzv_port": rdzv_port,
-    }  # fmt: skip
-    for name, value in given.items():
-        low, high = RANGES[name]
-        if not low <= value <= high:
-            raise ComponentValidationException(f"--{name} {value}: give {low:,} to {high:,}")
-    if gpu and nproc_per_node > gpu:
-        # torchx shows this error as a line, any other as a traceback.
-        raise ComponentValidationException(
-            f"--nproc_per_node {nproc_per_node} is more than --gpu {gpu}: a rank takes one GPU; lower the first"
-        )
+    numbers = {
+        "nodes": nodes,
+        "nproc_per_node": nproc_per_node,
+        "cpu": cpu,
+        "gpu": gpu,
+        "memory_gib": memory_gib,
+        "max_retries": max_retries,
+        "max_restarts": max_restarts,
+        "rdzv_port": rdzv_port,
+    }
+    _check_numbers(numbers)
     return dist.ddp(
         *script_args,
         m="flm_torchrec.train",
@@ -73,13 +77,30 @@ def pretrain(
         gpu=gpu,
         memMB=memory_gib * 1024,
         j=f"{nodes}x{nproc_per_node}",
-        # Finds .venv for jobs that start in this folder; in an image, which has no such file, bash passes over it.
-        # PET_…: an option of torchrun that dist.ddp has none for.
+        # launch/env.sh finds .venv for jobs that start in this folder. An image has no such file: bash ignores that.
+        # PET_MAX_RESTARTS sets an option of torchrun that dist.ddp does not offer.
         env={"BASH_ENV": "launch/env.sh", "PET_MAX_RESTARTS": str(max_restarts), **(env or {})},
         max_retries=max_retries,
         rdzv_port=rdzv_port or _free_port(),
         mounts=mounts,
     )
+
+
+def _check_numbers(numbers: Dict[str, int]) -> None:
+    """Refuse numbers out of range, and more ranks than GPUs.
+
+    Raises:
+        ComponentValidationException: torchx shows this error as one line, any other as a traceback.
+    """
+    for name, value in numbers.items():
+        low, high = RANGES[name]
+        if not low <= value <= high:
+            raise ComponentValidationException(f"--{name} {value}: give {low:,} to {high:,}")
+    ranks, gpu = numbers["nproc_per_node"], numbers["gpu"]
+    if gpu and ranks > gpu:
+        raise ComponentValidationException(
+            f"--nproc_per_node {ranks} is more than --gpu {gpu}: a rank takes one GPU; lower the first"
+        )
 
 
 def _free_port() -> int:
