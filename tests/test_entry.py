@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from flm_torchrec.cli import BROKEN_PIPE, STEPS, main
 from flm_torchrec.cli.forget import _lines
+from flm_torchrec.cli.main import BROKEN_PIPE, STEPS, main
 from flm_torchrec.data.dataset import PreparedData
 
 

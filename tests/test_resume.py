@@ -37,8 +37,8 @@ from flm_torchrec.data.windows import windows
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.distributed.join import fresh_store
 from flm_torchrec.errors import Interrupted, RunError
+from flm_torchrec.training.checkpoint import manager as checkpoint
 from flm_torchrec.training.checkpoint import storage
-from flm_torchrec.training.checkpoint.manager import manager as checkpoint
 from flm_torchrec.training.encoder import ModelEncoder
 from flm_torchrec.training.guard import Guard, NonFinite, as_arrays, from_arrays
 from flm_torchrec.training.run_folder import check_run_folder, open_run_folder

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flm_torchrec.errors import DataError
-from flm_torchrec.training.follow.follower import kafka as stream_kafka
-from flm_torchrec.training.follow.follower import sources as stream_source
+from flm_torchrec.training.follow import kafka as stream_kafka
+from flm_torchrec.training.follow import sources as stream_source
 from flm_torchrec.training.follow.sources import Folder, open_source
 
 

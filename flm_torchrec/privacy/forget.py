@@ -23,7 +23,8 @@ from flm_torchrec.data.schema import Schema
 from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.files import leftovers, mend, mend_inside, replacing, replacing_file, telling
 from flm_torchrec.privacy.forget_in_data import forget_rows, forgotten_users, keys_and_ids, nearest_keys, unused_codes
-from flm_torchrec.training.checkpoint.manager import ASIDE, CHECKPOINTS, storage
+from flm_torchrec.training.checkpoint import storage
+from flm_torchrec.training.checkpoint.manager import ASIDE, CHECKPOINTS
 from flm_torchrec.training.follow.events import KEPT
 from flm_torchrec.training.identity import FINGERPRINT, made_with
 
