@@ -52,16 +52,29 @@ class Gather(Protocol):
 class Loss(Protocol):
     """A part of L. Its value is this rank's share of the mean over all ranks."""
 
-    def parameters(self) -> Iterable[nn.Parameter]:
-        """What it learns beside tables and tower."""
+    def learned(self) -> dict[str, nn.Parameter | nn.ParameterDict]:
+        """What it learns beside tables and tower, by its name in the state of `Dense`."""
 
     def __call__(self, batch: Batch, encoded: Encoded) -> tuple[Tensor, dict[str, Tensor]]:
         """[] to add to L, weighted; and by name, [] without weight and gradient."""
 
 
+def make_losses(config: LossConfig, described: bool, gather: Gather) -> tuple[Loss, ...]:
+    """The parts of L that a config asks for.
+
+    Args:
+        described: items have features. Without any, every item has the same content, which says nothing of its id.
+    """
+    losses: list[Loss] = [NextItemLoss(config, gather)]
+    if config.attribute > 0 and described:
+        losses.append(AttributeContrast(config.attribute, gather))
+    return tuple(losses)
+
+
 def unused(losses: Iterable[Loss]) -> Tensor:
     """[] zero, which gives all parameters of these losses a gradient of zero."""
-    parameters: list[Tensor] = [parameter for loss in losses for parameter in loss.parameters()]
+    learned = [value for loss in losses for value in loss.learned().values()]
+    parameters = [p for value in learned for p in (value.values() if isinstance(value, nn.ParameterDict) else (value,))]
     return 0.0 * torch.stack(parameters).sum()
 
 
@@ -74,9 +87,9 @@ class NextItemLoss:
         start = -math.log(config.temperature)
         self.log_scale = nn.ParameterDict({name: nn.Parameter(torch.tensor(start)) for name in REPRESENTATIONS})
 
-    def parameters(self) -> Iterable[nn.Parameter]:
+    def learned(self) -> dict[str, nn.Parameter | nn.ParameterDict]:
         """Log of the inverse temperature of each softmax."""
-        return self.log_scale.values()
+        return {"log_scale": self.log_scale}
 
     def __call__(self, batch: Batch, encoded: Encoded) -> tuple[Tensor, dict[str, Tensor]]:
         """As of `Loss`."""
@@ -120,9 +133,9 @@ class AttributeContrast:
         self.gather = gather
         self.scale = nn.Parameter(torch.tensor(ATTRIBUTE_LOG_SCALE))
 
-    def parameters(self) -> Iterable[nn.Parameter]:
+    def learned(self) -> dict[str, nn.Parameter | nn.ParameterDict]:
         """Log of the inverse temperature."""
-        return (self.scale,)
+        return {"attribute_scale": self.scale}
 
     def __call__(self, batch: Batch, encoded: Encoded) -> tuple[Tensor, dict[str, Tensor]]:
         """As of `Loss`."""

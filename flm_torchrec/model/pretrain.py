@@ -11,7 +11,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 from flm_torchrec.config.schema import LossConfig, ModelConfig
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.schema import Schema
-from flm_torchrec.model.losses import AttributeContrast, Gather, Loss, NextItemLoss
+from flm_torchrec.model.losses import Gather, make_losses
 from flm_torchrec.model.tables import history_tables, item_feature_tables, item_id_table, user_tables
 from flm_torchrec.model.tower import EmbeddingOutputs, Encoded, Tower, Widths
 
@@ -24,7 +24,7 @@ class Outputs:
 
     encoded: Encoded
     losses: dict[str, Tensor]
-    """By name of REPRESENTATIONS, and "attribute", []: this rank's share of the mean over all ranks, no gradient."""
+    """By name of a representation or of another part of L, []: this rank's share of the mean over all ranks."""
     sequences: int
     """Sequences of this rank that had something to learn."""
     logits: Tensor | None = None
@@ -48,15 +48,11 @@ class Dense(nn.Module):
             max_tokens=max_tokens,
         )
         self.tower = Tower(widths, model)
-        next_item = NextItemLoss(loss, gather)
-        self.losses: tuple[Loss, ...] = (next_item,)
-        # Without features every item has the same content, which says nothing of its id.
-        if loss.attribute > 0 and widths.item_features + widths.item_dense > 0:
-            contrast = AttributeContrast(loss.attribute, gather)
-            self.losses = (next_item, contrast)
-            self.attribute_scale = contrast.scale
-        # The losses' parameters are registered here, so that checkpoints know them by these names.
-        self.log_scale = next_item.log_scale
+        self.losses = make_losses(loss, widths.item_features + widths.item_dense > 0, gather)
+        # What the losses learn is registered here, so that checkpoints know it by these names.
+        for part in self.losses:
+            for name, value in part.learned().items():
+                setattr(self, name, value)
 
     def forward(
         self,
