@@ -243,6 +243,17 @@ def beyond(table: pa.Table) -> pa.Array:
     return pa.array([[10**6] * len(row) for row in table["item"]], table["item"].type)
 
 
+def features_of(entity: str) -> Change:
+    """Leaves out the features of the other."""
+
+    def change(folder: Path) -> None:
+        record = json.loads((folder / TOWER).read_text())
+        record["features"] = [f for f in record["features"] if f["entity"] == entity]
+        (folder / TOWER).write_text(json.dumps(record))
+
+    return change
+
+
 HISTORY = "tower/histories.parquet"
 TOWER_LIES: dict[str, Change] = {
     "tower dim": said(TOWER, dim="16"),
@@ -251,6 +262,8 @@ TOWER_LIES: dict[str, Change] = {
     "tower gaps": said(TOWER, gaps=-1),
     "tower features": said(TOWER, features=[{"name": 1}]),
     "tower no features": said(TOWER, features=[]),
+    "tower features of items alone": features_of("item"),
+    "tower features of users alone": features_of("user"),
     "tower value": said(TOWER, value_mean=None),
     "tower history": said(TOWER, max_history=0),
     "tower text": lambda folder: (folder / TOWER).write_text("no"),

@@ -346,6 +346,7 @@ def test_a_value_of_an_item_is_shown_once(values: list[str] | None, shown: list[
     lists = pa.array([["b"], values], pa.list_(pa.string()))
     text, known = pa.array(["x", "y"]), np.ones(2, bool)
     catalogue = Catalogue(
-        text, text, {"x": 0, "y": 1}, known, np.ones((2, 1), np.float32), {"tags": _attribute(lists)}, None, "none"
-    )
+        text, text, {"x": 0, "y": 1}, known, np.ones((1, 1), np.float32), np.zeros(2, np.int64),
+        {"tags": _attribute(lists)}, None, "none",
+    )  # fmt: skip
     assert catalogue.attributes_of(1) == {"tags": shown}

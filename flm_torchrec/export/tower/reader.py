@@ -129,13 +129,21 @@ class Tower:
             Kind(**{**vars(kind), "codes": {value: code for code, value in enumerate(kind.values)}}) for kind in kinds
         ]
         self._check_histories(folder / HISTORIES)
-        self.nobody = self.content("user", {})[0]
+        self.nobody, _ = self._contents_of_nothing(folder)
 
     def _check_histories(self, file: Path) -> None:
         item, event, _, _ = (whole(self.histories[name]).flatten().to_numpy() for name in HISTORY_FIELDS)
         for name, codes, most in (("item", item, self.items), ("event", event, len(self.events))):
             if len(codes) and not 0 <= codes.min() <= codes.max() < most:
                 raise RunError(f"{file}: column '{name}' holds {codes.min()} … {codes.max()}, of {most}; export again")
+
+    def _contents_of_nothing(self, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+        """Content [D] of a user and of an item of no features: shows that the programs take what is described."""
+        try:
+            return self.content("user", {})[0], self.content("item", {})[0]
+        except (AssertionError, RuntimeError, ValueError) as error:  # AssertionError: the guards of torch.export
+            reason = f"its programs do not take the features of {DESCRIPTION} ({first_line(error)})"
+            raise RunError(f"{folder}: {reason}; export again") from error
 
     def known_history(self, user: int) -> History:
         """The last events of a known user, one more than the tower sees."""
