@@ -19,3 +19,7 @@ class PlainConsole(Console):
     def render_str(self, text: str, **how: Any) -> Text:  # type: ignore[override]
         """The one place where rich turns strings into text: cells, titles and printed lines all come through here."""
         return Text(visible(text), how.get("style", ""), justify=how.get("justify"), overflow=how.get("overflow"))
+
+    def on_broken_pipe(self) -> None:
+        """Nobody reads the output any more: `cli.main` ends the command. Rich alone would end it with exit code 1."""
+        raise BrokenPipeError

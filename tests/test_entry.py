@@ -64,6 +64,16 @@ def test_a_reader_that_ends_is_no_error(arguments: list[str]) -> None:
     assert job.wait(timeout=120) in (BROKEN_PIPE, 0 if "--help" in arguments else BROKEN_PIPE)
 
 
+def test_a_table_whose_reader_ends_is_no_error() -> None:
+    """Tables are printed by rich, which ends a command with exit code 1 by itself."""
+    printed = "from flm_torchrec.terminal import PlainConsole; import flm_torchrec.cli.main as m; m._run = lambda _: ["
+    program = printed + "PlainConsole().print('x' * 70) for _ in range(9999)] and 0; raise SystemExit(m.main())"
+    job = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert job.stdout is not None and job.stderr is not None
+    job.stdout.close()
+    assert job.stderr.read() == b"" and job.wait(timeout=120) == BROKEN_PIPE
+
+
 def test_a_locale_of_ascii_is_no_error() -> None:
     environment = {
         **os.environ,
