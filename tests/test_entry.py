@@ -66,8 +66,14 @@ def test_a_reader_that_ends_is_no_error(arguments: list[str]) -> None:
 
 def test_a_table_whose_reader_ends_is_no_error() -> None:
     """Tables are printed by rich, which ends a command with exit code 1 by itself."""
-    printed = "from flm_torchrec.terminal import PlainConsole; import flm_torchrec.cli.main as m; m._run = lambda _: ["
-    program = printed + "PlainConsole().print('x' * 70) for _ in range(9999)] and 0; raise SystemExit(m.main())"
+    program = """
+import sys
+from flm_torchrec.cli import main
+from flm_torchrec.terminal import PlainConsole
+lines = lambda arguments: [PlainConsole().print("x" * 70) for _ in range(9999)] and 0
+sys.modules["flm_torchrec.cli.main"]._run = lines
+sys.exit(main())
+"""
     job = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert job.stdout is not None and job.stderr is not None
     job.stdout.close()
