@@ -14,7 +14,7 @@ from pathlib import Path
 from flm_torchrec.config import load_config
 from flm_torchrec.data.dataset import load_prepared
 from flm_torchrec.distributed.comm import process_group
-from flm_torchrec.planner.planfile import describe
+from flm_torchrec.planner.plan_file import describe
 from flm_torchrec.training.checkpoint.manager import Checkpoints, Progress
 from flm_torchrec.training.scope import scope_of
 from flm_torchrec.training.trainer import Job

@@ -74,7 +74,7 @@ def test_ranks_are_refused_or_train_as_they_were_given(ranks, small: PreparedDat
         "eval.ks is (3,) on rank 1": (evaluate, ["--eval.ks", "[3]"]),
         "finetune.sparse_lr is 0.5 on rank 1": (finetune, ["--finetune.sparse_lr", "0.5"]),
         "no finished run": (["evaluate", "--run", str(tmp_path / "nowhere")], []),
-        "rank 1: command line: train.batch_size: Input should be": (
+        "rank 1: command line: train.batch_size: must be": (
             [*train, "--distributed.timeout", "5"], ["--train.batch_size", "0"]
         ),
     }  # fmt: skip

@@ -26,15 +26,16 @@ from flm_torchrec.cli import main
 from flm_torchrec.config.schema import DistributedConfig
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.distributed.comm import Comm
-from flm_torchrec.planner.capacity import Workload, plan_on, report
+from flm_torchrec.planner.capacity import plan_on, report
 from flm_torchrec.planner.constraints import Lookup, Rules, constraints, read_rules
 from flm_torchrec.planner.estimate import state_bytes
 from flm_torchrec.planner.hardware import make_cluster
 from flm_torchrec.planner.plan import pipeline_of
-from flm_torchrec.planner.planfile import _misplaced
+from flm_torchrec.planner.plan_file import _misplaced
 from flm_torchrec.planner.solve import Infeasible
 from flm_torchrec.planner.spec import read_spec, workload_of_spec
 from flm_torchrec.planner.whatif import Question, remedies, smallest
+from flm_torchrec.planner.workload import Workload
 from tests.conftest import ROOT
 
 TEN_BILLION = ROOT / "configs" / "plans" / "ten_billion.yaml"

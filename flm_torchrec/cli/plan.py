@@ -15,10 +15,10 @@ from flm_torchrec.errors import ConfigError
 from flm_torchrec.files import write_text
 
 if TYPE_CHECKING:
-    from flm_torchrec.planner.capacity import Workload
     from flm_torchrec.planner.hardware import Cluster
-    from flm_torchrec.planner.show import Grid
+    from flm_torchrec.planner.show import TextTable
     from flm_torchrec.planner.whatif import Question
+    from flm_torchrec.planner.workload import Workload
 
 PIPELINES = {"none": "none", "sparse-dist": "train_sparse_dist", "prefetch": "train_prefetch_sparse_dist"}
 
@@ -55,13 +55,13 @@ def run(args: argparse.Namespace) -> None:
     if args.diff:
         return _diff(Path(args.diff[0]), Path(args.diff[1]))
     # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
-    from flm_torchrec.distributed.comm import hush
+    from flm_torchrec.distributed.comm import silence_warnings
     from flm_torchrec.planner.hardware import make_cluster
-    from flm_torchrec.planner.show import grids, remedy_grid, summary, sweep_grid
+    from flm_torchrec.planner.show import remedy_table, summary, sweep_table, tables_of
     from flm_torchrec.planner.solve import DENSE, Infeasible
     from flm_torchrec.planner.whatif import remedies, smallest, sweep
 
-    hush()
+    silence_warnings()
     cluster = make_cluster(args.hardware, args.nodes, args.per_node, args.values)
     question = _question(args, cluster)
     least = smallest(question, cluster)
@@ -69,18 +69,18 @@ def run(args: argparse.Namespace) -> None:
     failed: Infeasible | None = None
     try:
         report["report"] = question.report(cluster)
-        lines, tables = summary(report["report"]), grids(report["report"])
+        lines, tables = summary(report["report"]), tables_of(report["report"])
     except Infeasible as error:
         failed, found = error, [] if error.table == DENSE else remedies(question, cluster)
         report.update(table=error.table, gap=error.gap, error=str(error), remedies=[asdict(r) for r in found])
-        lines, tables = [f"does not fit: {error}"], [remedy_grid(found)] if found else []
+        lines, tables = [f"does not fit: {error}"], [remedy_table(found)] if found else []
     lines.append(
         f"smallest {cluster.name} cluster that fits: {least} ranks ({cluster.of_size(least).nodes} nodes)"
         if least
         else "no cluster of 1,024 ranks or fewer fits"
     )
     if report["sweep"]:
-        tables.append(sweep_grid(report["sweep"]))
+        tables.append(sweep_table(report["sweep"]))
     _hand_over(args, report, lines, tables)
     if failed:
         raise ConfigError(str(failed))
@@ -139,7 +139,7 @@ def _sizes(args: argparse.Namespace, cluster: Cluster, least: int | None) -> lis
     return [size for size in doubling if (least or 1) <= 2 * size and size <= min(most, 1024)]
 
 
-def _hand_over(args: argparse.Namespace, report: dict[str, Any], lines: list[str], tables: list[Grid]) -> None:
+def _hand_over(args: argparse.Namespace, report: dict[str, Any], lines: list[str], tables: list[TextTable]) -> None:
     from flm_torchrec.planner.show import html, text
 
     as_json, as_text = json.dumps(report, indent=2) + "\n", text(lines, tables)
@@ -159,7 +159,7 @@ def _hand_over(args: argparse.Namespace, report: dict[str, Any], lines: list[str
 
 
 def _diff(one: Path, other: Path) -> None:
-    from flm_torchrec.planner.planfile import differences, read_plan
+    from flm_torchrec.planner.plan_file import differences, read_plan
 
     found = differences(read_plan(one), read_plan(other))
     for what, left, right in found:

@@ -1,4 +1,4 @@
-"""The process group, and the few collectives that the model and the evaluation need."""
+"""The process group of a job, and the collectives that training and evaluation need."""
 
 from __future__ import annotations
 
@@ -23,48 +23,48 @@ from flm_torchrec.distributed.join import join
 from flm_torchrec.errors import ConfigError, FlmError, RunError
 
 LOST = re.compile(r"timed? ?out|connection (was )?(closed|reset|refused)|closed by peer|broken pipe", re.IGNORECASE)
-"""What backends say of a collective that a rank did not join."""
+"""Messages of backends for a collective that a rank did not join."""
 ROLL_CALL = 3.0
-"""Seconds that ranks have to report after a collective failed."""
+"""Seconds in which ranks report that they still run, after a collective failed."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Comm:
-    """This process's place among the ranks. With one rank nothing is sent."""
+    """This rank and its collectives. With one rank nothing is sent."""
 
     rank: int
     world_size: int
     local_world_size: int
     device: torch.device
     control: dist.ProcessGroup | None = None
-    """Over gloo on every device: small words between ranks that must not wait for a GPU."""
+    """A gloo group on every device, for small messages that must not wait for a GPU."""
     saving: dist.ProcessGroup | None = None
-    """Over gloo, for the thread that writes checkpoints while the others train."""
+    """A gloo group for the thread that writes checkpoints during training."""
     launch: dist.Store | None = None
-    """What the launcher keeps over all attempts of a job; None where each start is a job of its own."""
+    """The launcher's store, which all attempts of a job share; None without a launcher."""
 
-    def remember(self, word: str) -> None:
-        """Leave a word to later attempts of this job, should the launcher start it anew."""
+    def set_flag(self, name: str) -> None:
+        """Set a flag for this attempt and later attempts of the job, which the launcher starts after a failure."""
         if self.launch is not None and self.main:
-            self.launch.set(f"word/{word}", "")
+            self.launch.set(f"flag/{name}", "")
 
-    def remembers(self, word: str) -> bool:
-        """Whether an earlier attempt of this job, or this one, has left the word. Collective."""
-        return self.gather(self.launch is not None and self.launch.check([f"word/{word}"]))[0]
+    def has_flag(self, name: str) -> bool:
+        """Whether this attempt or an earlier attempt of the job has set the flag. Collective."""
+        return self.gather(self.launch is not None and self.launch.check([f"flag/{name}"]))[0]
 
     @property
     def main(self) -> bool:
-        """Rank 0 writes files and speaks to people."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def _group(self, tensor: Tensor) -> dist.ProcessGroup | None:
-        """NCCL takes no tensor in host memory: those go over gloo. None: the default group."""
+        """The gloo group for a tensor in host memory, which NCCL does not take; else None, the default group."""
         return self.control if self.device.type == "cuda" and not tensor.is_cuda else None
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensors of all ranks, all of one shape; no gradient."""
+        """The tensors of all ranks, which have one shape, in the order of the ranks. No gradient. Collective."""
         if self.world_size == 1:
             return [tensor]
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
@@ -72,16 +72,16 @@ class Comm:
         return parts
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks, in a new tensor; no gradient."""
+        """Sum over the ranks, in a new tensor. No gradient. Collective."""
         total = tensor.detach().clone()
         if self.world_size > 1:
             dist.all_reduce(total, group=self._group(tensor))
         return total
 
     def concat(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, …] of each rank → [ranks * longest, …], padded with zeros, and [ranks * longest] bool: real rows.
+        """Rows [n, …] of each rank → rows [W n_max, …] of W ranks, padded with zeros, and their mask [W n_max].
 
-        Differentiable: backward gives each rank the summed gradient of all ranks for its own rows.
+        Differentiable: backward gives each rank the gradients for its own rows, summed over all ranks. Collective.
         """
         if self.world_size == 1:
             return rows, torch.ones(len(rows), dtype=torch.bool, device=rows.device)
@@ -93,43 +93,44 @@ class Comm:
         return gathered, real.flatten()
 
     def barrier(self) -> None:
+        """Wait for all ranks. Collective."""
         if self.world_size > 1:
             dist.barrier()
 
     def any(self, *flags: bool) -> list[bool]:
-        """Each flag: whether it is set on any rank. Collective."""
+        """For each flag, whether it is true on any rank. Collective."""
         if self.world_size == 1:
             return list(flags)
         counts = torch.tensor(flags, dtype=torch.int32)
         dist.all_reduce(counts, group=self.control)
         return [bool(count) for count in counts.tolist()]
 
-    def gather(self, found: T) -> list[T]:
-        """The objects of all ranks, small ones, on each rank. Collective."""
-        gathered: list[T] = [found] * self.world_size
+    def gather(self, value: T) -> list[T]:
+        """The objects of all ranks, which are pickled and should be small. Collective."""
+        gathered: list[T] = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(gathered, found, group=self.control)
+            dist.all_gather_object(gathered, value, group=self.control)
         return gathered
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """What `action` returns on rank 0, small, on each rank. Collective.
+        """Run `action` on rank 0, and give its result, which should be small, to each rank. Collective.
 
         Raises:
-            FlmError: that of rank 0, or what a file system told it, on every rank, so that none is left waiting.
+            FlmError: the error of rank 0, raised on every rank, so that no rank waits. An OSError becomes a RunError.
         """
-        done: T | None = None
+        result: T | None = None
         error: FlmError | None = None
         if self.main:
             try:
-                done = action()
+                result = action()
             except FlmError as raised:
                 error = raised
             except OSError as raised:
                 error = RunError(f"{raised.filename}: {raised.strerror}; mend that, or give another --train.run")
-        done, error = self.gather((done, error))[0]
+        result, error = self.gather((result, error))[0]
         if error is not None:
             raise error
-        return done  # type: ignore[return-value]
+        return result  # type: ignore[return-value]
 
 
 class _GatherRows(torch.autograd.Function):
@@ -146,12 +147,13 @@ class _GatherRows(torch.autograd.Function):
 
 @contextmanager
 def process_group(config: DistributedConfig) -> Iterator[Comm]:
-    """Join the job that the launcher described in the environment, or be a job of one process.
+    """Join the job that the environment describes, or be a job of one process without a launcher.
 
     Raises:
-        ConfigError: CUDA asked for and not there.
+        ConfigError: the config asks for CUDA and PyTorch sees no GPU.
+        RunError: a rank did not join, or was lost later.
     """
-    hush()
+    silence_warnings()
     device = _device(config.device)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cuda":
@@ -160,11 +162,11 @@ def process_group(config: DistributedConfig) -> Iterator[Comm]:
     timeout = timedelta(seconds=config.timeout)
     store, launch = join(backend, timeout)
     control = dist.new_group(timeout=timeout, backend="gloo")
-    # A disk may take its time: a rank that waits there for others has not hung.
+    # A slow disk is no hang: ranks may wait longer for each other while they save.
     saving = dist.new_group(timeout=10 * timeout, backend="gloo")
     comm = Comm(dist.get_rank(), dist.get_world_size(), local_world_size, device, control, saving, launch)
     if device.type == "cpu":
-        # Asked of all ranks, also of one that was told its threads.
+        # Every rank takes part in this collective, also a rank with a given number of threads.
         share = max(1, len(os.sched_getaffinity(0)) // ranks_on_this_host(comm))
         torch.set_num_threads(config.threads or share)
     try:
@@ -172,28 +174,28 @@ def process_group(config: DistributedConfig) -> Iterator[Comm]:
     except RuntimeError as error:
         if dist.get_world_size() == 1 or not LOST.search(str(error)):
             raise
-        raise RunError(_who_is_lost(dist.PrefixStore("roll-call", store), config.timeout, error)) from error
+        raise RunError(_lost_ranks(dist.PrefixStore("roll-call", store), config.timeout, error)) from error
     finally:
         dist.destroy_process_group()
 
 
-def hush() -> None:
-    """Keep back warnings that nobody who trains or plans can do anything about."""
-    # PyTorch warns here of a renamed function that TorchRec calls.
+def silence_warnings() -> None:
+    """Silence warnings that a user can do nothing about."""
+    # PyTorch warns that TorchRec calls a renamed function.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
-    # TorchRec calls what PyTorch deprecates, and a Linear of no inputs stands where a schema has no features.
+    # TorchRec calls deprecated functions of PyTorch, and a schema without features gives a Linear without inputs.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
 
 
 def ranks_on_this_host(comm: Comm) -> int:
-    """Of all agents: LOCAL_WORLD_SIZE counts those of one, and a host may have several."""
+    """Ranks on this host, of all agents: LOCAL_WORLD_SIZE counts those of one agent. Collective."""
     host = socket.gethostname()
     return comm.gather(host).count(host)
 
 
-def _who_is_lost(store: dist.Store, timeout: float, error: RuntimeError) -> str:
-    """Every rank that still runs reports to the store, which the launcher keeps alive, and sees who does not."""
+def _lost_ranks(store: dist.Store, timeout: float, error: RuntimeError) -> str:
+    """A message that names the ranks which no longer run: every rank that runs reports to the launcher's store."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     reason = " ".join(str(error).split())[:200]
     try:
@@ -211,9 +213,9 @@ def _who_is_lost(store: dist.Store, timeout: float, error: RuntimeError) -> str:
 
 
 def _device(asked: str) -> torch.device:
-    there = torch.cuda.is_available()
-    if asked == "cuda" and not there:
+    available = torch.cuda.is_available()
+    if asked == "cuda" and not available:
         raise ConfigError("distributed.device: 'cuda' asked for, but PyTorch sees no GPU; use 'cpu' or 'auto'")
-    if asked == "cpu" or not there:
+    if asked == "cpu" or not available:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

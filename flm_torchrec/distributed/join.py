@@ -1,4 +1,4 @@
-"""How ranks find each other, the first time and after the launcher started them anew."""
+"""How ranks find each other, at the first start and after a restart by the launcher."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ import torch.distributed as dist
 from flm_torchrec.errors import RunError
 
 POLL = 0.05
-"""Seconds between looks at who has joined."""
+"""Seconds between two checks of the store."""
 
 
 def join(backend: str, timeout: timedelta) -> tuple[dist.Store, dist.Store | None]:
-    """Make the process group that the launcher described in the environment, or one of this process alone.
+    """Create the process group that the environment describes, or a group of this process alone.
 
-    Returns the store of this attempt's ranks, and the launcher's own, which its later attempts share; None if there is
-    no launcher.
+    Returns:
+        The store of this attempt of the job, and the launcher's own store, which later attempts share; None without a
+        launcher.
 
     Raises:
-        RunError: a rank did not come within the timeout.
+        RunError: a rank did not join within the timeout.
     """
     if "WORLD_SIZE" not in os.environ:
         store: dist.Store = dist.HashStore()
@@ -35,14 +36,14 @@ def join(backend: str, timeout: timedelta) -> tuple[dist.Store, dist.Store | Non
 
 
 def fresh_store(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """A part of the launcher's store that no earlier attempt of the job has written to; every rank calls it.
+    """A prefix of the launcher's store that no earlier attempt of the job has used. Every rank calls this.
 
-    torchrun keeps one store over its restarts, and does not number attempts alike on all nodes. Without this, ranks
-    read the addresses that those before them left, and connect to the dead. Rank 0 draws a name for the attempt, and
-    answers each rank under a key that this rank has just made up, since what lies under any other may be old.
+    torchrun keeps one store over its restarts, and its numbers of attempts can differ between nodes. Without a fresh
+    prefix, ranks would read addresses of an earlier attempt and connect to dead processes. Rank 0 draws a name for the
+    attempt. Each rank makes up a key, and rank 0 answers under this key, because other keys may hold old values.
 
     Raises:
-        RunError: a rank did not come within the timeout.
+        RunError: a rank did not join within the timeout.
     """
     own = uuid.uuid4().hex
     until = time.monotonic() + timeout.total_seconds()

@@ -1,4 +1,4 @@
-"""Managed (ZCH) tables on any device: TorchRec's sharder, with what FBGEMM lacks on a CPU."""
+"""Sharding of managed (zero-collision hashing, ZCH) tables: TorchRec's, plus eviction on a CPU, which FBGEMM lacks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flm_torchrec.errors import ConfigError
 
 class _Sharded(ShardedManagedCollisionEmbeddingBagCollection):
     def _evict(self, evictions_per_table: dict[str, Tensor | None]) -> None:
-        """Rows given to new ids start from zero, weights and optimizer state, as FBGEMM's kernel does on a GPU."""
+        """Set rows of new ids to zero, weights and optimizer state, as FBGEMM's kernel does on a GPU."""
         if self._device.type != "cpu":
             super()._evict(evictions_per_table)
             return
@@ -31,23 +31,33 @@ class _Sharded(ShardedManagedCollisionEmbeddingBagCollection):
 
 
 class ManagedBagSharder(ManagedCollisionEmbeddingBagCollectionSharder):
-    """Row-wise alone, which is all that TorchRec has for these tables."""
+    """Shards managed tables row-wise, the only way that TorchRec offers for them."""
 
     def shard(
-        self, module: ManagedCollisionEmbeddingBagCollection, params: dict[str, ParameterSharding], env: ShardingEnv,
-        device: torch.device | None = None, module_fqn: str | None = None,
-    ) -> _Sharded:  # fmt: skip
+        self,
+        module: ManagedCollisionEmbeddingBagCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> _Sharded:
+        """The sharded module; see TorchRec's `ModuleSharder.shard`."""
         assert device is not None
         return _Sharded(
-            module, params, ebc_sharder=self._e_sharder, mc_sharder=self._mc_sharder, env=env, device=device  # type: ignore[arg-type]
-        )  # fmt: skip
+            module,
+            params,
+            ebc_sharder=self._e_sharder,  # type: ignore[arg-type]
+            mc_sharder=self._mc_sharder,
+            env=env,
+            device=device,
+        )
 
 
 def check_managed(model: nn.Module, ranks: int, sharding: str) -> None:
-    """Refuse what TorchRec cannot shard, before it is asked.
+    """Refuse managed tables that TorchRec cannot shard.
 
     Raises:
-        ConfigError: a managed table whose rows do not divide by the ranks, or that is to be sharded otherwise.
+        ConfigError: the rows of a managed table do not divide by the ranks, or the sharding is not row-wise.
     """
     for module in model.modules():
         if not isinstance(module, ManagedCollisionEmbeddingBagCollection):

@@ -1,4 +1,4 @@
-"""2D parallelism: groups of ranks that each hold all tables, and average them after every step."""
+"""2D parallelism: groups of ranks that each hold all tables, and average their tables after every step."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from flm_torchrec.distributed.sharders import sharders
 from flm_torchrec.errors import ConfigError
 
 AVERAGED = ("rowwise_adagrad", "adagrad")
-"""Optimizers of the tables whose state DMPCollection finds: it asks for `sum` alone."""
+"""Table optimizers whose state DMPCollection averages: it looks only for states named `sum`."""
 
 
 class _OnDevice(DistributedModelParallel):
-    """What DMPCollection comes to when it calls its parent: puts back the device that was kept from it."""
+    """The parent that DMPCollection calls. It restores the real device, which DMPCollection did not get."""
 
     def __init__(self, module: nn.Module, env: ShardingEnv2D, device: torch.device, *rest: Any) -> None:
-        # Tables as ShardedTensor, as without replicas: DCP writes each shard once, whichever replica has it.
+        # ShardedTensor instead of DTensor, as without replicas: DCP then writes each shard once, from any replica.
         env.output_dtensor = False
         super().__init__(module, env, self._device, *rest)
 
 
 class Replicated(DMPCollection, _OnDevice):
-    """TorchRec's 2D parallelism on any device; `sync()` after a step averages weights and optimizer state.
+    """TorchRec's 2D parallelism on any device. `sync()` averages weights and optimizer state after a step.
 
-    TorchRec 1.8 asserts CUDA or MTIA in the constructor, and averages by ReduceOp.AVG, which gloo has not. Nothing
-    else in it asks for a GPU.
+    TorchRec 1.8 asserts CUDA or MTIA in the constructor, and averages with ReduceOp.AVG, which gloo lacks. Nothing else
+    in it needs a GPU.
 
     Args:
-        plan: over the ranks of one group, as if they were all.
-        group: shape of a group, by `group_of`.
+        plan: for the ranks of one group, numbered from 0.
+        group: shape of a group, from `group_of`.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Replicated(DMPCollection, _OnDevice):
         super().__init__(  # type: ignore[call-arg]  # DMPCollection's
             module=model,
             device=torch.device("cuda"),
-            plan=deepcopy(plan),  # it is written over with the ranks of this rank's group
+            plan=deepcopy(plan),  # DMPCollection changes it to the ranks of this group
             world_size=comm.world_size,
             sharding_group_size=group.world_size,
             global_pg=world,
@@ -66,7 +66,7 @@ class Replicated(DMPCollection, _OnDevice):
     def _create_process_groups(self, *args: Any, **kwargs: Any) -> Any:
         self._device = self._real_device
         before = logging.root.manager.disable
-        logging.disable(logging.WARNING)  # with which TorchRec tells of its groups, on every rank
+        logging.disable(logging.WARNING)  # TorchRec logs its groups on every rank as warnings
         try:
             return super()._create_process_groups(*args, **kwargs)
         finally:
@@ -81,7 +81,7 @@ class Replicated(DMPCollection, _OnDevice):
             for choice in module.values():
                 assert isinstance(choice.sharding_spec, EnumerableShardingSpec)
                 for shard in choice.sharding_spec.shards:
-                    # TorchRec numbers a host's devices: rank:2/cpu:2. The tensors there are on "cpu".
+                    # TorchRec writes rank:2/cpu:2, but the device of CPU tensors is "cpu".
                     shard.placement = _remote_device(f"rank:{shard.placement.rank()}/cpu")
 
     def _average(self, tensors: list[Tensor]) -> None:
@@ -92,12 +92,12 @@ class Replicated(DMPCollection, _OnDevice):
 
 
 def group_of(comm: Comm, replicas: int) -> Comm:
-    """The shape of one group of ranks that holds all tables, for planning; not to send anything by.
+    """The shape of a group of ranks that holds all tables. For planning only: its collectives must not be used.
 
-    Group g is the ranks g, g + replicas, g + 2 replicas, …: those with the same rows are neighbours.
+    Group g has the ranks g, g + replicas, g + 2 replicas, …: ranks that hold the same rows are neighbours.
 
     Raises:
-        ConfigError: the ranks do not make so many equal groups.
+        ConfigError: the ranks do not divide into this number of groups, or the groups do not fit the hosts.
     """
     if comm.world_size % replicas:
         raise ConfigError(
@@ -113,11 +113,11 @@ def group_of(comm: Comm, replicas: int) -> Comm:
 
 
 def check_replicable(model: nn.Module, plan: ShardingPlan, optimizer: str) -> None:
-    """Refuse what TorchRec's averaging does not know.
+    """Refuse tables and optimizers that TorchRec cannot average.
 
     Raises:
-        ConfigError: a managed table, whose ids lie elsewhere in each replica, a table with a cache, whose newest rows
-            the averaging would not see, or an optimizer other than Adagrad.
+        ConfigError: a managed table (each replica would give its rows to other ids), a table with a cache (averaging
+            would miss its newest rows), or an optimizer other than Adagrad.
     """
     for module in model.modules():
         if isinstance(module, ManagedCollisionEmbeddingBagCollection):
@@ -142,6 +142,6 @@ def check_replicable(model: nn.Module, plan: ShardingPlan, optimizer: str) -> No
 
 
 def average_replicas(model: nn.Module) -> None:
-    """To be called after each step of training; does nothing where tables are not replicated. Collective."""
+    """Average the tables of all replicas, after each training step; does nothing without replicas. Collective."""
     if isinstance(model, Replicated):
         model.sync()

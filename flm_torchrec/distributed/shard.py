@@ -1,4 +1,4 @@
-"""Model → DistributedModelParallel, its optimizer, and tables that start alike under any plan."""
+"""Model → DistributedModelParallel and its optimizer. First values of tables do not depend on the plan."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from flm_torchrec.errors import ConfigError
 
 SPARSE_OPTIMIZERS = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": Adagrad, "adam": Adam}
 BLOCK_ROWS = 65536
+"""Rows of a table that are drawn from one random generator."""
 
 
 def shard(
@@ -40,15 +41,15 @@ def shard(
     sliced: Sequence[nn.Module] = (),
     replicas: int = 1,
 ) -> DistributedModelParallel:
-    """Fuse the tables' optimizer into backward, shard by the plan, and set the tables' first values.
+    """Fuse the optimizer of the tables into backward, shard by the plan, and set the first values of the tables.
 
     Args:
-        sliced: dense modules of the model whose weights are to lie in slices over the ranks (FSDP); others are
-            whole on each (DDP).
-        replicas: groups of ranks that each hold all tables; the plan is for the ranks of one.
+        sliced: dense modules whose weights are divided among the ranks (FSDP). Every rank holds the weights of other
+            dense modules (DDP).
+        replicas: number of groups of ranks that each hold all tables. The plan is for the ranks of one group.
 
     Raises:
-        ConfigError: the optimizer has no kernel on this device, or does not go with the plan.
+        ConfigError: the optimizer has no kernel on this device, or does not fit the plan or the replicas.
     """
     if config.sparse_optimizer == "adam" and comm.device.type == "cpu":
         raise ConfigError("train.sparse_optimizer: 'adam' has no CPU kernel in FBGEMM; use 'rowwise_adagrad'")
@@ -77,7 +78,9 @@ def shard(
         )
     _hold_empty_shards(sharded)
     for name, tensor in sharded.state_dict().items():
-        if isinstance(tensor, ShardedTensor) and tensor.dtype.is_floating_point:  # else the ids of a managed table
+        if (
+            isinstance(tensor, ShardedTensor) and tensor.dtype.is_floating_point
+        ):  # integers are the ids of a managed table
             _initialise(name, tensor, config.seed)
     return sharded
 
@@ -95,7 +98,7 @@ def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Comb
         )
 
     world = torch.distributed.GroupMember.WORLD
-    # Without its group a sliced parameter would be passed over: TorchRec asks its local slice for a gradient.
+    # TorchRec skips a sliced parameter without a group, because it looks for a gradient of the local slice.
     sliced = {p: [world] for p in dense.values() if isinstance(p, DTensor)}
     clipped = GradientClippingOptimizer(
         KeyedOptimizerWrapper(dense, adamw),
@@ -108,19 +111,19 @@ def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Comb
 
 
 def kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
-    """FBGEMM's modules that look up this rank's shards. TorchRec keeps them in plain lists, out of `modules()`."""
+    """FBGEMM's modules that hold this rank's shards. TorchRec keeps them in plain lists, which `modules()` misses."""
     for module in model.modules():
         for lookup in getattr(module, "_lookups", []):
             yield from (inner for inner in lookup.modules() if isinstance(inner, SplitTableBatchedEmbeddingBagsCodegen))
 
 
 def _hold_empty_shards(model: nn.Module) -> None:
-    """Let a CPU rank look up a table of which it has no row: a table with fewer rows than ranks leaves such ranks.
+    """Let a CPU rank look up a table of which it has no row. A table with fewer rows than ranks leaves such ranks.
 
-    FBGEMM 1.8 does two things wrong there. Its lookup_*.py take a kernel for a CPU's by `host_weights.numel() > 0`.
-    Its CPU kernels look for the end of a table in `hash_size_cumsum` by the first larger number, and read past the
-    end of that array. So an empty shard counts as one row here, and empty weights are one row of zeros. No id leads
-    to that row, no table owns it, and no checkpoint holds it.
+    FBGEMM 1.8 has two faults there. Its lookup_*.py recognise a CPU kernel by `host_weights.numel() > 0`. Its CPU
+    kernels search the end of a table in `hash_size_cumsum` as the first larger number, and read past the end of that
+    array. So an empty shard counts as one row here, and empty weights become one row of zeros. No id maps to that row,
+    no table owns it, and no checkpoint holds it.
     """
     for kernel in kernels(model):
         rows = [spec[0] for spec in kernel.embedding_specs]
@@ -134,7 +137,7 @@ def _hold_empty_shards(model: nn.Module) -> None:
 
 
 def _initialise(name: str, table: ShardedTensor, seed: int) -> None:
-    """N(0, 1/D) drawn block by block of rows, so that a row starts alike wherever the plan puts it."""
+    """Draw from N(0, 1/D) by blocks of rows, so that the first value of a row does not depend on the plan."""
     dim = table.size(1)
     for shard in table.local_shards():
         (row, column), (rows, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
@@ -151,21 +154,21 @@ def _blocks(name: str, seed: int, start: int, end: int, dim: int) -> Iterator[tu
 
 
 def prepare_state(optimizer: CombinedOptimizer, names: Iterable[str]) -> None:
-    """Make room for the state of the dense optimizer, which comes into being with the first step.
+    """Allocate the state of the dense optimizer, which otherwise exists only after the first step.
 
     Args:
-        names: state that a checkpoint holds, such as `dense.WEIGHT.exp_avg`. What had no gradient has no state.
+        names: states that a checkpoint holds, such as `dense.WEIGHT.exp_avg`. A parameter without gradient has none.
     """
     dense = dict(optimizer.optimizers)["dense"]
     held = set(names)
     for key, parameter in dense.params.items():
         if f"dense.{key}.step" in held:
             parameter.grad = torch.zeros_like(parameter)
-    dense.step()  # moves the weights, which the checkpoint then sets
+    dense.step()  # changes the weights, which the checkpoint then overwrites
     dense.zero_grad()
 
 
 def set_step(model: nn.Module, step: int) -> None:
-    """Tell the tables' kernels how many steps they have done, which Adam corrects its moments by."""
+    """Set the number of steps in the kernels of the tables. Adam corrects its moments with this number."""
     for kernel in kernels(model):
         kernel.set_optimizer_step(step)

@@ -1,4 +1,4 @@
-"""How each kind of table module may be sharded: TorchRec's sharders, with what they leave out on a CPU."""
+"""How each kind of table module may be sharded. TorchRec's own sharders offer fewer types on a CPU."""
 
 from __future__ import annotations
 
@@ -10,52 +10,55 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ModuleSharde
 from flm_torchrec.distributed.managed import ManagedBagSharder
 from flm_torchrec.errors import ConfigError
 
-# Left out, each for a reason that tests/test_sharding.py shows. data_parallel: its optimizer state is kept apart and
-# keyed otherwise, so a run could not resume under another plan (TorchRec issue 2394). grid_shard: TorchRec 1.8 sums
-# where the table's pooling is MEAN (ShardedEmbeddingBagCollection divides after row_wise and table_row_wise alone).
+# Two types are left out, each for a reason that tests/test_sharding.py shows. data_parallel: its optimizer state has
+# other keys, so a run could not resume under another plan (TorchRec issue 2394). grid_shard: TorchRec 1.8 computes the
+# sum where the pooling is MEAN (ShardedEmbeddingBagCollection divides only after row_wise and table_row_wise).
 SHARDING_TYPES = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.COLUMN_WISE.value]
-"""Of every table."""
+"""Types of every table."""
 
 BAG_TYPES = [
     *SHARDING_TYPES,
     ShardingType.TABLE_ROW_WISE.value,
     ShardingType.TABLE_COLUMN_WISE.value,
 ]
-"""Of pooled tables; TorchRec's EmbeddingCollection has only the three above."""
+"""Types of pooled tables. TorchRec's EmbeddingCollection has only the three above."""
 
 AUTO_TYPES = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value]
-"""What the planner may choose by itself: whole rows, so that no optimizer's result depends on its choice."""
+"""Types that the planner may choose by itself. They keep rows undivided, so the choice changes no result."""
 
 WHOLE_ROW_OPTIMIZERS = ("rowwise_adagrad",)
-"""Optimizers with one number a row, which needs the whole row in one place."""
+"""Optimizers with one number per row, which need the complete row on one rank."""
 
 
 class BagSharder(EmbeddingBagCollectionSharder):
-    """Offers row-wise sharding and its kin on a CPU too, which the stock sharder leaves out."""
+    """Offers all row-wise types on a CPU too, where TorchRec's sharder leaves them out."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
+        """The same on every device."""
         return BAG_TYPES
 
 
 class SequenceSharder(EmbeddingCollectionSharder):
-    """Offers what is proven equal to the unsharded module, on every device."""
+    """Offers the types whose results equal those of the unsharded module."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
+        """The same on every device."""
         return SHARDING_TYPES
 
 
 def sharders() -> list[ModuleSharder[nn.Module]]:
+    """One sharder for each kind of table module."""
     return [BagSharder(), SequenceSharder(), ManagedBagSharder(BagSharder())]  # type: ignore[list-item]
 
 
 def check_whole_rows(plan: ShardingPlan, optimizer: str) -> None:
-    """Refuse a plan that cuts rows apart where the optimizer keeps one number a row.
+    """Refuse a plan that divides rows where the optimizer has one number per row.
 
-    Each block of columns would have a number of its own, from its own columns' gradients: the result would depend
-    on the plan, and the state [rows * blocks] could not be loaded under another (TorchRec pull request 2474).
+    Each block of columns would have its own number, from the gradients of its columns. The result would then depend on
+    the plan, and the state [rows * blocks] could not be loaded under another plan (TorchRec pull request 2474).
 
     Raises:
-        ConfigError: a table's rows are cut apart.
+        ConfigError: the plan divides the rows of a table.
     """
     if optimizer not in WHOLE_ROW_OPTIMIZERS:
         return

@@ -1,4 +1,4 @@
-"""How often a table cached in HBM is missed: what the planner needs to tell what prefetching costs."""
+"""How often a look-up misses the HBM cache of a table. The planner estimates from it what prefetching costs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from flm_torchrec.planner.constraints import TableConstraints, table_configs
 
 
 class EvenCache(CacheStatistics):
-    """Every row as likely as another, which is the hardest to cache: a cache of a fifth of the rows misses four fifths.
+    """All rows are equally likely. This is the worst case: a cache of one fifth of the rows misses four fifths.
 
     Args:
         rows: of the table.
-        ids: looked up in a step by all ranks.
+        ids: number of ids that all ranks look up in a step.
     """
 
     def __init__(self, rows: int, ids: float) -> None:
@@ -26,22 +26,24 @@ class EvenCache(CacheStatistics):
 
     @property
     def expected_lookups(self) -> float:
-        """Different ids among so many drawn: rows (1 - (1 - 1 / rows)^ids)."""
+        """Expected number of distinct ids in a step, for ids drawn uniformly: rows (1 - (1 - 1 / rows)^ids)."""
         return -self.rows * math.expm1(self.ids * math.log1p(-1 / self.rows)) if self.rows > 1 else 1.0
 
     def expected_miss_rate(self, clf: float) -> float:
+        """Share of look-ups that miss a cache of the share `clf` of the rows."""
         return 1 - clf
 
     @property
     def cacheability(self) -> float:
+        """How hard the table is to cache, from 0 to 1; 1 is the hardest."""
         return 1.0
 
 
-def prefetching(model: nn.Module, allowed: dict[str, ParameterConstraints], samples: int) -> None:
-    """Tell the planner that cached tables are fetched ahead, and how much of them.
+def set_cache_params(model: nn.Module, allowed: dict[str, ParameterConstraints], samples: int) -> None:
+    """Set, for each table that may be cached, that its rows are prefetched, and how often the cache misses.
 
     Args:
-        allowed: by table; those that may be cached are changed.
+        allowed: constraints by table; those of tables that may be cached are changed in place.
         samples: of all ranks in a step.
     """
     for table in table_configs(model):

@@ -2,63 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
 from torchrec.distributed.planner.types import Perf, Storage
 from torchrec.distributed.types import PipelineType
 
-from flm_torchrec.planner.cache import prefetching
-from flm_torchrec.planner.constraints import Lookup, Rules, constraints
+from flm_torchrec.planner.cache import set_cache_params
+from flm_torchrec.planner.constraints import Rules, constraints
 from flm_torchrec.planner.estimate import DENSE_BYTES, RESERVED
 from flm_torchrec.planner.hardware import Cluster
-from flm_torchrec.planner.planfile import describe
-from flm_torchrec.planner.solve import Solved, solve
+from flm_torchrec.planner.plan_file import describe
+from flm_torchrec.planner.solve import PlannedTables, solve
 from flm_torchrec.planner.volume import sent_bytes
+from flm_torchrec.planner.workload import Workload
 
 TABLE_PARTS = ("weights", "optimizer", "input_output", "pipeline")
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What each rank has to hold and to do in a step."""
-
-    model: nn.Module
-    """Its tables are on the meta device."""
-    batch_size: int
-    """Samples per rank."""
-    lookups: Mapping[str, Lookup]
-    """By feature, of one sample."""
-    optimizer: str
-    dense_bytes: int
-    """Of the dense part in training."""
-
-
-def plan_on(workload: Workload, cluster: Cluster, rules: Rules, pipeline: PipelineType) -> Solved:
-    """The planner's plan.
+def plan_on(workload: Workload, cluster: Cluster, rules: Rules, pipeline: PipelineType) -> PlannedTables:
+    """The planner's plan for a workload on a cluster.
 
     Raises:
         Infeasible: the tables do not fit.
+        ConfigError: a rule does not fit its table, or leaves no sharding type or kernel.
     """
     allowed = constraints(workload.model, rules, workload.lookups)
     if pipeline is PipelineType.TRAIN_PREFETCH_SPARSE_DIST:
-        prefetching(workload.model, allowed, workload.batch_size * cluster.world_size)
-    return solve(
-        workload.model,
-        cluster.topology(),
-        workload.batch_size,
-        allowed,
-        workload.optimizer,
-        workload.dense_bytes,
-        pipeline,
-    )
+        set_cache_params(workload.model, allowed, workload.batch_size * cluster.world_size)
+    return solve(workload, cluster.topology(), allowed, pipeline)
 
 
-def report(workload: Workload, cluster: Cluster, solved: Solved, pipeline: PipelineType) -> dict[str, Any]:
-    """Everything about a plan, as JSON: bytes, milliseconds, ranks."""
-    ranks = _ranks(workload, cluster, solved)
+def report(workload: Workload, cluster: Cluster, planned: PlannedTables, pipeline: PipelineType) -> dict[str, Any]:
+    """All numbers about a plan, as JSON: memory in bytes and times in milliseconds, by table and by rank."""
+    ranks = _ranks(workload, cluster, planned)
     critical = max(ranks, key=lambda rank: rank["ms"]["total"])
     memory = [sum(rank["device"].values()) for rank in ranks]
     times = [rank["ms"]["total"] for rank in ranks]
@@ -69,27 +45,27 @@ def report(workload: Workload, cluster: Cluster, solved: Solved, pipeline: Pipel
         "pipeline": pipeline.value,
         "capacity": cluster.capacity,
         "for_tables": int(cluster.capacity * (1 - RESERVED)) - workload.dense_bytes,
-        "tables": _tables(solved),
+        "tables": _tables(planned),
         "ranks": ranks,
         "critical_rank": critical["rank"],
         "step_ms": {**critical["ms"], "dense_all_reduce": _dense_all_reduce(workload, cluster)},
-        "sent": {**sent_bytes(solved), "dense": _dense_sent(workload, cluster)},
+        "sent": {**sent_bytes(planned), "dense": _dense_sent(workload, cluster)},
         "memory_max": max(memory),
         "balance": {
             "memory": max(memory) * len(memory) / sum(memory),
             "time": max(times) * len(times) / sum(times) if sum(times) else 1.0,
         },
-        "plan": describe(solved.plan, cluster.world_size),
+        "plan": describe(planned.plan, cluster.world_size),
     }
 
 
-def _ranks(workload: Workload, cluster: Cluster, solved: Solved) -> list[dict[str, Any]]:
+def _ranks(workload: Workload, cluster: Cluster, planned: PlannedTables) -> list[dict[str, Any]]:
     cuda = cluster.hardware.device == "cuda"
     zero = Storage(hbm=0, ddr=0)
     parts = [dict.fromkeys(TABLE_PARTS, zero) for _ in range(cluster.world_size)]
     perfs = [Perf(0, 0, 0, 0) for _ in range(cluster.world_size)]
-    for option in solved.options:
-        for shard, split in zip(option.shards, solved.enumerator.split(option), strict=True):
+    for option in planned.options:
+        for shard, split in zip(option.shards, planned.enumerator.split(option), strict=True):
             assert shard.rank is not None and shard.perf is not None
             perfs[shard.rank] = perfs[shard.rank] + shard.perf
             for name, storage in split.items():
@@ -109,7 +85,7 @@ def _ranks(workload: Workload, cluster: Cluster, solved: Solved) -> list[dict[st
 
 
 def _milliseconds(perf: Perf) -> dict[str, float]:
-    """Of the tables' part of a step. The planner's own total leaves the distribution of the ids out."""
+    """The tables' part of a step, by kind. The planner's own total leaves out the distribution of the ids."""
     compute = perf.fwd_compute + perf.bwd_compute
     communication = perf.fwd_comms + perf.bwd_comms + perf.input_dist_comms
     return {
@@ -120,7 +96,7 @@ def _milliseconds(perf: Perf) -> dict[str, float]:
     }
 
 
-def _tables(solved: Solved) -> list[dict[str, Any]]:
+def _tables(planned: PlannedTables) -> list[dict[str, Any]]:
     return [
         {
             "name": option.name,
@@ -128,13 +104,13 @@ def _tables(solved: Solved) -> list[dict[str, Any]]:
             "dim": option.tensor.shape[1],
             "bytes": option.tensor.numel() * option.tensor.element_size(),
             "ids_per_sample": sum(
-                length * bags for length, bags in zip(option.input_lengths, solved.bags(option.name), strict=True)
+                length * bags for length, bags in zip(option.input_lengths, planned.bags(option.name), strict=True)
             ),
             "sharding_type": option.sharding_type,
             "kernel": option.compute_kernel,
             "ranks": len({shard.rank for shard in option.shards}),
         }
-        for option in solved.options
+        for option in planned.options
     ]
 
 

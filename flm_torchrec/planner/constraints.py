@@ -1,4 +1,4 @@
-"""What the planner is told of each table: where it may go, and how often it is looked up."""
+"""What the planner needs to know of each table: how it may be sharded, and how often it is looked up."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ KERNELS = ("fused", "fused_uvm_caching", "fused_uvm")
 
 @dataclass(frozen=True)
 class Lookup:
-    """How often a feature is looked up for one sample of a rank's batch, on average."""
+    """How often a feature is looked up for one sample, on average."""
 
     pooling: float = 1.0
-    """Ids of one bag, as of one item's tags."""
+    """Ids in a bag, such as the tags of one item."""
     bags: float = 1.0
-    """Bags of one sample, as the items of a sequence."""
+    """Bags in a sample, such as the items of one sequence."""
     seen: np.ndarray | None = None
-    """A sample of the ids, sorted: which rows they are. None: any row as often as another."""
+    """A sorted sample of the ids that are looked up. None: all rows equally often."""
 
     def share(self, first: int, end: int) -> float | None:
-        """Of the ids, that are in rows first … end - 1."""
+        """Share of the ids that are in rows first … end - 1; None if no sample is known."""
         if self.seen is None or not len(self.seen):
             return None
         low, high = np.searchsorted(self.seen, [first, end])
@@ -47,7 +47,7 @@ class Lookup:
 
 @dataclass(eq=False)
 class TableConstraints(ParameterConstraints):
-    """TorchRec's, and how each of the table's features is looked up."""
+    """TorchRec's constraints of a table, and how each feature of the table is looked up."""
 
     lookups: list[Lookup] = field(default_factory=list)
 
@@ -64,7 +64,7 @@ class TableRule:
 
 @dataclass(frozen=True)
 class Rules:
-    """What holds for all tables, and what a file says of single ones."""
+    """Rules for all tables, and rules for single tables, which come from a file."""
 
     sharding_types: Sequence[str] = tuple(AUTO_TYPES)
     kernels: Sequence[str] = KERNELS[:1]
@@ -72,7 +72,7 @@ class Rules:
 
 
 def read_rules(config: DistributedConfig, tables: Sequence[str]) -> Rules:
-    """The rules that a config asks for, for a model of the tables named.
+    """The rules of a config, for a model with these tables.
 
     Raises:
         ConfigError: an unreadable file, or an unknown table, key, type or kernel, with the nearest known one.
@@ -86,15 +86,15 @@ def read_rules(config: DistributedConfig, tables: Sequence[str]) -> Rules:
 
 
 def constraints(model: nn.Module, rules: Rules, lookups: Mapping[str, Lookup]) -> dict[str, ParameterConstraints]:
-    """For TorchRec's planner, by table.
+    """Constraints of each table for TorchRec's planner, by table name.
 
     Args:
-        lookups: by feature; one that is missing is looked up once a sample.
+        lookups: by feature; a feature that is missing here is looked up once per sample.
 
     Raises:
         ConfigError: a table has more features than pooling factors, or fewer.
     """
-    found = {}
+    by_table = {}
     for table in table_configs(model):
         rule = rules.tables.get(table.name, TableRule())
         used = [lookups.get(name, Lookup()) for name in table.feature_names]
@@ -104,7 +104,7 @@ def constraints(model: nn.Module, rules: Rules, lookups: Mapping[str, Lookup]) -
                 f"distributed.constraints: table '{table.name}' has {len(used)} features"
                 f" ({', '.join(table.feature_names)}), but {len(factors)} pooling_factors; give one for each"
             )
-        found[table.name] = TableConstraints(
+        by_table[table.name] = TableConstraints(
             sharding_types=list(rule.sharding_types or rules.sharding_types),
             compute_kernels=list(rule.compute_kernels or rules.kernels),
             min_partition=rule.min_partition,
@@ -113,43 +113,43 @@ def constraints(model: nn.Module, rules: Rules, lookups: Mapping[str, Lookup]) -
             feature_names=list(table.feature_names),
             lookups=used,
         )
-    return found
+    return by_table
 
 
 def offered_types() -> list[str]:
-    """Sharding types that some kind of table may have, the plainest first."""
-    found = [name for sharder in sharders() for device in ("cpu", "cuda") for name in sharder.sharding_types(device)]
-    return list(dict.fromkeys(found))
+    """Sharding types that at least one kind of table module offers, the simplest first."""
+    names = [name for sharder in sharders() for device in ("cpu", "cuda") for name in sharder.sharding_types(device)]
+    return list(dict.fromkeys(names))
 
 
 def table_configs(model: nn.Module) -> list[BaseEmbeddingConfig]:
-    """Every table of the model, in its order."""
-    found: list[BaseEmbeddingConfig] = []
+    """The configs of all tables, in the order of the model's modules."""
+    configs: list[BaseEmbeddingConfig] = []
     for module in model.modules():
         if isinstance(module, EmbeddingBagCollection):
-            found += module.embedding_bag_configs()
+            configs += module.embedding_bag_configs()
         elif isinstance(module, EmbeddingCollection):
-            found += module.embedding_configs()
-    return found
+            configs += module.embedding_configs()
+    return configs
 
 
-def read_mapping(path: Path, what: str) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
+def read_mapping(path: Path, option: str) -> dict[str, Any]:
+    """The content of a YAML file that holds a mapping.
 
     Raises:
-        ConfigError: it does not, or cannot be read.
+        ConfigError: the file cannot be read, or holds something else.
     """
     try:
         content = read_yaml(path)
     except Unreadable as error:
-        raise ConfigError(f"{what}: {path}: {error}; give a YAML file") from error
+        raise ConfigError(f"{option}: {path}: {error}; give a YAML file") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{what}: {path}: must hold names and values, not a {type(content).__name__}")
+        raise ConfigError(f"{option}: {path}: must hold names and values, not a {type(content).__name__}")
     return content
 
 
 def checked(kind: type, entry: Any, known: Sequence[str], where: str) -> Any:
-    """`entry` as the dataclass `kind`.
+    """Convert a mapping to the dataclass `kind`.
 
     Raises:
         ConfigError: an unknown key, with the nearest of `known`, or a wrong value.

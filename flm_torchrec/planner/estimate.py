@@ -1,4 +1,4 @@
-"""What the planner takes each option to cost: TorchRec's estimates, made exact where the model's memory is known."""
+"""Memory and time of each sharding option: TorchRec's estimates, corrected where the memory is known exactly."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from flm_torchrec.distributed.sharders import sharders
 from flm_torchrec.planner.constraints import KERNELS, TableConstraints, offered_types
 
 RESERVED = 0.15
-"""Share of the memory kept from tables, for activations, batches and the allocator."""
+"""Share of the memory that tables may not use. It is for activations, batches and the allocator."""
 DENSE_PARTS = {"weights": 1, "gradients": 1, "AdamW's two moments": 2, "DDP's buckets": 1}
 """Copies of a dense parameter in training, each float32."""
 DENSE_BYTES = 4 * sum(DENSE_PARTS.values())
-"""Of a dense parameter in training."""
+"""Bytes of a dense parameter in training."""
 INT8_ROW_BYTES = 8
-"""Scale and bias of a row of int8, float32 each."""
+"""Scale and bias of an int8 row, each float32."""
 LENGTH_BYTES = 8
-"""Of a bag's length: int64, as the batches hold it."""
+"""Size of a bag's length, which is int64 in the batches."""
 ID_BYTES = 8
-"""Of an id: int64 too."""
+"""Size of an id, which is int64 too."""
 TABLE_WISE, ROW_WISE = ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value
 
 
 class Enumerator(EmbeddingEnumerator):
-    """Each table's options in one order: TorchRec's comes out of a set of strings, another one in each process."""
+    """Sorts the options of each table. TorchRec's order comes from a set of strings and differs between processes."""
 
     def __init__(
         self,
@@ -45,11 +45,12 @@ class Enumerator(EmbeddingEnumerator):
         super().__init__(topology, batch_size, constraints, [perf, storage])
 
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
+        """All options, sorted by table, sharding type and kernel."""
         options = super().enumerate(module, sharders)
         tables, types = list(dict.fromkeys(option.fqn for option in options)), offered_types()
-        whole = {option.fqn for option in options if option.sharding_type == TABLE_WISE}
-        # A table too narrow to cut is the same thing column-wise as table-wise, and called by the plainer name.
-        options = [o for o in options if o.num_shards > 1 or o.sharding_type == TABLE_WISE or o.fqn not in whole]
+        table_wise = {option.fqn for option in options if option.sharding_type == TABLE_WISE}
+        # Column-wise sharding of a table that is too narrow to cut equals table-wise: keep the simpler name only.
+        options = [o for o in options if o.num_shards > 1 or o.sharding_type == TABLE_WISE or o.fqn not in table_wise]
         return sorted(
             options,
             key=lambda option: (
@@ -60,16 +61,16 @@ class Enumerator(EmbeddingEnumerator):
         )
 
     def split(self, option: ShardingOption) -> list[dict[str, Storage]]:
-        """A chosen option's memory by shard: weights, optimizer, input_output, pipeline."""
+        """Memory of each shard of a chosen option, by part: weights, optimizer, input_output, pipeline."""
         storage = next(e for e in self._estimators if isinstance(e, StorageEstimator))
         return storage.split(option, self._sharder_data_map)
 
 
 class StorageEstimator(EmbeddingStorageEstimator):
-    """TorchRec's estimate with the embeddings' outputs, and what it leaves out, and optimizer state as FBGEMM has it.
+    """TorchRec's estimate, plus what it omits, with the size of optimizer state corrected to FBGEMM's.
 
-    TorchRec takes state to be as wide as the weights and spread over column-wise shards; FBGEMM's is float32, and
-    row-wise Adagrad has one number for each row of each shard.
+    TorchRec assumes that state is as wide as the weights and is divided among column-wise shards. FBGEMM's state is
+    float32, and row-wise Adagrad holds one number for each row of each shard.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class StorageEstimator(EmbeddingStorageEstimator):
         self.optimizer = optimizer
 
     def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: SharderDataMap) -> None:
+        """Set the storage of each shard of the options."""
         super().estimate(sharding_options, sharder_data_map)
         for option in sharding_options:
             for shard in option.shards:
@@ -91,18 +93,18 @@ class StorageEstimator(EmbeddingStorageEstimator):
                 shard.storage = shard.storage + extra + self._uncounted(option, shard)
 
     def split(self, option: ShardingOption, data: SharderDataMap) -> list[dict[str, Storage]]:
-        """Memory of each shard: with and without look-ups, with and without the pipeline's copies."""
+        """Memory of each shard by part, from estimates with and without look-ups, and without the pipeline's copies."""
         plain = EmbeddingStorageEstimator(self._topology, self._constraints)
         idle, busy = _copy(option), _copy(option)
         idle.input_lengths = [0.0] * len(option.input_lengths)
         plain.estimate([idle], data)
         plain.estimate([busy], data)
-        found = []
+        parts = []
         for shard, without, used in zip(option.shards, idle.shards, busy.shards, strict=True):
             assert shard.storage and without.storage and used.storage
             state, scales = self._state(option, shard.size), self._scales(option, shard.size)
             more = self._uncounted(option, shard)
-            found.append(
+            parts.append(
                 {
                     "weights": without.storage + scales,
                     "optimizer": state,
@@ -110,7 +112,7 @@ class StorageEstimator(EmbeddingStorageEstimator):
                     "pipeline": shard.storage - used.storage - state - scales - more,
                 }
             )
-        return found
+        return parts
 
     def _state(self, option: ShardingOption, size: list[int]) -> Storage:
         return self._placed(option, state_bytes(self.optimizer, size[0], size[1]))
@@ -119,7 +121,7 @@ class StorageEstimator(EmbeddingStorageEstimator):
         return self._placed(option, INT8_ROW_BYTES * size[0] if option.tensor.dtype == torch.int8 else 0)
 
     def _uncounted(self, option: ShardingOption, shard: Shard) -> Storage:
-        """What TorchRec leaves out: lengths of bags, vectors of empty ones, rows looked up more than others."""
+        """Memory that TorchRec omits: lengths of bags, vectors of empty bags, rows that are looked up more often."""
         if shard.size[0] * shard.size[1] == 0:
             return Storage(hbm=0, ddr=0)
         assert self._constraints is not None
@@ -144,7 +146,7 @@ class StorageEstimator(EmbeddingStorageEstimator):
 
 
 class Reservation(FixedPercentageStorageReservation):
-    """Keeps a share of the memory, and the dense part's, from the tables; on a CPU too, where TorchRec keeps none."""
+    """Reserves a share of the memory, and that of the dense part. TorchRec reserves nothing on a CPU; this does."""
 
     def __init__(self, dense_bytes: int) -> None:
         super().__init__(RESERVED)
@@ -158,6 +160,7 @@ class Reservation(FixedPercentageStorageReservation):
         sharders: list[ModuleSharder[nn.Module]],
         constraints: dict[str, ParameterConstraints] | None = None,
     ) -> Topology:
+        """The topology with the memory that is left for tables."""
         reserved = super().reserve(topology, batch_size, module, sharders, constraints)
         for device in reserved.devices:
             if topology.compute_device == "cuda":
@@ -168,15 +171,15 @@ class Reservation(FixedPercentageStorageReservation):
 
 
 def state_bytes(optimizer: str, rows: int, columns: int) -> int:
-    """Optimizer state of one shard as FBGEMM holds it, always float32."""
+    """Bytes of the optimizer state of one shard in FBGEMM, which is always float32."""
     numbers = {"sgd": 0, "rowwise_adagrad": rows, "adagrad": rows * columns, "adam": 2 * rows * columns}
     return 4 * numbers[optimizer]
 
 
 def dense_bytes(model: nn.Module) -> int:
-    """Memory of a rank that the dense part takes in training, activations aside."""
-    sharded = {id(p) for sharder in sharders() for m in model.modules() if isinstance(m, sharder.module_type)
-               for p in m.parameters()}  # fmt: skip
+    """Bytes of a rank that the dense part takes in training, without activations."""
+    tables = [m for m in model.modules() if isinstance(m, tuple(sharder.module_type for sharder in sharders()))]
+    sharded = {id(p) for module in tables for p in module.parameters()}
     return DENSE_BYTES * sum(p.numel() for p in model.parameters() if id(p) not in sharded)
 
 

@@ -1,4 +1,4 @@
-"""Hardware by name, from the vendors' data sheets, and the planner's topology of so many nodes of it."""
+"""Kinds of nodes from the vendors' data sheets, and clusters of them as the planner's topology."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from flm_torchrec.names import nearest
 
 GIB = 2**30
 MOST_RANKS = 4096
-"""Planning takes time with the square of the ranks: half a minute on one core for these."""
+"""Planning time grows with the square of the ranks: half a minute on one core for this many."""
 MOST = 1e6
-"""Of memory in GiB and bandwidth in 10^9 bytes a second: far beyond what there is."""
+"""Maximum of memory in GiB and of bandwidth in 10^9 bytes per second, far above real hardware."""
 LEAST = 1e-3
+"""Minimum of the same, where they are not 0."""
 
 
 def _not_tiny(value: float) -> float:
@@ -35,30 +36,30 @@ Positive = Annotated[float, Field(gt=0, le=MOST), AfterValidator(_not_tiny)]
 
 @dataclass(frozen=True, config=STRICT)
 class Hardware:
-    """One kind of node. Bandwidths are in one direction, in 10^9 bytes a second."""
+    """One kind of node. Memory is in GiB. Bandwidths are in one direction, in 10^9 bytes per second."""
 
     device: Literal["cuda", "cpu"]
     hbm_gib: Annotated[float, Field(ge=0, le=MOST)]
-    """Memory of one GPU in GiB: the sheets' "GB" of HBM are binary."""
+    """Memory of one GPU. The "GB" of HBM in data sheets are binary."""
     host_gib: Positive
-    """Host memory of a node in GiB, which its ranks share evenly."""
+    """Host memory of a node, which its ranks share evenly."""
     hbm_gbps: Positive
-    """Of one GPU's own memory."""
+    """Bandwidth of one GPU's own memory."""
     host_gbps: Positive
-    """Of a node's host memory, which its ranks share evenly."""
+    """Bandwidth of a node's host memory, which its ranks share evenly."""
     host_link_gbps: Positive
-    """Between a GPU and host memory (PCIe): what a look-up in UVM pays."""
+    """Bandwidth between a GPU and host memory (PCIe), which a look-up in UVM uses."""
     intra_gbps: Positive
-    """One rank's, to the ranks of its node."""
+    """Bandwidth of one rank to the other ranks of its node."""
     inter_gbps: Positive
-    """One rank's share of its node's network."""
+    """Share of one rank in the bandwidth of its node's network."""
     per_node: Annotated[int, Field(ge=1, le=MOST_RANKS)]
-    """Ranks of a node."""
+    """Number of ranks on a node."""
 
 
-# Reference node of each GPU: NVIDIA's own DGX, from its data sheet and user guide; NVLink and PCIe figures, which the
-# sheets give for both directions together, are halved. Network: that of the compute ports, shared over the GPUs.
-# Host bandwidth: sockets x memory channels x transfers x 8 bytes, from the processor's page.
+# The reference node of each GPU is NVIDIA's own DGX, from its data sheet and user guide. The sheets give NVLink and
+# PCIe for both directions together: halved here. Network: the compute ports, divided among the GPUs. Host bandwidth:
+# sockets x memory channels x transfers x 8 bytes, from the processor's page.
 PRESETS: dict[str, Hardware] = {
     # DGX-1 with Tesla V100 SXM2 32 GB: HBM2 900 GB/s, NVLink 300 GB/s, 4 x 100 Gb/s InfiniBand, PCIe 3.0 x16,
     # 512 GB; 2 x Xeon E5-2698 v4 (4 channels, DDR4-2133 there).
@@ -85,7 +86,7 @@ PRESETS: dict[str, Hardware] = {
 
 @dataclass(frozen=True, config=STRICT)
 class Cluster:
-    """So many nodes of one kind."""
+    """A number of nodes of one kind."""
 
     name: str
     hardware: Hardware
@@ -94,23 +95,24 @@ class Cluster:
 
     @property
     def world_size(self) -> int:
+        """Number of ranks."""
         return self.nodes * self.per_node
 
     @property
     def capacity(self) -> int:
-        """Bytes of the memory a rank's look-ups run in: its GPU's, or its share of the host's."""
+        """Bytes of the memory in which a rank looks up: that of its GPU, or its share of the host's."""
         hardware = self.hardware
         own = hardware.hbm_gib if hardware.device == "cuda" else hardware.host_gib / self.per_node
         return int(own * GIB)
 
     def of_size(self, world_size: int) -> Cluster:
-        """The same hardware with so many ranks: part of a node, or whole nodes."""
+        """The same hardware with another number of ranks: a part of one node, or complete nodes."""
         if world_size < self.hardware.per_node:
             return Cluster(self.name, self.hardware, 1, world_size)
         return Cluster(self.name, self.hardware, -(-world_size // self.hardware.per_node), self.hardware.per_node)
 
     def topology(self) -> Topology:
-        """What the planner plans on; bandwidths in its unit, bytes a millisecond."""
+        """TorchRec's topology; its unit of bandwidth is bytes per millisecond."""
         hardware = self.hardware
         unit = 1e9 / 1e3
         return TopologyFactory.create_topology(
@@ -125,23 +127,24 @@ class Cluster:
                 ddr_mem_bw=hardware.host_gbps / self.per_node * unit,
                 hbm_to_ddr_mem_bw=hardware.host_link_gbps * unit,
             ),
-            # Without this the planner would calculate with its own constants, whatever is given.
+            # Otherwise the planner would use its own constants of bandwidth.
             kernel_config=KernelConfig(compute_device=hardware.device, use_hardware_based_bandwidth=True),
         )
 
     def describe(self) -> dict[str, Any]:
+        """The cluster and its hardware as JSON."""
         hardware = asdict(self.hardware)  # type: ignore[call-overload]
         return {"name": self.name, **hardware, "nodes": self.nodes, "per_node": self.per_node}
 
 
 def make_cluster(name: str, nodes: int, per_node: int, overrides: Sequence[str] = ()) -> Cluster:
-    """A preset's hardware with overrides such as `hbm_gib=96`.
+    """A cluster of a preset's hardware, with overrides such as `hbm_gib=96`.
 
     Args:
-        per_node: ranks of a node; 0: the preset's.
+        per_node: ranks on a node; 0: as many as the preset has.
 
     Raises:
-        ConfigError: unknown preset or value, with the nearest known one, or a value that cannot be.
+        ConfigError: an unknown preset or name, with the nearest known one, or a value that is out of range.
     """
     if name not in PRESETS:
         raise ConfigError(f"--hardware: no preset '{name}'; {nearest(name, PRESETS)}")
@@ -168,6 +171,6 @@ def make_cluster(name: str, nodes: int, per_node: int, overrides: Sequence[str] 
 
 
 def check_ranks(option: str, ranks: int) -> None:
-    """Raise ConfigError unless so many ranks can be planned in reasonable time."""
+    """Raise ConfigError for more ranks than can be planned in reasonable time."""
     if ranks > MOST_RANKS:
         raise ConfigError(f"{option}: {ranks:,} ranks; 'flm plan' plans {MOST_RANKS:,} at most")

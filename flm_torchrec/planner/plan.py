@@ -1,4 +1,4 @@
-"""Which rank holds which rows: the planner's choice, or that of a file."""
+"""The plan of a training run, which says which rank holds which rows: from the planner or from a file."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from flm_torchrec.distributed.replicas import group_of
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.planner.constraints import Lookup, constraints, read_rules, table_configs
 from flm_torchrec.planner.estimate import dense_bytes
-from flm_torchrec.planner.planfile import load_plan
+from flm_torchrec.planner.plan_file import load_plan
 from flm_torchrec.planner.solve import DENSE, Infeasible, solve
+from flm_torchrec.planner.workload import Workload
 
 
 def make_plan(
@@ -31,12 +32,14 @@ def make_plan(
     optimizer: str,
     lookups: Callable[[], Mapping[str, Lookup]],
 ) -> ShardingPlan:
-    """Plan the model's tables over the ranks of one replica, or read `config.plan`; the same on every rank; collective.
+    """Plan the model's tables over the ranks of one replica, or read the plan of `config.plan`. Collective.
+
+    Every rank gets the same plan.
 
     Args:
-        batch_size: sequences per rank and step.
+        batch_size: sequences of a rank in a step.
         optimizer: of the tables, by its name in the config.
-        lookups: gives those of one sequence, by feature; asked on the one rank that plans.
+        lookups: gives the look-ups of one sequence, by feature. Only the rank that plans calls it.
 
     Raises:
         ConfigError: the tables do not fit, with the table at fault; or a file does not fit the model.
@@ -48,11 +51,12 @@ def make_plan(
             if config.plan:
                 return load_plan(Path(config.plan), model, group)
             rules = read_rules(config, [table.name for table in table_configs(model)])
-            allowed = constraints(model, rules, lookups())
+            by_feature = lookups()
+            allowed = constraints(model, rules, by_feature)
             topology, pipeline = _topology(comm, group, config), pipeline_of(comm.device.type)
-            # fsdp: each of all ranks holds a slice.
+            # With fsdp each rank holds a slice of the dense part.
             dense = dense_bytes(model) // (comm.world_size if config.dense == "fsdp" else 1)
-            return solve(model, topology, batch_size, allowed, optimizer, dense, pipeline).plan
+            return solve(Workload(model, batch_size, by_feature, optimizer, dense), topology, allowed, pipeline).plan
         except Infeasible as error:
             if error.table == DENSE:
                 return ConfigError(str(error))
@@ -65,15 +69,15 @@ def make_plan(
         except ConfigError as error:
             return error
 
-    # The error is handed round too, or the other ranks would wait for a plan that never comes.
-    found = invoke_on_rank_and_broadcast_result(torch.distributed.GroupMember.WORLD, 0, attempt)
-    if isinstance(found, ConfigError):
-        raise found
-    return found
+    # The error is broadcast too: otherwise the other ranks would wait for a plan that never comes.
+    plan = invoke_on_rank_and_broadcast_result(torch.distributed.GroupMember.WORLD, 0, attempt)
+    if isinstance(plan, ConfigError):
+        raise plan
+    return plan
 
 
 def pipeline_of(device: str) -> PipelineType:
-    """The input pipeline that training uses there."""
+    """The input pipeline that training uses on a kind of device."""
     return PipelineType.TRAIN_SPARSE_DIST if device == "cuda" else PipelineType.NONE
 
 

@@ -1,4 +1,4 @@
-"""A plan for people: text for a terminal, one HTML file with a plot. The same report gives the same bytes."""
+"""A plan as text for a terminal and as one HTML file with plots. The same report gives the same bytes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,21 @@ from flm_torchrec.terminal import PlainConsole
 
 MOST_RANKS_SHOWN = 16
 PARTS = {
-    "weights": "weights", "optimizer": "optimizer", "input_output": "in/out", "pipeline": "pipeline", "dense": "dense",
-}  # fmt: skip
+    "weights": "weights",
+    "optimizer": "optimizer",
+    "input_output": "in/out",
+    "pipeline": "pipeline",
+    "dense": "dense",
+}
+"""Parts of a rank's memory and their column headers."""
+TIMES = ("compute", "communication", "prefetch")
+TABLE_HEADER = ("table", "rows", "dim", "weights", "ids/sample", "sharding", "kernel", "ranks")
 STYLE = "body{font:15px system-ui;max-width:60em;margin:2em auto}td,th{padding:2px 10px;text-align:right}"
 
 
 @dataclass(frozen=True)
-class Grid:
-    """One table."""
+class TextTable:
+    """A table of text cells, such as of ranks; not an embedding table."""
 
     title: str
     header: Sequence[str]
@@ -29,7 +36,7 @@ class Grid:
 
 
 def summary(made: dict[str, Any]) -> list[str]:
-    """What to know first."""
+    """The most important numbers of a plan, as lines of text."""
     cluster, balance = made["cluster"], made["balance"]
     step, slowest, sent = made["step_ms"], made["critical_rank"], made["sent"]
     return [
@@ -45,69 +52,71 @@ def summary(made: dict[str, Any]) -> list[str]:
     ]
 
 
-def grids(made: dict[str, Any]) -> list[Grid]:
-    """A plan's tables and ranks."""
-    tables = [
-        [t["name"], f"{t['rows']:,}", str(t["dim"]), size(t["bytes"]), f"{t['ids_per_sample']:.2f}",
-         t["sharding_type"], t["kernel"], str(t["ranks"])]
-        for t in made["tables"]
-    ]  # fmt: skip
+def tables_of(made: dict[str, Any]) -> list[TextTable]:
+    """The embedding tables and the ranks of a plan."""
     shown = made["ranks"][:MOST_RANKS_SHOWN]
-    ranks = [
-        [str(r["rank"]), *(size(r["device"][name]) for name in PARTS), size(sum(r["device"].values())),
-         size(sum(r["host"].values())), *(f"{r['ms'][name]:.3f}" for name in ("compute", "communication", "prefetch"))]
-        for r in shown
-    ]  # fmt: skip
     of = f" (the first {len(shown)} of {len(made['ranks'])})" if len(shown) < len(made["ranks"]) else ""
     header = ["rank", *PARTS.values(), "device", "host (UVM)", "compute ms", "comm. ms", "prefetch ms"]
     return [
-        Grid("tables", ["table", "rows", "dim", "weights", "ids/sample", "sharding", "kernel", "ranks"], tables),
-        Grid(f"ranks{of}", header, ranks),
+        TextTable("tables", TABLE_HEADER, [_table_cells(table) for table in made["tables"]]),
+        TextTable(f"ranks{of}", header, [_rank_cells(rank) for rank in shown]),
     ]
 
 
-def remedy_grid(found: Sequence[Remedy]) -> Grid:
+def _table_cells(table: dict[str, Any]) -> list[str]:
+    shape = [f"{table['rows']:,}", str(table["dim"]), size(table["bytes"])]
+    ids = f"{table['ids_per_sample']:.2f}"
+    return [table["name"], *shape, ids, table["sharding_type"], table["kernel"], str(table["ranks"])]
+
+
+def _rank_cells(rank: dict[str, Any]) -> list[str]:
+    parts = [size(rank["device"][name]) for name in PARTS]
+    totals = [size(sum(rank[memory].values())) for memory in ("device", "host")]
+    return [str(rank["rank"]), *parts, *totals, *(f"{rank['ms'][name]:.3f}" for name in TIMES)]
+
+
+def remedy_table(remedies: Sequence[Remedy]) -> TextTable:
+    """Each change that was tried, and whether the tables then fit."""
     rows = [
         [r.name, "fits" if r.fits else f"{size(r.gap)} too much", f"{r.step_ms:.3f}" if r.step_ms else "", r.note]
-        for r in found
+        for r in remedies
     ]
-    return Grid("what would make it fit", ["change", "on this cluster", "step ms", ""], rows)
+    return TextTable("what would make it fit", ["change", "on this cluster", "step ms", ""], rows)
 
 
-def sweep_grid(rows: Sequence[dict[str, Any]]) -> Grid:
-    found = []
+def sweep_table(rows: Sequence[dict[str, Any]]) -> TextTable:
+    """Memory and times by number of ranks."""
+    cells = []
     for row in rows:
         head = [str(row["ranks"]), str(row["nodes"])]
         if not row["fits"]:
-            found.append([*head, f"no: {row['table']} {size(row['gap'])} too much", *[""] * 6])
+            cells.append([*head, f"no: {row['table']} {size(row['gap'])} too much", *[""] * 6])
             continue
-        step = row["step_ms"]
-        found.append(
-            [*head, "yes", size(row["memory_max"]), f"{step['compute']:.3f}", f"{step['communication']:.3f}",
-             f"{step['prefetch']:.3f}", f"{step['total']:.3f}", f"{row['balance']['time']:.2f}"]
-        )  # fmt: skip
+        times = [f"{row['step_ms'][name]:.3f}" for name in (*TIMES, "total")]
+        cells.append([*head, "yes", size(row["memory_max"]), *times, f"{row['balance']['time']:.2f}"])
     header = ["ranks", "nodes", "fits", "device", "compute ms", "comm. ms", "prefetch ms", "step ms", "time balance"]
-    return Grid("other numbers of ranks", header, found)
+    return TextTable("other numbers of ranks", header, cells)
 
 
-def text(lines: Sequence[str], tables: Sequence[Grid]) -> str:
-    """As wide as it needs to be, whatever the terminal."""
+def text(lines: Sequence[str], tables: Sequence[TextTable]) -> str:
+    """Lines and tables as text, of a width that does not depend on the terminal."""
     console = PlainConsole(width=160, no_color=True)
     with console.capture() as capture:
         for line in lines:
             console.print(line, soft_wrap=True)
-        for grid in tables:
-            drawn = Table(title=grid.title, title_justify="left")
-            for name in grid.header:
+        for table in tables:
+            drawn = Table(title=table.title, title_justify="left")
+            for name in table.header:
                 drawn.add_column(name, justify="left" if name in ("table", "change", "") else "right")
-            for row in grid.rows:
+            for row in table.rows:
                 drawn.add_row(*row)
             console.print(drawn)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
 
 
-def html(lines: Sequence[str], tables: Sequence[Grid], sweep: Sequence[dict[str, Any]]) -> str:
-    body = [f"<p>{escape(line)}</p>" for line in lines] + [_html(grid) for grid in tables]
+def html(lines: Sequence[str], tables: Sequence[TextTable], sweep: Sequence[dict[str, Any]]) -> str:
+    """The same as one HTML page, with plots over the numbers of ranks where several of them fit."""
+    body = [f"<p>{escape(line)}</p>" for line in lines] + [_html(table) for table in tables]
     fitting = [row for row in sweep if row["fits"]]
     if len(fitting) > 1:
         ranks = [row["ranks"] for row in fitting]
@@ -120,29 +129,31 @@ def html(lines: Sequence[str], tables: Sequence[Grid], sweep: Sequence[dict[str,
 
 
 def size(amount: float) -> str:
-    """Bytes for people."""
+    """A number of bytes with its unit."""
     for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if abs(amount) >= 2**power:
             return f"{amount / 2**power:,.2f} {unit}"
     return f"{amount:.0f} B"
 
 
-def _html(grid: Grid) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in grid.header)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in grid.rows)
-    return f"<h2>{escape(grid.title)}</h2><table><tr>{head}</tr>{rows}</table>"
+def _html(table: TextTable) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in table.header)
+    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
+    return f"<h2>{escape(table.title)}</h2><table><tr>{head}</tr>{rows}</table>"
 
 
 def _plot(title: str, ranks: Sequence[int], values: Sequence[float]) -> str:
-    """A line over the numbers of ranks, evenly spaced."""
-    width, height, edge = 560, 220, 50
+    """An SVG line over the numbers of ranks, evenly spaced."""
+    width, height, margin = 560, 220, 50
     top = max(values) or 1.0
-    across = (width - 2 * edge) / (len(ranks) - 1)
-    points = [(edge + n * across, height - edge - value / top * (height - 2 * edge)) for n, value in enumerate(values)]
+    across = (width - 2 * margin) / (len(ranks) - 1)
+    points = [
+        (margin + n * across, height - margin - value / top * (height - 2 * margin)) for n, value in enumerate(values)
+    ]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     marks = "".join(
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/><text x="{x:.1f}" y="{y - 8:.1f}">{value:.3g}</text>'
-        f'<text x="{x:.1f}" y="{height - edge + 18}">{count}</text>'
+        f'<text x="{x:.1f}" y="{height - margin + 18}">{count}</text>'
         for (x, y), value, count in zip(points, values, ranks, strict=True)
     )
     return (

@@ -1,4 +1,4 @@
-"""TorchRec's planner, with exact optimizer state, the same plan every time, and a reason where nothing fits."""
+"""The plan of TorchRec's planner: the same plan every time, and a reason where nothing fits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 
-from torch import nn
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.proposers import GreedyProposer, UniformProposer
 from torchrec.distributed.planner.types import PlannerError, ShardingOption, Storage
@@ -15,16 +14,19 @@ from torchrec.distributed.types import PipelineType, ShardingPlan
 from flm_torchrec.distributed.sharders import sharders
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.planner.estimate import DENSE_BYTES, DENSE_PARTS, RESERVED, Enumerator, Reservation
+from flm_torchrec.planner.workload import Workload
 
 GIB = 2**30
 DENSE = "the dense part"
-"""In place of a table's name, where it alone does not fit."""
+"""Stands in place of a table's name where the dense part alone does not fit."""
 
 
 class Infeasible(ConfigError):
-    """The tables do not fit. `table` is at fault, by `gap` bytes: on each rank if it alone is too much.
+    """The tables do not fit.
 
-    `table` is `DENSE` where the dense part does not fit.
+    Attributes:
+        table: the table at fault; `DENSE` where the dense part does not fit.
+        gap: bytes that are missing: on one rank if this table alone is too large, else over all ranks.
     """
 
     def __init__(self, message: str, table: str, gap: int) -> None:
@@ -34,8 +36,8 @@ class Infeasible(ConfigError):
 
 
 @dataclass(frozen=True)
-class Solved:
-    """A plan with what the planner knows of it: memory and time of each shard."""
+class PlannedTables:
+    """A plan with the planner's estimates for it: memory and time of each shard."""
 
     plan: ShardingPlan
     options: list[ShardingOption]
@@ -44,37 +46,31 @@ class Solved:
     constraints: dict[str, ParameterConstraints]
 
     def bags(self, table: str) -> list[float]:
-        """Of one sample, for each feature of the table."""
+        """Bags in a sample, for each feature of the table."""
         return self.constraints[table].num_poolings or []
 
 
 def solve(
-    model: nn.Module,
-    topology: Topology,
-    batch_size: int,
-    constraints: dict[str, ParameterConstraints],
-    optimizer: str,
-    dense_bytes: int,
-    pipeline: PipelineType,
-) -> Solved:
-    """Plan the model's tables; needs no process group and no GPU, and gives the same plan every time.
+    workload: Workload, topology: Topology, constraints: dict[str, ParameterConstraints], pipeline: PipelineType
+) -> PlannedTables:
+    """Plan the tables of a workload. Needs no process group and no GPU, and gives the same plan every time.
 
     Args:
-        batch_size: samples per rank and step.
-        dense_bytes: of a rank's memory that the dense part takes.
+        constraints: by table, from `planner.constraints.constraints` with the look-ups of the workload.
 
     Raises:
         Infeasible: the dense part does not fit, or the tables beside it do not.
         ConfigError: a table has no sharding type or kernel left that the device offers.
     """
-    _refuse_dense(topology, dense_bytes)
-    enumerator = Enumerator(topology, batch_size, constraints, optimizer, pipeline)
+    model, batch_size = workload.model, workload.batch_size
+    _refuse_dense(topology, workload.dense_bytes)
+    enumerator = Enumerator(topology, batch_size, constraints, workload.optimizer, pipeline)
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch_size,
         enumerator=enumerator,
-        storage_reservation=Reservation(dense_bytes),
-        # Not the search of the whole grid: with a thousand ranks it takes minutes.
+        storage_reservation=Reservation(workload.dense_bytes),
+        # Without TorchRec's grid search, which takes minutes for a thousand ranks.
         proposer=[GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()],
         constraints=constraints,
         stats=[],
@@ -83,7 +79,7 @@ def solve(
     try:
         plan = planner.plan(model, sharders())
     except PlannerError as error:
-        free = Reservation(dense_bytes).reserve(topology, batch_size, model, sharders(), constraints)
+        free = Reservation(workload.dense_bytes).reserve(topology, batch_size, model, sharders(), constraints)
         raise _infeasible(enumerator.enumerate(model, sharders()), free, error) from error
     except RuntimeError as error:
         if "No available sharding type" not in str(error):
@@ -93,11 +89,11 @@ def solve(
             f"table '{table}': none of its sharding types and kernels is there on {topology.compute_device};"
             " loosen distributed.constraints or distributed.sharding"
         ) from error
-    return Solved(plan, planner._best_plan or [], topology, enumerator, constraints)
+    return PlannedTables(plan, planner._best_plan or [], topology, enumerator, constraints)
 
 
 def _refuse_dense(topology: Topology, dense_bytes: int) -> None:
-    """Raise Infeasible where the dense part alone is more than a rank may fill."""
+    """Raise Infeasible where the dense part alone needs more memory than a rank may fill."""
     memory = topology.devices[0].storage
     there, tier = (memory.hbm, "HBM") if topology.compute_device == "cuda" else (memory.ddr, "host memory")
     room = int(there * (1 - RESERVED))
@@ -117,11 +113,11 @@ def _refuse_dense(topology: Topology, dense_bytes: int) -> None:
 
 
 def _infeasible(options: list[ShardingOption], free: Topology, error: PlannerError) -> Infeasible:
-    """Which table is at fault, and by how much: one that no rank can hold its part of, else the largest."""
+    """Name the table at fault and the missing bytes: a table whose shard fits on no rank, else the largest one."""
     room = free.devices[0].storage
 
     def missing(storage: Storage, times: int = 1) -> tuple[int, str, int]:
-        """What is lacking, of which memory, and what there is of it."""
+        """Missing bytes, the kind of memory that misses them, and the bytes that this memory has."""
         host = (storage.ddr - times * room.ddr, "host memory", times * room.ddr)
         return max(host, (storage.hbm - times * room.hbm, "HBM", times * room.hbm))
 
@@ -159,7 +155,7 @@ def _infeasible(options: list[ShardingOption], free: Topology, error: PlannerErr
 
 
 def _largest(option: ShardingOption) -> Storage:
-    """Of each memory, what the shard with most of it takes."""
+    """The largest shard's bytes, of each kind of memory."""
     shards = [shard.storage for shard in option.shards if shard.storage]
     return Storage(hbm=max(shard.hbm for shard in shards), ddr=max(shard.ddr for shard in shards))
 
@@ -167,7 +163,8 @@ def _largest(option: ShardingOption) -> Storage:
 def _left_over(
     options: list[ShardingOption], missing: Callable[[Storage], tuple[int, str, int]], ranks: int
 ) -> tuple[str, int]:
-    """Put the largest first, each on the emptiest rank: the table that then has no place, and what it lacks."""
+    """Put each shard on the emptiest rank, the largest table first: the first table that does not fit, and its missing
+    bytes."""
     taken = [Storage(hbm=0, ddr=0)] * ranks
     for option in sorted(options, key=lambda option: missing(_largest(option)), reverse=True):
         for shard in option.shards:

@@ -1,4 +1,4 @@
-"""A bare list of tables (YAML) → what a rank has to do, where there are no data and no model yet."""
+"""A list of tables (YAML) → the workload of a rank, where no data and no model exist yet."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 
 from flm_torchrec.config.schema import STRICT
 from flm_torchrec.errors import ConfigError
-from flm_torchrec.planner.capacity import Workload
 from flm_torchrec.planner.constraints import Lookup, checked, read_mapping
 from flm_torchrec.planner.estimate import DENSE_BYTES
+from flm_torchrec.planner.workload import Workload
 
 META = torch.device("meta")
 PRECISIONS = {"fp32": DataType.FP32, "fp16": DataType.FP16}
@@ -35,22 +35,22 @@ class TableSpec:
     name: Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable)]
     rows: Annotated[int, Field(ge=1, le=10**12)]
     dim: Annotated[int, Field(ge=4, le=2**16, multiple_of=4)]
-    """A multiple of 4, as FBGEMM's kernels want it."""
+    """A multiple of 4, which FBGEMM's kernels need."""
     pooling: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    """Ids of one sample and feature, on average."""
+    """Average number of ids of one feature in a sample."""
     features: Annotated[int, Field(ge=1, le=1000)] = 1
-    """Features that look up this table."""
+    """Number of features that use this table."""
     pooled: bool = True
-    """Whether the ids of a sample become one vector (a bag) or one each (a sequence)."""
+    """True: the ids of a sample give one vector (a bag). False: each id gives a vector (a sequence)."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Spec:
-    """Everything that a plan depends on but the cluster."""
+    """Everything that a plan depends on, except the cluster."""
 
     tables: Annotated[tuple[TableSpec, ...], Field(min_length=1, max_length=10_000)]
     batch_size: Annotated[int, Field(ge=1, le=10**9)]
-    """Samples per rank and step."""
+    """Samples of a rank in a step."""
     optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
     precision: Literal["fp32", "fp16"] = "fp32"
     dense_parameters: Annotated[int, Field(ge=0, le=10**15)] = 0
@@ -60,7 +60,7 @@ def read_spec(path: Path) -> Spec:
     """Read and check a spec.
 
     Raises:
-        ConfigError: an unreadable file, an unknown key with the nearest known one, or a size that cannot be.
+        ConfigError: an unreadable file, an unknown key with the nearest known one, or a size out of range.
     """
     content = read_mapping(path, "--spec")
     tables = content.get("tables")
@@ -77,8 +77,8 @@ def read_spec(path: Path) -> Spec:
         if name in names:
             raise ConfigError(f"--spec: {path}: two tables are named '{name}'; give each a name of its own")
         names.add(name)
-    found: Spec = checked(Spec, content, list(Spec.__dataclass_fields__), f"--spec: {path}")
-    return found
+    spec: Spec = checked(Spec, content, list(Spec.__dataclass_fields__), f"--spec: {path}")
+    return spec
 
 
 def workload_of_spec(spec: Spec) -> Workload:
@@ -96,7 +96,7 @@ def workload_of_spec(spec: Spec) -> Workload:
     model = nn.Module()
     if bags:
         model.bags = EmbeddingBagCollection(tables=bags, device=META)
-    # An EmbeddingCollection has one width.
+    # All tables of an EmbeddingCollection have the same width.
     for dim in sorted({config.embedding_dim for config in sequences}):
         same = [config for config in sequences if config.embedding_dim == dim]
         model.add_module(f"sequences_{dim}", EmbeddingCollection(tables=same, device=META))

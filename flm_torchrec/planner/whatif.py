@@ -1,4 +1,4 @@
-"""What else would do: the smallest cluster that fits, what mends a plan that does not, and other numbers of ranks."""
+"""Alternatives to a plan: the smallest cluster that fits, changes that make a plan fit, other numbers of ranks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torchrec.distributed.types import PipelineType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from flm_torchrec.distributed.sharders import AUTO_TYPES
-from flm_torchrec.planner.capacity import Workload, plan_on, report
+from flm_torchrec.planner.capacity import plan_on, report
 from flm_torchrec.planner.constraints import Rules
 from flm_torchrec.planner.hardware import Cluster
 from flm_torchrec.planner.solve import Infeasible
+from flm_torchrec.planner.workload import Workload
 
 MOST_RANKS = 1024
 META = torch.device("meta")
@@ -24,14 +25,14 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
 
 @dataclass(frozen=True)
 class Question:
-    """A workload at any number of ranks, and how it may be planned."""
+    """A workload as a function of the number of ranks, and the rules for planning it."""
 
     workload: Callable[[int], Workload]
     rules: Rules
     pipeline: PipelineType
 
     def report(self, cluster: Cluster) -> dict[str, Any]:
-        """Plan and say all about it.
+        """Plan, and give all numbers about the plan.
 
         Raises:
             Infeasible: the tables do not fit.
@@ -40,6 +41,7 @@ class Question:
         return report(workload, cluster, plan_on(workload, cluster, self.rules, self.pipeline), self.pipeline)
 
     def fits(self, cluster: Cluster) -> bool:
+        """Whether the tables fit on a cluster."""
         try:
             plan_on(self.workload(cluster.world_size), cluster, self.rules, self.pipeline)
         except Infeasible:
@@ -49,20 +51,21 @@ class Question:
 
 @dataclass(frozen=True)
 class Remedy:
-    """One change, tried on the cluster asked for."""
+    """One change, tried on the given cluster."""
 
     name: str
     note: str
     fits: bool
     gap: int
-    """Bytes still too much where it does not fit."""
+    """Bytes that are still missing where it does not fit."""
     step_ms: float | None
 
 
 def smallest(question: Question, cluster: Cluster) -> int | None:
     """Fewest ranks of this hardware that the tables fit on, at most `MOST_RANKS`; None if there is no such number.
 
-    Doubles until it fits, then halves the gap: part of a node, then whole nodes. Takes it that more ranks never hurt.
+    Doubles the ranks until the tables fit, then bisects. Tries a part of one node, then complete nodes. Assumes that
+    tables which fit on some ranks fit on more.
     """
     per_node = cluster.hardware.per_node
     sizes = [n for n in (1, 2, 4) if n < per_node]
@@ -79,19 +82,19 @@ def smallest(question: Question, cluster: Cluster) -> int | None:
 
 
 def remedies(question: Question, cluster: Cluster) -> list[Remedy]:
-    """Each change that could make the plan fit, alone and with host memory, tried in turn."""
-    found = []
+    """Try each change that could make the plan fit, one by one."""
+    tried = []
     for name, note, changed in _changes(question, cluster):
         try:
             made = changed.report(cluster)
-            found.append(Remedy(name, note, True, 0, made["step_ms"]["total"]))
+            tried.append(Remedy(name, note, True, 0, made["step_ms"]["total"]))
         except Infeasible as error:
-            found.append(Remedy(name, note, False, error.gap, None))
-    return found
+            tried.append(Remedy(name, note, False, error.gap, None))
+    return tried
 
 
 def sweep(question: Question, cluster: Cluster, sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """A row for each number of ranks: memory and time of the fullest and the slowest rank, or what is too much."""
+    """A row for each number of ranks: memory of the fullest rank and time of the slowest, or the missing bytes."""
     rows: list[dict[str, Any]] = []
     for size in sizes:
         at = cluster.of_size(size)
@@ -117,7 +120,7 @@ def sweep(question: Question, cluster: Cluster, sizes: Sequence[int]) -> list[di
 
 
 def with_precision(workload: Workload, precision: str) -> Workload:
-    """The same with tables of another precision, and without the dense part's parameters."""
+    """The same workload with tables of another precision. Its model has only the tables."""
     model = nn.Module()
     for path, module in workload.model.named_modules():
         if isinstance(module, EmbeddingBagCollection | EmbeddingCollection):

@@ -43,7 +43,7 @@ def check_run_folder(config: Config, comm: Comm) -> bool:
     Raises:
         RunError: the folder is in use, or holds a run with other settings than those to resume with.
     """
-    again = comm.remembers(_opened(config))
+    again = comm.has_flag(_opened(config))
     return comm.on_main(lambda: _goes_on(config, again))
 
 
@@ -119,7 +119,7 @@ def open_run_folder(config: Config, data: PreparedData, comm: Comm, steps: int) 
             records.append(Record(folder, steps, resumed))
 
     comm.on_main(begin)
-    comm.remember(_opened(config))
+    comm.set_flag(_opened(config))
     blind = [rank for rank, sees in enumerate(comm.gather((folder / "config.yaml").is_file())) if not sees]
     if blind:
         raise RunError(f"{folder}: not seen by rank {blind[0]}; --train.run must be on storage that all nodes share")

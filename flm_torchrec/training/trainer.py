@@ -21,7 +21,7 @@ from flm_torchrec.distributed.shard import make_optimizer
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.evaluation.evaluate import blocks_of, evaluate_heads
 from flm_torchrec.names import nearest
-from flm_torchrec.planner.planfile import describe
+from flm_torchrec.planner.plan_file import describe
 from flm_torchrec.training.build import build, set_precision
 from flm_torchrec.training.checkpoint.manager import BEST, Checkpoints, Progress, load_checkpoint, load_matching
 from flm_torchrec.training.encoder import ModelEncoder

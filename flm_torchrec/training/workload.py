@@ -8,8 +8,8 @@ import torch
 
 from flm_torchrec.config import Config
 from flm_torchrec.distributed.comm import Comm
-from flm_torchrec.planner.capacity import Workload
 from flm_torchrec.planner.estimate import dense_bytes
+from flm_torchrec.planner.workload import Workload
 from flm_torchrec.training.build import make_model
 from flm_torchrec.training.loaders import make_loader
 from flm_torchrec.training.lookup_counts import lookups_of

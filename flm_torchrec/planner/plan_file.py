@@ -1,4 +1,4 @@
-"""plan.json: the plan that a run uses or shall use, written, read back and compared."""
+"""plan.json, the file of a plan: describe, read, check against a model, and compare."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from flm_torchrec.names import nearest
 from flm_torchrec.planner.constraints import KERNELS, table_configs
 
 MOST_RANKS = 2**20
-"""Of a plan that is read."""
+"""Maximum in a plan that is read."""
 STRICT = ConfigDict(strict=True, extra="forbid")
 TABLE_WISE, ROW_WISE = ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value
 TABLE_ROW_WISE, TABLE_COLUMN_WISE = ShardingType.TABLE_ROW_WISE.value, ShardingType.TABLE_COLUMN_WISE.value
@@ -39,11 +39,11 @@ Pair = Annotated[list[Size], Field(min_length=2, max_length=2)]
 
 
 _Home = tuple[str, nn.Module]
-"""Of a table: the path of the module it lives in, and the module."""
+"""The module that a table belongs to: its path in the model, and itself."""
 
 
 class ShardRecord(BaseModel):
-    """One shard of plan.json: its rank, its first row and column, its rows and columns."""
+    """One shard of plan.json: its rank, its first row and column, and its number of rows and columns."""
 
     model_config = STRICT
     rank: int
@@ -70,7 +70,7 @@ class PlanRecord(BaseModel):
 
 
 def describe(plan: ShardingPlan, world_size: int) -> dict[str, Any]:
-    """The plan as JSON: for each table its sharding type, kernel and shards (rank, first row and column, size)."""
+    """A plan as JSON: the module, sharding type, kernel and shards of each table, as in `PlanRecord`."""
     tables = {}
     for path, module in plan.plan.items():
         assert isinstance(module, EmbeddingModuleShardingPlan)
@@ -85,12 +85,12 @@ def describe(plan: ShardingPlan, world_size: int) -> dict[str, Any]:
                     for s in shards
                 ],
             }
-    # By name: a plan that was read back is written in the same bytes.
+    # Sorted, so that a plan that was read is written again with the same bytes.
     return {"world_size": world_size, "tables": dict(sorted(tables.items()))}
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """What `describe` gave, as it was written.
+    """The content of a plan.json, which `describe` gave.
 
     Raises:
         ConfigError: no such file, or no plan in it.
@@ -107,7 +107,7 @@ def read_plan(path: Path) -> dict[str, Any]:
 
 
 def load_plan(path: Path, model: nn.Module, comm: Comm) -> ShardingPlan:
-    """The plan of a file, for this model on these ranks.
+    """Read a plan for this model on these ranks.
 
     Raises:
         ConfigError: the file holds no plan, or one for other tables, sizes, modules or ranks.
@@ -134,22 +134,22 @@ def load_plan(path: Path, model: nn.Module, comm: Comm) -> ShardingPlan:
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """What differs, as (what, in the first, in the second); nothing where the plans are the same."""
-    found = []
+    """What differs between two plans, as (what, value in the first, value in the second); empty if nothing does."""
+    differing = []
     if one["world_size"] != other["world_size"]:
-        found.append(("ranks", str(one["world_size"]), str(other["world_size"])))
+        differing.append(("ranks", str(one["world_size"]), str(other["world_size"])))
     tables = dict.fromkeys([*one["tables"], *other["tables"]])
     for name in tables:
         left, right = one["tables"].get(name), other["tables"].get(name)
         if left is None or right is None:
-            found.append((name, "there" if left else "not there", "there" if right else "not there"))
+            differing.append((name, "there" if left else "not there", "there" if right else "not there"))
             continue
         for key in ("module", "sharding_type", "kernel"):
             if left[key] != right[key]:
-                found.append((f"{name}: {key}", str(left[key]), str(right[key])))
+                differing.append((f"{name}: {key}", str(left[key]), str(right[key])))
         if left["shards"] != right["shards"]:
-            found.append((f"{name}: shards", _shards(left), _shards(right)))
-    return found
+            differing.append((f"{name}: shards", _shards(left), _shards(right)))
+    return differing
 
 
 def _shards(table: Mapping[str, Any]) -> str:
@@ -159,14 +159,14 @@ def _shards(table: Mapping[str, Any]) -> str:
 
 
 def _modules(model: nn.Module) -> dict[str, _Home]:
-    """By table: path of the module it lives in, and that module."""
-    found: dict[str, _Home] = {}
+    """The module that each table belongs to, by table name."""
+    homes: dict[str, _Home] = {}
     for path, module in model.named_modules():
-        if not any(path.startswith(f"{inner}.") for inner, _ in found.values()):
+        if not any(path.startswith(f"{inner}.") for inner, _ in homes.values()):
             tables = module._embedding_module if isinstance(module, ManagedCollisionEmbeddingBagCollection) else module
             configs = getattr(tables, "embedding_bag_configs", None) or getattr(tables, "embedding_configs", None)
-            found.update({table.name: (path, module) for table in configs()} if configs else {})
-    return found
+            homes.update({table.name: (path, module) for table in configs()} if configs else {})
+    return homes
 
 
 def _check(where: str, table: Mapping[str, Any], size: tuple[int, int], home: _Home, comm: Comm) -> None:
@@ -197,9 +197,9 @@ def _check(where: str, table: Mapping[str, Any], size: tuple[int, int], home: _H
 
 
 def _misplaced(table: Mapping[str, Any], size: tuple[int, int], comm: Comm) -> str:
-    """Why TorchRec could not look up in these shards; empty if it can.
+    """Why TorchRec could not look up rows in these shards; empty if it can.
 
-    Its look-ups find a row by arithmetic: rows are in blocks of equal size, in the order of the ranks.
+    TorchRec computes the rank of a row: rows must be in blocks of equal size, in the order of the ranks.
     """
     kind, shards = table["sharding_type"], table["shards"]
     ranks = [shard["rank"] for shard in shards]
@@ -216,7 +216,7 @@ def _misplaced(table: Mapping[str, Any], size: tuple[int, int], comm: Comm) -> s
     first = 0
     for shard in shards:
         wanted = min(block, size[0] - first) if axis == 0 else shard["size"][1]
-        # Rows may run out before the ranks do; a shard without columns is no shard.
+        # The last ranks may have no rows, but every shard has columns.
         if (
             shard["offset"] != _at(axis, first, 0)
             or shard["size"] != _at(axis, wanted, size[1 - axis])
@@ -229,7 +229,7 @@ def _misplaced(table: Mapping[str, Any], size: tuple[int, int], comm: Comm) -> s
 
 
 def _at(axis: int, along: int, across: int) -> list[int]:
-    """[row, column] of a length along the axis that is cut and one across it."""
+    """[row, column], from a number along the axis that is cut and a number across it."""
     return [along, across] if axis == 0 else [across, along]
 
 
