@@ -33,7 +33,7 @@ svg { width: min(100%, 32rem); height: auto; margin: .5rem 1rem .5rem 0; }
 
 
 @dataclass(frozen=True)
-class Grid:
+class PageTable:
     """A table of texts: [rows, columns] under a header."""
 
     title: str
@@ -65,7 +65,7 @@ class Section:
 
     title: str
     notes: Sequence[str] = ()
-    parts: Sequence[Grid | Curves | Bars] = ()
+    parts: Sequence[PageTable | Curves | Bars] = ()
 
 
 def html(title: str, findings: Sequence[str], sections: Sequence[Section], none: str = "") -> str:
@@ -80,7 +80,7 @@ def html(title: str, findings: Sequence[str], sections: Sequence[Section], none:
     body = "".join(
         f"<h2>{escape(s.title)}</h2>"
         + "".join(f"<p>{escape(note)}</p>" for note in s.notes)
-        + "".join(_table(part) if isinstance(part, Grid) else _plot(part) for part in s.parts)
+        + "".join(_table(part) if isinstance(part, PageTable) else _plot(part) for part in s.parts)
         for s in sections
     )
     return (
@@ -98,13 +98,13 @@ def show(findings: Sequence[str], sections: Sequence[Section], console: PlainCon
         for note in section.notes:
             console.print(note, soft_wrap=True)
         for grid in section.parts:
-            if isinstance(grid, Grid):
+            if isinstance(grid, PageTable):
                 console.print(_rich(grid))
     for line in findings:
         console.print(f"problem: {line}", style="yellow", soft_wrap=True)
 
 
-def _rich(grid: Grid) -> RichTable:
+def _rich(grid: PageTable) -> RichTable:
     table = RichTable(title=grid.title, title_justify="left", box=box.SIMPLE)
     for number, name in enumerate(grid.header):
         table.add_column(name, justify="right" if number else "left")
@@ -113,7 +113,7 @@ def _rich(grid: Grid) -> RichTable:
     return table
 
 
-def _table(grid: Grid) -> str:
+def _table(grid: PageTable) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in grid.header)
     rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in grid.rows)
     caption = f"<caption>{escape(grid.title)}</caption>" if grid.title else ""

@@ -15,7 +15,7 @@ import torch
 from flm_torchrec.config import load_config
 from flm_torchrec.data.dataset import load_prepared
 from flm_torchrec.distributed.comm import process_group
-from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, rank_targets
+from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, RankingProblem, rank_targets
 from flm_torchrec.training.scope import scope_of
 from flm_torchrec.training.trainer import Job
 
@@ -43,7 +43,7 @@ def main(path: str, output: str, overrides: list[str]) -> None:
         test = job.scope.splits.test
         encode = job.encoder(test)
         scorer = HeadScorer(encode, data.schema.items, 64, comm)
-        ranked = rank_targets(data, test, scorer, comm, Blocks(16, 64))
+        ranked = rank_targets(RankingProblem(data, test, Blocks(16, 64)), scorer, comm)
         everyone = np.zeros(len(test), np.int64)
         everyone[ranked.rows] = ranked.ranks["fused"]
         total = comm.all_reduce_sum(torch.from_numpy(everyone))

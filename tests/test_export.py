@@ -30,12 +30,12 @@ from flm_torchrec.evaluation.evaluate import evaluate_heads
 from flm_torchrec.evaluation.protocol import Of
 from flm_torchrec.export.attributes import decoded
 from flm_torchrec.export.index import STEPS, open_index, top
-from flm_torchrec.export.manifest import Kind, Quantise, Storage, load_manifest
-from flm_torchrec.export.parts import Rows
-from flm_torchrec.export.quality import Held
+from flm_torchrec.export.manifest import IndexKind, Quantise, Storage, load_manifest
+from flm_torchrec.export.parts import ExportRows
+from flm_torchrec.export.quality import ValidationSet
 from flm_torchrec.export.recommend import Recommender
 from flm_torchrec.export.vectors import decode, encode
-from flm_torchrec.export.write import Options, Source, check_output, export
+from flm_torchrec.export.write import ExportOptions, ExportSource, check_output, export
 from tests.conftest import ROOT
 from tests.test_ranking import Alone, RandomEncoder
 from tools.benchmarks import export as bench_export
@@ -67,14 +67,14 @@ def everyone_but_last(data: PreparedData) -> Examples:
     return Examples(np.arange(data.schema.users), data.offsets[1:] - 1)
 
 
-def source_of(data: PreparedData, seed: int = 0, version: str = "v1") -> Source:
+def source_of(data: PreparedData, seed: int = 0, version: str = "v1") -> ExportSource:
     known = np.arange(data.schema.items) % 3 > 0
-    return Source(data, RandomEncoder(data.schema.users, data.schema.items, seed), known, version)
+    return ExportSource(data, RandomEncoder(data.schema.users, data.schema.items, seed), known, version)
 
 
 @pytest.fixture
 def exported(small: PreparedData, tmp_path: Path) -> Path:
-    export(source_of(small), Alone(), tmp_path / "out", Options(user_block=32, item_block=32, part_rows=64))
+    export(source_of(small), Alone(), tmp_path / "out", ExportOptions(user_block=32, item_block=32, part_rows=64))
     return tmp_path / "out"
 
 
@@ -165,12 +165,12 @@ def test_numbers_that_a_format_cannot_hold_are_refused(rows: np.ndarray) -> None
 def test_every_format_gives_the_recommendations_of_what_it_holds(
     small: PreparedData, tmp_path: Path, storage: Storage, quantise: Quantise
 ) -> None:
-    options = Options(storage, quantise, "none", user_block=32, item_block=32, part_rows=64)
+    options = ExportOptions(storage, quantise, "none", user_block=32, item_block=32, part_rows=64)
     source = replace(source_of(small), encoder=MadeUp(small))
     export(source, Alone(), tmp_path / "out", options)
     manifest = load_manifest(tmp_path / "out")
-    items = Rows(tmp_path / "out", manifest, "items").table(["embedding"])
-    users = Rows(tmp_path / "out", manifest, "users").table(["fused"])
+    items = ExportRows(tmp_path / "out", manifest, "items").table(["embedding"])
+    users = ExportRows(tmp_path / "out", manifest, "users").table(["fused"])
     scores = decode(items["embedding"]) @ decode(users["fused"])[7]
     best = np.argsort(-scores)[:10]
     found = Recommender(tmp_path / "out").recommend("u7", 10, include_seen=True)
@@ -192,8 +192,8 @@ def test_what_quantising_costs_is_what_evaluation_finds(small: PreparedData, tmp
     config = EvalConfig(user_block=32, item_block=32)
     before = evaluate_heads(small, valid, MadeUp(small), Alone(), config)
     after = evaluate_heads(small, valid, Stored(small), Alone(), config)
-    source = replace(source_of(small), encoder=MadeUp(small), held=Held(MadeUp(small), valid))
-    options = Options(quantise="int8", user_block=32, item_block=32, part_rows=64)
+    source = replace(source_of(small), encoder=MadeUp(small), validation=ValidationSet(MadeUp(small), valid))
+    options = ExportOptions(quantise="int8", user_block=32, item_block=32, part_rows=64)
     manifest = export(source, Alone(), tmp_path / "out", options)
     assert manifest is not None and list(manifest.quality) == list(REPRESENTATIONS)
     for head, found in manifest.quality.items():
@@ -210,19 +210,19 @@ def test_what_quantising_costs_is_what_evaluation_finds(small: PreparedData, tmp
     ],
 )
 def test_an_index_searches_as_hard_as_its_recall_takes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, weak: dict[str, int], strong: dict[str, int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: IndexKind, weak: dict[str, int], strong: dict[str, int]
 ) -> None:
     data, encoder = bench_export.catalogue(tmp_path / "data", 10_000), bench_export.MadeUp(8)
     monkeypatch.setitem(STEPS, kind, (weak, strong, {name: 10**4 for name in weak}))
-    source = Source(data, encoder, np.ones(10_000, bool), "v1")
-    manifest = export(source, Alone(), tmp_path / "out", Options(index=kind, user_block=500, part_rows=4096))
+    source = ExportSource(data, encoder, np.ones(10_000, bool), "v1")
+    manifest = export(source, Alone(), tmp_path / "out", ExportOptions(index=kind, user_block=500, part_rows=4096))
     assert manifest is not None and manifest.index is not None
     assert strong.items() <= manifest.index.parameters.items()
     assert all(r >= 0.99 for recall in manifest.index.recall.values() for r in recall.values())
     # As it is read back, for users that it was not measured by.
     index = open_index(tmp_path / "out", load_manifest(tmp_path / "out"))
-    queries = decode(Rows(tmp_path / "out", manifest, "users").table(["fused"])["fused"])[1:200:7]
-    scores = queries @ decode(Rows(tmp_path / "out", manifest, "items").table(["embedding"])["embedding"]).T
+    queries = decode(ExportRows(tmp_path / "out", manifest, "users").table(["fused"])["fused"])[1:200:7]
+    scores = queries @ decode(ExportRows(tmp_path / "out", manifest, "items").table(["embedding"])["embedding"]).T
     _, found = index.search(queries, 100)
     best = np.argsort(-scores, 1)[:, :100]
     assert np.mean([np.isin(b, f).mean() for b, f in zip(best, found, strict=True)]) > 0.98
@@ -252,18 +252,20 @@ class Tied(bench_export.MadeUp):
     ],
 )
 def test_many_equal_vectors_hide_nothing(
-    tmp_path: Path, kind: Kind, quantise: Quantise, shared: int, found: str
+    tmp_path: Path, kind: IndexKind, quantise: Quantise, shared: int, found: str
 ) -> None:
     """The best items come back, of equal scores the first items, whatever the index."""
     items = 10_000 if kind == "ivfpq" else 3000
     data, encoder = bench_export.catalogue(tmp_path / "data", items), Tied(8, items, shared)
-    source = Source(data, encoder, np.ones(items, bool), "v1")
-    manifest = export(source, Alone(), tmp_path / "out", Options(index=kind, quantise=quantise, part_rows=1024))
+    source = ExportSource(data, encoder, np.ones(items, bool), "v1")
+    manifest = export(source, Alone(), tmp_path / "out", ExportOptions(index=kind, quantise=quantise, part_rows=1024))
     assert manifest is not None and (manifest.index is None or manifest.index.least == 1.0)
     assert found == (manifest.index.kind if manifest.index else "none")
     assert manifest.index is None or (manifest.index.rows, manifest.index.asked) == (25 + shared, kind)
-    vectors = np.concatenate(list(Rows(tmp_path / "out", manifest, "items").vectors("embedding"))).astype(np.float64)
-    users = Rows(tmp_path / "out", manifest, "users").table(["user_key", "fused"]).slice(0, 40)
+    vectors = np.concatenate(list(ExportRows(tmp_path / "out", manifest, "items").vectors("embedding"))).astype(
+        np.float64
+    )
+    users = ExportRows(tmp_path / "out", manifest, "users").table(["user_key", "fused"]).slice(0, 40)
     recommender = Recommender(tmp_path / "out")
     for user, query in list(zip(users["user_key"].to_pylist(), decode(users["fused"]), strict=True))[::8]:
         order = np.lexsort((np.arange(items), -(vectors @ query.astype(np.float64)).round(5)))
@@ -274,9 +276,9 @@ def test_many_equal_vectors_hide_nothing(
 def test_an_index_below_the_promise_is_replaced_by_a_flat_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, encoder = bench_export.catalogue(tmp_path / "data", 10_000), bench_export.MadeUp(8)
     monkeypatch.setitem(STEPS, "hnsw", ({"efSearch": 1},))
-    source = Source(data, encoder, np.ones(10_000, bool), "v1")
+    source = ExportSource(data, encoder, np.ones(10_000, bool), "v1")
     for promised, kind in ((0.999, "flat"), (0.05, "hnsw")):
-        options = Options(index="hnsw", recall=promised, user_block=500)
+        options = ExportOptions(index="hnsw", recall=promised, user_block=500)
         manifest = export(source, Alone(), tmp_path / str(promised), options)
         assert manifest is not None and manifest.index is not None
         assert (manifest.index.kind, manifest.index.asked, manifest.index.promised) == (kind, "hnsw", promised)
@@ -287,7 +289,7 @@ def test_an_index_below_the_promise_is_replaced_by_a_flat_one(tmp_path: Path, mo
 def test_an_older_graph_is_not_gone_by(small: PreparedData, tmp_path: Path) -> None:
     """Format 2 indexed equal vectors many times over; its rows are read, and all are scored."""
     out = tmp_path / "out"
-    export(source_of(small), Alone(), out, Options(index="hnsw"))
+    export(source_of(small), Alone(), out, ExportOptions(index="hnsw"))
     before = Recommender(out).recommend("u3", 20)
     record = json.loads((out / "manifest.json").read_text())
     index = {k: v for k, v in record["index"].items() if k not in ("rows", "promised", "asked")}
@@ -306,13 +308,15 @@ def test_top_is_a_stable_sort(scores: list[int], k: int) -> None:
 
 def test_too_few_items_to_train_an_index_are_told_before_any_work(small: PreparedData, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="trains on 9984 items at least, not 149"):
-        export(source_of(small), Alone(), tmp_path / "out", Options(index="ivfpq"))
+        export(source_of(small), Alone(), tmp_path / "out", ExportOptions(index="ivfpq"))
     assert not list(tmp_path.iterdir())
 
 
 def test_two_ranks_write_the_bytes_of_one(small: PreparedData, tmp_path: Path, ranks) -> None:  # type: ignore[no-untyped-def]
-    source = replace(source_of(small), encoder=MadeUp(small), held=Held(MadeUp(small), everyone_but_last(small)))
-    options = Options(quantise="int8", user_block=32, item_block=20, part_rows=30)
+    source = replace(
+        source_of(small), encoder=MadeUp(small), validation=ValidationSet(MadeUp(small), everyone_but_last(small))
+    )
+    options = ExportOptions(quantise="int8", user_block=32, item_block=20, part_rows=30)
     alone = export(source, Alone(), tmp_path / "one", options)
     out = ranks(2, [str(ROOT / "tests" / "export_job.py"), str(small.path), str(tmp_path)])
     both = load_manifest(tmp_path / "two")
@@ -333,7 +337,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_older_export(exported: Path, sma
         for limit in (100, size // 20):  # in the parts, and in the index
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
             with pytest.raises(RunError, match="give another --output") as told:
-                export(source_of(small), Alone(), exported, Options(part_rows=64))
+                export(source_of(small), Alone(), exported, ExportOptions(part_rows=64))
             assert "\n" not in str(told.value)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -385,12 +389,12 @@ def test_a_second_export_into_one_output_is_refused_and_the_first_is_whole(small
 
     def begin_another(_: Path) -> None:
         with pytest.raises(RunError, match=r"out: process \d+ on '.+' is writing it; wait") as error:
-            export(source_of(small, seed=1, version="v2"), Alone(), tmp_path / "out", Options())
+            export(source_of(small, seed=1, version="v2"), Alone(), tmp_path / "out", ExportOptions())
         told.append(str(error.value))
 
-    export(replace(source_of(small), beside=begin_another), Alone(), tmp_path / "out", Options(part_rows=64))
+    export(replace(source_of(small), beside=begin_another), Alone(), tmp_path / "out", ExportOptions(part_rows=64))
     assert len(told) == 1 and "\n" not in told[0]
-    export(source_of(small), Alone(), tmp_path / "calm", Options(part_rows=64))
+    export(source_of(small), Alone(), tmp_path / "calm", ExportOptions(part_rows=64))
     assert load_manifest(tmp_path / "out") == load_manifest(tmp_path / "calm")
     assert {p.name for p in tmp_path.iterdir()} == {"out", "calm"}
 
@@ -398,7 +402,7 @@ def test_a_second_export_into_one_output_is_refused_and_the_first_is_whole(small
 def test_an_export_made_while_this_one_waited_is_not_replaced_unasked(exported: Path, small: PreparedData) -> None:
     before = load_manifest(exported)
     with pytest.raises(RunError, match="exists; give another --output, or --overwrite"):
-        export(source_of(small, version="v2"), Alone(), exported, Options(), overwrite=False)
+        export(source_of(small, version="v2"), Alone(), exported, ExportOptions(), overwrite=False)
     assert load_manifest(exported) == before
 
 
@@ -411,7 +415,7 @@ def test_an_export_replaces_what_a_link_leads_to_and_touches_no_neighbour(export
     link = exported.with_name("link")
     link.symlink_to(exported)
     for version in ("v2", "v3"):
-        export(source_of(small, version=version), Alone(), link, Options(part_rows=64))
+        export(source_of(small, version=version), Alone(), link, ExportOptions(part_rows=64))
         assert link.is_symlink() and load_manifest(exported).model_version == version
     assert exported.stat().st_mode & 0o777 == 0o700 and all((folder / "mine").is_file() for folder in neighbours)
     assert {p.name for p in exported.parent.iterdir()} == {"out", "link", *(folder.name for folder in neighbours)}

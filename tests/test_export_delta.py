@@ -21,28 +21,28 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.export.delta import Delta, apply_delta, export_delta, load_delta
 from flm_torchrec.export.manifest import Storage, is_part, load_manifest
 from flm_torchrec.export.recommend import Recommender
-from flm_torchrec.export.write import Options, Source, export
+from flm_torchrec.export.write import ExportOptions, ExportSource, export
 from flm_torchrec.files import sha256
 from tests.test_export import MadeUp
 from tests.test_ranking import Alone
 from tools.benchmarks import export as bench_export
 
-OPTIONS = Options(user_block=32, item_block=32, part_rows=40, index="flat")
+OPTIONS = ExportOptions(user_block=32, item_block=32, part_rows=40, index="flat")
 
 
 @pytest.fixture
-def older(small: PreparedData, tmp_path: Path) -> Source:
+def older(small: PreparedData, tmp_path: Path) -> ExportSource:
     """Exported to `tmp_path`/base."""
-    source = Source(small, MadeUp(small), np.ones(small.schema.items, bool), "v1")
+    source = ExportSource(small, MadeUp(small), np.ones(small.schema.items, bool), "v1")
     export(source, Alone(), tmp_path / "base", OPTIONS)
     return source
 
 
-def newer(older: Source, **changes: object) -> Source:
+def newer(older: ExportSource, **changes: object) -> ExportSource:
     return replace(older, encoder=MadeUp(older.data, changed={3, 41, 148}), version="v2", **changes)  # type: ignore[arg-type]
 
 
-def make_delta(source: Source, folder: Path) -> Delta:
+def make_delta(source: ExportSource, folder: Path) -> Delta:
     delta = export_delta(source, Alone(), folder / "base", folder / "delta", OPTIONS)
     assert delta is not None and delta == load_delta(folder / "delta")
     return delta
@@ -55,7 +55,7 @@ def check_same(merged: Path, whole: Path) -> None:
     assert all((merged / name).read_bytes() == (whole / name).read_bytes() for name in other.sha256)
 
 
-def test_base_and_delta_are_the_whole_bit_for_bit(older: Source, tmp_path: Path) -> None:
+def test_base_and_delta_are_the_whole_bit_for_bit(older: ExportSource, tmp_path: Path) -> None:
     known = np.ones(older.data.schema.items, bool)
     known[77] = False
     source = newer(older, item_known=known)
@@ -105,12 +105,12 @@ def key_of(item: int, renamed: set[int]) -> str:
     return f"{item}{'-new' if item in renamed else ''}"
 
 
-def catalogue_of(folder: Path, items: int, changed: set[int], renamed: set[int]) -> Source:
+def catalogue_of(folder: Path, items: int, changed: set[int], renamed: set[int]) -> ExportSource:
     data = bench_export.catalogue(folder, items, users=20)
     table = pq.read_table(folder / "items.parquet")
     keys = pa.array([key_of(i, renamed) for i in range(items)])
     pq.write_table(table.set_column(1, "item_key", keys), folder / "items.parquet")
-    return Source(data, Tilted(changed), np.ones(items, bool), "v")
+    return ExportSource(data, Tilted(changed), np.ones(items, bool), "v")
 
 
 class Tilted(bench_export.MadeUp):
@@ -127,7 +127,7 @@ class Tilted(bench_export.MadeUp):
         return vectors
 
 
-def test_files_beside_the_rows_go_along(older: Source, tmp_path: Path) -> None:
+def test_files_beside_the_rows_go_along(older: ExportSource, tmp_path: Path) -> None:
     delta = make_delta(newer(older), tmp_path)
     folder = tmp_path / "delta"
     (folder / "tower").mkdir()
@@ -144,8 +144,8 @@ def test_files_beside_the_rows_go_along(older: Source, tmp_path: Path) -> None:
     assert "tower/tower.pt2" in manifest.sha256 and delta.whole.rows_digest == manifest.rows_digest
 
 
-def test_only_what_fits_is_compared_and_applied(older: Source, tmp_path: Path) -> None:
-    def refused(message: str, source: Source, options: Options = OPTIONS, base: str = "base") -> None:
+def test_only_what_fits_is_compared_and_applied(older: ExportSource, tmp_path: Path) -> None:
+    def refused(message: str, source: ExportSource, options: ExportOptions = OPTIONS, base: str = "base") -> None:
         with pytest.raises(RunError, match=message) as told:
             export_delta(source, Alone(), tmp_path / base, tmp_path / "delta", options)
         assert "\n" not in str(told.value) and not (tmp_path / "delta").exists()
@@ -180,7 +180,7 @@ def test_only_what_fits_is_compared_and_applied(older: Source, tmp_path: Path) -
     assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.tmp").exists()
 
 
-def test_delta_and_merged_export_have_one_writer_and_touch_no_neighbour(older: Source, tmp_path: Path) -> None:
+def test_delta_and_merged_export_have_one_writer_and_touch_no_neighbour(older: ExportSource, tmp_path: Path) -> None:
     for name in ("delta.tmp", "delta.whole", "merged.tmp", ".merged.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine").touch()

@@ -19,7 +19,7 @@ from fastapi.testclient import TestClient
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.export.delta import export_delta
-from flm_torchrec.export.write import Options, export
+from flm_torchrec.export.write import ExportOptions, export
 from flm_torchrec.serve.app import create_app
 from flm_torchrec.serve.service import Service
 from tests.serving import write_export
@@ -182,8 +182,8 @@ NOT_READ = {
 @pytest.fixture(scope="module")
 def whole(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    export(source_of(small), Alone(), folder / "e", Options())
-    export_delta(source_of(small, seed=1, version="v2"), Alone(), folder / "e", folder / "delta", Options())
+    export(source_of(small), Alone(), folder / "e", ExportOptions())
+    export_delta(source_of(small, seed=1, version="v2"), Alone(), folder / "e", folder / "delta", ExportOptions())
     return folder
 
 

@@ -16,7 +16,7 @@ from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import Examples, split
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.evaluation.protocol import Of
-from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, count_ranks, rank_targets
+from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, RankingProblem, count_ranks, rank_targets
 from flm_torchrec.training.fusion_weights import choose_weights
 from flm_torchrec.training.restore import restore
 
@@ -51,7 +51,7 @@ def chosen(data: PreparedData, comm: Comm, noise: dict[str, float], heads: tuple
     encoder = Planted(data, examples, {**noise, "fused": 0.0})
     weights, score = choose_weights(data, examples, encoder, comm, Blocks(16, 64), heads, "ndcg@10")
     scorer = HeadScorer(encoder, data.schema.items, 64, comm)
-    ranked = rank_targets(data, examples, scorer, comm, Blocks(16, 64))
+    ranked = rank_targets(RankingProblem(data, examples, Blocks(16, 64)), scorer, comm)
     alone = [count_ranks(ranked, name, data.schema.items, comm).ndcg(10) for name in heads]
     return dict(zip(HEADS, weights.tolist(), strict=True)), score, alone
 

@@ -24,9 +24,9 @@ from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import COLD_ITEM, Examples, split
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Popularity, Random, _blocks, _nearest, _seen
-from flm_torchrec.evaluation.evaluate import evaluate
+from flm_torchrec.evaluation.evaluate import EvaluationTask, evaluate
 from flm_torchrec.evaluation.metrics import RankCounts
-from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, count_ranks, rank_targets
+from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, RankingProblem, count_ranks, rank_targets
 
 
 @dataclasses.dataclass
@@ -84,7 +84,7 @@ def test_ranks_are_those_of_brute_force(histories: list[list[int]], users: int, 
     examples = split(data, "leave-one-out", 0.1).test
     encoder = RandomEncoder(len(histories), 12, seed)
     scorer = HeadScorer(encoder, 12, items, Alone())
-    ranked = rank_targets(data, examples, scorer, Alone(), Blocks(users, items), top_k=3)
+    ranked = rank_targets(RankingProblem(data, examples, Blocks(users, items)), scorer, Alone(), top_k=3)
     for row, history in enumerate(histories):
         for head in REPRESENTATIONS:
             scores = (encoder.user[head][row] @ encoder.item.T).numpy()
@@ -99,9 +99,8 @@ def test_a_scorer_that_knows_nothing_ranks_last() -> None:
     data = make_data([[0, 1, 2]], 10)
     encoder = RandomEncoder(1, 10)
     encoder.item.zero_()
-    ranked = rank_targets(
-        data, Examples(np.array([0]), np.array([2])), HeadScorer(encoder, 10, 4, Alone()), Alone(), Blocks()
-    )
+    problem = RankingProblem(data, Examples(np.array([0]), np.array([2])))
+    ranked = rank_targets(problem, HeadScorer(encoder, 10, 4, Alone()), Alone())
     assert ranked.ranks["fused"].tolist() == [8]  # ten items less the two seen
 
 
@@ -225,14 +224,15 @@ def test_held_out_items_are_ranked_among_all_and_among_themselves(small: Prepare
     encoder = RandomEncoder(len(splits.test), small.schema.items)
     config, cold = EvalConfig(ks=(5,), ease_items=0), splits.cold_items
     assert cold is not None
-    found = evaluate(small, splits.test, splits.fit(small), encoder, Alone(), config, "test", cold)
+    task = EvaluationTask(small, splits.test, "test", splits.fit(small), cold)
+    found = evaluate(task, encoder, Alone(), config)
     assert list(found.table) == ["popularity", "item-kNN", *REPRESENTATIONS, "random", "content alone", "ids alone"]
     none = dataclasses.replace(config, baselines=())
-    bare = evaluate(small, splits.test, splits.fit(small), encoder, Alone(), none, "test", cold)
+    bare = evaluate(task, encoder, Alone(), none)
     assert list(bare.table) == [*REPRESENTATIONS, "content alone", "ids alone"]
     assert set(found.segments) == {"warm", "cold user", "cold item", "cold item, among those alone"}
     assert found.segments["cold item, among those alone"]["popularity"]["hr@5"] == 0.0  # all tie, ties count against
-    ranked = rank_targets(small, splits.test, Random(), Alone(), Blocks(), among=cold)
+    ranked = rank_targets(RankingProblem(small, splits.test, among=cold), Random(), Alone())
     rows = np.flatnonzero(splits.test.label == COLD_ITEM)
     assert ranked.ranks["random"][rows].max() <= cold.sum()
     assert found.segments["cold item, among those alone"]["random"]["hr@5"] == np.mean(
@@ -243,11 +243,12 @@ def test_held_out_items_are_ranked_among_all_and_among_themselves(small: Prepare
 def test_all_rows_of_the_table_rank_the_same_users(small: PreparedData) -> None:
     splits = split(small, "leave-one-out", 0.1)
     encoder = RandomEncoder(len(splits.test), small.schema.items)
-    found = evaluate(small, splits.test, splits.fit(small), encoder, Alone(), EvalConfig(ks=(5,)), "test")
+    task = EvaluationTask(small, splits.test, "test", splits.fit(small))
+    found = evaluate(task, encoder, Alone(), EvalConfig(ks=(5,)))
     assert list(found.table) == ["popularity", "item-kNN", "EASE-R", *REPRESENTATIONS]
     assert all(set(m) == {"hr@5", "ndcg@5", "mrr", "coverage@10"} for m in found.table.values())
     few = EvalConfig(ks=(5,), baselines=("EASE-R",))
-    found_few = evaluate(small, splits.test, splits.fit(small), encoder, Alone(), few, "test")
+    found_few = evaluate(task, encoder, Alone(), few)
     assert list(found_few.table) == ["EASE-R", *REPRESENTATIONS] and found_few.table["EASE-R"] == found.table["EASE-R"]
     shares = {s: np.mean(small.segment[splits.test.end] == s) for s in found.segments}
     for name, metrics in found.table.items():
@@ -258,9 +259,8 @@ def test_all_rows_of_the_table_rank_the_same_users(small: PreparedData) -> None:
 def test_counts_of_parts_add_up(small: PreparedData) -> None:
     examples = split(small, "leave-one-out", 0.1).test
     encoder = RandomEncoder(len(examples), small.schema.items)
-    ranked = rank_targets(
-        small, examples, HeadScorer(encoder, small.schema.items, 64, Alone()), Alone(), Blocks(16, 64), 10
-    )
+    scorer = HeadScorer(encoder, small.schema.items, 64, Alone())
+    ranked = rank_targets(RankingProblem(small, examples, Blocks(16, 64)), scorer, Alone(), 10)
     counts = count_ranks(ranked, "fused", small.schema.items, Alone(), (10,))
     assert counts.users == len(examples)
     assert counts.covered[10] == len(np.unique(ranked.top["fused"]))

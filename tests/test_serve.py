@@ -19,10 +19,10 @@ from fastapi.testclient import TestClient
 
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData
-from flm_torchrec.export.tower.reader import History, Kind, Query
-from flm_torchrec.serve.app import Load, create_app
-from flm_torchrec.serve.generation import AddedItem
-from flm_torchrec.serve.service import Limits, Service
+from flm_torchrec.export.tower.reader import History, PackagedFeature, TowerQuery
+from flm_torchrec.serve.app import ServerLimits, create_app
+from flm_torchrec.serve.loaded_export import AddedItem
+from flm_torchrec.serve.service import MemoryLimits, Service
 from tests.serving import write_export
 
 HOUR = 3600
@@ -58,67 +58,68 @@ def keys(answer: dict[str, Any]) -> list[str]:
     return [item["item"] for item in answer["items"]]
 
 
-def brute_force(service: Service, query: Query, head: int, left: np.ndarray) -> list[float]:
+def brute_force(service: Service, query: TowerQuery, head: int, left: np.ndarray) -> list[float]:
     """Scores of all items of `left` [N] bool, best first."""
-    now = service.generation
-    (found,) = now.represent([query])
-    return sorted((now.catalogue.vectors(left) @ found.heads[head]).tolist(), reverse=True)
+    loaded = service.loaded
+    (found,) = loaded.represent([query])
+    return sorted((loaded.catalogue.vectors(left) @ found.heads[head]).tolist(), reverse=True)
 
 
-def known(service: Service, user: str) -> Query:
-    row = service.generation.user_of[user]
-    return Query(service.generation.tower.known_history(row), row)
+def known(service: Service, user: str) -> TowerQuery:
+    row = service.loaded.user_of[user]
+    return TowerQuery(service.loaded.tower.known_history(row), row)
 
 
 @pytest.mark.parametrize("head", ["content", "collaborative", "sequential", "fused"])
 def test_a_known_user_gets_the_best_unseen_items(head: str, service: Service, client: TestClient) -> None:
     answer = post(client, "/v1/recommend", user="u7", head=head, k=20)
-    now = service.generation
-    left = np.ones(now.manifest.items, bool)
-    seen = now.seen[now.user_of["u7"]].as_py()
+    loaded = service.loaded
+    left = np.ones(loaded.manifest.items, bool)
+    seen = loaded.seen[loaded.user_of["u7"]].as_py()
     left[seen] = False
-    want = brute_force(service, known(service, "u7"), now.manifest.heads.index(head), left)[:20]
+    want = brute_force(service, known(service, "u7"), loaded.manifest.heads.index(head), left)[:20]
     assert [item["score"] for item in answer["items"]] == pytest.approx(want, abs=1e-6)
-    assert not {now.key(row) for row in seen} & set(keys(answer))
+    assert not {loaded.key(row) for row in seen} & set(keys(answer))
     item = answer["items"][0]
-    assert item["title"] == now.title(now.catalogue.row_of[item["item"]])
+    assert item["title"] == loaded.title(loaded.catalogue.row_of[item["item"]])
     assert set(item["attributes"]) == {"genre", "brand"}
 
 
 def test_as_many_come_back_as_are_left(service: Service, client: TestClient) -> None:
-    now = service.generation
-    seen = len(set(now.seen[now.user_of["u0"]].as_py()))
-    assert len(keys(post(client, "/v1/recommend", user="u0", k=1000))) == now.manifest.items - seen
-    assert len(keys(post(client, "/v1/recommend", user="u0", k=1000, exclude_seen=False))) == now.manifest.items
+    loaded = service.loaded
+    seen = len(set(loaded.seen[loaded.user_of["u0"]].as_py()))
+    assert len(keys(post(client, "/v1/recommend", user="u0", k=1000))) == loaded.manifest.items - seen
+    assert len(keys(post(client, "/v1/recommend", user="u0", k=1000, exclude_seen=False))) == loaded.manifest.items
 
 
 def test_filters_are_exact(service: Service, client: TestClient) -> None:
-    now = service.generation
-    genres = now.catalogue.attributes["genre"].values.to_pylist()
-    brand = now.catalogue.attributes["brand"].values[0].as_py()
+    loaded = service.loaded
+    genres = loaded.catalogue.attributes["genre"].values.to_pylist()
+    brand = loaded.catalogue.attributes["brand"].values[0].as_py()
     for wanted in ({"genre": genres[:2]}, {"genre": genres[:6], "brand": [brand]}, {"genre": genres}):
         answer = post(client, "/v1/recommend", user="u3", k=1000, filter=wanted, exclude_seen=False)
-        has = [now.attributes(row) for row in range(now.manifest.items)]
+        has = [loaded.attributes(row) for row in range(loaded.manifest.items)]
         rows = [r for r, held in enumerate(has) if all(set(held[f]) & set(v) for f, v in wanted.items())]
-        assert sorted(keys(answer)) == sorted(now.key(r) for r in rows)
+        assert sorted(keys(answer)) == sorted(loaded.key(r) for r in rows)
         few = post(client, "/v1/recommend", user="u3", k=3, filter=wanted)
-        left = np.isin(np.arange(now.manifest.items), rows)
-        left[now.seen[now.user_of["u3"]].as_py()] = False
+        left = np.isin(np.arange(loaded.manifest.items), rows)
+        left[loaded.seen[loaded.user_of["u3"]].as_py()] = False
         want = brute_force(service, known(service, "u3"), 3, left)[:3]
         assert [item["score"] for item in few["items"]] == pytest.approx(want, abs=1e-6)
 
 
 def test_a_typed_history_is_what_the_tower_makes_of_it(service: Service, client: TestClient) -> None:
-    now = service.generation
+    loaded = service.loaded
     rows, start = [3, 44, 9], 1_700_000_000
     events = [
-        {"item": now.key(r), "event": "view", "value": 2.0, "timestamp": start + n * HOUR} for n, r in enumerate(rows)
+        {"item": loaded.key(r), "event": "view", "value": 2.0, "timestamp": start + n * HOUR}
+        for n, r in enumerate(rows)
     ]
     answer = post(client, "/v1/recommend", history=events, k=5)
     times = np.array([start, start + HOUR, start + 2 * HOUR])
     history = History(np.array(rows), np.zeros(3, np.int64), np.full(3, 2.0, np.float32), times)
-    left = ~np.isin(np.arange(now.manifest.items), rows)
-    want = brute_force(service, Query(history), 3, left)[:5]
+    left = ~np.isin(np.arange(loaded.manifest.items), rows)
+    want = brute_force(service, TowerQuery(history), 3, left)[:5]
     assert [item["score"] for item in answer["items"]] == pytest.approx(want, abs=1e-6)
 
 
@@ -132,26 +133,26 @@ def test_cold_users_are_answered_by_features_or_by_nothing(client: TestClient) -
 
 
 def test_a_cold_item_is_recommended_filtered_and_used_in_histories(service: Service, client: TestClient) -> None:
-    now = service.generation
+    loaded = service.loaded
     before = client.get("/health").json()["items"]
     features = {"title": "The Brand New One", "genre": "war"}
     assert post(client, "/v1/items", item="new", title="The Brand New One", features=features)["items"] == before + 1
     everything = post(client, "/v1/recommend", user="u1", k=1000, exclude_seen=False)
     assert "new" in keys(everything) and len(keys(everything)) == before + 1
-    content, _ = now.tower.content("item", features)
-    (found,) = now.represent([known(service, "u1")])
+    content, _ = loaded.tower.content("item", features)
+    (found,) = loaded.represent([known(service, "u1")])
     score = next(i["score"] for i in everything["items"] if i["item"] == "new")
-    assert score == pytest.approx(float(now.tower.scored(content[None])[0] @ found.heads[3]), abs=1e-6)
+    assert score == pytest.approx(float(loaded.tower.scored(content[None])[0] @ found.heads[3]), abs=1e-6)
     assert "new" in keys(post(client, "/v1/recommend", k=1000, filter={"genre": ["war"]}))
     assert "new" not in keys(post(client, "/v1/recommend", k=1000, filter={"genre": ["comedy"]}))
     assert "new" not in keys(post(client, "/v1/recommend", k=1000, history=[{"item": "new"}]))
     assert [i["item"] for i in client.get("/v1/items", params={"query": "brand new"}).json()] == ["new"]
-    taken = client.post("/v1/items", json={"item": now.key(0), "title": "again"})
+    taken = client.post("/v1/items", json={"item": loaded.key(0), "title": "again"})
     assert (taken.status_code, "is in the catalogue" in taken.json()["detail"]) == (409, True)
 
 
 def test_room_for_cold_items_is_bounded(exports: Path) -> None:
-    service = Service(exports / "one", Limits(added_items=2))
+    service = Service(exports / "one", MemoryLimits(added_items=2))
     with TestClient(create_app(service)) as client:
         for key in ("a", "b", "a"):
             post(client, "/v1/items", item=key)
@@ -159,7 +160,7 @@ def test_room_for_cold_items_is_bounded(exports: Path) -> None:
 
 
 def test_an_event_changes_the_next_answer_to_that_of_the_longer_history(service: Service, client: TestClient) -> None:
-    now = service.generation
+    loaded = service.loaded
     before = post(client, "/v1/recommend", user="u9", k=10)
     liked = before["items"][0]["item"]
     base = known(service, "u9")
@@ -168,10 +169,10 @@ def test_an_event_changes_the_next_answer_to_that_of_the_longer_history(service:
     assert told["known"] and told["live_events"] == 1
     after = post(client, "/v1/recommend", user="u9", k=10)
     assert liked not in keys(after) and after["items"] != before["items"]
-    event = History(np.array([now.row(liked)]), np.zeros(1, np.int64), np.full(1, 3, np.float32), np.array([moment]))
-    longer = Query(base.history + event, base.user)
-    left = np.ones(now.manifest.items, bool)
-    left[[*now.seen[now.user_of["u9"]].as_py(), now.row(liked)]] = False
+    event = History(np.array([loaded.row(liked)]), np.zeros(1, np.int64), np.full(1, 3, np.float32), np.array([moment]))
+    longer = TowerQuery(base.history + event, base.user)
+    left = np.ones(loaded.manifest.items, bool)
+    left[[*loaded.seen[loaded.user_of["u9"]].as_py(), loaded.row(liked)]] = False
     want = brute_force(service, longer, 3, left)[:10]
     assert [i["score"] for i in after["items"]] == pytest.approx(want, abs=1e-6)
     early = client.post("/v1/events", json={"user": "u9", "item": liked, "timestamp": moment - 1})
@@ -185,7 +186,7 @@ def test_a_new_user_is_known_from_the_first_event_on(client: TestClient) -> None
 
 
 def test_live_users_are_forgotten_in_order_of_silence(exports: Path) -> None:
-    service = Service(exports / "one", Limits(live_users=2))
+    service = Service(exports / "one", MemoryLimits(live_users=2))
     with TestClient(create_app(service)) as client:
         for user in ("a", "b", "a", "c"):
             post(client, "/v1/events", user=user, item="i1")
@@ -207,7 +208,7 @@ def test_a_swap_keeps_live_events_and_cold_items_and_lets_the_old_one_go(exports
     with TestClient(create_app(service)) as client:
         post(client, "/v1/items", item="new", features={"genre": "war"})
         post(client, "/v1/events", user="u2", item="new")
-        old, rows = weakref.ref(service.generation), weakref.ref(service.generation.tower.user)
+        old, rows = weakref.ref(service.loaded), weakref.ref(service.loaded.tower.user)
         answer = post(client, "/v1/swap", export=str(exports / "two"))
         gc.collect()
         assert old() is None and rows() is None
@@ -266,11 +267,11 @@ def test_a_link_that_is_watched_is_followed(exports: Path) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(exports / "one")
     service = Service(link)
-    with TestClient(create_app(service, Load(watch_seconds=0.02))) as client:
+    with TestClient(create_app(service, ServerLimits(watch_seconds=0.02))) as client:
         (exports / "next").symlink_to(exports / "two")
         os.replace(exports / "next", link)
         deadline = time.monotonic() + 60
-        while service.generation.number == 1 and time.monotonic() < deadline:
+        while service.loaded.number == 1 and time.monotonic() < deadline:
             time.sleep(0.02)
         assert client.get("/health").json()["model_version"] == "two"
 
@@ -286,7 +287,7 @@ def test_more_than_can_wait_is_told_to_come_again(exports: Path) -> None:
         return answered(requests)
 
     service.recommend = slow  # type: ignore[method-assign]
-    with TestClient(create_app(service, Load(threads=1, waiting=0))) as client:
+    with TestClient(create_app(service, ServerLimits(threads=1, waiting=0))) as client:
         first = threading.Thread(target=lambda: post(client, "/v1/recommend", user="u0"))
         first.start()
         assert blocked.wait(30)
@@ -310,29 +311,29 @@ def test_what_cannot_be_served_is_one_line(
 
 
 def test_titles_and_keys_are_found_whatever_the_case(service: Service, client: TestClient) -> None:
-    now = service.generation
-    title = now.title(12)
-    assert now.key(12) in [i["item"] for i in client.get("/v1/items", params={"query": title.upper()}).json()]
-    assert client.get("/v1/items", params={"query": now.key(12), "limit": 1}).json()[0]["item"] == now.key(12)
+    loaded = service.loaded
+    title = loaded.title(12)
+    assert loaded.key(12) in [i["item"] for i in client.get("/v1/items", params={"query": title.upper()}).json()]
+    assert client.get("/v1/items", params={"query": loaded.key(12), "limit": 1}).json()[0]["item"] == loaded.key(12)
     assert client.get("/v1/items", params={"query": "no such title"}).json() == []
     catalogue = client.get("/v1/catalogue").json()
     assert catalogue["events"] == ["view"] and set(catalogue["features"]) == {"genre", "brand"}
 
 
 def test_a_number_of_a_cold_item_is_shown_as_its_bucket() -> None:
-    price = Kind("price", "item", "quantile", values=("-inf", "10.0", "20.0"))
+    price = PackagedFeature("price", "item", "quantile", values=("-inf", "10.0", "20.0"))
     assert [price.shown(given) for given in (3, 10, 15.5, 99, None)] == [["-inf"], ["10.0"], ["10.0"], ["20.0"], []]
 
 
 def test_cold_items_that_fit_no_more_do_not_stop_a_swap(exports: Path) -> None:
     service = Service(exports / "one")
-    brand = next(iter(service.generation.catalogue.attributes))
+    brand = next(iter(service.loaded.catalogue.attributes))
     misfit = AddedItem("misfit", "misfit", {brand: {"no": "text"}}, {})
     fits = AddedItem("fits", "fits", {}, {})
-    added = replace(service.generation.added, items=(misfit, fits))
-    service.generation = replace(service.generation, added=added)
+    added = replace(service.loaded.added, items=(misfit, fits))
+    service.loaded = replace(service.loaded, added=added)
     service.swap(exports / "two")
-    assert [item.key for item in service.generation.added.items] == ["fits"]
+    assert [item.key for item in service.loaded.added.items] == ["fits"]
 
 
 @pytest.mark.parametrize(
@@ -341,7 +342,7 @@ def test_cold_items_that_fit_no_more_do_not_stop_a_swap(exports: Path) -> None:
 def test_a_value_of_an_item_is_shown_once(values: list[str] | None, shown: list[str]) -> None:
     import pyarrow as pa
 
-    from flm_torchrec.serve.items import Catalogue, _attribute
+    from flm_torchrec.serve.catalogue import Catalogue, _attribute
 
     lists = pa.array([["b"], values], pa.list_(pa.string()))
     text, known = pa.array(["x", "y"]), np.ones(2, bool)

@@ -17,13 +17,13 @@ from fastapi import FastAPI, Request
 
 from flm_torchrec.cli import main
 from flm_torchrec.serve.connections import GuardedProtocol, KnownHosts, host_name, listening
-from flm_torchrec.serve.middleware import Measured, read_body, tell_errors
+from flm_torchrec.serve.middleware import MeasuringMiddleware, read_body, tell_errors
 
 MOST, SECONDS = 8, 0.5
 
 
 class Counted:
-    """What `Measured` needs of measures: statuses in the order they came."""
+    """What `MeasuringMiddleware` needs of measures: statuses in the order they came."""
 
     def __init__(self) -> None:
         self.statuses: list[int] = []
@@ -50,7 +50,7 @@ def address(counted: Counted) -> Iterator[tuple[str, int]]:
     app = FastAPI()
     tell_errors(app)
     app.add_middleware(KnownHosts, hosts=("localhost", "address"))
-    app.add_middleware(Measured, measures=counted)  # type: ignore[arg-type]
+    app.add_middleware(MeasuringMiddleware, measures=counted)  # type: ignore[arg-type]
 
     @app.post("/")
     async def echo(request: Request) -> int:

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flm_torchrec.data.dataset import PreparedData
-from flm_torchrec.serve.app import Load, create_app
-from flm_torchrec.serve.service import Limits, Service
+from flm_torchrec.serve.app import ServerLimits, create_app
+from flm_torchrec.serve.service import MemoryLimits, Service
 from tests.serving import write_export
 
 JSON = {"Content-Type": "application/json"}
@@ -24,8 +24,8 @@ POSTS = ("/v1/recommend", "/v1/recommend/batch", "/v1/items", "/v1/events", "/v1
 def client(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     folder = tmp_path_factory.mktemp("exports") / "one"
     write_export(small, folder)
-    service = Service(folder, Limits(added_items=50, live_users=50))
-    with TestClient(create_app(service, Load(body_bytes=100_000)), raise_server_exceptions=False) as client:
+    service = Service(folder, MemoryLimits(added_items=50, live_users=50))
+    with TestClient(create_app(service, ServerLimits(body_bytes=100_000)), raise_server_exceptions=False) as client:
         yield client
 
 

@@ -14,16 +14,16 @@ from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.delta import export_delta
 from flm_torchrec.export.manifest import load_manifest
-from flm_torchrec.export.parts import Rows
+from flm_torchrec.export.parts import ExportRows
 from flm_torchrec.export.stores.load import STORES, load, opened
-from flm_torchrec.export.stores.protocol import Batch
+from flm_torchrec.export.stores.protocol import ItemBatch
 from flm_torchrec.export.vectors import decode
-from flm_torchrec.export.write import Options, Source, export
+from flm_torchrec.export.write import ExportOptions, ExportSource, export
 from tests.test_export import MadeUp
 from tests.test_ranking import Alone
 
 EMPTY = {"title": "", "attributes": {}, "model_version": ""}
-OPTIONS = Options(quantise="fp16", part_rows=64)
+OPTIONS = ExportOptions(quantise="fp16", part_rows=64)
 CLIENTS = {"qdrant": "qdrant_client", "milvus": "pymilvus", "lancedb": "lancedb", "postgresql": "psycopg"}
 
 
@@ -45,14 +45,14 @@ def to(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def source(small: PreparedData) -> Source:
-    return Source(small, MadeUp(small), np.ones(small.schema.items, bool), "v1")
+def source(small: PreparedData) -> ExportSource:
+    return ExportSource(small, MadeUp(small), np.ones(small.schema.items, bool), "v1")
 
 
 def check(folder: Path, to: str, items: pa.Table) -> None:
     """The ten best of some users are those of brute force over the export."""
     vectors, keys = decode(items["embedding"]), items["item_key"].to_pylist()
-    users = Rows(folder, load_manifest(folder), "users").table(["fused", "sequential"])
+    users = ExportRows(folder, load_manifest(folder), "users").table(["fused", "sequential"])
     with opened(to, "items") as store:
         store.create(vectors.shape[1])
         assert store.count() == len(keys)
@@ -66,10 +66,10 @@ def check(folder: Path, to: str, items: pa.Table) -> None:
 
 
 def test_search_finds_what_brute_force_does_and_loading_twice_is_as_once(
-    to: str, source: Source, tmp_path: Path
+    to: str, source: ExportSource, tmp_path: Path
 ) -> None:
     export(source, Alone(), tmp_path / "e", OPTIONS)
-    items = Rows(tmp_path / "e", load_manifest(tmp_path / "e"), "items").table()
+    items = ExportRows(tmp_path / "e", load_manifest(tmp_path / "e"), "items").table()
     for _ in range(2):
         loaded = load(tmp_path / "e", to, "items", "embedding")
         assert (loaded.upserted, loaded.deleted, loaded.total) == (len(items), 0, len(items))
@@ -80,14 +80,14 @@ def test_search_finds_what_brute_force_does_and_loading_twice_is_as_once(
     assert export_delta(newer, Alone(), tmp_path / "e", tmp_path / "d", OPTIONS) is not None
     export(newer, Alone(), tmp_path / "e2", OPTIONS)
     assert load(tmp_path / "d", to, "items", "embedding").upserted == 3
-    check(tmp_path / "e2", to, Rows(tmp_path / "e2", load_manifest(tmp_path / "e2"), "items").table())
+    check(tmp_path / "e2", to, ExportRows(tmp_path / "e2", load_manifest(tmp_path / "e2"), "items").table())
 
     with opened(to, "items") as store:
         store.create(source.encoder.dim)
         store.delete(items["item_key"].to_pylist()[:7])
         hostile = ["it's", 'a "b"', "c\\", "d\ne", "); DROP TABLE items; --"]
         apart = np.eye(5, source.encoder.dim, dtype=np.float32)
-        store.upsert(Batch(hostile, apart * 99, [EMPTY] * 5))
+        store.upsert(ItemBatch(hostile, apart * 99, [EMPTY] * 5))
         assert [store.search(vector, 1)[0][0] for vector in apart] == hostile
         store.delete([*hostile, "nobody's key"])
         assert store.count() == len(items) - 7
@@ -107,7 +107,9 @@ def test_search_finds_what_brute_force_does_and_loading_twice_is_as_once(
         ("postgresql://nobody:secret@127.0.0.1:1/none", "items", "127.0.0.1"),
     ],
 )
-def test_a_wrong_place_is_one_line(source: Source, tmp_path: Path, to: str, collection: str, message: str) -> None:
+def test_a_wrong_place_is_one_line(
+    source: ExportSource, tmp_path: Path, to: str, collection: str, message: str
+) -> None:
     kind = to.partition(":")[0]
     pytest.importorskip(CLIENTS.get(kind, "numpy"))
     (tmp_path / "file").touch()

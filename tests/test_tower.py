@@ -19,7 +19,7 @@ from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.data.splits import everyone
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import DataError, RunError
-from flm_torchrec.export.tower.reader import HISTORY_FIELDS, History, Query, Tower
+from flm_torchrec.export.tower.reader import HISTORY_FIELDS, History, PackagedTower, TowerQuery
 from flm_torchrec.export.tower.writer import Precision, write_tower
 from flm_torchrec.prepare.prepare import Options, prepare
 from flm_torchrec.prepare.sources import synthetic
@@ -44,10 +44,10 @@ def made(data: PreparedData, *overrides: str) -> Iterator[Job]:
         yield Job(config, data, scope_of(config, data), comm)
 
 
-def package(job: Job, folder: Path, precision: Precision = "fp32") -> Tower:
+def package(job: Job, folder: Path, precision: Precision = "fp32") -> PackagedTower:
     folder.mkdir()
     write_tower(job.data, PackagedModel(job), True, precision, folder)
-    return Tower(folder)
+    return PackagedTower(folder)
 
 
 def trained(job: Job, users: np.ndarray) -> np.ndarray:
@@ -56,8 +56,8 @@ def trained(job: Job, users: np.ndarray) -> np.ndarray:
     return torch.stack([found[head] for head in REPRESENTATIONS], 1).numpy()
 
 
-def packaged(tower: Tower, users: np.ndarray) -> np.ndarray:
-    found = tower.represent([Query(tower.known_history(int(u)), int(u)) for u in users], NONE_ADDED)
+def packaged(tower: PackagedTower, users: np.ndarray) -> np.ndarray:
+    found = tower.represent([TowerQuery(tower.known_history(int(u)), int(u)) for u in users], NONE_ADDED)
     return np.stack([f.heads for f in found])
 
 
@@ -68,8 +68,8 @@ class Case:
     users: np.ndarray  # [users, heads, D]
     contents: np.ndarray  # [items, D]
     folder: Path
-    exact: Tower
-    rounded: Tower
+    exact: PackagedTower
+    rounded: PackagedTower
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
@@ -96,7 +96,7 @@ def test_int8_rows_move_a_vector_by_less_than_five_percent(case: Case) -> None:
 
 
 def test_h_is_the_sum_of_the_heads_by_the_weights_told(case: Case) -> None:
-    (found,) = case.exact.represent([Query(case.exact.known_history(3), 3)], NONE_ADDED)
+    (found,) = case.exact.represent([TowerQuery(case.exact.known_history(3), 3)], NONE_ADDED)
     mixed = found.weights @ found.heads[:3]
     if case.exact.fusion == "concat":
         assert not found.weights.any()
@@ -112,7 +112,7 @@ def test_items_of_features_alone_are_as_the_model_has_them(case: Case, small: Pr
         np.testing.assert_allclose(scored, case.contents[row], atol=1e-5 * np.abs(case.contents).max())
 
 
-def features_of(data: PreparedData, tower: Tower, row: int) -> dict[str, object]:
+def features_of(data: PreparedData, tower: PackagedTower, row: int) -> dict[str, object]:
     """An item's features as people give them."""
     named = {f.name: f for f in tower.features}
     price = float(data.items.dense[row, 0]) * named["price"].deviation + named["price"].mean
@@ -127,7 +127,7 @@ def history(*items: int) -> History:
 
 def test_a_cold_user_has_features_or_nothing(case: Case) -> None:
     profile, _ = case.exact.content("user", {"spending": 3.0})
-    nobody, somebody = case.exact.represent([Query(), Query(profile=profile)], NONE_ADDED)
+    nobody, somebody = case.exact.represent([TowerQuery(), TowerQuery(profile=profile)], NONE_ADDED)
     assert np.isfinite(nobody.heads).all()
     assert np.abs(nobody.heads - somebody.heads).max() > 1e-3
 
@@ -136,8 +136,8 @@ def test_padding_changes_nothing(case: Case) -> None:
     long = case.exact.known_history(0)
     assert len(long) == case.exact.max_history + 1
     short = History(*(getattr(long, name)[:2] for name in HISTORY_FIELDS))
-    (alone,) = case.exact.represent([Query(short)], NONE_ADDED)
-    _, beside = case.exact.represent([Query(long), Query(short)], NONE_ADDED)
+    (alone,) = case.exact.represent([TowerQuery(short)], NONE_ADDED)
+    _, beside = case.exact.represent([TowerQuery(long), TowerQuery(short)], NONE_ADDED)
     np.testing.assert_allclose(beside.heads, alone.heads, atol=1e-6 * np.abs(alone.heads).max())
 
 
@@ -173,7 +173,7 @@ def test_an_added_item_in_a_history_is_its_content(small: PreparedData, tmp_path
     content, _ = tower.content("item", features_of(small, tower, 5))
     added = np.stack([-content, content])
     second = small.schema.items + 1
-    by_row, by_content = tower.represent([Query(history(1, 5, 2)), Query(history(1, second, 2))], added)
+    by_row, by_content = tower.represent([TowerQuery(history(1, 5, 2)), TowerQuery(history(1, second, 2))], added)
     np.testing.assert_allclose(by_content.heads, by_row.heads, atol=1e-5)
 
 
@@ -218,10 +218,10 @@ def test_it_runs_without_model_training_and_torchrec(case: Case) -> None:
 import sys
 from pathlib import Path
 import numpy as np
-from flm_torchrec.export.tower.reader import Query, Tower
+from flm_torchrec.export.tower.reader import TowerQuery, PackagedTower
 import flm_torchrec.serve.app
-tower = Tower(Path({str(case.folder / "int8")!r}))
-print(tower.represent([Query(tower.known_history(1), 1)], np.zeros((0, 16), np.float32))[0].heads.shape)
+tower = PackagedTower(Path({str(case.folder / "int8")!r}))
+print(tower.represent([TowerQuery(tower.known_history(1), 1)], np.zeros((0, 16), np.float32))[0].heads.shape)
 loaded = ["torchrec", "fbgemm_gpu", *("flm_torchrec." + name for name in ("model", "training", "distributed"))]
 print([name for name in loaded if name in sys.modules])
 """
@@ -232,9 +232,9 @@ print([name for name in loaded if name in sys.modules])
 @pytest.mark.parametrize("case", ["default"], indirect=True)
 def test_an_export_without_a_tower_or_with_a_broken_one_is_refused(case: Case, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="export --tower int8"):
-        Tower(tmp_path)
+        PackagedTower(tmp_path)
     (tmp_path / "tower").mkdir()
     for file in (case.folder / "int8" / "tower").iterdir():
         (tmp_path / "tower" / file.name).write_bytes(file.read_bytes()[: 100 if file.name == "user.pt2" else None])
     with pytest.raises(RunError, match="cannot be read"):
-        Tower(tmp_path)
+        PackagedTower(tmp_path)

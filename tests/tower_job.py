@@ -13,7 +13,7 @@ from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.data.dataset import load_prepared
 from flm_torchrec.data.splits import everyone
 from flm_torchrec.distributed.comm import process_group
-from flm_torchrec.export.tower.reader import Query, Tower
+from flm_torchrec.export.tower.reader import PackagedTower, TowerQuery
 from flm_torchrec.export.tower.writer import write_tower
 from flm_torchrec.training.gathered import PackagedModel
 from flm_torchrec.training.scope import scope_of
@@ -29,8 +29,8 @@ with process_group(config.distributed) as comm:
     model = PackagedModel(job)
     write_tower(data, model, comm.rank == 0, "fp32", Path(target))
     if comm.rank == 0:
-        tower = Tower(Path(target))
-        queries = [Query(tower.known_history(int(user)), int(user)) for user in users]
+        tower = PackagedTower(Path(target))
+        queries = [TowerQuery(tower.known_history(int(user)), int(user)) for user in users]
         made = tower.represent(queries, np.zeros((0, 16), np.float32))
         own = torch.stack([found[head] for head in REPRESENTATIONS], 1).numpy()
         print("moved", np.abs(np.stack([m.heads for m in made]) - own).max())

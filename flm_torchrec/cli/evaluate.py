@@ -13,6 +13,7 @@ from flm_torchrec.files import telling, write_text
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `evaluate` to the subcommands."""
     parser = subparsers.add_parser(
         "evaluate",
         help="rank every item for held-out events: each head, their fusion and baselines",
@@ -25,14 +26,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--split", choices=("test", "valid"), default="test", help="examples to rank (default: %(default)s)"
     )
     parser.add_argument(
-        "--user", action="append", default=[], metavar="KEY",
+        "--user",
+        action="append",
+        default=[],
+        metavar="KEY",
         help="only this user, by the id of the source; may be repeated (default: all)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--sample", action="store_true",
+        "--sample",
+        action="store_true",
         help="of a run with data.stream, load and rank only the users it validated on; baselines then learn from these"
         " alone (default: load all)",
-    )  # fmt: skip
+    )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown (default: a table)")
     add_data_path(parser)
     add_overrides(parser, ["eval"], {"eval": "as the run was trained with"})
@@ -40,10 +45,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
+    """Rank the held-out events of a run, write `evaluation-SPLIT.json` and print the tables.
+
+    Raises:
+        FlmError: an option, the run or its data is wrong, or the model has diverged.
+    """
+    # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     import numpy as np
 
-    from flm_torchrec.evaluation.evaluate import evaluate
+    from flm_torchrec.evaluation.evaluate import EvaluationTask, evaluate
     from flm_torchrec.evaluation.report import markdown, show
     from flm_torchrec.terminal import PlainConsole
     from flm_torchrec.training.restore import restore
@@ -53,10 +63,8 @@ def run(args: argparse.Namespace) -> None:
         examples = job.scope.splits.test if args.split == "test" else job.scope.splits.valid
         if args.user:
             examples = examples.take(np.array(_rows_of(args.user, job.data.user_keys, examples.user.tolist())))
-        evaluation = evaluate(
-            job.data, examples, job.scope.known, job.encoder(examples), job.comm, job.config.eval, args.split,
-            job.scope.splits.cold_items,
-        )  # fmt: skip
+        task = EvaluationTask(job.data, examples, args.split, job.scope.known, job.scope.splits.cold_items)
+        evaluation = evaluate(task, job.encoder(examples), job.comm, job.config.eval)
         if not job.comm.main:
             return
         if not args.user:
@@ -67,24 +75,24 @@ def run(args: argparse.Namespace) -> None:
             print(markdown(evaluation), end="")
             return
         console = PlainConsole()
-        # Into a file or a pipe the whole table, not one squeezed into 80 columns.
+        # A file or a pipe gets the complete table, not one that is squeezed into 80 columns.
         show(evaluation, console if console.is_terminal else PlainConsole(width=120), _oracle(job.data.path))
 
 
 def _rows_of(keys: list[str], user_keys: list[str], users: list[int]) -> list[int]:
     """Indices of the examples of the users named."""
-    place = {key: user for user, key in enumerate(user_keys)}
-    example = {user: row for row, user in enumerate(users)}
+    user_of = {key: user for user, key in enumerate(user_keys)}
+    example_of = {user: row for row, user in enumerate(users)}
     for key in keys:
-        if key not in place:
+        if key not in user_of:
             raise RunError(f"--user '{key}': not in users.parquet; ids are those of the source, e.g. '{user_keys[0]}'")
-        if place[key] not in example:
+        if user_of[key] not in example_of:
             raise RunError(f"--user '{key}': has no held-out event in this split; choose another user")
-    return [example[place[key]] for key in keys]
+    return [example_of[user_of[key]] for key in keys]
 
 
 def _oracle(data: Path) -> dict[str, dict[str, float]] | None:
-    """What the source knows of the best possible ranking: only the synthetic one does."""
+    """By segment, metrics of the best possible ranking; only synthetic data know it."""
     file = data / "report.json"
     try:
         return read_json(file).get("oracle")

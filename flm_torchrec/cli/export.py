@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 
 from flm_torchrec.config import add_data_path, given_options, given_overrides
 from flm_torchrec.errors import RunError
-from flm_torchrec.export.manifest import RECALL, Kind, Manifest, Quantise, Storage, read_manifest
+from flm_torchrec.export.manifest import RECALL, IndexKind, Manifest, Quantise, Storage, read_manifest
 
 TOWERS = ("int8", "fp32", "none")
 
@@ -35,7 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="store vectors in half or a quarter of the space; what it costs is told (default: none)",
     )  # fmt: skip
     parser.add_argument(
-        "--index", choices=get_args(Kind),
+        "--index", choices=get_args(IndexKind),
         help="faiss index: flat is exact, hnsw faster for millions of items, ivfpq also smaller (default: flat)",
     )  # fmt: skip
     parser.add_argument(
@@ -64,9 +64,9 @@ def run(args: argparse.Namespace) -> None:
     # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
     from flm_torchrec.data.splits import everyone
     from flm_torchrec.export.delta import export_delta
-    from flm_torchrec.export.quality import Held
+    from flm_torchrec.export.quality import ValidationSet
     from flm_torchrec.export.tower.writer import write_tower
-    from flm_torchrec.export.write import Options, Source, check_output, export
+    from flm_torchrec.export.write import ExportOptions, ExportSource, check_output, export
     from flm_torchrec.training.gathered import PackagedModel
     from flm_torchrec.training.restore import restore
 
@@ -81,12 +81,12 @@ def run(args: argparse.Namespace) -> None:
     with restore(args.run_folder, given_overrides(args), options=given_options(args)) as restored:
         job, valid = restored.job, restored.job.scope.splits.valid
         encoder = job.encoder(everyone(job.data))
-        held = Held(job.encoder(valid), valid)
-        source = Source(job.data, encoder, job.known.items > 0, restored.version, held)
+        validation = ValidationSet(job.encoder(valid), valid)
+        source = ExportSource(job.data, encoder, job.known.items > 0, restored.version, validation)
         if args.tower != "none":
             model, main = PackagedModel(job), job.comm.rank == 0
             source = replace(source, beside=lambda folder: write_tower(job.data, model, main, args.tower, folder))
-        options = Options(
+        options = ExportOptions(
             storage=args.format or (older.storage if older else "parquet"),
             quantise=args.quantise or (older.quantise if older else "none"),
             index=args.index or "flat",

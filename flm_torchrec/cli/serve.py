@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
     import uvicorn
 
-    from flm_torchrec.serve.app import Load, create_app
+    from flm_torchrec.serve.app import ServerLimits, create_app
     from flm_torchrec.serve.connections import BACKLOG, GuardedProtocol, listening, most_connections
     from flm_torchrec.serve.service import Service
 
@@ -54,9 +54,9 @@ def run(args: argparse.Namespace) -> None:
         signal.signal(number, _stop)  # uvicorn puts its own in place while it serves, and raises the signal afterwards
     bound, most = listening(args.host, args.port), most_connections()
     service = Service(args.export)
-    load = Load(threads=args.threads, waiting=args.waiting, watch_seconds=args.watch, hosts=_hosts(args))
-    now = service.generation
-    print(f"{now.folder}: {now.manifest.items} items, {now.manifest.users} users; model {now.manifest.model_version}")
+    load = ServerLimits(threads=args.threads, waiting=args.waiting, watch_seconds=args.watch, hosts=_hosts(args))
+    folder, manifest = service.loaded.folder, service.loaded.manifest
+    print(f"{folder}: {manifest.items} items, {manifest.users} users; model {manifest.model_version}")
     print(f"http://{args.host}:{args.port}", flush=True)
     config = uvicorn.Config(
         create_app(service, load), log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE,

@@ -1,4 +1,4 @@
-"""What any model must beat: popularity, item-to-item neighbours, a linear autoencoder, ranked by the same code."""
+"""Baselines that a model must beat, ranked by the same code: popularity, item neighbours, a linear autoencoder."""
 
 from __future__ import annotations
 
@@ -16,47 +16,56 @@ from flm_torchrec.data.splits import Examples
 EASE_L2 = 100.0
 """Regularisation of EASE-R. Fixed, so that every table of this project has the same baseline to compare with."""
 BLOCK_ENTRIES = 2**24
-"""Pairs of items that item-kNN holds at once beside those it keeps: 200 MB with their places."""
+"""Pairs of items that item-kNN has in memory at once, beside the pairs that it keeps: 200 MB with their indices."""
 
 
 class Popularity:
-    """Scores an item by the number of its training events."""
+    """Scores an item by the number of its training events.
+
+    Args:
+        train_mask: [interactions] bool, the training events.
+    """
 
     names: tuple[str, ...] = ("popularity",)
 
-    def __init__(self, data: PreparedData, fit: np.ndarray) -> None:
-        counts = np.bincount(data.item[fit], minlength=data.schema.items)
+    def __init__(self, data: PreparedData, train_mask: np.ndarray) -> None:
+        counts = np.bincount(data.item[train_mask], minlength=data.schema.items)
         self.counts = torch.from_numpy(counts.astype(np.float32))
 
     def block(self, rows: np.ndarray) -> int:
+        """[b] indices of examples → b: all users get the same scores."""
         return len(rows)
 
-    def scores(self, known: int, name: str, start: int, stop: int) -> Tensor:
-        return self.counts[start:stop].repeat(known, 1)
+    def scores(self, users: int, name: str, start: int, stop: int) -> Tensor:
+        """[b, stop - start]: the items' training events."""
+        return self.counts[start:stop].repeat(users, 1)
 
 
 class Random:
-    """Scores at random: what chance gives."""
+    """Scores at random: the result of chance."""
 
     names: tuple[str, ...] = ("random",)
 
     def block(self, rows: np.ndarray) -> np.ndarray:
+        """[b] indices of examples, which seed the scores."""
         return rows
 
-    def scores(self, known: np.ndarray, name: str, start: int, stop: int) -> Tensor:
-        # Asked twice for the same block, it must say the same.
-        generator = torch.Generator().manual_seed(int(known[0]) * 1_000_003 + start)
-        return torch.rand(len(known), stop - start, generator=generator)
+    def scores(self, users: np.ndarray, name: str, start: int, stop: int) -> Tensor:
+        """[b, stop - start], uniform in 0 … 1."""
+        # Ranking asks twice for the same block, and must get the same scores.
+        generator = torch.Generator().manual_seed(int(users[0]) * 1_000_003 + start)
+        return torch.rand(len(users), stop - start, generator=generator)
 
 
 class _FromHistory:
-    """Scores items by a weight from each known item of the user to each item, summed."""
+    """Scores an item by a sum over the user's known items: of the weights from these to the item."""
 
     def __init__(self, data: PreparedData, examples: Examples) -> None:
         self.data = data
         self.examples = examples
 
     def block(self, rows: np.ndarray) -> sp.csr_matrix:
+        """[b] indices of examples → [b, items]: how often each item is among the user's known events."""
         examples = self.examples.take(rows)
         start = self.data.offsets[examples.user]
         lengths = examples.end - start
@@ -69,18 +78,19 @@ class _FromHistory:
 class ItemKNN(_FromHistory):
     """Scores an item by its summed cosine similarity to the items of the user's known events.
 
-    Cosine over the binary user x item matrix of training events, the `neighbours` most similar items kept for
-    each item (Sarwar et al., WWW 2001; Deshpande & Karypis, ACM TOIS 2004). Memory grows with items x neighbours.
+    The cosine is over the binary user x item matrix of training events. Each item keeps its `neighbours` most similar
+    items (Sarwar et al., WWW 2001; Deshpande & Karypis, ACM TOIS 2004). Memory grows with items x neighbours.
     """
 
     names: tuple[str, ...] = ("item-kNN",)
 
-    def __init__(self, data: PreparedData, fit: np.ndarray, examples: Examples, neighbours: int) -> None:
+    def __init__(self, data: PreparedData, train_mask: np.ndarray, examples: Examples, neighbours: int) -> None:
         super().__init__(data, examples)
-        self.similar = _nearest(_seen(data, fit), neighbours).tocsc()
+        self.similar = _nearest(_seen(data, train_mask), neighbours).tocsc()
 
-    def scores(self, known: sp.csr_matrix, name: str, start: int, stop: int) -> Tensor:
-        return torch.from_numpy((known @ self.similar[:, start:stop]).toarray())
+    def scores(self, users: sp.csr_matrix, name: str, start: int, stop: int) -> Tensor:
+        """[b, stop - start]: sums of cosines."""
+        return torch.from_numpy((users @ self.similar[:, start:stop]).toarray())
 
 
 class EASE(_FromHistory):
@@ -92,36 +102,39 @@ class EASE(_FromHistory):
 
     names: tuple[str, ...] = ("EASE-R",)
 
-    def __init__(self, data: PreparedData, fit: np.ndarray, examples: Examples, l2: float = EASE_L2) -> None:
+    def __init__(self, data: PreparedData, train_mask: np.ndarray, examples: Examples, l2: float = EASE_L2) -> None:
         super().__init__(data, examples)
-        seen = _seen(data, fit)
+        seen = _seen(data, train_mask)
         gram = (seen.T @ seen).toarray()
         gram[np.diag_indices_from(gram)] += l2
         inverse = linalg.inv(gram, overwrite_a=True, check_finite=False)
         self.weights = inverse / -np.diag(inverse)
         np.fill_diagonal(self.weights, 0.0)
 
-    def scores(self, known: sp.csr_matrix, name: str, start: int, stop: int) -> Tensor:
-        return torch.from_numpy(known @ self.weights[:, start:stop])
+    def scores(self, users: sp.csr_matrix, name: str, start: int, stop: int) -> Tensor:
+        """[b, stop - start]: sums of weights."""
+        return torch.from_numpy(users @ self.weights[:, start:stop])
 
 
-def _seen(data: PreparedData, fit: np.ndarray) -> sp.csr_matrix:
-    """[users, items]: 1 where a training event says so; a repeated event counts once."""
+def _seen(data: PreparedData, train_mask: np.ndarray) -> sp.csr_matrix:
+    """[users, items]: 1 where the user has a training event of the item, however many."""
     users = data.event_users()
     shape = (data.schema.users, data.schema.items)
-    seen = sp.csr_matrix((np.ones(int(fit.sum()), np.float32), (users[fit], data.item[fit])), shape=shape)
+    seen = sp.csr_matrix(
+        (np.ones(int(train_mask.sum()), np.float32), (users[train_mask], data.item[train_mask])), shape=shape
+    )
     seen.sum_duplicates()
     seen.data[:] = 1.0
     return seen
 
 
 def _nearest(seen: sp.csr_matrix, neighbours: int, entries: int = BLOCK_ENTRIES) -> sp.csr_matrix:
-    """[items, items]: row i holds the cosine of i to its nearest items, itself left out; those as near as the last too.
+    """[items, items]: row i has the cosines of item i to its nearest items without itself; ties with the last stay too.
 
-    Only pairs that some user has seen both of are ever held, block by block of items.
+    Works on blocks of items. Only pairs of items that one user has both of are ever in memory.
 
     Args:
-        entries: of one block, at most; a block has one item at least.
+        entries: maximum of pairs in one block; a block has at least one item.
     """
     norms = np.sqrt(np.asarray(seen.multiply(seen).sum(0)).ravel())
     unit = (seen @ sp.diags(1 / np.maximum(norms, 1e-12))).tocsr()
@@ -134,9 +147,9 @@ def _nearest(seen: sp.csr_matrix, neighbours: int, entries: int = BLOCK_ENTRIES)
 
 
 def _blocks(seen: sp.csr_matrix, entries: int) -> Iterator[tuple[int, int]]:
-    """First item and end of blocks whose rows of the item x item matrix have so many entries together at most."""
+    """Start and stop of blocks of items, whose rows of the item x item matrix have at most `entries` entries."""
     items = seen.shape[1]
-    # An item's row has an entry for each item of its users at most.
+    # An item's row has at most one entry for each item of each of its users.
     most = np.minimum(seen.T @ np.diff(seen.indptr), items)
     ends = np.cumsum(most)
     start = 0
@@ -148,7 +161,7 @@ def _blocks(seen: sp.csr_matrix, entries: int) -> Iterator[tuple[int, int]]:
 
 
 def _without_far(cosine: sp.csr_matrix, start: int, neighbours: int) -> sp.csr_matrix:
-    """Rows of items `start`, `start` + 1, …, each without itself and whatever is less near than its nearest."""
+    """Rows of the items `start`, `start` + 1, …: without the item itself, and without all but its nearest."""
     rows = np.repeat(np.arange(cosine.shape[0]), np.diff(cosine.indptr))
     cosine.data[cosine.indices == rows + start] = 0.0
     cosine.eliminate_zeros()

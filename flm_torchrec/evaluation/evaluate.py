@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,15 +11,15 @@ from flm_torchrec.config.schema import EvalConfig
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import COLD_ITEM, Examples
 from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Popularity, Random
-from flm_torchrec.evaluation.protocol import Comm, Encoder, Scorer
-from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, Ranked, count_ranks, rank_targets
+from flm_torchrec.evaluation.protocol import Collectives, Encoder, Scorer
+from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, Ranked, RankingProblem, count_ranks, rank_targets
 
 COVERAGE_AT = 10
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics by name of scorer: over all examples, and by segment of the example's next event."""
+    """Metrics by scorer: over all examples, and by segment of the example's next event."""
 
     split: str
     users: int
@@ -27,15 +27,32 @@ class Evaluation:
     segments: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        """The content of `evaluation-SPLIT.json`."""
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class EvaluationTask:
+    """Which examples are ranked, and what baselines may learn from."""
+
+    data: PreparedData
+    examples: Examples
+    split: str
+    """Name of the examples in the report."""
+    train_mask: np.ndarray  # [interactions] bool: events that the baselines learn from
+    cold_items: np.ndarray | None = None  # [items] bool: items held out of training
+
+
 def evaluate_heads(
-    data: PreparedData, examples: Examples, encoder: Encoder, comm: Comm, config: EvalConfig
+    data: PreparedData, examples: Examples, encoder: Encoder, comm: Collectives, config: EvalConfig
 ) -> dict[str, float]:
-    """Metrics of the heads alone, named such as `fused/ndcg@10`: for validation while training; collective."""
+    """Metrics of the heads alone, named such as `fused/ndcg@10`, for validation during training; collective.
+
+    Raises:
+        RunError: a vector or a score is not a number.
+    """
     scorer = HeadScorer(encoder, data.schema.items, config.item_block, comm)
-    ranked = rank_targets(data, examples, scorer, comm, blocks_of(config))
+    ranked = rank_targets(RankingProblem(data, examples, blocks_of(config)), scorer, comm)
     return {
         f"{name}/{metric}": value
         for name in scorer.names
@@ -43,63 +60,71 @@ def evaluate_heads(
     }
 
 
-def evaluate(
-    data: PreparedData, examples: Examples, fit: np.ndarray, encoder: Encoder, comm: Comm,
-    config: EvalConfig, split: str, cold_items: np.ndarray | None = None,
-) -> Evaluation:  # fmt: skip
+def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: EvalConfig) -> Evaluation:
     """Rank the true item of every example by every head and baseline; collective.
 
-    Args:
-        fit: [interactions] bool, the events that the baselines may learn from.
-        split: name of the examples, for the report.
-        cold_items: [items] bool, those held out of training: examples of one are ranked among all items and once
-            more among these alone, also by content and by ids alone and by chance.
+    Where the task has cold items, there are three more scorers: content alone, ids alone and chance. Examples of a cold
+    item are ranked among all items, and once more among the cold items alone.
+
+    Raises:
+        RunError: a vector or a score is not a number.
     """
-    items, block = data.schema.items, config.item_block
-    scorers = [*_baselines(data, examples, fit, config), HeadScorer(encoder, items, block, comm)]
-    if cold_items is not None:
-        scorers += [
-            *([Random()] if "random" in config.baselines else []),
-            HeadScorer(encoder, items, block, comm, "content", {"content alone": "content"}),
-            HeadScorer(encoder, items, block, comm, "id", {"ids alone": "collaborative"}),
-        ]
+    data, examples = task.data, task.examples
+    items = data.schema.items
+    problem = RankingProblem(data, examples, blocks_of(config))
+    among_cold = replace(problem, among=task.cold_items)
     labels = examples.label
     if labels is None and data.segment is not None:
         labels = data.segment[examples.end]
-    found = Evaluation(split, len(examples), {})
-    for scorer in scorers:
-        ranked = rank_targets(data, examples, scorer, comm, blocks_of(config), COVERAGE_AT)
-        among = None
-        if cold_items is not None:
-            among = rank_targets(data, examples, scorer, comm, blocks_of(config), among=cold_items)
+    result = Evaluation(task.split, len(examples), {})
+    for scorer in _scorers(task, encoder, comm, config):
+        ranked = rank_targets(problem, scorer, comm, COVERAGE_AT)
+        ranked_cold = None if task.cold_items is None else rank_targets(among_cold, scorer, comm)
         for name in scorer.names:
-            found.table[name] = count_ranks(ranked, name, items, comm, (COVERAGE_AT,)).metrics(config.ks)
+            result.table[name] = count_ranks(ranked, name, items, comm, (COVERAGE_AT,)).metrics(config.ks)
             for label in [] if labels is None else np.unique(labels):
                 part = count_ranks(_only(ranked, labels == label), name, items, comm)
-                found.segments.setdefault(str(label), {})[name] = part.metrics(config.ks)
-            if among is not None and labels is not None:
-                part = count_ranks(_only(among, labels == COLD_ITEM), name, items, comm)
-                found.segments.setdefault(f"{COLD_ITEM}, among those alone", {})[name] = part.metrics(config.ks)
-    return found
+                result.segments.setdefault(str(label), {})[name] = part.metrics(config.ks)
+            if ranked_cold is not None and labels is not None:
+                part = count_ranks(_only(ranked_cold, labels == COLD_ITEM), name, items, comm)
+                result.segments.setdefault(f"{COLD_ITEM}, among those alone", {})[name] = part.metrics(config.ks)
+    return result
 
 
-def _baselines(data: PreparedData, examples: Examples, fit: np.ndarray, config: EvalConfig) -> list[Scorer]:
-    """Those asked for that learn from events; EASE-R only where the catalogue is small enough."""
-    found: list[Scorer] = []
+def _scorers(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: EvalConfig) -> list[Scorer]:
+    """Baselines, heads, and the scorers for cold items, in the order of the table."""
+    items, block = task.data.schema.items, config.item_block
+    scorers = [*_baselines(task, config), HeadScorer(encoder, items, block, comm)]
+    if task.cold_items is None:
+        return scorers
+    if "random" in config.baselines:
+        scorers.append(Random())
+    return [
+        *scorers,
+        HeadScorer(encoder, items, block, comm, "content", {"content alone": "content"}),
+        HeadScorer(encoder, items, block, comm, "id", {"ids alone": "collaborative"}),
+    ]
+
+
+def _baselines(task: EvaluationTask, config: EvalConfig) -> list[Scorer]:
+    """The configured baselines that learn from events; EASE-R only where there are few enough items."""
+    data, examples = task.data, task.examples
+    baselines: list[Scorer] = []
     if "popularity" in config.baselines:
-        found.append(Popularity(data, fit))
+        baselines.append(Popularity(data, task.train_mask))
     if "item-kNN" in config.baselines:
-        found.append(ItemKNN(data, fit, examples, config.neighbours))
+        baselines.append(ItemKNN(data, task.train_mask, examples, config.neighbours))
     if "EASE-R" in config.baselines and data.schema.items <= config.ease_items:
-        found.append(EASE(data, fit, examples))
-    return found
+        baselines.append(EASE(data, task.train_mask, examples))
+    return baselines
 
 
 def _only(ranked: Ranked, wanted: np.ndarray) -> Ranked:
+    """The examples where `wanted` [examples] is true, without their top items."""
     kept = wanted[ranked.rows]
     return Ranked(ranked.rows[kept], {n: r[kept] for n, r in ranked.ranks.items()}, {})
 
 
 def blocks_of(config: EvalConfig) -> Blocks:
-    """How much is scored at once."""
+    """How much is scored at once, by the configuration."""
     return Blocks(config.user_block, config.item_block)

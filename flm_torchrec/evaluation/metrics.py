@@ -1,7 +1,7 @@
-"""Ranking metrics with one relevant item a user, from a histogram of its ranks.
+"""Ranking metrics with one relevant item for each user, from a histogram of that item's ranks.
 
-Counts are integers: summed over ranks they are the same in any order, so metrics do not depend on how many
-processes evaluated.
+The counts are integers. Their sum over processes is the same in any order, so metrics do not depend on the number of
+processes.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RankCounts:
-    """`histogram[r - 1]`: users whose true item has rank r (1 is best); `covered[K]`: items in someone's top K."""
+    """How many users' true items have each rank."""
 
-    histogram: np.ndarray  # [items] int64
+    histogram: np.ndarray  # [items] int64: `histogram[r - 1]` users whose true item has rank r; 1 is best
     covered: dict[int, int]
+    """By K: the number of items in the top K of at least one user."""
 
     @property
     def users(self) -> int:
+        """The number of users."""
         return int(self.histogram.sum())
 
     def hit_rate(self, k: int) -> float:
-        """HR@K: share of users whose true item is among the first K. With one relevant item it is recall@K."""
+        """HR@K: the share of users whose true item is among the first K. With one relevant item this is recall@K."""
         return float(self.histogram[:k].sum() / self.users)
 
     def ndcg(self, k: int) -> float:
@@ -39,11 +41,11 @@ class RankCounts:
         return float((self.histogram / np.arange(1, len(self.histogram) + 1)).sum() / self.users)
 
     def coverage(self, k: int) -> float:
-        """Share of the catalogue that is in the top K of at least one user."""
+        """The share of all items that are in the top K of at least one user."""
         return self.covered[k] / len(self.histogram)
 
     def metrics(self, ks: tuple[int, ...]) -> dict[str, float]:
-        """hr@K and ndcg@K for each K, mrr, and coverage for each K it was counted for."""
+        """hr@K and ndcg@K for each K, mrr, and coverage@K for each K in `covered`."""
         values = {}
         for k in ks:
             values[f"hr@{k}"] = self.hit_rate(k)

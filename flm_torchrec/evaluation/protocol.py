@@ -13,7 +13,7 @@ Of = Literal["all", "content", "id"]
 
 
 class Encoder(Protocol):
-    """Users and items → vectors in one space. Both calls are collective: all ranks make them equally often."""
+    """Users and items → vectors in one space. Every call is collective: all ranks make the same number of calls."""
 
     dim: int
 
@@ -21,35 +21,38 @@ class Encoder(Protocol):
         """[b] indices of examples → by name of REPRESENTATIONS, [b, D] float32."""
 
     def items(self, ids: np.ndarray, of: Of = "all") -> Tensor:
-        """[n] item ids → [n, D] float32, made of the id and the features, or of one of them alone."""
+        """[n] item ids → [n, D] float32, of the id and the features together, or of one of the two alone."""
 
     def views(self, ids: np.ndarray) -> dict[Of, Tensor]:
-        """What `items` gives, of each kind at the cost of one."""
+        """[n] item ids → by kind, the [n, D] that `items` gives. All kinds together cost as much as one."""
 
 
-class Comm(Protocol):
-    """The ranks."""
-
-    @property
-    def rank(self) -> int: ...
+class Collectives(Protocol):
+    """The operations over all ranks that evaluation and export use; `distributed.comm.Comm` has these."""
 
     @property
-    def world_size(self) -> int: ...
+    def rank(self) -> int:
+        """This rank, from 0."""
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensors of all ranks, all of one shape."""
+        """The tensors of all ranks, in order of rank; all have one shape."""
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks, in a new tensor."""
+        """The sum over all ranks, in a new tensor."""
 
 
 class Scorer(Protocol):
-    """Scores items for users, in one way or several."""
+    """Scores items for users, in one way or in several."""
 
     names: tuple[str, ...]
+    """The ways, as the table of results names them."""
 
     def block(self, rows: np.ndarray) -> Any:
-        """What is known of the examples `rows` [b]. Collective: all ranks call it equally often."""
+        """[b] indices of examples → what `scores` needs of their users. Collective, as an `Encoder`."""
 
-    def scores(self, known: Any, name: str, start: int, stop: int) -> Tensor:
-        """[b, stop - start] float32 scores of the items `start:stop` for the examples of `block`, until asked again."""
+    def scores(self, users: Any, name: str, start: int, stop: int) -> Tensor:
+        """[b, stop - start] float32 scores of the items `start:stop`. The next call may reuse the tensor."""

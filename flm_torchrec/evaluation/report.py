@@ -12,7 +12,11 @@ from flm_torchrec.terminal import PlainConsole
 
 
 def show(evaluation: Evaluation, console: PlainConsole, oracle: dict[str, Any] | None = None) -> None:
-    """Print the table of all examples, then one a segment."""
+    """Print the table of all examples, then a table for each segment.
+
+    Args:
+        oracle: by segment, metrics of the best possible ranking, where the source of the data knows these.
+    """
     title = f"{evaluation.split}: {evaluation.users} users, every item ranked, the user's earlier items left out"
     console.print(_table(title, evaluation.table))
     for label, table in evaluation.segments.items():
@@ -23,7 +27,7 @@ def show(evaluation: Evaluation, console: PlainConsole, oracle: dict[str, Any] |
 
 
 def markdown(evaluation: Evaluation) -> str:
-    """The table of all examples as Markdown, then one a segment."""
+    """The table of all examples as Markdown, then a table for each segment."""
     tables = {evaluation.split: evaluation.table, **evaluation.segments}
     return "\n".join(_markdown(title, rows) for title, rows in tables.items())
 

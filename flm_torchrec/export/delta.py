@@ -22,7 +22,7 @@ from pydantic.dataclasses import dataclass
 
 from flm_torchrec.claim import claim
 from flm_torchrec.errors import RunError
-from flm_torchrec.evaluation.protocol import Comm
+from flm_torchrec.evaluation.protocol import Collectives
 from flm_torchrec.export.index import build_index
 from flm_torchrec.export.manifest import (
     DELTA,
@@ -30,7 +30,7 @@ from flm_torchrec.export.manifest import (
     RECALL,
     STRICT,
     Count,
-    Kind,
+    IndexKind,
     Manifest,
     Sha256,
     check_files,
@@ -40,10 +40,10 @@ from flm_torchrec.export.manifest import (
     read_manifest,
     read_strictly,
 )
-from flm_torchrec.export.parts import ENTITIES, Entity, Rows, part_name, read_part, write_part
+from flm_torchrec.export.parts import ENTITIES, Entity, ExportRows, part_name, read_part, write_part
 from flm_torchrec.export.write import (
-    Options,
-    Source,
+    ExportOptions,
+    ExportSource,
     blank_manifest,
     check_output,
     claimed,
@@ -75,8 +75,8 @@ class Delta:
     sha256: dict[str, Sha256]
     """Of the delta's own files."""
 
-    def rows(self, folder: Path, entity: Entity) -> Rows:
-        return Rows(folder, replace(self.whole, sha256=self.sha256), entity, whole=False)
+    def rows(self, folder: Path, entity: Entity) -> ExportRows:
+        return ExportRows(folder, replace(self.whole, sha256=self.sha256), entity, whole=False)
 
     def removed_keys(self, folder: Path, entity: Entity) -> pa.ChunkedArray:
         """Keys that are no longer there.
@@ -112,10 +112,10 @@ def write_delta(base: Path, old: Manifest, whole: Path, new: Manifest, output: P
     check_alike(base, old, new)
     with telling(output), replacing(output) as fresh:
         changed: dict[str, int] = {
-            e: _write_changed(Rows(base, old, e), Rows(whole, new, e), whole, fresh) for e in ENTITIES
+            e: _write_changed(ExportRows(base, old, e), ExportRows(whole, new, e), whole, fresh) for e in ENTITIES
         }
         removed: dict[str, int] = {
-            e: _write_removed(Rows(base, old, e), Rows(whole, new, e), e, fresh) for e in ENTITIES
+            e: _write_removed(ExportRows(base, old, e), ExportRows(whole, new, e), e, fresh) for e in ENTITIES
         }
         for name in new.sha256:
             if not is_part(name):  # whatever lies beside the rows goes along whole
@@ -165,13 +165,13 @@ def _apply_delta(base: Path, folder: Path, output: Path) -> Manifest:
             f" (of {old.model_version}); apply deltas in the order they were made"
         )
     check_alike(base, old, delta.whole)
-    kind: Kind = "none"
+    kind: IndexKind = "none"
     if old.index:  # what was asked for: the new rows may keep the promise where the old ones did not
         kind = old.index.asked if old.index.rows else old.index.kind
     promised = old.index.promised if old.index else RECALL
     with telling(output), replacing(output) as fresh:
         for entity in ENTITIES:
-            _write_merged(Rows(base, old, entity), delta.rows(folder, entity), entity, delta, fresh)
+            _write_merged(ExportRows(base, old, entity), delta.rows(folder, entity), entity, delta, fresh)
         for name in delta.sha256:
             if not is_part(name) and not name.startswith(f"{REMOVED}/"):
                 _copy(name, folder, fresh)
@@ -184,7 +184,7 @@ def _apply_delta(base: Path, folder: Path, output: Path) -> Manifest:
 
 
 def export_delta(
-    source: Source, comm: Comm, base: Path, output: Path, options: Options, overwrite: bool = True
+    source: ExportSource, comm: Collectives, base: Path, output: Path, options: ExportOptions, overwrite: bool = True
 ) -> Delta | None:
     """Export whole, beside `output` for as long as it takes, and keep what differs from `base`; collective.
 
@@ -205,7 +205,7 @@ def _copy(name: str, source: Path, target: Path) -> None:
     shutil.copy(source / name, target / name)
 
 
-def _write_changed(old: Rows, new: Rows, whole: Path, fresh: Path) -> int:
+def _write_changed(old: ExportRows, new: ExportRows, whole: Path, fresh: Path) -> int:
     count = 0
     before = {file.name: file for file in old.files}
     for file in new.files:
@@ -236,7 +236,7 @@ def _differs(old: pa.Table, new: pa.Table, file: Path) -> np.ndarray:
     return changed
 
 
-def _write_removed(old: Rows, new: Rows, entity: Entity, fresh: Path) -> int:
+def _write_removed(old: ExportRows, new: ExportRows, entity: Entity, fresh: Path) -> int:
     """Keys of the old rows that no new row has."""
     key, file = f"{entity[:-1]}_key", fresh / REMOVED / f"{entity}.parquet"
     file.parent.mkdir(exist_ok=True)
@@ -250,7 +250,7 @@ def _write_removed(old: Rows, new: Rows, entity: Entity, fresh: Path) -> int:
     return pq.read_metadata(file).num_rows
 
 
-def _write_merged(old: Rows, new: Rows, entity: Entity, delta: Delta, fresh: Path) -> None:
+def _write_merged(old: ExportRows, new: ExportRows, entity: Entity, delta: Delta, fresh: Path) -> None:
     rows = new.count
     version = {"model_version": delta.whole.model_version, "format": str(delta.whole.format)}
     before, after = ({file.name: file for file in side.files} for side in (old, new))

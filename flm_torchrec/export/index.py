@@ -18,8 +18,8 @@ import numpy as np
 
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.errors import RunError
-from flm_torchrec.export.manifest import RECALL, IndexReport, Kind, Manifest
-from flm_torchrec.export.parts import Rows
+from flm_torchrec.export.manifest import RECALL, IndexKind, IndexReport, Manifest
+from flm_torchrec.export.parts import ExportRows
 from flm_torchrec.export.vectors import decode
 
 INDEX, ROWS = "items.faiss", "items.rows.npy"
@@ -112,7 +112,7 @@ def top(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.nda
     return scores[order], ids[order]
 
 
-def check_index(kind: Kind, items: int) -> None:
+def check_index(kind: IndexKind, items: int) -> None:
     """Raise RunError where the catalogue is too small to train the index."""
     if kind == "ivfpq" and items < TRAINING_ROWS << BITS:
         raise RunError(
@@ -120,7 +120,7 @@ def check_index(kind: Kind, items: int) -> None:
         )
 
 
-def build_index(folder: Path, manifest: Manifest, kind: Kind, promised: float = RECALL) -> IndexReport | None:
+def build_index(folder: Path, manifest: Manifest, kind: IndexKind, promised: float = RECALL) -> IndexReport | None:
     """Write the index over the distinct embeddings; it alone is in memory, beside one part of the items.
 
     Its recall is that of the least of the heads, each asked for a sample of users. Where that stays below what is
@@ -128,9 +128,9 @@ def build_index(folder: Path, manifest: Manifest, kind: Kind, promised: float = 
     """
     if kind == "none":
         return None
-    items = Rows(folder, manifest, "items")
+    items = ExportRows(folder, manifest, "items")
     groups = _groups(items)
-    users = Rows(folder, manifest, "users").sample(REPRESENTATIONS, SAMPLE)
+    users = ExportRows(folder, manifest, "users").sample(REPRESENTATIONS, SAMPLE)
     queries = np.concatenate([decode(users[head])[:SAMPLE] for head in REPRESENTATIONS])
     best, _ = brute_force(items.vectors("embedding"), queries, min(max(CUTS), manifest.items))
     wanted = kind
@@ -190,7 +190,7 @@ def brute_force(blocks: Iterator[np.ndarray], queries: np.ndarray, k: int) -> tu
     return heap.D, heap.I
 
 
-def _groups(items: Rows) -> Groups:
+def _groups(items: ExportRows) -> Groups:
     """Items by equal vectors, told apart by a digest of 128 bits each; rows are in order of their first item."""
     digests = [
         np.frombuffer(b"".join(blake2b(vector, digest_size=16).digest() for vector in vectors + 0.0), np.uint64)
@@ -223,7 +223,7 @@ def _read_groups(folder: Path, items: int, rows: int) -> Groups:
 
 
 def _tuned(
-    items: Rows, groups: Groups, kind: Kind, queries: np.ndarray, best: np.ndarray, promised: float
+    items: ExportRows, groups: Groups, kind: IndexKind, queries: np.ndarray, best: np.ndarray, promised: float
 ) -> tuple[ItemIndex, dict[str, int], dict[str, dict[str, float]]]:
     """An index with the least effort that keeps the promise, or with the most that there is."""
     index, parameters = _new(kind, items, groups)
@@ -247,7 +247,7 @@ def _least(recall: dict[str, dict[str, float]]) -> float:
     return min(r[f"@{max(CUTS)}"] for r in recall.values())
 
 
-def _distinct(items: Rows, groups: Groups) -> Iterator[np.ndarray]:
+def _distinct(items: ExportRows, groups: Groups) -> Iterator[np.ndarray]:
     """The vectors of the index, in order of row, part by part."""
     start = 0
     for vectors in items.vectors("embedding"):
@@ -256,7 +256,7 @@ def _distinct(items: Rows, groups: Groups) -> Iterator[np.ndarray]:
         start += len(vectors)
 
 
-def _new(kind: Kind, items: Rows, groups: Groups) -> tuple[faiss.Index, dict[str, int]]:
+def _new(kind: IndexKind, items: ExportRows, groups: Groups) -> tuple[faiss.Index, dict[str, int]]:
     dim, rows = items.dim, len(groups)
     if kind == "flat":
         return faiss.IndexFlatIP(dim), {}
@@ -280,7 +280,7 @@ def _set(index: faiss.Index, values: dict[str, int]) -> None:
         faiss.ParameterSpace().set_index_parameter(index, name, value)
 
 
-def _scores(items: Rows, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def _scores(items: ExportRows, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """[q, k] inner products of queries with the items found; -inf where none was."""
     wanted = np.unique(ids[ids >= 0])
     held = np.empty((len(wanted), queries.shape[1]), np.float32)

@@ -29,7 +29,7 @@ RECALL = 0.99
 
 Storage = Literal["parquet", "arrow"]
 Quantise = Literal["none", "fp16", "int8"]
-Kind = Literal["flat", "hnsw", "ivfpq", "none"]
+IndexKind = Literal["flat", "hnsw", "ivfpq", "none"]
 Vectors = Literal["embedding", "content", "id"]
 """Columns of an item: of its id and features, which all heads score against, or of one of the two alone."""
 
@@ -58,7 +58,7 @@ class IndexReport:
     """Distinct vectors, each indexed once. None: by an older version, each item by itself."""
     promised: Number = RECALL
     """Recall@100 that `--recall` asked for."""
-    asked: Kind = "flat"
+    asked: IndexKind = "flat"
     """What `--index` asked for: another kind than `kind` where that did not keep the promise."""
 
     @property

@@ -92,7 +92,7 @@ def _find(file: Path, columns: Sequence[str] | None, schema: pa.Schema) -> None:
             raise RunError(f"{file}: has no column '{name}', or has it twice; export again")
 
 
-class Rows:
+class ExportRows:
     """The items or the users of an export, read part by part, or whole where columns are few.
 
     What is read is checked against the manifest: types and widths of columns, finite vectors, ids.

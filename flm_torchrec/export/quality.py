@@ -12,7 +12,7 @@ from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.data.dataset import PreparedData, spans
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.evaluation.metrics import RankCounts
-from flm_torchrec.evaluation.protocol import Comm, Encoder
+from flm_torchrec.evaluation.protocol import Collectives, Encoder
 from flm_torchrec.evaluation.ranking import user_blocks
 from flm_torchrec.export.manifest import Quantise
 from flm_torchrec.export.parts import spread
@@ -28,7 +28,7 @@ USERS = 512
 
 
 @dataclass(frozen=True)
-class Held:
+class ValidationSet:
     """Examples to rank items for, on every rank."""
 
     encoder: Encoder
@@ -42,15 +42,17 @@ class Quality:
     As in evaluation an equal score counts against the model, and items of the known events are not ranked.
     """
 
-    def __init__(self, data: PreparedData, held: Held, quantise: Quantise, comm: Comm, block: int) -> None:
-        rows = spread(len(held.examples), min(SAMPLE, max(LEAST, PAIRS // data.schema.items)))
-        examples = held.examples.take(rows)
+    def __init__(
+        self, data: PreparedData, validation: ValidationSet, quantise: Quantise, comm: Collectives, block: int
+    ) -> None:
+        rows = spread(len(validation.examples), min(SAMPLE, max(LEAST, PAIRS // data.schema.items)))
+        examples = validation.examples.take(rows)
         self.comm = comm
         self.quantise: Quantise = quantise
         self.target = torch.from_numpy(data.item[examples.end])
-        users = _encoded(held.encoder, rows, comm, block)
+        users = _encoded(validation.encoder, rows, comm, block)
         truth = torch.cat(
-            [held.encoder.items(part) for part in np.split(self.target.numpy(), range(block, len(rows), block))]
+            [validation.encoder.items(part) for part in np.split(self.target.numpy(), range(block, len(rows), block))]
         )
         self.users = {"before": users, "after": {head: self._stored(h) for head, h in users.items()}}
         self.truth = {"before": truth, "after": self._stored(truth)}
@@ -94,7 +96,7 @@ class Quality:
         return found
 
 
-def _encoded(encoder: Encoder, rows: np.ndarray, comm: Comm, block: int) -> dict[str, Tensor]:
+def _encoded(encoder: Encoder, rows: np.ndarray, comm: Collectives, block: int) -> dict[str, Tensor]:
     """The examples' vectors [len(rows), D] by head, on every rank; collective."""
     parts: dict[str, list[Tensor]] = {head: [] for head in REPRESENTATIONS}
     for mine in user_blocks(len(rows), block, comm):

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.index import open_index, top
 from flm_torchrec.export.manifest import load_manifest
-from flm_torchrec.export.parts import Rows
+from flm_torchrec.export.parts import ExportRows
 from flm_torchrec.export.vectors import decode
 from flm_torchrec.names import COMPARED, nearest_key
 
@@ -37,8 +37,8 @@ class Recommender:
         self.folder = Path(folder)
         self.manifest = load_manifest(self.folder)
         self.index = open_index(self.folder, self.manifest)
-        self.items = Rows(self.folder, self.manifest, "items")
-        self.users = Rows(self.folder, self.manifest, "users")
+        self.items = ExportRows(self.folder, self.manifest, "items")
+        self.users = ExportRows(self.folder, self.manifest, "users")
         self.shown = self.items.table(["item_key", "title"])
 
     def recommend(self, user_key: str, k: int, head: str = "fused", include_seen: bool = False) -> list[Recommendation]:

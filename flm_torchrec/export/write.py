@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,12 +17,12 @@ from flm_torchrec.claim import claim
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.errors import RunError
-from flm_torchrec.evaluation.protocol import Comm, Encoder, Of
+from flm_torchrec.evaluation.protocol import Collectives, Encoder, Of
 from flm_torchrec.export.attributes import Keys
 from flm_torchrec.export.index import build_index, check_index
-from flm_torchrec.export.manifest import DELTA, FILE, FORMAT, RECALL, Kind, Manifest, Quantise, Storage
+from flm_torchrec.export.manifest import DELTA, FILE, FORMAT, RECALL, IndexKind, Manifest, Quantise, Storage
 from flm_torchrec.export.parts import PART_ROWS, Entity, part_name, write_part
-from flm_torchrec.export.quality import Held, Quality
+from flm_torchrec.export.quality import Quality, ValidationSet
 from flm_torchrec.export.vectors import encode
 from flm_torchrec.files import new_folder, put_in_place, remove, telling, temporary
 
@@ -32,7 +31,7 @@ VIEWS: dict[str, Of] = {"embedding": "all", "content": "content", "id": "id"}
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """What is exported."""
 
     data: PreparedData
@@ -41,19 +40,19 @@ class Source:
     item_known: np.ndarray  # [items] bool: trained; of the others the id is hidden
     version: str
     """Of the model; stands in the metadata of every file."""
-    held: Held | None = None
+    validation: ValidationSet | None = None
     """By whom to tell what quantising costs: validation examples. None: it is not told."""
     beside: Callable[[Path], None] = lambda folder: None
     """Writes more into the export, such as the user tower; collective."""
 
 
 @dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """How it is written."""
 
     storage: Storage = "parquet"
     quantise: Quantise = "none"
-    index: Kind = "flat"
+    index: IndexKind = "flat"
     recall: float = RECALL
     """Recall@100 that the index promises: a flat one takes the place of one that stays below."""
     user_block: int = 256
@@ -79,18 +78,18 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def claimed(output: Path, overwrite: bool, comm: Comm) -> Iterator[None]:
+def claimed(output: Path, overwrite: bool, comm: Collectives) -> Iterator[None]:
     """Keep other jobs from writing the output; rank 0 claims it for all ranks. Collective.
 
     Raises:
         InUse: another job has it.
         RunError: as of `check_output`.
     """
-    with ExitStack() as held:
+    with ExitStack() as claims:
 
         def begin() -> None:
             if comm.rank == 0:
-                held.enter_context(claim(output))
+                claims.enter_context(claim(output))
                 check_output(output, overwrite)  # another job may have written it until now
 
         together(comm, output, begin)
@@ -98,7 +97,7 @@ def claimed(output: Path, overwrite: bool, comm: Comm) -> Iterator[None]:
 
 
 @contextmanager
-def fresh_folder(output: Path, comm: Comm) -> Iterator[Path]:
+def fresh_folder(output: Path, comm: Collectives) -> Iterator[Path]:
     """A folder beside the output, the same on all ranks, that is gone at the end unless put in place. Collective."""
     drawn = torch.tensor(secrets.randbits(60) if comm.rank == 0 else 0)
     token = f"{int(comm.all_reduce_sum(drawn)):016x}"
@@ -115,7 +114,9 @@ def _make(output: Path, token: str) -> None:
     new_folder(output, token)
 
 
-def export(source: Source, comm: Comm, output: Path, options: Options, overwrite: bool = True) -> Manifest | None:
+def export(
+    source: ExportSource, comm: Collectives, output: Path, options: ExportOptions, overwrite: bool = True
+) -> Manifest | None:
     """Write the export; collective. Rank 0 builds the index and returns the manifest.
 
     Each rank encodes and writes its own range of parts, so that none holds more than one part; the folder is on a
@@ -132,10 +133,11 @@ def export(source: Source, comm: Comm, output: Path, options: Options, overwrite
     manifest = blank_manifest(source, options)
     with claimed(output, overwrite, comm), fresh_folder(output, comm) as fresh:
         quality = None
-        if source.held is not None and len(source.held.examples) and options.quantise != "none":
-            quality = Quality(source.data, source.held, options.quantise, comm, options.user_block)
-        _write_items(source, comm, fresh, options, quality)
-        _write_users(source, comm, fresh, options)
+        if source.validation is not None and len(source.validation.examples) and options.quantise != "none":
+            quality = Quality(source.data, source.validation, options.quantise, comm, options.user_block)
+        writer = _PartWriter(source, comm, fresh, options)
+        _write_items(writer, quality)
+        _write_users(writer)
         together(comm, output, lambda: source.beside(fresh))
         manifest = replace(manifest, quality={} if quality is None else quality.result())
         if comm.rank:
@@ -144,7 +146,7 @@ def export(source: Source, comm: Comm, output: Path, options: Options, overwrite
             return _finish(manifest, fresh, output, options)
 
 
-def blank_manifest(source: Source, options: Options) -> Manifest:
+def blank_manifest(source: ExportSource, options: ExportOptions) -> Manifest:
     """What can be said of an export before it is made."""
     schema = source.data.schema
     return Manifest(
@@ -161,7 +163,7 @@ def blank_manifest(source: Source, options: Options) -> Manifest:
     )
 
 
-def _finish(manifest: Manifest, fresh: Path, output: Path, options: Options) -> Manifest:
+def _finish(manifest: Manifest, fresh: Path, output: Path, options: ExportOptions) -> Manifest:
     manifest = manifest.listing(fresh)
     for entity, rows in (("items", manifest.items), ("users", manifest.users)):
         for part in range(-(-rows // options.part_rows)):
@@ -174,7 +176,33 @@ def _finish(manifest: Manifest, fresh: Path, output: Path, options: Options) -> 
     return manifest
 
 
-def _write_items(source: Source, comm: Comm, fresh: Path, options: Options, quality: Quality | None) -> None:
+@dataclass(frozen=True)
+class _PartWriter:
+    """Where parts are written to, and how."""
+
+    source: ExportSource
+    comm: Collectives
+    folder: Path
+    options: ExportOptions
+
+    def write(self, entity: Entity, part: int, tables: Iterator[pa.Table]) -> None:
+        """Write one part of this rank, or nothing where `tables` is empty; collective.
+
+        All ranks continue together or stop together. The tables are made here, so that an error of making these stops
+        all ranks too.
+        """
+        together(self.comm, self.folder, lambda: self._write(entity, part, list(tables)))
+
+    def _write(self, entity: Entity, part: int, tables: list[pa.Table]) -> None:
+        if not tables:
+            return
+        metadata = {"model_version": self.source.version, "format": str(FORMAT)}
+        table = pa.concat_tables(tables).replace_schema_metadata(metadata)
+        write_part(self.folder / part_name(entity, self.options.storage, part), table)
+
+
+def _write_items(writer: _PartWriter, quality: Quality | None) -> None:
+    source, options, comm = writer.source, writer.options, writer.comm
     keys = Keys(source.data, "item")
     for part, blocks in rounds(source.data.schema.items, options.part_rows, options.item_block, comm):
         views = [source.encoder.views(ids) for ids in blocks]  # collective, also of no ids
@@ -186,10 +214,12 @@ def _write_items(source: Source, comm: Comm, fresh: Path, options: Options, qual
             known = source.item_known[ids]
             return pa.table({"item_id": ids, **keys.rows(int(ids[0]), int(ids[-1]) + 1), "known": known, **vectors})
 
-        _write("items", part, blocks, views, table_of, source, comm, fresh, options)
+        tables = (table_of(ids, view) for ids, view in zip(blocks, views, strict=True) if len(ids))
+        writer.write("items", part, tables)
 
 
-def _write_users(source: Source, comm: Comm, fresh: Path, options: Options) -> None:
+def _write_users(writer: _PartWriter) -> None:
+    source, options, comm = writer.source, writer.options, writer.comm
     data, keys = source.data, Keys(source.data, "user")
     for part, blocks in rounds(data.schema.users, options.part_rows, options.user_block, comm):
         encoded = [source.encoder.users(ids) for ids in blocks]  # collective, also of no ids
@@ -201,26 +231,11 @@ def _write_users(source: Source, comm: Comm, fresh: Path, options: Options) -> N
             vectors = {head: encode(by_head[head].numpy(), options.quantise) for head in REPRESENTATIONS}
             return pa.table({"user_id": ids, **keys.rows(int(ids[0]), int(ids[-1]) + 1), "seen": seen, **vectors})
 
-        _write("users", part, blocks, encoded, table_of, source, comm, fresh, options)
+        tables = (table_of(ids, by_head) for ids, by_head in zip(blocks, encoded, strict=True) if len(ids))
+        writer.write("users", part, tables)
 
 
-def _write(
-    entity: Entity, part: int, blocks: list[np.ndarray], encoded: list[Any],
-    table_of: Callable[[np.ndarray, Any], pa.Table], source: Source, comm: Comm, fresh: Path, options: Options,
-) -> None:  # fmt: skip
-    """One part of this rank, if there is one; the ranks go on together or not at all."""
-
-    def action() -> None:
-        tables = [table_of(ids, found) for ids, found in zip(blocks, encoded, strict=True) if len(ids)]
-        if tables:
-            table = pa.concat_tables(tables)
-            table = table.replace_schema_metadata({"model_version": source.version, "format": str(FORMAT)})
-            write_part(fresh / part_name(entity, options.storage, part), table)
-
-    together(comm, fresh, action)
-
-
-def rounds(rows: int, part_rows: int, block: int, comm: Comm) -> Iterator[tuple[int, list[np.ndarray]]]:
+def rounds(rows: int, part_rows: int, block: int, comm: Collectives) -> Iterator[tuple[int, list[np.ndarray]]]:
     """This rank's parts, each with its ids in blocks: as many of both on each rank, empty ones at the end."""
     parts = -(-rows // part_rows)
     share = -(-parts // comm.world_size)
@@ -236,7 +251,7 @@ def rounds(rows: int, part_rows: int, block: int, comm: Comm) -> Iterator[tuple[
         yield comm.rank * share + turn, blocks
 
 
-def together(comm: Comm, folder: Path, action: Callable[[], None]) -> None:
+def together(comm: Collectives, folder: Path, action: Callable[[], None]) -> None:
     """Run each rank's action; if one fails, all stop, and none waits for it in a collective."""
     problem: RunError | None = None
     try:

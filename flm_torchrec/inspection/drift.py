@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from flm_torchrec.inspection.inspect import Inspection
-from flm_torchrec.pages import Bars, Curves, Grid, Section
+from flm_torchrec.pages import Bars, Curves, PageTable, Section
 
 DAY = 86400
 PERIODS = 60
@@ -63,11 +63,11 @@ def look_at_drift(data: Inspection) -> None:
     ]
     header = ("from", "events", "item popularity", "event types", "by new users", "of new items")
     note = "Each period beside all before it: 0 is the same, 1 shares nothing. Few events diverge by chance alone."
-    parts: list[Grid | Curves | Bars] = [
+    parts: list[PageTable | Curves | Bars] = [
         Curves("events a period", after, {"events": (x, events.tolist())}),
         Curves("divergence from all before", after, lines),
         Curves("share of events", after, {f"by a {e} not met before": (x, v.tolist()) for e, v in new.items()}),
-        Grid(f"by {length}", header, rows),
+        PageTable(f"by {length}", header, rows),
     ]
     data.sections.append(Section("Drift", [note], parts))
 

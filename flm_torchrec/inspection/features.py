@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flm_torchrec.data.schema import Feature
 from flm_torchrec.inspection.inspect import Inspection
-from flm_torchrec.pages import Grid, Section
+from flm_torchrec.pages import PageTable, Section
 from flm_torchrec.prepare import sql
 
 UNKNOWN = 0.99
@@ -31,7 +31,7 @@ def look_at_features(data: Inspection) -> None:
             data.findings.append(f"{names} {problem}: leave it out with --data.features, or prepare without it")
     header = ("feature", "of", "kind", "known", "values", "commonest", "codes never used")
     notes = () if rows else ("none: only ids can be learnt",)
-    data.sections.append(Section("Features", notes, [Grid("", header, rows)] if rows else []))
+    data.sections.append(Section("Features", notes, [PageTable("", header, rows)] if rows else []))
 
 
 def _problem(data: Inspection, feature: Feature, known: int, held: int, values: int) -> str:

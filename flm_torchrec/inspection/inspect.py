@@ -18,7 +18,7 @@ import numpy as np
 from flm_torchrec.data.schema import Schema, sparsity
 from flm_torchrec.data.times import LATEST, year
 from flm_torchrec.errors import DataError
-from flm_torchrec.pages import Bars, Curves, Grid, Section
+from flm_torchrec.pages import Bars, Curves, PageTable, Section
 from flm_torchrec.prepare import sql
 
 TOP = 10
@@ -114,12 +114,12 @@ def look_at_counts(data: Inspection) -> None:
     ]
     if schema.timestamps:
         rows += [("from", _date(first)), ("to", _date(last))]
-    data.sections.append(Section("Counts", parts=[Grid(f"{schema.name} ({schema.source})", ("", ""), rows)]))
+    data.sections.append(Section("Counts", parts=[PageTable(f"{schema.name} ({schema.source})", ("", ""), rows)]))
 
 
 def look_at_distributions(data: Inspection) -> None:
     """Events a user and an item, event types, values, gaps."""
-    parts: list[Grid | Curves | Bars] = []
+    parts: list[PageTable | Curves | Bars] = []
     quantiles = []
     for entity in ("user", "item"):
         found = data.rows(
@@ -137,7 +137,7 @@ def look_at_distributions(data: Inspection) -> None:
                 )
         else:
             parts.append(_lorenz(counts, holders))
-    parts.insert(0, Grid("how many", ("", "least", "25%", "50%", "75%", "99%", "most", "mean"), quantiles))
+    parts.insert(0, PageTable("how many", ("", "least", "25%", "50%", "75%", "99%", "most", "mean"), quantiles))
     parts += [*_events(data), *_values(data)]
     if data.schema.timestamps:
         gaps = data.rows(
@@ -171,15 +171,15 @@ def look_at_top(data: Inspection) -> None:
         if n > GREEDY_EVENTS and n > GREEDY * total:
             data.findings.append(f"user '{key}' has {n / total:.1%} of all events: leave it out if it is no person")
     grids = [
-        Grid("items of most events", ("item", "title", "events", "share"),
+        PageTable("items of most events", ("item", "title", "events", "share"),
              [(str(k), str(t or k), f"{n:,}", f"{n / total:.2%}") for k, t, n in items]),
-        Grid("users of most events", ("user", "events", "share"),
+        PageTable("users of most events", ("user", "events", "share"),
              [(str(k), f"{n:,}", f"{n / total:.2%}") for k, n in users]),
     ]  # fmt: skip
     data.sections.append(Section("Top ids", parts=grids))
 
 
-def _events(data: Inspection) -> list[Grid | Curves | Bars]:
+def _events(data: Inspection) -> list[PageTable | Curves | Bars]:
     counts = dict(data.rows("SELECT event, count(*) FROM events GROUP BY event"))
     names = data.schema.events
     for code in counts:
@@ -189,7 +189,7 @@ def _events(data: Inspection) -> list[Grid | Curves | Bars]:
     return [Bars("events, by type", names, heights)] if len(names) > 1 else []
 
 
-def _values(data: Inspection) -> list[Grid | Curves | Bars]:
+def _values(data: Inspection) -> list[PageTable | Curves | Bars]:
     least, most, broken = data.one("SELECT min(value), max(value), count(*) FILTER (NOT isfinite(value)) FROM events")
     if broken:
         data.findings.append(f"{broken} events have a value that is no number: clean them and prepare again")

@@ -6,7 +6,7 @@ from typing import Literal
 
 from flm_torchrec.errors import DataError
 from flm_torchrec.inspection.inspect import Inspection
-from flm_torchrec.pages import Grid, Section
+from flm_torchrec.pages import PageTable, Section
 
 Split = Literal["leave-one-out", "time"]
 COLD = 0.5
@@ -44,7 +44,7 @@ def look_at_splits(data: Inspection, split: Split, holdout: float) -> None:
         told = [f"{counted.get(n, 0):,} ({_share(counted.get(n, 0), sizes.get(n, 0)):.2%})" for n in parts[1:]]
         rows.append((label, "", *told))
     _find_copies(data)
-    data.sections.append(Section(f"Split: {split}", parts=[Grid("", ("", *parts), rows)]))
+    data.sections.append(Section(f"Split: {split}", parts=[PageTable("", ("", *parts), rows)]))
 
 
 def _leave_one_out() -> str:

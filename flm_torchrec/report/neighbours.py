@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pds
 
 from flm_torchrec.export.vectors import decode
-from flm_torchrec.pages import Grid, Section
+from flm_torchrec.pages import PageTable, Section
 from flm_torchrec.report.pieces import Missing
 
 SAMPLES = 10
@@ -52,7 +52,7 @@ def neighbours(export: Path | None, data: Path | str) -> Section:
     ]
     header = ("item", "events", *(f"nearest {n + 1}" for n in range(ids.shape[1])))
     return Section("Nearest items", ["By cosine of item vectors, from the most popular item to the least."],
-                   [Grid(str(export), header, lines)])  # fmt: skip
+                   [PageTable(str(export), header, lines)])  # fmt: skip
 
 
 def _counts(data: Path | str, export: pds.Dataset) -> np.ndarray:

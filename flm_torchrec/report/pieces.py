@@ -11,7 +11,7 @@ from typing import Any
 
 from flm_torchrec.config import Config
 from flm_torchrec.documents import Unreadable, read_json
-from flm_torchrec.pages import Curves, Grid, Section
+from flm_torchrec.pages import Curves, PageTable, Section
 
 NUMBER = 4
 """Bytes of a weight (float32)."""
@@ -45,7 +45,7 @@ def settings(config: Config) -> Section:
         if value != default[section][name]
     ]
     notes = () if rows else ("all settings are the defaults",)
-    grid = Grid("settings that differ from the defaults", ("setting", "here", "default"), rows)
+    grid = PageTable("settings that differ from the defaults", ("setting", "here", "default"), rows)
     return Section("Configuration", notes, [grid] if rows else [])
 
 
@@ -97,7 +97,7 @@ def best(run: Path) -> Section:
     rows += [(f"validation {name}", f"{value:.4f}") for name, value in found.get("valid", {}).items()]
     told = "no fusion weights: they are chosen when training ends, for model.fusion sum"
     notes = () if "fusion" in found else (told,)
-    return Section("Best checkpoint and fusion", notes, [Grid("", ("", ""), rows)])
+    return Section("Best checkpoint and fusion", notes, [PageTable("", ("", ""), rows)])
 
 
 def plan(run: Path) -> Section:
@@ -115,7 +115,9 @@ def plan(run: Path) -> Section:
         rows.append((name, table["sharding_type"], table["kernel"], ranks, shape, _size(sum(bytes_))))
     header = ("table", "sharding", "kernel", "ranks", "rows × width", "float32 weights")
     by_rank = [(f"rank {rank}", _size(size)) for rank, size in held.items()]
-    return Section("Sharding plan", parts=[Grid("", header, rows), Grid("", ("", "float32 weights"), by_rank)])
+    return Section(
+        "Sharding plan", parts=[PageTable("", header, rows), PageTable("", ("", "float32 weights"), by_rank)]
+    )
 
 
 def data_report(folder: Path | str) -> Section:
@@ -125,10 +127,10 @@ def data_report(folder: Path | str) -> Section:
     found = _json(folder / "report.json", "'flm prepare' writes it")
     dropped = found.pop("dropped", {})
     rows = [(name, json.dumps(v) if isinstance(v, dict | list) else str(v)) for name, v in found.items()]
-    parts = [Grid(str(folder), ("", ""), rows)]
+    parts = [PageTable(str(folder), ("", ""), rows)]
     if dropped:
         lines = [(why, str(d["rows"]), "; ".join(map(str, d["examples"][:2]))) for why, d in dropped.items()]
-        parts.append(Grid("rows dropped", ("why", "rows", "for example"), lines))
+        parts.append(PageTable("rows dropped", ("why", "rows", "for example"), lines))
     return Section("Data", parts=parts)
 
 
@@ -140,7 +142,7 @@ def versions() -> Section:
         except metadata.PackageNotFoundError:
             continue
     return Section("Versions", ["Where this page was made; a run does not record those it was trained with."],
-                   [Grid("", ("package", "version"), rows)])  # fmt: skip
+                   [PageTable("", ("package", "version"), rows)])  # fmt: skip
 
 
 def _place(name: str) -> tuple[str, str]:
@@ -152,10 +154,10 @@ def _place(name: str) -> tuple[str, str]:
     return (first, rest) if rest else (name, name)
 
 
-def _metrics(title: str, table: dict[str, dict[str, Any]]) -> Grid:
+def _metrics(title: str, table: dict[str, dict[str, Any]]) -> PageTable:
     columns = list(dict.fromkeys(column for metrics in table.values() for column in metrics))
     rows = [(name, *(_number(metrics.get(column, "")) for column in columns)) for name, metrics in table.items()]
-    return Grid(title, ("", *columns), rows)
+    return PageTable(title, ("", *columns), rows)
 
 
 def _number(value: Any) -> str:

@@ -16,10 +16,10 @@ from pydantic import BaseModel
 
 from flm_torchrec.safe_text import visible
 from flm_torchrec.serve.connections import KnownHosts, tell_once
-from flm_torchrec.serve.map import Maps
+from flm_torchrec.serve.map import MapCache
 from flm_torchrec.serve.messages import NewEvent, NewItem, Recommend, RecommendBatch, Swap
-from flm_torchrec.serve.metrics import Measures
-from flm_torchrec.serve.middleware import Measured, parse, read_body, tell_errors
+from flm_torchrec.serve.metrics import ServerMetrics
+from flm_torchrec.serve.middleware import MeasuringMiddleware, parse, read_body, tell_errors
 from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.service import Service
 from flm_torchrec.serve.workers import Workers
@@ -29,7 +29,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 @dataclass(frozen=True)
-class Load:
+class ServerLimits:
     """How much a server takes on."""
 
     body_bytes: int = 1_000_000
@@ -46,9 +46,9 @@ class Load:
     """Between looks at where the export's link points to; 0: never."""
 
 
-def create_app(service: Service, load: Load = Load()) -> FastAPI:
+def create_app(service: Service, load: ServerLimits = ServerLimits()) -> FastAPI:
     """The app of one service."""
-    workers, measures = Workers(service, load.threads, load.waiting), Measures(service)
+    workers, measures = Workers(service, load.threads, load.waiting), ServerMetrics(service)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -62,7 +62,7 @@ def create_app(service: Service, load: Load = Load()) -> FastAPI:
     app = FastAPI(title="flm serve", lifespan=lifespan, docs_url=None, redoc_url=None)
     tell_errors(app)
     app.add_middleware(KnownHosts, hosts=load.hosts)
-    app.add_middleware(Measured, measures=measures)
+    app.add_middleware(MeasuringMiddleware, measures=measures)
     _read_routes(app, service, workers, measures)
     _write_routes(app, service, workers, load)
     if (PAGE / "index.html").is_file():
@@ -70,7 +70,7 @@ def create_app(service: Service, load: Load = Load()) -> FastAPI:
     return app
 
 
-def _read_routes(app: FastAPI, service: Service, workers: Workers, measures: Measures) -> None:
+def _read_routes(app: FastAPI, service: Service, workers: Workers, measures: ServerMetrics) -> None:
     @app.get("/health")
     async def health() -> dict[str, Any]:
         return service.health()
@@ -99,7 +99,7 @@ def _read_routes(app: FastAPI, service: Service, workers: Workers, measures: Mea
     async def events(user: Annotated[str, Query(min_length=1, max_length=512)]) -> list[dict[str, Any]]:
         return await workers.do(lambda: service.events_of(user))
 
-    maps = Maps(service)
+    maps = MapCache(service)
 
     @app.get("/v1/map")
     async def item_map() -> Response:
@@ -107,7 +107,7 @@ def _read_routes(app: FastAPI, service: Service, workers: Workers, measures: Mea
         return Response(await asyncio.to_thread(maps.get), media_type="application/json")
 
 
-def _write_routes(app: FastAPI, service: Service, workers: Workers, load: Load) -> None:
+def _write_routes(app: FastAPI, service: Service, workers: Workers, load: ServerLimits) -> None:
     def post(path: str, message: type[M], answer: Callable[[M], Awaitable[Any]]) -> None:
         async def route(request: Request) -> Response:
             asked = parse(message, await read_body(request, load.body_bytes, load.body_seconds))
@@ -141,7 +141,7 @@ def _takes(message: type[BaseModel]) -> dict[str, Any]:
 
 async def _watch(service: Service, seconds: float) -> None:
     """Swap when the export's link points elsewhere than before; what cannot be served is left, and told once."""
-    seen = service.generation.folder
+    seen = service.loaded.folder
     while True:
         await asyncio.sleep(seconds)
         target = service.export.resolve()

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from flm_torchrec.export.tower.reader import Represented
-from flm_torchrec.serve.generation import Generation
+from flm_torchrec.serve.loaded_export import LoadedExport
 
 NEAREST = 3
 """Items of the history told for each recommended item."""
 
 
-def explain(generation: Generation, found: Represented, history: np.ndarray, items: np.ndarray) -> list[dict[str, Any]]:
+def explain(loaded: LoadedExport, found: Represented, history: np.ndarray, items: np.ndarray) -> list[dict[str, Any]]:
     """One reason a row of `items`.
 
     Each has
@@ -31,20 +31,20 @@ def explain(generation: Generation, found: Represented, history: np.ndarray, ite
         history: [n] rows of the history's items, oldest first; those before the last that the tower sees are left out.
         items: [m] rows of the recommended items.
     """
-    seen = np.unique(history[-generation.tower.max_history :])
-    vectors = generation.vectors(items)
+    seen = np.unique(history[-loaded.tower.max_history :])
+    vectors = loaded.vectors(items)
     scores = found.heads[:-1] @ vectors.T  # [heads, m]
-    near = _unit(vectors) @ _unit(generation.vectors(seen)).T  # [m, seen]
-    counts = _values(generation, seen)
+    near = _unit(vectors) @ _unit(loaded.vectors(seen)).T  # [m, seen]
+    counts = _values(loaded, seen)
     weights = _weights(found)
     return [
         {
-            "shares": _shares(generation.manifest.heads, weights, scores[:, place]),
+            "shares": _shares(loaded.manifest.heads, weights, scores[:, place]),
             "history": [
-                {"item": generation.key(row), "title": generation.title(row), "similarity": float(near[place, n])}
+                {"item": loaded.key(row), "title": loaded.title(row), "similarity": float(near[place, n])}
                 for n, row in ((n, int(seen[n])) for n in np.argsort(-near[place], kind="stable")[:NEAREST])
             ],
-            "in_common": _in_common(generation.attributes(int(row)), counts),
+            "in_common": _in_common(loaded.attributes(int(row)), counts),
         }
         for place, row in enumerate(items)
     ]
@@ -69,13 +69,10 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def _values(generation: Generation, rows: np.ndarray) -> Counter[tuple[str, str]]:
+def _values(loaded: LoadedExport, rows: np.ndarray) -> Counter[tuple[str, str]]:
     """How many of the items have each value of each feature."""
     return Counter(
-        (name, value)
-        for row in rows
-        for name, values in generation.attributes(int(row)).items()
-        for value in set(values)
+        (name, value) for row in rows for name, values in loaded.attributes(int(row)).items() for value in set(values)
     )
 
 

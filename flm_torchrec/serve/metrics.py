@@ -9,7 +9,7 @@ from flm_torchrec.serve.service import Service
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
-class Measures:
+class ServerMetrics:
     """Of one app; nothing is shared between apps of a process."""
 
     def __init__(self, service: Service) -> None:
@@ -19,10 +19,10 @@ class Measures:
             "flm_request_seconds", "from arrival to answer", ["route"], buckets=SECONDS, registry=self.registry
         )
         gauges = {
-            "flm_generation": ("number of the export served, counted by swaps", lambda: service.generation.number),
-            "flm_swaps": ("exports swapped in since the start", lambda: service.generation.number - 1),
-            "flm_items": ("items that can be recommended", lambda: service.generation.size),
-            "flm_added_items": ("cold items added to the export served", lambda: len(service.generation.added.items)),
+            "flm_generation": ("number of the export served, counted by swaps", lambda: service.loaded.number),
+            "flm_swaps": ("exports swapped in since the start", lambda: service.loaded.number - 1),
+            "flm_items": ("items that can be recommended", lambda: service.loaded.size),
+            "flm_added_items": ("cold items added to the export served", lambda: len(service.loaded.added.items)),
             "flm_live_users": ("users with events since the export", lambda: len(service.live)),
         }
         for name, (text, read) in gauges.items():

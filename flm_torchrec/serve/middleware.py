@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flm_torchrec.serve.metrics import Measures
+from flm_torchrec.serve.metrics import ServerMetrics
 from flm_torchrec.serve.resolve import Refused
 
 M = TypeVar("M", bound=BaseModel)
@@ -96,10 +96,10 @@ def tell_errors(app: FastAPI) -> None:
         return JSONResponse({"detail": _printable(str(error.detail))}, error.status_code, error.headers)
 
 
-class Measured:
+class MeasuringMiddleware:
     """Counts and times every answer, and adds the headers that all have."""
 
-    def __init__(self, app: ASGIApp, measures: Measures) -> None:
+    def __init__(self, app: ASGIApp, measures: ServerMetrics) -> None:
         self.app = app
         self.measures = measures
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from flm_torchrec.errors import DataError, FlmError
 from flm_torchrec.names import nearest, nearest_key
-from flm_torchrec.serve.generation import Generation
+from flm_torchrec.serve.loaded_export import LoadedExport
 
 
 class Refused(FlmError):
@@ -20,16 +20,16 @@ class Refused(FlmError):
         self.status = status
 
 
-def item_row(now: Generation, key: str, where: str) -> int:
+def item_row(loaded: LoadedExport, key: str, where: str) -> int:
     """Row of an item by its key; `where` in the request it stands."""
-    row = now.row(key)
+    row = loaded.row(key)
     if row is None:
-        raise Refused(422, f"{where}: no item '{key}'; {nearest_key(key, now.catalogue.row_of)}")
+        raise Refused(422, f"{where}: no item '{key}'; {nearest_key(key, loaded.catalogue.row_of)}")
     return row
 
 
-def event_code(now: Generation, name: str | None, where: str) -> int:
-    events = now.tower.events
+def event_code(loaded: LoadedExport, name: str | None, where: str) -> int:
+    events = loaded.tower.events
     if name is None:
         return 0
     if name not in events:
@@ -37,15 +37,15 @@ def event_code(now: Generation, name: str | None, where: str) -> int:
     return events.index(name)
 
 
-def content_of(now: Generation, entity: str, features: Mapping[str, Any]) -> tuple[np.ndarray, list[str]]:
+def content_of(loaded: LoadedExport, entity: str, features: Mapping[str, Any]) -> tuple[np.ndarray, list[str]]:
     try:
-        return now.tower.content(entity, features)
+        return loaded.tower.content(entity, features)
     except DataError as error:
         raise Refused(422, str(error)) from error
 
 
-def check_filter(now: Generation, wanted: Mapping[str, Sequence[str]]) -> None:
-    attributes = now.catalogue.attributes
+def check_filter(loaded: LoadedExport, wanted: Mapping[str, Sequence[str]]) -> None:
+    attributes = loaded.catalogue.attributes
     for name, values in wanted.items():
         if name not in attributes:
             known = nearest(name, attributes) if attributes else "items have none"

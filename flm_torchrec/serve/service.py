@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from flm_torchrec.errors import DataError, RunError
-from flm_torchrec.export.tower.reader import NO_HISTORY, History, Query, Represented
+from flm_torchrec.export.tower.reader import NO_HISTORY, History, Represented, TowerQuery
 from flm_torchrec.names import nearest_key
+from flm_torchrec.serve.catalogue import TOP_VALUES
 from flm_torchrec.serve.explain import explain
-from flm_torchrec.serve.generation import Added, AddedItem, Generation, load_generation
-from flm_torchrec.serve.items import TOP_VALUES
 from flm_torchrec.serve.live import LiveEvent, LiveEvents
+from flm_torchrec.serve.loaded_export import AddedItem, AddedItems, LoadedExport, load_export
 from flm_torchrec.serve.messages import Event, NewEvent, NewItem, Recommend
 from flm_torchrec.serve.resolve import Refused, check_filter, content_of, event_code, item_row
 
@@ -27,7 +27,7 @@ DAY = 86_400
 
 
 @dataclass(frozen=True)
-class Limits:
+class MemoryLimits:
     """Of what is kept in memory."""
 
     added_items: int = 10_000
@@ -35,10 +35,10 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ResolvedRequest:
     """A request in rows of a generation."""
 
-    query: Query
+    query: TowerQuery
     head: int
     k: int
     excluded: np.ndarray  # rows
@@ -52,43 +52,43 @@ class Service:
         RunError: the export cannot be served.
     """
 
-    def __init__(self, export: Path, limits: Limits = Limits()) -> None:
+    def __init__(self, export: Path, limits: MemoryLimits = MemoryLimits()) -> None:
         self.export = export
         self.exports = export.resolve().parent
         self.limits = limits
-        self.generation = load_generation(export, 1)
-        self.live = LiveEvents(limits.live_users, self.generation.tower.max_history + 1)
+        self.loaded = load_export(export, 1)
+        self.live = LiveEvents(limits.live_users, self.loaded.tower.max_history + 1)
         self.changing = threading.Lock()
         self.swapping = threading.Lock()
 
     def health(self) -> dict[str, Any]:
-        now = self.generation
+        loaded = self.loaded
         return {
-            "status": "ok", "model_version": now.manifest.model_version, "users": now.manifest.users,
-            "items": now.size, "generation": now.number,
+            "status": "ok", "model_version": loaded.manifest.model_version, "users": loaded.manifest.users,
+            "items": loaded.size, "generation": loaded.number,
         }  # fmt: skip
 
     def catalogue(self) -> dict[str, Any]:
-        now = self.generation
+        loaded = self.loaded
         return {
-            "heads": list(now.manifest.heads),
-            "features": {name: a.top(TOP_VALUES) for name, a in now.catalogue.attributes.items()},
-            "events": now.tower.events,
-            "max_history": now.tower.max_history,
-            "model_version": now.manifest.model_version,
+            "heads": list(loaded.manifest.heads),
+            "features": {name: a.top(TOP_VALUES) for name, a in loaded.catalogue.attributes.items()},
+            "events": loaded.tower.events,
+            "max_history": loaded.tower.max_history,
+            "model_version": loaded.manifest.model_version,
         }
 
     def find_items(self, text: str, limit: int) -> list[dict[str, Any]]:
         """Items whose title or key holds the text."""
-        now = self.generation
-        rows = now.catalogue.search(text, limit)
-        names = ((i.title + "\0" + i.key).lower() for i in now.added.items)
-        added = [len(now.catalogue) + place for place, name in enumerate(names) if text.lower() in name]
-        return [_item(now, row) for row in [*added, *rows][:limit]]
+        loaded = self.loaded
+        rows = loaded.catalogue.search(text, limit)
+        names = ((i.title + "\0" + i.key).lower() for i in loaded.added.items)
+        added = [len(loaded.catalogue) + place for place, name in enumerate(names) if text.lower() in name]
+        return [_item(loaded, row) for row in [*added, *rows][:limit]]
 
     def find_users(self, text: str, limit: int) -> list[str]:
         """Keys of known users that begin with the text, then those that hold it; the first ones where it is empty."""
-        keys = self.generation.user_of
+        keys = self.loaded.user_of
         begins = (key for key in keys if key.startswith(text))
         holds = (key for key in keys if text in key and not key.startswith(text))
         return list(islice(chain(begins, holds), limit))
@@ -99,12 +99,12 @@ class Service:
         Raises:
             Refused: nothing is known of such a user.
         """
-        now = self.generation
-        self._user(now, user)
-        history, _ = self._known(now, user)
-        timed = now.tower.timestamps
+        loaded = self.loaded
+        self._user(loaded, user)
+        history, _ = self._known(loaded, user)
+        timed = loaded.tower.timestamps
         return [
-            {**_item(now, int(row)), "event": now.tower.events[code], "timestamp": int(at) if timed else None}
+            {**_item(loaded, int(row)), "event": loaded.tower.events[code], "timestamp": int(at) if timed else None}
             for row, code, at in zip(history.item, history.event, history.timestamp, strict=True)
         ]
 
@@ -113,17 +113,17 @@ class Service:
 
         Refused are unknown users, items, events, features and values.
         """
-        now = self.generation
-        asked: list[Asked | Refused] = []
+        loaded = self.loaded
+        asked: list[ResolvedRequest | Refused] = []
         for request in requests:
             try:
-                asked.append(self._asked(now, request))
+                asked.append(self._asked(loaded, request))
             except Refused as refused:
                 asked.append(refused)
-        queries = [a.query for a in asked if isinstance(a, Asked)]
-        found = iter(now.represent(queries) if queries else [])
+        queries = [a.query for a in asked if isinstance(a, ResolvedRequest)]
+        found = iter(loaded.represent(queries) if queries else [])
         return [
-            a if isinstance(a, Refused) else self._answer(now, request, a, next(found))
+            a if isinstance(a, Refused) else self._answer(loaded, request, a, next(found))
             for request, a in zip(requests, asked, strict=True)
         ]
 
@@ -134,16 +134,16 @@ class Service:
             Refused: the catalogue has it, there is no more room, or a feature does not fit.
         """
         with self.changing:
-            now = self.generation
-            if item.item in now.catalogue.row_of:
+            loaded = self.loaded
+            if item.item in loaded.catalogue.row_of:
                 raise Refused(409, f"item '{item.item}': is in the catalogue; only new items can be added")
-            if item.item not in now.added.row_of and len(now.added.items) >= self.limits.added_items:
+            if item.item not in loaded.added.row_of and len(loaded.added.items) >= self.limits.added_items:
                 raise Refused(409, f"{self.limits.added_items} items have been added, which is the most; export anew")
-            fresh = AddedItem(item.item, item.title or item.item, item.features, _attributes(now, item.features))
-            added, left_out = _with_items(now, now.added, [fresh])
-            self.generation = replace(now, added=added)
-            size = self.generation.size
-        version = now.manifest.model_version
+            fresh = AddedItem(item.item, item.title or item.item, item.features, _attributes(loaded, item.features))
+            added, left_out = _with_items(loaded, loaded.added, [fresh])
+            self.loaded = replace(loaded, added=added)
+            size = self.loaded.size
+        version = loaded.manifest.model_version
         return {"item": item.item, "model_version": version, "items": size, "left_out": left_out}
 
     def add_event(self, event: NewEvent) -> dict[str, Any]:
@@ -152,20 +152,20 @@ class Service:
         Raises:
             Refused: no such item or kind of event, or a time before the user's last event or in the future.
         """
-        now = self.generation
-        item_row(now, event.item, "item")
-        event_code(now, event.event, "event")
-        history, _ = self._known(now, event.user)
+        loaded = self.loaded
+        item_row(loaded, event.item, "item")
+        event_code(loaded, event.event, "event")
+        history, _ = self._known(loaded, event.user)
         last = int(history.timestamp[-1]) if len(history) else 0
-        current = int(time.time()) if now.tower.timestamps else last + 1
+        current = int(time.time()) if loaded.tower.timestamps else last + 1
         timestamp = max(last, current) if event.timestamp is None else event.timestamp
         if timestamp < last:
             raise Refused(422, f"timestamp: {timestamp} is before the user's last event, {last}; events come in order")
-        if now.tower.timestamps and timestamp > max(last, current) + DAY:
+        if loaded.tower.timestamps and timestamp > max(last, current) + DAY:
             raise Refused(422, f"timestamp: {timestamp} is in the future, it is {current}; give seconds since 1970")
         value = 1.0 if event.value is None else event.value
-        kept = self.live.add(event.user, LiveEvent(event.item, event.event, value, timestamp, now.number))
-        version, known = now.manifest.model_version, event.user in now.user_of
+        kept = self.live.add(event.user, LiveEvent(event.item, event.event, value, timestamp, loaded.number))
+        version, known = loaded.manifest.model_version, event.user in loaded.user_of
         return {"user": event.user, "known": known, "live_events": kept, "model_version": version}
 
     def swap(self, export: Path) -> dict[str, Any]:
@@ -183,59 +183,61 @@ class Service:
         if not self.swapping.acquire(blocking=False):
             raise Refused(409, "export: another one is being loaded; try again when it is served")
         try:
-            fresh = load_generation(target, self.generation.number + 1)
+            fresh = load_export(target, self.loaded.number + 1)
             with self.changing:
-                self.generation = replace(fresh, added=_still_new(fresh, self.generation.added.items))
+                self.loaded = replace(fresh, added=_still_new(fresh, self.loaded.added.items))
         except (RunError, OSError) as error:
             raise Refused(422, f"export: {error}") from error
         finally:
             self.swapping.release()
         return self.health()
 
-    def _asked(self, now: Generation, request: Recommend) -> Asked:
+    def _asked(self, loaded: LoadedExport, request: Recommend) -> ResolvedRequest:
         history, seen, user = NO_HISTORY, NO_HISTORY.item, -1
         if request.user is not None:
-            user = self._user(now, request.user)
-            history, seen = self._known(now, request.user)
-        history = history + self._history(now, request.history, int(history.timestamp[-1]) if len(history) else None)
+            user = self._user(loaded, request.user)
+            history, seen = self._known(loaded, request.user)
+        history = history + self._history(loaded, request.history, int(history.timestamp[-1]) if len(history) else None)
         profile: np.ndarray | None = None
         left_out: list[str] = []
         if request.features is not None:
-            profile, left_out = content_of(now, "user", request.features)
-        check_filter(now, request.filter)
+            profile, left_out = content_of(loaded, "user", request.features)
+        check_filter(loaded, request.filter)
         excluded = np.unique(np.concatenate([seen, history.item])) if request.exclude_seen else NO_HISTORY.item
-        head = now.manifest.heads.index(request.head)
-        return Asked(Query(history, user, profile), head, request.k, excluded, left_out)
+        head = loaded.manifest.heads.index(request.head)
+        return ResolvedRequest(TowerQuery(history, user, profile), head, request.k, excluded, left_out)
 
-    def _answer(self, now: Generation, request: Recommend, asked: Asked, found: Represented) -> dict[str, Any]:
-        best = now.best(found.heads[asked.head], asked.k, asked.excluded, request.filter)
-        items = [{**_item(now, row), "score": score} for row, score in best]
+    def _answer(
+        self, loaded: LoadedExport, request: Recommend, asked: ResolvedRequest, found: Represented
+    ) -> dict[str, Any]:
+        best = loaded.best(found.heads[asked.head], asked.k, asked.excluded, request.filter)
+        items = [{**_item(loaded, row), "score": score} for row, score in best]
         if request.explain:
-            reasons = explain(now, found, asked.query.history.item, np.array([row for row, _ in best], np.int64))
+            reasons = explain(loaded, found, asked.query.history.item, np.array([row for row, _ in best], np.int64))
             items = [{**item, "why": why} for item, why in zip(items, reasons, strict=True)]
-        answer = {"model_version": now.manifest.model_version, "head": request.head, "items": items}
+        answer = {"model_version": loaded.manifest.model_version, "head": request.head, "items": items}
         if asked.left_out:
             answer["left_out"] = asked.left_out
         return answer
 
-    def _user(self, now: Generation, user: str) -> int:
+    def _user(self, loaded: LoadedExport, user: str) -> int:
         """Row of a known user; -1 of one that only events were posted for."""
-        row = now.user_of.get(user, -1)
+        row = loaded.user_of.get(user, -1)
         if row < 0 and self.live.of(user) is None:
-            raise Refused(404, f"user '{user}': not known; {nearest_key(user, now.user_of)}")
+            raise Refused(404, f"user '{user}': not known; {nearest_key(user, loaded.user_of)}")
         return row
 
-    def _known(self, now: Generation, user: str) -> tuple[History, np.ndarray]:
+    def _known(self, loaded: LoadedExport, user: str) -> tuple[History, np.ndarray]:
         """The user's last events, exported and live, and rows of all items seen."""
-        row = now.user_of.get(user)
+        row = loaded.user_of.get(user)
         history, seen = NO_HISTORY, NO_HISTORY.item
         if row is not None:
-            history, seen = now.tower.known_history(row), now.seen[row].values.to_numpy().astype(np.int64)
+            history, seen = loaded.tower.known_history(row), loaded.seen[row].values.to_numpy().astype(np.int64)
         last = int(history.timestamp[-1]) if len(history) else -1
         # An export made since may hold some of the live events already.
-        live = [e for e in self.live.of(user) or () if e.generation == now.number or e.timestamp > last]
-        known = [(r, e) for r, e in ((now.row(e.item), e) for e in live) if r is not None]
-        codes = {name: code for code, name in enumerate(now.tower.events)}
+        live = [e for e in self.live.of(user) or () if e.generation == loaded.number or e.timestamp > last]
+        known = [(r, e) for r, e in ((loaded.row(e.item), e) for e in live) if r is not None]
+        codes = {name: code for code, name in enumerate(loaded.tower.events)}
         later = History(
             np.array([r for r, _ in known], np.int64),
             np.array([codes.get(e.event or "", 0) for _, e in known], np.int64),
@@ -244,9 +246,9 @@ class Service:
         )
         return history + later, np.concatenate([seen, later.item])
 
-    def _history(self, now: Generation, events: Sequence[Event], last: int | None) -> History:
+    def _history(self, loaded: LoadedExport, events: Sequence[Event], last: int | None) -> History:
         """Rows, codes and times of a request's history, which follows an event at `last`."""
-        gap = now.tower.usual_gap if now.tower.timestamps else 1
+        gap = loaded.tower.usual_gap if loaded.tower.timestamps else 1
         times: list[int] = []
         for place, event in enumerate(events):
             before = times[-1] if times else last
@@ -256,49 +258,49 @@ class Service:
                 raise Refused(422, f"{where}: {given} is before the event before it, {before}; order them by time")
             times.append(given)
         return History(
-            np.array([item_row(now, e.item, f"history.{n}.item") for n, e in enumerate(events)], np.int64),
-            np.array([event_code(now, e.event, f"history.{n}.event") for n, e in enumerate(events)], np.int64),
+            np.array([item_row(loaded, e.item, f"history.{n}.item") for n, e in enumerate(events)], np.int64),
+            np.array([event_code(loaded, e.event, f"history.{n}.event") for n, e in enumerate(events)], np.int64),
             np.array([1.0 if e.value is None else e.value for e in events], np.float32),
             np.array(times, np.int64),
         )
 
 
-def _item(now: Generation, row: int) -> dict[str, Any]:
-    return {"item": now.key(row), "title": now.title(row), "attributes": now.attributes(row)}
+def _item(loaded: LoadedExport, row: int) -> dict[str, Any]:
+    return {"item": loaded.key(row), "title": loaded.title(row), "attributes": loaded.attributes(row)}
 
 
-def _attributes(now: Generation, features: Mapping[str, Any]) -> dict[str, list[str]]:
+def _attributes(loaded: LoadedExport, features: Mapping[str, Any]) -> dict[str, list[str]]:
     """What filters and people see of a cold item's features: the same kinds as in the catalogue.
 
     Raises:
         Refused: a value does not fit its kind.
     """
-    kinds = {f.name: f for f in now.tower.features if f.entity == "item"}
+    kinds = {f.name: f for f in loaded.tower.features if f.entity == "item"}
     try:
-        return {name: kinds[name].shown(features.get(name)) for name in now.catalogue.attributes}
+        return {name: kinds[name].shown(features.get(name)) for name in loaded.catalogue.attributes}
     except DataError as error:
         raise Refused(422, str(error)) from error
 
 
-def _with_items(now: Generation, added: Added, items: Iterable[AddedItem]) -> tuple[Added, list[str]]:
+def _with_items(loaded: LoadedExport, added: AddedItems, items: Iterable[AddedItem]) -> tuple[AddedItems, list[str]]:
     """With these items, each in place of one of its key; and which values of features were left out."""
     by_key = {item.key: (item, content) for item, content in zip(added.items, added.contents, strict=True)}
     left_out: list[str] = []
     for item in items:
-        content, unknown = content_of(now, "item", item.features)
+        content, unknown = content_of(loaded, "item", item.features)
         by_key[item.key] = item, content
         left_out += unknown
-    contents = np.array([content for _, content in by_key.values()], np.float32).reshape(-1, now.tower.dim)
-    rows = {key: len(now.catalogue) + place for place, key in enumerate(by_key)}
-    return Added(tuple(i for i, _ in by_key.values()), contents, now.tower.scored(contents), rows), left_out
+    contents = np.array([content for _, content in by_key.values()], np.float32).reshape(-1, loaded.tower.dim)
+    rows = {key: len(loaded.catalogue) + place for place, key in enumerate(by_key)}
+    return AddedItems(tuple(i for i, _ in by_key.values()), contents, loaded.tower.scored(contents), rows), left_out
 
 
-def _still_new(fresh: Generation, items: Iterable[AddedItem]) -> Added:
+def _still_new(fresh: LoadedExport, items: Iterable[AddedItem]) -> AddedItems:
     """The added items that a new export does not have and whose features fit it, with what is shown of them there."""
     return _with_items(fresh, fresh.added, [i for item in items for i in _fitted(fresh, item)])[0]
 
 
-def _fitted(fresh: Generation, item: AddedItem) -> list[AddedItem]:
+def _fitted(fresh: LoadedExport, item: AddedItem) -> list[AddedItem]:
     """The item as the new export sees it; nothing where it has the item, or a feature does not fit any more."""
     if item.key in fresh.catalogue.row_of:
         return []

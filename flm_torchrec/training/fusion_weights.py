@@ -18,7 +18,7 @@ from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.evaluation.protocol import Encoder
-from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, count_ranks, rank_targets
+from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, RankingProblem, count_ranks, rank_targets
 
 STEPS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
 ROUNDS = 2
@@ -63,7 +63,7 @@ def choose_weights(
 
     def best_of(mixtures: Tensor) -> tuple[Tensor, float]:
         scorer.mix(mixtures)
-        ranked = rank_targets(data, examples, scorer, comm, blocks)
+        ranked = rank_targets(RankingProblem(data, examples, blocks), scorer, comm)
         scores = [count_ranks(ranked, n, data.schema.items, comm).metrics(ks)[metric] for n in scorer.names]
         return mixtures[int(np.argmax(scores))], max(scores)
 

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.evaluation.evaluate import COVERAGE_AT, blocks_of
-from flm_torchrec.evaluation.protocol import Comm, Encoder, Of
-from flm_torchrec.evaluation.ranking import HeadScorer, rank_targets
+from flm_torchrec.evaluation.protocol import Collectives, Encoder, Of
+from flm_torchrec.evaluation.ranking import HeadScorer, RankingProblem, rank_targets
 from flm_torchrec.training.fusion_weights import choose_weights
 from flm_torchrec.training.restore import restore
 
 
 class Kept:
-    """An encoder that has all it will be asked for."""
+    """An encoder that has made all vectors in advance."""
 
     def __init__(self, encoder: Encoder, users: int, items: int, block: int) -> None:
         self.dim = encoder.dim
@@ -38,51 +38,59 @@ class Kept:
         self.vectors = torch.cat([encoder.items(np.arange(s, min(s + block, items))) for s in range(0, items, block)])
 
     def users(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """[b] indices of examples → by head, [b, D]."""
         return {head: vectors[rows] for head, vectors in self.heads.items()}
 
     def items(self, ids: np.ndarray, of: Of = "all") -> Tensor:
+        """[n] item ids → [n, D]."""
         return self.vectors[ids]
 
 
 def bare(kept: Kept, block: int, k: int) -> None:
+    """The floor: for each head, the product with all items and the top k."""
     for vectors in kept.heads.values():
         for start in range(0, len(vectors), block):
             (vectors[start : start + block] @ kept.vectors.T).topk(k, 1)
 
 
-def seconds(work: Callable[..., Any], *arguments: Any) -> float:
+def seconds(function: Callable[..., Any], *arguments: Any) -> float:
+    """Seconds that the call takes."""
     began = time.perf_counter()
-    work(*arguments)
+    function(*arguments)
     return time.perf_counter() - began
 
 
 def main() -> None:
+    """Measure the evaluation of a run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, help="run folder of flm train")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: %(default)s)")
     args = parser.parse_args()
     with restore(args.run) as restored:
         job = restored.job
-        data, examples, comm, config = job.data, job.scope.splits.test, job.comm, job.config.eval
-        measure(data, examples, comm, config, job.encoder(examples), args.rounds)
+        examples = job.scope.splits.test
+        problem = RankingProblem(job.data, examples, blocks_of(job.config.eval))
+        measure(problem, job.encoder(examples), job.comm, args.rounds)
 
 
-def measure(data: Any, examples: Any, comm: Comm, config: Any, encoder: Encoder, rounds: int) -> None:
+def measure(problem: RankingProblem, encoder: Encoder, comm: Collectives, rounds: int) -> None:
+    """Print the seconds of the evaluation, of its floor and of their ratio."""
+    data, examples, blocks = problem.data, problem.examples, problem.blocks
     began = time.perf_counter()
-    kept = Kept(encoder, len(examples), data.schema.items, config.user_block)
+    kept = Kept(encoder, len(examples), data.schema.items, blocks.users)
     print(f"{len(examples)} users, {data.schema.items} items, {encoder.dim} numbers, {torch.get_num_threads()} threads")
     print(f"encoding users and items: {time.perf_counter() - began:.2f} s")
-    scorer = HeadScorer(kept, data.schema.items, config.item_block, comm)
-    ours = (rank_targets, data, examples, scorer, comm, blocks_of(config), COVERAGE_AT)
-    ranks = (rank_targets, data, examples, scorer, comm, blocks_of(config))
-    floor = (bare, kept, config.user_block, COVERAGE_AT)
+    scorer = HeadScorer(kept, data.schema.items, blocks.items, comm)
+    ours = (rank_targets, problem, scorer, comm, COVERAGE_AT)
+    ranks = (rank_targets, problem, scorer, comm)
+    floor = (bare, kept, blocks.users, COVERAGE_AT)
     turns = [(seconds(*floor), seconds(*ours), seconds(*ranks)) for _ in range(rounds + 1)][1:]  # the first warms up
     names = ("matmul and top-k alone", "ranks and the best ten", "ranks alone, as in validation")
     for name, times in zip(names, zip(*turns, strict=True), strict=True):
         print(f"{name}: {statistics.median(times):.2f} s")
-    for place, name in ((1, names[1]), (2, names[2])):
-        print(f"{name} / {names[0]}: {statistics.median(t[place] / t[0] for t in turns):.2f}")
-    weights = seconds(choose_weights, data, examples, kept, comm, blocks_of(config), REPRESENTATIONS[:3], "ndcg@10")
+    for column, name in ((1, names[1]), (2, names[2])):
+        print(f"{name} / {names[0]}: {statistics.median(t[column] / t[0] for t in turns):.2f}")
+    weights = seconds(choose_weights, data, examples, kept, comm, blocks, REPRESENTATIONS[:3], "ndcg@10")
     print(f"choosing the fusion's weights on as many users: {weights:.2f} s")
 
 

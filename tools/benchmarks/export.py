@@ -31,8 +31,8 @@ from flm_torchrec.data.dataset import EntityFeatures, PreparedData
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.evaluation.protocol import Of
 from flm_torchrec.export.index import INDEX
-from flm_torchrec.export.manifest import Kind, Quantise, Storage
-from flm_torchrec.export.write import Options, Source, export
+from flm_torchrec.export.manifest import IndexKind, Quantise, Storage
+from flm_torchrec.export.write import ExportOptions, ExportSource, export
 from flm_torchrec.files import sha256
 
 USERS = 2_000
@@ -80,7 +80,7 @@ class MadeUp:
         return torch.nn.functional.normalize(centre + noise, dim=1)
 
 
-def catalogue(folder: Path, items: int, users: int = USERS) -> PreparedData:
+def made_up_data(folder: Path, items: int, users: int = USERS) -> PreparedData:
     """Prepared items with a key, a title and a brand each, written a row group at a time; few users."""
     (folder / "vocab").mkdir(parents=True)
     brands = pa.table({"code": pa.array(range(BRANDS), pa.int32()), "value": [f"brand {b}" for b in range(BRANDS)]})
@@ -105,11 +105,11 @@ def catalogue(folder: Path, items: int, users: int = USERS) -> PreparedData:
     )  # fmt: skip
 
 
-def measure(folder: Path, items: int, dim: int, options: Options) -> None:
+def measure(folder: Path, items: int, dim: int, options: ExportOptions) -> None:
     """Export once and leave what it took in `folder`/result.json."""
     torch.set_num_threads(1)
-    data = catalogue(folder / "data", items)
-    source = Source(data, MadeUp(dim), np.ones(items, bool), "made-up")
+    data = made_up_data(folder / "data", items)
+    source = ExportSource(data, MadeUp(dim), np.ones(items, bool), "made-up")
     before = _peak()
     began = time.monotonic()
     manifest = export(source, Alone(), folder / "export", options)
@@ -149,12 +149,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--index", choices=get_args(Kind), default="none")
+    parser.add_argument("--index", choices=get_args(IndexKind), default="none")
     parser.add_argument("--quantise", choices=get_args(Quantise), default="none")
     parser.add_argument("--format", choices=get_args(Storage), default="parquet")
     parser.add_argument("--output", type=Path, required=True, help="folder to work in; what it makes there is removed")
     args = parser.parse_args(argv)
-    options = Options(args.format, args.quantise, args.index)
+    options = ExportOptions(args.format, args.quantise, args.index)
     found = []
     for items in args.items:
         folder = args.output / f"bench-{items}"

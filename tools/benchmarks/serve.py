@@ -26,18 +26,18 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-from export import BRANDS, Alone, MadeUp, catalogue
+from export import BRANDS, Alone, MadeUp, made_up_data
 from torch import Tensor
 
 from flm_torchrec.config.schema import ModelConfig
 from flm_torchrec.data.collate import GAP_BUCKETS
 from flm_torchrec.data.dataset import EntityFeatures, PreparedData, Ragged
-from flm_torchrec.export.manifest import FILE, Kind
-from flm_torchrec.export.tower.reader import History, Query
+from flm_torchrec.export.manifest import FILE, IndexKind
+from flm_torchrec.export.tower.reader import History, TowerQuery
 from flm_torchrec.export.tower.writer import write_tower
-from flm_torchrec.export.write import Options, Source, export
+from flm_torchrec.export.write import ExportOptions, ExportSource, export
 from flm_torchrec.model.tower import Tower, Widths
-from flm_torchrec.serve.generation import load_generation
+from flm_torchrec.serve.loaded_export import load_export
 
 HISTORY, K = 20, 10
 DIM, MAX_HISTORY = 64, 50
@@ -63,13 +63,13 @@ class RandomModel:
         return torch.randn(len(ids), DIM, generator=torch.Generator().manual_seed(first)) * DIM**-0.5
 
 
-def made_up_export(folder: Path, items: int, index: Kind) -> Path:
+def made_up_export(folder: Path, items: int, index: IndexKind) -> Path:
     """An export of made-up items, kept for the next run."""
     target = folder / f"{items}-{index}"
     if (target / FILE).is_file():
         return target
     shutil.rmtree(folder / "data", ignore_errors=True)
-    data = catalogue(folder / "data", items)
+    data = made_up_data(folder / "data", items)
     brands = Ragged(np.arange(items + 1), np.arange(items) % BRANDS)
     data = replace(
         data,
@@ -77,12 +77,12 @@ def made_up_export(folder: Path, items: int, index: Kind) -> Path:
         users=EntityFeatures({}, np.zeros((data.schema.users, 0), np.float32)),
     )
     model = RandomModel(data)
-    source = Source(
+    source = ExportSource(
         data, MadeUp(DIM), np.ones(items, bool), f"made-up-{items}",
         beside=lambda fresh: write_tower(data, model, True, "int8", fresh),
     )  # fmt: skip
     began = time.monotonic()
-    manifest = export(source, Alone(), target, Options(index=index))
+    manifest = export(source, Alone(), target, ExportOptions(index=index))
     assert manifest is not None
     print(f"made {target} in {time.monotonic() - began:.0f} s: {manifest.index}", flush=True)
     return target
@@ -97,17 +97,19 @@ def floor(folder: Path, count: int) -> tuple[list[bytes], dict[str, float]]:
     """Requests to send, and p50 seconds of the tower and of the index alone for the same."""
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
-    now = load_generation(folder, 1)
-    keys = now.catalogue.keys.to_pylist()
+    loaded = load_export(folder, 1)
+    keys = loaded.catalogue.keys.to_pylist()
     rows = histories(keys, count)
-    gap = now.tower.usual_gap
+    gap = loaded.tower.usual_gap
     queries = [
-        Query(History(np.array(r), np.zeros(len(r), np.int64), np.ones(len(r), np.float32), np.arange(len(r)) * gap))
+        TowerQuery(
+            History(np.array(r), np.zeros(len(r), np.int64), np.ones(len(r), np.float32), np.arange(len(r)) * gap)
+        )
         for r in rows
     ]
     vectors: list[np.ndarray] = []
-    tower = _each(lambda q: vectors.append(now.represent([q])[0].heads[-1]), queries)
-    index = now.catalogue.index
+    tower = _each(lambda q: vectors.append(loaded.represent([q])[0].heads[-1]), queries)
+    index = loaded.catalogue.index
     assert index is not None
     search = _each(lambda h: index.search(h[None], K + HISTORY), vectors)
     bodies = [json.dumps({"history": [{"item": keys[i]} for i in r], "k": K}).encode() for r in rows]

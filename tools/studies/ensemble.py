@@ -20,7 +20,7 @@ from flm_torchrec.data.splits import Examples
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.errors import FlmError, RunError
 from flm_torchrec.evaluation.evaluate import blocks_of
-from flm_torchrec.evaluation.ranking import HeadScorer, count_ranks, rank_targets
+from flm_torchrec.evaluation.ranking import HeadScorer, RankingProblem, count_ranks, rank_targets
 from flm_torchrec.training.restore import restore
 
 
@@ -50,8 +50,8 @@ class Summed:
     def block(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(rows)
 
-    def scores(self, known: Tensor, name: str, start: int, stop: int) -> Tensor:
-        return torch.stack([m.users[known] @ m.items[start:stop].T for m in self.members]).sum(0)
+    def scores(self, users: Tensor, name: str, start: int, stop: int) -> Tensor:
+        return torch.stack([m.users[users] @ m.items[start:stop].T for m in self.members]).sum(0)
 
 
 def members_of(runs: list[Path], split: str) -> list[Member]:
@@ -84,7 +84,8 @@ def main() -> int:
     print("| scorer | " + " | ".join(f"HR@{k} | NDCG@{k}" for k in first.eval.ks) + " |")
     print("|---" * (1 + 2 * len(first.eval.ks)) + "|")
     for name, group in [*((str(r), [m]) for r, m in zip(args.runs, members, strict=True)), ("together", members)]:
-        ranked = rank_targets(first.data, first.examples, Summed(group), comm, blocks_of(first.eval))
+        problem = RankingProblem(first.data, first.examples, blocks_of(first.eval))
+        ranked = rank_targets(problem, Summed(group), comm)
         counts = count_ranks(ranked, "ensemble", first.data.schema.items, comm)
         cells = " | ".join(f"{counts.hit_rate(k):.4f} | {counts.ndcg(k):.4f}" for k in first.eval.ks)
         print(f"| {name} | {cells} |")

@@ -21,7 +21,7 @@ from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.evaluation.evaluate import evaluate_heads
 from flm_torchrec.evaluation.protocol import Encoder, Of
-from flm_torchrec.export.tower.reader import History, Query, Tower
+from flm_torchrec.export.tower.reader import History, PackagedTower, TowerQuery
 from flm_torchrec.export.tower.writer import Precision, write_tower
 from flm_torchrec.training.gathered import PackagedModel
 from flm_torchrec.training.restore import restore
@@ -30,7 +30,7 @@ from flm_torchrec.training.restore import restore
 class Packaged:
     """Users by the package, items by the model."""
 
-    def __init__(self, tower: Tower, data: PreparedData, examples: Examples, exact: Encoder) -> None:
+    def __init__(self, tower: PackagedTower, data: PreparedData, examples: Examples, exact: Encoder) -> None:
         self.tower, self.data, self.examples, self.exact = tower, data, examples, exact
         self.dim = tower.dim
 
@@ -44,11 +44,11 @@ class Packaged:
     def items(self, ids: np.ndarray, of: Of = "all") -> Tensor:
         return self.exact.items(ids, of)
 
-    def _query(self, user: int, end: int) -> Query:
+    def _query(self, user: int, end: int) -> TowerQuery:
         data = self.data
         events = slice(max(data.offsets[user], end - self.tower.max_history - 1), end)
         event = data.event[events].astype(np.int64)
-        return Query(History(data.item[events], event, data.value[events], data.timestamp[events]), user)
+        return TowerQuery(History(data.item[events], event, data.value[events], data.timestamp[events]), user)
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def main() -> None:
             target = Path(folder) / precision
             target.mkdir()
             write_tower(job.data, model, True, precision, target)
-            encoder = Packaged(Tower(target), job.data, examples, exact)
+            encoder = Packaged(PackagedTower(target), job.data, examples, exact)
             size = sum(f.stat().st_size for f in target.rglob("*.pt2")) / 1e6
             moved = max(float((encoder.users(sample)[h] - vectors[h]).abs().max()) for h in REPRESENTATIONS)
             print(f"{precision}: {size:.1f} MB; no number of a vector moves by more than {moved:.1e}")

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from flm_torchrec.errors import RunError
-from flm_torchrec.export.stores.protocol import Batch
+from flm_torchrec.export.stores.protocol import ItemBatch
 
 
 class LanceDB:
@@ -27,7 +27,7 @@ class LanceDB:
         except ValueError as error:
             raise RunError(f"collection '{self.collection}': holds other vectors; give another --collection") from error
 
-    def upsert(self, batch: Batch) -> None:
+    def upsert(self, batch: ItemBatch) -> None:
         columns = {
             "item_key": batch.keys,
             "title": [p["title"] for p in batch.payloads],

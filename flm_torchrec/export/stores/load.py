@@ -14,8 +14,8 @@ import pyarrow as pa
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.delta import load_delta
 from flm_torchrec.export.manifest import DELTA, Vectors, load_manifest
-from flm_torchrec.export.parts import ATTRIBUTE, Rows
-from flm_torchrec.export.stores.protocol import Batch, Store
+from flm_torchrec.export.parts import ATTRIBUTE, ExportRows
+from flm_torchrec.export.stores.protocol import ItemBatch, Store
 from flm_torchrec.export.vectors import decode
 from flm_torchrec.names import nearest
 from flm_torchrec.safe_text import first_line, redact, redact_address
@@ -34,7 +34,7 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadReport:
     upserted: int
     deleted: int
     total: int
@@ -73,7 +73,7 @@ def opened(to: str, collection: str) -> Iterator[Store]:
         raise RunError(f"--to {shown}: {first_line(error, to)}") from error
 
 
-def load(folder: Path, to: str, collection: str, vectors: Vectors) -> Loaded:
+def load(folder: Path, to: str, collection: str, vectors: Vectors) -> LoadReport:
     """Put the items of an export into a collection, or bring it up to date by a delta; done again it changes nothing.
 
     Args:
@@ -90,7 +90,7 @@ def load(folder: Path, to: str, collection: str, vectors: Vectors) -> Loaded:
         removed = delta.removed_keys(folder, "items")
     else:
         manifest = load_manifest(folder)
-        rows = Rows(folder, manifest, "items")
+        rows = ExportRows(folder, manifest, "items")
     upserted = 0
     with opened(to, collection) as store:
         store.create(manifest.dim)
@@ -101,14 +101,14 @@ def load(folder: Path, to: str, collection: str, vectors: Vectors) -> Loaded:
                 batch = _batch(part.slice(start, BATCH), vectors, manifest.model_version)
                 store.upsert(batch)
                 upserted += len(batch.keys)
-        return Loaded(upserted, len(removed), store.count())
+        return LoadReport(upserted, len(removed), store.count())
 
 
-def _batch(rows: pa.Table, vectors: Vectors, version: str) -> Batch:
+def _batch(rows: pa.Table, vectors: Vectors, version: str) -> ItemBatch:
     features = [name for name in rows.column_names if name.startswith(ATTRIBUTE)]
     values = {name.removeprefix(ATTRIBUTE): rows[name].to_pylist() for name in features}
     payloads = [
         {"title": title, "attributes": {f: v[i] for f, v in values.items()}, "model_version": version}
         for i, title in enumerate(rows["title"].to_pylist())
     ]
-    return Batch(rows["item_key"].to_pylist(), decode(rows[vectors]), payloads)
+    return ItemBatch(rows["item_key"].to_pylist(), decode(rows[vectors]), payloads)

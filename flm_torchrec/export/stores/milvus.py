@@ -9,7 +9,7 @@ import numpy as np
 from pymilvus import DataType, MilvusClient, MilvusException
 
 from flm_torchrec.errors import RunError
-from flm_torchrec.export.stores.protocol import Batch
+from flm_torchrec.export.stores.protocol import ItemBatch
 
 LONGEST_KEY = 512
 """Bytes."""
@@ -39,7 +39,7 @@ class Milvus:
         if int(fields.get("embedding", {}).get("dim", 0)) != dim:
             raise RunError(f"collection '{self.collection}': holds other vectors; give another --collection")
 
-    def upsert(self, batch: Batch) -> None:
+    def upsert(self, batch: ItemBatch) -> None:
         rows = zip(batch.keys, batch.vectors, batch.payloads, strict=True)
         self.client.upsert(self.collection, [{"item_key": k, "embedding": v, "payload": p} for k, v, p in rows])
 

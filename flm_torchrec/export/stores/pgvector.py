@@ -9,7 +9,7 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from flm_torchrec.errors import RunError
-from flm_torchrec.export.stores.protocol import Batch
+from flm_torchrec.export.stores.protocol import ItemBatch
 
 CREATE = (
     "CREATE TABLE IF NOT EXISTS {table} (item_key text PRIMARY KEY, title text NOT NULL, attributes jsonb NOT NULL,"
@@ -38,7 +38,7 @@ class PgVector:
         if found is None or found[0] != dim:
             raise RunError(f"collection '{self.collection}': holds other vectors; give another --collection")
 
-    def upsert(self, batch: Batch) -> None:
+    def upsert(self, batch: ItemBatch) -> None:
         rows = [
             (key, p["title"], Jsonb(p["attributes"]), p["model_version"], vector)
             for key, vector, p in zip(batch.keys, batch.vectors, batch.payloads, strict=True)

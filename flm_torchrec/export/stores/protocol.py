@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Batch:
+class ItemBatch:
     """Some items, by their keys in the source."""
 
     keys: list[str]
@@ -31,7 +31,7 @@ class Store(Protocol):
             RunError: it is there with vectors of another width.
         """
 
-    def upsert(self, batch: Batch) -> None:
+    def upsert(self, batch: ItemBatch) -> None:
         """Put items in, in place of those with the same keys: twice the same is as once."""
 
     def delete(self, keys: list[str]) -> None:

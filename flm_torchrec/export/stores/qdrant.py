@@ -9,7 +9,7 @@ from qdrant_client import QdrantClient, models
 from qdrant_client.http.exceptions import ApiException
 
 from flm_torchrec.errors import RunError
-from flm_torchrec.export.stores.protocol import Batch
+from flm_torchrec.export.stores.protocol import ItemBatch
 
 SPACE = uuid.uuid5(uuid.NAMESPACE_URL, "flm_torchrec")
 """Qdrant takes no strings for ids: a point's is the UUID of its key in this namespace."""
@@ -30,7 +30,7 @@ class Qdrant:
         if not isinstance(has, models.VectorParams) or (has.size, has.distance) != (dim, models.Distance.DOT):
             raise RunError(f"collection '{self.collection}': holds other vectors; give another --collection")
 
-    def upsert(self, batch: Batch) -> None:
+    def upsert(self, batch: ItemBatch) -> None:
         payloads = [{"item_key": key, **p} for key, p in zip(batch.keys, batch.payloads, strict=True)]
         ids = [_point(key) for key in batch.keys]
         self.client.upsert(self.collection, models.Batch(ids=ids, vectors=batch.vectors.tolist(), payloads=payloads))

@@ -21,7 +21,7 @@ from flm_torchrec.model.tower import Sequences, Tower
 Precision = Literal["int8", "fp32"]
 
 
-class Rows(nn.Module):
+class PackagedTable(nn.Module):
     """A table: int8 rows with a scale and a bias each (FBGEMM's row-wise format), or float32 rows."""
 
     codes: Tensor
@@ -57,7 +57,7 @@ class ContentProgram(nn.Module):
 
     offset: Tensor
 
-    def __init__(self, mlp: nn.Module, table: Rows, offset: list[int]) -> None:
+    def __init__(self, mlp: nn.Module, table: PackagedTable, offset: list[int]) -> None:
         super().__init__()
         self.mlp = mlp
         self.table = table
@@ -105,7 +105,7 @@ class UserInputs(NamedTuple):
 class UserProgram(nn.Module):
     """Histories → what each head and the fusion make of them after the last event, by the model's own tower."""
 
-    def __init__(self, tower: Tower, tables: dict[str, Rows], items: int) -> None:
+    def __init__(self, tower: Tower, tables: dict[str, PackagedTable], items: int) -> None:
         super().__init__()
         self.tables = nn.ModuleDict(tables)
         self.tower = tower

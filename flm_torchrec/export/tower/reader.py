@@ -56,7 +56,7 @@ NO_HISTORY = History(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, n
 
 
 @dataclass(frozen=True)
-class Query:
+class TowerQuery:
     """For whom."""
 
     history: History = NO_HISTORY
@@ -74,7 +74,7 @@ class Represented:
 
 
 @dataclass(frozen=True)
-class Kind:
+class PackagedFeature:
     """A feature as the package takes it."""
 
     name: str
@@ -97,7 +97,7 @@ class Kind:
         return [str(value) for value in values if value is not None]
 
 
-class Tower:
+class PackagedTower:
     """The package of one export. Safe to call from several threads.
 
     Raises:
@@ -124,9 +124,10 @@ class Tower:
         self.cosine, self.fusion, self.events = said.cosine, said.fusion, said.events
         self.timestamps, self.usual_gap = said.timestamps, said.usual_gap
         self.value_mean, self.value_scale, self.gaps = said.value_mean, said.value_scale, said.gaps
-        kinds = (Kind(**f.model_dump()) for f in said.features)
+        kinds = (PackagedFeature(**f.model_dump()) for f in said.features)
         self.features = [
-            Kind(**{**vars(kind), "codes": {value: code for code, value in enumerate(kind.values)}}) for kind in kinds
+            PackagedFeature(**{**vars(kind), "codes": {value: code for code, value in enumerate(kind.values)}})
+            for kind in kinds
         ]
         self._check_histories(folder / HISTORIES)
         self.nobody, _ = self._contents_of_nothing(folder)
@@ -151,7 +152,7 @@ class Tower:
         item, event, value, timestamp = columns
         return History(item.astype(np.int64), event.astype(np.int64), value, timestamp)
 
-    def represent(self, queries: Sequence[Query], added: np.ndarray) -> list[Represented]:
+    def represent(self, queries: Sequence[TowerQuery], added: np.ndarray) -> list[Represented]:
         """Each query's representations.
 
         Args:
@@ -230,11 +231,11 @@ def _histories(file: Path) -> pa.Table:
     return table
 
 
-def _dense(feature: Kind) -> bool:
+def _dense(feature: PackagedFeature) -> bool:
     return feature.kind in ("numeric", "dense")
 
 
-def _codes(feature: Kind, given: Any, left_out: list[str]) -> Iterator[int]:
+def _codes(feature: PackagedFeature, given: Any, left_out: list[str]) -> Iterator[int]:
     if given is None:
         return
     if feature.kind == "text":
@@ -262,7 +263,7 @@ def _codes(feature: Kind, given: Any, left_out: list[str]) -> Iterator[int]:
             yield code
 
 
-def _numbers(feature: Kind, given: Any) -> list[float]:
+def _numbers(feature: PackagedFeature, given: Any) -> list[float]:
     if given is None:
         return [0.0] * feature.width
     values = given if isinstance(given, list) and feature.kind == "dense" else [given]

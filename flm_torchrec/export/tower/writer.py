@@ -23,7 +23,7 @@ from flm_torchrec.data.dataset import EntityFeatures, PreparedData, spans
 from flm_torchrec.data.schema import Feature
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.tower.layout import DESCRIPTION, FOLDER, HISTORIES, ITEM, PROFILE, USER
-from flm_torchrec.export.tower.programs import ContentProgram, Precision, Rows, UserProgram
+from flm_torchrec.export.tower.programs import ContentProgram, PackagedTable, Precision, UserProgram
 from flm_torchrec.model.tower import Tower as DenseTower
 
 BLOCK = 16_384
@@ -70,12 +70,12 @@ def write_tower(data: PreparedData, model: Model, main: bool, precision: Precisi
 
         # Events and gaps have a few dozen rows, so that nothing is won by rounding them.
         tables = {
-            "item_id": Rows(ids("item_id", schema.items, model.item_known), dim, precision),
-            "item_content": Rows(item_content if main else iter(()), dim, precision),
-            "user_id": Rows(ids("user_id", schema.users, model.user_known), dim, precision),
-            "profile": Rows(user_profile if main else iter(()), dim, precision),
-            "event": Rows(ids("event", len(schema.events) + 1, None), dim, "fp32"),
-            "gap": Rows(ids("gap", model.settings["gaps"], None), dim, "fp32"),
+            "item_id": PackagedTable(ids("item_id", schema.items, model.item_known), dim, precision),
+            "item_content": PackagedTable(item_content if main else iter(()), dim, precision),
+            "user_id": PackagedTable(ids("user_id", schema.users, model.user_known), dim, precision),
+            "profile": PackagedTable(user_profile if main else iter(()), dim, precision),
+            "event": PackagedTable(ids("event", len(schema.events) + 1, None), dim, "fp32"),
+            "gap": PackagedTable(ids("gap", model.settings["gaps"], None), dim, "fp32"),
         }
         if not main:
             return
@@ -109,7 +109,7 @@ def _content(
     offset = [sum(sizes[:place]) for place in range(len(sizes))]
     blocks = [model.rows(f.name, block, entity) for f in features for block in _blocks(f.cardinality)]
     mlp = model.dense.item_content if entity == "item" else model.dense.user_content
-    exact = ContentProgram(mlp, Rows(iter(blocks), dim, "fp32"), offset)
+    exact = ContentProgram(mlp, PackagedTable(iter(blocks), dim, "fp32"), offset)
     source = data.items if entity == "item" else data.users
     count = data.schema.items if entity == "item" else data.schema.users
 
@@ -117,7 +117,7 @@ def _content(
         for block in _blocks(count):
             yield exact(_padded_codes(source, features, block), torch.from_numpy(source.dense[block]))
 
-    return ContentProgram(mlp, Rows(iter(blocks), dim, precision), offset), contents()
+    return ContentProgram(mlp, PackagedTable(iter(blocks), dim, precision), offset), contents()
 
 
 def _padded_codes(source: EntityFeatures, features: tuple[Feature, ...], rows: np.ndarray) -> Tensor:

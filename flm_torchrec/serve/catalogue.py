@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from flm_torchrec.export.index import ItemIndex, open_index, top
 from flm_torchrec.export.manifest import Manifest
-from flm_torchrec.export.parts import ATTRIBUTE, Rows, whole
+from flm_torchrec.export.parts import ATTRIBUTE, ExportRows, whole
 
 TOP_VALUES = 100
 """Of a feature, that `GET /v1/catalogue` lists."""
@@ -130,7 +130,7 @@ def load_catalogue(folder: Path, manifest: Manifest) -> Catalogue:
     Raises:
         RunError: a file cannot be read.
     """
-    rows = Rows(folder, manifest, "items")
+    rows = ExportRows(folder, manifest, "items")
     table = rows.table([n for n in _columns(rows) if n in ("item_key", "title", "known") or n.startswith(ATTRIBUTE)])
     keys = whole(table["item_key"])
     index = open_index(folder, manifest)
@@ -149,11 +149,11 @@ def load_catalogue(folder: Path, manifest: Manifest) -> Catalogue:
     )
 
 
-def _columns(rows: Rows) -> Iterable[str]:
+def _columns(rows: ExportRows) -> Iterable[str]:
     return next(rows.parts()).column_names
 
 
-def _vectors(rows: Rows, index: ItemIndex | None, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
+def _vectors(rows: ExportRows, index: ItemIndex | None, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
     """[R, D] and [N]: those that the index holds where it holds them whole, so that they are in memory once."""
     flat = None if index is None else index.index
     if isinstance(flat, faiss.IndexHNSWFlat):

@@ -12,10 +12,10 @@ import pyarrow as pa
 
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.manifest import Manifest, load_manifest
-from flm_torchrec.export.parts import Rows, whole
-from flm_torchrec.export.tower.reader import Query, Represented, Tower
+from flm_torchrec.export.parts import ExportRows, whole
+from flm_torchrec.export.tower.reader import PackagedTower, Represented, TowerQuery
 from flm_torchrec.safe_text import first_line, visible
-from flm_torchrec.serve.items import Catalogue, best_of, load_catalogue
+from flm_torchrec.serve.catalogue import Catalogue, best_of, load_catalogue
 
 UNSOUND = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, OSError, MemoryError)
 """What reading an export may raise where it is not what it says, beside RunError."""
@@ -32,7 +32,7 @@ class AddedItem:
 
 
 @dataclass(frozen=True)
-class Added:
+class AddedItems:
     """Cold items of a generation, whose rows follow those of the catalogue."""
 
     items: tuple[AddedItem, ...]
@@ -42,18 +42,18 @@ class Added:
 
 
 @dataclass(frozen=True)
-class Generation:
+class LoadedExport:
     """All that answers need, of one export and the items added since."""
 
     number: int
     """1, 2 … counted by swaps."""
     folder: Path
     manifest: Manifest
-    tower: Tower
+    tower: PackagedTower
     catalogue: Catalogue
     user_of: Mapping[str, int]
     seen: pa.ListArray  # [users] rows of items
-    added: Added
+    added: AddedItems
 
     @property
     def size(self) -> int:
@@ -84,7 +84,7 @@ class Generation:
         result[~inside] = self.added.vectors[rows[~inside] - len(self.catalogue)]
         return result
 
-    def represent(self, queries: list[Query]) -> list[Represented]:
+    def represent(self, queries: list[TowerQuery]) -> list[Represented]:
         return self.tower.represent(queries, self.added.contents)
 
     def best(
@@ -111,7 +111,7 @@ class Generation:
         return self.added.items[row - len(self.catalogue)]
 
 
-def load_generation(folder: Path, number: int) -> Generation:
+def load_export(folder: Path, number: int) -> LoadedExport:
     """Load an export and check every file.
 
     Raises:
@@ -126,19 +126,19 @@ def load_generation(folder: Path, number: int) -> Generation:
         raise RunError(f"{folder}: is not an export that can be served ({reason}); export again") from error
 
 
-def _loaded(folder: Path, number: int) -> Generation:
+def _loaded(folder: Path, number: int) -> LoadedExport:
     manifest = load_manifest(folder)
-    tower = Tower(folder)
+    tower = PackagedTower(folder)
     if tower.items != manifest.items or tower.dim != manifest.dim:
         raise RunError(f"{folder}: the tower is of {tower.items} items, the rows of {manifest.items}; export again")
     if len(tower.histories) != manifest.users:
         raise RunError(f"{folder}: the tower is of {len(tower.histories)} users, not {manifest.users}; export again")
     nothing = np.zeros((0, manifest.dim), np.float32)
-    (tried,) = tower.represent([Query()], nothing)
+    (tried,) = tower.represent([TowerQuery()], nothing)
     if tried.heads.shape != (len(manifest.heads), manifest.dim) or not np.isfinite(tried.heads).all():
         raise RunError(f"{folder}: the tower makes other vectors than the manifest says; export again")
-    users = Rows(folder, manifest, "users").table(["user_key", "seen"]).combine_chunks()
-    return Generation(
+    users = ExportRows(folder, manifest, "users").table(["user_key", "seen"]).combine_chunks()
+    return LoadedExport(
         number=number,
         folder=folder,
         manifest=manifest,
@@ -146,5 +146,5 @@ def _loaded(folder: Path, number: int) -> Generation:
         catalogue=load_catalogue(folder, manifest),
         user_of={key: row for row, key in enumerate(users["user_key"].to_pylist())},
         seen=whole(users["seen"]),
-        added=Added((), nothing, nothing),
+        added=AddedItems((), nothing, nothing),
     )
