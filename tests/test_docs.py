@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,9 +86,14 @@ def unknown_options(text: str) -> list[str]:
     return found
 
 
+def names(section: Any) -> list[str]:
+    """Fields of a section of the config."""
+    return [field.name for field in dataclasses.fields(section)]
+
+
 def unknown_settings(text: str) -> list[str]:
     """Names `section.field` in a text that are no settings."""
-    known = {f"{name}.{field}" for name, section in sections().items() for field in section.__dataclass_fields__}
+    known = {f"{name}.{field}" for name, section in sections().items() for field in names(section)}
     given = re.findall(rf"(?<![\w/.-])(?:--)?((?:{'|'.join(sections())})\.[a-z_]+)\b(?![/(.])", " ".join(inline(text)))
     return [name for name in given if name not in known and name not in RECIPES]
 
