@@ -14,7 +14,7 @@ import flm_torchrec
 from flm_torchrec.cli.main import main
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.manifest import load_manifest
-from flm_torchrec.export.parts import Rows
+from flm_torchrec.export.parts import ExportRows
 from flm_torchrec.export.stores.load import load, opened
 from flm_torchrec.export.vectors import decode
 
@@ -39,8 +39,8 @@ flm("export", "--run", "run", "--output", "export", "--index", "none")
 said = json.loads(flm("recommend", "--export", "export", "--user", "7", "--head", "basket", "-k", "3", "--json"))
 
 manifest = load_manifest(Path("export"))
-items = Rows(Path("export"), manifest, "items").table()
-query = decode(Rows(Path("export"), manifest, "users").table(["basket"])["basket"])[0]
+items = ExportRows(Path("export"), manifest, "items").table()
+query = decode(ExportRows(Path("export"), manifest, "users").table(["basket"])["basket"])[0]
 scores = decode(items["embedding"]) @ query
 keys = items["item_key"].to_pylist()
 
