@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.export.tower.reader import Represented, TowerQuery
 from flm_torchrec.serve.explain import NEAREST, explain
 from flm_torchrec.serve.loaded_export import LoadedExport, load_export
 from flm_torchrec.serve.map import draw, flatten
-from tests.serving import write_export
 
 ITEMS = np.array([3, 11, 40])
 
 
 @pytest.fixture(scope="module")
-def loaded(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> LoadedExport:
-    folder = tmp_path_factory.mktemp("explained") / "one"
-    write_export(small, folder)
-    return load_export(folder, 1)
+def loaded(exported: Path) -> LoadedExport:
+    return load_export(exported, 1)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ from flm_torchrec.export.delta import export_delta
 from flm_torchrec.export.write import ExportOptions, export
 from flm_torchrec.serve.app import create_app
 from flm_torchrec.serve.service import Service
-from tests.serving import write_export
 from tests.test_export import source_of
 from tests.test_ranking import Alone
 
@@ -276,9 +275,9 @@ TOWER_LIES: dict[str, Change] = {
 
 
 @pytest.fixture(scope="module")
-def served(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> tuple[TestClient, Path]:
+def served(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TestClient, Path]:
     folder = tmp_path_factory.mktemp("served")
-    write_export(small, folder / "good")
+    shutil.copytree(exported, folder / "good")
     return TestClient(create_app(Service(folder / "good")), raise_server_exceptions=False), folder
 
 
@@ -306,5 +305,5 @@ def test_a_swap_refuses_and_the_old_export_goes_on(served: tuple[TestClient, Pat
     response = client.post("/v1/swap", json={"export": str(bad)})
     assert response.status_code == 422, response.text
     assert "\n" not in response.json()["detail"] and len(response.json()["detail"]) <= 500
-    assert client.get("/health").json()["model_version"] == "good"
+    assert client.get("/health").json()["model_version"] == "one"
     assert client.post("/v1/recommend", json={"user": "u1", "k": 3}).status_code == 200

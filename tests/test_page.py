@@ -12,10 +12,8 @@ import httpx
 import pytest
 import uvicorn
 
-from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.serve.app import create_app
 from flm_torchrec.serve.service import Service
-from tests.serving import write_export
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright, which is not here")
 CHROMIUM = Path("/usr/bin/chromium")
@@ -25,11 +23,9 @@ HOSTILE = "<img src=x onerror=\"document.title='broken'\">"
 
 
 @pytest.fixture(scope="module")
-def server(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("page") / "one"
-    write_export(small, folder)
+def server(exported: Path) -> Iterator[str]:
     listening = socket.create_server(("127.0.0.1", 0))
-    running = uvicorn.Server(uvicorn.Config(create_app(Service(folder)), log_level="error"))
+    running = uvicorn.Server(uvicorn.Config(create_app(Service(exported)), log_level="error"))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
     thread.start()
     while not running.started:

@@ -21,7 +21,7 @@ from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.export.tower.reader import History, PackagedFeature, TowerQuery
 from flm_torchrec.serve.app import ServerLimits, create_app
-from flm_torchrec.serve.loaded_export import AddedItem
+from flm_torchrec.serve.loaded_export import AddedItem, LoadedExport, load_export
 from flm_torchrec.serve.service import MemoryLimits, Service
 from tests.serving import write_export
 
@@ -29,17 +29,25 @@ HOUR = 3600
 
 
 @pytest.fixture(scope="module")
-def exports(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exports(small: PreparedData, exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two exports of two models of the same data: `one` with an exact index, `two` with a graph."""
     folder = tmp_path_factory.mktemp("exports")
-    write_export(small, folder / "one", seed=1, index="flat")
+    shutil.copytree(exported, folder / "one")
     write_export(small, folder / "two", seed=2, index="hnsw")
     return folder
 
 
+@pytest.fixture(scope="module")
+def loaded(exports: Path) -> dict[str, LoadedExport]:
+    """Both exports in memory: nothing in them changes, so that tests share them."""
+    return {name: load_export(exports / name, 1) for name in ("one", "two")}
+
+
 @pytest.fixture(params=["one", "two"])
-def service(request: pytest.FixtureRequest, exports: Path) -> Service:
-    return Service(exports / request.param)
+def service(request: pytest.FixtureRequest, exports: Path, loaded: dict[str, LoadedExport]) -> Service:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flm_torchrec.serve.service.load_export", lambda *_: loaded[request.param])
+        return Service(exports / request.param)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,20 +12,16 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.serve.app import ServerLimits, create_app
 from flm_torchrec.serve.service import MemoryLimits, Service
-from tests.serving import write_export
 
 JSON = {"Content-Type": "application/json"}
 POSTS = ("/v1/recommend", "/v1/recommend/batch", "/v1/items", "/v1/events", "/v1/swap")
 
 
 @pytest.fixture(scope="module")
-def client(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    folder = tmp_path_factory.mktemp("exports") / "one"
-    write_export(small, folder)
-    service = Service(folder, MemoryLimits(added_items=50, live_users=50))
+def client(exported: Path) -> Iterator[TestClient]:
+    service = Service(exported, MemoryLimits(added_items=50, live_users=50))
     with TestClient(create_app(service, ServerLimits(body_bytes=100_000)), raise_server_exceptions=False) as client:
         yield client
 
