@@ -1,6 +1,6 @@
-"""`python -m flm_torchrec COMMAND …`, the same as `flm`: for launchers that want a module.
+"""`python -m flm_torchrec COMMAND …` is the same as `flm`, for launchers that start a module.
 
-A launcher's own options are kept apart by a lone `--`, which is dropped here.
+A `--` that separates the options of a launcher is dropped here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Do the installed torch, torchrec and fbgemm fit each other and this machine? Asked without importing them."""
+"""Check that the installed torch, torchrec and fbgemm fit each other and this machine, without importing them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ MEND_GPU = "pip install --no-deps -r requirements/gpu.txt"
 
 
 def check_versions() -> None:
-    """Raise one line that names a wrong mix and its mend.
+    """Raise one line that names versions which do not fit, and the command that mends them.
 
     fbgemm 1.N is built against torch 2.(N+5), and torchrec 1.N against fbgemm 1.N.
 
     Raises:
-        ImportError: a package is missing, both builds of fbgemm are there, versions do not fit, or fbgemm's CUDA
-            build is on a machine without a driver.
+        ImportError: a package is missing, both builds of fbgemm are installed, versions do not fit, or fbgemm's CUDA
+            build is installed on a machine without a driver.
     """
     torch, torchrec = _version("torch"), _version("torchrec")
     cpu, cuda = _version("fbgemm-gpu-cpu"), _version("fbgemm-gpu")
@@ -46,7 +46,7 @@ def check_versions() -> None:
 
 
 def installed() -> dict[str, str]:
-    """Versions of this package and of what its results depend on; those that are not installed are left out."""
+    """Versions of Python, this package and the packages that its results depend on, if they are installed."""
     names = ("flm_torchrec", "torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "faiss-cpu", "numpy", "pyarrow")
     found = {name: _version(name) for name in names}
     return {"Python": platform.python_version(), **{name: version for name, version in found.items() if version}}

@@ -1,4 +1,4 @@
-"""One job at a time in a folder: a lock that ends with the process, on all hosts that share the disk."""
+"""One writer of a folder at a time: a lock that ends with its process, valid on all hosts that share the disk."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.files import ANOTHER, MARK, make_parent, mend, resolved, telling
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""What file systems without locks answer, such as Lustre mounted without `flock`."""
+"""Errors of file systems without locks, such as Lustre mounted without `flock`."""
 
 
 class InUse(RunError):
-    """Another process has the folder."""
+    """Another process writes the folder."""
 
 
 @contextmanager
 def claim(folder: Path, instead: str = ANOTHER) -> Iterator[None]:
-    """Keep others from writing a folder, and `mend` what a killed process left of it. Of a job's ranks one claims.
+    """Lock a folder against other writers, and `mend` what a killed process left. Only one rank of a job claims.
 
-    The lock is a file beside the folder, `.NAME.flm-lock`, with host and process in it. The kernel gives the lock back
-    when the process ends, however it ends; the file is removed by whoever has the lock.
+    The lock is the file `.NAME.flm-lock` beside the folder, which names host and process. The kernel releases the lock
+    when the process ends, in any way. Only the holder of the lock removes the file.
 
     Args:
-        folder: need not exist; of a link, what it leads to is claimed.
-        instead: what the user may do other than wait.
+        folder: need not exist. If it is a link, its target is claimed.
+        instead: what the user may do instead of waiting.
 
     Raises:
-        InUse: another process has it, named in the message.
-        RunError: the file system does not take a lock.
+        InUse: another process has the lock; the message names it.
+        RunError: the file system has no locks.
     """
     with telling(folder, instead):
         folder = resolved(folder)
@@ -62,24 +62,28 @@ def _lock(folder: Path, instead: str) -> int:
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             _try_lock(handle, folder, instead)
-            if _is_there(file, handle):
-                if os.fstat(handle).st_size and not _holder(handle):
-                    raise RunError(f"{file}: is no lock of flm, though it lies where one would; move it, or {instead}")
-                me = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
-                os.truncate(handle, 0)
-                os.pwrite(handle, me.encode(), 0)
+            if _is_at(file, handle):
+                _sign(handle, file, instead)
                 return handle
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)  # its holder removed it meanwhile
+        os.close(handle)  # its holder has removed the file meanwhile
+
+
+def _sign(handle: int, file: Path, instead: str) -> None:
+    """Write host and process into the lock file; RunError if the file is something else."""
+    if os.fstat(handle).st_size and not _holder(handle):
+        raise RunError(f"{file}: is no lock of flm, though it lies where one would; move it, or {instead}")
+    os.truncate(handle, 0)
+    os.pwrite(handle, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
 
 
 def _try_lock(handle: int, folder: Path, instead: str) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        holder = _holder(handle) or "another process"  # which has only just got it
+        holder = _holder(handle) or "another process"  # which has not written its name yet
         raise InUse(f"{folder}: {holder} is writing it; wait until that ends, or {instead}") from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
@@ -91,15 +95,16 @@ def _try_lock(handle: int, folder: Path, instead: str) -> None:
 
 
 def _holder(handle: int) -> str:
-    """Who has, or had, the lock; empty if the file does not say."""
+    """The process that has or had the lock; empty if the file does not name one."""
     try:
-        found = json.loads(os.pread(handle, 1000, 0))
-        return f"process {int(found['pid'])} on {str(found['host'])!r}"
+        holder = json.loads(os.pread(handle, 1000, 0))
+        return f"process {int(holder['pid'])} on {str(holder['host'])!r}"
     except (ValueError, TypeError, KeyError):
         return ""
 
 
-def _is_there(file: Path, handle: int) -> bool:
+def _is_at(file: Path, handle: int) -> bool:
+    """Whether the open file is still the one at this path."""
     try:
         return os.path.samestat(os.stat(file, follow_symlinks=False), os.fstat(handle))
     except FileNotFoundError:

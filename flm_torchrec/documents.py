@@ -1,7 +1,7 @@
-"""The one reader of YAML and the one of JSON: bounded in size, depth and expansion, every key once.
+"""The readers of YAML and JSON. They limit size, depth and expansion, and refuse equal keys.
 
-A file of settings, a schema or a manifest may come from anywhere. A few lines of YAML can expand to gigabytes
-(aliases of aliases), a few kilobytes of brackets can exhaust the stack, and of two equal keys one is lost unseen.
+A config, schema or manifest may come from an untrusted source. A few lines of YAML can expand to gigabytes (aliases of
+aliases), a few kilobytes of brackets can exhaust the stack, and other readers silently drop one of two equal keys.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from typing import Any
 import yaml
 
 MOST_DEPTH = 64
-"""Mappings and lists inside each other; what this package writes has 6."""
+"""Maximum depth of nested mappings and lists. Files of this package have 6 levels."""
 MOST_YAML_BYTES = 4 * 2**20
 """PyYAML reads about 100 KiB a second."""
 MOST_JSON_BYTES = 256 * 2**20
 """A plan.json of 4,096 ranks and 200 row-wise tables has about 100 MiB."""
 MOST_NODES = 200_000
-"""Values of a YAML file whose parts repeat ('*name'), repetitions counted."""
+"""Maximum of values in a YAML file with aliases ('*name'), with each alias expanded."""
 MOST_DIGITS = 300
-"""Of a number: more are beyond float64, and long ones take Python quadratic time."""
+"""Maximum of digits of a number. More exceed float64, and Python parses long numbers in quadratic time."""
 MOST_BITS = 1000
-"""Of a whole number, for the same reason."""
+"""Maximum of bits of an integer, for the same reason."""
 
 
 class Unreadable(ValueError):
-    """A file or text cannot be taken; the message says why, in one line. The caller names the file and the mend."""
+    """A file or text cannot be read. The message says why, in one line; the caller adds the file and how to mend it."""
 
 
 def read_yaml(file: Path) -> Any:
-    """What a YAML file holds; None if it is empty.
+    """The content of a YAML file; None if it is empty.
 
     Raises:
         Unreadable: the file cannot be read, or is no YAML that `parse_yaml` takes.
@@ -41,7 +41,7 @@ def read_yaml(file: Path) -> Any:
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
     Raises:
         Unreadable: the file cannot be read, or is no JSON that `parse_json` takes.
@@ -53,10 +53,10 @@ def read_text(file: Path, most: int) -> str:
     """A text file in UTF-8, with or without a byte order mark, or in UTF-16 with one.
 
     Args:
-        most: bytes it may have.
+        most: maximum size in bytes.
 
     Raises:
-        Unreadable: no such file, a longer one, or none of these encodings.
+        Unreadable: the file does not exist, is larger, or has another encoding.
     """
     try:
         with file.open("rb") as stream:
@@ -69,7 +69,7 @@ def read_text(file: Path, most: int) -> str:
 
 
 def decoded(content: bytes) -> str:
-    """Bytes as text, by the rule of `read_text`.
+    """Decode bytes as `read_text` does.
 
     Raises:
         Unreadable: neither UTF-8 nor UTF-16 with a byte order mark.
@@ -83,39 +83,39 @@ def decoded(content: bytes) -> str:
 
 
 def parse_yaml(text: str) -> Any:
-    """What a YAML text holds.
+    """The content of a YAML text.
 
     Raises:
         Unreadable: not YAML, or with equal keys, too deep, too many repeated parts or too long a number.
     """
     try:
-        found = yaml.load(text, _Loader)
+        content = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         raise Unreadable(f"not YAML{_place(error)}: {_line(error.problem or error.context or error)}") from error
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise Unreadable(f"not YAML: {_line(error)}") from error
-    _refuse_huge(found)
-    return found
+    _refuse_huge(content)
+    return content
 
 
 def parse_json(text: str) -> Any:
-    """What a JSON text holds.
+    """The content of a JSON text.
 
     Raises:
         Unreadable: not JSON, or with equal keys, too deep, or with too long a number.
     """
     try:
-        found = json.loads(text, object_pairs_hook=_once, parse_int=_whole)
+        content = json.loads(text, object_pairs_hook=_without_equal_keys, parse_int=_integer)
     except json.JSONDecodeError as error:
         raise Unreadable(f"not JSON, perhaps cut short (line {error.lineno}: {error.msg})") from error
     except RecursionError as error:
         raise Unreadable(f"not JSON: nested more than {MOST_DEPTH} deep") from error
-    _refuse_huge(found)
-    return found
+    _refuse_huge(content)
+    return content
 
 
 def shortened(value: Any) -> str:
-    """A value for a message, however large it is."""
+    """A value as short text for a message, also if it is huge."""
     return _SHORT.repr(value)
 
 
@@ -124,14 +124,14 @@ _SHORT.maxstring = _SHORT.maxother = 80
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader without endless repetition, equal keys, deep nesting and endless numbers."""
+    """SafeLoader with limits on aliases, depth and numbers, which refuses equal keys."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.depth = 0
         self.nodes = 0
         self.sizes: dict[int, int] = {}
-        """By id of a composed node: values in it, repeated parts written out."""
+        """Number of values in a composed node, with aliases expanded, by id of the node."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         alias = self.check_event(yaml.AliasEvent)
@@ -166,32 +166,32 @@ class _Loader(yaml.SafeLoader):
         if len(node.value) > MOST_DIGITS:
             problem = f"a number of more than {MOST_DIGITS} digits"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
-        whole = node.tag.endswith(":int")
-        return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+        is_integer = node.tag.endswith(":int")
+        return self.construct_yaml_int(node) if is_integer else self.construct_yaml_float(node)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _without_equal_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise Unreadable(f"the key {shortened(twice)} is there twice")
-    return found
+    return mapping
 
 
-def _whole(digits: str) -> int:
+def _integer(digits: str) -> int:
     if len(digits) > MOST_DIGITS:
         raise Unreadable(f"a number of more than {MOST_DIGITS} digits")
     return int(digits)
 
 
-def _refuse_huge(found: Any) -> None:
-    """Raise Unreadable for values nested too deep, or whole numbers that no float can hold."""
-    level = [found]
+def _refuse_huge(content: Any) -> None:
+    """Raise Unreadable for values nested too deep, or integers beyond float64."""
+    level = [content]
     for _ in range(MOST_DEPTH + 1):
         if any(isinstance(value, int) and value.bit_length() > MOST_BITS for value in level):
             raise Unreadable(f"a whole number of more than {MOST_BITS} bits")

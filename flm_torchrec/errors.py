@@ -1,8 +1,8 @@
-"""Errors that a user can mend: one line each, shown by the command line without a traceback."""
+"""Errors that a user can mend. The command line prints each as one line, without a traceback."""
 
 
 class FlmError(Exception):
-    """Base of all errors raised at the edge: names the file, row or field, what is wrong and how to mend it."""
+    """Base of all errors of input. The message names file, row or field, what is wrong, and how to mend it."""
 
     exit_code = 2
 
@@ -20,6 +20,6 @@ class RunError(FlmError):
 
 
 class Interrupted(FlmError):
-    """Asked to stop (SIGTERM, Ctrl-C), and all is saved: start it again to go on."""
+    """Training stopped on request (SIGTERM, Ctrl-C) and saved its state: start the command again to resume."""
 
-    exit_code = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again

@@ -1,7 +1,7 @@
-"""Files and folders that are whole or not there, and one writer at a time.
+"""Writing files and folders so that a reader finds a complete one or none.
 
-What is being written lies beside its place as `.NAME.flm-new-…`, what it replaces waits as `.NAME.flm-old-…` between
-two renames, and `.NAME.flm-lock` says which process writes. Only paths with such a name are ever cleared away.
+The new version is written beside its target as `.NAME.flm-new-…`. Between two renames the old version is called
+`.NAME.flm-old-…`. The lock `.NAME.flm-lock` names the process that writes. Only paths with such names are ever removed.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from typing import Literal
 from flm_torchrec.errors import RunError
 
 MARK = ".flm-"
-LEFT = re.compile(r"\.(.+)\.flm-(new|old)-[0-9a-f]{16}", re.DOTALL)
-"""A temporary name: that of the folder or file it stands for, and what it is."""
+LEFTOVER = re.compile(r"\.(.+)\.flm-(new|old)-[0-9a-f]{16}", re.DOTALL)
+"""A temporary name. Its groups are the name of the target, and `new` or `old`."""
 ANOTHER = "give another --output"
 
 
 def sha256(file: Path) -> str:
+    """Hexadecimal SHA-256 of the content of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager
 def telling(folder: Path, instead: str = ANOTHER) -> Iterator[None]:
-    """What a file system says while `folder`, or a file, is written, as one line.
+    """Turn file-system errors into one line that names the path, while `folder` (or a file) is written.
 
     Args:
-        instead: what else the user may do.
+        instead: what the user may do otherwise.
 
     Raises:
         RunError: in place of any OSError.
@@ -44,17 +45,17 @@ def telling(folder: Path, instead: str = ANOTHER) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # An error of a write names no file, one of a temporary file names what nobody knows.
+        # Some errors name no file, and others name a temporary file, which the user does not know.
         where = folder if error.filename is None or MARK in str(error.filename) else error.filename
         reason = error.strerror or str(error).splitlines()[0]
         raise RunError(f"{where}: {reason}; mend that, or {instead}") from error
 
 
 def resolved(path: Path) -> Path:
-    """Where a link leads to, the folder or file itself is.
+    """The target of a link, or the path itself, made absolute.
 
     Raises:
-        OSError: links lead round in a circle.
+        OSError: the links form a loop.
     """
     try:
         return path.resolve()
@@ -63,17 +64,17 @@ def resolved(path: Path) -> Path:
 
 
 def temporary(path: Path, kind: Literal["new", "old"], token: str = "") -> Path:
-    """A name beside `path` that nobody else uses.
+    """A temporary name beside `path` that nothing else uses.
 
     Args:
-        token: 16 hexadecimal digits, where several processes have to use one name; empty: drawn.
+        token: 16 hexadecimal digits, for processes that must agree on the name; empty: random digits.
     """
     path = resolved(path)
     return path.with_name(f".{path.name}{MARK}{kind}-{token or secrets.token_hex(8)}")
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file that a reader never finds half of; see `replacing_file`."""
+    """Write a text file; a reader never finds a part of it. See `replacing_file`."""
     if file.exists() and not file.is_file() and not file.is_dir():
         file.write_text(text, encoding="utf-8")  # a pipe or a device, such as /dev/null
         return
@@ -83,10 +84,10 @@ def write_text(file: Path, text: str) -> None:
 
 @contextmanager
 def replacing_file(file: Path) -> Iterator[Path]:
-    """A new file that takes the place of `file` at the end, with its mode, and is gone if that fails.
+    """Yield a temporary file, which replaces `file` at the end and keeps its mode. It is removed if that fails.
 
     Raises:
-        OSError: it cannot be written; what was there is kept.
+        OSError: the file cannot be written; the old file stays.
     """
     file = resolved(file)
     fresh = temporary(file, "new")
@@ -105,7 +106,7 @@ def replacing_file(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` at the end, and is gone if that fails; see `put_in_place`."""
+    """Yield a new folder, which replaces `folder` at the end. It is removed if that fails. See `put_in_place`."""
     fresh = new_folder(folder)
     try:
         yield fresh
@@ -115,10 +116,10 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def new_folder(folder: Path, token: str = "") -> Path:
-    """Make an empty folder beside `folder`, for `put_in_place`; nobody else may look into it if an older one is there.
+    """Make an empty folder beside `folder` for `put_in_place`. If `folder` exists, only its owner can read the new one.
 
     Raises:
-        OSError: it cannot be made, or `folder` can never be replaced.
+        OSError: the folder cannot be made, or `folder` cannot be replaced.
     """
     folder = resolved(folder)
     _check_replaceable(folder)
@@ -129,10 +130,10 @@ def new_folder(folder: Path, token: str = "") -> Path:
 
 
 def make_parent(path: Path) -> None:
-    """Make the folder that `path` is to lie in.
+    """Make the parent folder of `path`.
 
     Raises:
-        OSError: it cannot be made; named if a file is in its place.
+        OSError: the parent cannot be made; the error names a file that is in its place.
     """
     if path.parent.exists() and not path.parent.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent))
@@ -140,13 +141,13 @@ def make_parent(path: Path) -> None:
 
 
 def put_in_place(fresh: Path, folder: Path) -> None:
-    """Put a whole new folder where an older one may be, which is then gone; its modes and owners stay.
+    """Move a complete new folder to `folder`. An older folder there is removed; its modes and owners are kept.
 
-    All is on the disk before the older one goes. A link stays one: what it leads to is replaced. After a kill between
-    the two renames `mend` brings the older one back. Claim the folder first.
+    All data are on the disk before the older folder is removed. If `folder` is a link, its target is replaced. After a
+    kill between the two renames, `mend` restores the older folder. The caller must have claimed the folder.
 
     Raises:
-        OSError: `folder` is no folder, or cannot be replaced; it is kept.
+        OSError: `folder` is no folder, or cannot be replaced; the older folder stays.
     """
     folder = resolved(folder)
     _check_replaceable(folder)
@@ -168,38 +169,38 @@ def put_in_place(fresh: Path, folder: Path) -> None:
 
 
 def mend(folder: Path) -> None:
-    """Undo what a kill left of replacing `folder`. Only whoever has claimed it may."""
+    """Undo a replacement of `folder` that a kill interrupted. The caller must have claimed the folder."""
     folder = resolved(folder)
     _mend(leftovers(folder.parent, folder.name))
 
 
 def mend_inside(folder: Path) -> None:
-    """`mend` everything that lies in a folder. Only whoever has claimed that folder may."""
+    """`mend` everything inside a folder. The caller must have claimed that folder."""
     _mend(leftovers(folder))
 
 
 def leftovers(parent: Path, name: str | None = None) -> list[Path]:
-    """Temporary files and folders in `parent`, of all or of what has this name."""
+    """Temporary files and folders in `parent`: all, or those of one target."""
     if not parent.is_dir():
         return []
-    found = [(path, LEFT.fullmatch(path.name)) for path in sorted(parent.iterdir()) if not path.is_symlink()]
-    return [path for path, match in found if match and name in (None, match[1])]
+    matches = [(path, LEFTOVER.fullmatch(path.name)) for path in sorted(parent.iterdir()) if not path.is_symlink()]
+    return [path for path, match in matches if match and name in (None, match[1])]
 
 
 def _mend(left: list[Path]) -> None:
     for path in left:
-        name, kind = LEFT.fullmatch(path.name).groups()  # type: ignore[union-attr]
-        place = path.with_name(name)
-        if kind == "old" and not os.path.lexists(place):
-            path.rename(place)
-            sync(place.parent)
+        name, kind = LEFTOVER.fullmatch(path.name).groups()  # type: ignore[union-attr]
+        target = path.with_name(name)
+        if kind == "old" and not os.path.lexists(target):
+            path.rename(target)
+            sync(target.parent)
     for path in left:
         remove(path)
 
 
 def remove(path: Path) -> None:
-    """Remove a temporary file or folder; what cannot be removed, such as files open elsewhere on NFS, is left."""
-    assert LEFT.fullmatch(path.name), path
+    """Remove a temporary file or folder. Files that cannot be removed, such as open files on NFS, stay."""
+    assert LEFTOVER.fullmatch(path.name), path
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return
@@ -210,14 +211,14 @@ def remove(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a folder of our own: whole or, after a kill, under a temporary name, never half of it in its place."""
+    """Remove a folder of this package. After a kill the folder is complete, or has a temporary name."""
     fresh = temporary(path, "new")
     path.rename(fresh)
     remove(fresh)
 
 
 def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk before going on."""
+    """Wait until a file, or the list of names in a folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -241,35 +242,35 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _keep_modes(older: Path, fresh: Path) -> None:
-    """Modes and owners as of the same names in `older`; what has a new name gets what all older ones allow."""
+    """Copy modes and owners from the same names in `older`. New names get the mode that all older ones allow."""
     before = _stats(older)
     common: dict[bool, int] = {}
-    for found in before.values():
-        kind = stat.S_ISDIR(found.st_mode)
-        common[kind] = common.get(kind, 0o7777) & stat.S_IMODE(found.st_mode)
+    for status in before.values():
+        kind = stat.S_ISDIR(status.st_mode)
+        common[kind] = common.get(kind, 0o7777) & stat.S_IMODE(status.st_mode)
     top = before[Path()]
-    for name, found in _stats(fresh).items():
-        kind = stat.S_ISDIR(found.st_mode)
+    for name, status in _stats(fresh).items():
+        kind = stat.S_ISDIR(status.st_mode)
         same = before.get(name)
         if same is not None and stat.S_ISDIR(same.st_mode) == kind:
             _give(fresh / name, same, stat.S_IMODE(same.st_mode))
         else:
-            _give(fresh / name, top, common.get(kind, stat.S_IMODE(found.st_mode) & stat.S_IMODE(top.st_mode)))
+            _give(fresh / name, top, common.get(kind, stat.S_IMODE(status.st_mode) & stat.S_IMODE(top.st_mode)))
 
 
 def _stats(folder: Path) -> dict[Path, os.stat_result]:
-    """Of a folder and all that is in it but links, by name within it; what is inside comes first."""
-    found = {}
+    """The status of a folder and of everything in it except links, by relative path. Contents come before folders."""
+    stats = {}
     for inside, folders, files in os.walk(folder, topdown=False):
         for name in [*files, *folders]:
             path = Path(inside) / name
             if not path.is_symlink():
-                found[path.relative_to(folder)] = path.stat()
-    return {**found, Path(): folder.stat()}
+                stats[path.relative_to(folder)] = path.stat()
+    return {**stats, Path(): folder.stat()}
 
 
 def _give(path: Path, like: os.stat_result, mode: int) -> None:
-    if os.geteuid() == 0:  # only root writes folders that are another's
-        with suppress(PermissionError):  # on a disk that takes root for nobody
+    if os.geteuid() == 0:  # only root can change the owner
+        with suppress(PermissionError):  # on a disk that maps root to nobody
             os.chown(path, like.st_uid, like.st_gid)
     os.chmod(path, mode)

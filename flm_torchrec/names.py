@@ -1,4 +1,4 @@
-"""A name that is not known: which known one is nearest."""
+"""Hints for an unknown name: the most similar known names."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from difflib import get_close_matches
 from itertools import islice
 
 COMPARED = 100_000
-"""Known names that an unknown one is compared with: more would take seconds."""
+"""Maximum of known names that are compared with an unknown one. More would take seconds."""
 COMPARED_WHILE_SERVING = 2000
-"""The same where an answer must come within milliseconds."""
+"""The same for a server, which must answer within milliseconds."""
 COMPARED_LETTERS = 200
-"""Letters of the unknown name that are compared, for the same reason."""
+"""Letters of the unknown name that are compared. More would take seconds too."""
 LISTED = 20
-"""Known names that a hint lists at most."""
+"""Maximum of known names that a hint lists."""
 
 
 def closest(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.5) -> list[str]:
-    """The known names most like `name`, the most like it first; empty if none is."""
+    """The known names most similar to `name`, the most similar first; empty if none is similar."""
     return get_close_matches(name[:COMPARED_LETTERS], list(islice(known, COMPARED)), n=count, cutoff=cutoff)
 
 

@@ -13,7 +13,7 @@ from flm_torchrec.cli import main
 
 
 def script_arguments(argv: Sequence[str]) -> list[str]:
-    """Options without what a launcher passes on before them: the path of this script, a lone `--`."""
+    """The options, without what a launcher puts before them: the path of this script, and `--`."""
     rest = list(argv)
     if rest and Path(rest[0]).name == Path(__file__).name:
         rest.pop(0)

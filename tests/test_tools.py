@@ -116,12 +116,16 @@ def test_memory_of_tables_is_counted(tmp_path: Path) -> None:
     assert found["counted"] == sum(found.values()) - found["counted"] - found["grew by"]
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "tools").glob("*.py")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    sorted((ROOT / "tools").rglob("*.py")),
+    ids=lambda file: "-".join(file.relative_to(ROOT / "tools").with_suffix("").parts),
+)
 def test_every_tool_has_a_help(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", [str(file), "--help"])
     monkeypatch.syspath_prepend(str(file.parent))
     monkeypatch.setenv("MPLBACKEND", "agg")
-    if file.stem == "bench_train_peer":
+    if file.stem == "train_peer":
         assert runpy.run_path(str(file), run_name="__main__")["serve"]  # a module of the trainers, not a command
         return
     with pytest.raises(SystemExit) as stop:

@@ -3,8 +3,8 @@
     python tools/check_readme.py             # by the python of an environment without extras, as make check-base does
     python tools/check_readme.py --list      # what would be run, and what would not and why
 
-Every fence marked `sh` is run. What is treated otherwise is listed at the top of this file, with its reason; an entry
-that no command begins with any more is an error. Prints one line for each command; ends 1 at the first that fails.
+Every fence marked `sh` is run. Exceptions are listed at the top of this file, each with its reason; an entry that no
+command begins with is an error. Prints one line for each command; exits 1 at the first that fails.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ FAILS = {"flm plan --spec configs/plans/ten_billion.yaml": 2}
 SERVERS = {"flm serve": "http://127.0.0.1:8000/health"}
 """Commands that run until they are stopped: started, waited for until the address answers, stopped at the end."""
 STATE = ("source ", "export ", "cd ")
-"""Commands that change the shell: repeated before each later command."""
+"""Commands that change the shell. They are repeated before each later command."""
 SHORT = {"configs/synthetic.yaml": ("train", {"max_steps": 5, "eval_users": 200})}
-"""Settings changed in the copy, so that a training of minutes takes seconds: the commands themselves stay as typed."""
+"""Settings changed in the copy, so that a training takes seconds, not minutes. The commands stay as they are typed."""
 LONGEST = 600
-"""Seconds that one command may take."""
+"""Maximum of seconds for one command."""
 
 
 def fences(text: str) -> Iterator[str]:
@@ -73,6 +73,7 @@ def commands(block: str) -> Iterator[str]:
 
 
 def entry(table: dict, command: str) -> str | None:
+    """The key of a table of exceptions that the command begins with; None if there is none."""
     return next((key for key in table if command.startswith(key)), None)
 
 
@@ -95,7 +96,7 @@ def copy_of_repository(folder: Path, environment: Path) -> Path:
 
 
 class Shell:
-    """Runs commands in one folder; what changes the shell holds for the later ones."""
+    """Runs commands in one folder. Changes of the shell stay for later commands."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -104,12 +105,18 @@ class Shell:
         self.environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "MAKEFLAGS")}
 
     def start(self, command: str, log: Path) -> subprocess.Popen:
+        """Start a command in a session of its own, with its output in a file."""
         script = "\n".join(["set -o pipefail", *self.state, command])
         with log.open("w") as out:
             return subprocess.Popen(
-                ["bash", "-c", script], cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL,
-                stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                ["bash", "-c", script],
+                cwd=self.folder,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def run(self, command: str, log: Path) -> bool:
         """Whether the command did what README says."""
@@ -140,7 +147,7 @@ class Shell:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """End a command and all that it started."""
+    """End a command and all processes that it started."""
     for kind, patience in ((signal.SIGTERM, 15), (signal.SIGKILL, 15)):
         if process.poll() is None:
             os.killpg(process.pid, kind)
@@ -150,28 +157,33 @@ def stop(process: subprocess.Popen) -> None:
                 continue
 
 
-def check(found: list[str], environment: Path) -> int:
+def check(typed: list[str], environment: Path) -> int:
+    """Run the commands in a copy of the repository; 1 if one fails, or if they leave files that git would track."""
     with tempfile.TemporaryDirectory(prefix="readme-") as folder:
         shell = Shell(copy_of_repository(Path(folder), environment))
         try:
-            for command in found:
-                log, began, first = Path(folder) / "log", time.monotonic(), command.splitlines()[0]
-                if reason := SKIPPED.get(entry(SKIPPED, command) or ""):
-                    print(f"skipped         {first}: {reason}", flush=True)
-                    continue
-                done = shell.run(command, log)
-                print(f"{'done' if done else 'FAILED'} {time.monotonic() - began:8.1f} s  {first}", flush=True)
-                if not done:
-                    print("\n".join(log.read_text(errors="replace").splitlines()[-40:]))
-                    return 1
+            succeeded = all(_run_and_report(shell, command, Path(folder) / "log") for command in typed)
         finally:
             for server in shell.servers:
                 stop(server)
-        return _left_untracked(shell.folder)
+        return _left_untracked(shell.folder) if succeeded else 1
+
+
+def _run_and_report(shell: Shell, command: str, log: Path) -> bool:
+    """Run one command unless it is an exception, and print its line; whether it succeeded."""
+    began, first = time.monotonic(), command.splitlines()[0]
+    if reason := SKIPPED.get(entry(SKIPPED, command) or ""):
+        print(f"skipped         {first}: {reason}", flush=True)
+        return True
+    done = shell.run(command, log)
+    print(f"{'done' if done else 'FAILED'} {time.monotonic() - began:8.1f} s  {first}", flush=True)
+    if not done:
+        print("\n".join(log.read_text(errors="replace").splitlines()[-40:]))
+    return done
 
 
 def _left_untracked(copy: Path) -> int:
-    """1 if the commands left files that .gitignore does not cover."""
+    """1 if the commands left files that .gitignore does not cover, else 0."""
     others = ["git", "ls-files", "--others", "--exclude-standard"]
     new = subprocess.run(others, cwd=copy, capture_output=True, text=True, check=True).stdout.split()
     if new:
@@ -180,15 +192,20 @@ def _left_untracked(copy: Path) -> int:
 
 
 def main() -> int:
+    """Run or list the commands; the exit code.
+
+    Raises:
+        SystemExit: an exception matches no command, or the environment holds an extra.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="show the commands, run none")
     args = parser.parse_args()
-    found = [command for block in fences((ROOT / "README.md").read_text()) for command in commands(block)]
-    stale = [key for key in (*SKIPPED, *FAILS, *SERVERS) if not any(command.startswith(key) for command in found)]
+    typed = [command for block in fences((ROOT / "README.md").read_text()) for command in commands(block)]
+    stale = [key for key in (*SKIPPED, *FAILS, *SERVERS) if not any(command.startswith(key) for command in typed)]
     if stale:
         raise SystemExit(f"error: {__file__}: no command of README.md begins with {stale[0]!r}; remove the entry")
     if args.list:
-        for command in found:
+        for command in typed:
             print(f"{'skip' if entry(SKIPPED, command) else 'run'}\t{command.splitlines()[0]}")
         return 0
     extras = re.findall(r"^([\w.-]+)==", (ROOT / "requirements" / "extras.txt").read_text(), re.MULTILINE)
@@ -196,7 +213,7 @@ def main() -> int:
     if there := [name for name in extras if canonicalize_name(name) in installed]:
         raise SystemExit(f"error: {sys.prefix} holds {there[0]}, an extra; remove it, then run make check-base")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
-    return check(found, Path(sys.prefix))
+    return check(typed, Path(sys.prefix))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python tools/proof.py --against main                # this tree, changes included, beside the commit `main`
 
-Data are made up from a seed; each rank has one thread, so that bits repeat. Compared are the metrics of trainings (each
-fusion, both blocks, streamed, fine-tuned, on two ranks), the tables of evaluations, and the files of exports, packaged
-tower left out: its programs hold line numbers of the source. Exits 1 where something differs.
+The data are synthetic, and each rank has one thread, so that bits repeat. Compared: metrics of trainings (each fusion,
+both blocks, streamed, fine-tuned, two ranks), tables of evaluations, files of exports. The exported tower is left out,
+because its programs hold line numbers of the source. Exits 1 if something differs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RUNS = {
 }
 EXPORTED = ("sum", "gated", "concat")
 OF_TIME = ("seconds", "samples_per_second", "input_wait")
-"""What a line of metrics.jsonl says of the machine."""
+"""Values of metrics.jsonl that depend on the machine."""
 
 
 def pipeline(source: Path, folder: Path) -> None:
@@ -66,22 +66,22 @@ def pipeline(source: Path, folder: Path) -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """By name of a result, its digest."""
-    found = {}
+    """Digests of the results in a folder, by name of the result."""
+    by_name = {}
     for file in sorted(folder.rglob("metrics.jsonl")):
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         kept = [{name: value for name, value in line.items() if name not in OF_TIME} for line in lines]
-        found[str(file.relative_to(folder))] = hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+        by_name[str(file.relative_to(folder))] = hashlib.sha256(json.dumps(kept).encode()).hexdigest()
     files = [*folder.glob("data/**/*.parquet"), *folder.glob("*/evaluation*.json"), *folder.glob("export-*/**/*")]
     for file in sorted(file for file in files if file.is_file() and "tower" not in file.parts):
         if file.name != "manifest.json":  # it holds the digests of the tower
-            found[str(file.relative_to(folder))] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return found
+            by_name[str(file.relative_to(folder))] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return by_name
 
 
 @contextmanager
 def checkout(commit: str, folder: Path) -> Iterator[Path]:
-    """The tree of a commit, while it is needed."""
+    """A temporary worktree of a commit."""
     git = ["git", "-C", str(ROOT), "worktree"]
     done = subprocess.run([*git, "add", "--detach", str(folder), commit], capture_output=True, text=True)
     if done.returncode:

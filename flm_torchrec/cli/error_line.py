@@ -1,4 +1,4 @@
-"""An error in one line on standard error: once for all ranks of a job that have it, with its rank where few do."""
+"""Printing an error as one line: once for all ranks of a job that have it, and with the ranks if some do not."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from datetime import timedelta
 from flm_torchrec.safe_text import redact, visible
 
 GRACE = 3.0
-"""Seconds that ranks have to fail too. A launcher ends the others soon after the first has left."""
+"""Seconds to wait for other ranks to fail too. A launcher ends them soon after the first rank ends."""
 POLL = 0.05
 
 
 def tell(text: str) -> None:
-    """Print the error, its secrets taken out, unless a lower rank has the same one."""
+    """Print an error without its secrets, unless a lower rank has the same error."""
     text = visible(redact(text))
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     having = _ranks_with(text, rank, ranks) if ranks > 1 else [rank]
@@ -31,19 +31,23 @@ def _named(ranks: Sequence[int]) -> str:
 
 
 def _ranks_with(text: str, rank: int, ranks: int) -> Sequence[int]:
-    """Ranks that have told the launcher's store the same error, this one among them, once all have or time is up."""
-    # Imported here: an error of one process must not wait seconds for PyTorch.
+    """Ranks with the same error, this one included. Waits until all ranks have an error, at most `GRACE` seconds."""
+    # Imported here: PyTorch takes seconds, and a job of one process does not need it.
     import torch.distributed as dist
 
-    attempt = f"told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    attempt = f"errors/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     same = f"{attempt}/{hashlib.sha256(text.encode()).hexdigest()}"
-    # torchrun keeps the store; where there is none, rank 0 does.
-    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    # torchrun serves the store; other launchers leave this to rank 0.
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=keeps, wait_for_workers=False,
-            multi_tenant=True, timeout=timedelta(seconds=GRACE),
-        )  # fmt: skip
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=serves,
+            wait_for_workers=False,
+            multi_tenant=True,
+            timeout=timedelta(seconds=GRACE),
+        )
         store.set(f"{same}/{store.add(same, 1)}", str(rank))
         until = time.monotonic() + GRACE
         failed = store.add(attempt, 1)
@@ -52,8 +56,8 @@ def _ranks_with(text: str, rank: int, ranks: int) -> Sequence[int]:
             failed = store.add(attempt, 0)
         alike = store.add(same, 0)
         having = range(ranks) if alike == ranks else sorted(int(store.get(f"{same}/{n + 1}")) for n in range(alike))
-        if keeps:
-            time.sleep(10 * POLL)  # the others read, too, before the store goes
+        if serves:
+            time.sleep(10 * POLL)  # let the others read before the store ends
         return having
     except (KeyError, ValueError, RuntimeError):
-        return [rank]  # no store to ask: better told twice than not at all
+        return [rank]  # without a store each rank prints its error

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     source = load_config(None, overrides).finetune.source
     if not source:
         raise ConfigError("--finetune.source: name the run folder of the pretraining")
-    # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
+    # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     from flm_torchrec.training.finetune import finetune, source_config
 
     for start, test in finetune(source_config(Path(source), overrides), not args.no_control).items():

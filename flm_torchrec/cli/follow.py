@@ -15,22 +15,26 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "follow",
         help="train a run further on new events as they come, from a folder or Kafka",
-        description="Train a run's best model further on new events as they come: whole Parquet or JSONL files put into"
-        " a folder, or JSON messages of a Kafka topic. Started again, it goes on where it was. Rows that cannot be"
+        description="Train a run's best model further on new events as they come: complete Parquet or JSONL files put"
+        " into a folder, or JSON messages of a Kafka topic. Started again, it resumes. Rows that cannot be"
         " learnt from are counted in OUTPUT/follow.json.",
         allow_abbrev=False,
     )
     parser.add_argument("--run", required=True, dest="run_folder", type=Path, metavar="DIR", help="run of 'flm train'")
     parser.add_argument("--source", required=True, metavar="URL", help="folder, or kafka://HOST:PORT/TOPIC")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="run folder to write, or to go on in")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="run folder to write or to resume")
     parser.add_argument(
-        "--columns", default="", metavar="FIELD=NAME,...",
-        help="what the source calls user, item, timestamp, event, value (default: just so)",
-    )  # fmt: skip
+        "--columns",
+        default="",
+        metavar="FIELD=NAME,...",
+        help="names in the source of user, item, timestamp, event, value (default: the same)",
+    )
     parser.add_argument(
-        "--time-unit", choices=("s", "ms", "us", "ns"), default="s",
+        "--time-unit",
+        choices=("s", "ms", "us", "ns"),
+        default="s",
         help="unit of numeric timestamps; dates are read as they are (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument("--once", action="store_true", help="end when there is nothing new (default: wait for more)")
     add_data_path(parser)
     parser.set_defaults(run=run)
@@ -42,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         FlmError: an option, the run, its data, the source or the output is wrong.
     """
-    # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
+    # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     from flm_torchrec.training.follow.events import FIELDS, RowForm
     from flm_torchrec.training.follow.follower import follow
 
@@ -53,5 +57,5 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"--columns '{part}': write it as FIELD=NAME; {nearest(field, FIELDS)}")
         columns[field] = name
     rows = RowForm(columns, args.time_unit)
-    found = follow(args.run_folder, args.source, args.output, rows, args.once, given_overrides(args))
-    print(f"{args.output}: {found['events']} events learnt from, {found['refused']} rows refused")
+    counts = follow(args.run_folder, args.source, args.output, rows, args.once, given_overrides(args))
+    print(f"{args.output}: {counts['events']} events learnt from, {counts['refused']} rows refused")

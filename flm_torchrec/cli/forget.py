@@ -12,10 +12,11 @@ from flm_torchrec.prepare.hash_users import hash_keys, read_secret
 from flm_torchrec.safe_text import visible
 
 MOST_BYTES = 2**30
-"""Of a file of users."""
+"""Maximum size of a file of users."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `forget` to the subcommands."""
     parser = subparsers.add_parser(
         "forget",
         help="take users out of prepared data and of the runs made with it",
@@ -30,27 +31,44 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--users", type=Path, metavar="FILE", help="file of such ids, one a line")
     parser.add_argument(
-        "--key-file", type=Path, metavar="FILE",
+        "--key-file",
+        type=Path,
+        metavar="FILE",
         help="secret that 'flm prepare --hash-users' hashed the ids with; give the ids as they were before",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--run", type=Path, action="append", default=[], dest="runs", metavar="DIR",
+        "--run",
+        type=Path,
+        action="append",
+        default=[],
+        dest="runs",
+        metavar="DIR",
         help="run made with the data; may be repeated; without users it is brought up to date with the data",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--export", type=Path, action="append", default=[], dest="exports", metavar="DIR",
-        help="export to look through: one that still has a user must be written anew; may be repeated",
-    )  # fmt: skip
+        "--export",
+        type=Path,
+        action="append",
+        default=[],
+        dest="exports",
+        metavar="DIR",
+        help="export to look through: one that still has a user must be exported again; may be repeated",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
+    """Take users out of prepared data and runs, and print what was done.
+
+    Raises:
+        FlmError: nobody is named, an id is unknown, a file is unreadable, or a run is being written.
+    """
     keys = [*args.user, *(_lines(args.users) if args.users else [])]
     if not keys and not args.runs:
         raise DataError("forget: nobody to forget; give --user KEY or --users FILE")
     if args.key_file:
         keys = hash_keys(keys, read_secret(args.key_file))
-    # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
+    # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     from flm_torchrec.privacy.forget import forget
 
     for line in forget(args.data, list(dict.fromkeys(keys)), args.runs, args.exports):

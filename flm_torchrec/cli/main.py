@@ -16,20 +16,21 @@ from flm_torchrec.errors import FlmError, RunError
 from flm_torchrec.names import nearest
 
 ON_RANKS = ("train", "finetune", "evaluate", "export")
-"""Commands that share their work among ranks; each of the others is one process."""
+"""Commands that run on several ranks; the others are one process."""
 STEPS = ("prepare", "train", "evaluate", "export", "recommend", "serve")
-"""Commands of the main job, in its order."""
+"""The main commands, in the order of use."""
 BROKEN_PIPE = 128 + 13
-"""What a shell shows of a process that SIGPIPE ended."""
+"""The exit code that a shell shows for a process ended by SIGPIPE."""
 
 TRAINING_STACK = ("torchrec", "fbgemm_gpu")
-"""What recommending, loading and serving do without."""
+"""Packages that recommending, loading and serving do not need."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Names the nearest option, command or choice when one is not known."""
+    """A parser that suggests the nearest option, command or choice for an unknown one."""
 
     def error(self, message: str) -> NoReturn:
+        """Print one line and exit with 2."""
         tell(f"{message} (see '{self.prog} --help')")
         sys.exit(2)
 
@@ -39,6 +40,7 @@ class _Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}; {hint}")
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        """As argparse does, but an unknown option is an error."""
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             options = [option for action in self._actions for option in action.option_strings]
@@ -47,19 +49,19 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; 0 on success, else one line on standard error.
+    """Run a subcommand and give its exit code: 0, or another one after one line on standard error.
 
-    2 where the user can mend it, 75 where training was asked to stop (SIGTERM, Ctrl-C) and can go on,
-    130 where Ctrl-C ended anything else, 141 where what reads the output, such as `head`, has ended.
+    2: an error that the user can mend. 75: training stopped on request (SIGTERM, Ctrl-C) and can resume. 130: Ctrl-C
+    ended another command. 141: the reader of the output, such as `head`, has ended.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # in a locale of ASCII a name or a dash must not end the command
+            stream.reconfigure(errors="replace")  # in an ASCII locale a name or a dash must not end the command
     try:
         try:
             return _run(argv)
         finally:
-            sys.stdout.flush()  # here, where a closed pipe is met; Python's own flush at the end would complain
+            sys.stdout.flush()  # a closed pipe is handled here; Python's flush at exit would print an error
     except BrokenPipeError:
         if not _pipe_closed():
             raise
@@ -84,7 +86,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("error: interrupted; what was not finished is not kept", file=sys.stderr, flush=True)
-        return 130  # 128 + SIGINT, as shells have it
+        return 130  # 128 + SIGINT, as in shells
     except ModuleNotFoundError as error:
         if error.name not in TRAINING_STACK:
             raise
@@ -94,7 +96,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
-    # Imported here: it takes a second, in which Ctrl-C should be one line too.
+    # Imported here: it takes a second, and Ctrl-C should give one line then too.
     from flm_torchrec.cli import (
         apply_delta,
         evaluate,
@@ -131,19 +133,19 @@ def _check_ranks(command: str) -> None:
 
 
 def _steps(subparsers: argparse._SubParsersAction) -> str:
-    """What `flm` alone says: the commands, those of the main job first and in order."""
-    told = {action.dest: action.help or "" for action in subparsers._choices_actions}
-    order = [*(name for name in STEPS if name in told), *(name for name in told if name not in STEPS)]
-    lines = [f"  {name:<12} {told[name]}" for name in order]
-    here, rest = lines[: len(STEPS)], lines[len(STEPS) :]
-    return "\n".join(
-        ["usage: flm COMMAND [OPTIONS]", "", "the steps, in order:", *here, "", "besides:", *rest, "",
-         "'flm COMMAND --help' lists the options of a command; 'flm --version' the versions."]
-    )  # fmt: skip
+    """The output of `flm` without a command: all commands, the main ones first and in order."""
+    helps = {action.dest: action.help or "" for action in subparsers._choices_actions}
+    order = [*(name for name in STEPS if name in helps), *(name for name in helps if name not in STEPS)]
+    lines = [f"  {name:<12} {helps[name]}" for name in order]
+    steps, others = "\n".join(lines[: len(STEPS)]), "\n".join(lines[len(STEPS) :])
+    return (
+        f"usage: flm COMMAND [OPTIONS]\n\nthe steps, in order:\n{steps}\n\nbesides:\n{others}\n\n"
+        "'flm COMMAND --help' lists the options of a command; 'flm --version' the versions."
+    )
 
 
 def _pipe_closed() -> bool:
-    """Whether it is standard output that nobody reads any more; it then goes nowhere, so that no flush complains."""
+    """Whether standard output is a pipe without a reader. If so, send it to /dev/null, so that no later flush fails."""
     output = sys.stdout.fileno()
     poll = select.poll()
     poll.register(output, 0)

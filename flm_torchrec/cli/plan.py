@@ -24,6 +24,7 @@ PIPELINES = {"none": "none", "sparse-dist": "train_sparse_dist", "prefetch": "tr
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `plan` to the subcommands."""
     parser = subparsers.add_parser(
         "plan",
         help="plan the tables over a cluster that need not be there: memory, step time, what fits",
@@ -34,12 +35,23 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--spec", metavar="FILE", help="YAML of tables, instead of a config (configs/plans)")
     parser.add_argument("--hardware", default="h100", help="v100, a100-80, h100, h200, b200, epyc-9654, xeon-8480")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="values",
-                        help="a value of the hardware, such as hbm_gib=96; may be repeated")  # fmt: skip
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="values",
+        help="a value of the hardware, such as hbm_gib=96; may be repeated",
+    )
     parser.add_argument("--nodes", type=int, default=1, help="nodes (default: 1; 4,096 ranks in all at most)")
     parser.add_argument("--per-node", type=int, default=0, help="ranks of a node (default: those of the hardware)")
-    parser.add_argument("--kernels", nargs="+", default=["fused"], metavar="KERNEL",
-                        help="fused (device memory; default), fused_uvm_caching, fused_uvm (host memory)")  # fmt: skip
+    parser.add_argument(
+        "--kernels",
+        nargs="+",
+        default=["fused"],
+        metavar="KERNEL",
+        help="fused (device memory; default), fused_uvm_caching, fused_uvm (host memory)",
+    )
     parser.add_argument("--pipeline", choices=PIPELINES, help="input pipeline (default: as training does there)")
     parser.add_argument("--sweep", nargs="*", type=int, metavar="RANKS", help="other numbers of ranks to plan for")
     parser.add_argument(
@@ -52,9 +64,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Plan the tables over a cluster and print or write the report, or compare two plans.
+
+    Raises:
+        ConfigError: an option is wrong, or the tables do not fit; in the second case after the report.
+    """
     if args.diff:
         return _diff(Path(args.diff[0]), Path(args.diff[1]))
-    # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
+    # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     from flm_torchrec.distributed.comm import silence_warnings
     from flm_torchrec.planner.hardware import make_cluster
     from flm_torchrec.planner.show import remedy_table, summary, sweep_table, tables_of
@@ -71,9 +88,9 @@ def run(args: argparse.Namespace) -> None:
         report["report"] = question.report(cluster)
         lines, tables = summary(report["report"]), tables_of(report["report"])
     except Infeasible as error:
-        failed, found = error, [] if error.table == DENSE else remedies(question, cluster)
-        report.update(table=error.table, gap=error.gap, error=str(error), remedies=[asdict(r) for r in found])
-        lines, tables = [f"does not fit: {error}"], [remedy_table(found)] if found else []
+        failed, tried = error, [] if error.table == DENSE else remedies(question, cluster)
+        report.update(table=error.table, gap=error.gap, error=str(error), remedies=[asdict(r) for r in tried])
+        lines, tables = [f"does not fit: {error}"], [remedy_table(tried)] if tried else []
     lines.append(
         f"smallest {cluster.name} cluster that fits: {least} ranks ({cluster.of_size(least).nodes} nodes)"
         if least
@@ -81,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     )
     if report["sweep"]:
         tables.append(sweep_table(report["sweep"]))
-    _hand_over(args, report, lines, tables)
+    _print_and_write(args, report, lines, tables)
     if failed:
         raise ConfigError(str(failed))
 
@@ -125,7 +142,7 @@ def _question(args: argparse.Namespace, cluster: Cluster) -> Question:
 
 
 def _sizes(args: argparse.Namespace, cluster: Cluster, least: int | None) -> list[int]:
-    """Those asked for, or from the smallest that fits to eight times the cluster, doubling."""
+    """The numbers of ranks of --sweep, or powers of two from the smallest that fits to eight times the cluster."""
     from flm_torchrec.planner.hardware import check_ranks
 
     if args.sweep is not None:
@@ -139,7 +156,9 @@ def _sizes(args: argparse.Namespace, cluster: Cluster, least: int | None) -> lis
     return [size for size in doubling if (least or 1) <= 2 * size and size <= min(most, 1024)]
 
 
-def _hand_over(args: argparse.Namespace, report: dict[str, Any], lines: list[str], tables: list[TextTable]) -> None:
+def _print_and_write(
+    args: argparse.Namespace, report: dict[str, Any], lines: list[str], tables: list[TextTable]
+) -> None:
     from flm_torchrec.planner.show import html, text
 
     as_json, as_text = json.dumps(report, indent=2) + "\n", text(lines, tables)
@@ -161,8 +180,8 @@ def _hand_over(args: argparse.Namespace, report: dict[str, Any], lines: list[str
 def _diff(one: Path, other: Path) -> None:
     from flm_torchrec.planner.plan_file import differences, read_plan
 
-    found = differences(read_plan(one), read_plan(other))
-    for what, left, right in found:
+    differing = differences(read_plan(one), read_plan(other))
+    for what, left, right in differing:
         print(f"{what}: {left} -> {right}")
-    if not found:
+    if not differing:
         print("the plans are the same")

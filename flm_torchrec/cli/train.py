@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from flm_torchrec.config import (
-    add_config_arguments,
-    config_from_arguments,
-)
+from flm_torchrec.config import add_config_arguments, config_from_arguments
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -30,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
         FlmError: a setting, the data or the run folder is wrong.
     """
     config = config_from_arguments(args)
-    # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
+    # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     from flm_torchrec.training.trainer import pretrain
 
     pretrain(config)

@@ -1,4 +1,4 @@
-"""What a setting takes, told from its type: the same words in the help and in errors."""
+"""What a setting accepts, derived from its type: the same words in the help and in errors."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pydantic.fields import FieldInfo
 
 TEXT = "a text"
 LIMITS = {"ge": "from", "gt": "above", "le": "to", "lt": "below"}
-"""Of a number, by the names that pydantic gives them."""
+"""Words for the limits of a number, by pydantic's names."""
 
 
 def accepts(hint: Any) -> str:
-    """Choices of a Literal, range of a number, form of a list; alternatives of a union joined by "or"."""
+    """Choices of a Literal, range of a number, or form of a list. The alternatives of a union are joined by "or"."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _ranged(inner[0], [m for info in inner[1:] if isinstance(info, FieldInfo) for m in info.metadata])
@@ -27,7 +27,7 @@ def accepts(hint: Any) -> str:
 
 
 def _ranged(kind: Any, limits: list[Any]) -> str:
-    """A number's type with its limits, the narrowest where there are several."""
+    """The type of a number with its limits, the narrowest if there are several."""
     if kind not in (int, float):
         return accepts(kind)
     found = [(name, getattr(limit, name)) for limit in limits for name in LIMITS if hasattr(limit, name)]

@@ -1,8 +1,8 @@
-"""The heads of the model, in the order of every stacked tensor, table and file that holds one row a head."""
+"""The heads of the model. Stacked tensors, tables and files with one row per head have this order."""
 
 from __future__ import annotations
 
 HEADS = ("content", "collaborative", "sequential")
 FUSED = "fused"
 REPRESENTATIONS = (*HEADS, FUSED)
-"""What a user is represented by: each head, and their fusion."""
+"""The representations of a user: one of each head, and their fusion."""

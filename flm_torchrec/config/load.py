@@ -1,4 +1,4 @@
-"""YAML file plus command-line overrides → one checked `Config`."""
+"""A YAML file and command-line overrides → one checked `Config`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from flm_torchrec.names import nearest
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a config file and lay overrides such as `train.batch_size=512` over it.
+    """Read a config file and apply overrides such as `train.batch_size=512`.
 
     Raises:
-        ConfigError: unreadable file, unknown key (with the nearest known one), or a value out of its range.
+        ConfigError: an unreadable file, an unknown key (with the nearest known one), or a value out of range.
     """
     values = _read(Path(path)) if path else {}
     for override in overrides:
@@ -39,7 +39,14 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 
 def from_dict(values: dict[str, Any], source: str) -> Config:
-    """Check nested values and build the config; `source` names where they came from in errors."""
+    """Build the config from nested values.
+
+    Args:
+        source: names the origin of the values in errors.
+
+    Raises:
+        ConfigError: an unknown key or a value out of range.
+    """
     _refuse_unknown(values, source)
     try:
         return TypeAdapter(Config).validate_python(values)
@@ -48,7 +55,7 @@ def from_dict(values: dict[str, Any], source: str) -> Config:
 
 
 def first_problem(error: ValidationError, depth: int | None = None) -> str:
-    """What is wrong with the first value that is: its place, at most `depth` names of it, the reason and the value."""
+    """The first problem of a validation: the path of the field (at most `depth` names), the reason and the value."""
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"][:depth])
     given = "" if first["type"] in ("value_error", "missing") else f", not {shortened(first['input'])}"
@@ -58,7 +65,7 @@ def first_problem(error: ValidationError, depth: int | None = None) -> str:
 
 
 def _problem(error: ValidationError) -> str:
-    """As `first_problem`; of a setting what it takes, so that the choices and the range are told at once."""
+    """As `first_problem`, but for a setting the message says what it accepts: choices or range."""
     first = error.errors()[0]
     if len(first["loc"]) < 2 or first["type"] == "value_error":
         return first_problem(error, 2)
@@ -68,12 +75,12 @@ def _problem(error: ValidationError) -> str:
 
 
 def accepted(section: str, name: str) -> str:
-    """What a setting takes, for people: its choices, or its range."""
+    """What a setting accepts, as text: its choices or its range."""
     return accepts(get_type_hints(sections()[section], include_extras=True)[name])
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config, every field written out; `load_config` reads it back equal."""
+    """The complete config as YAML, with every field. `load_config` reads an equal config from it."""
     record = {
         section: {name: list(value) if isinstance(value, tuple) else value for name, value in content.items()}
         for section, content in asdict(config).items()
@@ -96,7 +103,7 @@ def add_overrides(parser: argparse.ArgumentParser, names: Iterable[str], default
     """Add one `--section.field VALUE` for every setting of the sections named.
 
     Args:
-        defaults: what the help says of a setting, or of all of a section, whose default is not the schema's.
+        defaults: defaults for the help, by setting or by section, where they differ from the schema.
     """
     for section in names:
         kind = sections()[section]
@@ -118,11 +125,13 @@ def add_overrides(parser: argparse.ArgumentParser, names: Iterable[str], default
 
 
 def add_data_path(parser: argparse.ArgumentParser) -> None:
-    """Add `--data.path DIR` to a command that takes a run with its own data."""
+    """Add `--data.path DIR` to a command that takes a run, and with it the data of the run."""
     parser.add_argument(
-        "--data.path", dest="override:data.path", metavar="DIR",
+        "--data.path",
+        dest="override:data.path",
+        metavar="DIR",
         help="where the run's own data are now, should they have been moved (default: where they were)",
-    )  # fmt: skip
+    )
 
 
 def config_from_arguments(args: argparse.Namespace) -> Config:
@@ -131,13 +140,13 @@ def config_from_arguments(args: argparse.Namespace) -> Config:
 
 
 def given_overrides(args: argparse.Namespace) -> list[str]:
-    """What was given of `add_overrides`, as `load_config` takes it."""
+    """The given options of `add_overrides`, in the form of `load_config`."""
     given = {k.removeprefix("override:"): v for k, v in vars(args).items() if k.startswith("override:")}
     return [f"{key}={value}" for key, value in given.items() if value is not None]
 
 
 def given_options(args: argparse.Namespace) -> dict[str, str]:
-    """Options of a command beside settings and folders, which may lie elsewhere on each host."""
+    """Options of a command without settings, and without folders, whose paths may differ between hosts."""
     left_out = ("run_folder", "config")
     given = {name: value for name, value in vars(args).items() if ":" not in name and name not in left_out}
     return {f"--{name}": str(value) for name, value in given.items() if isinstance(value, str | int | float | list)}
@@ -156,7 +165,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _is_text(section: str, name: str) -> bool:
-    """Whether the setting is a text, such as a path: `2024` and `no` are then names and no numbers or truths."""
+    """Whether the setting is text, such as a path: then `2024` and `no` are names, not a number and a boolean."""
     return section in sections() and get_type_hints(sections()[section]).get(name) is str
 
 
@@ -165,7 +174,7 @@ def _value(key: str, text: str) -> Any:
         value = parse_yaml(text)
     except Unreadable as error:
         raise ConfigError(f"--{key}: {shortened(text)} is not a value ({error}); put it in quotes") from error
-    # YAML 1.1 reads 1e-3 as a string, Python and people read it as a number.
+    # YAML 1.1 reads 1e-3 as a string; users mean a number.
     if isinstance(value, str):
         try:
             return float(value)

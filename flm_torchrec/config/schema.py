@@ -1,6 +1,6 @@
 """Every setting of a run, typed, with its default, unit and meaning.
 
-A field's `description` is its help on the command line; anything that can be derived is derived, not set.
+A field's `description` is its help on the command line; whatever can be derived is no setting.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flm_torchrec.config.heads import HEADS
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 MOST_COUNT = 2**31 - 1
-"""What indices of 32 bits reach."""
+"""The maximum of a 32-bit index."""
 
 Count = Annotated[int, Field(ge=1, le=MOST_COUNT)]
 Number = Annotated[int, Field(ge=0, le=MOST_COUNT)]
@@ -26,7 +26,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _several(value: Any) -> Any:
-    """A list may be written with commas, and one value without."""
+    """Split text at commas into a list, and put a single value into a list."""
     if isinstance(value, str) and value not in ("all", "none"):
         return [part.strip() for part in value.split(",") if part.strip()]
     return [value] if isinstance(value, int) and not isinstance(value, bool) else value
@@ -172,7 +172,7 @@ class DistributedConfig:
     ] = ""
     dense: Annotated[
         Literal["ddp", "fsdp"],
-        Field(description="dense part on every rank: ddp, whole; fsdp: a slice of its weights and optimizer state"),
+        Field(description="dense part on every rank: ddp: all of it; fsdp: a slice of its weights and optimizer state"),
     ] = "ddp"
     replicas: Annotated[
         Count,
@@ -200,8 +200,8 @@ class TrainConfig:
     existing: Annotated[
         Literal["refuse", "replace", "resume"],
         Field(
-            description="what to do with a run folder that exists; resume: go on at its newest whole checkpoint, as a"
-            " job that its launcher starts anew always does"
+            description="what to do with a run folder that exists; resume: from its newest complete checkpoint, as a"
+            " job that its launcher restarts always does"
         ),
     ] = "refuse"
     seed: Annotated[int, Field(ge=0, lt=2**62, description="of weights, shuffling, dropout and negatives")] = 0

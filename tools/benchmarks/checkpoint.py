@@ -1,9 +1,9 @@
-"""What a checkpoint every N steps costs: blocks of N steps, in turns with and without one written meanwhile.
+"""The cost of a checkpoint every N steps: blocks of N steps, in turn with and without writing one.
 
     python tools/benchmarks/checkpoint.py --config configs/beauty.yaml --every 100 --pairs 4
 
-A block with a checkpoint copies the state, trains N steps while it is written, and waits for the rest. Prints seconds
-and processor seconds of each block, and the ratio of their sums: the second is the one to trust on a busy machine.
+A block with a checkpoint copies the state, trains N steps while a thread writes it, and waits until it is written.
+Prints seconds and processor seconds of each block, and the ratios of their sums. On a busy machine trust the second.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from flm_torchrec.training.steps import STEPS
 from flm_torchrec.training.trainer import Job
 
 ORDER = (True, False, False, True)
-"""Neither always comes first."""
+"""Whether a block writes a checkpoint. Neither kind is always first."""
 
 
-def measure(job: Job, folder: Path, every: int, pairs: int) -> tuple[dict[bool, list[tuple[float, float]]], float]:
-    """Seconds and processor seconds of each block, by whether one was written; seconds of one with no step beside."""
-    found: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+def measure_blocks(
+    job: Job, folder: Path, every: int, pairs: int
+) -> tuple[dict[bool, list[tuple[float, float]]], float]:
+    """Seconds and processor seconds of each block, by whether it wrote; seconds of a checkpoint without training."""
+    costs: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     checkpoints = Checkpoints(folder, job.model, job.optimizer, job.comm, job.data.fingerprint)
     schedule = Schedule(job.optimizer, job.config.train.warmup_steps, (2 * pairs + 1) * every)
     job.model.train()
@@ -48,7 +50,7 @@ def measure(job: Job, folder: Path, every: int, pairs: int) -> tuple[dict[bool, 
             for step in range(number * every, (number + 1) * every):
                 steps.take(batches, step)
 
-        block(0)  # first steps pay for what later ones have
+        block(0)  # the first steps include warm-up
         for number in range(2 * pairs):
             saves = ORDER[number % len(ORDER)]
             began, worked = time.monotonic(), time.process_time()
@@ -56,7 +58,7 @@ def measure(job: Job, folder: Path, every: int, pairs: int) -> tuple[dict[bool, 
                 checkpoints.save(Progress(number))
             block(number + 1)
             checkpoints.finish()
-            found[saves].append((time.monotonic() - began, time.process_time() - worked))
+            costs[saves].append((time.monotonic() - began, time.process_time() - worked))
         steps.release()
     alone = []
     for number in range(5):
@@ -64,10 +66,11 @@ def measure(job: Job, folder: Path, every: int, pairs: int) -> tuple[dict[bool, 
         checkpoints.save(Progress(number))
         checkpoints.finish()
         alone.append(time.monotonic() - began)
-    return found, statistics.median(alone)
+    return costs, statistics.median(alone)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=100, help="steps of a block (default: 100)")
     parser.add_argument("--pairs", type=int, default=4, help="blocks with one, and as many without (default: 4)")
@@ -79,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with process_group(config.distributed) as comm, TemporaryDirectory() as own:
             folder = Path(comm.gather(own)[0])
             job = Job(config, data, scope_of(config, data), comm)
-            found, alone = measure(job, folder, args.every, args.pairs)
+            costs, alone = measure_blocks(job, folder, args.every, args.pairs)
             newest = max(folder.glob("checkpoints/step-*"))
             size = sum(file.stat().st_size for file in newest.iterdir())
             comm.barrier()
@@ -89,12 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     print(f"{args.every} steps, seconds (processor seconds); a checkpoint has {size / 2**20:.1f} MiB")
-    for saves, told in ((True, "with a checkpoint"), (False, "without")):
-        print(f"{told}: " + "  ".join(f"{wall:.2f} ({cpu:.2f})" for wall, cpu in found[saves]))
-    ratios = [sum(block[kind] for block in found[True]) / sum(block[kind] for block in found[False]) for kind in (0, 1)]
+    for saves, name in ((True, "with a checkpoint"), (False, "without")):
+        print(f"{name}: " + "  ".join(f"{wall:.2f} ({cpu:.2f})" for wall, cpu in costs[saves]))
+    ratios = [sum(block[kind] for block in costs[True]) / sum(block[kind] for block in costs[False]) for kind in (0, 1)]
     print(f"with / without: {ratios[0]:.4f} in time, {ratios[1]:.4f} in processor time")
-    least = min(block[0] for block in found[False])
-    print(f"written with no step beside it, one takes {alone:.3f} s: {alone / least:.2%} of the shortest block")
+    shortest = min(block[0] for block in costs[False])
+    print(f"written without training, one takes {alone:.3f} s: {alone / shortest:.2%} of the shortest block")
     return 0
 
 

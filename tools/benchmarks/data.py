@@ -1,13 +1,13 @@
-"""How fast batches come: from disk, from memory, beside Parquet being read alone and a plain PyTorch DataLoader.
+"""Speed of our loaders, from disk and from memory, beside reading Parquet alone and a plain PyTorch DataLoader.
 
     python tools/benchmarks/data.py --rows 4000000                     # made-up data, 40 events a user
     python tools/benchmarks/data.py --data data/beauty                 # prepared data
     python tools/benchmarks/data.py --train configs/synthetic.yaml  # also the share of training spent waiting for data
 
-All contestants go through whole epochs in turns, in one process on one machine, so the ratios are what to trust. The
-floor reads the columns of the same row groups with pyarrow and does nothing with them. The plain Dataset has its data
-in memory, makes one window at a time in __getitem__ and pads in collate; unlike ours it looks up no features, draws no
-negatives and finds no distinct items. Then each of ours takes an epoch in a process of its own, to see its memory.
+All contestants run complete epochs in turn, in one process, so trust the ratios. The floor only reads the columns of
+the same row groups with pyarrow. The plain Dataset has its data in memory, makes one window at a time in __getitem__
+and pads in collate. Unlike ours it reads no features, draws no negatives and finds no distinct items. Then each of our
+loaders runs an epoch in a process of its own, to measure its memory.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from flm_torchrec.training.trainer import pretrain
 
 EVENTS, ITEMS, GROUP = 40, 20_000, 131_072
 HISTORY, BATCH, DRAWN, POWER = 50, 256, 2048, 0.5
-"""The defaults of training."""
+"""History length, batch size, negatives and their power, as in training by default."""
 VALIDATED = 1000
-"""Users that streaming keeps in memory."""
+"""Validation users, which streaming keeps in memory."""
 
 
 class OneByOne(Dataset):
-    """A window at a time: item, event, seconds and gap of each of its events."""
+    """Gives one window at a time: item, event, time, gap and value of each of its events."""
 
     def __init__(self, data: PreparedData) -> None:
         self.data = data
@@ -72,6 +72,7 @@ class OneByOne(Dataset):
 
 
 def padded(rows: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """B windows → lengths [B] and the columns [B, L], padded with zeros."""
     lengths = torch.tensor([len(row[0]) for row in rows])
     return [lengths, *(pad_sequence(list(column), batch_first=True) for column in zip(*rows, strict=True))]
 
@@ -82,6 +83,7 @@ DISK, MEMORY = "ours, from disk", "ours, from memory"
 
 
 def from_memory(data: PreparedData) -> TrainLoader:
+    """Our loader of data in memory."""
     splits = split(data, "leave-one-out", 0.1)
     fit = splits.fit(data)
     negatives = Negatives(np.bincount(data.item[fit], minlength=data.schema.items), DRAWN, POWER)
@@ -89,12 +91,14 @@ def from_memory(data: PreparedData) -> TrainLoader:
 
 
 def from_disk(path: Path) -> StreamLoader:
+    """Our loader that streams from disk."""
     data = load_streamed(path, "all", "leave-one-out", 0.1, VALIDATED, 0)
     assembler = Assembler(data, np.zeros(len(data.item), bool), known=data.stream.known)
     return StreamLoader(data.stream, assembler, Negatives(data.stream.counts, DRAWN, POWER), HISTORY, BATCH, 0)
 
 
 def contestants(path: Path) -> dict[str, Epoch]:
+    """All loaders that are compared, by name."""
     data = load_prepared(path)
     memory, stream = from_memory(data), from_disk(path)
 
@@ -122,14 +126,15 @@ def contestants(path: Path) -> dict[str, Epoch]:
 
 
 @dataclass
-class Run:
-    """What a contestant did, summed over its epochs."""
+class Throughput:
+    """Work and time of a contestant, summed over its epochs."""
 
     sequences: int = 0
     events: int = 0
     seconds: float = 0.0
 
     def add(self, epoch: Iterator[tuple[int, int]]) -> None:
+        """Run an epoch and count its sequences, events and seconds."""
         began = time.perf_counter()
         for sequences, events in epoch:
             self.sequences += sequences
@@ -138,11 +143,12 @@ class Run:
 
 
 def race(path: Path, rounds: int) -> None:
+    """Run epochs of all contestants in turn, and print their speed."""
     entered = contestants(path)
-    runs = {name: Run() for name in entered}
+    runs = {name: Throughput() for name in entered}
     for number in range(rounds + 1):
         if number == 1:  # the first epoch starts workers and fills caches
-            runs = {name: Run() for name in entered}
+            runs = {name: Throughput() for name in entered}
         names = list(entered) if number % 2 else list(entered)[::-1]
         for name in names:
             runs[name].add(entered[name](number))
@@ -155,7 +161,7 @@ def race(path: Path, rounds: int) -> None:
 
 
 def peak(path: Path, name: str) -> float:
-    """MiB that an epoch takes at its peak, beside what the imports take; in a process of its own."""
+    """Peak memory of an epoch in MiB, without that of the imports. Must run in a new process."""
     before = _peak_now()
     for _ in (from_disk(path) if name == DISK else from_memory(load_prepared(path))).epoch(0):
         pass
@@ -168,27 +174,31 @@ def _peak_now() -> float:
 
 
 def show_memory(path: Path) -> None:
+    """Print the peak memory of each of our loaders."""
     for name in (DISK, MEMORY):
         with ProcessPoolExecutor(1, get_context("spawn")) as own:
             print(f"{name}: {own.submit(peak, path, name).result():.0f} MiB at its peak")
 
 
 def write_data(folder: Path, rows: int) -> Path:
-    """Prepared data of `rows` events, items by a power law, in row groups of GROUP rows; no features."""
+    """Write prepared data of `rows` events without features, with items by a power law, in row groups of GROUP rows."""
     rng = np.random.default_rng(0)
     users = rows // EVENTS
     (folder / "interactions").mkdir(parents=True)
-    schema = pa.schema([("user_id", pa.int64()), ("item_id", pa.int64()), ("timestamp", pa.int64()),
-                        ("event", pa.int32()), ("value", pa.float32())])  # fmt: skip
+    types = {"user_id": "int64", "item_id": "int64", "timestamp": "int64", "event": "int32", "value": "float32"}
+    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in types.items()])
     bounds = [*range(0, users, GROUP // EVENTS), users]
     with pq.ParquetWriter(folder / "interactions" / "part-00000.parquet", schema) as writer:
         for first, last in pairwise(bounds):
             number = (last - first) * EVENTS
             times = np.sort(rng.integers(1_600_000_000, 1_700_000_000, (last - first, EVENTS)), axis=1)
             columns = [
-                np.repeat(np.arange(first, last), EVENTS), (ITEMS * rng.random(number) ** 3).astype(np.int64),
-                times.ravel(), rng.integers(0, 2, number), rng.integers(1, 6, number),
-            ]  # fmt: skip
+                np.repeat(np.arange(first, last), EVENTS),
+                (ITEMS * rng.random(number) ** 3).astype(np.int64),
+                times.ravel(),
+                rng.integers(0, 2, number),
+                rng.integers(1, 6, number),
+            ]
             arrays = [pa.array(c).cast(f.type, safe=False) for c, f in zip(columns, schema, strict=True)]
             writer.write_table(pa.table(arrays, schema=schema), row_group_size=number)
     for entity, size in (("user", users), ("item", ITEMS)):
@@ -200,17 +210,18 @@ def write_data(folder: Path, rows: int) -> Path:
 
 
 def wait_share(config: str, overrides: Sequence[str], stream: bool) -> float:
-    """Share of a training's time in which a rank had no batch to work on."""
+    """Share of the time of a training in which a rank waits for a batch."""
     with TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         run = Path(folder) / "run"
         fixed = [f"train.run={run}", "train.existing=refuse", "train.eval_every=1000000", "train.eval_users=100"]
         pretrain(load_config(config, [*overrides, *fixed, f"data.stream={stream}"]))
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        found = [line["input_wait"] for line in lines if "input_wait" in line]
-    return float(np.mean(found[1:]))  # the first steps wait for the first batch
+        waits = [line["input_wait"] for line in lines if "input_wait" in line]
+    return float(np.mean(waits[1:]))  # the first steps wait for the first batch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="DIR", help="prepared data to read (default: made-up data)")
     parser.add_argument("--rows", type=int, default=2_000_000, help="of made-up data (default: 2000000)")

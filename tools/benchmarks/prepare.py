@@ -1,11 +1,11 @@
-"""How fast a preparation is beside a plain scan-and-write of the same files, and how much memory it takes.
+"""Speed and memory of `flm prepare` beside a plain scan and write of the same files.
 
     python tools/benchmarks/prepare.py --folder /tmp/bench --rows 100000000 --memory 2GiB --format parquet
 
-Makes logs once (kept in the folder: popular items and active users by Zipf's law, the same for the same numbers), then
-runs in turn, each in a process of its own whose resident memory is sampled together with that of its children: the
-floor, DuckDB reading the mapped columns and writing them as Parquet under the same limit, and `flm prepare`. Prints
-rows a second of both, their ratio, and the largest resident memory.
+Makes logs once and keeps them in the folder: items and users follow Zipf's law, and equal numbers give equal logs.
+Then runs two processes in turn and samples their resident memory, with that of their children. The floor is DuckDB,
+which reads the mapped columns and writes them as Parquet under the same limit. The other is `flm prepare`. Prints rows
+per second of both, their ratio, and the largest resident memory.
 """
 
 from __future__ import annotations
@@ -21,21 +21,24 @@ from pathlib import Path
 import duckdb
 import psutil
 
-from flm_torchrec.cli.prepare import memory_bytes
-from flm_torchrec.prepare.engine import DuckEngine, quoted
+from flm_torchrec.prepare import sql
+from flm_torchrec.prepare.engine import DuckEngine
+from flm_torchrec.prepare.memory import memory_bytes
 
 SAMPLE = 0.05
-"""Seconds between two looks at the memory."""
+"""Seconds between two samples of the memory."""
 
 
 @dataclass(frozen=True)
 class Cost:
+    """Time and memory of a process."""
+
     seconds: float
     peak: int  # bytes, resident
 
 
 def make(folder: Path, rows: int, files: int, form: str) -> None:
-    """Logs of user, item, timestamp, event; a user for 50 rows and an item for 500, drawn by Zipf's law."""
+    """Write logs of user, item, timestamp and event, with a user per 50 rows and an item per 500, by Zipf's law."""
     ready = folder / f"{form}-{rows}-{files}.made"
     if ready.exists():
         return
@@ -50,7 +53,7 @@ def make(folder: Path, rows: int, files: int, form: str) -> None:
         engine.execute("SET preserve_insertion_order = false")
         for number in range(files):
             span = f"range({number * each}, {min(rows, (number + 1) * each)})"
-            file = f"'{quoted(folder)}/part-{number:03d}.{form}'"
+            file = sql.target(folder / f"part-{number:03d}.{form}")
             # pow(count, chance) - 1 has a density that falls as 1 / x.
             engine.execute(
                 f"COPY (SELECT 'u' || pow({users}, {chance(1)})::BIGINT AS user_id,"
@@ -63,16 +66,16 @@ def make(folder: Path, rows: int, files: int, form: str) -> None:
 
 
 def floor(folder: Path, form: str, memory: int, threads: int, output: Path) -> None:
-    """Read and write, nothing else."""
+    """Only read and write."""
     with DuckEngine(memory, threads, output) as engine:
         engine.connection.execute(
-            f"COPY (SELECT user_id, item_id, timestamp, event FROM '{quoted(folder)}/*.{form}')"
-            f" TO '{quoted(output)}/floor.parquet'"
+            f"COPY (SELECT user_id, item_id, timestamp, event FROM {sql.text(f'{folder}/*.{form}')})"
+            f" TO {sql.target(output / 'floor.parquet')}"
         )
 
 
 def watch(command: list[str]) -> Cost:
-    """Run a command; its time and the most memory that it and its children had at once."""
+    """Run a command; its time, and the largest memory of it and its children together."""
     began, peak = time.monotonic(), 0
     process = psutil.Popen(command)
     while process.poll() is None:
@@ -80,7 +83,7 @@ def watch(command: list[str]) -> Cost:
             tree = [process, *process.children(recursive=True)]
             peak = max(peak, sum(p.memory_info().rss for p in tree))
         except psutil.NoSuchProcess:
-            pass  # ended between two looks
+            pass  # ended between two samples
         time.sleep(SAMPLE)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
@@ -88,6 +91,7 @@ def watch(command: list[str]) -> Cost:
 
 
 def main() -> None:
+    """Make the logs, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where logs and outputs go")
     parser.add_argument("--rows", type=int, default=1_000_000)
@@ -100,7 +104,7 @@ def main() -> None:
     args = parser.parse_args()
     logs, output = args.folder / "logs", args.folder / "out"
     if args.only == "floor":
-        return floor(logs, args.format, memory_bytes(args.memory), args.threads, output)
+        return floor(logs, args.format, memory_bytes(args.memory, 1), args.threads, output)
     make(logs, args.rows, args.files, args.format)
     if args.only == "make":
         return None
@@ -113,12 +117,12 @@ def main() -> None:
     columns = "user=user_id,item=item_id,timestamp=timestamp,event=event"
     source = ["--source", args.format, "--input", str(logs), "--output", str(output), "--columns", columns]
     flm = [sys.executable, "-m", "flm_torchrec", "prepare"]
-    whole = watch([*flm, *source, *limits, *args.options.split()])
+    prepared = watch([*flm, *source, *limits, *args.options.split()])
     shutil.rmtree(output)
-    for title, cost in (("scan and write", lower), ("flm prepare", whole)):
+    for title, cost in (("scan and write", lower), ("flm prepare", prepared)):
         speed = f"{args.rows / cost.seconds:12,.0f} rows/s {cost.seconds:8.1f} s"
         print(f"{title:15} {speed}  peak {cost.peak / 2**30:.2f} GiB")
-    print(f"ratio {lower.seconds / whole.seconds:.3f} of the floor; --memory {args.memory}, {args.threads} threads")
+    print(f"ratio {lower.seconds / prepared.seconds:.3f} of the floor; --memory {args.memory}, {args.threads} threads")
     return None
 
 

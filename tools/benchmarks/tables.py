@@ -1,4 +1,4 @@
-"""What a training step costs as tables grow, beside FBGEMM's own look-up and update of as many rows.
+"""The cost of a training step as tables grow, beside FBGEMM's own look-up and update of as many rows.
 
     python tools/benchmarks/tables.py
 
@@ -80,6 +80,7 @@ class Training:
         self.number = 0
 
     def seconds(self) -> float:
+        """Time of the next step."""
         batch = next(self.batches)
         began = time.perf_counter()
         self.steps.take(iter([batch]), self.number)
@@ -98,6 +99,7 @@ class LookUp:
         self.table.init_embedding_weights_uniform(-0.1, 0.1)
 
     def seconds(self) -> float:
+        """Time of one forward, backward and update."""
         ids = torch.from_numpy(self.rng.integers(0, self.rows, self.count))
         offsets = torch.arange(self.count + 1)
         began = time.perf_counter()
@@ -106,10 +108,12 @@ class LookUp:
 
 
 def settings(folder: str, dim: int, *more: str) -> Config:
+    """The config of all measurements, with further overrides."""
     return load_config(None, [f"train.run={folder}/run", f"model.dim={dim}", "data.split=time", *more])
 
 
 def speed(dim: int, rounds: int) -> None:
+    """Print the time of a step by number of rows, for training and for FBGEMM alone."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         config = settings(folder, dim)
         comm = stack.enter_context(process_group(config.distributed))
@@ -119,9 +123,9 @@ def speed(dim: int, rounds: int) -> None:
         for title, kinds in (("a step of training", trainings), ("FBGEMM alone, 8,192 rows", look_ups)):
             turns = [[one.seconds() for one in kinds] for _ in range(rounds + 3)][3:]  # type: ignore[attr-defined]
             base = 1
-            for place, rows in enumerate(SIZES):
-                ratio = statistics.median(turn[place] / turn[base] for turn in turns)
-                took = statistics.median(turn[place] for turn in turns)
+            for index, rows in enumerate(SIZES):
+                ratio = statistics.median(turn[index] / turn[base] for turn in turns)
+                took = statistics.median(turn[index] for turn in turns)
                 print(f"{title}, {rows:>10,} rows: {took * 1e3:8.2f} ms, {ratio:.3f} of 10^5 rows")
 
 
@@ -137,7 +141,7 @@ def memory(rows: int, dim: int, steps: int) -> dict[str, float]:
         config = settings(folder, dim)
         comm = stack.enter_context(process_group(config.distributed))
         guard = stack.enter_context(Guard(comm, "stop", Path(folder) / "non-finite"))
-        # Code that the first step loads is no cost of the tables: a training with next to no data comes before.
+        # The code that the first step loads is no cost of the tables, so a tiny training comes before.
         small = settings(folder, dim, "train.batch_size=2", "loss.negatives=8")
         tiny = Training(ACTIVE, small, comm, guard)
         tiny.seconds()
@@ -151,7 +155,7 @@ def memory(rows: int, dim: int, steps: int) -> dict[str, float]:
             training.seconds()
         dense = sum(p.nbytes for p in training.job.model.module.dense.parameters())
         tables = 2 * rows * dim * 4
-        held = dict(_arrays(training))
+        arrays = dict(_arrays(training))
     peak = _resident("VmHWM")
     counted = {
         "tables": tables,
@@ -159,7 +163,7 @@ def memory(rows: int, dim: int, steps: int) -> dict[str, float]:
         "dense part, gradients, moments": 4 * dense,
         # What autograd keeps, the tables' own rows left out.
         "activations": sum(size for size in kept.values() if size < tables // 2),
-        "data": sum(held.values()),
+        "data": sum(arrays.values()),
     }
     return {"grew by": peak - before, "counted": sum(counted.values()), **counted}
 
@@ -176,11 +180,12 @@ def _arrays(training: Training) -> Iterator[tuple[int, int]]:
     for holder in (training.data, scope, loader, *vars(scope).values(), *vars(loader).values()):
         for value in getattr(holder, "__dict__", {}).values():
             if isinstance(value, np.ndarray):
-                whole = value.base if isinstance(value.base, np.ndarray) else value
-                yield whole.ctypes.data, whole.nbytes
+                base = value.base if isinstance(value.base, np.ndarray) else value
+                yield base.ctypes.data, base.nbytes
 
 
 def main() -> None:
+    """Measure speed here and memory in new processes, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dim", type=int, default=64, help="width of the tables (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=20, help="steps of each size (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""This project's trainer beside others on the same data, settings and threads, in turn, in one run; prints Markdown.
+"""This project's trainer beside others, on the same data, settings and threads, in turn; prints Markdown.
 
     python tools/benchmarks/train.py --data data/beauty --recbole-python /tmp/recbole/bin/python --quality --roofline
 
@@ -9,8 +9,8 @@ The others: SASRec in plain PyTorch (tools/benchmarks/train_plain.py), and RecBo
     /tmp/recbole/bin/pip install numpy==1.26.4 pandas==2.2.3 scipy==1.17.1 scikit-learn==1.9.1 pyyaml tqdm \\
         colorlog==4.7.2 colorama==0.4.4 tensorboard==2.21.0 thop tabulate plotly texttable psutil
 
-Each trainer is a process that waits for its turn. What is compared: sequences a second, and targets a second, as
-RecBole learns one target of a sequence and the others as many as it has positions.
+Each trainer is a process that waits for its turn. Compared are sequences per second and targets per second, because
+RecBole learns one target per sequence, and the others learn one target per position.
 """
 
 from __future__ import annotations
@@ -33,100 +33,126 @@ from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.data.splits import split
 from flm_torchrec.data.windows import windows
 
-TOOLS = Path(__file__).resolve().parent
-OURS, PLAIN, RECBOLE = "train_ours.py", "train_plain.py", "train_recbole.py"
+ROOT = Path(__file__).resolve().parents[2]
+OURS, PLAIN, RECBOLE = (f"tools.benchmarks.train_{name}" for name in ("ours", "plain", "recbole"))
+"""Modules of the trainers."""
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 ALONE = ["data.features=none", "model.block=transformer", "loss.content=0", "loss.collaborative=0", "loss.attribute=0"]
-"""Our sequential head with nothing that SASRec does not have."""
+"""Settings for our sequential head alone, without anything that SASRec lacks."""
 
 
 @dataclass
 class Answer:
-    """Of one request."""
+    """The answer to a request."""
 
-    found: Any
+    result: Any
     seconds: float
     peak_mib: float
 
 
-class Trainer:
-    """A process that trains when it is asked to."""
+class TrainerProcess:
+    """A process that runs a trainer and answers requests; see `tools.benchmarks.train_peer`."""
 
-    def __init__(self, name: str, python: str, script: str, spec: dict[str, Any], folder: Path | None = None) -> None:
+    def __init__(self, name: str, python: str, module: str, spec: dict[str, Any], folder: Path | None = None) -> None:
         self.name = name
-        command = [python, str(TOOLS / script), json.dumps(spec)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOOLS), str(TOOLS.parent)])}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env=environment, cwd=folder,
-        )  # fmt: skip
+            [python, "-m", module, json.dumps(spec)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=ENVIRONMENT,
+            cwd=folder,
+        )
 
     def ask(self, do: str, **arguments: int) -> Answer:
+        """Call a method of the trainer.
+
+        Raises:
+            SystemExit: the process has ended.
+        """
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"{self.name}: ended; to see why, run {' '.join(self.process.args)!r}")  # type: ignore[arg-type]
-        found = json.loads(line)
-        return Answer(found["found"], found["seconds"], found["peak_mib"])
+        answer = json.loads(line)
+        return Answer(answer["result"], answer["seconds"], answer["peak_mib"])
 
     def close(self) -> None:
+        """End the process and wait for it."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
 
 
 def our_settings(args: argparse.Namespace, data: str, *more: str) -> list[str]:
-    return [
-        f"data.path={data}", f"data.max_history={args.length}", f"model.dim={args.dim}", f"model.layers={args.layers}",
-        f"model.attention_heads={args.heads}", f"model.dropout={args.dropout}", f"train.batch_size={args.batch_size}",
-        f"distributed.threads={args.threads}", "distributed.device=cpu", "loss.negatives=all",
-        f"train.epochs={args.epochs}", *more,
-    ]  # fmt: skip
+    """Overrides of our config that correspond to the options of this benchmark, and further ones."""
+    settings = {
+        "data.path": data,
+        "data.max_history": args.length,
+        "model.dim": args.dim,
+        "model.layers": args.layers,
+        "model.attention_heads": args.heads,
+        "model.dropout": args.dropout,
+        "train.batch_size": args.batch_size,
+        "distributed.threads": args.threads,
+        "distributed.device": "cpu",
+        "loss.negatives": "all",
+        "train.epochs": args.epochs,
+    }
+    return [*(f"{key}={value}" for key, value in settings.items()), *more]
 
 
 def write_for_others(data: PreparedData, length: int, folder: Path) -> None:
-    """The same training sequences and validation events, as arrays and as RecBole's atomic file."""
+    """Write the same training sequences and validation events as arrays, and as an atomic file of RecBole."""
     splits = split(data, "leave-one-out", 0.1)
     spans = windows(data, splits, length)
     train = np.concatenate([data.item[a:b] for a, b in zip(spans.start, spans.end, strict=True)]) + 1
     first = data.offsets[splits.valid.user]
     valid = np.concatenate([data.item[a : b + 1] for a, b in zip(first, splits.valid.end, strict=True)]) + 1
     np.savez(
-        folder / "plain.npz", items=data.schema.items,
-        train=train, train_offsets=np.concatenate([[0], np.cumsum(spans.end - spans.start)]),
-        valid=valid, valid_offsets=np.concatenate([[0], np.cumsum(splits.valid.end + 1 - first)]),
-    )  # fmt: skip
+        folder / "plain.npz",
+        items=data.schema.items,
+        train=train,
+        train_offsets=np.concatenate([[0], np.cumsum(spans.end - spans.start)]),
+        valid=valid,
+        valid_offsets=np.concatenate([[0], np.cumsum(splits.valid.end + 1 - first)]),
+    )
     (folder / "bench").mkdir()
-    place = np.arange(len(data.item)) - data.offsets[data.event_users()]
-    rows = np.stack([data.event_users(), data.item, place], 1)
+    position = np.arange(len(data.item)) - data.offsets[data.event_users()]
+    rows = np.stack([data.event_users(), data.item, position], 1)
     header = "user_id:token\titem_id:token\ttimestamp:float"
     np.savetxt(folder / "bench" / "bench.inter", rows, "%d", "\t", header=header, comments="")
 
 
-def trainers(args: argparse.Namespace, path: str, folder: Path) -> list[Trainer]:
-    spec = {
-        "threads": args.threads, "seed": 0, "file": str(folder / "plain.npz"), "folder": str(folder),
-        "length": args.length, "dim": args.dim, "layers": args.layers, "heads": args.heads, "dropout": args.dropout,
-        "batch_size": args.batch_size, "lr": args.lr,
-    }  # fmt: skip
+def trainers(args: argparse.Namespace, path: str, folder: Path) -> list[TrainerProcess]:
+    """Start all trainers."""
+    shared = ("threads", "length", "dim", "layers", "heads", "dropout", "batch_size", "lr")
+    spec = {name: getattr(args, name) for name in shared}
+    spec |= {"seed": 0, "file": str(folder / "plain.npz"), "folder": str(folder)}
 
-    def ours(name: str, *more: str) -> Trainer:
-        return Trainer(name, sys.executable, OURS, {"config": "", "settings": our_settings(args, path, *more)})
+    def ours(name: str, *more: str) -> TrainerProcess:
+        return TrainerProcess(name, sys.executable, OURS, {"config": "", "settings": our_settings(args, path, *more)})
 
-    found = [
+    started = [
         ours("ours, sequential head alone, bf16", *ALONE, "loss.precision=bf16"),
         ours("ours, sequential head alone, fp32", *ALONE, "loss.precision=fp32"),
         ours("ours, three heads, bf16", "loss.precision=bf16"),
-        *(Trainer(f"plain PyTorch, {p}", sys.executable, PLAIN, {**spec, "precision": p}) for p in ("fp32", "bf16")),
+        *(
+            TrainerProcess(f"plain PyTorch, {p}", sys.executable, PLAIN, {**spec, "precision": p})
+            for p in ("fp32", "bf16")
+        ),
     ]
     if args.recbole_python:
-        # In the folder that goes away: RecBole writes logs where it runs.
-        found.append(Trainer("RecBole, fp32", os.path.abspath(args.recbole_python), RECBOLE, spec, folder))
-    return found
+        # RecBole writes logs into its working folder, so it runs in the temporary one.
+        started.append(TrainerProcess("RecBole, fp32", os.path.abspath(args.recbole_python), RECBOLE, spec, folder))
+    return started
 
 
-def speed(args: argparse.Namespace, running: list[Trainer]) -> None:
+def speed(args: argparse.Namespace, running: list[TrainerProcess]) -> None:
+    """Print the speed and memory of all trainers, measured in turn."""
     rates: dict[str, list[float]] = {t.name: [] for t in running}
     targets: dict[str, list[float]] = {t.name: [] for t in running}
     peaks: dict[str, float] = {}
@@ -135,79 +161,85 @@ def speed(args: argparse.Namespace, running: list[Trainer]) -> None:
     for _ in range(args.rounds):
         for trainer in running:
             answer = trainer.ask("steps", count=args.steps)
-            rates[trainer.name].append(answer.found[0] / answer.seconds)
-            targets[trainer.name].append(answer.found[1] / answer.seconds)
+            rates[trainer.name].append(answer.result[0] / answer.seconds)
+            targets[trainer.name].append(answer.result[1] / answer.seconds)
             peaks[trainer.name] = answer.peak_mib
     others = [t.name for t in running if not t.name.startswith("ours")]
     print("| trainer | sequences/s | targets/s | peak MiB |", *(f"× {name} |" for name in others))
     print("|---" * (4 + len(others)) + "|")
     for name in rates:
         ratios = [statistics.median(a / b for a, b in zip(rates[name], rates[o], strict=True)) for o in others]
-        cells = [f"{statistics.median(rates[name]):.0f}", f"{statistics.median(targets[name]):.0f}",
-                 f"{peaks[name]:.0f}", *(f"{ratio:.2f}" for ratio in ratios)]  # fmt: skip
+        numbers = [statistics.median(rates[name]), statistics.median(targets[name]), peaks[name]]
+        cells = [*(f"{number:.0f}" for number in numbers), *(f"{ratio:.2f}" for ratio in ratios)]
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
-def quality(args: argparse.Namespace, running: list[Trainer]) -> None:
-    """Seconds of training, validations left out, until validation NDCG@10 is the target."""
+def quality(args: argparse.Namespace, running: list[TrainerProcess]) -> None:
+    """Print the seconds of training until validation NDCG@10 reaches the target, without the time of validations."""
     print(f"\n| trainer | seconds to NDCG@10 = {args.target} | sequences | targets | NDCG@10 |\n" + "|---" * 5 + "|")
     for trainer in running:
         seconds, sequences, learnt, score = 0.0, 0, 0, 0.0
         while score < args.target and seconds < args.limit:
             answer = trainer.ask("steps", count=args.validate_every)
             seconds += answer.seconds
-            sequences, learnt = sequences + answer.found[0], learnt + answer.found[1]
-            score = trainer.ask("validate").found
+            sequences, learnt = sequences + answer.result[0], learnt + answer.result[1]
+            score = trainer.ask("validate").result
         reached = f"{seconds:.1f}" if score >= args.target else f"not in {seconds:.0f}"
         print(f"| {trainer.name} | {reached} | {sequences} | {learnt} | {score:.4f} |", flush=True)
 
 
-def inside(args: argparse.Namespace, running: list[Trainer]) -> None:
-    """Stages of our steps, and the dense part beside its roofline."""
+def inside(args: argparse.Namespace, running: list[TrainerProcess]) -> None:
+    """Print the stages of our steps, and the dense part beside its roofline."""
     for trainer in (t for t in running if t.name.startswith("ours")):
         print(f"\n{trainer.name}:")
-        stages = trainer.ask("stages", count=args.steps).found
-        whole = sum(ms for name, ms in stages.items() if not name.startswith("all-to-all"))
-        print("stages, ms: " + ", ".join(f"{name} {ms:.1f} ({ms / whole:.0%})" for name, ms in stages.items()))
-        roof = trainer.ask("roofline", count=args.rounds).found
+        stages = trainer.ask("stages", count=args.steps).result
+        total = sum(ms for name, ms in stages.items() if not name.startswith("all-to-all"))
+        print("stages, ms: " + ", ".join(f"{name} {ms:.1f} ({ms / total:.0%})" for name, ms in stages.items()))
+        roof = trainer.ask("roofline", count=args.rounds).result
         print("dense part: " + ", ".join(f"{name} {value:.4g}" for name, value in roof.items()))
         parts = roof["products ms"], roof["traffic at copy rate ms"]
-        print(f"share of the roofline {max(parts) / roof['dense ms']:.0%}; if products and traffic cannot overlap,"
-              f" {sum(parts) / roof['dense ms']:.0%}", flush=True)  # fmt: skip
+        overlapping, in_turn = max(parts) / roof["dense ms"], sum(parts) / roof["dense ms"]
+        print(
+            f"share of the roofline {overlapping:.0%}; if products and traffic cannot overlap, {in_turn:.0%}",
+            flush=True,
+        )
 
 
 def growth(args: argparse.Namespace, path: str) -> None:
-    """Our step, three heads, as length and batch grow, in turn; sequences/s of one rank and of two."""
+    """Print the time of our step, three heads, as length and batch grow; then the speed of one rank and of two."""
+    _growth_of_a_step(args, path)
+    for ranks in (1, 2):
+        settings = our_settings(args, path, "loss.precision=bf16", "distributed.threads=1")
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "-m", OURS]
+        command = [*launcher, json.dumps({"config": "", "settings": settings}), "20"]
+        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+        print(f"{ranks} ranks of one thread, sequences/s and stages in ms: {done.stdout.strip()}", flush=True)
+
+
+def _growth_of_a_step(args: argparse.Namespace, path: str) -> None:
     cases = [f"data.max_history={n}" for n in (12, 25, 50, 100, 200)]
     cases += [f"train.batch_size={n}" for n in (64, 128, 256, 512)]
     with ExitStack() as stack:
         running = []
         for setting in cases:
             spec = {"config": "", "settings": our_settings(args, path, "loss.precision=bf16", setting)}
-            running.append(Trainer(setting, sys.executable, OURS, spec))
+            running.append(TrainerProcess(setting, sys.executable, OURS, spec))
             stack.callback(running[-1].close)
-        found: dict[str, list[tuple[float, int]]] = {t.name: [] for t in running}
-        for turn in range(args.rounds + 1):
-            for trainer in running:
-                answer = trainer.ask("steps", count=2)
-                if turn > 0:  # the first warms up
-                    found[trainer.name].append((1e3 * answer.seconds / 2, answer.found[1] // 2))
+        for trainer in running:
+            trainer.ask("steps", count=2)  # warm-up
+        steps: dict[str, list[tuple[float, int]]] = {t.name: [] for t in running}
+        for trainer in running * args.rounds:
+            answer = trainer.ask("steps", count=2)
+            steps[trainer.name].append((1e3 * answer.seconds / 2, answer.result[1] // 2))
     print("\n| setting | ms a step | targets a step | µs a target |\n" + "|---" * 4 + "|")
-    for name, turns in found.items():
+    for name, turns in steps.items():
         each = statistics.median(1e3 * ms / targets for ms, targets in turns)
         ms, targets = (statistics.median(part) for part in zip(*turns, strict=True))
         print(f"| {name} | {ms:.1f} | {targets:.0f} | {each:.1f} |", flush=True)
-    for ranks in (1, 2):
-        settings = our_settings(args, path, "loss.precision=bf16", "distributed.threads=1")
-        command = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), str(TOOLS / OURS)]
-        spec_text = json.dumps({"config": "", "settings": settings})
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOOLS), str(TOOLS.parent)])}
-        command = [sys.executable, *command, spec_text, "20"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        print(f"{ranks} ranks of one thread, sequences/s and stages in ms: {done.stdout.strip()}", flush=True)
 
 
 def main() -> None:
+    """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["data/beauty"], help="prepared folders (default: %(default)s)")
     parser.add_argument("--recbole-python", default="", help="python of RecBole's environment; empty: without it")

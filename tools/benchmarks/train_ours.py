@@ -1,4 +1,4 @@
-"""This project's trainer, stepped for bench_train.py; not run by hand. Under torchrun it takes `--steps N` at once."""
+"""This project's trainer for tools/benchmarks/train.py, which starts it. With a second argument N it takes N steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchrec.distributed.types import LazyAwaitable
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
-from train_peer import serve, specification
 
 from flm_torchrec.config import load_config
 from flm_torchrec.data.batch import Batch
@@ -28,16 +27,17 @@ from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.scope import load_data, scope_of
 from flm_torchrec.training.steps import STEPS
 from flm_torchrec.training.trainer import Job
+from tools.benchmarks.train_peer import serve, specification
 
 SPARSE = ("item_id", "item_features", "users", "history")
 TIMED = ("input", "forward", "backward", "optimizer")
 COPY_BYTES = 2**28
 PRODUCTS = {"mm": 0, "addmm": 1, "addmm_": 1, "bmm": 0}
-"""Operators that multiply matrices, and which argument is the first of the two."""
+"""Operators that multiply matrices, and the index of the first of the two factors."""
 
 
 class Ours:
-    """See `bench_train_peer.Trainer`."""
+    """This project's trainer; see `train_peer.Trainer`."""
 
     def __init__(self, spec: dict[str, Any], comm: Comm) -> None:
         self.config = load_config(Path(spec["config"]) if spec["config"] else None, spec["settings"])
@@ -59,6 +59,7 @@ class Ours:
             yield batch
 
     def steps(self, count: int) -> tuple[int, int]:
+        """Run training steps; the number of sequences and of targets."""
         self.job.model.train()
         sequences = targets = 0
         for _ in range(count):
@@ -69,11 +70,12 @@ class Ours:
         return sequences, targets
 
     def validate(self) -> float:
-        found = evaluate_heads(self.job.data, self.valid, self.encode, self.comm, self.config.eval)
-        return found["sequential/ndcg@10"]
+        """NDCG@10 of the sequential head on validation."""
+        metrics = evaluate_heads(self.job.data, self.valid, self.encode, self.comm, self.config.eval)
+        return metrics["sequential/ndcg@10"]
 
     def stages(self, count: int) -> dict[str, float]:
-        """Milliseconds of each stage of a step, mean of `count` steps; waiting for other ranks is in all-to-all."""
+        """Milliseconds of each stage of a step, mean of `count` steps. All-to-all includes waiting for other ranks."""
         self.job.model.train()
         spent: defaultdict[str, float] = defaultdict(float)
         model, batches = self.job.model.module, self.batches
@@ -103,14 +105,14 @@ class Ours:
         return {name: 1e3 * seconds / count for name, seconds in spent.items()}
 
     def dense_step(self) -> Callable[[], None]:
-        """Forward and backward of everything after the look-ups, on one batch, again and again."""
+        """A function that runs forward and backward of everything after the look-ups, always on the same batch."""
         self.job.model.train()
         dense, kept = self.job.model.module.dense, []
         hook = dense.register_forward_pre_hook(lambda module, given: kept.append(given))
         self.steps(1)
         hook.remove()
-        batch, *looked = kept[0]
-        leaves = [_leaf(part) for part in looked]
+        batch, *embeddings = kept[0]
+        leaves = [_leaf(part) for part in embeddings]
 
         def step() -> None:
             loss, _ = dense(batch, *leaves)
@@ -119,7 +121,7 @@ class Ours:
         return step
 
     def roofline(self, count: int) -> dict[str, float]:
-        """The dense part beside what its matrix products and its memory traffic alone must take."""
+        """Time of the dense part, beside the times that its matrix products and its memory traffic need at least."""
         step = self.dense_step()
         step()
         with Counted() as counted:
@@ -154,7 +156,7 @@ class Counted(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in PRODUCTS:
             a, b = args[PRODUCTS[name] : PRODUCTS[name] + 2]
-            # Whether an operand lies transposed decides which kernel runs.
+            # The strides decide which kernel runs.
             shapes = tuple((tuple(x.shape), tuple(x.stride())) for x in (a, b))
             self.products["bmm" if name == "bmm" else "mm", shapes, a.dtype] += 1
         elif not func.is_view:
@@ -168,7 +170,7 @@ def _flops(shapes: tuple[Any, ...]) -> int:
 
 
 def _product_seconds(name: str, shapes: tuple[Any, ...], dtype: torch.dtype) -> float:
-    """Of one product of these shapes, run alone, over and over: the best of a few."""
+    """Time of one product of these shapes alone, the best of three."""
     a, b = (torch.empty_strided(*shape, dtype=dtype).uniform_() for shape in shapes)
     out = torch.empty(*a.shape[:-1], b.shape[-1], dtype=dtype)
     product = torch.bmm if name == "bmm" else torch.mm
@@ -176,7 +178,7 @@ def _product_seconds(name: str, shapes: tuple[Any, ...], dtype: torch.dtype) -> 
 
 
 def _copy_rate() -> float:
-    """Bytes read and written a second by a large copy."""
+    """Bytes that a large copy reads and writes per second."""
     source = torch.ones(COPY_BYTES // 4)
     target = torch.empty_like(source)
     return 2 * COPY_BYTES / min(_seconds(lambda: target.copy_(source)) for _ in range(3))
@@ -205,19 +207,22 @@ def _timed(module: torch.nn.Module | None, name: str, spent: defaultdict[str, fl
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
 
-def _leaf(looked: Any) -> Any:
-    """The same rows, cut off from the tables, with a gradient of their own."""
-    if isinstance(looked, LazyAwaitable):
-        looked = looked.wait()
-    if isinstance(looked, list):
-        return [_leaf(part) for part in looked]
-    if isinstance(looked, KeyedTensor):
-        return KeyedTensor(looked.keys(), looked.length_per_key(), looked.values().detach().requires_grad_())
-    values = {key: part.values().detach().requires_grad_() for key, part in looked.items()}
+def _leaf(embeddings: Any) -> Any:
+    """The same rows as leaves of the graph: detached from the tables, with their own gradient."""
+    if isinstance(embeddings, LazyAwaitable):
+        embeddings = embeddings.wait()
+    if isinstance(embeddings, list):
+        return [_leaf(part) for part in embeddings]
+    if isinstance(embeddings, KeyedTensor):
+        return KeyedTensor(
+            embeddings.keys(), embeddings.length_per_key(), embeddings.values().detach().requires_grad_()
+        )
+    values = {key: part.values().detach().requires_grad_() for key, part in embeddings.items()}
     return {key: JaggedTensor(rows, lengths=torch.ones(len(rows), dtype=torch.int64)) for key, rows in values.items()}
 
 
 def main() -> None:
+    """Answer requests, or take the steps of the second argument on all ranks and print their speed."""
     spec = specification()
     with process_group(load_config(None, spec["settings"]).distributed) as comm:
         trainer = Ours(spec, comm)

@@ -1,6 +1,6 @@
-"""SASRec in plain PyTorch, as a good user would write it: what bench_train.py compares with; not run by hand.
+"""SASRec in plain PyTorch, as a good user would write it, for tools/benchmarks/train.py, which starts it.
 
-Sequences padded to the longest of a batch, `nn.TransformerEncoder`, cross-entropy over the whole catalogue at every
+Sequences padded to the longest of a batch, `nn.TransformerEncoder`, cross-entropy over all items at every
 real position, AdamW over one `nn.Embedding`. Kang & McAuley, ICDM 2018, with the loss of later work.
 """
 
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from train_peer import serve, specification
+
+from tools.benchmarks.train_peer import serve, specification
 
 CLIP = 1.0
 
 
 class SASRec(nn.Module):
-    """[B, L] items, 0 where there is none → [B, L, D]."""
+    """Items [B, L], with 0 as padding → representations [B, L, D]."""
 
     def __init__(self, items: int, length: int, dim: int, layers: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -34,6 +35,7 @@ class SASRec(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, items: Tensor) -> Tensor:
+        """Items [B, L] → [B, L, D]."""
         length = items.shape[1]
         x = self.item(items) * math.sqrt(self.item.embedding_dim) + self.position.weight[:length]
         mask = nn.Transformer.generate_square_subsequent_mask(length)
@@ -41,8 +43,7 @@ class SASRec(nn.Module):
 
 
 class Plain:
-    """See `bench_train_peer.Trainer`. `spec.file` holds items and offsets of the sequences to learn from, and those
-    to validate with."""
+    """See `train_peer.Trainer`. The file of the spec holds items and offsets of all sequences."""
 
     def __init__(self, spec: dict) -> None:
         torch.set_num_threads(spec["threads"])
@@ -65,6 +66,7 @@ class Plain:
             yield from loader
 
     def steps(self, count: int) -> tuple[int, int]:
+        """Run training steps; the number of sequences and of targets."""
         self.model.train()
         sequences = targets = 0
         for _ in range(count):
@@ -83,7 +85,7 @@ class Plain:
 
     @torch.inference_mode()
     def validate(self) -> float:
-        """The last item of each sequence is to be found among all but the earlier ones, as in `flm evaluate`."""
+        """NDCG@10 of the last item of each sequence, ranked among all items except the earlier ones."""
         self.model.eval()
         gains = []
         for part in DataLoader(self.valid, 512, collate_fn=list):  # type: ignore[arg-type]

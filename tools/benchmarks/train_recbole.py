@@ -1,6 +1,6 @@
-"""RecBole's SASRec: its data set, loader, model and optimizer, stepped for bench_train.py; not run by hand.
+"""RecBole's SASRec, with its own data set, loader, model and optimizer, for tools/benchmarks/train.py, which starts it.
 
-RecBole cuts a user of n events into n - 1 sequences, each a prefix with one target, and pads them all to one length.
+RecBole makes n - 1 sequences of a user with n events, each a prefix with one target, and pads all to one length.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from train_peer import serve, specification
+
+from tools.benchmarks.train_peer import serve, specification
 
 
 class RecBole:
-    """See `bench_train_peer.Trainer`. `spec.folder` holds NAME/NAME.inter, RecBole's atomic file."""
+    """See `train_peer.Trainer`. The folder of the spec holds NAME/NAME.inter, an atomic file of RecBole."""
 
     def __init__(self, spec: dict) -> None:
         # Imported here: RecBole is in an environment of its own, and --help must work in ours.
@@ -26,7 +27,7 @@ class RecBole:
             "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"},
             "MAX_ITEM_LIST_LENGTH": spec["length"],
             "train_batch_size": spec["batch_size"],
-            "train_neg_sample_args": None,  # cross-entropy over the whole catalogue
+            "train_neg_sample_args": None,  # cross-entropy over all items
             "loss_type": "CE",
             "hidden_size": spec["dim"],
             "inner_size": 4 * spec["dim"],
@@ -74,6 +75,7 @@ class RecBole:
         return learnt, learnt
 
     def validate(self) -> float:
+        """NDCG@10 by RecBole's own evaluation."""
         return float(self.trainer.evaluate(self.valid, load_best_model=False)["ndcg@10"])
 
 
