@@ -21,6 +21,7 @@ from flm_torchrec.config.load import sections
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.train import script_arguments
 
+TRAIN = ["train", "--data.path", "{data}", "--train.run", "{d}/r"]
 TINY = ["--model.dim", "16", "--train.batch_size", "32", "--data.max_history", "8", "--train.eval_every", "5"]
 
 
@@ -125,7 +126,8 @@ def test_early_stopping_keeps_the_best(small: PreparedData, tmp_path: Path) -> N
         (["train", "--data.path", "{data}", "--train.run", "{d}/r", "--train.sparse_optimizer", "adam"], "CPU kernel"),
         (["train", "--data.path", "{data}", "--train.run", "{d}/r", "--distributed.device", "cuda"], "sees no GPU"),
         (["train", "--data.path", "{data}", "--train.run", "{d}/r", "--train.select", "loss"], "no validation metric"),
-        (["train", "--data.path", "{data}", "--train.run", "{d}/r", "--distributed.memory_gib", "1e-5"], "do not fit"),
+        ([*TRAIN, "--distributed.memory_gib", "1e-5"], "the dense part does not fit"),
+        ([*TRAIN, "--distributed.memory_gib", "0.004"], "the tables do not fit"),
         (["train", "--data.path", "{broken}", "--train.run", "{d}/r"], "not a readable Parquet file"),
         (["evaluate", "--run", "{d}/none"], "no config.yaml"),
         (["evaluate", "--run", "{run}", "--user", "nobody"], "--user 'nobody': not in users.parquet"),
