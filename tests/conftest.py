@@ -8,13 +8,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.prepare.prepare import Options, prepare
 from flm_torchrec.prepare.sources import synthetic
+from flm_torchrec.prepare.sources.raw import Raw, Shard
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def rows_of(raw: Raw) -> pl.DataFrame:
+    """The interactions of a source that gives them as one frame."""
+    assert isinstance(raw.interactions, pl.DataFrame)
+    return raw.interactions
+
+
+def only_shard(raw: Raw) -> Shard:
+    """The one file of a source that reads its interactions from files."""
+    assert not isinstance(raw.interactions, pl.DataFrame)
+    (shard,) = raw.interactions
+    return shard
 
 
 @pytest.fixture(scope="session")

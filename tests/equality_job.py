@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,7 @@ FEWER_THAN_RANKS = {"odd": 3, "few": 1}  # by rows, the last rank of four has no
 FEATURES = {"a": "odd", "b": "odd", "c": "few"}  # a and b share a table
 POOLING = {"odd": PoolingType.MEAN, "few": PoolingType.SUM}
 BATCH, STEPS, LR, EPS = 5, 4, 0.1, 1e-8
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 CUTS_ROWS = {"column_wise", "table_column_wise"}
 
 

@@ -208,8 +208,8 @@ def check_model(data: PreparedData, folder: Path, comm: Comm) -> None:
     then = losses_of(job, 10, 10)
     assert sum(then[-1][:3]) < sum(first[0][:3])
     other = new_job(data, comm, "distributed.sharding=table_wise", two)
-    found = Checkpoints(folder, other.model, other.optimizer, comm, data.fingerprint).restore()
-    assert found is not None and found[0].step == 10
+    restored = Checkpoints(folder, other.model, other.optimizer, comm, data.fingerprint).restore()
+    assert restored is not None and restored[0].step == 10
     assert differing(other.model, comm) == 0
     torch.testing.assert_close(torch.tensor(losses_of(other, 10, 10)), torch.tensor(then), rtol=1e-4, atol=0)
     alone = new_job(data, comm, "distributed.sharding=row_wise")

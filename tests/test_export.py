@@ -212,7 +212,7 @@ def test_what_quantising_costs_is_what_evaluation_finds(small: PreparedData, tmp
 def test_an_index_searches_as_hard_as_its_recall_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: IndexKind, weak: dict[str, int], strong: dict[str, int]
 ) -> None:
-    data, encoder = bench_export.catalogue(tmp_path / "data", 10_000), bench_export.MadeUp(8)
+    data, encoder = bench_export.made_up_data(tmp_path / "data", 10_000), bench_export.MadeUp(8)
     monkeypatch.setitem(STEPS, kind, (weak, strong, {name: 10**4 for name in weak}))
     source = ExportSource(data, encoder, np.ones(10_000, bool), "v1")
     manifest = export(source, Alone(), tmp_path / "out", ExportOptions(index=kind, user_block=500, part_rows=4096))
@@ -223,6 +223,7 @@ def test_an_index_searches_as_hard_as_its_recall_takes(
     index = open_index(tmp_path / "out", load_manifest(tmp_path / "out"))
     queries = decode(ExportRows(tmp_path / "out", manifest, "users").table(["fused"])["fused"])[1:200:7]
     scores = queries @ decode(ExportRows(tmp_path / "out", manifest, "items").table(["embedding"])["embedding"]).T
+    assert index is not None
     _, found = index.search(queries, 100)
     best = np.argsort(-scores, 1)[:, :100]
     assert np.mean([np.isin(b, f).mean() for b, f in zip(best, found, strict=True)]) > 0.98
@@ -256,7 +257,7 @@ def test_many_equal_vectors_hide_nothing(
 ) -> None:
     """The best items come back, of equal scores the first items, whatever the index."""
     items = 10_000 if kind == "ivfpq" else 3000
-    data, encoder = bench_export.catalogue(tmp_path / "data", items), Tied(8, items, shared)
+    data, encoder = bench_export.made_up_data(tmp_path / "data", items), Tied(8, items, shared)
     source = ExportSource(data, encoder, np.ones(items, bool), "v1")
     manifest = export(source, Alone(), tmp_path / "out", ExportOptions(index=kind, quantise=quantise, part_rows=1024))
     assert manifest is not None and (manifest.index is None or manifest.index.least == 1.0)
@@ -274,7 +275,7 @@ def test_many_equal_vectors_hide_nothing(
 
 
 def test_an_index_below_the_promise_is_replaced_by_a_flat_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, encoder = bench_export.catalogue(tmp_path / "data", 10_000), bench_export.MadeUp(8)
+    data, encoder = bench_export.made_up_data(tmp_path / "data", 10_000), bench_export.MadeUp(8)
     monkeypatch.setitem(STEPS, "hnsw", ({"efSearch": 1},))
     source = ExportSource(data, encoder, np.ones(10_000, bool), "v1")
     for promised, kind in ((0.999, "flat"), (0.05, "hnsw")):

@@ -106,7 +106,7 @@ def key_of(item: int, renamed: set[int]) -> str:
 
 
 def catalogue_of(folder: Path, items: int, changed: set[int], renamed: set[int]) -> ExportSource:
-    data = bench_export.catalogue(folder, items, users=20)
+    data = bench_export.made_up_data(folder, items, users=20)
     table = pq.read_table(folder / "items.parquet")
     keys = pa.array([key_of(i, renamed) for i in range(items)])
     pq.write_table(table.set_column(1, "item_key", keys), folder / "items.parquet")
@@ -156,7 +156,7 @@ def test_only_what_fits_is_compared_and_applied(older: ExportSource, tmp_path: P
     refused("storage is parquet there and arrow here", older, replace(OPTIONS, storage="arrow"))
     refused("manifest.json: not found", older, base="none")
     schema = older.data.schema
-    fewer = replace(older.data, schema=replace(schema, features=[f for f in schema.features if f.name != "brand"]))
+    fewer = replace(older.data, schema=replace(schema, features=tuple(f for f in schema.features if f.name != "brand")))
     refused("has other columns", replace(older, data=fewer))
     for name, content, message in (
         ("manifest.json", b"{", "not a manifest"),

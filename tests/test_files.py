@@ -189,7 +189,12 @@ def test_all_is_on_the_disk_before_the_older_one_goes(tmp_path: Path, monkeypatc
     replace(tmp_path / "z", "old")
     synced: set[int] = set()
     fsync, rename = os.fsync, Path.rename
-    monkeypatch.setattr(os, "fsync", lambda handle: (synced.add(os.fstat(handle).st_ino), fsync(handle))[1])
+
+    def recording(handle: int) -> None:
+        synced.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", recording)
 
     def checked(path: Path, target: Path) -> Path:
         fresh = [p for p in leftovers(tmp_path) if ".flm-new-" in p.name]

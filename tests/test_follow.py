@@ -26,7 +26,7 @@ from flm_torchrec.prepare.clean import Dropped
 from flm_torchrec.prepare.sources import logs
 from flm_torchrec.training.follow.events import Encoder, NewEvents, append, new_windows, newest
 from flm_torchrec.training.follow.sources import open_source
-from tests.conftest import ROOT
+from tests.conftest import ROOT, only_shard
 
 NEW = 1_900_000_000
 """Seconds: after all events of the data."""
@@ -296,7 +296,7 @@ def test_a_parquet_file_is_read_as_preparation_reads_it(run: Path, tmp_path: Pat
     found = Encoder(run / "vocabulary", {}).encode(chunk.rows, refused)
     assert not refused and found.timestamp.tolist() == [NEW, NEW - 1] and (found.value == 1).all()
     columns = logs.parse_columns("user=user,item=item,timestamp=timestamp")
-    (shard,) = logs.read("parquet", str(tmp_path / "a.parquet"), logs.Mapping(columns)).interactions
+    shard = only_shard(logs.read("parquet", str(tmp_path / "a.parquet"), logs.Mapping(columns)))
     prepared = pl.concat(shard.batches(Dropped()))
     assert prepared["user"].to_list() == plain["user"] and prepared["item"].to_list() == plain["item"]
     assert prepared["timestamp"].to_list() == found.timestamp.tolist()

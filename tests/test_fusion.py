@@ -40,6 +40,9 @@ class Planted:
     def items(self, ids: np.ndarray, of: Of = "all") -> Tensor:
         return self.vectors[torch.from_numpy(ids)]
 
+    def views(self, ids: np.ndarray) -> dict[Of, Tensor]:
+        return {"all": self.items(ids)}
+
 
 @pytest.fixture
 def comm() -> Comm:

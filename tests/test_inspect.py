@@ -74,9 +74,9 @@ def test_well_made_data_passes_the_gate(tmp_path: Path, capsys: pytest.CaptureFi
 def planted() -> dict[str, tuple[list[tuple[int, ...]], str]]:
     """By fault: events that have it, and what must be told."""
     events = steady()
-    busy = [(n % 50, (n * 7) % 20, (n // 1000) * DAY + n % 1000, 0) for n in range(10_000)]
+    busy: list[tuple[int, ...]] = [(n % 50, (n * 7) % 20, (n // 1000) * DAY + n % 1000, 0) for n in range(10_000)]
     busy.sort(key=lambda e: (e[0], e[2]))
-    same = [(u, i, t * DAY, 0) for u in range(20) for t, i in enumerate([3, 1, 4, 1, 5])]
+    same: list[tuple[int, ...]] = [(u, i, t * DAY, 0) for u in range(20) for t, i in enumerate([3, 1, 4, 1, 5])]
     return {
         "leak": ([*events, *((60 + u, i, 5 * DAY, 0) for u in range(9) for i in (u, 10, u))], "leak: 9 test events"),
         "copies": (same, "19 of 20 users"),

@@ -22,6 +22,7 @@ from flm_torchrec.data.times import LATEST, check_unit, seconds
 from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.clean import Dropped
 from flm_torchrec.prepare.sources import logs
+from tests.conftest import only_shard
 
 COLUMNS = logs.parse_columns("user=user_id,item=item_id,timestamp=timestamp")
 
@@ -31,7 +32,7 @@ def flm(*arguments: str | Path) -> int:
 
 
 def read(source: str, file: Path) -> pl.DataFrame:
-    (shard,) = logs.read(source, str(file), logs.Mapping(COLUMNS)).interactions  # type: ignore[misc]
+    shard = only_shard(logs.read(source, str(file), logs.Mapping(COLUMNS)))
     return pl.concat(shard.batches(Dropped()))
 
 

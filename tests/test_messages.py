@@ -155,7 +155,7 @@ def test_a_name_is_printed_as_it_is(name: str) -> None:
     console.print(table)
     console.print(name)
     console.rule(name)
-    pages.show([name], [pages.Section(name, [name], [pages.Grid(name, [name], [[name]])])], console)
+    pages.show([name], [pages.Section(name, [name], [pages.PageTable(name, [name], [[name]])])], console)
     printed = out.getvalue()
     assert printed.count(visible(name)) >= 8
     assert all(c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Zl", "Zp") for c in printed)

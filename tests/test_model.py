@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,12 @@ def make_tower(
     torch.manual_seed(0)
     widths = Widths(item_features=2, item_dense=1, user_features=1, user_dense=2, history=2, max_tokens=6)
     similarity = "cosine" if cosine else "dot"
-    chosen = {"fusion": fusion, "block": block, "relative_bias": relative, "similarity": similarity}
+    chosen: dict[str, Any] = {
+        "fusion": fusion,
+        "block": block,
+        "relative_bias": relative,
+        "similarity": similarity,
+    }
     return MadeTower(widths, ModelConfig(dim=DIM, user_id_dropout=0.1, **chosen)).eval()
 
 
@@ -107,7 +113,7 @@ def test_sequences_of_a_batch_do_not_touch_each_other() -> None:
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.sampled_from(sorted(BLOCKS)), st.booleans())
 def test_attention_in_buckets_is_attention_of_each_sequence_alone(
-    lengths: list[int], block: str, relative: bool
+    lengths: list[int], block: Any, relative: bool
 ) -> None:
     torch.manual_seed(sum(lengths))
     model = CausalTransformer(ModelConfig(dim=DIM, block=block, relative_bias=relative), 40).eval()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
@@ -15,7 +16,12 @@ import uvicorn
 from flm_torchrec.serve.app import create_app
 from flm_torchrec.serve.service import Service
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright, which is not here")
+if TYPE_CHECKING:
+    from playwright import sync_api
+else:
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="the page is tested with playwright, which is not here"
+    )
 CHROMIUM = Path("/usr/bin/chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no browser: {CHROMIUM} is not there")
 expect = sync_api.expect
@@ -137,6 +143,7 @@ def test_the_map_is_drawn_and_tells_titles(page: sync_api.Page, server: str) -> 
     assert canvas.screenshot() != before
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
+    assert box is not None
     for step in range(20):
         page.mouse.move(box["x"] + box["width"] * (0.3 + step / 50), box["y"] + box["height"] / 2)
         if page.locator("#tip").is_visible():

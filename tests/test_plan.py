@@ -97,7 +97,11 @@ def test_rows_that_are_looked_up_more_weigh_on_their_rank(tmp_path: Path) -> Non
     # Nine tenths of the ids of "item" are in the first half of its 1000 rows.
     seen = np.repeat([3, 700], [9, 1])
     skewed = replace(even, lookups={**even.lookups, "item": Lookup(pooling=20, seen=seen)})
-    reports = [replace(asked, workload=lambda _, at=at: at).report(make_cluster("h100", 1, 2)) for at in (even, skewed)]
+
+    def report_on(workload: Workload) -> dict[str, Any]:
+        return replace(asked, workload=lambda _: workload).report(make_cluster("h100", 1, 2))
+
+    reports = [report_on(even), report_on(skewed)]
     usual, found = ([rank["device"]["input_output"] for rank in made["ranks"]] for made in reports)
     more = (0.9 - 0.5) * 2 * 32 * 20 * (8 + 64)
     assert found == [usual[0] + more, usual[1] - more]

@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import load_prepared
+from flm_torchrec.data.schema import Entity
 from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.clean import Dropped
 from flm_torchrec.prepare.sources import lines, logs
 from flm_torchrec.prepare.sources.form import Form, Numbers
 from flm_torchrec.prepare.sources.raw import Raw
 from flm_torchrec.prepare.sources.sides import Side
+from tests.conftest import only_shard
 
 COLUMNS = "user=u,item=i"
 
@@ -32,15 +34,21 @@ def events(file: Path, columns: str = COLUMNS, form: Form | None = None) -> tupl
     """All rows of a file and what was dropped or noted of it."""
     source = file.suffix.removeprefix(".")
     dropped = Dropped()
-    (shard,) = logs.read(source, str(file), logs.Mapping(logs.parse_columns(columns), form=form or Form())).interactions
+    shard = only_shard(logs.read(source, str(file), logs.Mapping(logs.parse_columns(columns), form=form or Form())))
     return pl.concat(list(shard.batches(dropped))), dropped
+
+
+def items_of(raw: Raw) -> pl.DataFrame:
+    """What a source says of items."""
+    assert raw.items is not None
+    return raw.items
 
 
 def described(file: Path, kinds: dict[str, Any], form: Form | None = None, key: str = "i", **mapping: Any) -> Raw:
     """What a file says of items, beside a file of one event."""
     log = file.with_name("log.csv")
     log.write_text("u,i\na,x\n")
-    side = {"item": Side(str(file), key, kinds)}
+    side: dict[Entity, Side] = {"item": Side(str(file), key, kinds)}
     return logs.read(
         "csv", str(log), logs.Mapping(logs.parse_columns(COLUMNS), form=form or Form(), sides=side, **mapping)
     )
@@ -63,8 +71,8 @@ def written(folder: Path, kind: str, rows: list[dict[str, Any]]) -> Path:
 def test_lists_are_the_same_in_every_format(tmp_path: Path, kind: str) -> None:
     rows = [{"i": "x", "tags": ["t0", "Books | all"], "vec": [0.5, 2.0]}, {"i": "y", "tags": [], "vec": [1.0, -3.0]}]
     raw = described(written(tmp_path, kind, rows), {"tags": "multi_categorical", "vec": "dense"})
-    assert raw.items["tags"].to_list() == [["t0", "Books | all"], []] and raw.warnings == ()
-    assert raw.items["vec"].to_list() == [[0.5, 2.0], [1.0, -3.0]]
+    assert items_of(raw)["tags"].to_list() == [["t0", "Books | all"], []] and raw.warnings == ()
+    assert items_of(raw)["vec"].to_list() == [[0.5, 2.0], [1.0, -3.0]]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +86,7 @@ def test_lists_are_the_same_in_every_format(tmp_path: Path, kind: str) -> None:
 def test_a_cell_is_a_list_of_json_or_of_its_separator(tmp_path: Path, cell: str, values: list[str]) -> None:
     pl.DataFrame({"i": ["x", "y"], "tags": [cell, "p|q"]}).write_csv(tmp_path / "items.csv")
     found = described(tmp_path / "items.csv", {"tags": "multi_categorical"}).items
+    assert found is not None
     assert found["tags"].to_list() == [values, ["p", "q"]]
 
 
@@ -102,7 +111,7 @@ def test_a_list_that_cannot_be_one_is_refused(tmp_path: Path, cell: str, kind: s
 def test_any_list_of_json_comes_back(tmp_path_factory, values: list[str]) -> None:  # type: ignore[no-untyped-def]
     file = tmp_path_factory.mktemp("list") / "items.csv"
     pl.DataFrame({"i": ["x"], "tags": [json.dumps(values)]}).write_csv(file)
-    assert described(file, {"tags": "multi_categorical"}).items["tags"].to_list() == [values]
+    assert items_of(described(file, {"tags": "multi_categorical"}))["tags"].to_list() == [values]
 
 
 def test_a_list_separator_that_never_occurs_is_told_by_column(tmp_path: Path) -> None:
@@ -199,7 +208,7 @@ def test_encodings(tmp_path: Path, encoding: str, kind: str, monkeypatch: pytest
     items = tmp_path / f"items.{kind}"
     items.write_bytes(text.replace('"u"', '"name"').replace("u,", "name,").encode(encoding))
     raw = described(items, {"name": "text"}, Form(encoding=encoding))
-    assert raw.items["name"].to_list() == [user, "b"]
+    assert items_of(raw)["name"].to_list() == [user, "b"]
 
 
 def test_what_an_encoding_does_not_know_is_dropped_with_its_row(tmp_path: Path) -> None:
@@ -271,7 +280,7 @@ def test_numbers_of_events_and_features_are_written_alike(tmp_path: Path, kind: 
     file = written(tmp_path, kind, rows)
     assert events(file, f"{COLUMNS},value=v", form)[0]["value"].to_list() == [1000.5, 2.5]
     raw = described(file, {"v": "numeric", "w": "dense"}, form)
-    assert raw.items["v"].to_list() == [1000.5, 2.5] and raw.items["w"].to_list() == [[0.5, 2.0], [1.5, -3.0]]
+    assert items_of(raw)["v"].to_list() == [1000.5, 2.5] and items_of(raw)["w"].to_list() == [[0.5, 2.0], [1.5, -3.0]]
     with pytest.raises(DataError, match=r"column 'v': '1\.000,5 €' is no number as --decimal ','"):
         described(file, {"v": "numeric"}, Form(numbers=Numbers(",")))
 
@@ -282,8 +291,8 @@ def test_numbers_of_json_stay_what_they_are(tmp_path: Path) -> None:
     found, _ = events(file, f"{COLUMNS},value=v", form)
     assert found["value"].to_list() == [1.5, 1.25] and found["user"].to_list() == ["1.5", "2"]
     raw = described(file, {"v": "numeric", "w": "dense"}, form)
-    assert raw.items["v"].to_list() == [1.5, 1.25]
-    assert raw.items["w"].to_list() == [[0.5, 2.0], [pytest.approx(0.001), 2.0]]
+    assert items_of(raw)["v"].to_list() == [1.5, 1.25]
+    assert items_of(raw)["w"].to_list() == [[0.5, 2.0], [pytest.approx(0.001), 2.0]]
 
 
 @pytest.mark.parametrize(
@@ -318,7 +327,7 @@ def test_wrong_options_are_one_line(
 def test_of_rows_with_one_key_one_is_kept(tmp_path: Path, duplicates: str, price: list[float], kind: str) -> None:
     file = written(tmp_path, kind, [{"i": "x", "p": 1}, {"i": "y", "p": 3}, {"i": "x", "p": 2}])
     raw = described(file, {"p": "numeric"}, duplicates=duplicates)
-    assert raw.items.sort("key")["p"].to_list() == price
+    assert items_of(raw).sort("key")["p"].to_list() == price
     assert raw.warnings == (f"--items {file}: 1 keys have several rows; the {duplicates} one of each is kept",)
 
 
@@ -348,7 +357,7 @@ def test_items_come_as_events_may(tmp_path: Path) -> None:
 
 def test_descriptions_over_lines_need_no_option(tmp_path: Path) -> None:
     (tmp_path / "items.csv").write_text('i,name\nx,"Two\nlines, ""one"" name"\n')
-    assert described(tmp_path / "items.csv", {"name": "text"}).items["name"].to_list() == ['Two\nlines, "one" name']
+    assert items_of(described(tmp_path / "items.csv", {"name": "text"}))["name"].to_list() == ['Two\nlines, "one" name']
 
 
 def lossy(folder: Path, bad: int, line: str = "b,y,\n") -> tuple[str | Path, ...]:

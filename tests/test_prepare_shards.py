@@ -176,7 +176,7 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     (work,) = [p for p in tmp_path.iterdir() if p.name.startswith(".out.work-")]
     done = {p.name: p.stat().st_mtime_ns for p in work.glob("rows-*.parquet")}
     assert len(done) == 3
-    opened = []
+    opened: list[str] = []
     monkeypatch.setattr("flm_torchrec.prepare.sources.shards.CsvShard.batches", _told(opened))
     assert main(call) == 0
     assert opened == ["3.csv", "4.csv"]

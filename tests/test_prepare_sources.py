@@ -17,6 +17,7 @@ from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.clean import Dropped
 from flm_torchrec.prepare.prepare import Options, prepare
 from flm_torchrec.prepare.sources import logs, movielens, s3rec
+from tests.conftest import only_shard
 
 
 def flm(*arguments: str | Path) -> int:
@@ -135,7 +136,7 @@ def test_timestamps(tmp_path: Path, times: list[object], unit: str, seconds: int
     file = tmp_path / "l.parquet"
     pl.DataFrame({"user_id": ["a"], "item_id": ["x"], "timestamp": times}).write_parquet(file)
     mapping = logs.Mapping(logs.parse_columns("user=user_id, item=item_id, timestamp=timestamp"), time_unit=unit)
-    (shard,) = logs.read("parquet", str(file), mapping).interactions
+    shard = only_shard(logs.read("parquet", str(file), mapping))
     assert pl.concat(shard.batches(Dropped()))["timestamp"].to_list() == [seconds]
 
 

@@ -26,6 +26,7 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Popularity, Random, _blocks, _nearest, _seen
 from flm_torchrec.evaluation.evaluate import EvaluationTask, evaluate
 from flm_torchrec.evaluation.metrics import RankCounts
+from flm_torchrec.evaluation.protocol import Of
 from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, RankingProblem, count_ranks, rank_targets
 
 
@@ -56,10 +57,10 @@ class RandomEncoder:
     def users(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         return {h: v[rows] for h, v in self.user.items()}
 
-    def items(self, ids: np.ndarray, of: str = "all") -> torch.Tensor:
+    def items(self, ids: np.ndarray, of: Of = "all") -> torch.Tensor:
         return self.views(ids)[of]
 
-    def views(self, ids: np.ndarray) -> dict[str, torch.Tensor]:
+    def views(self, ids: np.ndarray) -> dict[Of, torch.Tensor]:
         return {"all": self.item[ids], "content": self.item[ids] * 0.5, "id": self.item[ids] * 0.25}
 
 
@@ -250,6 +251,7 @@ def test_all_rows_of_the_table_rank_the_same_users(small: PreparedData) -> None:
     few = EvalConfig(ks=(5,), baselines=("EASE-R",))
     found_few = evaluate(task, encoder, Alone(), few)
     assert list(found_few.table) == ["EASE-R", *REPRESENTATIONS] and found_few.table["EASE-R"] == found.table["EASE-R"]
+    assert small.segment is not None
     shares = {s: np.mean(small.segment[splits.test.end] == s) for s in found.segments}
     for name, metrics in found.table.items():
         weighted = sum(shares[s] * found.segments[s][name]["hr@5"] for s in found.segments)

@@ -202,7 +202,7 @@ def test_live_users_are_forgotten_in_order_of_silence(exports: Path) -> None:
 
 
 def test_a_batch_is_answered_as_its_requests_alone(client: TestClient) -> None:
-    requests = [{"user": "u1"}, {"history": [{"item": "i3"}], "k": 3}, {"head": "content"}]
+    requests: list[dict[str, Any]] = [{"user": "u1"}, {"history": [{"item": "i3"}], "k": 3}, {"head": "content"}]
     together = post(client, "/v1/recommend/batch", requests=requests)["answers"]
     for answer, request in zip(together, requests, strict=True):
         alone = post(client, "/v1/recommend", **request)

@@ -242,7 +242,8 @@ def test_a_topic_is_told_from_others_and_its_new_partitions_are_read(monkeypatch
     source = open_source(address + "events")
     assert isinstance(source, stream_kafka.KafkaTopic)
     source.partitions, source.listed = [0], float("inf")  # as if it had been all that there were
-    position, found = source.resume({}), []
+    found: list[Any] = []
+    position = source.resume({})
     for wanted in (1, 3):
         while len(found) < wanted:
             chunk = source.after(position)

@@ -17,6 +17,7 @@ from flm_torchrec.prepare.prepare import Options, prepare
 from flm_torchrec.prepare.sources import synthetic
 from flm_torchrec.prepare.sources.raw import Raw
 from flm_torchrec.prepare.sources.synthetic import MECHANISMS, Recipe
+from tests.conftest import rows_of
 
 SMALL = Recipe(users=1200, items=400, events=24, seed=3)
 
@@ -28,7 +29,7 @@ def raw() -> Raw:
 
 def codes(raw: Raw) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """User, item and segment of each event, in order."""
-    rows = raw.interactions
+    rows = rows_of(raw)
     user, item = (rows[name].str.slice(1).cast(int).to_numpy() for name in ("user", "item"))
     return user, item, rows["segment"].to_numpy()
 
@@ -39,9 +40,10 @@ def codes(raw: Raw) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     strengths=st.tuples(*[st.sampled_from([0.0, 0.5, 2.0])] * 3).filter(any),
 )  # fmt: skip
 def test_any_recipe_gives_whole_users_with_no_item_twice(users, items, events, seed, strengths) -> None:  # type: ignore[no-untyped-def]
-    recipe = Recipe(users, items, events, *strengths, seed=seed)
+    content, collaborative, sequential = strengths
+    recipe = Recipe(users, items, events, content, collaborative, sequential, seed=seed)
     raw = synthetic.read(recipe)
-    rows = raw.interactions
+    rows = rows_of(raw)
     assert rows["user"].n_unique() == users
     assert rows.select("user", "item").is_unique().all()
     assert (rows.group_by("user").len()["len"] >= 3).all()
@@ -49,19 +51,19 @@ def test_any_recipe_gives_whole_users_with_no_item_twice(users, items, events, s
     # Ascending in a user, so that the last row is the last event.
     times = rows["timestamp"].to_numpy()
     assert (np.diff(times)[np.diff(codes(raw)[0]) == 0] > 0).all()
-    assert rows.equals(synthetic.read(recipe).interactions)
+    assert rows.equals(rows_of(synthetic.read(recipe)))
 
 
 def test_shares_and_lengths_follow_the_recipe() -> None:
     recipe = Recipe(users=500, items=200, events=20, content=1, collaborative=0, sequential=3)
-    rows = synthetic.read(recipe).interactions
+    rows = rows_of(synthetic.read(recipe))
     shares = dict(rows["segment"].value_counts(normalize=True).iter_rows())
     assert shares["sequential"] == pytest.approx(0.75, abs=0.02) and "collaborative" not in shares
     assert len(rows) / 500 == pytest.approx(20, rel=0.05)
 
 
 def test_another_seed_gives_other_data(raw: Raw) -> None:
-    assert not raw.interactions.equals(synthetic.read(Recipe(users=1200, items=400, events=24, seed=4)).interactions)
+    assert not rows_of(raw).equals(rows_of(synthetic.read(Recipe(users=1200, items=400, events=24, seed=4))))
 
 
 def test_popularity_is_skewed_but_moderately(raw: Raw) -> None:

@@ -67,8 +67,10 @@ class Users(nn.Module):
         self.fixed, self.managed = user_tables(schema, dim)
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
-        found = self.fixed(features) if self.fixed is not None else self.managed(features)[0]
-        return found.to_dict()["user_id"]
+        if self.fixed is not None:
+            return self.fixed(features).to_dict()["user_id"]
+        assert self.managed is not None
+        return self.managed(features)[0].to_dict()["user_id"]
 
 
 def churn(table: Table, ids: int, dim: int, batch: int, regulars: int, comm: Comm) -> Told:

@@ -44,6 +44,10 @@ class Packaged:
     def items(self, ids: np.ndarray, of: Of = "all") -> Tensor:
         return self.exact.items(ids, of)
 
+    def views(self, ids: np.ndarray) -> dict[Of, Tensor]:
+        """Items by the model, of each kind."""
+        return self.exact.views(ids)
+
     def _query(self, user: int, end: int) -> TowerQuery:
         data = self.data
         events = slice(max(data.offsets[user], end - self.tower.max_history - 1), end)
