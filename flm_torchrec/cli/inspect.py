@@ -14,12 +14,13 @@ LEAST_MEMORY = 100 * MIB
 
 
 class Problems(DataError):
-    """Data are readable, and not fit: what `--strict` exits with."""
+    """Data are readable but not fit to learn from: the error of `--strict`."""
 
     exit_code = 1
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `inspect` to the subcommands."""
     parser = subparsers.add_parser(
         "inspect",
         help="is prepared data fit to learn from: distributions, drift, leakage, dead features",
@@ -29,18 +30,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="prepared data")
     parser.add_argument("--output", type=Path, metavar="FILE", help="HTML page to write, with plots (default: none)")
-    parser.add_argument(
-        "--split", choices=("leave-one-out", "time"), default="leave-one-out",
-        help="split to look for leakage in (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--holdout", type=float, default=0.1, metavar="X",
-        help="time: share of events to test on (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--memory", default="2GiB", metavar="SIZE",
-        help="of DuckDB, such as 2GiB or 500MB, at least 100MiB; what does not fit goes to disk (default: %(default)s)",
-    )  # fmt: skip
+    split = "split to look for leakage in (default: %(default)s)"
+    parser.add_argument("--split", choices=("leave-one-out", "time"), default="leave-one-out", help=split)
+    holdout = "time: share of events to test on (default: %(default)s)"
+    parser.add_argument("--holdout", type=float, default=0.1, metavar="X", help=holdout)
+    memory = "of DuckDB, such as 2GiB or 500MB, at least 100MiB; what does not fit goes to disk (default: %(default)s)"
+    parser.add_argument("--memory", default="2GiB", metavar="SIZE", help=memory)
     parser.add_argument(
         "--strict", action="store_true", help="exit with 1 where there are problems: a gate (default: 0)"
     )
@@ -52,15 +47,14 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         DataError: an option or the data is wrong.
-        Problems: with `--strict`, something is amiss.
+        Problems: with `--strict`, there are problems.
     """
     if not 0 < args.holdout < 0.5:
         raise DataError(f"--holdout {args.holdout}: must be between 0 and 0.5")
     memory = memory_bytes(args.memory, LEAST_MEMORY)
     if args.output and not args.output.parent.is_dir():
         raise DataError(f"{args.output.parent}: not found; --output must be in a folder that is there")
-    # Imported here: a wrong option should be told at once.
-
+    # Imported here: a wrong option should be reported at once.
     from flm_torchrec import pages
     from flm_torchrec.inspection.drift import look_at_drift
     from flm_torchrec.inspection.features import look_at_features

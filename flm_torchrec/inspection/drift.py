@@ -11,17 +11,17 @@ from flm_torchrec.pages import Bars, Curves, PageTable, Section
 
 DAY = 86400
 PERIODS = 60
-"""At most: of a longer log a period is several days."""
+"""At most; in a longer log a period has several days."""
 SHIFTED = 0.25
 """Population stability index from which a shift is called a major one (Siddiqi, Credit Risk Scorecards, 2006)."""
 DIVERGED = 0.4
-"""Jensen-Shannon divergence of item popularity, of 1 bit at most, from which it is told."""
+"""Jensen-Shannon divergence of item popularity (1 bit at most) above which it is a problem."""
 ENOUGH_AN_ITEM = 5
 """Events for each item of a period below which the divergence is mostly chance."""
 ENOUGH = 1000
-"""Events of a period below which nothing is told of it."""
+"""Events of a period below which it is not judged."""
 QUIET = 0.1
-"""Of the median period's events, below which a period is taken for a hole in the log."""
+"""Share of the median period's events below which a period is taken for a hole in the log."""
 
 
 def look_at_drift(data: Inspection) -> None:
@@ -51,7 +51,7 @@ def look_at_drift(data: Inspection) -> None:
         for entity in ("user", "item")
     }
     labels = [str(np.datetime64(int(first + p * days), "D")) for p in range(count)]
-    _tell(data, labels, events, popularity, types)
+    _find_shifts(data, labels, events, popularity, types)
     x = list(range(count))
     lines = {"item popularity (Jensen-Shannon, bits)": (x[1:], popularity[1:].tolist())}
     lines |= {"event types (stability index)": (x[1:], types[1:].tolist())} if len(data.schema.events) > 1 else {}
@@ -73,17 +73,17 @@ def look_at_drift(data: Inspection) -> None:
 
 
 def _by_period(data: Inspection, query: str, count: int) -> np.ndarray:
-    """[count] float: what the query gives for a period, 0 where it has none."""
-    found = np.zeros(count)
+    """[count] float: the value of each period, 0 where the query has none."""
+    values = np.zeros(count)
     for period, value in data.rows(query):
-        found[period] = value
-    return found
+        values[period] = value
+    return values
 
 
 def _divergence() -> str:
     """Jensen-Shannon divergence of items in a period and before it (Lin, IEEE Trans. Inf. Theory 1991), in bits.
 
-    Items of before alone add half their share each, so only those of the period need a row.
+    An item that occurs only before adds half its share, so only the items of the period need a row.
     """
     return """
         WITH counts AS (SELECT period, item_id, count(*) AS n FROM periods GROUP BY ALL),
@@ -108,7 +108,10 @@ def _stability(data: Inspection, count: int) -> np.ndarray:
     return np.concatenate([[0.0], ((p - q) * np.log(p / q)).sum(1)])
 
 
-def _tell(data: Inspection, labels: list[str], events: np.ndarray, popularity: np.ndarray, types: np.ndarray) -> None:
+def _find_shifts(
+    data: Inspection, labels: list[str], events: np.ndarray, popularity: np.ndarray, types: np.ndarray
+) -> None:
+    """Report holes in the log, and periods that differ from all before them. Arrays are [periods]."""
     busy = np.flatnonzero(events >= QUIET * np.median(events[events > 0]))  # a log may begin and end slowly
     quiet = [labels[p] for p in range(busy[0], busy[-1]) if p not in busy]
     if quiet:

@@ -20,13 +20,13 @@ def look_at_features(data: Inspection) -> None:
     rows = []
     for feature in data.schema.features:
         entity = f"{feature.entity}s"
-        held = data.one(f"SELECT count(*) FROM {entity}")[0]
-        known, values, commonest = (_codes if feature.sparse else _numbers)(data, feature, entity)
-        told = f"{commonest / known:.1%}" if known and feature.sparse else ""
+        entities = data.one(f"SELECT count(*) FROM {entity}")[0]
+        filled, values, commonest = (_codes if feature.sparse else _numbers)(data, feature, entity)
+        commonest_share = f"{commonest / filled:.1%}" if filled and feature.sparse else ""
         unused = f"{feature.cardinality - values:,}" if feature.sparse and feature.kind != "text" else ""
-        share = f"{known / max(held, 1):.1%}"
-        rows.append((feature.name, feature.entity, feature.kind, share, f"{values:,}", told, unused))
-        if problem := _problem(data, feature, known, held, values):
+        share = f"{filled / max(entities, 1):.1%}"
+        rows.append((feature.name, feature.entity, feature.kind, share, f"{values:,}", commonest_share, unused))
+        if problem := _problem(data, feature, filled, entities, values):
             names = f"{feature.entity} feature '{feature.name}'"
             data.findings.append(f"{names} {problem}: leave it out with --data.features, or prepare without it")
     header = ("feature", "of", "kind", "known", "values", "commonest", "codes never used")
@@ -34,15 +34,16 @@ def look_at_features(data: Inspection) -> None:
     data.sections.append(Section("Features", notes, [PageTable("", header, rows)] if rows else []))
 
 
-def _problem(data: Inspection, feature: Feature, known: int, held: int, values: int) -> str:
-    if known == 0:
+def _problem(data: Inspection, feature: Feature, filled: int, entities: int, values: int) -> str:
+    """What is wrong with a feature; empty: nothing."""
+    if filled == 0:
         return "is unknown in every row"
-    if known < held * (1 - UNKNOWN):
-        return f"is unknown in {1 - known / held:.1%} of rows"
+    if filled < entities * (1 - UNKNOWN):
+        return f"is unknown in {1 - filled / entities:.1%} of rows"
     if values == 1:
         return "is constant"
-    if feature.kind == "categorical" and known >= ENOUGH and values >= UNIQUE * known:
-        return f"has {values} values in {known} rows, so it is nearly an id"
+    if feature.kind == "categorical" and filled >= ENOUGH and values >= UNIQUE * filled:
+        return f"has {values} values in {filled} rows, so it is nearly an id"
     direct = feature.kind != "text" and feature.sparse and data.schema.table(feature.table).kind == "direct"
     if direct and values < feature.cardinality / 2:
         return f"uses {values} of {feature.cardinality} codes, so most of its table is never learnt"
@@ -53,12 +54,12 @@ def _codes(data: Inspection, feature: Feature, entity: str) -> tuple[int, int, i
     """Rows that have a code, codes that occur, rows of the commonest."""
     column = sql.name(feature.column)
     listed = feature.kind in ("multi_categorical", "text")
-    known = f"len({column}) > 0" if listed else f"{column} IS NOT NULL"
+    is_filled = f"len({column}) > 0" if listed else f"{column} IS NOT NULL"
     codes = f"unnest(list_distinct({column}))" if listed else column
-    rows = data.one(f"SELECT count(*) FROM {entity} WHERE {known}")[0]
+    rows = data.one(f"SELECT count(*) FROM {entity} WHERE {is_filled}")[0]
     values, most = data.one(
         f"SELECT count(*), coalesce(max(n), 0) FROM (SELECT code, count(*) AS n FROM (SELECT {codes} AS code FROM"
-        f" {entity} WHERE {known}) GROUP BY code)"
+        f" {entity} WHERE {is_filled}) GROUP BY code)"
     )
     return rows, values, most
 

@@ -29,7 +29,7 @@ GREEDY_EVENTS = 1000
 
 @dataclass
 class Inspection:
-    """Prepared data opened for questions, and what was found."""
+    """Prepared data, opened for queries, and the problems and tables so far."""
 
     folder: Path
     schema: Schema
@@ -39,15 +39,21 @@ class Inspection:
     sections: list[Section] = field(default_factory=list)
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
+        """All rows of a query."""
         return self.connection.execute(query).fetchall()
 
     def one(self, query: str) -> tuple[Any, ...]:
+        """The first row of a query."""
         return self.rows(query)[0]
+
+    def counts(self, query: str) -> dict[Any, int]:
+        """A query of two columns, the second by the first."""
+        return dict(self.rows(query))
 
 
 @contextmanager
 def opened(folder: Path, memory: int) -> Iterator[Inspection]:
-    """The data as views `events`, `items` and `users`; `place` of an event is its position in its file.
+    """The data as views `events`, `items` and `users`; `row_index` of an event is its position in its file.
 
     Args:
         memory: bytes that DuckDB may fill before it goes to disk.
@@ -64,7 +70,7 @@ def opened(folder: Path, memory: int) -> Iterator[Inspection]:
         try:
             events = sql.read_parquet(files, "file_row_number = true")
             connection.execute(
-                f"CREATE VIEW events AS SELECT * EXCLUDE (file_row_number), file_row_number AS place FROM {events}"
+                f"CREATE VIEW events AS SELECT * EXCLUDE (file_row_number), file_row_number AS row_index FROM {events}"
             )
             for entity in ("items", "users"):
                 rows = sql.read_parquet([folder / f"{entity}.parquet"])
@@ -77,22 +83,23 @@ def opened(folder: Path, memory: int) -> Iterator[Inspection]:
 
 
 def look_at_counts(data: Inspection) -> None:
-    """Sizes, and whether they are those of schema.yaml."""
+    """Sizes, compared with those of schema.yaml; ids, times and order of the events."""
     schema = data.schema
     events, users, items, least, most, first, last = data.one(
         "SELECT count(*), count(DISTINCT user_id), count(DISTINCT item_id), min(least(user_id, item_id)),"
-        " max(greatest(user_id - $u, item_id - $i)), min(timestamp), max(timestamp) FROM events"
-        .replace("$u", str(schema.users)).replace("$i", str(schema.items))
-    )  # fmt: skip
+        f" max(greatest(user_id - {schema.users}, item_id - {schema.items})), min(timestamp), max(timestamp)"
+        " FROM events"
+    )
     if events == 0:
         raise DataError(f"{data.folder / 'interactions'}: no rows; check the filters given to 'flm prepare'")
     if least < 0 or most >= 0:
         data.findings.append("interactions have ids outside users.parquet or items.parquet: prepare the data again")
-    for name, (here,) in (("users", data.one("SELECT count(*) FROM users")),
-                          ("items", data.one("SELECT count(*) FROM items")), ("interactions", (events,))):  # fmt: skip
-        if here != getattr(schema, name):
-            told = f"{here} {name}, but schema.yaml says {getattr(schema, name)}: prepare the data again"
-            data.findings.append(told)
+    stored = {entity: data.one(f"SELECT count(*) FROM {entity}")[0] for entity in ("users", "items")}
+    for name, count in {**stored, "interactions": events}.items():
+        if count != getattr(schema, name):
+            data.findings.append(
+                f"{count} {name}, but schema.yaml says {getattr(schema, name)}: prepare the data again"
+            )
     if schema.timestamps and last > LATEST:
         late = data.one(f"SELECT count(*) FROM events WHERE timestamp > {LATEST}")[0]
         data.findings.append(
@@ -100,7 +107,7 @@ def look_at_counts(data: Inspection) -> None:
             " times are not in seconds: prepare again with --time-unit ms, us or ns"
         )
     mixed = data.one(
-        "SELECT count(*) FROM (SELECT timestamp < lag(timestamp) OVER (PARTITION BY user_id ORDER BY place) AS back"
+        "SELECT count(*) FROM (SELECT timestamp < lag(timestamp) OVER (PARTITION BY user_id ORDER BY row_index) AS back"
         " FROM events) WHERE back"
     )[0]
     if mixed:
@@ -122,10 +129,10 @@ def look_at_distributions(data: Inspection) -> None:
     parts: list[PageTable | Curves | Bars] = []
     quantiles = []
     for entity in ("user", "item"):
-        found = data.rows(
+        histogram = data.rows(
             f"SELECT n, count(*) FROM (SELECT count(*) AS n FROM events GROUP BY {entity}_id) GROUP BY n ORDER BY n"
         )
-        counts, holders = (np.array(column, float) for column in zip(*found, strict=True))
+        counts, holders = (np.array(column, float) for column in zip(*histogram, strict=True))
         quantiles.append([f"events of {'a user' if entity == 'user' else 'an item'}", *_quantiles(counts, holders)])
         parts.append(_by_powers(f"{entity}s, by number of events", counts, holders))
         if entity == "user":
@@ -142,7 +149,7 @@ def look_at_distributions(data: Inspection) -> None:
     if data.schema.timestamps:
         gaps = data.rows(
             "SELECT CASE WHEN gap <= 0 THEN 0 ELSE 1 + floor(log2(gap)) END AS power, count(*) FROM (SELECT timestamp -"
-            " lag(timestamp) OVER (PARTITION BY user_id ORDER BY place) AS gap FROM events) WHERE gap IS NOT NULL"
+            " lag(timestamp) OVER (PARTITION BY user_id ORDER BY row_index) AS gap FROM events) WHERE gap IS NOT NULL"
             " GROUP BY power ORDER BY power"
         )
         labels = [_seconds(2 ** int(power - 1)) if power else "0 s" for power, _ in gaps]
@@ -156,7 +163,7 @@ def look_at_distributions(data: Inspection) -> None:
 
 
 def look_at_top(data: Inspection) -> None:
-    """The items and users of most events."""
+    """The items and users with the most events."""
     title = sql.name(data.schema.title) if data.schema.title else "item_key"
     total = data.one("SELECT count(*) FROM events")[0]
     items = data.rows(
@@ -170,17 +177,17 @@ def look_at_top(data: Inspection) -> None:
     for key, n in users:
         if n > GREEDY_EVENTS and n > GREEDY * total:
             data.findings.append(f"user '{key}' has {n / total:.1%} of all events: leave it out if it is no person")
+    item_rows = [(str(key), str(shown or key), f"{n:,}", f"{n / total:.2%}") for key, shown, n in items]
+    user_rows = [(str(key), f"{n:,}", f"{n / total:.2%}") for key, n in users]
     grids = [
-        PageTable("items of most events", ("item", "title", "events", "share"),
-             [(str(k), str(t or k), f"{n:,}", f"{n / total:.2%}") for k, t, n in items]),
-        PageTable("users of most events", ("user", "events", "share"),
-             [(str(k), f"{n:,}", f"{n / total:.2%}") for k, n in users]),
-    ]  # fmt: skip
+        PageTable("items of most events", ("item", "title", "events", "share"), item_rows),
+        PageTable("users of most events", ("user", "events", "share"), user_rows),
+    ]
     data.sections.append(Section("Top ids", parts=grids))
 
 
 def _events(data: Inspection) -> list[PageTable | Curves | Bars]:
-    counts = dict(data.rows("SELECT event, count(*) FROM events GROUP BY event"))
+    counts = data.counts("SELECT event, count(*) FROM events GROUP BY event")
     names = data.schema.events
     for code in counts:
         if not 0 <= code < len(names):
@@ -197,18 +204,17 @@ def _values(data: Inspection) -> list[PageTable | Curves | Bars]:
     if least == most:
         return []
     width = (most - least) / 20
-    found = dict(data.rows(
-        f"SELECT least(19, floor((value - {least}) / {width}))::INT AS bin, count(*) FROM events GROUP BY bin"
-    ))  # fmt: skip
-    labels = [f"{least + width * place:.3g}" for place in range(20)]
-    return [Bars("events, by value (from)", labels, [found.get(place, 0) for place in range(20)])]
+    bins = f"SELECT least(19, floor((value - {least}) / {width}))::INT AS bin, count(*) FROM events GROUP BY bin"
+    heights = data.counts(bins)
+    labels = [f"{least + width * edge:.3g}" for edge in range(20)]
+    return [Bars("events, by value (from)", labels, [heights.get(edge, 0) for edge in range(20)])]
 
 
 def _quantiles(counts: np.ndarray, holders: np.ndarray) -> list[str]:
     reached = np.cumsum(holders)
-    places = [np.searchsorted(reached, q * reached[-1]) for q in (0, 0.25, 0.5, 0.75, 0.99, 1)]
+    positions = [np.searchsorted(reached, q * reached[-1]) for q in (0, 0.25, 0.5, 0.75, 0.99, 1)]
     mean = (counts * holders).sum() / reached[-1]
-    return [*(f"{counts[min(p, len(counts) - 1)]:.0f}" for p in places), f"{mean:.1f}"]
+    return [*(f"{counts[min(p, len(counts) - 1)]:.0f}" for p in positions), f"{mean:.1f}"]
 
 
 def _by_powers(title: str, counts: np.ndarray, holders: np.ndarray) -> Bars:

@@ -1,4 +1,4 @@
-"""What validation and test share with training that they should not, and what they ask that nobody can know."""
+"""What validation and test share with training although they should not, and what no model can know about them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from flm_torchrec.pages import PageTable, Section
 
 Split = Literal["leave-one-out", "time"]
 COLD = 0.5
-"""Share of test events with an unseen item, or of an unseen user, from which ranking tells little."""
+"""Share of test events with an unseen item, or of an unseen user, above which ranking says little."""
 COPIES = 0.01
-"""Share of users whose whole history another has too, from which they are taken for copies."""
+"""Share of users with the same complete history as another, above which they are taken for copies."""
 FULL_HISTORY = 3
 
 
@@ -31,18 +31,18 @@ def look_at_splits(data: Inspection, split: Split, holdout: float) -> None:
     # Once for all questions below; DuckDB spills it.
     data.connection.execute(
         f"CREATE TEMP TABLE parts AS SELECT user_id, item_id, timestamp, {part} AS part FROM"
-        " (SELECT *, row_number() OVER (PARTITION BY user_id ORDER BY place DESC) AS back,"
+        " (SELECT *, row_number() OVER (PARTITION BY user_id ORDER BY row_index DESC) AS back,"
         " count(*) OVER (PARTITION BY user_id) AS n FROM events)"
     )
     parts = ("train", "validation", "test")
-    sizes = dict(data.rows("SELECT part, count(*) FROM parts GROUP BY part"))
+    sizes = data.counts("SELECT part, count(*) FROM parts GROUP BY part")
     for name in parts:
         if not sizes.get(name):
             data.findings.append(f"a {split} split leaves no {name} events: choose another --data.split")
     rows = [("events", *(f"{sizes.get(name, 0):,}" for name in parts))]
     for label, counted in (_seen_again(data, split), *_unseen(data), *_later(data)):
-        told = [f"{counted.get(n, 0):,} ({_share(counted.get(n, 0), sizes.get(n, 0)):.2%})" for n in parts[1:]]
-        rows.append((label, "", *told))
+        shown = [f"{counted.get(n, 0):,} ({_share(counted.get(n, 0), sizes.get(n, 0)):.2%})" for n in parts[1:]]
+        rows.append((label, "", *shown))
     _find_copies(data)
     data.sections.append(Section(f"Split: {split}", parts=[PageTable("", ("", *parts), rows)]))
 
@@ -65,57 +65,57 @@ def _by_time(data: Inspection, holdout: float) -> str:
 
 
 def _seen_again(data: Inspection, split: str) -> tuple[str, dict[str, int]]:
-    """The same user, item and second: the event to predict is one that was learnt from."""
+    """Events to predict that were learnt from: same user, item and second."""
     label = "also in training: same user, item, time"
     if not data.schema.timestamps:
         return label, {}
-    found = dict(data.rows(
+    repeated = data.counts(
         "SELECT part, count(*) FROM parts AS held WHERE part <> 'train' AND EXISTS (FROM parts AS learnt WHERE"
         " learnt.part = 'train' AND learnt.user_id = held.user_id AND learnt.item_id = held.item_id AND"
         " learnt.timestamp = held.timestamp) GROUP BY part"
-    ))  # fmt: skip
-    if any(found.values()):
-        told = ", ".join(f"{n} {part}" for part, n in sorted(found.items()))
+    )
+    if any(repeated.values()):
+        shown = ", ".join(f"{n} {part}" for part, n in sorted(repeated.items()))
         data.findings.append(
-            f"leak: {told} events of a {split} split also stand in training: prepare with --dedup exact"
+            f"leak: {shown} events of a {split} split also stand in training: prepare with --dedup exact"
         )
-    return label, found
+    return label, repeated
 
 
 def _unseen(data: Inspection) -> list[tuple[str, dict[str, int]]]:
-    found = []
+    by_entity = []
     for entity in ("item", "user"):
-        counted = dict(data.rows(
+        counted = data.counts(
             f"SELECT part, count(*) FROM parts AS held WHERE part <> 'train' AND NOT EXISTS (FROM parts AS learnt WHERE"
             f" learnt.part = 'train' AND learnt.{entity}_id = held.{entity}_id) GROUP BY part"
-        ))  # fmt: skip
+        )
         total = data.one("SELECT count(*) FROM parts WHERE part = 'test'")[0]
         if _share(counted.get("test", 0), total) > COLD:
             data.findings.append(
                 f"{_share(counted['test'], total):.0%} of test events have a{'n item' if entity == 'item' else ' user'}"
                 " never met in training, whose id tells nothing: prepare with --k-core, or split otherwise"
             )
-        found.append((f"{entity} not in training", counted))
-    return found
+        by_entity.append((f"{entity} not in training", counted))
+    return by_entity
 
 
 def _later(data: Inspection) -> list[tuple[str, dict[str, int]]]:
     """Events that were learnt from though they came after the one to predict."""
     if not data.schema.timestamps:
         return []
-    own = dict(data.rows(
+    own = data.counts(
         "SELECT part, count(*) FROM parts JOIN (SELECT user_id, max(timestamp) AS newest FROM parts WHERE"
         " part = 'train' GROUP BY user_id) USING (user_id) WHERE part <> 'train' AND newest > timestamp GROUP BY part"
-    ))  # fmt: skip
+    )
     if any(own.values()):
         data.findings.append(
             f"leak: {sum(own.values())} events to predict are older than training events of the same user:"
             " prepare the data again"
         )
-    others = dict(data.rows(
+    others = data.counts(
         "SELECT part, count(*) FROM parts WHERE part <> 'train' AND timestamp < (SELECT quantile_cont(timestamp, 0.9)"
         " FROM (FROM parts WHERE part = 'train' USING SAMPLE reservoir(100000 ROWS) REPEATABLE (0))) GROUP BY part"
-    ))  # fmt: skip
+    )
     return [
         ("older than the same user's training events", own),
         ("older than the newest tenth of training events", others),
@@ -123,11 +123,11 @@ def _later(data: Inspection) -> list[tuple[str, dict[str, int]]]:
 
 
 def _find_copies(data: Inspection) -> None:
-    """Users whose items are the same in the same order, by a sum of hashes of item and place."""
+    """Users with the same items in the same order, by a sum of hashes of item and position."""
     users, copies = data.one(
         "SELECT coalesce(sum(n), 0), coalesce(sum(n - 1), 0) FROM (SELECT count(*) AS n FROM (SELECT count(*) AS long,"
         " sum(hash(item_id, nth)::HUGEINT) AS history FROM (SELECT user_id, item_id, row_number() OVER"
-        " (PARTITION BY user_id ORDER BY place) AS nth FROM events) GROUP BY user_id"
+        " (PARTITION BY user_id ORDER BY row_index) AS nth FROM events) GROUP BY user_id"
         f" HAVING long >= {FULL_HISTORY}) GROUP BY long, history)"
     )
     if _share(copies, users) > COPIES:
