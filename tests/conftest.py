@@ -12,20 +12,21 @@ import polars as pl
 import pytest
 
 from flm_torchrec.data.dataset import PreparedData, load_prepared
-from flm_torchrec.prepare.prepare import Options, prepare
+from flm_torchrec.prepare.options import PrepareOptions
+from flm_torchrec.prepare.prepare import prepare
 from flm_torchrec.prepare.sources import synthetic
-from flm_torchrec.prepare.sources.raw import Raw, Shard
+from flm_torchrec.prepare.sources.source_data import Shard, SourceData
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def rows_of(raw: Raw) -> pl.DataFrame:
+def rows_of(raw: SourceData) -> pl.DataFrame:
     """The interactions of a source that gives them as one frame."""
     assert isinstance(raw.interactions, pl.DataFrame)
     return raw.interactions
 
 
-def only_shard(raw: Raw) -> Shard:
+def only_shard(raw: SourceData) -> Shard:
     """The one file of a source that reads its interactions from files."""
     assert not isinstance(raw.interactions, pl.DataFrame)
     (shard,) = raw.interactions
@@ -36,7 +37,7 @@ def only_shard(raw: Raw) -> Shard:
 def small(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     """Synthetic data of 120 users and 150 items."""
     folder = tmp_path_factory.mktemp("small") / "data"
-    prepare(synthetic.read(synthetic.Recipe(users=120, items=150, events=12, seed=1)), folder, Options())
+    prepare(synthetic.read(synthetic.Recipe(users=120, items=150, events=12, seed=1)), folder, PrepareOptions())
     return load_prepared(folder)
 
 

@@ -20,7 +20,8 @@ from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import split
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import DataError
-from flm_torchrec.prepare.prepare import Options, prepare
+from flm_torchrec.prepare.options import PrepareOptions
+from flm_torchrec.prepare.prepare import prepare
 from flm_torchrec.prepare.sources import synthetic
 from flm_torchrec.training.restore import restore
 from flm_torchrec.training.scope import load_data, scope_of
@@ -128,7 +129,9 @@ def test_next_item_for_new_users_with_its_control(
 
 
 def test_a_new_domain_gets_new_tables_and_the_old_tower(source: Path, tmp_path: Path) -> None:
-    prepare(synthetic.read(synthetic.Recipe(users=60, items=110, events=10, seed=5)), tmp_path / "other", Options())
+    prepare(
+        synthetic.read(synthetic.Recipe(users=60, items=110, events=10, seed=5)), tmp_path / "other", PrepareOptions()
+    )
     run = tmp_path / "tuned"
     other = ["--data.path", str(tmp_path / "other"), "--data.split", "leave-one-out", "--no-control"]
     assert tune(source, run, *other) == 0

@@ -23,6 +23,8 @@ from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.clean import Dropped
+from flm_torchrec.prepare.column_options import parse_columns
+from flm_torchrec.prepare.options import LogOptions
 from flm_torchrec.prepare.sources import logs
 from flm_torchrec.training.follow.events import Encoder, NewEvents, append, new_windows, newest
 from flm_torchrec.training.follow.sources import open_source
@@ -295,8 +297,8 @@ def test_a_parquet_file_is_read_as_preparation_reads_it(run: Path, tmp_path: Pat
     refused: dict[str, Any] = {}
     found = Encoder(run / "vocabulary", {}).encode(chunk.rows, refused)
     assert not refused and found.timestamp.tolist() == [NEW, NEW - 1] and (found.value == 1).all()
-    columns = logs.parse_columns("user=user,item=item,timestamp=timestamp")
-    shard = only_shard(logs.read("parquet", str(tmp_path / "a.parquet"), logs.Mapping(columns)))
+    columns = parse_columns("user=user,item=item,timestamp=timestamp")
+    shard = only_shard(logs.read("parquet", str(tmp_path / "a.parquet"), LogOptions(columns)))
     prepared = pl.concat(shard.batches(Dropped()))
     assert prepared["user"].to_list() == plain["user"] and prepared["item"].to_list() == plain["item"]
     assert prepared["timestamp"].to_list() == found.timestamp.tolist()

@@ -21,7 +21,8 @@ from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.data.hashing import look_ups
 from flm_torchrec.files import temporary
 from flm_torchrec.prepare.hash_users import hash_keys
-from flm_torchrec.prepare.prepare import Options, prepare
+from flm_torchrec.prepare.options import PrepareOptions
+from flm_torchrec.prepare.prepare import prepare
 from flm_torchrec.prepare.sources import synthetic
 from flm_torchrec.prepare.table_options import parse_tables
 from flm_torchrec.privacy import forget_in_data as data_forget
@@ -41,7 +42,7 @@ def config_of(folder: Path, *more: str) -> list[str]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with prepared data and a run made with it."""
     folder = tmp_path_factory.mktemp("forget")
-    prepare(synthetic.read(synthetic.Recipe(users=60, items=100, events=10, seed=3)), folder / "data", Options())
+    prepare(synthetic.read(synthetic.Recipe(users=60, items=100, events=10, seed=3)), folder / "data", PrepareOptions())
     pretrain(load_config(None, config_of(folder)))
     return folder
 
@@ -244,7 +245,7 @@ def test_whoever_is_forgotten_all_others_keep_their_rows(
 
 def test_of_a_hashed_table_the_shared_row_is_reset(tmp_path: Path) -> None:
     source = synthetic.read(synthetic.Recipe(users=40, items=100, events=8, seed=1))
-    prepare(source, tmp_path / "data", Options(tables=parse_tables("user_id=hash:8")))
+    prepare(source, tmp_path / "data", PrepareOptions(tables=parse_tables("user_id=hash:8")))
     forget(tmp_path / "data", [GONE], [], [])
     data = load_prepared(tmp_path / "data")
     gone = data_forget.forgotten_users(tmp_path / "data/users.parquet")

@@ -21,10 +21,12 @@ from flm_torchrec.data.keys import as_text, json_text, keys
 from flm_torchrec.data.times import LATEST, check_unit, seconds
 from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.clean import Dropped
+from flm_torchrec.prepare.column_options import parse_columns
+from flm_torchrec.prepare.options import LogOptions
 from flm_torchrec.prepare.sources import logs
 from tests.conftest import only_shard
 
-COLUMNS = logs.parse_columns("user=user_id,item=item_id,timestamp=timestamp")
+COLUMNS = parse_columns("user=user_id,item=item_id,timestamp=timestamp")
 
 
 def flm(*arguments: str | Path) -> int:
@@ -32,7 +34,7 @@ def flm(*arguments: str | Path) -> int:
 
 
 def read(source: str, file: Path) -> pl.DataFrame:
-    shard = only_shard(logs.read(source, str(file), logs.Mapping(COLUMNS)))
+    shard = only_shard(logs.read(source, str(file), LogOptions(COLUMNS)))
     return pl.concat(shard.batches(Dropped()))
 
 

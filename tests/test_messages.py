@@ -17,7 +17,7 @@ from flm_torchrec import pages
 from flm_torchrec.cli import main
 from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.export.stores.load import opened
-from flm_torchrec.prepare.sources.logs import Mapping
+from flm_torchrec.prepare.options import LogOptions
 from flm_torchrec.prepare.sources.logs import read as read_logs
 from flm_torchrec.safe_text import redact, redact_address, visible
 from flm_torchrec.terminal import PlainConsole
@@ -126,7 +126,7 @@ def test_a_bad_name_of_a_store_tells_no_password() -> None:
 def test_preparing_keeps_no_password(tmp_path: Path) -> None:
     """The name of data set and files comes from the address, and goes into schema.json and reports."""
     (tmp_path / "x.csv").write_text("u,i\n1,2\n")
-    mapping = Mapping(columns={"user": "u", "item": "i"})
+    mapping = LogOptions(columns={"user": "u", "item": "i"})
     with pytest.raises(DataError) as error:
         read_logs("csv", f"http://someone:{MARK}@127.0.0.1:1/x.csv", mapping)
     assert MARK not in str(error.value)

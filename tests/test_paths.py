@@ -12,7 +12,7 @@ import pytest
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import load_prepared
 from flm_torchrec.data.row_groups import RowGroups
-from flm_torchrec.prepare.sources.shards import places
+from flm_torchrec.prepare.sources.shards import find_files
 from tests.test_prepare_shards import contents
 
 NAMES = (
@@ -99,7 +99,7 @@ def test_a_file_that_is_there_comes_before_a_pattern(tmp_path: Path) -> None:
         (tmp_path / name).write_text("u,i\na,x\n")
 
     def found(pattern: str) -> list[str]:
-        return [place.name for place in places("csv", str(tmp_path / pattern))]
+        return [file.name for file in find_files("csv", str(tmp_path / pattern))]
 
     assert found("a[12].csv") == ["a[12].csv"] and found("b*.csv") == ["b*.csv"]
     assert found("a[1-2].csv") == ["a1.csv", "a2.csv"] and found("a?.csv") == ["a1.csv", "a2.csv"]
@@ -109,8 +109,8 @@ def test_a_file_that_is_there_comes_before_a_pattern(tmp_path: Path) -> None:
     for name in ("x[1]/1.csv", "x[1]/2.csv", "x1/3.csv"):
         with fsspec.open(f"memory://{tmp_path.name}/k=v/{name}", "w") as file:
             file.write("u,i\na,x\n")
-    assert [place.name for place in places("csv", url)] == ["1.csv", "2.csv"]
-    assert [place.name for place in places("csv", f"{url}/*.csv")] == ["1.csv", "2.csv"]
+    assert [file.name for file in find_files("csv", url)] == ["1.csv", "2.csv"]
+    assert [file.name for file in find_files("csv", f"{url}/*.csv")] == ["1.csv", "2.csv"]
 
 
 def test_a_backslash_in_the_output_is_refused_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import load_prepared
-from flm_torchrec.data.schema import Entity
 from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.clean import Dropped
+from flm_torchrec.prepare.column_options import parse_columns
+from flm_torchrec.prepare.options import LogOptions, NumberForm, TextForm
 from flm_torchrec.prepare.sources import lines, logs
-from flm_torchrec.prepare.sources.form import Form, Numbers
-from flm_torchrec.prepare.sources.raw import Raw
-from flm_torchrec.prepare.sources.sides import Side
+from flm_torchrec.prepare.sources.number_text import read_numbers
+from flm_torchrec.prepare.sources.source_data import SourceData
 from tests.conftest import only_shard
 
 COLUMNS = "user=u,item=i"
@@ -30,28 +30,28 @@ def flm(*arguments: str | Path) -> int:
     return main(["prepare", *map(str, arguments)])
 
 
-def events(file: Path, columns: str = COLUMNS, form: Form | None = None) -> tuple[pl.DataFrame, Dropped]:
+def events(file: Path, columns: str = COLUMNS, form: TextForm | None = None) -> tuple[pl.DataFrame, Dropped]:
     """All rows of a file and what was dropped or noted of it."""
     source = file.suffix.removeprefix(".")
     dropped = Dropped()
-    shard = only_shard(logs.read(source, str(file), logs.Mapping(logs.parse_columns(columns), form=form or Form())))
+    shard = only_shard(logs.read(source, str(file), LogOptions(parse_columns(columns), form=form or TextForm())))
     return pl.concat(list(shard.batches(dropped))), dropped
 
 
-def items_of(raw: Raw) -> pl.DataFrame:
+def items_of(raw: SourceData) -> pl.DataFrame:
     """What a source says of items."""
     assert raw.items is not None
     return raw.items
 
 
-def described(file: Path, kinds: dict[str, Any], form: Form | None = None, key: str = "i", **mapping: Any) -> Raw:
+def described(
+    file: Path, kinds: dict[str, Any], form: TextForm | None = None, key: str = "i", **options: Any
+) -> SourceData:
     """What a file says of items, beside a file of one event."""
     log = file.with_name("log.csv")
     log.write_text("u,i\na,x\n")
-    side: dict[Entity, Side] = {"item": Side(str(file), key, kinds)}
-    return logs.read(
-        "csv", str(log), logs.Mapping(logs.parse_columns(COLUMNS), form=form or Form(), sides=side, **mapping)
-    )
+    options |= {"items": str(file), "item_key": key, "item_features": kinds}
+    return logs.read("csv", str(log), LogOptions(parse_columns(COLUMNS), form=form or TextForm(), **options))
 
 
 def written(folder: Path, kind: str, rows: list[dict[str, Any]]) -> Path:
@@ -121,7 +121,7 @@ def test_a_list_separator_that_never_occurs_is_told_by_column(tmp_path: Path) ->
     tags, one = described(file, kinds).warnings
     assert "'|' never occurs in column 'tags'" in tags and "';' occurs in 1 of 2" in tags
     assert "'|' never occurs in column 'one'" in one and "occurs in" not in one.split("one'", 1)[1]
-    assert described(file, {"tags": "multi_categorical"}, Form(list_separator=";")).warnings == ()
+    assert described(file, {"tags": "multi_categorical"}, TextForm(list_separator=";")).warnings == ()
 
 
 def test_paths_lead_into_objects(tmp_path: Path) -> None:
@@ -203,17 +203,17 @@ def test_encodings(tmp_path: Path, encoding: str, kind: str, monkeypatch: pytest
     user = "中文" if encoding == "big5" else "Zoë"
     text = f"u,i\n{user},x\nb,y\n" if kind == "csv" else f'{{"u": "{user}", "i": "x"}}\n{{"u": "b", "i": "y"}}\n'
     (tmp_path / f"l.{kind}").write_bytes(text.encode(encoding))
-    found, dropped = events(tmp_path / f"l.{kind}", form=Form(encoding=encoding))
+    found, dropped = events(tmp_path / f"l.{kind}", form=TextForm(encoding=encoding))
     assert found["user"].to_list() == [user, "b"] and not dropped.counts
     items = tmp_path / f"items.{kind}"
     items.write_bytes(text.replace('"u"', '"name"').replace("u,", "name,").encode(encoding))
-    raw = described(items, {"name": "text"}, Form(encoding=encoding))
+    raw = described(items, {"name": "text"}, TextForm(encoding=encoding))
     assert items_of(raw)["name"].to_list() == [user, "b"]
 
 
 def test_what_an_encoding_does_not_know_is_dropped_with_its_row(tmp_path: Path) -> None:
     (tmp_path / "l.csv").write_bytes(b"u,i\na\x81,x\nb,y\n")
-    found, dropped = events(tmp_path / "l.csv", form=Form(encoding="cp1252"))
+    found, dropped = events(tmp_path / "l.csv", form=TextForm(encoding="cp1252"))
     assert found["user"].to_list() == ["b"]
     assert dropped.to_json() == {"malformed: not cp1252": {"rows": 1, "examples": ["l.csv: row 1"]}}
 
@@ -237,8 +237,9 @@ def test_quoted_fields_go_over_lines(tmp_path_factory, records, block, end, clos
     file.write_bytes((end.join(["u,i", *body]) + (end if closed else "")).encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lines, "BLOCK", block)
-        found, dropped = events(file, form=Form(multiline=True))
-    assert found.select("user", "item").rows() == records and not dropped.counts
+        found, dropped = events(file, form=TextForm(multiline=True))
+    expected = [(user.strip() or None, item) for user, item in records]  # an id has no white space around it
+    assert found.select("user", "item").rows() == expected and not dropped.counts
     first = [1 + "".join(body[:n]).count("\n") + n for n in range(len(body))]  # the line that a record begins in
     assert found["row"].to_list() == first
 
@@ -247,47 +248,59 @@ def test_a_line_break_in_quotes_needs_multiline(tmp_path: Path) -> None:
     (tmp_path / "l.csv").write_text('u,i\n"a\nb",x\nc"d,y\ne"f,z\ng,w\n')
     found, dropped = events(tmp_path / "l.csv")
     assert found["item"].to_list() == ["w"] and dropped.counts == {"malformed: a quote is not closed on its line": 4}
-    found, dropped = events(tmp_path / "l.csv", form=Form(multiline=True))
+    found, dropped = events(tmp_path / "l.csv", form=TextForm(multiline=True))
     assert found.select("user", "item", "row").rows() == [("a\nb", "x", 1), ("g", "w", 5)]
     assert dropped.to_json() == {"malformed: a quote inside a field": {"rows": 1, "examples": ["l.csv: row 3"]}}
     (tmp_path / "l.csv").write_text('u,i\na,x\n"b,y\nc,z\n')
-    found, dropped = events(tmp_path / "l.csv", form=Form(multiline=True))
+    found, dropped = events(tmp_path / "l.csv", form=TextForm(multiline=True))
     assert found["user"].to_list() == ["a"] and list(dropped.examples.values()) == [["l.csv: row 2"]]
 
 
 @pytest.mark.parametrize(
     ("numbers", "text", "value"),
     [
-        (Numbers(",", "."), "1.234,56", 1234.56), (Numbers(",", "."), "1.5", None),
-        (Numbers(",", "."), "1.234", 1234),
-        (Numbers(","), "0,5", 0.5), (Numbers(","), "0.5", None), (Numbers(","), ",5", 0.5), (Numbers(","), " 7 ", 7),
-        (Numbers(","), "-1,5e2", -150), (Numbers(","), "", None), (Numbers(), " 7 ", 7), (Numbers(), "1e3", 1000),
-        (Numbers(",", " "), "1\u202f234\u00a0567,5", 1234567.5), (Numbers(".", ","), "12,34,567.5", 1234567.5),
-        (Numbers(".", "'"), "-1'000", -1000), (Numbers(".", ","), "1,23", None), (Numbers(".", ","), "1,234", 1234),
-        (Numbers(currency="$"), "$12.50", 12.5), (Numbers(currency="$"), "-$ 3", -3),
-        (Numbers(currency="$"), "€3", None), (Numbers(",", ".", "EUR"), "1.000,5 EUR", 1000.5),
-        (Numbers(",", ".", "€"), "€", None),
+        (NumberForm(",", "."), "1.234,56", 1234.56),
+        (NumberForm(",", "."), "1.5", None),
+        (NumberForm(",", "."), "1.234", 1234),
+        (NumberForm(","), "0,5", 0.5),
+        (NumberForm(","), "0.5", None),
+        (NumberForm(","), ",5", 0.5),
+        (NumberForm(","), " 7 ", 7),
+        (NumberForm(","), "-1,5e2", -150),
+        (NumberForm(","), "", None),
+        (NumberForm(), " 7 ", 7),
+        (NumberForm(), "1e3", 1000),
+        (NumberForm(",", " "), "1\u202f234\u00a0567,5", 1234567.5),
+        (NumberForm(".", ","), "12,34,567.5", 1234567.5),
+        (NumberForm(".", "'"), "-1'000", -1000),
+        (NumberForm(".", ","), "1,23", None),
+        (NumberForm(".", ","), "1,234", 1234),
+        (NumberForm(currency="$"), "$12.50", 12.5),
+        (NumberForm(currency="$"), "-$ 3", -3),
+        (NumberForm(currency="$"), "€3", None),
+        (NumberForm(",", ".", "EUR"), "1.000,5 EUR", 1000.5),
+        (NumberForm(",", ".", "€"), "€", None),
     ],
-)  # fmt: skip
-def test_numbers_are_read_as_people_write_them(numbers: Numbers, text: str, value: float | None) -> None:
-    assert numbers.read(pl.Series("n", [text])).to_list() == [value]
+)
+def test_numbers_are_read_as_people_write_them(numbers: NumberForm, text: str, value: float | None) -> None:
+    assert read_numbers(pl.Series("n", [text]), numbers).to_list() == [value]
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_numbers_of_events_and_features_are_written_alike(tmp_path: Path, kind: str) -> None:
-    form = Form(numbers=Numbers(",", ".", "€"))
+    form = TextForm(numbers=NumberForm(",", ".", "€"))
     rows = [{"u": "a", "i": "x", "v": "1.000,5 €", "w": "0,5|2"}, {"u": "a", "i": "y", "v": "2,5", "w": "1,5|-3"}]
     file = written(tmp_path, kind, rows)
     assert events(file, f"{COLUMNS},value=v", form)[0]["value"].to_list() == [1000.5, 2.5]
     raw = described(file, {"v": "numeric", "w": "dense"}, form)
     assert items_of(raw)["v"].to_list() == [1000.5, 2.5] and items_of(raw)["w"].to_list() == [[0.5, 2.0], [1.5, -3.0]]
     with pytest.raises(DataError, match=r"column 'v': '1\.000,5 €' is no number as --decimal ','"):
-        described(file, {"v": "numeric"}, Form(numbers=Numbers(",")))
+        described(file, {"v": "numeric"}, TextForm(numbers=NumberForm(",")))
 
 
 def test_numbers_of_json_stay_what_they_are(tmp_path: Path) -> None:
     rows = [{"u": 1.5, "i": "x", "v": 1.5, "w": [0.5, 2]}, {"u": 2, "i": "y", "v": "1,25", "w": [1e-3, 2]}]
-    file, form = written(tmp_path, "jsonl", rows), Form(numbers=Numbers(","))
+    file, form = written(tmp_path, "jsonl", rows), TextForm(numbers=NumberForm(","))
     found, _ = events(file, f"{COLUMNS},value=v", form)
     assert found["value"].to_list() == [1.5, 1.25] and found["user"].to_list() == ["1.5", "2"]
     raw = described(file, {"v": "numeric", "w": "dense"}, form)

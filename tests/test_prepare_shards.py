@@ -111,7 +111,7 @@ def write_logs(folder: Path, kind: str = "csv", files: int = 5) -> Path:
 
 
 def test_the_same_bytes_however_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flm_torchrec.prepare.prepare.ROWS_PER_FILE", 50)
+    monkeypatch.setattr("flm_torchrec.prepare.interactions.ROWS_PER_BUCKET", 50)
     cleaning = ("--dedup", "exact", "--min-item-events", "2", "--session-gap", "20")
     made = {}
     for name, kind, machine in (

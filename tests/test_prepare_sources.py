@@ -6,6 +6,7 @@ import json
 import re
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -15,7 +16,9 @@ from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.clean import Dropped
-from flm_torchrec.prepare.prepare import Options, prepare
+from flm_torchrec.prepare.column_options import parse_columns
+from flm_torchrec.prepare.options import LogOptions, PrepareOptions
+from flm_torchrec.prepare.prepare import prepare
 from flm_torchrec.prepare.sources import logs, movielens, s3rec
 from tests.conftest import only_shard
 
@@ -25,12 +28,12 @@ def flm(*arguments: str | Path) -> int:
 
 
 def test_beauty_has_the_published_counts(real_data: Path, tmp_path: Path) -> None:
-    report = prepare(s3rec.read(real_data / "beauty"), tmp_path / "d", Options())
+    report = prepare(s3rec.read(real_data / "beauty"), tmp_path / "d", PrepareOptions())
     assert (report["users"], report["items"], report["rows_kept"]) == (22363, 12101, 198502)
 
 
 def test_ml_100k_has_the_published_counts(real_data: Path, tmp_path: Path) -> None:
-    prepare(movielens.read(real_data / "ml-100k"), tmp_path / "d", Options())
+    prepare(movielens.read(real_data / "ml-100k"), tmp_path / "d", PrepareOptions())
     data = load_prepared(tmp_path / "d")
     assert (data.schema.users, data.schema.items, data.schema.interactions) == (943, 1682, 100_000)
     assert data.titles[0] == "Toy Story" and data.item_keys[0] == "1"
@@ -63,7 +66,7 @@ def test_both_layouts_of_movielens_give_the_same_data(tmp_path: Path) -> None:
     found: list[PreparedData] = []
     for name, files in (("grouplens", GROUPLENS), ("atomic", ATOMIC)):
         raw = movielens.read(write(tmp_path / name, files, "latin-1" if name == "grouplens" else "utf-8"))
-        prepare(raw, tmp_path / f"{name}-out", Options())
+        prepare(raw, tmp_path / f"{name}-out", PrepareOptions())
         found.append(load_prepared(tmp_path / f"{name}-out"))
     one, two = found
     assert one.schema == two.schema and one.titles == two.titles == ["Amélie", "Unknown"]
@@ -132,10 +135,12 @@ def test_own_logs_from_several_parquet_files_with_dates(tmp_path: Path) -> None:
         ([float("nan")], "s", None),
     ],
 )
-def test_timestamps(tmp_path: Path, times: list[object], unit: str, seconds: int | None) -> None:
+def test_timestamps(
+    tmp_path: Path, times: list[object], unit: Literal["s", "ms", "us", "ns"], seconds: int | None
+) -> None:
     file = tmp_path / "l.parquet"
     pl.DataFrame({"user_id": ["a"], "item_id": ["x"], "timestamp": times}).write_parquet(file)
-    mapping = logs.Mapping(logs.parse_columns("user=user_id, item=item_id, timestamp=timestamp"), time_unit=unit)
+    mapping = LogOptions(parse_columns("user=user_id, item=item_id, timestamp=timestamp"), time_unit=unit)
     shard = only_shard(logs.read("parquet", str(file), mapping))
     assert pl.concat(shard.batches(Dropped()))["timestamp"].to_list() == [seconds]
 

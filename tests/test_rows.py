@@ -24,7 +24,8 @@ from flm_torchrec.distributed.shard import make_optimizer, shard
 from flm_torchrec.errors import ConfigError, DataError
 from flm_torchrec.model.tables import EVICTION_INTERVAL, user_tables
 from flm_torchrec.planner.plan import make_plan
-from flm_torchrec.prepare.prepare import Options, prepare
+from flm_torchrec.prepare.options import PrepareOptions
+from flm_torchrec.prepare.prepare import prepare
 from flm_torchrec.prepare.sources import synthetic
 from flm_torchrec.prepare.table_options import by_table, parse_tables
 from tests.conftest import ROOT
@@ -33,7 +34,7 @@ CHOICE = "user_id=zch:64,title=zch:32:lru,brand=hash:5"
 
 
 def prepared(folder: Path) -> PreparedData:
-    options = Options(tables=parse_tables(CHOICE))
+    options = PrepareOptions(tables=parse_tables(CHOICE))
     prepare(synthetic.read(synthetic.Recipe(users=120, items=150, events=12, seed=1)), folder, options)
     return load_prepared(folder)
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(shutil.which("java") is None, reason="Spark need
 def test_spark_writes_the_bytes_that_duckdb_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cleaning: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr("flm_torchrec.prepare.prepare.ROWS_PER_FILE", 60)
+    monkeypatch.setattr("flm_torchrec.prepare.interactions.ROWS_PER_BUCKET", 60)
     logs = write_logs(tmp_path / "logs")
     (logs / "5.csv").write_bytes(HEADER + b"u1,i1\nu1,,4\nu1,i2,1000\n")
     for engine in ("duckdb", "spark"):

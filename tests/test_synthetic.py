@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import load_prepared
 from flm_torchrec.errors import DataError
-from flm_torchrec.prepare.prepare import Options, prepare
+from flm_torchrec.prepare.options import PrepareOptions
+from flm_torchrec.prepare.prepare import prepare
 from flm_torchrec.prepare.sources import synthetic
-from flm_torchrec.prepare.sources.raw import Raw
+from flm_torchrec.prepare.sources.source_data import SourceData
 from flm_torchrec.prepare.sources.synthetic import MECHANISMS, Recipe
 from tests.conftest import rows_of
 
@@ -23,11 +24,11 @@ SMALL = Recipe(users=1200, items=400, events=24, seed=3)
 
 
 @pytest.fixture(scope="module")
-def raw() -> Raw:
+def raw() -> SourceData:
     return synthetic.read(SMALL)
 
 
-def codes(raw: Raw) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def codes(raw: SourceData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """User, item and segment of each event, in order."""
     rows = rows_of(raw)
     user, item = (rows[name].str.slice(1).cast(int).to_numpy() for name in ("user", "item"))
@@ -62,17 +63,17 @@ def test_shares_and_lengths_follow_the_recipe() -> None:
     assert len(rows) / 500 == pytest.approx(20, rel=0.05)
 
 
-def test_another_seed_gives_other_data(raw: Raw) -> None:
+def test_another_seed_gives_other_data(raw: SourceData) -> None:
     assert not rows_of(raw).equals(rows_of(synthetic.read(Recipe(users=1200, items=400, events=24, seed=4))))
 
 
-def test_popularity_is_skewed_but_moderately(raw: Raw) -> None:
+def test_popularity_is_skewed_but_moderately(raw: SourceData) -> None:
     counts = np.sort(np.bincount(codes(raw)[1], minlength=SMALL.items))[::-1]
     top = counts[: SMALL.items // 10].sum() / counts.sum()
     assert 0.15 < top < 0.5
 
 
-def test_an_event_follows_the_planted_successors_where_the_sequence_drew_it(raw: Raw) -> None:
+def test_an_event_follows_the_planted_successors_where_the_sequence_drew_it(raw: SourceData) -> None:
     user, item, segment = codes(raw)
     same = np.flatnonzero(user[1:] == user[:-1])
     pair = item[same] * SMALL.items + item[same + 1]
@@ -81,7 +82,7 @@ def test_an_event_follows_the_planted_successors_where_the_sequence_drew_it(raw:
     assert by["sequential"] > 0.7 and max(by["content"], by["collaborative"]) < 0.1
 
 
-def test_content_events_share_visible_features_and_collaborative_ones_do_not(raw: Raw) -> None:
+def test_content_events_share_visible_features_and_collaborative_ones_do_not(raw: SourceData) -> None:
     user, item, segment = codes(raw)
     assert raw.items is not None and raw.users is not None
     genre = raw.items["genre"].to_numpy()
@@ -92,7 +93,7 @@ def test_content_events_share_visible_features_and_collaborative_ones_do_not(raw
     assert told[segment == "collaborative"].mean() == pytest.approx(chance, abs=0.04)
 
 
-def popularity(raw: Raw) -> dict[str, float]:
+def popularity(raw: SourceData) -> dict[str, float]:
     """NDCG@10 of ranking each user's last item by the count of all earlier events, by segment."""
     user, item, segment = codes(raw)
     last = np.append(user[1:] != user[:-1], True)
@@ -105,7 +106,7 @@ def popularity(raw: Raw) -> dict[str, float]:
     return {m: ndcg[segment[last] == m].mean() for m in MECHANISMS}
 
 
-def test_each_mechanism_alone_is_far_above_popularity_on_its_segment(raw: Raw) -> None:
+def test_each_mechanism_alone_is_far_above_popularity_on_its_segment(raw: SourceData) -> None:
     assert raw.oracle is not None
     base = popularity(raw)
     for name in MECHANISMS:
@@ -154,7 +155,7 @@ def test_prepared_it_says_that_it_is_made_up(tmp_path: Path, capsys: pytest.Capt
 
 def test_the_oracle_is_not_told_of_thinned_out_data(tmp_path: Path) -> None:
     raw = synthetic.read(Recipe(users=50, items=120, events=6))
-    report = prepare(raw, tmp_path / "d", Options(k_core=3))
+    report = prepare(raw, tmp_path / "d", PrepareOptions(k_core=3))
     assert 0 < report["rows_kept"] < report["rows_read"] and "oracle" not in report
 
 

@@ -21,7 +21,8 @@ from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.export.tower.reader import HISTORY_FIELDS, History, PackagedTower, TowerQuery
 from flm_torchrec.export.tower.writer import Precision, write_tower
-from flm_torchrec.prepare.prepare import Options, prepare
+from flm_torchrec.prepare.options import PrepareOptions
+from flm_torchrec.prepare.prepare import prepare
 from flm_torchrec.prepare.sources import synthetic
 from flm_torchrec.prepare.table_options import parse_tables
 from flm_torchrec.training.gathered import PackagedModel
@@ -180,7 +181,7 @@ def test_an_added_item_in_a_history_is_its_content(small: PreparedData, tmp_path
 def test_hashed_and_managed_rows_are_packaged_too(tmp_path: Path) -> None:
     recipe = synthetic.Recipe(users=60, items=100, events=8, seed=3)
     tables = parse_tables("user_id=zch:40,brand=hash:7,genre=zch:9")
-    prepare(synthetic.read(recipe), tmp_path / "data", Options(tables=tables))
+    prepare(synthetic.read(recipe), tmp_path / "data", PrepareOptions(tables=tables))
     users = np.arange(60)
     with made(load_prepared(tmp_path / "data")) as job:
         want = trained(job, users)

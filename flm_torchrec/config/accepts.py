@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -20,10 +20,16 @@ def accepts(hint: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(str, inner))}" if len(inner) > 1 else f"'{inner[0]}'"
     if origin in (Union, UnionType):
-        return ", or ".join(map(accepts, inner))
+        return ", or ".join(accepts(kind) for kind in inner if kind is not NoneType)
     if origin is tuple:
         return f"one or several, separated by commas, each {accepts(inner[0])}"
     return {bool: "true or false", int: "a whole number", float: "a number", str: TEXT}[hint]
+
+
+def setting_help(description: str, taken: str, default: Any) -> str:
+    """Help of a setting, as argparse wants it: what it is, what it takes as `accepts` says it, and its default."""
+    text = f"{description}; {taken}" if taken != TEXT else description
+    return f"{text} (default: {default})".replace("%", "%%")
 
 
 def _ranged(kind: Any, limits: list[Any]) -> str:

@@ -12,7 +12,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from flm_torchrec.config.accepts import TEXT, accepts
+from flm_torchrec.config.accepts import accepts, setting_help
 from flm_torchrec.config.schema import Config
 from flm_torchrec.documents import Unreadable, parse_yaml, read_yaml, shortened
 from flm_torchrec.errors import ConfigError
@@ -111,16 +111,15 @@ def add_overrides(parser: argparse.ArgumentParser, names: Iterable[str], default
         hints = get_type_hints(kind, include_extras=True)
         for field in fields(kind):
             infos = [m for m in hints[field.name].__metadata__ if isinstance(m, FieldInfo)]
-            text = next(info.description for info in infos if info.description).replace("%", "%%")
+            description = next(info.description for info in infos if info.description)
             own = field.default if field.default is not MISSING else ""
             default = defaults.get(f"{section}.{field.name}", defaults.get(section, own))
             default = ",".join(map(str, default)) if isinstance(default, tuple) else default
-            taken = accepts(hints[field.name]).replace("%", "%%")
             group.add_argument(
                 f"--{section}.{field.name}",
                 dest=f"override:{section}.{field.name}",
                 metavar="VALUE",
-                help=f"{text}; {taken} (default: {default})" if taken != TEXT else f"{text} (default: {default})",
+                help=setting_help(description, accepts(hints[field.name]), default),
             )
 
 

@@ -1,4 +1,4 @@
-"""Interactions: bad rows out and counted, duplicates found, sessions told apart, and what a core keeps."""
+"""Rules of cleaning: which rows are bad, which are duplicates, and where a session begins."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 
 from flm_torchrec.data.times import LATEST, TOO_LATE
+from flm_torchrec.prepare.options import PrepareOptions
 
 EXAMPLES = 5
 """Rows of the source that the report names for each reason."""
@@ -21,7 +22,7 @@ class Dropped:
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    """What was read otherwise than it was named, a line each."""
+    """Columns or cells that were not read as the user may expect, a line each."""
 
     def note(self, line: str) -> None:
         """Keep a line, once."""
@@ -46,22 +47,25 @@ class Dropped:
         return frame.filter(~bad)
 
     def merge(self, other: Dropped) -> None:
+        """Add the rows and notes of another."""
         for reason, rows in other.counts.items():
             self.add(reason, rows, other.examples[reason])
         for line in other.notes:
             self.note(line)
 
     def to_json(self) -> dict[str, Any]:
+        """Rows and examples by reason, as report.json has them."""
         return {reason: {"rows": n, "examples": self.examples[reason]} for reason, n in self.counts.items()}
 
     @classmethod
     def from_json(cls, record: dict[str, Any], notes: list[str]) -> Dropped:
+        """What `to_json` gave, with the notes."""
         rows, examples = ({r: d[name] for r, d in record.items()} for name in ("rows", "examples"))
         return cls(rows, {r: list(shown) for r, shown in examples.items()}, list(notes))
 
 
 def _finite(value: pl.Expr) -> pl.Expr:
-    """As it will be stored: a number too large for float32 is none."""
+    """Whether a value is finite as float32, which it is stored as."""
     return value.cast(pl.Float32).is_finite().fill_null(False)
 
 
@@ -73,8 +77,8 @@ def drop_bad(frame: pl.DataFrame, dropped: Dropped, min_value: float | None) -> 
 
 
 def rules(min_value: float | None = None) -> list[tuple[str, pl.Expr]]:
-    """Why a row is dropped, and which ones are; the first reason counts."""
-    found = [
+    """Each reason to drop a row, with the condition for it; a row is counted under its first reason."""
+    conditions = [
         ("no user", pl.col("user").is_null() | (pl.col("user") == "")),
         ("no item", pl.col("item").is_null() | (pl.col("item") == "")),
         ("timestamp missing or unreadable", pl.col("timestamp").is_null()),
@@ -83,11 +87,11 @@ def rules(min_value: float | None = None) -> list[tuple[str, pl.Expr]]:
         ("value missing or not a finite number", ~_finite(pl.col("value"))),
     ]
     if min_value is not None:
-        found.append((f"value below {min_value}", pl.col("value") < min_value))
-    return found
+        conditions.append((f"value below {min_value}", pl.col("value") < min_value))
+    return conditions
 
 
-ORDER = "seconds, shard, place"
+ORDER = "seconds, shard, row_index"
 """A user's events: by time, then by order of input."""
 
 
@@ -104,33 +108,32 @@ DEDUP: dict[str, Callable[[int], str]] = {
     "exact": lambda _: _nth("user_id, item_id, seconds, event"),
     "consecutive": lambda _: f"LAG(item_id) OVER (PARTITION BY user_id ORDER BY {ORDER}) = item_id",
     "first": lambda _: _nth("user_id, item_id"),
-    "last": lambda _: _nth("user_id, item_id", "seconds DESC, shard DESC, place DESC"),
+    "last": lambda _: _nth("user_id, item_id", "seconds DESC, shard DESC, row_index DESC"),
     "window": lambda window: f"{_since('user_id, item_id, event')} <= {window}",
 }
 """SQL: which rows are duplicates. exact: same user, item, time and event; consecutive: the same item again at once;
 first, last: keep a user's first or last event with an item; window: the same user, item and event at most so many
-seconds after the one before, be that kept or not."""
+seconds after the one before, even if that one is a duplicate itself."""
 
 
-def mark_sql(dedup: str, window: int, session_gap: int, timestamps: bool, extra: str = "") -> str:
+def mark_sql(options: PrepareOptions, timestamps: bool, extra: str = "") -> str:
     """SQL over `coded`: its rows, with `seconds`, `duplicate` (0 or 1) and, if there is a gap, `session` (from 0).
 
     Plain enough for DuckDB and Spark alike. Without timestamps, seconds are the position in the user's sequence.
 
     Args:
-        window: of 'window', in seconds.
-        session_gap: a pause of more seconds starts a session; 0: no sessions.
+        timestamps: false where only the order of the rows counts.
         extra: further columns to keep, each after a comma.
     """
-    when = "stamp" if timestamps else "ROW_NUMBER() OVER (PARTITION BY user_id ORDER BY shard, place) - 1"
-    columns = f"user_id, item_id, seconds, event, worth, shard, place, line, bucket{extra}"
+    when = "event_time" if timestamps else "ROW_NUMBER() OVER (PARTITION BY user_id ORDER BY shard, row_index) - 1"
+    columns = f"user_id, item_id, seconds, event, event_value, shard, row_index, line, bucket{extra}"
     marked = f"""
-        SELECT {columns}, CASE WHEN {DEDUP[dedup](window)} THEN 1 ELSE 0 END AS duplicate
+        SELECT {columns}, CASE WHEN {DEDUP[options.dedup](options.dedup_window)} THEN 1 ELSE 0 END AS duplicate
         FROM (SELECT *, CAST({when} AS BIGINT) AS seconds FROM coded) AS timed"""
-    if not session_gap:
+    if not options.session_gap:
         return marked
     return f"""
         SELECT {columns}, duplicate,
-            CAST(SUM(CASE WHEN pause > {session_gap} THEN 1 ELSE 0 END)
+            CAST(SUM(CASE WHEN pause > {options.session_gap} THEN 1 ELSE 0 END)
                 OVER (PARTITION BY user_id, duplicate ORDER BY {ORDER}) AS INTEGER) AS session
         FROM (SELECT *, {_since("user_id, duplicate")} AS pause FROM ({marked}) AS marked) AS paused"""

@@ -1,19 +1,19 @@
-"""Are so many rows dropped that the result may be wrong: what to say of it, and when to stop."""
+"""What to say, and when to stop, where so many rows are dropped that the result may be wrong."""
 
 from __future__ import annotations
 
 from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.clean import Dropped
 
-LOUD = 0.2
-"""Share of the rows read; a warning tells of more."""
+WARN_ABOVE = 0.2
+"""Dropped share of the rows read above which a warning is given."""
 
 ASKED = {
     "value below": "that is what --min-value asks for: lower it to keep more",
     "duplicate": "that is what --dedup asks for: choose another to keep more",
     "outside the": "that is what --k-core, --min-user-events and --min-item-events ask for: lower them to keep more",
 }
-"""By the start of a reason, of rows that an option takes out on purpose: the mend."""
+"""What to do, by the start of a reason why an option takes rows out on purpose."""
 MENDS = {
     "no user": "name the column or field of the user in --columns",
     "no item": "name the column or field of the item in --columns",
@@ -26,31 +26,32 @@ MENDS = {
     "malformed: not a JSON object": "give the --source of the file: jsonl has an object a line",
     "malformed: not": "check --separator and --encoding",
 }
-"""By the start of a reason, the first that fits: the mend."""
+"""What to do, by the start of any other reason; the first that fits counts."""
 
 
-def check_losses(name: str, rows_read: int, dropped: Dropped, most: float) -> None:
-    """Stop where more than the share `most` of the rows cannot be read or lack what an event needs.
+def check_share_dropped(name: str, rows_read: int, dropped: Dropped, max_dropped: float) -> None:
+    """Check that at most the share `max_dropped` of the rows cannot be read or lacks what an event needs.
 
     Rows that an option takes out on purpose do not count.
 
     Raises:
-        DataError: names the main reason, a row of it, and the mend.
+        DataError: names the main reason, a row, and what to do.
     """
     unasked = {reason: n for reason, n in dropped.counts.items() if not reason.startswith(tuple(ASKED))}
-    lost = sum(unasked.values())
-    if lost > most * rows_read:
+    unusable = sum(unasked.values())
+    if unusable > max_dropped * rows_read:
         reason = max(unasked, key=unasked.__getitem__)
         raise DataError(
-            f"{name}: {lost} of {rows_read} rows ({lost / rows_read:.1%}) cannot be used, most: {reason}"
-            f" (e.g. {dropped.examples[reason][0]}); {mend(reason)}; to go on with the rest, raise --max-dropped {most}"
+            f"{name}: {unusable} of {rows_read} rows ({unusable / rows_read:.1%}) cannot be used, most: {reason}"
+            f" (e.g. {dropped.examples[reason][0]}); {mend(reason)}; to go on with the rest,"
+            f" raise --max-dropped {max_dropped}"
         )
 
 
-def warning_of(rows_read: int, rows_kept: int, dropped: Dropped) -> list[str]:
-    """A line where more rows are dropped than may go without a word; else none."""
+def warnings_of(rows_read: int, rows_kept: int, dropped: Dropped) -> list[str]:
+    """One line if more than the share `WARN_ABOVE` of the rows is dropped; else none."""
     lost = rows_read - rows_kept
-    if lost <= LOUD * rows_read:
+    if lost <= WARN_ABOVE * rows_read:
         return []
     reason = max(dropped.counts, key=dropped.counts.__getitem__)
     return [
@@ -60,6 +61,6 @@ def warning_of(rows_read: int, rows_kept: int, dropped: Dropped) -> list[str]:
 
 
 def mend(reason: str) -> str:
-    """What to do about rows dropped for it."""
+    """What to do about rows that were dropped for a reason."""
     fitting = [text for start, text in {**ASKED, **MENDS}.items() if reason.startswith(start)]
     return fitting[0] if fitting else "mend the file, or check --columns"

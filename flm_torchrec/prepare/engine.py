@@ -1,4 +1,4 @@
-"""What runs the SQL of preparation: DuckDB on one machine, within a given memory; what does not fit goes to disk."""
+"""DuckDB runs the SQL of preparation on one machine, in a given memory; what does not fit goes to disk."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ import duckdb
 import polars as pl
 
 from flm_torchrec.prepare import sql
-from flm_torchrec.prepare.sources.raw import Shard
+from flm_torchrec.prepare.sources.source_data import Shard
 
 SHARE = 0.5
-"""Of the memory given that DuckDB may fill: the rest is for Python, Polars, Arrow and what DuckDB does not count."""
+"""Of the given memory, for DuckDB's buffers; the rest is for Python, Polars, Arrow and what DuckDB does not count."""
 
 
 class Engine(Protocol):
     """Runs standard SQL over Parquet files."""
 
     def shards(self, shards: Sequence[Shard], take_in: Callable[[int, Shard], None]) -> None:
-        """Call `take_in` with each shard and its number, in any order and place."""
+        """Call `take_in` with each number and shard, in any order, on any machine."""
 
     def files(self, name: str, files: Sequence[Path]) -> None:
-        """Let SQL know the rows of Parquet files by that name."""
+        """Make the rows of Parquet files a view of that name."""
 
     def frame(self, name: str, frame: pl.DataFrame) -> None:
-        """Let SQL know the rows of a frame by that name."""
+        """Make a frame a view of that name."""
 
     def query(self, select: str) -> pl.DataFrame:
-        """A result that fits into memory."""
+        """The rows of a result that fits into memory."""
 
     def write(self, select: str, folder: Path) -> None:
         """Write a result of any size as Parquet, a folder `bucket=N` for each value of its column bucket."""
 
     def write_each(self, name: str, source: Path, select: str, folder: Path) -> None:
-        """As `write`; `select` reads by that name what `write` left in `source`, and may do so a bucket at a time."""
+        """As `write`; `select` reads what `write` left in `source` as the view `name`, perhaps bucket by bucket."""
 
 
 class DuckEngine:
     """DuckDB.
 
     Args:
-        memory: bytes for the whole process, 0 for most of the machine's.
-        threads: 0 for all cores.
+        memory: bytes for the process.
+        threads: 0: all cores.
         spill: folder for what does not fit.
 
     Raises:
@@ -54,8 +54,7 @@ class DuckEngine:
     def __init__(self, memory: int, threads: int, spill: Path) -> None:
         settings: dict[str, str | bool | int | float | list[str]]
         settings = {"temp_directory": sql.checked(spill), "preserve_insertion_order": "false"}
-        if memory:
-            settings["memory_limit"] = f"{int(memory * SHARE)}B"
+        settings["memory_limit"] = f"{int(memory * SHARE)}B"
         if threads:
             settings["threads"] = str(threads)
         self.connection = duckdb.connect(config=settings)
@@ -67,24 +66,30 @@ class DuckEngine:
         self.connection.close()
 
     def shards(self, shards: Sequence[Shard], take_in: Callable[[int, Shard], None]) -> None:
+        """See `Engine`."""
         for number, shard in enumerate(shards):
             take_in(number, shard)
 
     def files(self, name: str, files: Sequence[Path]) -> None:
+        """See `Engine`."""
         self.connection.execute(f"CREATE OR REPLACE VIEW {name} AS SELECT * FROM {sql.read_parquet(files)}")
 
     def frame(self, name: str, frame: pl.DataFrame) -> None:
+        """See `Engine`."""
         self.connection.register(name, frame.to_arrow())
 
     def query(self, select: str) -> pl.DataFrame:
+        """See `Engine`."""
         frame = pl.from_arrow(self.connection.sql(select).to_arrow_table())
         assert isinstance(frame, pl.DataFrame)
         return frame
 
     def write(self, select: str, folder: Path) -> None:
+        """See `Engine`."""
         self.connection.execute(f"COPY ({select}) TO {sql.target(folder)} (FORMAT parquet, PARTITION_BY (bucket))")
 
     def write_each(self, name: str, source: Path, select: str, folder: Path) -> None:
+        """See `Engine`."""
         for bucket in buckets(source):
             (folder / bucket.name).mkdir(parents=True)
             number, rows = bucket.name.removeprefix("bucket="), sql.read_parquet(sorted(bucket.glob("*.parquet")))

@@ -10,11 +10,12 @@ import polars as pl
 from flm_torchrec.data.schema import Feature
 from flm_torchrec.data.text import split_words, word_bucket
 from flm_torchrec.errors import DataError
-from flm_torchrec.prepare.sources.raw import Declared
+from flm_torchrec.prepare.options import PrepareOptions
+from flm_torchrec.prepare.sources.source_data import DeclaredFeature
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedFeature:
     """One feature, ready to be written."""
 
     feature: Feature
@@ -24,28 +25,14 @@ class Encoded:
     """Columns code and value, of categorical kinds."""
 
 
-@dataclass(frozen=True)
-class Coding:
-    """How columns are encoded."""
-
-    min_count: int = 1
-    """Rarer values of a categorical feature become unknown."""
-    text_buckets: int = 10_000
-    """Rows of a text feature's table, into which its words are hashed."""
-    text_ngrams: int = 1
-    """Runs of up to so many words are hashed."""
-    quantiles: int = 100
-    """Buckets of a quantile feature, at most."""
-
-
-def encode(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:
+def encode(declared: DeclaredFeature, column: pl.Series, options: PrepareOptions) -> EncodedFeature:
     """Encode one column, a row an entity.
 
     Raises:
         DataError: the column's type does not fit its kind.
     """
     try:
-        return _ENCODERS[declared.kind](declared, column, coding)
+        return _ENCODERS[declared.kind](declared, column, options)
     except (pl.exceptions.PolarsError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(
@@ -61,46 +48,46 @@ def _vocabulary(values: pl.Series, min_count: int) -> pl.DataFrame:
 
 
 def _coded(column: pl.Series, values: pl.Series, codes: pl.Series) -> pl.Series:
-    """Each value's code, of values or of lists of them; one that has no code is null, or left out of its list."""
+    """The code of each value, in a column of values or of lists; without a code it is null, or left out of its list."""
 
     def code(of: pl.Expr) -> pl.Expr:
         # The cast: of a column with no values at all polars keeps the type.
         return of.replace_strict(values, codes, default=None, return_dtype=pl.Int32).cast(pl.Int32)
 
-    whole = pl.col(column.name)
+    values_of = pl.col(column.name)
     listed = isinstance(column.dtype, pl.List)
-    coded = whole.list.eval(code(pl.element()).drop_nulls()) if listed else code(whole)
+    coded = values_of.list.eval(code(pl.element()).drop_nulls()) if listed else code(values_of)
     return column.to_frame().select(coded).to_series()
 
 
-def _categorical(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:
+def _categorical(declared: DeclaredFeature, column: pl.Series, options: PrepareOptions) -> EncodedFeature:
     if isinstance(column.dtype, pl.List | pl.Array):
         raise TypeError("a list; use multi_categorical")
     values = column.cast(pl.String)
-    vocabulary = _vocabulary(values, coding.min_count)
+    vocabulary = _vocabulary(values, options.min_count)
     codes = _coded(values, vocabulary["value"], vocabulary["code"])
-    return Encoded(_sparse(declared, declared.name, len(vocabulary)), [codes], vocabulary)
+    return EncodedFeature(_sparse(declared, declared.name, len(vocabulary)), [codes], vocabulary)
 
 
-def _multi_categorical(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:
+def _multi_categorical(declared: DeclaredFeature, column: pl.Series, options: PrepareOptions) -> EncodedFeature:
     lists = column.cast(pl.List(pl.String)).fill_null([])
-    vocabulary = _vocabulary(lists.explode(), coding.min_count)
+    vocabulary = _vocabulary(lists.explode(), options.min_count)
     codes = _coded(lists, vocabulary["value"], vocabulary["code"])
-    return Encoded(_sparse(declared, declared.name, len(vocabulary)), [codes], vocabulary)
+    return EncodedFeature(_sparse(declared, declared.name, len(vocabulary)), [codes], vocabulary)
 
 
-def _text(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:
+def _text(declared: DeclaredFeature, column: pl.Series, options: PrepareOptions) -> EncodedFeature:
     text = column.cast(pl.String).fill_null("")
-    words = split_words(text, coding.text_ngrams)
-    known = words.explode().drop_nulls().unique()
-    buckets = pl.Series([word_bucket(w, coding.text_buckets) for w in known], dtype=pl.Int32)
+    words = split_words(text, options.text_ngrams)
+    distinct = words.explode().drop_nulls().unique()
+    buckets = pl.Series([word_bucket(word, options.text_buckets) for word in distinct], dtype=pl.Int32)
     name = f"{declared.name}_tokens"
-    tokens = _coded(words, known, buckets).rename(name)
-    feature = replace(_sparse(declared, name, coding.text_buckets), ngrams=coding.text_ngrams)
-    return Encoded(feature, [text.rename(declared.name), tokens], None)
+    tokens = _coded(words, distinct, buckets).rename(name)
+    feature = replace(_sparse(declared, name, options.text_buckets), ngrams=options.text_ngrams)
+    return EncodedFeature(feature, [text.rename(declared.name), tokens], None)
 
 
-def _numeric(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:
+def _numeric(declared: DeclaredFeature, column: pl.Series, options: PrepareOptions) -> EncodedFeature:
     numbers = column.cast(pl.Float64)
     numbers = numbers.set(~numbers.is_finite().fill_null(False), None)
     mean, spread = float(numbers.mean() or 0.0), float(numbers.std() or 1.0)  # type: ignore[arg-type]
@@ -110,33 +97,33 @@ def _numeric(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:
             f"{declared.entity} feature '{declared.name}': its largest numbers cannot be"
             " standardised; mend or scale the column"
         )
-    return Encoded(replace(_dense(declared, 1), mean=mean, deviation=spread), [scaled], None)
+    return EncodedFeature(replace(_dense(declared, 1), mean=mean, deviation=spread), [scaled], None)
 
 
-def _quantile(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:
+def _quantile(declared: DeclaredFeature, column: pl.Series, options: PrepareOptions) -> EncodedFeature:
     numbers = column.cast(pl.Float64)
-    known = numbers.filter(numbers.is_finite().fill_null(False)).sort().to_numpy()
-    # Edges are values that occur; equal ones are one, so that no bucket is empty for want of differing values.
-    at = np.arange(1, coding.quantiles) * len(known) // coding.quantiles
-    edges = np.unique(known[at]) if len(known) else known
-    edges = edges[edges > known[0]] if len(known) else edges
+    finite = numbers.filter(numbers.is_finite().fill_null(False)).sort().to_numpy()
+    # Edges are values that occur, each once, so that no bucket is empty.
+    at = np.arange(1, options.quantiles) * len(finite) // options.quantiles
+    edges = np.unique(finite[at]) if len(finite) else finite
+    edges = edges[edges > finite[0]] if len(finite) else edges
     codes = pl.Series(column.name, np.searchsorted(edges, numbers.fill_null(0).to_numpy(), "right").astype(np.int32))
     codes = codes.set(~numbers.is_finite().fill_null(False), None)
-    least = ["-inf", *(repr(float(edge)) for edge in edges)] if len(known) else []
-    vocabulary = pl.DataFrame({"code": pl.int_range(len(least), dtype=pl.Int32, eager=True), "value": least})
-    return Encoded(_sparse(declared, declared.name, len(least)), [codes], vocabulary)
+    lowest = ["-inf", *(repr(float(edge)) for edge in edges)] if len(finite) else []
+    vocabulary = pl.DataFrame({"code": pl.int_range(len(lowest), dtype=pl.Int32, eager=True), "value": lowest})
+    return EncodedFeature(_sparse(declared, declared.name, len(lowest)), [codes], vocabulary)
 
 
-def _vector(declared: Declared, column: pl.Series, coding: Coding) -> Encoded:
+def _vector(declared: DeclaredFeature, column: pl.Series, options: PrepareOptions) -> EncodedFeature:
     lists = column.cast(pl.List(pl.Float32))
     widths = lists.list.len().drop_nulls().unique().sort().to_list()
     if len(widths) != 1 or widths[0] == 0:
-        found = f"vectors of widths {', '.join(map(str, widths[:5]))}" if widths else "no vector"
+        shown = f"vectors of widths {', '.join(map(str, widths[:5]))}" if widths else "no vector"
         raise DataError(
-            f"{declared.entity} feature '{declared.name}': {found}; a dense feature needs one width above 0 for all"
+            f"{declared.entity} feature '{declared.name}': {shown}; a dense feature needs one width above 0 for all"
         )
-    whole = lists.list.eval(pl.element().is_finite().fill_null(False)).list.all()
-    return Encoded(_dense(declared, widths[0]), [lists.set(~whole, None).list.to_array(widths[0])], None)
+    finite = lists.list.eval(pl.element().is_finite().fill_null(False)).list.all()
+    return EncodedFeature(_dense(declared, widths[0]), [lists.set(~finite, None).list.to_array(widths[0])], None)
 
 
 _ENCODERS = {
@@ -149,10 +136,10 @@ _ENCODERS = {
 }
 
 
-def _sparse(declared: Declared, column: str, cardinality: int) -> Feature:
+def _sparse(declared: DeclaredFeature, column: str, cardinality: int) -> Feature:
     table = f"{declared.entity}_{declared.name}"
     return Feature(declared.name, declared.entity, declared.kind, column, table=table, cardinality=max(1, cardinality))
 
 
-def _dense(declared: Declared, width: int) -> Feature:
+def _dense(declared: DeclaredFeature, width: int) -> Feature:
     return Feature(declared.name, declared.entity, declared.kind, declared.name, width=width)

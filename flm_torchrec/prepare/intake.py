@@ -1,4 +1,4 @@
-"""Shards of a source → Parquet files of good rows, one a shard, with what was dropped: what can be resumed."""
+"""Shards of a source → Parquet files of good rows, one a shard, with what was dropped: the part that can be resumed."""
 
 from __future__ import annotations
 
@@ -13,43 +13,62 @@ import pyarrow.parquet as pq
 from flm_torchrec.documents import read_json
 from flm_torchrec.files import write_text
 from flm_torchrec.prepare.clean import Dropped, drop_bad
-from flm_torchrec.prepare.sources.raw import Raw, Shard
+from flm_torchrec.prepare.sources.source_data import Shard, SourceData
 
 NO_ROWS = pl.DataFrame(
     schema={
-        "file": pl.String, "row": pl.Int64, "user": pl.String, "item": pl.String, "timestamp": pl.Int64,
-        "event": pl.String, "value": pl.Float64,
+        "file": pl.String,
+        "row": pl.Int64,
+        "user": pl.String,
+        "item": pl.String,
+        "timestamp": pl.Int64,
+        "event": pl.String,
+        "value": pl.Float64,
     }
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
 class FrameShard:
-    """Interactions that are in memory already."""
+    """Interactions that are in memory already, as a `Shard`."""
 
     frame: pl.DataFrame
 
-    @property
-    def name(self) -> str:
-        return str(self.frame["file"][0]) if len(self.frame) else ""
-
     identity = "in memory"
 
+    @property
+    def name(self) -> str:
+        """See `Shard`."""
+        return str(self.frame["file"][0]) if len(self.frame) else ""
+
     def batches(self, dropped: Dropped) -> Iterator[pl.DataFrame]:
+        """The frame, as one batch."""
         yield self.frame
 
 
-def shards_of(raw: Raw) -> tuple[Shard, ...]:
-    return (FrameShard(raw.interactions),) if isinstance(raw.interactions, pl.DataFrame) else raw.interactions
+@dataclass(frozen=True)
+class ShardReport:
+    """What was read of all shards."""
+
+    names: list[str]
+    """Of the shards, in their order."""
+    rows_read: int
+    dropped: Dropped
+
+
+def shards_of(source: SourceData) -> tuple[Shard, ...]:
+    """The shards of a source; a frame in memory is one shard."""
+    return (FrameShard(source.interactions),) if isinstance(source.interactions, pl.DataFrame) else source.interactions
 
 
 def rows_file(folder: Path, number: int) -> Path:
+    """The file of a shard's good rows; beside it stands a report of the same name that ends in .json."""
     return folder / f"rows-{number:06d}.parquet"
 
 
 @dataclass(frozen=True)
 class Intake:
-    """Takes shards in; a picklable function of a shard, so that any engine can spread it."""
+    """Takes shards in; a picklable function of a shard, so that any engine can distribute it."""
 
     folder: Path
     min_value: float | None
@@ -59,46 +78,53 @@ class Intake:
         file = rows_file(self.folder, number)
         if file.is_file():
             return
-        dropped, read, place = Dropped(), 0, 0
-        fresh = file.with_suffix(".tmp")
+        dropped, rows_read, rows_kept = Dropped(), 0, 0
+        unfinished = file.with_suffix(".tmp")
         writer: pq.ParquetWriter | None = None
         for frame in shard.batches(dropped):
-            read += len(frame)
-            table = _stored(drop_bad(frame, dropped, self.min_value), number, place).to_arrow()
-            place += len(table)
-            writer = writer or pq.ParquetWriter(fresh, table.schema)
+            rows_read += len(frame)
+            table = _stored(drop_bad(frame, dropped, self.min_value), number, rows_kept).to_arrow()
+            rows_kept += len(table)
+            writer = writer or pq.ParquetWriter(unfinished, table.schema)
             writer.write_table(table)
-        unread = sum(n for reason, n in dropped.counts.items() if reason.startswith("malformed"))
-        report = {"name": shard.name, "rows": read + unread, "dropped": dropped.to_json(), "notes": dropped.notes}
+        rows_read += sum(n for reason, n in dropped.counts.items() if reason.startswith("malformed"))
+        report = {"name": shard.name, "rows": rows_read, "dropped": dropped.to_json(), "notes": dropped.notes}
         write_text(file.with_suffix(".json"), json.dumps(report))
-        writer = writer or pq.ParquetWriter(fresh, _stored(NO_ROWS, number, 0).to_arrow().schema)
+        writer = writer or pq.ParquetWriter(unfinished, _stored(NO_ROWS, number, 0).to_arrow().schema)
         writer.close()
-        fresh.rename(file)  # last: the shard is done
+        unfinished.rename(file)  # last: the shard is done
 
-    def report(self, shards: int) -> tuple[list[str], int, Dropped]:
-        """Names of the shards, rows read, and what was dropped of them."""
+    def report(self, shards: int) -> ShardReport:
+        """What was read of that many shards."""
         records = [read_json(rows_file(self.folder, n).with_suffix(".json")) for n in range(shards)]
         dropped = Dropped()
         for record in records:
             dropped.merge(Dropped.from_json(record["dropped"], record["notes"]))
-        return [record["name"] for record in records], sum(record["rows"] for record in records), dropped
+        return ShardReport([record["name"] for record in records], sum(r["rows"] for r in records), dropped)
 
     def files(self, shards: int) -> list[Path]:
-        """Of shards with good rows."""
+        """Files of the shards that have good rows."""
         files = [rows_file(self.folder, n) for n in range(shards)]
         return [file for file in files if pq.read_metadata(file).num_rows]
 
 
-def _stored(frame: pl.DataFrame, number: int, place: int) -> pl.DataFrame:
-    """With names that are no keywords of SQL: `place` orders the rows of a shard, `line` is where people find them."""
+def _stored(frame: pl.DataFrame, number: int, first: int) -> pl.DataFrame:
+    """The rows as stored, under names that are no keywords of SQL.
+
+    `row_index` orders the rows of a shard; `line` is the row's number in its file, for people.
+
+    Args:
+        number: of the shard.
+        first: row index of the first row.
+    """
     return frame.select(
         pl.lit(number, pl.Int32).alias("shard"),
-        pl.int_range(place, place + pl.len(), dtype=pl.Int64).alias("place"),
+        pl.int_range(first, first + pl.len(), dtype=pl.Int64).alias("row_index"),
         pl.col("row").cast(pl.Int64).alias("line"),
         pl.col("user").alias("user_key"),
         pl.col("item").alias("item_key"),
-        pl.col("timestamp").cast(pl.Int64).alias("stamp"),
+        pl.col("timestamp").cast(pl.Int64).alias("event_time"),
         pl.col("event").alias("event_name"),
-        pl.col("value").cast(pl.Float32).alias("worth"),
+        pl.col("value").cast(pl.Float32).alias("event_value"),
         *(["segment"] if "segment" in frame.columns else []),
     )

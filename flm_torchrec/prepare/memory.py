@@ -1,4 +1,4 @@
-"""Sizes of memory as people write them: one form in every command."""
+"""Sizes of memory as people write them, in the same form in every command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GIB = 2**30
 MIB = 2**20
 
 
-def memory_bytes(text: str, least: int) -> int:
+def memory_bytes(text: str, least: int = 0) -> int:
     """`2GiB`, `500MB` → bytes; empty: half of the machine's.
 
     Args:

@@ -1,4 +1,4 @@
-"""What runs the SQL of preparation where one machine is outgrown: Spark, by the cluster that is configured for it."""
+"""Spark runs the SQL of preparation where one machine is too small, on the cluster that is configured for it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from types import TracebackType
 import polars as pl
 
 from flm_torchrec.errors import DataError
-from flm_torchrec.prepare.sources.raw import Shard
+from flm_torchrec.prepare.sources.source_data import Shard
 
 
 class SparkEngine:
-    """An `Engine`. Files, work folder and output must lie where all of the cluster sees them.
+    """An `Engine`. The whole cluster must see files, work folder and output under the same path.
 
     Args:
-        memory: bytes of the driver, where nothing else says; it reads a bucket at a time.
-        threads: of a local master, where none is configured; 0: all cores.
+        memory: bytes of the driver, unless Spark is configured otherwise; the driver reads a bucket at a time.
+        threads: of a local master, unless another master is configured; 0: all cores.
         spill: local folder for what does not fit.
 
     Raises:
@@ -56,41 +56,47 @@ class SparkEngine:
         self.session.stop()
 
     def shards(self, shards: Sequence[Shard], take_in: Callable[[int, Shard], None]) -> None:
+        """See `Engine`."""
         numbered = list(enumerate(shards))
         spread = self.session.sparkContext.parallelize(numbered, len(numbered))
-        failed = [text for text in spread.map(lambda pair: _told(take_in, *pair)).collect() if text]
+        failed = [text for text in spread.map(lambda pair: _error_of(take_in, *pair)).collect() if text]
         if failed:
             raise DataError(failed[0])
 
     def files(self, name: str, files: Sequence[Path]) -> None:
-        # What a folder `bucket=N` says of its files is not in them; other folders say nothing, whatever their names.
+        """See `Engine`."""
+        # `bucket` is not in the files, but in the name of the folder `bucket=N`. Other folders add no column.
         (base,) = {file.parent.parent if file.parent.name.startswith("bucket=") else file.parent for file in files}
         read = self.session.read.option("basePath", str(base))
         read.parquet(*map(_literal, files)).createOrReplaceTempView(name)
 
     def frame(self, name: str, frame: pl.DataFrame) -> None:
+        """See `Engine`."""
         self.session.createDataFrame(frame.to_arrow()).createOrReplaceTempView(name)
 
     def query(self, select: str) -> pl.DataFrame:
+        """See `Engine`."""
         frame = pl.from_arrow(self.session.sql(select).toArrow())
         assert isinstance(frame, pl.DataFrame)
         return frame
 
     def write(self, select: str, folder: Path) -> None:
+        """See `Engine`."""
         self.session.sql(select).repartition("bucket").write.partitionBy("bucket").parquet(str(folder))
 
     def write_each(self, name: str, source: Path, select: str, folder: Path) -> None:
+        """See `Engine`."""
         self.files(name, sorted(source.glob("*/*.parquet")))
         self.write(select, folder)
 
 
 def _literal(file: Path) -> str:
-    """As a pattern that matches this path alone."""
+    """A pattern that matches only this path."""
     return re.sub(r"([\[\]{}*?\\])", r"\\\1", str(file))
 
 
-def _told(take_in: Callable[[int, Shard], None], number: int, shard: Shard) -> str:
-    """An error of the data as text: Spark would bury it in a trace of its own, after trying four times."""
+def _error_of(take_in: Callable[[int, Shard], None], number: int, shard: Shard) -> str:
+    """The text of an error in the data, or nothing. Spark would retry after an exception, and bury it in a trace."""
     try:
         take_in(number, shard)
     except DataError as error:

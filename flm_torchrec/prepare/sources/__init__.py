@@ -1,1 +1,1 @@
-"""Where data comes from: one file a source, each a function that returns `Raw`."""
+"""Where data comes from: one file a source, each a function that returns `SourceData`."""

@@ -9,15 +9,15 @@ from flm_torchrec.names import LISTED, closest
 
 
 def alternatives(wanted: str) -> tuple[str, ...]:
-    """`uid|user_id` → the whole text, in case a column is named so, and each of its parts, in the order given."""
+    """`uid|user_id` → the complete text, since a column may have that name, then each of its parts in order."""
     return tuple(dict.fromkeys((wanted, *filter(None, map(str.strip, wanted.split("|"))))))
 
 
-def find(wanted: str, present: Sequence[str], tell: Callable[[str], None]) -> str | None:
-    """The first alternative that is there; else the one column that differs from one in case or blanks alone.
+def find(wanted: str, present: Sequence[str], note: Callable[[str], None]) -> str | None:
+    """The first alternative that is present; else the only column that differs from one in nothing but case or blanks.
 
     Args:
-        tell: given a line where the names differ.
+        note: takes a line where the names differ.
     """
     names = alternatives(wanted)
     for name in names:
@@ -26,18 +26,18 @@ def find(wanted: str, present: Sequence[str], tell: Callable[[str], None]) -> st
     for name in names:
         alike = [column for column in present if column.strip().casefold() == name.casefold()]
         if len(alike) == 1:
-            tell(f"column '{name}' is read from '{alike[0]}', which differs in case or blanks alone")
+            note(f"column '{name}' is read from '{alike[0]}', which differs in case or blanks alone")
             return alike[0]
     return None
 
 
-def found(columns: Sequence[str], present: Sequence[str], where: str, tell: Callable[[str], None]) -> dict[str, str]:
+def find_all(columns: Sequence[str], present: Sequence[str], where: str, note: Callable[[str], None]) -> dict[str, str]:
     """By each name wanted, the column of the file that has it.
 
     Raises:
-        DataError: none has; the line names the nearest column and those that there are.
+        DataError: no column has it (the line names the nearest column and all others), or two columns have one name.
     """
-    by_name = {wanted: find(wanted, present, tell) for wanted in columns}
+    by_name = {wanted: find(wanted, present, note) for wanted in columns}
     for wanted, column in by_name.items():
         if column is None:
             raise no_column(where, wanted, present)

@@ -17,15 +17,15 @@ from flm_torchrec.errors import DataError
 from flm_torchrec.names import LISTED
 from flm_torchrec.prepare import sql
 from flm_torchrec.prepare.clean import Dropped
+from flm_torchrec.prepare.options import TextForm
 from flm_torchrec.prepare.sources import lines
 from flm_torchrec.prepare.sources.columns import alternatives, find, no_column
-from flm_torchrec.prepare.sources.form import Form
 from flm_torchrec.prepare.sources.shards import FileShard
 
 SAMPLE = 1000
-"""Objects at the start of a file that tell which fields there are."""
+"""Objects at the start of a file from which the names of its fields are taken."""
 DEPTH = 8
-"""Of objects inside objects whose fields are told."""
+"""Levels of objects inside objects whose fields are named."""
 NUMBERS = "'BIGINT', 'UBIGINT', 'HUGEINT', 'DOUBLE'"
 
 
@@ -33,11 +33,11 @@ NUMBERS = "'BIGINT', 'UBIGINT', 'HUGEINT', 'DOUBLE'"
 class JsonShard(FileShard):
     """A line a row, a JSON object each; rows are numbered from 1."""
 
-    form: Form
+    form: TextForm
     numbers: tuple[str, ...] = ()
-    """Columns that are read as numbers: JSON's own are then written as `form.numbers` says, as texts are."""
+    """Columns that are read as numbers: numbers of JSON are first written as `form.numbers` says, like texts."""
     lists: bool = False
-    """Lists are kept, as JSON; else a list is no value."""
+    """Lists are kept, as JSON; if false, a list is no value."""
 
     def batches(self, dropped: Dropped) -> Iterator[pl.DataFrame]:
         """See `Shard`.
@@ -46,7 +46,7 @@ class JsonShard(FileShard):
             DataError: no row has a field that is wanted.
         """
         drop, fields = self._drop(dropped, 0), _Fields(self)
-        with self.place.text() as stream, duckdb.connect() as connection:
+        with self.file.text() as stream, duckdb.connect() as connection:
             connection.execute("SET threads = 1")
             for block in lines.blocks(lines.pieces(stream, self.form.encoding), drop):
                 block = lines.readable(block, drop, quoted=False, encoding=self.form.encoding)
@@ -77,16 +77,16 @@ class JsonShard(FileShard):
 
 
 class _Fields:
-    """Which fields of a file's objects are read, and which were met."""
+    """Which fields of a file's objects are read, which are present, and which have a value in some row."""
 
     def __init__(self, shard: JsonShard) -> None:
         self.shard = shard
         self.wanted = tuple(dict.fromkeys(shard.columns))
         self.names = {wanted: alternatives(wanted) for wanted in self.wanted}
         self.present: dict[str, None] = {}
-        self.met: set[str] = set()
+        self.filled: set[str] = set()
 
-    def look(self, block: lines.Block, tell: Callable[[str], None]) -> None:
+    def look(self, block: lines.Block, note: Callable[[str], None]) -> None:
         """Look for names that differ in case alone, in the first objects of a file."""
         if self.present:
             return
@@ -96,30 +96,34 @@ class _Fields:
             except (ValueError, RecursionError):
                 continue
         for wanted in self.wanted:
-            alike = find(wanted, list(self.present), tell)
+            alike = find(wanted, list(self.present), note)
             self.names[wanted] = tuple(dict.fromkeys((*self.names[wanted], *([alike] if alike else []))))
 
     def note(self, table: pa.Table) -> None:
-        """Remember which fields some row has."""
-        self.met |= {name for name in self.wanted if table[name].null_count < len(table)}
+        """Remember which fields have a value in some row."""
+        self.filled |= {name for name in self.wanted if table[name].null_count < len(table)}
 
     def check(self) -> None:
-        """Raise DataError where a field is in no row, though there are objects."""
+        """Check that each field has a value in some row, if there are objects.
+
+        Raises:
+            DataError: one has none.
+        """
         for wanted in self.wanted if self.present else ():
             names = self.names[wanted]
-            if wanted in self.met:
+            if wanted in self.filled:
                 continue
             inside = [field for field in self.present for name in names if field.startswith(f"{name}.")]
             if inside:
                 raise DataError(
-                    f"{self.shard.place.url}: '{wanted}' is an object in every row; name a field of it:"
+                    f"{self.shard.file.url}: '{wanted}' is an object in every row; name a field of it:"
                     f" {', '.join(inside[:LISTED])}"
                 )
             if not any(name in self.present for name in names):
-                raise no_column(self.shard.place.url, wanted, list(self.present))
+                raise no_column(self.shard.file.url, wanted, list(self.present))
 
     def expression(self, wanted: str) -> str:
-        """The first alternative that has a plain value; null and what is absent are the same."""
+        """SQL: the first alternative with a plain value; a null and an absent field are the same."""
         paths = dict.fromkeys(path for name in self.names[wanted] for path in (_path([name]), _path(name.split("."))))
         return f"COALESCE({', '.join(self._value(path, wanted) for path in paths)}, NULL)"
 
@@ -133,9 +137,10 @@ class _Fields:
         return f"CASE WHEN json_type(o, {path}) NOT IN ({none}) THEN {value} END"
 
 
-def _walk(found: Any, before: str, present: dict[str, None]) -> None:
-    if isinstance(found, dict) and before.count(".") < DEPTH:
-        for name, value in found.items():
+def _walk(node: Any, before: str, present: dict[str, None]) -> None:
+    """Add the names of an object's fields to `present`, with dots between levels."""
+    if isinstance(node, dict) and before.count(".") < DEPTH:
+        for name, value in node.items():
             present[f"{before}{name}"] = None
             _walk(value, f"{before}{name}.", present)
 
@@ -145,6 +150,6 @@ def _table(connection: duckdb.DuckDBPyConnection, select: str) -> pa.Table:
 
 
 def _path(keys: list[str]) -> str:
-    """As SQL: where a key of an object is, or of an object in it, whatever the keys hold."""
+    """SQL: the path to a key of an object, or to a key of an object inside it, whatever characters the keys have."""
     escaped = (key.replace("\\", "\\\\").replace('"', '\\"') for key in keys)
     return sql.text("$" + "".join(f'."{key}"' for key in escaped))

@@ -1,4 +1,4 @@
-"""Text files in blocks of whole lines: bounded memory, every line accounted for, no Python loop over good ones."""
+"""Text files in blocks of complete lines: bounded memory, every line accounted for, no Python loop over good lines."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ BLOCK = 2**24
 LONGEST = 2**26
 """Bytes of a line; a longer one is no line of a log."""
 SAMPLE = 2**16
-"""Bytes at the start of a file that tell how its lines end."""
+"""Bytes at the start of a file from which the kind of its line ends is taken."""
 
 NEWLINE, RETURN, QUOTE = 10, 13, 34
 
 
 @dataclass(frozen=True)
 class Block:
-    """Whole lines of a file, or records, which may go over several lines."""
+    """Complete lines of a file, or records of several lines."""
 
     data: bytes
     """Ends with a line feed."""
@@ -42,10 +42,10 @@ class Block:
 
     def counts(self, byte: int) -> np.ndarray:
         """[lines] int64: how often the byte stands in each line; of several lines, outside quotes."""
-        found = self._bytes() == byte
+        matches = self._bytes() == byte
         if self.multiline and byte != QUOTE:
-            found &= _outside(self._bytes())
-        total = np.concatenate([[0], np.cumsum(found)])
+            matches &= _outside(self._bytes())
+        total = np.concatenate([[0], np.cumsum(matches)])
         begin, end = self.spans
         return total[end] - total[begin]
 
@@ -58,12 +58,13 @@ class Block:
         return Block(self._bytes()[where].tobytes(), self.numbers[kept], self.multiline)
 
     def line(self, index: int) -> bytes:
+        """One line, without its line feed."""
         begin, end = self.spans
         return self.data[begin[index] : end[index]]
 
 
 def pieces(stream: IO[bytes], encoding: str) -> Iterator[bytes]:
-    """A file as UTF-8, its lines ended by line feeds also where it has carriage returns alone.
+    """A file as UTF-8, with line feeds also in place of carriage returns, if the file has only those.
 
     What cannot be decoded becomes bytes that are no UTF-8, so that `readable` finds the line.
     """
@@ -76,10 +77,10 @@ def pieces(stream: IO[bytes], encoding: str) -> Iterator[bytes]:
 
 
 def blocks(text: Iterator[bytes], drop: Callable[[np.ndarray, str], None], multiline: bool = False) -> Iterator[Block]:
-    """All lines of `pieces`, in order; the number of a line that is too long to be one is told and the line skipped.
+    """All lines of `pieces`, in order, without those that are too long or whose quote is never closed.
 
     Args:
-        drop: told the numbers of lines left out for a reason.
+        drop: takes the numbers of lines that are left out, and the reason.
         multiline: a line feed inside quotes ends no line.
     """
     rest, first, skipping = b"", 1, False
@@ -109,10 +110,10 @@ UNCLOSED = "malformed: a quote is not closed on its line"
 
 
 def readable(block: Block, drop: Callable[[np.ndarray, str], None], quoted: bool, encoding: str = "utf-8") -> Block:
-    """Without empty lines, and without those that no parser could be trusted with.
+    """The block without empty lines, and without lines that parsers read in different ways.
 
     Args:
-        drop: told the numbers of lines left out for a reason.
+        drop: takes the numbers of lines that are left out, and the reason.
         quoted: a quote must be closed on its line.
     """
     begin, end = block.spans
@@ -127,11 +128,11 @@ def readable(block: Block, drop: Callable[[np.ndarray, str], None], quoted: bool
     if quoted:
         rules[UNCLOSED] = block.counts(QUOTE) % 2 == 1
     bad = empty.copy()
-    for reason, found in rules.items():
-        found = found & ~bad
-        if found.any():
-            drop(block.numbers[found], reason)
-        bad |= found
+    for reason, matches in rules.items():
+        new = matches & ~bad
+        if new.any():
+            drop(block.numbers[new], reason)
+        bad |= new
     return block.keep(~bad)
 
 
@@ -155,6 +156,7 @@ def _is_utf8(line: bytes) -> bool:
 
 
 def shown(encoding: str) -> str:
+    """The name of an encoding, for people."""
     return "UTF-8" if _is_plain(encoding) else encoding
 
 
@@ -163,7 +165,7 @@ def _is_plain(encoding: str) -> bool:
 
 
 def _decoded(stream: IO[bytes], encoding: str) -> Iterator[bytes]:
-    """UTF-8 without the mark of its byte order; the first piece is a sample."""
+    """The file as UTF-8 without a byte order mark, in pieces; the first piece is a sample."""
     decoder = None if _is_plain(encoding) else codecs.getincrementaldecoder(encoding)("replace")
     size, begun = SAMPLE, False
     while True:
@@ -179,7 +181,7 @@ def _decoded(stream: IO[bytes], encoding: str) -> Iterator[bytes]:
 
 
 def _marked(text: str) -> bytes:
-    """UTF-8, but for what could not be decoded: that becomes a surrogate, which is none."""
+    """UTF-8, except for characters that could not be decoded: they become surrogates, which are no UTF-8."""
     return text.replace("\ufffd", "\udcff").encode("utf-8", "surrogatepass")
 
 
@@ -195,7 +197,7 @@ def _ends(data: np.ndarray, multiline: bool) -> np.ndarray:
 
 
 def _cut(data: bytes, multiline: bool) -> int:
-    """Behind the last line that is whole."""
+    """Length of the complete lines."""
     if not multiline:
         return data.rfind(b"\n") + 1
     ends = _ends(np.frombuffer(data, np.uint8), multiline)
@@ -203,7 +205,7 @@ def _cut(data: bytes, multiline: bool) -> int:
 
 
 def _lines_before(data: bytes, multiline: bool) -> np.ndarray:
-    """[lines] int64: line feeds before the begin of each."""
+    """[lines] int64: line feeds before the start of each line."""
     if not multiline:
         return np.arange(data.count(b"\n"))
     codes = np.frombuffer(data, np.uint8)

@@ -11,24 +11,24 @@ from typing import Any
 import polars as pl
 
 from flm_torchrec.errors import DataError
-from flm_torchrec.prepare.sources.form import Form
+from flm_torchrec.prepare.options import TextForm
 
 OTHERS = (",", ";", "|", "/", "\t")
-"""Separators that are looked for where the one that was named never occurs."""
+"""Separators to suggest where the given one never occurs."""
 
 
-def as_lists(column: pl.Series, form: Form, file: str, tell: Callable[[str], None]) -> pl.Series:
+def as_lists(column: pl.Series, form: TextForm, file: str, note: Callable[[str], None]) -> pl.Series:
     """[n] text → [n] lists of text: JSON lists (or Python's) by their values, other cells by the list separator.
 
     Args:
-        tell: given a line where the separator never occurs in the column.
+        note: takes a line where the separator never occurs in the column.
 
     Raises:
         DataError: a cell looks like a list and cannot be read as one.
     """
     cells = column.unique().drop_nulls()
     looks = cells.filter(_bracketed(cells)).to_list()
-    brackets = {cell: found for cell in looks if (found := _parsed(cell, form)) is not None}
+    brackets = {cell: values for cell in looks if (values := _parsed(cell, form)) is not None}
     odd = [cell for cell in looks if cell not in brackets and "," in cell and form.list_separator not in cell]
     if odd:
         raise DataError(
@@ -37,21 +37,25 @@ def as_lists(column: pl.Series, form: Form, file: str, tell: Callable[[str], Non
         )
     plain = cells.filter(~cells.is_in(list(brackets)) & (cells != ""))
     if len(plain) and not plain.str.contains(form.list_separator, literal=True).any():
-        tell(_never(column.name, plain, form, file))
+        note(_never(column.name, plain, form, file))
     split = column.str.split(form.list_separator)
     if not brackets:
         return split
-    values = pl.Series("list", list(brackets.values()), dtype=pl.List(pl.String))
-    known = pl.DataFrame([pl.Series("cell", list(brackets), dtype=pl.String), values])
-    joined = column.to_frame("cell").join(known, "cell", "left", maintain_order="left")
+    lists = pl.Series("list", list(brackets.values()), dtype=pl.List(pl.String))
+    by_cell = pl.DataFrame([pl.Series("cell", list(brackets), dtype=pl.String), lists])
+    joined = column.to_frame("cell").join(by_cell, "cell", "left", maintain_order="left")
     return joined.with_columns(split=split).select(pl.coalesce("list", "split")).to_series().rename(column.name)
 
 
 def refuse_lists(column: pl.Series, kind: str, file: str) -> None:
-    """Raise DataError where a cell is a JSON list, of a column that has one value a row."""
+    """Check that no cell of a column with one value a row is a list.
+
+    Raises:
+        DataError: a cell is a list, as JSON or Python writes it.
+    """
     cells = column.drop_nulls()
     for row in cells.filter(_bracketed(cells)).unique(maintain_order=True):
-        if _parsed(row, Form()) is not None:
+        if _parsed(row, TextForm()) is not None:
             raise DataError(
                 f"{file}: column '{column.name}' holds lists, such as {row[:60]}, and kind {kind} has one value a row;"
                 f" declare it {column.name}:multi_categorical"
@@ -62,20 +66,20 @@ def _bracketed(cells: pl.Series) -> pl.Series:
     return cells.str.contains(r"(?s)^\s*\[.*\]\s*$")
 
 
-def _parsed(cell: str, form: Form) -> list[str] | None:
-    """The values of a list of plain values; None where the text is none. What is null is left out."""
+def _parsed(cell: str, form: TextForm) -> list[str] | None:
+    """The values of a list of plain values, without nulls; None where the text is no such list."""
     point = form.numbers.decimal
     try:
-        found = json.loads(cell, parse_int=str, parse_float=lambda text: text.replace(".", point))
+        values = json.loads(cell, parse_int=str, parse_float=lambda text: text.replace(".", point))
     except (ValueError, RecursionError):
-        found = _of_python(cell)
-    if not isinstance(found, list) or any(isinstance(value, dict | list) for value in found):
+        values = _of_python(cell)
+    if not isinstance(values, list) or any(isinstance(value, dict | list) for value in values):
         return None
-    return [_text(value) for value in found if value is not None]
+    return [_text(value) for value in values if value is not None]
 
 
 def _of_python(cell: str) -> Any:
-    """As `str` of a list writes it, which is how many tools write lists into CSV."""
+    """The list that Python's `str` wrote, as many tools do in CSV; None where it is none."""
     try:
         return ast.literal_eval(cell.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
@@ -86,7 +90,7 @@ def _text(value: Any) -> str:
     return json.dumps(value) if isinstance(value, bool) else str(value)
 
 
-def _never(name: str, cells: pl.Series, form: Form, file: str) -> str:
+def _never(name: str, cells: pl.Series, form: TextForm, file: str) -> str:
     counts = Counter({sign: int(cells.str.contains(sign, literal=True).sum()) for sign in OTHERS})
     sign, times = counts.most_common(1)[0]
     other = f"; '{sign}' occurs in {times} of {len(cells)} different cells" if times else ""

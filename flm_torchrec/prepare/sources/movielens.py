@@ -7,25 +7,43 @@ from pathlib import Path
 import polars as pl
 
 from flm_torchrec.errors import DataError
-from flm_torchrec.prepare.sources.raw import Declared, Raw
-from flm_torchrec.prepare.sources.tables import check_unique, read_csv, with_place
+from flm_torchrec.prepare.sources.source_data import DeclaredFeature, SourceData
+from flm_torchrec.prepare.sources.tables import check_unique, read_csv, with_row_numbers
 
 GENRES = (
-    "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
-    "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
-)  # fmt: skip
+    "unknown",
+    "Action",
+    "Adventure",
+    "Animation",
+    "Children's",
+    "Comedy",
+    "Crime",
+    "Documentary",
+    "Drama",
+    "Fantasy",
+    "Film-Noir",
+    "Horror",
+    "Musical",
+    "Mystery",
+    "Romance",
+    "Sci-Fi",
+    "Thriller",
+    "War",
+    "Western",
+)
+"""The flags at the end of a line of u.item, in their order."""
 FEATURES = (
-    Declared("title", "item", "text"),
-    Declared("release_year", "item", "categorical"),
-    Declared("genres", "item", "multi_categorical"),
-    Declared("age", "user", "numeric"),
-    Declared("gender", "user", "categorical"),
-    Declared("occupation", "user", "categorical"),
-    Declared("region", "user", "categorical"),
+    DeclaredFeature("title", "item", "text"),
+    DeclaredFeature("release_year", "item", "categorical"),
+    DeclaredFeature("genres", "item", "multi_categorical"),
+    DeclaredFeature("age", "user", "numeric"),
+    DeclaredFeature("gender", "user", "categorical"),
+    DeclaredFeature("occupation", "user", "categorical"),
+    DeclaredFeature("region", "user", "categorical"),
 )
 
 
-def read(folder: Path) -> Raw:
+def read(folder: Path) -> SourceData:
     """Read u.data, u.item, u.user, or ml-100k.inter, .item, .user, whichever the folder has.
 
     Raises:
@@ -39,7 +57,7 @@ def read(folder: Path) -> Raw:
         raise DataError(f"{folder}: neither u.data nor ml-100k.inter is here; --input must be the folder with them")
     for side, keys in (("item", items["key"]), ("user", users["key"])):
         check_unique(keys, folder, f"id of the {side}s")
-    return Raw(
+    return SourceData(
         name="ml-100k",
         source="movielens-100k",
         interactions=inter.select(
@@ -65,7 +83,7 @@ def _atomic(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
     items = {"item_id": "key", "movie_title": "title", "release_year": "release_year", "class": "genres"}
     users = {"user_id": "key", "age": "age", "gender": "gender", "occupation": "occupation", "zip_code": "zip"}
     return (
-        with_place(_named(folder / "ml-100k.inter", inter), folder / "ml-100k.inter"),
+        with_row_numbers(_named(folder / "ml-100k.inter", inter), folder / "ml-100k.inter"),
         _named(folder / "ml-100k.item", items).with_columns(genres=pl.col("genres").str.split(" ")),
         _named(folder / "ml-100k.user", users),
     )
@@ -94,4 +112,4 @@ def _grouplens(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
         pl.col("release_date").str.extract(r"(\d{4})").alias("release_year"),
         pl.concat_list(flags).list.drop_nulls().alias("genres"),
     )
-    return with_place(inter, folder / "u.data"), items, users
+    return with_row_numbers(inter, folder / "u.data"), items, users

@@ -8,27 +8,27 @@ from pathlib import Path
 import polars as pl
 
 from flm_torchrec.errors import DataError
-from flm_torchrec.prepare.sources.raw import Declared, Raw
+from flm_torchrec.prepare.sources.source_data import DeclaredFeature, SourceData
 
 
-def read(folder: Path) -> Raw:
-    """Read any NAME of that layout: a line a user, `user item item …` in order of time; attributes by item.
+def read(folder: Path) -> SourceData:
+    """Read the data set NAME: one line a user, `user item item …` in order of time; attributes by item.
 
     Raises:
         DataError: a file is missing or malformed; names file and line.
     """
-    found = sorted(folder.glob("*_item2attributes.json"))
-    if len(found) != 1:
+    files = sorted(folder.glob("*_item2attributes.json"))
+    if len(files) != 1:
         raise DataError(
-            f"{folder}: {len(found)} files NAME_item2attributes.json; --input must be a folder with one, and NAME.txt"
+            f"{folder}: {len(files)} files NAME_item2attributes.json; --input must be a folder with one, and NAME.txt"
         )
-    name = found[0].name.removesuffix("_item2attributes.json")
-    return Raw(
+    name = files[0].name.removesuffix("_item2attributes.json")
+    return SourceData(
         name=name.lower(),
         source="amazon-s3rec",
         interactions=_sequences(folder / f"{name}.txt"),
-        items=_attributes(found[0]),
-        features=(Declared("attributes", "item", "multi_categorical"),),
+        items=_attributes(files[0]),
+        features=(DeclaredFeature("attributes", "item", "multi_categorical"),),
         timestamps=False,
     )
 

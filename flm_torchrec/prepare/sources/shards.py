@@ -24,35 +24,43 @@ from fsspec.implementations.local import LocalFileSystem
 from flm_torchrec.data.keys import frame_of
 from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.clean import Dropped
+from flm_torchrec.prepare.options import TextForm
 from flm_torchrec.prepare.sources import lines
-from flm_torchrec.prepare.sources.columns import found
-from flm_torchrec.prepare.sources.form import Form
+from flm_torchrec.prepare.sources.columns import find_all
 from flm_torchrec.safe_text import first_line, redact_address
 
 ENDINGS = {"parquet": (".parquet",), "csv": (".csv", ".csv.gz"), "jsonl": (".jsonl", ".jsonl.gz", ".ndjson")}
 ROWS = 500_000
 """Of a Parquet file, decoded at once."""
 
-Roles = Callable[[pl.DataFrame], pl.DataFrame]
-"""Columns of a file → columns of `Raw.interactions` but for file and row."""
+ToRoles = Callable[[pl.DataFrame], pl.DataFrame]
+"""Columns of a file → columns of `SourceData.interactions` except file and row."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a file is."""
+class SourceFile:
+    """Where a file of logs is."""
 
     url: str
+    """Path, or address for fsspec."""
     name: str
+    """Last part of the path, by which the report names the file."""
     identity: str
+    """Differs once the contents do."""
 
     def open(self) -> IO[bytes]:
+        """The bytes, unpacked if the ending of the name says so.
+
+        Raises:
+            OSError: out of reach.
+        """
         if "://" not in self.url:  # a path, whatever fsspec would make of its characters
             return LocalFileSystem().open(self.url, "rb", compression="infer")
         return fsspec.open(self.url, "rb", compression="infer").open()
 
     @contextmanager
     def text(self) -> Iterator[IO[bytes]]:
-        """As `open`, for text, which may be packed.
+        """As `open`, for text.
 
         Raises:
             DataError: cut off, not packed as its name says, or out of reach.
@@ -64,7 +72,7 @@ class Place:
             raise DataError(f"{self.url}: cannot be read to its end ({first_line(error)}); write it again") from error
 
 
-def places(source: str, location: str, option: str = "--input") -> list[Place]:
+def find_files(source: str, location: str, option: str = "--input") -> list[SourceFile]:
     """A file, all files of a folder with an ending of the source, or all that a pattern matches, by name.
 
     Raises:
@@ -75,23 +83,23 @@ def places(source: str, location: str, option: str = "--input") -> list[Place]:
             system, path = fsspec.core.url_to_fs(location)
         else:
             system, path = LocalFileSystem(), str(Path(location).absolute())
-        found = _listed(system, path, ENDINGS[source])
-        stated = [(name, system.info(name)) for name in found]
+        paths = _listed(system, path, ENDINGS[source])
+        stated = [(name, system.info(name)) for name in paths]
     except (OSError, ImportError, ValueError) as error:
         shown = redact_address(location)
         raise DataError(f"{shown}: cannot be reached ({first_line(error, location)}); check the address") from error
-    if not found:
+    if not paths:
         kinds = " or ".join(f"*{ending}" for ending in ENDINGS[source])
         what, shown = f"no file {kinds}" if system.isdir(path) else "not found", redact_address(location)
         raise DataError(f"{shown}: {what}; {option} must be a file {kinds}, a folder of them or a pattern")
-    made = []
+    files = []
     for name, info in stated:
         url = system.unstrip_protocol(name) if "://" in location else name
         if info.get("size") == 0:
             raise DataError(f"{url}: is empty; give a file with data")
         changed = info.get("mtime") or info.get("LastModified") or info.get("updated") or info.get("ETag")
-        made.append(Place(url, PurePosixPath(redact_address(name)).name, f"{url} {info.get('size')} {changed}"))
-    return made
+        files.append(SourceFile(url, PurePosixPath(redact_address(name)).name, f"{url} {info.get('size')} {changed}"))
+    return files
 
 
 def _listed(system: Any, path: str, endings: tuple[str, ...]) -> list[str]:
@@ -103,7 +111,7 @@ def _listed(system: Any, path: str, endings: tuple[str, ...]) -> list[str]:
 
 
 def _pattern(system: Any, path: str) -> str:
-    """The path as a pattern, in which a folder that is there under that very name stands for itself alone."""
+    """The path as a pattern, in which a folder that exists under exactly that name stands for itself."""
     folder = PurePosixPath(path).parent
     while glob.escape(str(folder)) != str(folder) and not system.isdir(str(folder)):
         folder = folder.parent
@@ -112,26 +120,30 @@ def _pattern(system: Any, path: str) -> str:
 
 @dataclass(frozen=True)
 class FileShard:
-    """What shards of every format have in common."""
+    """What shards of every format have in common: a file, its columns, and their roles."""
 
-    place: Place
+    file: SourceFile
     columns: tuple[str, ...]
-    """The only ones that are ever read, as people name them."""
-    roles: Roles
+    """As people name them; no other column is ever read."""
+    to_roles: ToRoles
 
     @property
     def name(self) -> str:
-        return self.place.name
+        """See `Shard`."""
+        return self.file.name
 
     @property
     def identity(self) -> str:
-        return self.place.identity
+        """See `Shard`."""
+        return self.file.identity
 
     def _rows(self, table: pa.Table, rows: np.ndarray) -> pl.DataFrame:
-        frame = self.roles(frame_of(table))
+        frame = self.to_roles(frame_of(table))
         return frame.with_columns(pl.lit(self.name).alias("file"), pl.Series("row", rows, dtype=pl.Int64))
 
     def _drop(self, dropped: Dropped, before: int) -> Callable[[np.ndarray, str], None]:
+        """What counts lines by number as dropped for a reason; `before` lines stand before the first row."""
+
         def drop(numbers: np.ndarray, reason: str) -> None:
             dropped.add(reason, len(numbers), (f"{self.name}: row {n - before}" for n in numbers.tolist()))
 
@@ -149,17 +161,17 @@ class ParquetShard(FileShard):
         """
         row = 1
         try:
-            with self.place.open() as stream, pq.ParquetFile(stream) as file:
-                wanted = found(self.columns, _paths(file.schema_arrow), self.place.url, dropped.note)
-                if file.metadata.num_rows == 0:
-                    raise DataError(f"{self.place.url}: has no rows; give a file with data")
-                for batch in file.iter_batches(ROWS, columns=list(dict.fromkeys(wanted.values()))):
+            with self.file.open() as stream, pq.ParquetFile(stream) as parquet:
+                wanted = find_all(self.columns, _paths(parquet.schema_arrow), self.file.url, dropped.note)
+                if parquet.metadata.num_rows == 0:
+                    raise DataError(f"{self.file.url}: has no rows; give a file with data")
+                for batch in parquet.iter_batches(ROWS, columns=list(dict.fromkeys(wanted.values()))):
                     table = pa.table({name: _at(batch, path) for name, path in wanted.items()})
                     yield self._rows(table, np.arange(row, row + len(batch)))
                     row += len(batch)
         except (pa.ArrowException, OSError) as error:
             raise DataError(
-                f"{self.place.url}: not a readable Parquet file ({first_line(error)}); write it again"
+                f"{self.file.url}: not a readable Parquet file ({first_line(error)}); write it again"
             ) from error
 
 
@@ -188,7 +200,7 @@ def _at(batch: pa.RecordBatch, path: str) -> pa.Array:
 class CsvShard(FileShard):
     """A line a row, after the header; rows are numbered from 1, the header not counted."""
 
-    form: Form
+    form: TextForm
 
     def batches(self, dropped: Dropped) -> Iterator[pl.DataFrame]:
         """See `Shard`.
@@ -196,21 +208,21 @@ class CsvShard(FileShard):
         Raises:
             DataError: no header, no rows, or a column is missing.
         """
-        url, drop, form = self.place.url, self._drop(dropped, 1), self.form
+        url, drop, form = self.file.url, self._drop(dropped, 1), self.form
         names: list[str] | None = None
-        some = False
-        with self.place.text() as stream:
+        any_line = False
+        with self.file.text() as stream:
             for block in lines.blocks(lines.pieces(stream, form.encoding), drop, form.multiline):
                 if names is None:
                     names = self._header(block.line(0))
-                    wanted = found(self.columns, names, url, dropped.note)
+                    wanted = find_all(self.columns, names, url, dropped.note)
                     block = block.keep(np.arange(len(block.numbers)) > 0)
-                some = some or len(block.numbers) > 0
+                any_line = any_line or len(block.numbers) > 0
                 block = lines.readable(block, drop, quoted=True, encoding=form.encoding)
                 if len(block.numbers):
                     table, rows = self._parsed(block, names, list(dict.fromkeys(wanted.values())), drop)
                     yield self._rows(pa.table({name: table[column] for name, column in wanted.items()}), rows)
-        if not some:
+        if not any_line:
             raise DataError(f"{url}: has no rows; give a file with data")
 
     def _header(self, line: bytes) -> list[str]:
@@ -220,7 +232,7 @@ class CsvShard(FileShard):
             return pacsv.read_csv(io.BytesIO(line + b"\n"), parse_options=options).column_names
         except (pa.ArrowException, UnicodeDecodeError, ValueError, TypeError) as error:
             raise DataError(
-                f"{self.place.url}: not a readable table ({first_line(error)}); give the right --separator and"
+                f"{self.file.url}: not a readable table ({first_line(error)}); give the right --separator and"
                 " --encoding"
             ) from error
 
@@ -228,10 +240,10 @@ class CsvShard(FileShard):
         self, block: lines.Block, names: list[str], wanted: list[str], drop: Callable[[np.ndarray, str], None]
     ) -> tuple[pa.Table, np.ndarray]:
         table, bad = self._table(block.data, names, wanted)
-        if len(table) + len(bad) != len(block.numbers):  # a quote inside a field: what Arrow takes for text is no quote
-            whole = np.array([self._is_row(block.line(n), names, wanted) for n in range(len(block.numbers))])
-            drop(block.numbers[~whole], "malformed: a quote inside a field")
-            block = block.keep(whole)
+        if len(table) + len(bad) != len(block.numbers):  # Arrow takes a quote inside a field for text
+            alone = np.array([self._is_row(block.line(n), names, wanted) for n in range(len(block.numbers))])
+            drop(block.numbers[~alone], "malformed: a quote inside a field")
+            block = block.keep(alone)
             table, bad = self._table(block.data, names, wanted)
         drop(block.numbers[bad], f"malformed: not {len(names)} columns")
         return table, np.delete(block.numbers, bad) - 1
@@ -241,23 +253,25 @@ class CsvShard(FileShard):
         return len(table) + len(bad) == 1
 
     def _table(self, data: bytes, names: list[str], wanted: list[str]) -> tuple[pa.Table, list[int]]:
-        """The lines of as many columns as there are names, and the places of the others."""
+        """The lines with as many columns as there are names, and the positions of the other lines."""
         bad: list[int] = []
 
         def skip(row: pacsv.InvalidRow) -> str:
             bad.append(row.number - 1)
             return "skip"
 
-        table = pacsv.read_csv(
-            io.BytesIO(data),
-            read_options=pacsv.ReadOptions(column_names=names, use_threads=False, block_size=len(data) + 1),
-            parse_options=pacsv.ParseOptions(
-                delimiter=self.form.separator, invalid_row_handler=skip, ignore_empty_lines=False,
-                newlines_in_values=self.form.multiline,
-            ),
-            convert_options=pacsv.ConvertOptions(
-                include_columns=wanted, column_types=dict.fromkeys(wanted, pa.string()), strings_can_be_null=True,
-                null_values=[""], quoted_strings_can_be_null=False,
-            ),
-        )  # fmt: skip
-        return table, bad
+        read = pacsv.ReadOptions(column_names=names, use_threads=False, block_size=len(data) + 1)
+        parse = pacsv.ParseOptions(
+            delimiter=self.form.separator,
+            invalid_row_handler=skip,
+            ignore_empty_lines=False,
+            newlines_in_values=self.form.multiline,
+        )
+        convert = pacsv.ConvertOptions(
+            include_columns=wanted,
+            column_types=dict.fromkeys(wanted, pa.string()),
+            strings_can_be_null=True,
+            null_values=[""],
+            quoted_strings_can_be_null=False,
+        )
+        return pacsv.read_csv(io.BytesIO(data), read, parse, convert), bad

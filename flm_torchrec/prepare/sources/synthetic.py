@@ -20,20 +20,52 @@ import numpy as np
 import polars as pl
 
 from flm_torchrec.errors import DataError
-from flm_torchrec.prepare.sources.raw import Declared, Raw
+from flm_torchrec.prepare.options import Recipe
+from flm_torchrec.prepare.sources.source_data import DeclaredFeature, SourceData
 
 MECHANISMS = ("content", "collaborative", "sequential")
 GENRES = (
-    "comedy", "drama", "history", "horror", "music", "nature", "romance", "science", "sport", "travel", "war",
+    "comedy",
+    "drama",
+    "history",
+    "horror",
+    "music",
+    "nature",
+    "romance",
+    "science",
+    "sport",
+    "travel",
+    "war",
     "western",
-)  # fmt: skip
+)
 ADJECTIVES = (
-    "Amber", "Bold", "Calm", "Distant", "Eager", "Frozen", "Golden", "Hidden", "Iron", "Jade", "Last", "Silent",
-)  # fmt: skip
+    "Amber",
+    "Bold",
+    "Calm",
+    "Distant",
+    "Eager",
+    "Frozen",
+    "Golden",
+    "Hidden",
+    "Iron",
+    "Jade",
+    "Last",
+    "Silent",
+)
 NOUNS = (
-    "Bridge", "Candle", "Door", "Engine", "Forest", "Garden", "Harbour", "Island", "Letter", "Mirror", "River",
+    "Bridge",
+    "Candle",
+    "Door",
+    "Engine",
+    "Forest",
+    "Garden",
+    "Harbour",
+    "Island",
+    "Letter",
+    "Mirror",
+    "River",
     "Tower",
-)  # fmt: skip
+)
 BRANDS = 40
 GROUPS = 32
 SUCCESSORS = 5
@@ -45,22 +77,8 @@ BLOCK = 256
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Size and strengths."""
-
-    users: int = 4000
-    items: int = 1000
-    events: int = 40
-    """Mean events a user."""
-    content: float = 1.0
-    collaborative: float = 1.0
-    sequential: float = 1.0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
 class World:
-    """What was planted."""
+    """The planted structure."""
 
     share: np.ndarray  # [3] chance of each mechanism
     popularity: np.ndarray  # [items], sums to 1
@@ -82,14 +100,14 @@ class World:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What happened: row u holds the events of user u, in order, and past `lengths[u]` nothing of meaning."""
+    """The events: row u holds those of user u, in order; values past `lengths[u]` mean nothing."""
 
     item: np.ndarray  # [users, longest]
     mechanism: np.ndarray  # [users, longest] index into MECHANISMS
     lengths: np.ndarray  # [users]
 
 
-def read(recipe: Recipe) -> Raw:
+def read(recipe: Recipe) -> SourceData:
     """Draw the logs; the same for the same recipe.
 
     Raises:
@@ -108,19 +126,19 @@ def read(recipe: Recipe) -> Raw:
     rng = np.random.default_rng(recipe.seed)
     world = _world(recipe, strengths / strengths.sum(), rng)
     drawn = _draw(recipe, world, rng)
-    return Raw(
+    return SourceData(
         name="synthetic",
         source="synthetic",
         interactions=_frame(drawn, rng),
         items=_items(world),
         users=_users(world, rng),
         features=(
-            Declared("title", "item", "text"),
-            Declared("genre", "item", "categorical"),
-            Declared("brand", "item", "categorical"),
-            Declared("price", "item", "numeric"),
-            Declared("interests", "user", "multi_categorical"),
-            Declared("spending", "user", "numeric"),
+            DeclaredFeature("title", "item", "text"),
+            DeclaredFeature("genre", "item", "categorical"),
+            DeclaredFeature("brand", "item", "categorical"),
+            DeclaredFeature("price", "item", "numeric"),
+            DeclaredFeature("interests", "user", "multi_categorical"),
+            DeclaredFeature("spending", "user", "numeric"),
         ),
         title="title",
         notes={"synthetic": "made up from a seed; not data about people", "recipe": asdict(recipe)},
@@ -243,10 +261,10 @@ def _items(world: World) -> pl.DataFrame:
 def _users(world: World, rng: np.random.Generator) -> pl.DataFrame:
     """Interests: the favourite genre, which three users in ten keep to themselves, and a random one."""
     count = len(world.taste)
-    told = rng.random(count) < 0.7
+    shares_taste = rng.random(count) < 0.7
     other = rng.integers(len(GENRES), size=count)
     interests = [
-        [GENRES[o]] + [GENRES[t]] * int(k and o != t) for o, t, k in zip(other, world.taste, told, strict=True)
+        [GENRES[o]] + [GENRES[t]] * int(k and o != t) for o, t, k in zip(other, world.taste, shares_taste, strict=True)
     ]
     spending = np.exp(world.budget + rng.normal(0, 0.3, size=count)).round(2)
     return pl.DataFrame({"key": [f"u{u}" for u in range(count)], "interests": interests, "spending": spending})

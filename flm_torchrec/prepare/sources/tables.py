@@ -1,4 +1,4 @@
-"""Reading tables from CSV and Parquet with errors that name the file."""
+"""Tables from CSV and Parquet files, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -36,9 +36,14 @@ def read_csv(
     _check_there(file)
     try:
         frame = pl.read_csv(
-            file, separator=separator, has_header=names is None, infer_schema=False, encoding=encoding,
-            quote_char='"' if quoted else None, glob=False,
-        )  # fmt: skip
+            file,
+            separator=separator,
+            has_header=names is None,
+            infer_schema=False,
+            encoding=encoding,
+            quote_char='"' if quoted else None,
+            glob=False,
+        )
     except (pl.exceptions.PolarsError, UnicodeDecodeError, ValueError) as error:
         raise DataError(
             f"{file}: not a readable table ({first_line(error)}); mend the line, or give the right separator and"
@@ -49,7 +54,7 @@ def read_csv(
             raise DataError(f"{file}: {len(frame.columns)} columns, expected {len(names)}: {', '.join(names)}")
         frame.columns = list(names)
     wanted = _check_columns(file, wanted, frame.columns)
-    return _some(frame.select(wanted), file)
+    return _with_rows(frame.select(wanted), file)
 
 
 def read_parquet(file: Path, *, wanted: Iterable[str] | None = None) -> pl.DataFrame:
@@ -64,12 +69,12 @@ def read_parquet(file: Path, *, wanted: Iterable[str] | None = None) -> pl.DataF
     _check_there(file)
     try:
         wanted = _check_columns(file, wanted, pq.read_schema(file).names)
-        return _some(pl.read_parquet(file, columns=wanted, glob=False, hive_partitioning=False), file)
+        return _with_rows(pl.read_parquet(file, columns=wanted, glob=False, hive_partitioning=False), file)
     except (pl.exceptions.PolarsError, pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: not a readable Parquet file ({first_line(error)}); write it again") from error
 
 
-def with_place(frame: pl.DataFrame, file: Path) -> pl.DataFrame:
+def with_row_numbers(frame: pl.DataFrame, file: Path) -> pl.DataFrame:
     """Add the columns `file` and `row` (from 1, a header not counted), by which errors name a row."""
     return frame.with_columns(pl.lit(file.name).alias("file"), pl.int_range(1, pl.len() + 1).alias("row"))
 
@@ -112,7 +117,8 @@ def _check_columns(file: Path, wanted: Iterable[str] | None, present: Iterable[s
     return present if wanted is None else list(dict.fromkeys(wanted))
 
 
-def _some(frame: pl.DataFrame, file: Path) -> pl.DataFrame:
+def _with_rows(frame: pl.DataFrame, file: Path) -> pl.DataFrame:
+    """The frame, checked to have rows."""
     if len(frame) == 0:
         raise DataError(f"{file}: has no rows; give a file with data")
     return frame

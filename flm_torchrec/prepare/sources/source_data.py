@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Declared:
+class DeclaredFeature:
     """A feature column of the items or users of a source."""
 
     name: str
@@ -35,11 +35,11 @@ class Shard(Protocol):
         """Differs once the contents do: where it is, how large, when changed."""
 
     def batches(self, dropped: Dropped) -> Iterator[pl.DataFrame]:
-        """Frames as `Raw.interactions` has them; rows that cannot be read are counted in `dropped`."""
+        """Frames as `SourceData.interactions` has them; rows that cannot be read are counted in `dropped`."""
 
 
 @dataclass(frozen=True)
-class Raw:
+class SourceData:
     """A source, read, or what reads it.
 
     `interactions` has columns file (str), row (int, from 1), user, item (str), timestamp (int64 s), event (str),
@@ -53,7 +53,7 @@ class Raw:
     interactions: pl.DataFrame | tuple[Shard, ...]
     items: pl.DataFrame | None = None
     users: pl.DataFrame | None = None
-    features: tuple[Declared, ...] = ()
+    features: tuple[DeclaredFeature, ...] = ()
     title: str = ""
     timestamps: bool = True
     """False: only the order counts, and the timestamp becomes the position in the user's sequence."""
