@@ -47,7 +47,7 @@ def find_all(columns: Sequence[str], present: Sequence[str], where: str, note: C
 
 
 def no_column(where: str, wanted: str, present: Sequence[str]) -> DataError:
-    """The error of a name that is not there."""
+    """The error of a column that is missing: the nearest name, and all names."""
     parts = alternatives(wanted)
     close = [name for part in parts for name in closest(part, present)]
     hint = f" did you mean '{close[0]}'?" if close else ""

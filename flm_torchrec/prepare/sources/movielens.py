@@ -47,7 +47,7 @@ def read(folder: Path) -> SourceData:
     """Read u.data, u.item, u.user, or ml-100k.inter, .item, .user, whichever the folder has.
 
     Raises:
-        DataError: neither is whole, or a column is missing.
+        DataError: neither set of files is complete, or a column is missing.
     """
     if (folder / "u.data").is_file():
         inter, items, users = _grouplens(folder)

@@ -28,11 +28,11 @@ class Shard(Protocol):
 
     @property
     def name(self) -> str:
-        """By which errors and the report name it."""
+        """Name of the shard in errors and in the report."""
 
     @property
     def identity(self) -> str:
-        """Differs once the contents do: where it is, how large, when changed."""
+        """Differs if the contents differ: address, size, time of change."""
 
     def batches(self, dropped: Dropped) -> Iterator[pl.DataFrame]:
         """Frames as `SourceData.interactions` has them; rows that cannot be read are counted in `dropped`."""
@@ -40,12 +40,12 @@ class Shard(Protocol):
 
 @dataclass(frozen=True)
 class SourceData:
-    """A source, read, or what reads it.
+    """What a source gives: interactions, or the shards that will read them, and what describes users and items.
 
     `interactions` has columns file (str), row (int, from 1), user, item (str), timestamp (int64 s), event (str),
-    value (float64) and perhaps segment (str); null where a row has none or it cannot be read. Or it is the shards
-    of logs that may be larger than memory.
-    `items` and `users` have a column key (str) and one a declared feature.
+    value (float64) and perhaps segment (str); null where a value is missing or cannot be read. Logs that may be larger
+    than memory are shards, whose batches have these columns.
+    `items` and `users` have a column key (str) and one for each declared feature.
     """
 
     name: str
@@ -58,8 +58,8 @@ class SourceData:
     timestamps: bool = True
     """False: only the order counts, and the timestamp becomes the position in the user's sequence."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """Goes into report.json as it is."""
+    """Entries of report.json."""
     warnings: tuple[str, ...] = ()
-    """What was read otherwise than people may expect, a line each."""
+    """What was not read as the user may expect, a line each."""
     oracle: dict[str, dict[str, float]] | None = None
-    """Best possible scores, where the source knows them; they hold only while no row is dropped."""
+    """Best possible scores, if the source knows them; they hold only if no row is dropped."""
