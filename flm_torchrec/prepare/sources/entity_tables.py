@@ -15,7 +15,7 @@ from flm_torchrec.prepare.options import EntityTable, NumberForm, TextForm
 from flm_torchrec.prepare.sources.json_lines import JsonShard
 from flm_torchrec.prepare.sources.lists import as_lists, refuse_lists
 from flm_torchrec.prepare.sources.number_text import number_expression, read_numbers
-from flm_torchrec.prepare.sources.shards import ENDINGS, CsvShard, ParquetShard, SourceFile, find_files
+from flm_torchrec.prepare.sources.shards import ENDINGS, CsvShard, InputFile, ParquetShard, find_files
 from flm_torchrec.prepare.sources.source_data import Shard
 from flm_torchrec.prepare.sources.tables import cast
 from flm_torchrec.safe_text import redact_address
@@ -104,7 +104,7 @@ def _source(location: str) -> str:
     return "csv"
 
 
-def _shard(source: str, file: SourceFile, table: EntityTable, form: TextForm, short: dict[str, str]) -> Shard:
+def _shard(source: str, file: InputFile, table: EntityTable, form: TextForm, short: dict[str, str]) -> Shard:
     """A file as a shard whose columns get short names, so that a feature may be called `file` or `row`."""
     columns = tuple(short)
 

@@ -18,7 +18,7 @@ from flm_torchrec.prepare.options import EntityTable, LogOptions, NumberForm
 from flm_torchrec.prepare.sources.entity_tables import as_kind, one_row_a_key, read_table
 from flm_torchrec.prepare.sources.json_lines import JsonShard
 from flm_torchrec.prepare.sources.number_text import read_numbers
-from flm_torchrec.prepare.sources.shards import CsvShard, ParquetShard, SourceFile, find_files
+from flm_torchrec.prepare.sources.shards import CsvShard, InputFile, ParquetShard, find_files
 from flm_torchrec.prepare.sources.source_data import DeclaredFeature, Shard, SourceData
 from flm_torchrec.prepare.sources.tables import cast
 from flm_torchrec.safe_text import redact_address
@@ -54,15 +54,15 @@ def read(source: str, location: str, options: LogOptions) -> SourceData:
     )
 
 
-def _parquet(file: SourceFile, options: LogOptions) -> Shard:
+def _parquet(file: InputFile, options: LogOptions) -> Shard:
     return ParquetShard(file, _columns(options), partial(_roles, options, file.url))
 
 
-def _csv(file: SourceFile, options: LogOptions) -> Shard:
+def _csv(file: InputFile, options: LogOptions) -> Shard:
     return CsvShard(file, _columns(options), partial(_roles, options, file.url), options.form)
 
 
-def _jsonl(file: SourceFile, options: LogOptions) -> Shard:
+def _jsonl(file: InputFile, options: LogOptions) -> Shard:
     numbers = (options.columns["value"],) if "value" in options.columns else ()
     return JsonShard(file, _columns(options), partial(_roles, options, file.url), options.form, numbers)
 

@@ -38,7 +38,7 @@ ToRoles = Callable[[pl.DataFrame], pl.DataFrame]
 
 
 @dataclass(frozen=True)
-class SourceFile:
+class InputFile:
     """Where a file of logs is."""
 
     url: str
@@ -72,7 +72,7 @@ class SourceFile:
             raise DataError(f"{self.url}: cannot be read to its end ({first_line(error)}); write it again") from error
 
 
-def find_files(source: str, location: str, option: str = "--input") -> list[SourceFile]:
+def find_files(source: str, location: str, option: str = "--input") -> list[InputFile]:
     """A file, all files of a folder with an ending of the source, or all that a pattern matches, by name.
 
     Raises:
@@ -98,7 +98,7 @@ def find_files(source: str, location: str, option: str = "--input") -> list[Sour
         if info.get("size") == 0:
             raise DataError(f"{url}: is empty; give a file with data")
         changed = info.get("mtime") or info.get("LastModified") or info.get("updated") or info.get("ETag")
-        files.append(SourceFile(url, PurePosixPath(redact_address(name)).name, f"{url} {info.get('size')} {changed}"))
+        files.append(InputFile(url, PurePosixPath(redact_address(name)).name, f"{url} {info.get('size')} {changed}"))
     return files
 
 
@@ -122,7 +122,7 @@ def _pattern(system: Any, path: str) -> str:
 class FileShard:
     """What shards of every format have in common: a file, its columns, and their roles."""
 
-    file: SourceFile
+    file: InputFile
     columns: tuple[str, ...]
     """As people name them; no other column is ever read."""
     to_roles: ToRoles
