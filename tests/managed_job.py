@@ -19,8 +19,7 @@ from flm_torchrec.data.dataset import load_prepared
 from flm_torchrec.data.hashing import MANAGED_IDS
 from flm_torchrec.data.schema import Table
 from flm_torchrec.distributed.comm import process_group
-from flm_torchrec.training.scope import scope_of
-from flm_torchrec.training.trainer import Job
+from flm_torchrec.training.job import Job, JobInputs
 from tests.equality_job import whole
 
 ROWS = 64
@@ -32,9 +31,9 @@ MIXTURES = [
 ]
 
 
-def looked_up(fixed: nn.Module | None, managed: nn.Module | None, features: KeyedJaggedTensor) -> dict[str, Tensor]:
-    found = fixed(features).to_dict() if fixed is not None else {}
-    return found | (managed(features)[0].to_dict() if managed is not None else {})
+def embedded(fixed: nn.Module | None, managed: nn.Module | None, features: KeyedJaggedTensor) -> dict[str, Tensor]:
+    pooled = fixed(features).to_dict() if fixed is not None else {}
+    return pooled | (managed(features)[0].to_dict() if managed is not None else {})
 
 
 def by_hand(weight: Tensor, ids: JaggedTensor, managed: bool, mean: bool, ranks: int) -> Tensor:
@@ -49,25 +48,25 @@ def by_hand(weight: Tensor, ids: JaggedTensor, managed: bool, mean: bool, ranks:
 
 def main(path: str) -> None:
     overrides = ["model.dim=16", "train.batch_size=32", "distributed.threads=1", "distributed.sharding=row_wise"]
-    config, found = load_config(None, overrides), load_prepared(path)
+    config, prepared = load_config(None, overrides), load_prepared(path)
     with process_group(config.distributed) as comm:
         for tables in MIXTURES:
-            schema = replace(found.schema, tables={name: Table("zch", ROWS) for name in tables})
-            data = replace(found, schema=schema)
-            job = Job(config, data, scope_of(config, data), comm)
+            schema = replace(prepared.schema, tables={name: Table("zch", ROWS) for name in tables})
+            data = replace(prepared, schema=schema)
+            job = Job(JobInputs.of(config, data, comm))
             model = get_unwrapped_module(job.model.eval())
             weights = {name.split(".")[-2]: t for name, t in job.model.state_dict().items() if "embedding_bags" in name}
             batch = next(iter(job.loader.epoch(0)))
-            items = looked_up(model.item_features, model.managed_item_features, batch.item_features)
-            users = looked_up(model.users, model.managed_users, batch.users)
-            looked = {f"item_{name}": (out, batch.item_features[name]) for name, out in items.items()}
-            looked |= {f"user_{name.removeprefix('user_')}": (out, batch.users[name]) for name, out in users.items()}
+            items = embedded(model.item_features, model.managed_item_features, batch.item_features)
+            users = embedded(model.users, model.managed_users, batch.users)
+            outputs = {f"item_{name}": (out, batch.item_features[name]) for name, out in items.items()}
+            outputs |= {f"user_{name.removeprefix('user_')}": (out, batch.users[name]) for name, out in users.items()}
             means = {f.table for f in schema.features if f.kind in ("text", "multi_categorical")}
-            for table, (out, ids) in looked.items():
+            for table, (out, ids) in outputs.items():
                 weight = whole(weights[table], weights[table].size())
                 expected = by_hand(weight, ids, table in tables, table in means, comm.world_size)
                 torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-            assert looked.keys() == weights.keys()
+            assert outputs.keys() == weights.keys()
             if comm.main:
                 print("equal", tables)
 

@@ -29,10 +29,9 @@ from flm_torchrec.distributed.shard import make_optimizer, shard
 from flm_torchrec.training.checkpoint.manager import CHECKPOINTS, Checkpoints, Progress
 from flm_torchrec.training.checkpoint.state import own_bytes
 from flm_torchrec.training.guard import Guard
+from flm_torchrec.training.job import Job, JobInputs
 from flm_torchrec.training.schedule import Schedule
-from flm_torchrec.training.scope import scope_of
 from flm_torchrec.training.steps import STEPS as STEPPERS
-from flm_torchrec.training.trainer import Job
 from tests.equality_job import (
     CLOSE,
     LR,
@@ -155,7 +154,7 @@ def check_tables(comm: Comm) -> None:
 
 def new_job(data: PreparedData, comm: Comm, *overrides: str) -> Job:
     config = load_config(None, [*FIXED, *overrides])
-    return Job(config, data, scope_of(config, data), comm)
+    return Job(JobInputs.of(config, data, comm))
 
 
 def tables(job: Job) -> list[ShardedTensor]:

@@ -7,24 +7,24 @@ from pathlib import Path
 from flm_torchrec.config import load_config
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import everyone
-from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.export.manifest import IndexKind
 from flm_torchrec.export.tower.writer import write_tower
 from flm_torchrec.export.write import ExportOptions, ExportSource, export
-from flm_torchrec.training.gathered import PackagedModel
-from flm_torchrec.training.scope import scope_of
-from flm_torchrec.training.trainer import Job
+from flm_torchrec.training.gathered import GatheredModel
+from flm_torchrec.training.job import open_job
 
 
 def write_export(data: PreparedData, folder: Path, seed: int = 1, index: IndexKind = "flat") -> None:
     """An export with an int8 tower; its model's version is the folder's name."""
     settings = ["model.dim=16", "data.max_history=7", "distributed.device=cpu", f"train.seed={seed}"]
     config = load_config(None, settings)
-    with process_group(config.distributed) as comm:
-        job = Job(config, data, scope_of(config, data), comm)
-        encoder, model = job.encoder(everyone(data)), PackagedModel(job)
+    with open_job(config, data) as job:
+        encoder, model = job.encoder(everyone(data)), GatheredModel(job)
         source = ExportSource(
-            data, encoder, encoder.assembler.known.items > 0, folder.name,
+            data,
+            encoder,
+            encoder.assembler.known.items > 0,
+            folder.name,
             beside=lambda fresh: write_tower(data, model, True, "int8", fresh),
-        )  # fmt: skip
-        export(source, comm, folder, ExportOptions(index=index))
+        )
+        export(source, job.comm, folder, ExportOptions(index=index))

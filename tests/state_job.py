@@ -16,8 +16,7 @@ from flm_torchrec.data.dataset import load_prepared
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.planner.plan_file import describe
 from flm_torchrec.training.checkpoint.manager import Checkpoints, Progress
-from flm_torchrec.training.scope import scope_of
-from flm_torchrec.training.trainer import Job
+from flm_torchrec.training.job import Job, JobInputs
 
 STEPS = 4
 
@@ -31,7 +30,7 @@ def main(path: str, source: str, target: str, cases: list[str]) -> None:
             name, sharding, optimizer = case.split(":")
             overrides = [f"distributed.sharding={sharding}", f"train.sparse_optimizer={optimizer}"]
             config = load_config(None, [*shared, *overrides])
-            job = Job(config, data, scope_of(config, data), comm)
+            job = Job(JobInputs.of(config, data, comm))
 
             def checkpoints(folder: str, job: Job = job, name: str = name) -> Checkpoints:
                 return Checkpoints(Path(folder) / name, job.model, job.optimizer, comm, data.fingerprint)

@@ -14,10 +14,8 @@ import torch
 
 from flm_torchrec.config import load_config
 from flm_torchrec.data.dataset import load_prepared
-from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, RankingProblem, rank_targets
-from flm_torchrec.training.scope import scope_of
-from flm_torchrec.training.trainer import Job
+from flm_torchrec.training.job import open_job
 
 STEPS = 20
 
@@ -28,9 +26,8 @@ def main(path: str, output: str, overrides: list[str]) -> None:
     fixed += ["loss.fused=1", "distributed.threads=1"]
     config = load_config(None, [*fixed, *overrides])
     data = load_prepared(path)
-    with process_group(config.distributed) as comm:
-        job = Job(config, data, scope_of(config, data), comm)
-        model, plan, optimizer, loader = job.model, job.plan, job.optimizer, job.loader
+    with open_job(config, data) as job:
+        comm, model, plan, optimizer, loader = job.comm, job.model, job.plan, job.optimizer, job.loader
         losses = []
         model.train()
         for batch in islice(loader.after(0), STEPS):
@@ -40,7 +37,7 @@ def main(path: str, output: str, overrides: list[str]) -> None:
             optimizer.step()
             shares = torch.stack(list(outputs.losses.values()))
             losses.append(comm.all_reduce_sum(shares).tolist())
-        test = job.scope.splits.test
+        test = job.events.splits.test
         encode = job.encoder(test)
         scorer = HeadScorer(encode, data.schema.items, 64, comm)
         ranked = rank_targets(RankingProblem(data, test, Blocks(16, 64)), scorer, comm)

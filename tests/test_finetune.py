@@ -18,14 +18,13 @@ from flm_torchrec.config import load_config
 from flm_torchrec.data.cohort import label_events, of_cohort
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import split
-from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.options import PrepareOptions
 from flm_torchrec.prepare.prepare import prepare
 from flm_torchrec.prepare.sources import synthetic
+from flm_torchrec.training.job import open_job
 from flm_torchrec.training.restore import restore
-from flm_torchrec.training.scope import load_data, scope_of
-from flm_torchrec.training.trainer import Job
+from flm_torchrec.training.run_events import events_of, load_data
 
 SMALL = ["--model.dim", "16", "--train.batch_size", "32", "--train.max_steps", "6", "--eval.ks", "[10]"]
 
@@ -80,22 +79,21 @@ def test_labels_of_one_kind_are_refused(small: PreparedData) -> None:
 
 def test_new_users_are_those_the_source_never_saw(source: Path, small: PreparedData) -> None:
     overrides = [f"finetune.source={source}", "finetune.cohort=new", "data.split=leave-one-out"]
-    scope = scope_of(load_config(source / "config.yaml", overrides), small)
-    seen = scope_of(load_config(source / "config.yaml"), small).fit
+    tuned = events_of(load_config(source / "config.yaml", overrides), small)
+    seen = events_of(load_config(source / "config.yaml"), small).learned_from
     users = np.repeat(np.arange(small.schema.users), np.diff(small.offsets))
-    assert not set(users[scope.fit]) & set(users[seen]) and (scope.known == scope.fit | seen).all()
-    assert set(scope.splits.test.user) <= set(range(small.schema.users)) - set(users[seen])
+    assert not set(users[tuned.learned_from]) & set(users[seen]) and (tuned.seen == tuned.learned_from | seen).all()
+    assert set(tuned.splits.test.user) <= set(range(small.schema.users)) - set(users[seen])
     overrides += ["finetune.start=scratch"]
-    scratch = scope_of(load_config(source / "config.yaml", overrides), small)
-    assert (scratch.known == scratch.fit).all() and (scratch.fit == scope.fit).all()
+    scratch = events_of(load_config(source / "config.yaml", overrides), small)
+    assert (scratch.seen == scratch.learned_from).all() and (scratch.learned_from == tuned.learned_from).all()
 
 
 @pytest.mark.parametrize(("tower", "moves"), [("frozen", False), ("partial", True), ("full", True)])
 def test_what_is_frozen_stays(source: Path, small: PreparedData, tower: str, moves: bool) -> None:
     overrides = [f"finetune.source={source}", f"finetune.tower={tower}", "finetune.sparse_lr=0"]
     config = load_config(source / "config.yaml", overrides)
-    with process_group(config.distributed) as comm:
-        job = Job(config, small, scope_of(config, small), comm)
+    with open_job(config, small) as job:
         before = {n: t.detach().clone() for n, t in job.model.module.dense.state_dict().items()}
         table = job.model.module.item_id.state_dict()["embeddings.item_id.weight"].local_shards()[0].tensor.clone()
         job.model.train()

@@ -26,7 +26,7 @@ from flm_torchrec.prepare.clean import Dropped
 from flm_torchrec.prepare.column_options import parse_columns
 from flm_torchrec.prepare.options import LogOptions
 from flm_torchrec.prepare.sources import logs
-from flm_torchrec.training.follow.events import Encoder, NewEvents, append, new_windows, newest
+from flm_torchrec.training.follow.events import EventEncoder, NewEvents, RowForm, append, new_windows, newest
 from flm_torchrec.training.follow.sources import open_source
 from tests.conftest import ROOT, only_shard
 
@@ -189,7 +189,9 @@ ROWS = st.fixed_dictionaries(
 @given(st.lists(JSON | ROWS, max_size=6))
 def test_any_row_is_learnt_from_or_counted(run: Path, rows: list[Any]) -> None:
     refused: dict[str, Any] = {}
-    found = Encoder(run / "vocabulary", {}).encode([(f"row {n}", row) for n, row in enumerate(rows)], refused)
+    found = EventEncoder(run / "vocabulary", RowForm({})).encode(
+        [(f"row {n}", row) for n, row in enumerate(rows)], refused
+    )
     assert len(found.user) + sum(entry["rows"] for entry in refused.values()) == len(rows)
     assert np.isfinite(found.value).all() and (found.timestamp >= 0).all()
     json.dumps(refused)
@@ -295,7 +297,7 @@ def test_a_parquet_file_is_read_as_preparation_reads_it(run: Path, tmp_path: Pat
     chunk = open_source(str(tmp_path)).after({})
     assert chunk is not None
     refused: dict[str, Any] = {}
-    found = Encoder(run / "vocabulary", {}).encode(chunk.rows, refused)
+    found = EventEncoder(run / "vocabulary", RowForm({})).encode(chunk.rows, refused)
     assert not refused and found.timestamp.tolist() == [NEW, NEW - 1] and (found.value == 1).all()
     columns = parse_columns("user=user,item=item,timestamp=timestamp")
     shard = only_shard(logs.read("parquet", str(tmp_path / "a.parquet"), LogOptions(columns)))
@@ -319,7 +321,7 @@ def test_numbers_of_any_type_are_the_same_id(run: Path, tmp_path: Path) -> None:
         chunk = open_source(str(folder)).after({})
         assert chunk is not None
         refused: dict[str, Any] = {}
-        found = Encoder(vocabulary, {}).encode(chunk.rows, refused)
+        found = EventEncoder(vocabulary, RowForm({})).encode(chunk.rows, refused)
         known = [1, 2] if column.null_count else [1, 2, 3]
         assert found.user.tolist() == found.item.tolist() == known
         assert found.timestamp.tolist() == [86400 * (n + 1) for n in range(len(known))]
@@ -329,7 +331,7 @@ def test_numbers_of_any_type_are_the_same_id(run: Path, tmp_path: Path) -> None:
 def test_times_in_another_unit_are_refused_and_read_with_the_unit(run: Path) -> None:
     rows = [(f"row {n}", {"user": "u1", "item": "i1", "timestamp": NEW * 1000 + n}) for n in range(3)]
     refused: dict[str, Any] = {}
-    assert len(Encoder(run / "vocabulary", {}).encode(rows, refused).user) == 0
+    assert len(EventEncoder(run / "vocabulary", RowForm({})).encode(rows, refused).user) == 0
     (reason,) = refused
     assert "--time-unit" in reason and refused[reason] == {"rows": 3, "examples": ["row 0", "row 1", "row 2"]}
-    assert Encoder(run / "vocabulary", {}, "ms").encode(rows, {}).timestamp.tolist() == [NEW] * 3
+    assert EventEncoder(run / "vocabulary", RowForm({}, "ms")).encode(rows, {}).timestamp.tolist() == [NEW] * 3

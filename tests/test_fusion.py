@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flm_torchrec.cli import main
+from flm_torchrec.config import load_config
 from flm_torchrec.config.heads import HEADS
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import Examples, split
@@ -52,9 +53,13 @@ def comm() -> Comm:
 def chosen(data: PreparedData, comm: Comm, noise: dict[str, float], heads: tuple[str, ...] = HEADS) -> tuple:
     examples = split(data, "leave-one-out", 0.1).valid
     encoder = Planted(data, examples, {**noise, "fused": 0.0})
-    weights, score = choose_weights(data, examples, encoder, comm, Blocks(16, 64), heads, "ndcg@10")
+    untrained = [f"loss.{name}=0" for name in HEADS if name not in heads]
+    config = load_config(None, untrained)
+    assert config.train.select.endswith("/ndcg@10")
+    problem = RankingProblem(data, examples, Blocks(16, 64))
+    weights, score = choose_weights(problem, encoder, comm, config)
     scorer = HeadScorer(encoder, data.schema.items, 64, comm)
-    ranked = rank_targets(RankingProblem(data, examples, Blocks(16, 64)), scorer, comm)
+    ranked = rank_targets(problem, scorer, comm)
     alone = [count_ranks(ranked, name, data.schema.items, comm).ndcg(10) for name in heads]
     return dict(zip(HEADS, weights.tolist(), strict=True)), score, alone
 

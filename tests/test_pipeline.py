@@ -12,26 +12,23 @@ import torch
 
 from flm_torchrec.config import load_config
 from flm_torchrec.data.dataset import PreparedData
-from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.training.build import set_precision
 from flm_torchrec.training.guard import Guard
+from flm_torchrec.training.job import open_job
 from flm_torchrec.training.schedule import Schedule
-from flm_torchrec.training.scope import scope_of
 from flm_torchrec.training.steps import STEPS
-from flm_torchrec.training.trainer import Job
 
 
 def losses(data: PreparedData, kind: str, folder: Path) -> list[float]:
     """Of eight steps, between which the model encodes users, as validation does."""
     fixed = ["model.dropout=0", "model.id_dropout=0", "model.user_id_dropout=0", "model.dim=16", "train.batch_size=32"]
     config = load_config(None, fixed)
-    with process_group(config.distributed) as comm:
-        job = Job(config, data, scope_of(config, data), comm)
+    with open_job(config, data) as job:
         job.model.train()
-        encode = job.encoder(job.scope.splits.valid)
+        encode = job.encoder(job.events.splits.valid)
         steps = STEPS[kind](
-            job.model, job.optimizer, Schedule(job.optimizer, 2, 8), comm.device, Guard(comm, "stop", folder)
+            job.model, job.optimizer, Schedule(job.optimizer, 2, 8), job.comm.device, Guard(job.comm, "stop", folder)
         )
         batches = islice(job.loader.after(0), 8)
         found = []

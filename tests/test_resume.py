@@ -41,11 +41,11 @@ from flm_torchrec.training.checkpoint import manager as checkpoint
 from flm_torchrec.training.checkpoint import storage
 from flm_torchrec.training.encoder import ModelEncoder
 from flm_torchrec.training.guard import Guard, NonFinite, as_arrays, from_arrays
+from flm_torchrec.training.job import open_job
 from flm_torchrec.training.run_folder import check_run_folder, open_run_folder
 from flm_torchrec.training.schedule import Schedule
-from flm_torchrec.training.scope import scope_of
 from flm_torchrec.training.steps import STEPS as KINDS_OF_STEPS
-from flm_torchrec.training.trainer import Job, pretrain
+from flm_torchrec.training.trainer import pretrain
 from tests.conftest import ROOT
 from tests.test_checkpoint import tensors
 from tools.faults.replay import replay
@@ -467,14 +467,14 @@ def test_a_batch_whose_loss_is_no_number_is_left_out_or_ends_the_run(
 ) -> None:
     """In plain steps and in those of the pipeline that GPUs take."""
     config = load_config(None, ["model.dim=16", "train.batch_size=32", "distributed.threads=1"])
-    with process_group(config.distributed) as comm:
-        job = Job(config, small, scope_of(config, small), comm)
+    with open_job(config, small) as job:
         job.model.train()
         state: list[list[torch.Tensor]] = []
 
         def run(policy: str, bad: int) -> list[bool]:
-            guard = Guard(comm, policy, tmp_path / policy)
-            steps = KINDS_OF_STEPS[kind](job.model, job.optimizer, Schedule(job.optimizer, 2, 8), comm.device, guard)
+            guard = Guard(job.comm, policy, tmp_path / policy)
+            schedule = Schedule(job.optimizer, 2, 8)
+            steps = KINDS_OF_STEPS[kind](job.model, job.optimizer, schedule, job.comm.device, guard)
             batches, found = islice(poisoned(job.loader, bad), 3), []
             for step in range(3):
                 found.append(steps.take(batches, step) is not None)

@@ -35,7 +35,7 @@ from flm_torchrec.data.survey import StreamedData, load_streamed, order_statisti
 from flm_torchrec.data.windows import windows
 from flm_torchrec.errors import ConfigError, DataError
 from flm_torchrec.training.finetune import source_config
-from flm_torchrec.training.scope import load_data, scope_of
+from flm_torchrec.training.run_events import events_of, load_data
 
 ITEMS = 30
 KINDS = ("leave-one-out", "time", "cold-start")
@@ -263,9 +263,9 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_validation_has_the_users_that_it_has_in_memory(uneven: Path, kind: str) -> None:
     config = load_config(None, [f"data.path={uneven}", f"data.split={kind}", "train.eval_users=9"])
     streamed = load_data(dataclasses.replace(config, data=dataclasses.replace(config.data, stream=True)))
-    valid = scope_of(config, streamed).splits.valid
+    valid = events_of(config, streamed).splits.valid
     whole = load_data(config)
-    everyone = scope_of(config, whole).splits.valid
+    everyone = events_of(config, whole).splits.valid
     chosen = np.sort(np.random.default_rng(config.train.seed).choice(len(everyone), 9, replace=False))
     np.testing.assert_array_equal(valid.user, everyone.user[chosen])
     np.testing.assert_array_equal(streamed.item[valid.end], whole.item[everyone.end[chosen]])

@@ -35,7 +35,7 @@ class Follower:
         while (chunk := source.after(self.position)) is not None:
             found += [int(row["n"]) for _, row in chunk.rows]
             self.position = chunk.position
-        self.told = source.told
+        self.told = source.messages
         return found
 
 
@@ -90,7 +90,7 @@ def test_the_rows_of_a_file_that_grew_are_numbered_on(incoming: Path) -> None:
         file.write(lines(3) + '{"n": 4')
     more = source.after(first.position)
     assert more is not None and more.rows == [("day.jsonl: row 3", {"n": 3})]
-    assert any("its end is not there yet" in line for line in source.told)
+    assert any("its end is not there yet" in line for line in source.messages)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_a_topic_is_told_from_others_and_its_new_partitions_are_read(monkeypatch
                 position = chunk.position
         source.listed = 0.0
     assert found[0] == 0 and sorted(found[1:]) == [1, 3]
-    assert source.told == ["topic events: new partitions 1, 2, 3, read from their start"]
+    assert source.messages == ["topic events: new partitions 1, 2, 3, read from their start"]
     assert source.resume(position) == position
     with pytest.raises(DataError, match="is topic others, but --output began with topic events"):
         open_source(address + "others").resume(position)

@@ -17,7 +17,6 @@ from flm_torchrec.config import load_config
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.data.splits import everyone
-from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.export.tower.reader import HISTORY_FIELDS, History, PackagedTower, TowerQuery
 from flm_torchrec.export.tower.writer import Precision, write_tower
@@ -25,9 +24,8 @@ from flm_torchrec.prepare.options import PrepareOptions
 from flm_torchrec.prepare.prepare import prepare
 from flm_torchrec.prepare.sources import synthetic
 from flm_torchrec.prepare.table_options import parse_tables
-from flm_torchrec.training.gathered import PackagedModel
-from flm_torchrec.training.scope import scope_of
-from flm_torchrec.training.trainer import Job
+from flm_torchrec.training.gathered import GatheredModel
+from flm_torchrec.training.job import Job, open_job
 from tests.conftest import ROOT
 
 NONE_ADDED = np.zeros((0, 16), np.float32)
@@ -41,13 +39,13 @@ MODELS = {
 @contextmanager
 def made(data: PreparedData, *overrides: str) -> Iterator[Job]:
     config = load_config(None, ["model.dim=16", "data.max_history=7", "distributed.device=cpu", *overrides])
-    with process_group(config.distributed) as comm:
-        yield Job(config, data, scope_of(config, data), comm)
+    with open_job(config, data) as job:
+        yield job
 
 
 def package(job: Job, folder: Path, precision: Precision = "fp32") -> PackagedTower:
     folder.mkdir()
-    write_tower(job.data, PackagedModel(job), True, precision, folder)
+    write_tower(job.data, GatheredModel(job), True, precision, folder)
     return PackagedTower(folder)
 
 
@@ -169,7 +167,7 @@ def test_without_features_there_are_ids_alone(small: PreparedData, tmp_path: Pat
 def test_an_added_item_in_a_history_is_its_content(small: PreparedData, tmp_path: Path) -> None:
     """A catalogue item whose id is hidden, and the same item added by its content, are one to the tower."""
     with made(small) as job:
-        job.scope.known[small.item == 5] = False
+        job.events.seen[small.item == 5] = False
         tower = package(job, tmp_path / "out")
     content, _ = tower.content("item", features_of(small, tower, 5))
     added = np.stack([-content, content])

@@ -12,26 +12,23 @@ from flm_torchrec.config import load_config
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.data.dataset import load_prepared
 from flm_torchrec.data.splits import everyone
-from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.export.tower.reader import PackagedTower, TowerQuery
 from flm_torchrec.export.tower.writer import write_tower
-from flm_torchrec.training.gathered import PackagedModel
-from flm_torchrec.training.scope import scope_of
-from flm_torchrec.training.trainer import Job
+from flm_torchrec.training.gathered import GatheredModel
+from flm_torchrec.training.job import open_job
 
 folder, target, *overrides = sys.argv[1:]
 config = load_config(None, ["model.dim=16", "data.max_history=7", "distributed.device=cpu", *overrides])
 data = load_prepared(folder)
-with process_group(config.distributed) as comm:
-    job = Job(config, data, scope_of(config, data), comm)
+with open_job(config, data) as job:
     users = np.arange(40)
     found = job.encoder(everyone(data)).users(users)
-    model = PackagedModel(job)
-    write_tower(data, model, comm.rank == 0, "fp32", Path(target))
-    if comm.rank == 0:
+    model = GatheredModel(job)
+    write_tower(data, model, job.comm.rank == 0, "fp32", Path(target))
+    if job.comm.rank == 0:
         tower = PackagedTower(Path(target))
         queries = [TowerQuery(tower.known_history(int(user)), int(user)) for user in users]
         made = tower.represent(queries, np.zeros((0, 16), np.float32))
         own = torch.stack([found[head] for head in REPRESENTATIONS], 1).numpy()
         print("moved", np.abs(np.stack([m.heads for m in made]) - own).max())
-    comm.all_reduce_sum(torch.zeros(1))  # none leaves while another is at work
+    job.comm.all_reduce_sum(torch.zeros(1))  # none leaves while another is at work

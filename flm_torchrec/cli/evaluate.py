@@ -60,10 +60,10 @@ def run(args: argparse.Namespace) -> None:
 
     with restore(args.run_folder, given_overrides(args), args.sample, given_options(args)) as restored:
         job = restored.job
-        examples = job.scope.splits.test if args.split == "test" else job.scope.splits.valid
+        examples = job.events.splits.test if args.split == "test" else job.events.splits.valid
         if args.user:
             examples = examples.take(np.array(_rows_of(args.user, job.data.user_keys, examples.user.tolist())))
-        task = EvaluationTask(job.data, examples, args.split, job.scope.known, job.scope.splits.cold_items)
+        task = EvaluationTask(job.data, examples, args.split, job.events.seen, job.events.splits.cold_items)
         evaluation = evaluate(task, job.encoder(examples), job.comm, job.config.eval)
         if not job.comm.main:
             return

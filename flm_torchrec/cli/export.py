@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     from flm_torchrec.export.quality import ValidationSet
     from flm_torchrec.export.tower.writer import write_tower
     from flm_torchrec.export.write import ExportOptions, ExportSource, check_output, export
-    from flm_torchrec.training.gathered import PackagedModel
+    from flm_torchrec.training.gathered import GatheredModel
     from flm_torchrec.training.restore import restore
 
     check_output(args.output, args.overwrite)
@@ -79,12 +79,12 @@ def run(args: argparse.Namespace) -> None:
     if args.recall is not None and (older is not None or not 0 < args.recall <= 1):
         raise RunError(f"--recall {args.recall}: give a number above 0 and up to 1, and not with --since")
     with restore(args.run_folder, given_overrides(args), options=given_options(args)) as restored:
-        job, valid = restored.job, restored.job.scope.splits.valid
+        job, valid = restored.job, restored.job.events.splits.valid
         encoder = job.encoder(everyone(job.data))
         validation = ValidationSet(job.encoder(valid), valid)
-        source = ExportSource(job.data, encoder, job.known.items > 0, restored.version, validation)
+        source = ExportSource(job.data, encoder, job.train_stats.items > 0, restored.version, validation)
         if args.tower != "none":
-            model, main = PackagedModel(job), job.comm.rank == 0
+            model, main = GatheredModel(job), job.comm.rank == 0
             source = replace(source, beside=lambda folder: write_tower(job.data, model, main, args.tower, folder))
         options = ExportOptions(
             storage=args.format or (older.storage if older else "parquet"),

@@ -132,9 +132,9 @@ def _question(args: argparse.Namespace, cluster: Cluster) -> Question:
         fixed = workload_of_spec(read_spec(Path(args.spec)))
         workload: Callable[[int], Workload] = lambda _: fixed  # noqa: E731
     else:
-        from flm_torchrec.training.workload import workload_of
+        from flm_torchrec.training.workload import workload_per_rank
 
-        workload = cache(workload_of(config))
+        workload = cache(workload_per_rank(config))
     names = [table.name for table in table_configs(workload(cluster.world_size).model)]
     rules = replace(read_rules(config.distributed, names), kernels=tuple(args.kernels))
     pipeline = PipelineType(PIPELINES[args.pipeline]) if args.pipeline else pipeline_of(cluster.hardware.device)

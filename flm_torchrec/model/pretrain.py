@@ -11,6 +11,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 from flm_torchrec.config.schema import LossConfig, ModelConfig
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.schema import Schema
+from flm_torchrec.model.fusion import SumFusion
 from flm_torchrec.model.losses import Gather, make_losses
 from flm_torchrec.model.tables import history_tables, item_feature_tables, item_id_table, user_tables
 from flm_torchrec.model.tower import EmbeddingOutputs, Encoded, Tower, Widths
@@ -102,6 +103,17 @@ class PretrainModel(nn.Module):
         self.users, self.managed_users = user_tables(schema, model.dim)
         self.history = history_tables(schema, model.dim)
         self.dense = self.dense_kind(schema, model, loss, max_tokens, gather)
+
+    @property
+    def tower(self) -> Tower:
+        """The dense part that represents items and users."""
+        return self.dense.tower
+
+    def set_fusion_weights(self, weights: Tensor) -> None:
+        """Set the weights [heads] of a summed fusion, in the order of HEADS."""
+        fusion = self.tower.fusion
+        assert isinstance(fusion, SumFusion)
+        fusion.set_weights(weights)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Outputs]:
         """The loss to minimise, averaged over all ranks' targets, and what led to it.

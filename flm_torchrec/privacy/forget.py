@@ -25,7 +25,7 @@ from flm_torchrec.files import leftovers, mend, mend_inside, replacing, replacin
 from flm_torchrec.privacy.forget_in_data import forget_rows, forgotten_users, keys_and_ids, nearest_keys, unused_codes
 from flm_torchrec.training.checkpoint import storage
 from flm_torchrec.training.checkpoint.manager import ASIDE, CHECKPOINTS
-from flm_torchrec.training.follow.events import KEPT
+from flm_torchrec.training.follow.events import LEARNED
 from flm_torchrec.training.identity import FINGERPRINT, made_with
 
 VOCABULARY = "vocabulary"
@@ -58,7 +58,7 @@ def forget(folder: Path, keys: Sequence[str], runs: Sequence[Path], exports: Seq
             for run in runs:
                 mend(run / VOCABULARY)
                 mend_inside(run / CHECKPOINTS)
-                mend_inside(run / KEPT)
+                mend_inside(run / LEARNED)
         return _forget(folder, keys, runs, exports)
 
 
@@ -130,12 +130,12 @@ def _forget_in_run(run: Path, data: PreparedData, gone: np.ndarray, rows: dict[s
         for damaged in (run / CHECKPOINTS).glob("damaged-*"):
             if ASIDE.fullmatch(damaged.name):
                 shutil.rmtree(damaged)  # nothing reads it any more, and it cannot be mended
-        for file in (run / KEPT).glob("*.parquet"):
+        for file in (run / LEARNED).glob("*.parquet"):
             _forget_kept(file, gone)
         with replacing(run / VOCABULARY) as fresh:
             data.save_vocabulary(fresh)
             (fresh / Path(FINGERPRINT).name).write_text(data.fingerprint, encoding="ascii")
-    _refuse_leftovers([*leftovers(run), *leftovers(run / CHECKPOINTS), *leftovers(run / KEPT)])
+    _refuse_leftovers([*leftovers(run), *leftovers(run / CHECKPOINTS), *leftovers(run / LEARNED)])
     told = f"{run}: {len(gone)} forgotten users' rows set to zero in {len(checkpoints)} checkpoints"
     kind = data.schema.table("user_id").kind
     told += "; its user_id table is hashed, so users who share these rows lose them too" if kind == "hash" else ""

@@ -21,10 +21,10 @@ from flm_torchrec.planner.plan import make_plan
 
 
 def set_precision(config: Config, device: torch.device) -> None:
-    """Let products of float32 take TF32, or not.
+    """Let products of float32 matrices use TF32 where `loss.precision` says so.
 
     Raises:
-        ConfigError: asked for on a CPU.
+        ConfigError: TF32 is asked for on a CPU.
     """
     if config.loss.precision == "tf32" and device.type != "cuda":
         raise ConfigError("loss.precision: tf32 is a precision of GPUs, and this runs on a CPU; use fp32 or bf16")
@@ -32,21 +32,21 @@ def set_precision(config: Config, device: torch.device) -> None:
 
 
 def build(
-    schema: Schema, config: Config, comm: Comm, looked: Callable[[], Mapping[str, Lookup]], freeze: bool = False
+    schema: Schema, config: Config, comm: Comm, count_lookups: Callable[[], Mapping[str, Lookup]], freeze: bool = False
 ) -> tuple[DistributedModelParallel, ShardingPlan]:
     """The sharded model with its first weights, the same for any number of ranks.
 
     Args:
-        looked: how often features are looked up; asked by the rank that plans.
-        freeze: keep from learning what `finetune.tower` says.
+        count_lookups: how often features are looked up; the rank that plans calls it.
+        freeze: keep the layers that `finetune.tower` names from learning.
     """
     model = make_model(schema, config, comm)
     if freeze:
-        model.dense.tower.freeze(config.finetune.tower)
+        model.tower.freeze(config.finetune.tower)
     check_managed(model, comm.world_size, config.distributed.sharding)
     batch_size = -(-config.train.batch_size // comm.world_size)
-    plan = make_plan(model, comm, config.distributed, batch_size, config.train.sparse_optimizer, looked)
-    sliced = model.dense.tower.sliceable() if config.distributed.dense == "fsdp" else []
+    plan = make_plan(model, comm, config.distributed, batch_size, config.train.sparse_optimizer, count_lookups)
+    sliced = model.tower.sliceable() if config.distributed.dense == "fsdp" else []
     return shard(model, plan, comm, config.train, sliced, config.distributed.replicas), plan
 
 

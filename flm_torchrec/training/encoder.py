@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flm_torchrec.config import Config
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.collate import Assembler, Known
 from flm_torchrec.data.dataset import PreparedData
@@ -21,35 +22,42 @@ from flm_torchrec.model.tower import Encoded
 class ModelEncoder:
     """Encodes examples and items with a sharded model.
 
-    Both methods are collective: every rank calls them equally often, if need be with nothing to encode.
+    All methods are collective: every rank calls them equally often, if need be with nothing to encode.
 
     Args:
-        known: what made ids known to the model.
-        block: most users or items of one call.
+        train_stats: what the events that the model has learned from say of ids and values.
+        config: its `eval` bounds the users and items of one call.
     """
 
     def __init__(
-        self, model: nn.Module, data: PreparedData, known: Known, examples: Examples,
-        comm: Comm, dim: int, max_history: int, block: int,
-    ) -> None:  # fmt: skip
-        rows = 0 if comm.world_size == 1 else min(data.schema.items, block * max_history)
-        self.assembler = Assembler(data, np.zeros(len(data.item), bool), item_rows=rows, known=known)
+        self,
+        model: nn.Module,
+        data: PreparedData,
+        train_stats: Known,
+        examples: Examples,
+        comm: Comm,
+        config: Config,
+    ) -> None:
+        self.dim = config.model.dim
+        self.max_history = config.data.max_history
+        # A block of items is a batch of as many candidates; a block of users has up to max_history items each.
+        sequences = max(config.eval.user_block, -(-config.eval.item_block // self.max_history))
+        rows = 0 if comm.world_size == 1 else min(data.schema.items, sequences * self.max_history)
+        self.assembler = Assembler(data, np.zeros(len(data.item), bool), item_rows=rows, known=train_stats)
         self.model = model
         self.data = data
         self.examples = examples
         self.comm = comm
-        self.dim = dim
-        self.max_history = max_history
         self.check: Callable[[], None] = lambda: None
 
     def checked(self, check: Callable[[], None]) -> ModelEncoder:
-        """The same, which calls `check` on every rank before each block: it may raise to end what is going on."""
+        """The same encoder, but it calls `check` on every rank before each block; `check` may raise to end the work."""
         copied = copy(self)
         copied.check = check
         return copied
 
     def users(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """[b] indices of examples → by name of REPRESENTATIONS, [b, D] float32 after the known events."""
+        """[b] indices of examples → by name of REPRESENTATIONS, [b, D] float32 after the events before the example."""
         self.check()
         examples = self.examples.take(self._padded(rows))
         start = np.maximum(self.data.offsets[examples.user], examples.end - self.max_history)
@@ -63,12 +71,12 @@ class ModelEncoder:
         return self.views(ids)[of]
 
     def views(self, ids: np.ndarray) -> dict[Of, Tensor]:
-        """By kind, what `items` gives."""
+        """[n] item ids → what `items` gives for each `of`, [n, D] float32 each."""
         self.check()
-        wanted, place = np.unique(self._padded(ids), return_inverse=True)
-        encoded = self._encode(self.assembler.items(wanted))
+        distinct, position = np.unique(self._padded(ids), return_inverse=True)
+        encoded = self._encode(self.assembler.items(distinct))
         views: dict[Of, Tensor] = {"all": encoded.items, "content": encoded.content_items, "id": encoded.item_ids}
-        return {of: vectors.cpu()[torch.from_numpy(place[: len(ids)])] for of, vectors in views.items()}
+        return {of: vectors.cpu()[torch.from_numpy(position[: len(ids)])] for of, vectors in views.items()}
 
     def _padded(self, indices: np.ndarray) -> np.ndarray:
         """As many on every rank, filled up with index 0: pooling of sharded tables needs one stride."""

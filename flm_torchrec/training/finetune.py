@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from flm_torchrec.config import Config, load_config
-from flm_torchrec.data.dataset import PreparedData
-from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.errors import ConfigError, RunError
 from flm_torchrec.evaluation.evaluate import evaluate_heads
 from flm_torchrec.files import telling, write_text
 from flm_torchrec.training.checkpoint.manager import BEST, load_checkpoint
-from flm_torchrec.training.given import check_given
 from flm_torchrec.training.identity import check_has_model, open_run, refuse_forgotten
-from flm_torchrec.training.label_metrics import label_metrics
+from flm_torchrec.training.job import Job, JobInputs, open_inputs
+from flm_torchrec.training.label_evaluation import evaluate_labels
+from flm_torchrec.training.run_events import ANY_RANKS, IN_MEMORY
 from flm_torchrec.training.run_folder import ANOTHER_RUN, check_run_folder, claimed, open_run_folder
-from flm_torchrec.training.scope import ANY_RANKS, IN_MEMORY, load_data, scope_of
-from flm_torchrec.training.trainer import Job, check_select
+from flm_torchrec.training.trainer import check_select, train
 
 LABEL_SELECT = "label/auc"
 
@@ -29,8 +26,8 @@ LABEL_SELECT = "label/auc"
 def source_config(source: Path, overrides: list[str]) -> Config:
     """The source's config with overrides.
 
-    What chooses the checkpoint follows the task, and a folder that exists is refused, unless they are given. Without
-    `data.path` the data are the source's own.
+    Three settings have other defaults than in pretraining: `train.select` follows the task, `train.existing` is
+    "refuse", and `data.path` is where the source's own data are.
 
     Raises:
         FlmError: the source is no finished run, its own data are not there any more, or a setting is wrong.
@@ -41,8 +38,7 @@ def source_config(source: Path, overrides: list[str]) -> Config:
         raise ConfigError("--train.run: name the folder to write, beside that of the source")
     task = load_config(source / "config.yaml", [IN_MEMORY, *overrides]).finetune.task
     select = [f"train.select={LABEL_SELECT}"] if task == "label" and "train.select" not in given else []
-    own = ["train.existing=refuse", IN_MEMORY, *ANY_RANKS]
-    settings = [*own, *overrides, *select]
+    settings = ["train.existing=refuse", IN_MEMORY, *ANY_RANKS, *overrides, *select]
     if "data.path" not in given:
         return open_run(source, settings)
     config = load_config(source / "config.yaml", settings)
@@ -53,8 +49,10 @@ def source_config(source: Path, overrides: list[str]) -> Config:
 def finetune(config: Config, control: bool) -> dict[str, Any]:
     """Fine-tune into RUN/pretrained and, as a control, train the same from new weights into RUN/scratch; collective.
 
-    Returns, on rank 0, test metrics by first weights, and as `found` those of the source before any step where it can
-    do the task; written to RUN/finetune.json too. The checkpoint is chosen on validation.
+    The best checkpoint is chosen on validation.
+
+    Returns, on rank 0, test metrics by the weights that training started from; under `found` are those of the source
+    before any step, where the source can do the task. The same is written to RUN/finetune.json.
 
     Raises:
         FlmError: config, data or run folder is wrong; before anything is written where that can be known.
@@ -72,51 +70,48 @@ def finetune(config: Config, control: bool) -> dict[str, Any]:
         for start in starts
     ]
     for run in runs:
-        _check(run)
-    data = load_data(config)
-    found: dict[str, Any] = {}
-    with ExitStack() as stack:
-        comm = stack.enter_context(process_group(config.distributed))
-        check_given(comm, config, data)
-        stack.enter_context(claimed(root, comm))
+        _check_select(run)
+    test: dict[str, Any] = {}
+    with open_inputs(config) as inputs, claimed(root, inputs.comm):
         for run in runs:
-            check_run_folder(run, comm)
+            check_run_folder(run, inputs.comm)
         for run in runs:
-            found |= _one(run, data, comm)
-        if comm.main:
-            report = {"task": config.finetune.task, "share": config.finetune.share, "test": found}
+            test |= _finetune_once(JobInputs.of(run, inputs.data, inputs.comm))
+        if inputs.comm.main:
+            report = {"task": config.finetune.task, "share": config.finetune.share, "test": test}
             with telling(root, ANOTHER_RUN):
                 write_text(root / "finetune.json", json.dumps(report, indent=2))
-    return found if comm.main else {}
+    return test if inputs.comm.main else {}
 
 
-def _check(config: Config) -> None:
+def _check_select(config: Config) -> None:
     if config.finetune.task == "next-item":
         check_select(config)
     elif config.train.select != LABEL_SELECT:
         raise ConfigError(f"train.select: no label metric '{config.train.select}'; the one there is: {LABEL_SELECT}")
 
 
-def _one(config: Config, data: PreparedData, comm: Comm) -> dict[str, dict[str, float]]:
-    job = Job(config, data, scope_of(config, data), comm)
-    job.take_over()
-    labels, splits = job.scope.labels, job.scope.splits
+def _finetune_once(inputs: JobInputs) -> dict[str, dict[str, float]]:
+    """Train into the run folder of the inputs' config; test metrics by the weights that training started from."""
+    config, data, comm = inputs.config, inputs.data, inputs.comm
+    job = Job(inputs)
+    job.load_source()
+    labels, splits = job.events.labels, job.events.splits
 
     def measure(part: Literal["valid", "test"], check: Callable[[], None] = lambda: None) -> dict[str, float]:
-        if labels is None:
-            examples = getattr(splits, part)
-            return evaluate_heads(data, examples, job.encoder(examples), comm, config.eval)
-        shape = (config.train.batch_size, config.data.max_history)
-        return label_metrics(job.model, data, getattr(labels, part), job.scope.known, comm, *shape, check)
+        if labels is not None:
+            return evaluate_labels(job, getattr(labels, part), check)
+        examples = getattr(splits, part)
+        return evaluate_heads(data, examples, job.encoder(examples), comm, config.eval)
 
-    with claimed(config.train.run, comm), open_run_folder(config, data, comm, job.total_steps) as record:
-        record.say(f"{config.finetune.task} from {config.finetune.start} weights; {job.loaded or 'all new'}")
+    with claimed(config.train.run, comm), open_run_folder(config, data, comm, job.total_steps) as logger:
+        logger.say(f"{config.finetune.task} from {config.finetune.start} weights; {job.loaded or 'all new'}")
         if job.loaded and not job.same_tables:
-            record.say(f"{data.path} holds other data than {config.finetune.source} was made with: tables begin anew")
-        found = {"found": measure("test")} if job.loaded and labels is None else {}
-        job.fit(record, None if labels is None else lambda check: measure("valid", check))
+            logger.say(f"{data.path} holds other data than {config.finetune.source} was made with: tables begin anew")
+        test = {"found": measure("test")} if job.loaded and labels is None else {}
+        train(job, logger, None if labels is None else lambda check: measure("valid", check))
         load_checkpoint(Path(config.train.run) / BEST, job.model, comm)
-        found[config.finetune.start] = measure("test")
-        for start, test in found.items():
-            record.scalars(job.total_steps, {f"test/{start}/{name}": value for name, value in test.items()})
-    return found
+        test[config.finetune.start] = measure("test")
+        for start, metrics in test.items():
+            logger.scalars(job.total_steps, {f"test/{start}/{name}": value for name, value in metrics.items()})
+    return test

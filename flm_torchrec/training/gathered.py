@@ -1,8 +1,8 @@
-"""A restored model as the export of the user tower takes it: whole dense weights, rows of sharded tables by name."""
+"""A job's model for the export of the user tower: the dense weights of all ranks, rows of sharded tables by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,17 +16,17 @@ from flm_torchrec.data.hashing import look_ups
 from flm_torchrec.model.pretrain import HISTORY_KEYS, pooled
 from flm_torchrec.model.tower import Tower
 from flm_torchrec.training.build import make_model
-from flm_torchrec.training.trainer import Job
+from flm_torchrec.training.job import Job
 
 
-class PackagedModel:
-    """What `export.tower.write_tower` asks of a model. Collective: all ranks make it, and ask it alike."""
+class GatheredModel:
+    """What `export.tower.write_tower` asks of a model. Collective: all ranks make it, and call it alike."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.model = job.model.eval().module
-        known = job.known
-        self.item_known, self.user_known = known.items, known.users
+        stats = job.train_stats
+        self.item_known, self.user_known = stats.items, stats.users
         config = job.config
         self.settings: dict[str, Any] = {
             "dim": config.model.dim,
@@ -34,22 +34,22 @@ class PackagedModel:
             "gaps": GAP_BUCKETS + 1,
             "cosine": config.model.similarity == "cosine",
             "fusion": config.model.fusion,
-            "value_mean": known.value_mean,
-            "value_scale": known.value_scale,
+            "value_mean": stats.value_mean,
+            "value_scale": stats.value_scale,
         }
-        self.dense = self._whole()
+        self.dense = self._gather_tower()
 
-    def _whole(self) -> Tower:
-        """The dense tower on the CPU, its slices over the ranks (FSDP) put together."""
-        state: Mapping[str, Any] = self.model.dense.tower.state_dict()
+    def _gather_tower(self) -> Tower:
+        """The tower on the CPU; slices that ranks hold of its weights (FSDP) are put together."""
+        state: Mapping[str, Any] = self.model.tower.state_dict()
         weights = {n: (w.full_tensor() if isinstance(w, DTensor) else w).cpu() for n, w in state.items()}
         with torch.random.fork_rng(devices=[]):
-            tower = make_model(self.job.data.schema, self.job.config, self.job.comm).dense.tower
+            tower = make_model(self.job.data.schema, self.job.config, self.job.comm).tower
         tower.load_state_dict(weights)
         return tower.eval()
 
     def rows(self, name: str, ids: np.ndarray, entity: str = "") -> Tensor:
-        """[n] ids or codes → [n, D] on the CPU; see `export.tower.Model`."""
+        """[n] ids or codes → [n, D] float32 on the CPU; see `export.tower.Model`."""
         schema, model = self.job.data.schema, self.model
         with torch.no_grad():
             if name == "item_id":
@@ -62,15 +62,15 @@ class PackagedModel:
             fixed = model.item_features if of_item else model.users
             managed = model.managed_item_features if of_item else model.managed_users
             keys = [*([] if of_item else ["user_id"]), *tables]
-            asked = self._jagged(keys, name, look_ups(table, ids))
-            found = {key: v for given in pooled(fixed, managed, asked) for key, v in given.to_dict().items()}
-            return found[name].float().cpu()
+            ids_of_key = self._jagged(keys, name, look_ups(table, ids))
+            vectors = {key: v for outputs in pooled(fixed, managed, ids_of_key) for key, v in outputs.to_dict().items()}
+            return vectors[name].float().cpu()
 
-    def _unpooled(self, tables: Any, keys: Any, name: str, ids: np.ndarray) -> Tensor:
+    def _unpooled(self, tables: Any, keys: Sequence[str], name: str, ids: np.ndarray) -> Tensor:
         return tables(self._jagged(keys, name, ids))[name].values().float().cpu()
 
-    def _jagged(self, keys: Any, name: str, ids: np.ndarray) -> KeyedJaggedTensor:
-        """One id a row for `name`, none for the other keys."""
+    def _jagged(self, keys: Sequence[str], name: str, ids: np.ndarray) -> KeyedJaggedTensor:
+        """One id in each sequence for `name`, none for the other keys."""
         lengths = [torch.full((len(ids),), int(key == name)) for key in keys]
         values = torch.from_numpy(ids.astype(np.int64))
         jagged = KeyedJaggedTensor(keys=list(keys), values=values, lengths=torch.cat(lengths))

@@ -14,25 +14,25 @@ from flm_torchrec.data.stream_loader import StreamLoader
 from flm_torchrec.data.survey import Stream
 from flm_torchrec.data.windows import windows
 from flm_torchrec.distributed.comm import Comm
-from flm_torchrec.training.scope import Scope
+from flm_torchrec.training.run_events import RunEvents
 
 
-def make_loader(data: PreparedData, scope: Scope, config: Config, comm: Comm) -> Loader:
+def make_loader(data: PreparedData, events: RunEvents, config: Config, comm: Comm) -> Loader:
     """This rank's training batches."""
-    if scope.stream is not None:
-        return _make_stream_loader(data, scope.stream, config, comm)
-    counts = np.bincount(data.item[scope.fit], minlength=data.schema.items)
-    labels = scope.labels.fit if scope.labels is not None else None
+    if events.stream is not None:
+        return _make_stream_loader(data, events.stream, config, comm)
+    counts = np.bincount(data.item[events.learned_from], minlength=data.schema.items)
+    labels = events.labels.fit if events.labels is not None else None
     drawn = config.loss.negatives if labels is None else 0
     sequences = -(-config.train.batch_size // comm.world_size)
     return TrainLoader(
-        windows(data, scope.splits, config.data.max_history),
+        windows(data, events.splits, config.data.max_history),
         Assembler(
             data,
-            scope.fit,
+            events.learned_from,
             item_rows=_most_items(data.schema, config, comm, sequences),
             labels=labels,
-            known=scope.known,
+            known=events.seen,
         ),
         Negatives(counts, drawn, config.loss.negative_power),
         config.train.batch_size,

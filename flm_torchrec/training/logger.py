@@ -18,7 +18,7 @@ from flm_torchrec.safe_text import redact, visible
 from flm_torchrec.terminal import PlainConsole
 
 
-class Record(AbstractContextManager["Record"]):
+class RunLogger(AbstractContextManager["RunLogger"]):
     """Writes on rank 0; on the other ranks `folder` is None and every call does nothing."""
 
     def __init__(self, folder: Path | None, steps: int, resumed: bool = False) -> None:
@@ -113,4 +113,5 @@ class LogFile(logging.FileHandler):
     """Raises what the disk says, in place of a traceback on standard error for each line."""
 
     def handleError(self, record: logging.LogRecord) -> None:
+        """Raise the error that is being handled."""
         raise

@@ -1,4 +1,4 @@
-"""A finished run, brought back for evaluation and export at any number of ranks."""
+"""A finished run, loaded again for evaluation and export, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import RunError
 from flm_torchrec.training.checkpoint.manager import BEST, load_checkpoint
-from flm_torchrec.training.given import check_given
 from flm_torchrec.training.identity import open_run
-from flm_torchrec.training.scope import ANY_RANKS, IN_MEMORY, load_data, scope_of
-from flm_torchrec.training.trainer import Job
+from flm_torchrec.training.job import Job, open_inputs
+from flm_torchrec.training.run_events import ANY_RANKS, IN_MEMORY
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class Restored:
 
     job: Job
     version: str
-    """Run name, step and a digest of its config: which model made an export."""
+    """Run name, step and a digest of its config: an export names with it the model that it was made of."""
 
 
 @contextmanager
@@ -36,11 +34,11 @@ def restore(
         run: run folder.
         overrides: of the run's config, such as `distributed.device=cpu`, or `data.path`, where its data are now; none
             that changes what was trained.
-        options: of the command that asks, which all ranks must have been given alike.
-        sample: load the events of those users alone that a run with `data.stream` validated on.
+        options: options of the command, which all ranks must have been given alike.
+        sample: load only the events of the users whom a run with `data.stream` validated on.
 
     Raises:
-        ConfigError: ranks were not given the same.
+        ConfigError: the ranks were not given the same.
         RunError: no run, no checkpoint, data that are not its own, or a sample of a run that had all data in memory.
     """
     run = Path(run)
@@ -49,14 +47,8 @@ def restore(
         raise RunError(f"{run}: was trained with all data in memory; --sample is for runs with data.stream")
     if config.finetune.task == "label" and config.finetune.source:
         raise RunError(f"{run}: was fine-tuned to tell labels, not to rank; its test metrics are in finetune.json")
-    data = load_data(config)
-    scope = scope_of(config, data)
-    with process_group(config.distributed) as comm:
-        check_given(comm, config, data, run, options)
-        job = Job(config, data, scope, comm)
-        meta = load_checkpoint(run / BEST, job.model, comm)
+    with open_inputs(config, run=run, options=options) as inputs:
+        job = Job(inputs)
+        meta = load_checkpoint(run / BEST, job.model, inputs.comm)
         digest = hashlib.sha256((run / "config.yaml").read_bytes()).hexdigest()[:8]
-        yield Restored(
-            job=job,
-            version=f"{run.name}-{meta['step']}-{digest}",
-        )
+        yield Restored(job=job, version=f"{run.name}-{meta['step']}-{digest}")

@@ -15,7 +15,7 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.files import replacing, telling, write_text
 from flm_torchrec.training.checkpoint.storage import refuse_other_data
 from flm_torchrec.training.identity import FINGERPRINT, STARTED_IN, made_with, refuse_forgotten
-from flm_torchrec.training.logger import Record
+from flm_torchrec.training.logger import RunLogger
 
 ANOTHER_RUN = "give another --train.run"
 FREE = (
@@ -86,8 +86,8 @@ def _changed(made: Config, config: Config) -> str:
     return ""
 
 
-def open_run_folder(config: Config, data: PreparedData, comm: Comm, steps: int) -> Record:
-    """The record of a run in its folder, made anew or gone on with as `check_run_folder` says; collective.
+def open_run_folder(config: Config, data: PreparedData, comm: Comm, steps: int) -> RunLogger:
+    """The logger of a run in its folder, made anew or gone on with as `check_run_folder` says; collective.
 
     A new folder has the config in it and the vocabulary, what the rows of the tables stand for. The job has `claimed`
     the folder before.
@@ -111,18 +111,18 @@ def open_run_folder(config: Config, data: PreparedData, comm: Comm, steps: int) 
             (fresh / STARTED_IN).write_text(str(Path.cwd()), encoding="utf-8")
             (fresh / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
 
-    records: list[Record] = []
+    records: list[RunLogger] = []
 
     def begin() -> None:
         with telling(folder, ANOTHER_RUN):
             make()
-            records.append(Record(folder, steps, resumed))
+            records.append(RunLogger(folder, steps, resumed))
 
     comm.on_main(begin)
     comm.set_flag(_opened(config))
     blind = [rank for rank, sees in enumerate(comm.gather((folder / "config.yaml").is_file())) if not sees]
     if blind:
         raise RunError(f"{folder}: not seen by rank {blind[0]}; --train.run must be on storage that all nodes share")
-    return records[0] if comm.main else Record(None, steps, resumed)
+    return records[0] if comm.main else RunLogger(None, steps, resumed)
 
     # A full disk, of which `error` tells.

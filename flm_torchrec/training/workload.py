@@ -13,27 +13,27 @@ from flm_torchrec.planner.workload import Workload
 from flm_torchrec.training.build import make_model
 from flm_torchrec.training.loaders import make_loader
 from flm_torchrec.training.lookup_counts import lookups_of
-from flm_torchrec.training.scope import load_data, scope_of
+from flm_torchrec.training.run_events import events_of, load_data
 
 
-def workload_of(config: Config) -> Callable[[int], Workload]:
-    """From a number of ranks to what each has to do, with the prepared data's own sizes and look-ups.
+def workload_per_rank(config: Config) -> Callable[[int], Workload]:
+    """A function from the number of ranks to the work of each, by the prepared data's own sizes and look-ups.
 
     Raises:
         DataError: the data are not there.
     """
     data = load_data(config)
-    scope = scope_of(config, data)
+    events = events_of(config, data)
 
-    def at(world_size: int) -> Workload:
+    def on_ranks(world_size: int) -> Workload:
         comm = Comm(0, world_size, world_size, torch.device("cpu"))
         model = make_model(data.schema, config, comm)
         return Workload(
             model=model,
             batch_size=-(-config.train.batch_size // world_size),
-            lookups=lookups_of(make_loader(data, scope, config, comm)),
+            lookups=lookups_of(make_loader(data, events, config, comm)),
             optimizer=config.train.sparse_optimizer,
             dense_bytes=dense_bytes(model),
         )
 
-    return at
+    return on_ranks

@@ -20,14 +20,12 @@ from tempfile import TemporaryDirectory
 
 from flm_torchrec.config import add_config_arguments, config_from_arguments
 from flm_torchrec.data.prefetch import Prefetch
-from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import FlmError
 from flm_torchrec.training.checkpoint.manager import Checkpoints, Progress
 from flm_torchrec.training.guard import Guard
+from flm_torchrec.training.job import Job, open_job
 from flm_torchrec.training.schedule import Schedule
-from flm_torchrec.training.scope import load_data, scope_of
 from flm_torchrec.training.steps import STEPS
-from flm_torchrec.training.trainer import Job
 
 ORDER = (True, False, False, True)
 """Whether a block writes a checkpoint. Neither kind is always first."""
@@ -78,10 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         config = config_from_arguments(args)
-        data = load_data(config)
-        with process_group(config.distributed) as comm, TemporaryDirectory() as own:
+        with open_job(config) as job, TemporaryDirectory() as own:
+            comm = job.comm
             folder = Path(comm.gather(own)[0])
-            job = Job(config, data, scope_of(config, data), comm)
             costs, alone = measure_blocks(job, folder, args.every, args.pairs)
             newest = max(folder.glob("checkpoints/step-*"))
             size = sum(file.stat().st_size for file in newest.iterdir())

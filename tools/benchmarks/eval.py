@@ -22,9 +22,10 @@ from torch import Tensor
 
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.evaluation.evaluate import COVERAGE_AT, blocks_of
-from flm_torchrec.evaluation.protocol import Collectives, Encoder, Of
+from flm_torchrec.evaluation.protocol import Encoder, Of
 from flm_torchrec.evaluation.ranking import HeadScorer, RankingProblem, rank_targets
 from flm_torchrec.training.fusion_weights import choose_weights
+from flm_torchrec.training.job import Job
 from flm_torchrec.training.restore import restore
 
 
@@ -72,14 +73,14 @@ def main() -> None:
     args = parser.parse_args()
     with restore(args.run) as restored:
         job = restored.job
-        examples = job.scope.splits.test
+        examples = job.events.splits.test
         problem = RankingProblem(job.data, examples, blocks_of(job.config.eval))
-        measure(problem, job.encoder(examples), job.comm, args.rounds)
+        measure(problem, job.encoder(examples), job, args.rounds)
 
 
-def measure(problem: RankingProblem, encoder: Encoder, comm: Collectives, rounds: int) -> None:
+def measure(problem: RankingProblem, encoder: Encoder, job: Job, rounds: int) -> None:
     """Print the seconds of the evaluation, of its floor and of their ratio."""
-    data, examples, blocks = problem.data, problem.examples, problem.blocks
+    data, examples, blocks, comm = problem.data, problem.examples, problem.blocks, job.comm
     began = time.perf_counter()
     kept = Kept(encoder, len(examples), data.schema.items, blocks.users)
     print(f"{len(examples)} users, {data.schema.items} items, {encoder.dim} numbers, {torch.get_num_threads()} threads")
@@ -94,7 +95,7 @@ def measure(problem: RankingProblem, encoder: Encoder, comm: Collectives, rounds
         print(f"{name}: {statistics.median(times):.2f} s")
     for column, name in ((1, names[1]), (2, names[2])):
         print(f"{name} / {names[0]}: {statistics.median(t[column] / t[0] for t in turns):.2f}")
-    weights = seconds(choose_weights, data, examples, kept, comm, blocks, REPRESENTATIONS[:3], "ndcg@10")
+    weights = seconds(choose_weights, problem, kept, comm, job.config)
     print(f"choosing the fusion's weights on as many users: {weights:.2f} s")
 
 

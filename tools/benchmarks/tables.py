@@ -37,10 +37,9 @@ from flm_torchrec.data.dataset import EntityFeatures, PreparedData
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.training.guard import Guard
+from flm_torchrec.training.job import Job, JobInputs
 from flm_torchrec.training.schedule import Schedule
-from flm_torchrec.training.scope import scope_of
 from flm_torchrec.training.steps import PlainSteps
-from flm_torchrec.training.trainer import Job
 
 SIZES = (10**4, 10**5, 10**6, 10**7)
 ACTIVE, EVENTS = 8192, 20
@@ -73,7 +72,7 @@ class Training:
 
     def __init__(self, rows: int, config: Config, comm: Comm, guard: Guard) -> None:
         self.data = made_up(rows)
-        self.job = Job(config, self.data, scope_of(config, self.data), comm)
+        self.job = Job(JobInputs.of(config, self.data, comm))
         schedule = Schedule(self.job.optimizer, 10, 10_000)
         self.steps = PlainSteps(self.job.model.train(), self.job.optimizer, schedule, comm.device, guard)
         self.batches = chain.from_iterable(self.job.loader.epoch(n) for n in range(10**6))
@@ -176,8 +175,8 @@ def _resident(what: str) -> int:
 
 def _arrays(training: Training) -> Iterator[tuple[int, int]]:
     """Memory of every array that the data and the loader hold, by address."""
-    scope, loader = training.job.scope, training.job.loader
-    for holder in (training.data, scope, loader, *vars(scope).values(), *vars(loader).values()):
+    events, loader = training.job.events, training.job.loader
+    for holder in (training.data, events, loader, *vars(events).values(), *vars(loader).values()):
         for value in getattr(holder, "__dict__", {}).values():
             if isinstance(value, np.ndarray):
                 base = value.base if isinstance(value.base, np.ndarray) else value

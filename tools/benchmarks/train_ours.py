@@ -20,13 +20,11 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 from flm_torchrec.config import load_config
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.prefetch import Prefetch
-from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.evaluation.evaluate import evaluate_heads
 from flm_torchrec.training.guard import Guard
+from flm_torchrec.training.job import Job, open_job
 from flm_torchrec.training.schedule import Schedule
-from flm_torchrec.training.scope import load_data, scope_of
 from flm_torchrec.training.steps import STEPS
-from flm_torchrec.training.trainer import Job
 from tools.benchmarks.train_peer import serve, specification
 
 SPARSE = ("item_id", "item_features", "users", "history")
@@ -39,18 +37,15 @@ PRODUCTS = {"mm": 0, "addmm": 1, "addmm_": 1, "bmm": 0}
 class Ours:
     """This project's trainer; see `train_peer.Trainer`."""
 
-    def __init__(self, spec: dict[str, Any], comm: Comm) -> None:
-        self.config = load_config(Path(spec["config"]) if spec["config"] else None, spec["settings"])
-        data = load_data(self.config)
-        self.comm = comm
-        self.job = Job(self.config, data, scope_of(self.config, data), comm)
+    def __init__(self, job: Job) -> None:
+        self.config, self.comm, self.job = job.config, job.comm, job
         schedule = Schedule(self.job.optimizer, self.config.train.warmup_steps, self.job.total_steps)
-        guard = Guard(comm, "stop", Path("/nonexistent"))
-        self.taken = STEPS[comm.device.type](self.job.model, self.job.optimizer, schedule, comm.device, guard)
+        guard = Guard(job.comm, "stop", Path("/nonexistent"))
+        self.taken = STEPS[job.comm.device.type](job.model, job.optimizer, schedule, job.comm.device, guard)
         self.seen: list[Batch] = []
         self.batches = self._watched(iter(Prefetch(self.job.loader.after(0))))
         self.step = 0
-        valid = self.job.scope.splits.valid
+        valid = self.job.events.splits.valid
         self.valid, self.encode = valid, self.job.encoder(valid)
 
     def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -224,8 +219,9 @@ def _leaf(embeddings: Any) -> Any:
 def main() -> None:
     """Answer requests, or take the steps of the second argument on all ranks and print their speed."""
     spec = specification()
-    with process_group(load_config(None, spec["settings"]).distributed) as comm:
-        trainer = Ours(spec, comm)
+    config = load_config(Path(spec["config"]) if spec["config"] else None, spec["settings"])
+    with open_job(config) as job:
+        comm, trainer = job.comm, Ours(job)
         if len(sys.argv) == 2:
             serve(trainer)
             return

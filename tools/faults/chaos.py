@@ -26,13 +26,11 @@ import torch
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from flm_torchrec.config import load_config
-from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import FlmError, RunError
 from flm_torchrec.training.checkpoint.manager import BEST, CHECKPOINTS, Checkpoints, load_checkpoint
 from flm_torchrec.training.checkpoint.state import leaves, names
 from flm_torchrec.training.checkpoint.storage import read_all
-from flm_torchrec.training.scope import load_data, scope_of
-from flm_torchrec.training.trainer import Job
+from flm_torchrec.training.job import Job, open_job
 
 SETTINGS = [
     "model.dim=16", "model.layers=1", "data.max_history=20", "train.batch_size=64", "train.epochs=1000",
@@ -204,18 +202,16 @@ def corruptions(study: Study, calm: Path, times: int) -> str:
     older, newer = sorted((calm / CHECKPOINTS).glob("step-*"))[-2:]
     expected = read_all(older)
     config = load_config(None, study.settings(study.folder / "damaged"))
-    data = load_data(config)
     kinds: dict[str, int] = {}
     missed = []
-    with process_group(config.distributed) as comm:
-        job = Job(config, data, scope_of(config, data), comm)
+    with open_job(config) as job:
         for _ in range(times):
             run = study.folder / "damaged"
             shutil.copytree(older, run / CHECKPOINTS / older.name)
             shutil.copytree(calm / BEST, run / BEST)
             newer_copy = Path(shutil.copytree(newer, run / CHECKPOINTS / newer.name))
             kind, what = damage(newer_copy, study.rng)
-            found = Checkpoints(run, job.model, job.optimizer, comm, data.fingerprint).restore()
+            found = Checkpoints(run, job.model, job.optimizer, job.comm, job.data.fingerprint).restore()
             older_used = found is not None and found[1] == [newer_copy] and older.name == f"step-{found[0].step:09d}"
             if not older_used or not _holds(job, expected):
                 missed.append(what)

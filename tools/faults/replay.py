@@ -22,12 +22,10 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from flm_torchrec.config import load_config
-from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import FlmError, RunError
 from flm_torchrec.training.checkpoint.manager import Checkpoints
 from flm_torchrec.training.guard import from_arrays
-from flm_torchrec.training.scope import load_data, scope_of
-from flm_torchrec.training.trainer import Job
+from flm_torchrec.training.job import open_job
 
 
 def replay(file: Path) -> list[str]:
@@ -48,10 +46,9 @@ def replay(file: Path) -> list[str]:
         raise RunError(f"{file}: not a batch ({error})") from error
     # Dropout would hide the cause, or be it.
     config = load_config(run / "config.yaml", ["model.dropout=0", "model.id_dropout=0", "model.user_id_dropout=0"])
-    data = load_data(config)
-    with process_group(replace(config.distributed, device="cpu")) as comm:
-        job = Job(config, data, scope_of(config, data), comm)
-        checkpoints = Checkpoints(run, job.model, job.optimizer, comm, data.fingerprint)
+    config = replace(config, distributed=replace(config.distributed, device="cpu"))
+    with open_job(config) as job:
+        checkpoints = Checkpoints(run, job.model, job.optimizer, job.comm, job.data.fingerprint)
         beside = file.parent / f"step-{int(named[1]) - 1:09d}"
         progress = checkpoints.load(beside) if beside.is_dir() else None
         if progress is None:

@@ -31,7 +31,7 @@ class Member:
         with restore(run) as restored:
             job = restored.job
             self.data: PreparedData = job.data
-            self.examples: Examples = getattr(job.scope.splits, split)
+            self.examples: Examples = getattr(job.events.splits, split)
             self.eval = job.config.eval
             scorer = HeadScorer(job.encoder(self.examples), self.data.schema.items, self.eval.item_block, job.comm)
             rows = np.array_split(np.arange(len(self.examples)), -(-len(self.examples) // self.eval.user_block))

@@ -20,10 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from flm_torchrec.config import load_config
-from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.training.checkpoint.state import leaves, own_bytes
-from flm_torchrec.training.scope import load_data, scope_of
-from flm_torchrec.training.trainer import Job
+from flm_torchrec.training.job import Job, open_inputs
 
 
 class Sent(TorchDispatchMode):
@@ -85,11 +83,10 @@ class Passing:
 
 def main(folder: str, steps: int, overrides: list[str]) -> None:
     config = load_config(None, ["distributed.threads=1", *overrides])
-    data = load_data(config)
-    scope = scope_of(config, data)
-    with process_group(config.distributed) as comm:
+    with open_inputs(config) as inputs:
+        comm = inputs.comm
         before = psutil.Process().memory_info().rss
-        job = Job(config, data, scope, comm)
+        job = Job(inputs)
         passing = Passing(job.model)
         job.model.train()
         sent, candidates, targets = Sent(comm.rank, comm.world_size), 0, 0

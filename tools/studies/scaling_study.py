@@ -27,7 +27,7 @@ from flm_torchrec.planner.constraints import read_rules
 from flm_torchrec.planner.hardware import Cluster, make_cluster
 from flm_torchrec.planner.plan import pipeline_of
 from flm_torchrec.planner.whatif import Question
-from flm_torchrec.training.workload import workload_of
+from flm_torchrec.training.workload import workload_per_rank
 
 JOB = Path(__file__).with_name("scaling_job.py")
 SHARDINGS = ("auto", "row_wise")
@@ -68,7 +68,7 @@ def measure_and_plan(
     config = load_config(None, settings)
     cluster = Cluster("this machine", make_cluster("epyc-9654", 1, 0).hardware, 1, ranks)
     rules = read_rules(config.distributed, [])
-    made = Question(workload_of(config), rules, pipeline_of("cpu")).report(cluster)
+    made = Question(workload_per_rank(config), rules, pipeline_of("cpu")).report(cluster)
     folder.mkdir(parents=True, exist_ok=True)
     plan = folder / "plan.json"
     plan.write_text(json.dumps(made["plan"]), encoding="utf-8")
@@ -79,7 +79,7 @@ def measure_and_plan(
 def simulate(last: dict[str, Any], batch: int, given: Sequence[str], hardware: str) -> list[dict[str, Any]]:
     """The work of one rank of the last measured job, planned for more and more ranks of real hardware."""
     config = load_config(None, [*given, f"train.batch_size={batch * last['ranks']}"])
-    workload = workload_of(config)(last["ranks"])
+    workload = workload_per_rank(config)(last["ranks"])
     question = Question(lambda _: workload, read_rules(config.distributed, []), pipeline_of("cuda"))
     found = []
     for ranks in LARGER:

@@ -23,7 +23,7 @@ from flm_torchrec.evaluation.evaluate import evaluate_heads
 from flm_torchrec.evaluation.protocol import Encoder, Of
 from flm_torchrec.export.tower.reader import History, PackagedTower, TowerQuery
 from flm_torchrec.export.tower.writer import Precision, write_tower
-from flm_torchrec.training.gathered import PackagedModel
+from flm_torchrec.training.gathered import GatheredModel
 from flm_torchrec.training.restore import restore
 
 
@@ -63,8 +63,8 @@ def main() -> None:
     precisions: tuple[Precision, ...] = ("fp32", "int8")
     with restore(args.run) as restored, tempfile.TemporaryDirectory() as folder:
         job = restored.job
-        examples: Examples = getattr(job.scope.splits, args.split)
-        model, exact = PackagedModel(job), job.encoder(examples)
+        examples: Examples = getattr(job.events.splits, args.split)
+        model, exact = GatheredModel(job), job.encoder(examples)
         own = evaluate_heads(job.data, examples, exact, job.comm, job.config.eval)
         sample = np.arange(min(256, len(examples)))
         vectors = exact.users(sample)

@@ -1,4 +1,4 @@
-"""What of a file has been taken already, told by content: a file that grew, changed, or came under another name."""
+"""Which part of a file has been taken already, known by content: the file may have grown, changed or been renamed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Taken:
-    """The part of a file that has been learnt from: its first `size` bytes."""
+    """The part of a file that has been learned from: its first `size` bytes."""
 
     size: int
     sha256: str
@@ -26,34 +26,35 @@ class Ledger:
         self.files = {name: Taken(**entry) for name, entry in files.items()}
 
     def to_json(self) -> dict[str, Any]:
+        """By name of a file, the fields of `Taken`; what `Ledger` is made from."""
         return {name: asdict(taken) for name, taken in self.files.items()}
 
     def begins_with(self, content: bytes, there: Collection[str]) -> tuple[str, Taken] | None:
-        """The longest beginning of the content that has been taken before, under whatever name.
+        """The longest beginning of the content that has been taken before, and the name it was taken under.
 
         Args:
-            there: files that are other than this one: of these the content counts as a whole alone. One that is not
-                there any more may have been renamed, and have grown.
+            there: other files that are in the folder now. One of them matches only if the content is all of it. A
+                file that is gone may have been renamed and have grown, so it matches a beginning as well.
         """
         by_size: dict[int, dict[str, str]] = {}
         for name, taken in self.files.items():
             if taken.size < len(content) and name in there:
                 continue
             by_size.setdefault(taken.size, {}).setdefault(taken.sha256, name)
-        digest, done, found = hashlib.sha256(), 0, None
+        digest, done, longest = hashlib.sha256(), 0, None
         for size in sorted(size for size in by_size if size <= len(content)):
             digest.update(memoryview(content)[done:size])
             done = size
-            found = by_size[size].get(digest.hexdigest(), found)
-        return None if found is None else (found, self.files[found])
+            longest = by_size[size].get(digest.hexdigest(), longest)
+        return None if longest is None else (longest, self.files[longest])
 
     def forget_gone(self, there: Collection[str], most: int) -> None:
-        """Keep no more than the last `most` of the files that are not there any more."""
+        """Keep only the last `most` of the files that are not in the folder any more."""
         gone = [name for name in self.files if name not in there]
         for name in gone[: max(0, len(gone) - most)]:
             del self.files[name]
 
 
 def taken_whole(content: bytes, rows: int, modified: int) -> Taken:
-    """All of a content."""
+    """The entry of a file whose content was all taken."""
     return Taken(len(content), hashlib.sha256(content).hexdigest(), rows, modified)

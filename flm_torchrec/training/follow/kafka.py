@@ -1,4 +1,4 @@
-"""New events out of a Kafka topic."""
+"""New events from a Kafka topic."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 from flm_torchrec.errors import DataError
 from flm_torchrec.training.follow.sources import Chunk, json_of, other_source
 
-MESSAGES = 10_000
-"""Of Kafka in a chunk, at most."""
+CHUNK_MESSAGES = 10_000
+"""Maximum of messages in a chunk."""
 PATIENCE = 5.0
 """Seconds in which Kafka must answer, or bring the first message of a chunk."""
 LINGER = 0.5
-"""Seconds in which it may bring the others."""
+"""Seconds in which Kafka may bring the other messages."""
 RELIST = 30.0
-"""Seconds after which a topic is asked again which partitions it has."""
+"""Seconds after which the partitions of a topic are listed again."""
 
 
 class KafkaTopic:
-    """Messages of JSON objects, of all partitions. Offsets are kept with the checkpoint, none is committed to Kafka."""
+    """Messages of JSON objects, of all partitions. The checkpoint holds the offsets; none is committed to Kafka."""
 
     def __init__(self, servers: str, topic: str) -> None:
         try:
@@ -28,27 +28,27 @@ class KafkaTopic:
             raise DataError("--source kafka://: needs confluent-kafka; pip install 'flm_torchrec[kafka]'") from error
         self.kafka = confluent_kafka
         self.topic = topic
-        self.told: list[str] = []
+        self.messages: list[str] = []
         settings = {"bootstrap.servers": servers, "group.id": "flm_torchrec", "enable.auto.commit": False}
         self.consumer = confluent_kafka.Consumer({**settings, "auto.offset.reset": "error"})
         try:
-            found = self.consumer.list_topics(topic, PATIENCE)
+            listing = self.consumer.list_topics(topic, PATIENCE)
         except confluent_kafka.KafkaException as error:
             raise DataError(f"kafka://{servers}/{topic}: {error.args[0].str()}; is the broker there?") from error
-        if found.topics[topic].error is not None:
-            raise DataError(f"kafka://{servers}/{topic}: {found.topics[topic].error.str()}; make the topic first")
-        self.cluster = found.cluster_id or ""
-        self.partitions = sorted(found.topics[topic].partitions)
+        if listing.topics[topic].error is not None:
+            raise DataError(f"kafka://{servers}/{topic}: {listing.topics[topic].error.str()}; make the topic first")
+        self.cluster = listing.cluster_id or ""
+        self.partitions = sorted(listing.topics[topic].partitions)
         self.listed = time.monotonic()
         self.assigned = False
 
     def resume(self, position: dict[str, Any]) -> dict[str, Any]:
-        """As of `Source`. A topic is known by its name and its cluster, whose brokers may change."""
+        """As of `EventSource`. A topic is known by its name and its cluster, whose brokers may change."""
         if "files" in position:
             raise other_source("a folder", f"topic {self.topic}")
         if position and "offsets" not in position:  # of an older version: the offsets alone
             position = {"offsets": position}
-            self.told.append(f"the position names no topic; it is taken for one of {self.topic}")
+            self.messages.append(f"the position names no topic; it is taken for one of {self.topic}")
         began = position.get("topic", self.topic)
         if began != self.topic:
             raise other_source(f"topic {began}", f"topic {self.topic}")
@@ -57,18 +57,18 @@ class KafkaTopic:
         return self._position(position.get("offsets", {}))
 
     def after(self, position: dict[str, Any]) -> Chunk | None:
-        """As of `Source`; a position is that of the chunk before, but for the first call."""
+        """As of `EventSource`; after the first call, the position must be that of the chunk before."""
         if time.monotonic() - self.listed >= RELIST:
             self._list_again()
-        known = position.get("offsets", {})
-        offsets = {str(p): known.get(str(p), self.kafka.OFFSET_BEGINNING) for p in self.partitions}
+        saved = position.get("offsets", {})
+        offsets = {str(p): saved.get(str(p), self.kafka.OFFSET_BEGINNING) for p in self.partitions}
         if not self.assigned:
             self.consumer.assign([self.kafka.TopicPartition(self.topic, int(p), o) for p, o in offsets.items()])
             self.assigned = True
         first = self.consumer.poll(PATIENCE)
         if first is None:
             return None
-        messages = [first, *self.consumer.consume(MESSAGES - 1, LINGER)]
+        messages = [first, *self.consumer.consume(CHUNK_MESSAGES - 1, LINGER)]
         for message in messages:
             error, offset = message.error(), message.offset()
             if error is not None or offset is None:
@@ -81,14 +81,18 @@ class KafkaTopic:
         return {"topic": self.topic, "cluster": self.cluster, "offsets": offsets}
 
     def _list_again(self) -> None:
-        """Take up partitions that were added; those that were there go on where they are."""
+        """Read partitions that were added from their start; the other partitions stay at their offsets."""
         self.listed = time.monotonic()
         try:
-            found = sorted(self.consumer.list_topics(self.topic, PATIENCE).topics[self.topic].partitions)
+            listed = sorted(self.consumer.list_topics(self.topic, PATIENCE).topics[self.topic].partitions)
         except self.kafka.KafkaException as error:
-            self.told.append(f"topic {self.topic}: its partitions could not be listed again ({error.args[0].str()})")
+            self.messages.append(
+                f"topic {self.topic}: its partitions could not be listed again ({error.args[0].str()})"
+            )
             return
-        if added := sorted(set(found) - set(self.partitions)):
-            self.told.append(f"topic {self.topic}: new partitions {', '.join(map(str, added))}, read from their start")
+        if added := sorted(set(listed) - set(self.partitions)):
+            self.messages.append(
+                f"topic {self.topic}: new partitions {', '.join(map(str, added))}, read from their start"
+            )
             self.partitions = sorted({*self.partitions, *added})
             self.assigned = False

@@ -23,31 +23,31 @@ from flm_torchrec.training.follow.folder import Ledger, Taken, taken_whole
 PARQUET_END = b"PAR1"
 SUFFIXES = (".parquet", ".jsonl")
 REMEMBERED = 10_000
-"""Files that are not in the folder any more whose content is still known, should it come again."""
+"""Files whose content is still known after they left the folder, in case it comes again."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows that are learnt from together."""
+    """Rows that are learned from together."""
 
     name: str
     rows: list[tuple[str, Any]]
-    """Where each stands, for the report, and what it holds; None where that cannot be read."""
+    """Where each row stands, for the report, and what it holds; None where that cannot be read."""
     position: dict[str, Any]
-    """Of the source, after these rows: what `Source.after` is given to go on behind them."""
+    """Position of the source after these rows; `EventSource.after` takes it and gives the rows behind them."""
 
 
-class Source(Protocol):
-    """Gives the same rows after the same position, if it still has them."""
+class EventSource(Protocol):
+    """A source gives the same rows after the same position, if it still has them."""
 
-    told: list[str]
-    """Lines for the user, who takes them away."""
+    messages: list[str]
+    """Lines for the user; whoever shows them clears the list."""
 
     def resume(self, position: dict[str, Any]) -> dict[str, Any]:
-        """A position of an earlier run, or {}, as `after` takes it.
+        """The position of an earlier run, or {} → a position that `after` takes.
 
         Raises:
-            DataError: it is that of another source.
+            DataError: the position is that of another source.
         """
 
     def after(self, position: dict[str, Any]) -> Chunk | None:
@@ -58,7 +58,7 @@ class Source(Protocol):
         """
 
 
-def open_source(url: str) -> Source:
+def open_source(url: str) -> EventSource:
     """The source that `url` names: a folder, or kafka://HOST:PORT/TOPIC.
 
     Raises:
@@ -75,7 +75,7 @@ def open_source(url: str) -> Source:
             raise DataError(f"--source {shown}: takes no user, password or settings; write it kafka://HOST:PORT/TOPIC")
         if not parts.netloc or not parts.path.strip("/"):
             raise DataError(f"--source {shown}: write it as kafka://HOST:PORT/TOPIC")
-        # Imported here: it needs the classes of this file.
+        # Imported here, because kafka.py needs the classes of this file.
         from flm_torchrec.training.follow.kafka import KafkaTopic
 
         return KafkaTopic(parts.netloc, parts.path.strip("/"))
@@ -87,21 +87,21 @@ def open_source(url: str) -> Source:
 
 
 class Folder:
-    """Files in order of their names, of each the rows that are new; see `stream_files` for how these are told.
+    """Files in order of their names, and of each file the rows that are new; `Ledger` says which these are.
 
-    A Parquet file is whole once its footer is there. A JSONL file is read up to its last line break, and may grow.
-    Hidden files, those with other endings, and what is no file are left alone.
+    A Parquet file is complete once its footer is there. A JSONL file is read up to its last line break, and may grow.
+    Hidden files, files with other endings, and what is no file are not read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.told: list[str] = []
-        self.said: set[str] = set()
+        self.messages: list[str] = []
+        self.reported: set[str] = set()
         self.idle: dict[str, tuple[int, int, Taken | None]] = {}
-        """By name: size, time and what was taken when nothing was new, so that it is not read again at every look."""
+        """By name: size, time and entry of a file in which nothing was new, so that it is not read again each time."""
 
     def resume(self, position: dict[str, Any]) -> dict[str, Any]:
-        """As of `Source`. A folder that was moved is known by its files."""
+        """As of `EventSource`. A folder that was moved is recognised by its files."""
         files = position.get("files", {})
         if position and "files" not in position:
             raise other_source("a Kafka topic", f"folder {self.path}")
@@ -112,10 +112,11 @@ class Folder:
             if not began.samefile(self.path):
                 raise other_source(f"folder {began}", f"folder {self.path}")
         except OSError:
-            self._tell(f"{began}: is not there any more, so {self.path} is taken for it; files are known by content")
+            self._report(f"{began}: is not there any more, so {self.path} is taken for it; files are known by content")
         return {"folder": str(self.path.resolve()), "files": files}
 
     def after(self, position: dict[str, Any]) -> Chunk | None:
+        """As of `EventSource`: the new rows of the first file that has any."""
         ledger = Ledger(position.get("files", {}))
         before = dict(ledger.files)
         files = self._files()
@@ -133,12 +134,12 @@ class Folder:
         return Chunk(name, rows, {"folder": str(self.path.resolve()), "files": ledger.to_json()})
 
     def _new_rows(self, file: Path, ledger: Ledger, there: set[str]) -> list[tuple[str, Any]]:
-        """What the file has that was not taken before; enters it into the ledger."""
+        """Rows of the file that were not taken before; they are entered into the ledger."""
         old = ledger.files.get(file.name)
-        found = self._status(file)
-        if found is None or (old and (old.size, old.modified) == found) or self.idle.get(file.name) == (*found, old):
+        status = self._status(file)
+        if status is None or (old and (old.size, old.modified) == status) or self.idle.get(file.name) == (*status, old):
             return []
-        content = self._whole(file)
+        content = self._complete(file)
         if content is None or (old is None and not content):
             return []
         begins = ledger.begins_with(content, there)
@@ -151,16 +152,16 @@ class Folder:
             )
         if begins and begins[1].size == len(content):
             if old is None or old.size < len(content):
-                self._tell(f"{file.name}: has the content of {begins[0]}, so it is not learnt from again")
-                ledger.files[file.name] = replace(begins[1], modified=found[1])
-            self.idle[file.name] = (*found, ledger.files[file.name])
+                self._report(f"{file.name}: has the content of {begins[0]}, so it is not learnt from again")
+                ledger.files[file.name] = replace(begins[1], modified=status[1])
+            self.idle[file.name] = (*status, ledger.files[file.name])
             return []
         if begins and begins[0] != file.name:
-            self._tell(f"{file.name}: begins with the {begins[1].rows} rows of {begins[0]}; only those after are new")
+            self._report(f"{file.name}: begins with the {begins[1].rows} rows of {begins[0]}; only those after are new")
         size, before = (begins[1].size, begins[1].rows) if begins else (0, 0)
         values = _parquet_rows(file, content) if file.suffix == ".parquet" else _json_rows(content[size:])
         rows = [(f"{file.name}: row {n}", value) for n, value in enumerate(values, before + 1)]
-        ledger.files[file.name] = taken_whole(content, before + len(rows), found[1])
+        ledger.files[file.name] = taken_whole(content, before + len(rows), status[1])
         return rows
 
     def _files(self) -> list[Path]:
@@ -171,64 +172,64 @@ class Folder:
         return [f for f in there if f.suffix in SUFFIXES and not f.name.startswith((".", "_"))]
 
     def _status(self, file: Path) -> tuple[int, int] | None:
-        """Size and time of a file; None if it is gone, or is none, which is told once."""
+        """Size in bytes and time of a file; None, and one message, if it is gone or is no file."""
         try:
             found = file.stat()
         except FileNotFoundError:
             if file.is_symlink():
-                self._tell(f"{file.name}: is a link that leads nowhere, left alone")
+                self._report(f"{file.name}: is a link that leads nowhere, left alone")
             return None
         except OSError as error:
-            self._tell(f"{file.name}: not readable ({error.strerror}), left alone for now")
+            self._report(f"{file.name}: not readable ({error.strerror}), left alone for now")
             return None
         if stat.S_ISDIR(found.st_mode):
-            self._tell(f"{file.name}: is a folder, left alone; put the files in it into {self.path}")
+            self._report(f"{file.name}: is a folder, left alone; put the files in it into {self.path}")
             return None
         if not stat.S_ISREG(found.st_mode):
-            self._tell(f"{file.name}: is no file, left alone")
+            self._report(f"{file.name}: is no file, left alone")
             return None
         return found.st_size, found.st_mtime_ns
 
-    def _whole(self, file: Path) -> bytes | None:
-        """The content as far as it is whole; None if it is gone."""
+    def _complete(self, file: Path) -> bytes | None:
+        """The content as far as it is complete; None if the file is gone."""
         try:
             content = file.read_bytes()
         except FileNotFoundError:
             return None
         except OSError as error:
-            self._tell(f"{file.name}: not readable ({error.strerror}), left alone for now")
+            self._report(f"{file.name}: not readable ({error.strerror}), left alone for now")
             return None
         end = len(content) if content.endswith(PARQUET_END) else 0
         end = end if file.suffix == ".parquet" else content.rfind(b"\n") + 1
         if end < len(content):
-            self._tell(f"{file.name}: its end is not there yet; what is missing is left for later")
+            self._report(f"{file.name}: its end is not there yet; what is missing is left for later")
         return content[:end]
 
     def _adopt(self, names: list[str]) -> dict[str, Any]:
-        """Entries for files that an older version knew by name alone: what they hold now counts as taken."""
+        """Entries for files that an older version knew only by name: all that they hold now counts as taken."""
         ledger = Ledger({})
         for file in self._files():
             found = self._status(file) if file.name in names else None
-            content = self._whole(file) if found else None
+            content = self._complete(file) if found else None
             if found and content:
                 rows = 0 if file.suffix == ".parquet" else content.count(b"\n")
                 ledger.files[file.name] = taken_whole(content, rows, found[1])
-        self._tell(f"{self.path}: its files were known by name alone; all that they hold now counts as learnt from")
+        self._report(f"{self.path}: its files were known by name alone; all that they hold now counts as learnt from")
         return ledger.to_json()
 
-    def _tell(self, line: str) -> None:
-        if line not in self.said:
-            self.said.add(line)
-            self.told.append(line)
+    def _report(self, line: str) -> None:
+        if line not in self.reported:
+            self.reported.add(line)
+            self.messages.append(line)
 
 
 def other_source(began: str, given: str) -> DataError:
-    """Told where an output began with another source than the one given."""
+    """The error where an output began with another source than the one given."""
     return DataError(f"--source: is {given}, but --output began with {began}; give that, or another --output")
 
 
 def _parquet_rows(file: Path, content: bytes) -> list[Any]:
-    """Rows as JSON lines would have them: numbers, times and bytes of every type as text."""
+    """Rows as JSON lines would have them: numbers, times and bytes as text."""
     with told_as_data_error(file), pq.ParquetFile(pa.BufferReader(content)) as source:
         frame = frame_of(source.read())
     return pl.DataFrame([as_text(column) for column in frame]).to_dicts()
@@ -240,7 +241,7 @@ def _json_rows(lines: bytes) -> Iterator[Any]:
 
 
 def json_of(text: bytes | None) -> Any:
-    """What a line or a message holds; None where it is no JSON."""
+    """What a line or a message holds; None where it is not JSON."""
     try:
         return json.loads(text or b"")
     except (ValueError, RecursionError):

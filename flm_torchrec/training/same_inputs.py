@@ -1,4 +1,4 @@
-"""What the ranks of a job were given, compared: settings, data, runs that they read, code."""
+"""Whether the ranks of a job were given the same settings, data, runs to read, and code."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from flm_torchrec.training.checkpoint.manager import BEST
 from flm_torchrec.training.checkpoint.storage import SUMS
 
 
-def check_given(
+def check_same_inputs(
     comm: Comm, config: Config, data: PreparedData, run: Path | None = None, options: Mapping[str, str] | None = None
 ) -> None:
-    """Refuse ranks that were not given the same, before any size can differ between them; collective.
+    """Raise unless all ranks were given the same, before any size can differ between them; collective.
 
     Folders may lie elsewhere on each host if their content is the same.
 
     Args:
         run: finished run that all ranks read.
-        options: of the command, beside the config.
+        options: options of the command, beside the config.
 
     Raises:
-        ConfigError: on every rank, with what differs, its values and ranks.
+        ConfigError: on every rank, with what differs, its values and the ranks that have them.
     """
-    found = {name: Given(value) for name, value in (options or {}).items()}
-    found["data"] = Given(data.fingerprint[:12], str(data.path))
+    inputs = {name: Given(value) for name, value in (options or {}).items()}
+    inputs["data"] = Given(data.fingerprint[:12], str(data.path))
     for name, folder in (("the run", run), ("finetune.source", config.finetune.source)):
         if folder:
             best = Path(folder) / BEST
-            found[name] = Given(digest_of(Path(folder) / "config.yaml", best / SUMS)[:12], str(folder))
-    check_alike(comm, config, found)
+            inputs[name] = Given(digest_of(Path(folder) / "config.yaml", best / SUMS)[:12], str(folder))
+    check_alike(comm, config, inputs)

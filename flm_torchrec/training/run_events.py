@@ -1,0 +1,107 @@
+"""Which events a run learns from, validates on and tests on, and which its ids are known from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flm_torchrec.config import Config
+from flm_torchrec.data.cohort import Labels, label_events, of_cohort
+from flm_torchrec.data.dataset import PreparedData, load_prepared
+from flm_torchrec.data.splits import Examples, Splits, split, split_by
+from flm_torchrec.data.survey import Stream, StreamedData, hide_values, load_streamed
+from flm_torchrec.training.identity import has_ids_of, read_config
+
+ANY_RANKS = ("distributed.plan=", "distributed.replicas=1")
+"""Overrides for reading a run back: its plan and its replicas may be for another number of ranks."""
+IN_MEMORY = "data.stream=false"
+"""Override for reading a run back where every user's events are needed."""
+
+
+@dataclass(frozen=True)
+class RunEvents:
+    """The events of the data in memory that a run uses, by what it uses them for, and its stream if it has one."""
+
+    splits: Splits
+    learned_from: np.ndarray  # [interactions] bool: events the run learns from
+    seen: np.ndarray  # [interactions] bool: events the model has learned from, in this run or in its source
+    labels: Labels | None = None
+    stream: Stream | None = None
+
+    @property
+    def training_events(self) -> int:
+        """Number of events that the run learns from."""
+        return int(self.learned_from.sum()) if self.stream is None else self.stream.fit_rows
+
+
+def load_data(config: Config) -> PreparedData:
+    """The data that the config names, as the model may see them.
+
+    Raises:
+        DataError: the data are not there, or are broken.
+    """
+    settings = config.data
+    data: PreparedData
+    if settings.stream:
+        data = load_streamed(
+            Path(settings.path),
+            settings.features,
+            settings.split,
+            settings.holdout,
+            config.train.eval_users,
+            config.train.seed,
+        )
+    else:
+        data = load_prepared(settings.path, settings.features)
+    learns_labels = config.finetune.source and config.finetune.task == "label"
+    # Labels are made of the values. Fine-tuning for labels hides the values from the model itself.
+    return data if settings.values or learns_labels else hide_values(data)
+
+
+def events_of(config: Config, data: PreparedData) -> RunEvents:
+    """The events of the run that the config describes: the same ones at each call.
+
+    Raises:
+        FlmError: the split leaves nothing, or the source of a fine-tuning is no run.
+    """
+    tuning = config.finetune
+    if isinstance(data, StreamedData):
+        splits = split_by(data, data.stream.rule)
+        return RunEvents(splits, splits.fit(data), splits.fit(data), stream=data.stream)
+    if not tuning.source:
+        splits = split(data, config.data.split, config.data.holdout)
+        return RunEvents(splits, splits.fit(data), splits.fit(data))
+    seen = np.zeros(len(data.item), bool)
+    source = Path(tuning.source)
+    if has_ids_of(source, data.path, data.fingerprint):
+        seen = events_of(read_config(source), data).seen
+    users = data.event_users()
+    cohort = np.ones(data.schema.users, bool)
+    if tuning.cohort == "new":
+        cohort[users[seen]] = False
+    labels = None
+    if tuning.task == "label":
+        labels = label_events(data, cohort, tuning.threshold, tuning.share, config.train.seed)
+        splits = spans_of(data, labels.fit)
+    else:
+        of_everyone = split(data, config.data.split, config.data.holdout)
+        splits = of_cohort(of_everyone, data, cohort, tuning.share, config.train.seed)
+    learned_from = splits.fit(data)
+    return RunEvents(
+        splits, learned_from, learned_from | seen if tuning.start == "pretrained" else learned_from, labels
+    )
+
+
+def spans_of(data: PreparedData, labels: np.ndarray) -> Splits:
+    """All events of the users who have a label, to learn from; nothing to predict by rank.
+
+    Args:
+        labels: [interactions] float32, NaN where there is none.
+    """
+    users = data.event_users()
+    labelled = np.isin(np.arange(data.schema.users), users[~np.isnan(labels)])
+    ends = np.where(labelled, data.offsets[1:], data.offsets[:-1])
+    nobody = Examples(np.zeros(0, np.int64), np.zeros(0, np.int64))
+    return Splits(ends, nobody, nobody)
