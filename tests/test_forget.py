@@ -17,9 +17,13 @@ from hypothesis import strategies as st
 from flm_torchrec.claim import InUse, claim
 from flm_torchrec.cli import main
 from flm_torchrec.config import load_config
+from flm_torchrec.config.schema import LossConfig, ModelConfig
 from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.data.hashing import look_ups
+from flm_torchrec.data.schema import Feature, Schema, Table
+from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.files import temporary
+from flm_torchrec.model.pretrain import PretrainModel, user_weights
 from flm_torchrec.prepare.hash_users import hash_keys
 from flm_torchrec.prepare.options import PrepareOptions
 from flm_torchrec.prepare.prepare import prepare
@@ -28,6 +32,7 @@ from flm_torchrec.prepare.table_options import parse_tables
 from flm_torchrec.privacy import forget_in_data as data_forget
 from flm_torchrec.privacy.forget import forget, rows_to_reset
 from flm_torchrec.training.checkpoint import storage
+from flm_torchrec.training.checkpoint.manager import user_tensors
 from flm_torchrec.training.trainer import pretrain
 
 GONE, STAYS = "u17", "u18"
@@ -289,3 +294,19 @@ def test_what_cannot_be_done_is_told_before_anything_changes(
     file.write_bytes(whole)
     (copy / "data/report.json").write_text("{")
     refused("--data", data, "--user", GONE, says="report.json: not readable")
+
+
+def test_the_tensors_of_users_are_those_of_the_model(tmp_path: Path) -> None:
+    """By name, for fixed, hashed and managed tables; a managed one has no row of which it is known whose it is."""
+    kinds = {"user_id": Table("hash", 8), "user_country": Table("zch", 16)}
+    features = [Feature(n, "user", "categorical", n, table=n, cardinality=5) for n in ("user_country", "user_age")]
+    schema = Schema("made", "up", users=20, items=9, interactions=50, features=tuple(features), tables=kinds)
+    model = PretrainModel(
+        schema, ModelConfig(dim=8, attention_heads=1), LossConfig(), 5, Comm(0, 1, 1, torch.device("cpu"))
+    )
+    weights = {name for name in model.state_dict() if name.startswith("users.")}
+    assert set(user_weights(schema).values()) == weights and len(weights) == 2
+    stored = [f"model.{name}" for name in weights] + [f"optimizer.tables.{name}.x.momentum1" for name in weights]
+    by_table = user_tensors(schema, [*stored, "optimizer.tables.users.embedding_bags.user_ages.weight.x.momentum1"])
+    assert sorted(by_table) == ["user_age", "user_id"]
+    assert sorted(n for weight, state in by_table.values() for n in (weight, *state)) == sorted(stored)

@@ -13,7 +13,7 @@ class Fusion(nn.Module):
     """[T, heads, D] in the order of HEADS → h [T, D]."""
 
     def weights(self, stacked: Tensor) -> Tensor:
-        """[T, heads, D] → [T, heads]: h is this weighted sum of the heads; zeros where it is none."""
+        """[T, heads, D] → [T, heads]: weights of the heads in h; zeros where h is no weighted sum."""
         return stacked.new_zeros(stacked.shape[:2])
 
 
@@ -36,7 +36,7 @@ class GatedFusion(Fusion):
 class SumFusion(Fusion):
     """h = w_1 h_1 + w_2 h_2 + w_3 h_3, the weights the same for everyone.
 
-    Scores are linear in h, so this adds the heads' scores up: an ensemble in one vector.
+    A score is linear in h, so this is a weighted sum of the heads' scores: an ensemble in one vector.
     """
 
     def __init__(self, dim: int) -> None:
@@ -44,7 +44,7 @@ class SumFusion(Fusion):
         self.scale = nn.Parameter(torch.full((len(HEADS), 1), 1 / len(HEADS)))
 
     def set_weights(self, weights: Tensor) -> None:
-        """Take these [heads] in place of what was learned."""
+        """Replace the weights by these, [heads]."""
         with torch.no_grad():
             self.scale.copy_(weights[:, None])
 

@@ -8,7 +8,7 @@ from flm_torchrec.model.dropout import Dropout
 
 
 class Head(nn.Module):
-    """What a head knows at a token [T, inputs] → the feature space [T, D]."""
+    """Inputs of a head at each token [T, inputs] → the feature space [T, D]."""
 
     def __init__(self, inputs: int, dim: int, dropout: float) -> None:
         super().__init__()

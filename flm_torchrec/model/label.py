@@ -1,4 +1,4 @@
-"""A yes or no about an event: will this user like this item? On top of what pretraining made."""
+"""The label task: whether a user will like an item, predicted from what pretraining learned."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class LabelDense(Dense):
 
     def _result(self, batch: Batch, encoded: Encoded) -> tuple[Tensor, Outputs]:
         items = encoded.items[batch.targets]
-        found = encoded.representations
-        joint = torch.cat([*(h * items for h in found.values()), found["fused"], items], 1)
+        representations = encoded.representations
+        joint = torch.cat([*(h * items for h in representations.values()), representations["fused"], items], 1)
         logits = self.label_head(joint).squeeze(1)  # [T]
         labelled = ~torch.isnan(batch.label)
         count = self.gather.all_reduce_sum(labelled.sum().float()).clamp(min=1)
         summed = F.binary_cross_entropy_with_logits(logits[labelled], batch.label[labelled], reduction="sum")
-        reached = summed / count + unused(self.losses)
+        loss = summed / count + unused(self.losses)
         outputs = Outputs(encoded, {"label": (summed / count).detach()}, int(labelled.sum()), logits.detach())
-        return reached * self.gather.world_size, outputs
+        return loss * self.gather.world_size, outputs
 
 
 class LabelModel(PretrainModel):

@@ -1,6 +1,6 @@
-"""How the tokens of B sequences lie in memory. The tower represents users by either layout with the same layers.
+"""How the tokens of B sequences lie in memory. The layers of the tower are the same for each layout.
 
-A sequence is a prefix token, which stands for the user, and then a token an event.
+A sequence is a prefix token, which stands for the user, and then one token for each event.
 """
 
 from __future__ import annotations
@@ -14,40 +14,40 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SHORT = 8
-"""Sequences up to this length are padded to one length; longer ones to twice it, four times it, and so on."""
+"""Sequences up to this length are padded together; so are those up to twice it, up to four times it, and so on."""
 
 Attend = Callable[[Tensor, Tensor], Tensor]
 """[b, L, parts * D] projections and [b, L] times of padded sequences → [b, L, D]."""
 
 
 class Layout(Protocol):
-    """`…` stands for the tokens; the represented tokens `R` are those that a representation is asked for."""
+    """`…` stands for the dimensions of the tokens, R for the number of tokens that get a representation."""
 
     @property
     def position(self) -> Tensor:
-        """Where each token stands in its sequence, counted from 0; as many dimensions as `…` or fewer."""
+        """[…] or [L]: position of each token in its sequence, from 0."""
 
     def each(self, x: Tensor) -> Tensor:
-        """[B, D] → [R, D]: what is true of a sequence, at each of its represented tokens."""
+        """[B, D] of each sequence → [R, D] at each of its represented tokens."""
 
     def mean(self, items: Tensor) -> Tensor:
-        """[items of …, D] → [R, D]: mean over the items before and at each represented token; zeros without any."""
+        """[items of …, D] → [R, D]: mean over the items up to each represented token; zeros without any."""
 
     def begin(self, prefix: Tensor, events: Tensor) -> Tensor:
-        """[R, D] of `each` and [events of …, D] → [..., D]: the tokens, the prefix of each sequence first."""
+        """[R, D] of `each` and [events of …, D] → […, D]: the tokens, the prefix of each sequence first."""
 
     def group(self, x: Tensor) -> Tensor:
-        """[…, D] → the order of tokens that `mix` wants."""
+        """[…, D] → the same tokens in the order that `mix` needs."""
 
     def represented(self, x: Tensor) -> Tensor:
-        """In the order of `mix` → [R, D]."""
+        """Tokens in the order of `mix` → [R, D]."""
 
     def mix(self, x: Tensor, attend: Attend) -> Tensor:
-        """[…, parts * D] → […, D]: attention inside each sequence, none between two."""
+        """[…, parts * D] → […, D]: attention inside each sequence, none between sequences."""
 
 
 class Padded:
-    """[B, L] tokens, padding at the end, where causal layers do not see it. The last token alone is represented.
+    """[B, L] tokens with padding at the end, where causal layers do not see it. Only the last token is represented.
 
     Args:
         lengths: [B] events of each sequence; L is at least the largest, plus one for the prefix.
@@ -86,10 +86,10 @@ class Padded:
 
 
 class Jagged:
-    """[T] tokens, one sequence behind the other without padding. Every token is represented.
+    """[T] tokens, one sequence after the other without padding. Every token is represented.
 
-    Attention costs the longest length squared for each sequence, and most sequences are much shorter than the
-    longest of a batch. So `group` sorts sequences by length, and `mix` pads those of about one length together.
+    With padding, attention costs the longest length squared for each sequence, and most sequences are much shorter
+    than the longest. So `group` sorts sequences by length, and `mix` pads only those of similar length together.
 
     Args:
         lengths: [B] tokens of each sequence, the prefix included; 0 is a sequence without tokens.
@@ -112,7 +112,13 @@ class Jagged:
         self.times = [self._pad(part.unsqueeze(1), n).squeeze(2) for n, part in enumerate(parts)]
 
     def _make_buckets(self, lengths: Tensor, sequence: Tensor, position: Tensor) -> None:
-        """Buckets of sequences of about one length, all sorted by length: [B], [T], [T]."""
+        """Split the sequences, sorted by length, into buckets of similar length.
+
+        Args:
+            lengths: [B] tokens.
+            sequence: [T] number of each token's sequence.
+            position: [T].
+        """
         self.shapes: list[tuple[int, int]] = []  # of each bucket, sequences and longest length
         self.sizes: list[int] = []  # of each bucket, tokens
         sizes, first, limit = lengths.tolist(), 0, SHORT

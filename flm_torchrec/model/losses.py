@@ -1,4 +1,4 @@
-"""The losses of pretraining. Each owns its parameters, and gives them a gradient of zero where it is not used.
+"""The losses of pretraining. Each owns its parameters; one that is not used gives them a gradient of zero.
 
 Ranks wait for each other's gradients, so a parameter without one would stop them.
 """
@@ -25,7 +25,7 @@ PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat
 MAX_LOG_SCALE = math.log(100.0)
 """Bound of the learned inverse temperature, as in CLIP (Radford et al. 2021)."""
 ATTRIBUTE_LOG_SCALE = 2.0
-"""Start of the item-attribute contrast's own."""
+"""Start of the log inverse temperature of the item-attribute contrast."""
 
 
 class Gather(Protocol):
@@ -158,7 +158,13 @@ class AttributeContrast:
 
 
 def first_positions(candidates: Tensor, real: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each wanted id stands first among the candidates' ids [C], and [C] bool: a later copy of an id."""
+    """[n] first position of each wanted id among the candidates, and [C] bool: a later copy of an id.
+
+    Args:
+        candidates: [C] ids.
+        real: [C] bool, False at padding.
+        wanted: [n] ids, each among the candidates.
+    """
     order = torch.argsort(candidates.masked_fill(~real, torch.iinfo(candidates.dtype).max), stable=True)
     ordered = candidates.masked_fill(~real, torch.iinfo(candidates.dtype).max)[order]
     copies = F.pad(ordered[1:] == ordered[:-1], (1, 0))

@@ -1,4 +1,4 @@
-"""The whole model: batch → (loss, outputs). The only place where data, tables and tower meet."""
+"""The complete model: batch → (loss, outputs). The only place where data, tables and tower meet."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.model.fusion import SumFusion
 from flm_torchrec.model.losses import Gather, make_losses
-from flm_torchrec.model.tables import history_tables, item_feature_tables, item_id_table, user_tables
+from flm_torchrec.model.tables import history_tables, item_feature_tables, item_id_table, user_tables, user_weight_names
 from flm_torchrec.model.tower import EmbeddingOutputs, Encoded, Tower, Widths
 
 HISTORY_KEYS = ("event", "gap")
@@ -33,7 +33,7 @@ class Outputs:
 
 
 class Dense(nn.Module):
-    """Everything after the look-ups. Apart from the tables, so that the input pipeline can trace the model."""
+    """Everything after the look-ups; a module of its own, so that the input pipeline can trace the model."""
 
     def __init__(self, schema: Schema, model: ModelConfig, loss: LossConfig, max_tokens: int, gather: Gather) -> None:
         super().__init__()
@@ -127,13 +127,18 @@ class PretrainModel(nn.Module):
         return self.dense(batch, item_id, features, users, history)
 
 
+def user_weights(schema: Schema) -> dict[str, str]:
+    """By name of a user table with fixed rows, the name of its weight [rows, D] in the state of a `PretrainModel`."""
+    return {table: f"users.{name}" for table, name in user_weight_names(schema).items()}
+
+
 def pooled(fixed: nn.Module | None, managed: nn.Module | None, features: KeyedJaggedTensor) -> list[KeyedTensor]:
-    """What the tables give for their keys; a managed one also tells which rows, which nobody asks."""
-    found = [] if fixed is None else [fixed(features)]
-    return found if managed is None else [*found, managed(features)[0]]
+    """Outputs of the tables for their keys. A managed table also returns the rows of the ids, which are not used."""
+    outputs = [] if fixed is None else [fixed(features)]
+    return outputs if managed is None else [*outputs, managed(features)[0]]
 
 
 def _join(features: list[KeyedTensor], keys: list[str]) -> Tensor:
-    """[rows, len(keys) * D] in the order of keys, which a sharding plan may have changed."""
+    """[n, len(keys) * D] in the order of `keys`; a sharding plan may have changed the order of the tables."""
     parts = {key: values for tables in features for key, values in tables.to_dict().items()}
     return torch.cat([parts[key] for key in keys], 1)

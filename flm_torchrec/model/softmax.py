@@ -1,4 +1,4 @@
-"""Sampled softmax with logQ correction, never holding a [T, C] matrix."""
+"""Sampled softmax with logQ correction that never holds a [T, C] matrix."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 2**22
-"""Of the logits held at once: near a CPU's cache, small on a GPU."""
-
+"""Bytes of logits that are held at once: about a CPU's cache, small on a GPU."""
 TINY = torch.finfo(torch.float32).tiny
-"""Least share whose logarithm is taken."""
+"""Minimum of a probability whose logarithm is taken."""
 
 
 def inclusion_log_probability(log_not_sampled: Tensor, in_batch: Tensor | int, drawn: int) -> Tensor:
     """[C]: log-probability that an item is among the candidates of a step.
 
-    It is a candidate unless none of `in_batch` targets and none of `drawn` negatives is it:
+    An item is no candidate if none of `in_batch` targets and none of `drawn` negatives is that item:
     pi = 1 - (1 - p)^in_batch (1 - q)^drawn, with `log_not_sampled` = [log(1 - p), log(1 - q)], [C, 2].
     """
-    absent = in_batch * log_not_sampled[:, 0] + drawn * log_not_sampled[:, 1]
-    return torch.log(-torch.expm1(absent).clamp(max=-1e-12))
+    log_missing = in_batch * log_not_sampled[:, 0] + drawn * log_not_sampled[:, 1]
+    return torch.log(-torch.expm1(log_missing).clamp(max=-1e-12))
 
 
 def sampled_softmax(
@@ -27,10 +26,10 @@ def sampled_softmax(
 ) -> Tensor:
     """Sum over T queries of -log softmax(scale * query . items)[target], Z estimated from the candidates.
 
-    Each candidate but the target stands for 1 / pi items like it: its logit is lowered by log_q = log pi. The
-    target is there with certainty, so its own is not (Bengio & Senecal 2008; Yi et al., RecSys 2019; and for
-    the positive, Khrylchenko et al., "Correcting the LogQ Correction", RecSys 2025). As candidates are
-    different items and the target is one of them, no accidental hit is counted as a negative.
+    Each candidate but the target stands for 1 / pi items like it, so its logit is lowered by log_q = log pi
+    (Bengio & Senecal 2008; Yi et al., RecSys 2019). The target is a candidate with certainty, so its logit is not
+    lowered (Khrylchenko et al., "Correcting the LogQ Correction", RecSys 2025). Candidates are different items and
+    the target is one of them, so no copy of the target counts as a negative.
 
     Args:
         query: [T, D].
@@ -39,16 +38,16 @@ def sampled_softmax(
         log_q: [C] log-probability of each candidate to be one; +inf takes it out (padding, a repeated item).
             All zero for a full softmax.
         scale: [] inverse temperature.
-        precision: of the logits and of the products with them; None: that of `items`. Sums stay in the latter.
+        precision: of the logits and of products with them; None: that of `items`. Sums keep that of `items`.
 
     Returns:
-        [] the summed loss; its gradient is that of query, items and scale.
+        [] the summed loss, with gradients for query, items and scale.
     """
     return _SampledSoftmax.apply(query, items, target, log_q, scale, precision or items.dtype)
 
 
 class _SampledSoftmax(torch.autograd.Function):
-    """Gradients are made beside the loss, chunk by chunk of queries: one pass over the logits, none kept."""
+    """Computes gradients together with the loss, chunk by chunk of queries: one pass over the logits, none is kept."""
 
     @staticmethod
     def forward(  # type: ignore[override]

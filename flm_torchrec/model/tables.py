@@ -1,4 +1,4 @@
-"""Which embedding tables a schema needs. Says what they are; `distributed/` says where they go."""
+"""Which embedding tables a schema needs; `distributed/` says where they go."""
 
 from __future__ import annotations
 
@@ -22,20 +22,26 @@ from flm_torchrec.data.hashing import MANAGED_IDS
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.errors import RunError
 
-# A string here would not do: TorchRec compares with torch.device("meta") to know that there is nothing to copy.
+# Not a string: TorchRec compares with torch.device("meta") to see that there is nothing to copy.
 META = torch.device("meta")
 EVICTION_INTERVAL = 10
-"""Steps after which a managed table takes in new ids in place of others."""
+"""Steps after which a managed table replaces ids by new ones."""
 
 Bags = tuple[EmbeddingBagCollection | None, ManagedCollisionEmbeddingBagCollection | None]
-"""Pooled tables of fixed rows, and those whose rows are given to ids as they come."""
+"""Pooled tables whose ids have fixed rows, and managed tables, which give rows to ids as they come."""
 
 
 class ManagedIds(MCHManagedCollisionModule):
-    """TorchRec's map of ids to rows, with an error that says what to do."""
+    """TorchRec's map of ids to rows, with an error message that says what to do."""
 
     def validate_state(self) -> None:
-        """After loading: rows merge onto fewer ranks, but a rank's rows hold ids of all its range, in no order."""
+        """Check the map after loading: rows may move to fewer ranks, but not be split over more.
+
+        A rank's rows hold ids of its whole range in no order, so no other rank could take a part of them.
+
+        Raises:
+            RunError: the number of ranks does not divide the one that wrote the checkpoint.
+        """
         try:
             super().validate_state()
         except AssertionError as error:
@@ -57,14 +63,19 @@ def item_feature_tables(schema: Schema, dim: int) -> Bags:
 
 
 def user_tables(schema: Schema, dim: int) -> Bags:
-    """The table of user ids, which an unknown user leaves out, and those of the users' sparse features."""
-    rows = _rows(schema, "user_id", schema.users)
-    ids = EmbeddingBagConfig(name="user_id", embedding_dim=dim, num_embeddings=rows, feature_names=["user_id"])
-    return _split([ids, *_bags(schema, schema.of("user", sparse=True), dim)], schema)
+    """The table of user ids, in which an unknown user has no id, and the tables of the users' sparse features."""
+    return _split(_user_configs(schema, dim), schema)
+
+
+def user_weight_names(schema: Schema) -> dict[str, str]:
+    """By name of a user table with fixed rows, the name of its weight in the state dict of `user_tables`."""
+    fixed = [c for c in _user_configs(schema, dim=1) if schema.table(c.name).kind != "zch"]
+    names = EmbeddingBagCollection(tables=fixed, device=META).state_dict() if fixed else {}
+    return {config.name: name for config, name in zip(fixed, names, strict=True)}
 
 
 def history_tables(schema: Schema, dim: int) -> EmbeddingCollection:
-    """What is known of an event beside its item: its kind, the time since the one before. Row 0 is the prefix."""
+    """Tables of an event's kind and of the time since the event before. Row 0 of each is the prefix."""
     sizes = {"event": len(schema.events) + 1, "gap": GAP_BUCKETS + 1}
     return EmbeddingCollection(
         tables=[
@@ -73,6 +84,12 @@ def history_tables(schema: Schema, dim: int) -> EmbeddingCollection:
         ],
         device=META,
     )
+
+
+def _user_configs(schema: Schema, dim: int) -> list[EmbeddingBagConfig]:
+    rows = _rows(schema, "user_id", schema.users)
+    ids = EmbeddingBagConfig(name="user_id", embedding_dim=dim, num_embeddings=rows, feature_names=["user_id"])
+    return [ids, *_bags(schema, schema.of("user", sparse=True), dim)]
 
 
 def _rows(schema: Schema, name: str, ids: int) -> int:

@@ -1,4 +1,4 @@
-"""The dense part: item vectors, three heads and their fusion, all in one space. Knows no tables and no files."""
+"""The dense part: item vectors, three heads and their fusion, all in one space. It knows no tables and no files."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from flm_torchrec.model.transformer import CausalTransformer
 
 @dataclass(frozen=True)
 class Widths:
-    """Sizes of what the tower takes beside the width D of every table, which is `ModelConfig.dim`."""
+    """Sizes of the tower's inputs; every table has the width D, which is `ModelConfig.dim`."""
 
     item_features: int
-    """Sparse item features; pooled to D each."""
+    """Sparse item features; each is pooled to D."""
     item_dense: int
     user_features: int
     """Sparse user features beside the user's id."""
     user_dense: int
     history: int
-    """Tables that say something of an event itself: its kind, the time before it."""
+    """Tables of the event itself: its kind, the time before it."""
     max_tokens: int
 
 
@@ -43,7 +43,7 @@ class EmbeddingOutputs:
 
 
 class DenseInputs(Protocol):
-    """What the tower takes of a batch beside rows of tables; see `data.batch.Batch`."""
+    """What the tower takes from a batch beside rows of tables; see `data.batch.Batch`."""
 
     item_dense: Tensor  # [N, item_dense]
     item_known: Tensor  # [N] 1 where the id was trained, else 0
@@ -57,7 +57,7 @@ class DenseInputs(Protocol):
 
 @dataclass
 class Sequences:
-    """What the heads see of B sequences, whose tokens lie as a `Layout` says.
+    """What the heads see of B sequences, whose tokens lie in memory as a `Layout` says.
 
     An item's id and content are zero at a prefix and at padding.
     """
@@ -71,7 +71,7 @@ class Sequences:
 
 @dataclass
 class Encoded:
-    """What the tower makes of a batch."""
+    """Outputs of the tower for a batch."""
 
     items: Tensor  # [N, D]
     item_ids: Tensor  # [N, D]: from ids alone
@@ -106,7 +106,7 @@ class Tower(nn.Module):
         self.fusion = FUSIONS[config.fusion](dim)
 
     def forward(self, embedded: EmbeddingOutputs, batch: DenseInputs) -> Encoded:
-        """See `Encoded`. In training, ids are hidden by chance."""
+        """Rows of tables and a batch → `Encoded`. In training, random ids are hidden."""
         dim = self.config.dim
         item_id = embedded.item_id * self._shown(batch.item_known, self.config.id_dropout)
         content = self._content(torch.cat([embedded.item_features, batch.item_dense], 1))
@@ -136,11 +136,16 @@ class Tower(nn.Module):
         return {**heads, FUSED: self._unit(self.fusion(torch.stack([heads[name] for name in HEADS], 1)))}
 
     def sliceable(self) -> list[nn.Module]:
-        """The layers that ranks may hold in slices. The fusion stays whole: its weights are set after training."""
+        """The layers that ranks may hold in slices: all but the fusion, whose weights are set after training."""
         return [layer for layer in self.children() if layer is not self.fusion]
 
     def freeze(self, learning: Literal["frozen", "partial", "full"]) -> None:
-        """Keep layers from learning; "frozen": all but the fusion; "partial": all but the heads and the last block."""
+        """Keep layers from learning.
+
+        Args:
+            learning: "full": every layer learns; "frozen": only the fusion; "partial": the fusion, the heads, and the
+                last block and norm of the transformer.
+        """
         if learning == "full":
             return
         kept: list[nn.Module] = [self.fusion]
@@ -152,17 +157,17 @@ class Tower(nn.Module):
             layer.requires_grad_(True)
 
     def _unit(self, x: Tensor) -> Tensor:
-        """[rows, D], of length 1 where scores are cosines."""
+        """[n, D] → [n, D], of length 1 where scores are cosines."""
         return F.normalize(x, dim=1) if self.config.similarity == "cosine" else x
 
     def _content(self, features: Tensor) -> Tensor:
-        """[N, F] → [N, D]; where there are no features all items have the same, which is computed once."""
+        """[N, F] → [N, D]; without features all items have the same content, which is computed once."""
         if features.shape[1]:
             return self.item_content(features)
         return self.item_content(features[:1]).expand(len(features), -1)
 
     def _shown(self, known: Tensor, dropout: float) -> Tensor:
-        """[rows, 1]: 0 where the id is unknown or, in training, hidden by chance (DropoutNet, NeurIPS 2017)."""
+        """[n, 1]: 0 where the id is unknown or, in training, hidden at random (DropoutNet: Volkovs et al., NeurIPS 2017)."""
         if self.training and dropout > 0:
             known = known * (torch.rand_like(known) >= dropout)
         return known.unsqueeze(1)

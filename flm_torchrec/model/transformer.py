@@ -15,7 +15,8 @@ TIME_BUCKETS = 33
 
 
 class CausalTransformer(nn.Module):
-    """Tokens of B sequences → what each is after those before it (Vaswani et al. 2017; pre-norm as Xiong et al. 2020).
+    """Tokens of B sequences → each token in the context of those before it (Vaswani et al. 2017; pre-norm: Xiong et al.
+    2020).
 
     Args:
         config: layers, attention heads, dropout, `block` (a name of BLOCKS) and `relative_bias`, which adds to each
@@ -75,7 +76,7 @@ class _TransformerBlock(nn.Module):
         return x + self.dropout(self.mlp(self.norm(x)))
 
     def _attend(self, qkv: Tensor, time: Tensor, bias: _RelativeBias | None) -> Tensor:
-        # Padding stands after a sequence's tokens, so the causal mask alone hides it from them.
+        # Padding comes after a sequence's tokens, so the causal mask is enough to hide it from them.
         q, k, v = _split(qkv, self.heads)
         if bias is None:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -1,4 +1,4 @@
-"""Forgetting users: out of prepared data, and out of the tables and the vocabulary of runs made with it."""
+"""Forgetting users: they leave prepared data, and the tables and the vocabulary of runs made with it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.files import leftovers, mend, mend_inside, replacing, replacing_file, telling
 from flm_torchrec.privacy.forget_in_data import forget_rows, forgotten_users, keys_and_ids, nearest_keys, unused_codes
 from flm_torchrec.training.checkpoint import storage
-from flm_torchrec.training.checkpoint.manager import ASIDE, CHECKPOINTS
+from flm_torchrec.training.checkpoint.manager import ASIDE, CHECKPOINTS, user_tensors
 from flm_torchrec.training.follow.events import LEARNED
 from flm_torchrec.training.identity import FINGERPRINT, made_with
 
@@ -35,25 +35,27 @@ EXPORTED = {".parquet": "parquet", ".arrow": "feather", ".feather": "feather"}
 
 
 def forget(folder: Path, keys: Sequence[str], runs: Sequence[Path], exports: Sequence[Path]) -> list[str]:
-    """Take users out of prepared data, runs and, by asking for them anew, exports. What was done, a line each.
+    """Remove users from prepared data and from runs, and report exports that still have them.
 
-    Each folder is replaced as a whole, and nobody else may write it meanwhile. After an interruption the same call
-    does the rest: runs remember the data they were made with, and a key counts as known while any of the folders still
-    has it.
+    Each folder is replaced in one step, and nobody else may write it meanwhile. After an interruption the same call
+    does the rest: a run holds the fingerprint of the data it was made with, and a key counts as known while any of the
+    folders still has it.
 
     Args:
         folder: prepared data.
         keys: of users, as users.parquet has them; none: runs are brought up to date with what the data has forgotten.
 
+    Returns what was done, one line for each folder.
+
     Raises:
-        DataError: a key that none of the folders has, or data that are not whole; nothing is changed.
+        DataError: a key that none of the folders has, or data that are incomplete; nothing is changed.
         RunError: a run of other data, or one whose table cannot be mended: nothing is changed. Or, after all else is
             done, an export that still has one of the keys.
     """
-    with ExitStack() as held:
+    with ExitStack() as claims:
         for each in dict.fromkeys(path.resolve() for path in (folder, *runs)):
             if each.parent.is_dir():  # else _check says what is not there
-                held.enter_context(claim(each, AFTERWARDS))
+                claims.enter_context(claim(each, AFTERWARDS))
         with telling(folder, AFTERWARDS):
             for run in runs:
                 mend(run / VOCABULARY)
@@ -64,43 +66,45 @@ def forget(folder: Path, keys: Sequence[str], runs: Sequence[Path], exports: Seq
 
 def _forget(folder: Path, keys: Sequence[str], runs: Sequence[Path], exports: Sequence[Path]) -> list[str]:
     _check(folder, runs, exports)
-    known, _ = keys_and_ids(folder / "users.parquet")
-    there = set(keys) & set(known)
+    data_keys, _ = keys_and_ids(folder / "users.parquet")
+    there = set(keys) & set(data_keys)
     elsewhere = {key for run in runs for key in keys_and_ids(run / VOCABULARY / "users.parquet")[0]}
     exported = {export: _exported(export, keys) for export in exports}
     for key in keys:
-        if key not in there and key not in elsewhere and not any(key in found for found in exported.values()):
-            raise DataError(f"user '{key}': not in {folder / 'users.parquet'}; {nearest_keys(key, known)}")
-    told = []
+        if key not in there and key not in elsewhere and not any(key in in_export for in_export in exported.values()):
+            raise DataError(f"user '{key}': not in {folder / 'users.parquet'}; {nearest_keys(key, data_keys)}")
+    done = []
     if there:
         counts = forget_rows(folder, there)
         _refuse_leftovers(leftovers(folder.resolve().parent, folder.resolve().name))
-        told.append(f"{folder}: {counts['users']} users and their {counts['events']} events forgotten")
+        done.append(f"{folder}: {counts['users']} users and their {counts['events']} events forgotten")
     if runs:
         data = load_prepared(folder)
         gone = forgotten_users(folder / "users.parquet")
         rows = rows_to_reset(data, gone)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be: one process, no ranks
-            told += [_forget_in_run(run, data, gone, rows) for run in runs]
-    held = [f"{export} ({len(found)})" for export, found in exported.items() if found]
-    if held:
-        done = "; ".join(told) or "nothing else was left"
+            warnings.filterwarnings(
+                "ignore", "torch.distributed is disabled"
+            )  # rightly: there is one process and no ranks
+            done += [_forget_in_run(run, data, gone, rows) for run in runs]
+    left = [f"{export} ({len(in_export)})" for export, in_export in exported.items() if in_export]
+    if left:
+        report = "; ".join(done) or "nothing else was left"
         raise RunError(
-            f"exports still hold forgotten users: {', '.join(held)}; write them again with"
-            f" 'flm export --overwrite', or delete them, and load no index from them (done: {done})"
+            f"exports still hold forgotten users: {', '.join(left)}; write them again with"
+            f" 'flm export --overwrite', or delete them, and load no index from them (done: {report})"
         )
-    return told
+    return done
 
 
 def _check(folder: Path, runs: Sequence[Path], exports: Sequence[Path]) -> None:
     """Raise where a folder is not what it should be, before anything is changed."""
     Schema.load(folder / "schema.yaml")
-    known = (fingerprint_of(folder), *fingerprints_before(folder))
+    fingerprints = (fingerprint_of(folder), *fingerprints_before(folder))
     for run in runs:
         if not (run / "config.yaml").is_file() or not (run / FINGERPRINT).is_file():
             raise RunError(f"{run}: no run folder (it lacks config.yaml or {FINGERPRINT}); give one of 'flm train'")
-        if made_with(run) not in known:
+        if made_with(run) not in fingerprints:
             raise RunError(f"{run}: made with other data than {folder}; give the --data of its config.yaml")
         if Schema.load(run / VOCABULARY / "schema.yaml").table("user_id").kind == "zch":
             raise RunError(
@@ -120,45 +124,48 @@ def _checkpoints(run: Path) -> list[Path]:
 
 
 def _forget_in_run(run: Path, data: PreparedData, gone: np.ndarray, rows: dict[str, np.ndarray]) -> str:
-    """All users that the data has forgotten; the vocabulary comes last, so that it tells whether all is done."""
+    """Remove all users that the data has forgotten. The vocabulary comes last: it shows whether all is done."""
     checkpoints = _checkpoints(run)
     for folder in checkpoints:
         tensors = storage.read_all(folder)
-        _reset(tensors, rows, folder)
+        _reset(tensors, rows, data.schema, folder)
         storage.write(folder, tensors, {**storage.read_meta(folder), "data": data.fingerprint}, None)
     with telling(run, AFTERWARDS):
         for damaged in (run / CHECKPOINTS).glob("damaged-*"):
             if ASIDE.fullmatch(damaged.name):
-                shutil.rmtree(damaged)  # nothing reads it any more, and it cannot be mended
+                shutil.rmtree(damaged)  # nothing reads it, and it cannot be mended
         for file in (run / LEARNED).glob("*.parquet"):
-            _forget_kept(file, gone)
+            _forget_followed(file, gone)
         with replacing(run / VOCABULARY) as fresh:
             data.save_vocabulary(fresh)
             (fresh / Path(FINGERPRINT).name).write_text(data.fingerprint, encoding="ascii")
     _refuse_leftovers([*leftovers(run), *leftovers(run / CHECKPOINTS), *leftovers(run / LEARNED)])
-    told = f"{run}: {len(gone)} forgotten users' rows set to zero in {len(checkpoints)} checkpoints"
+    done = f"{run}: {len(gone)} forgotten users' rows set to zero in {len(checkpoints)} checkpoints"
     kind = data.schema.table("user_id").kind
-    told += "; its user_id table is hashed, so users who share these rows lose them too" if kind == "hash" else ""
+    done += "; its user_id table is hashed, so users who share these rows lose them too" if kind == "hash" else ""
     if load_config(run / "config.yaml").data.split != "leave-one-out":
-        told += "; its split is drawn over all events, so it may change: compare no metrics with those from before"
-    return told
+        done += "; its split is drawn over all events, so it may change: compare no metrics with those from before"
+    return done
 
 
-def _forget_kept(file: Path, gone: np.ndarray) -> None:
-    """Users out of a chunk of 'flm follow'; an empty one stays, since chunks are numbered."""
+def _forget_followed(file: Path, gone: np.ndarray) -> None:
+    """Remove users from a chunk of 'flm follow'; an empty chunk stays, since chunks are numbered."""
     events = pq.read_table(file)
     with replacing_file(file) as fresh:
         pq.write_table(events.filter(pc.invert(pc.is_in(events["user"], pa.array(gone)))), fresh)
 
 
 def _refuse_leftovers(left: Sequence[Path]) -> None:
-    """Raise where what was replaced could not be removed: it still has the users."""
+    """Raise where an old folder could not be removed: it still has the users."""
     if left:
         raise RunError(f"{left[0]}: was replaced and cannot be removed; remove it, then give the same command again")
 
 
 def rows_to_reset(data: PreparedData, gone: np.ndarray) -> dict[str, np.ndarray]:
-    """By table of users, [n] int64: rows to reset; of features those that no user has, where ids share none."""
+    """By user table, [n] int64 rows to reset: those of the users, and of features the codes that no user has any more.
+
+    A hashed table of a feature is left out: its rows are shared by codes.
+    """
     schema = data.schema
     rows = {"user_id": np.unique(look_ups(schema.table("user_id"), gone))}
     features = schema.of("user", sparse=True)
@@ -168,14 +175,15 @@ def rows_to_reset(data: PreparedData, gone: np.ndarray) -> dict[str, np.ndarray]
     return rows
 
 
-def _reset(tensors: dict[str, torch.Tensor], rows: dict[str, np.ndarray], folder: Path) -> None:
-    """Set rows of the users' tables, and their optimizer state, to zero, as if never learnt."""
+def _reset(tensors: dict[str, torch.Tensor], rows: dict[str, np.ndarray], schema: Schema, folder: Path) -> None:
+    """Set rows of the user tables, and of their optimizer state, to zero, as if they had never been learned."""
+    by_table = user_tensors(schema, tensors)
     for table, ids in rows.items():
-        weight = f"users.embedding_bags.{table}.weight"
-        size = tensors[f"model.{weight}"].shape[0] if f"model.{weight}" in tensors else 0
-        for name, tensor in tensors.items():
-            if name != f"model.{weight}" and not name.startswith(f"optimizer.tables.{weight}."):
-                continue
+        weight, state = by_table[table]
+        names = [*state, weight] if weight in tensors else state
+        size = tensors[weight].shape[0] if weight in tensors else 0
+        for name in names:
+            tensor = tensors[name]
             if tensor.ndim and tensor.shape[0] != size:
                 raise RunError(f"{folder}: {name} has {tensor.shape[0]} rows, its table {size}; train anew")
             if tensor.ndim:
@@ -183,14 +191,14 @@ def _reset(tensors: dict[str, torch.Tensor], rows: dict[str, np.ndarray], folder
 
 
 def _exported(export: Path, keys: Sequence[str]) -> set[str]:
-    """Those of the keys that an export has, in whatever files of its users."""
-    found: set[str] = set()
+    """The keys that an export has, in any of its files of users."""
+    in_export: set[str] = set()
     for file in sorted(f for f in export.rglob("*") if f.suffix in EXPORTED):
         try:
             rows = pds.dataset(file, format=EXPORTED[file.suffix])
             if "user_key" in rows.schema.names:
                 there = pds.field("user_key").isin(list(keys))
-                found |= set(rows.to_table(columns=["user_key"], filter=there)["user_key"].to_pylist())
+                in_export |= set(rows.to_table(columns=["user_key"], filter=there)["user_key"].to_pylist())
         except (pa.ArrowInvalid, OSError) as error:
             raise RunError(f"{file}: not readable ({str(error).splitlines()[0]}); export again") from error
-    return found
+    return in_export

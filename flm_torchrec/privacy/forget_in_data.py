@@ -1,4 +1,4 @@
-"""A user's rows out of prepared data; the ids of all others stay what they are."""
+"""Removing users from prepared data; the ids of all others stay what they are."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flm_torchrec.names import closest
 
 
 def tombstone(user: int) -> str:
-    """What stands in place of a forgotten user's key."""
+    """The text that replaces a forgotten user's key."""
     return f"forgotten-{user}"
 
 
@@ -43,25 +43,25 @@ def forgotten_users(file: Path) -> np.ndarray:
 
 
 def nearest_keys(key: str, known: list[str]) -> str:
-    """A hint that names the known keys closest to one that is not."""
+    """A hint that names the known keys closest to an unknown one."""
     close = closest(key, known, 3, cutoff=0.6) or known[:1]
     return f"nearest: {', '.join(close)}"
 
 
 def forget_rows(folder: Path, keys: Iterable[str]) -> dict[str, int]:
-    """Rewrite prepared data without these users, and put it in the place of what was there.
+    """Rewrite prepared data without these users, and replace the folder by the new one.
 
-    Their interactions go, their row in users.parquet stays, empty and with a tombstone for a key, so that no id
-    shifts. A value of a user feature that nobody else has leaves the vocabulary too. Claim the folder first.
+    Their interactions are removed. Their rows in users.parquet stay, empty and with a tombstone for a key, so that no
+    id shifts. A value of a user feature that nobody else has is removed from the vocabulary. Claim the folder first.
 
-    Returns the number of "users" and of "events" taken out.
+    Returns the number of "users" and of "events" that were removed.
 
     Raises:
         DataError: a file is missing or corrupt, nobody would be left, or it cannot be written; nothing is changed.
     """
     gone = set(keys)
-    known, ids = keys_and_ids(folder / "users.parquet")
-    users = ids[[key in gone for key in known]]
+    all_keys, ids = keys_and_ids(folder / "users.parquet")
+    users = ids[[key in gone for key in all_keys]]
     before = fingerprint_of(folder)
     report = read_report(folder)
     schema = Schema.load(folder / "schema.yaml")
@@ -112,7 +112,7 @@ def _writer(target: Path, source: pq.ParquetFile) -> pq.ParquetWriter:
 
 
 def _copy_events(file: Path, target: Path, users: np.ndarray) -> int:
-    """Rows kept; a file of which none is left is not written."""
+    """Copy the rows of other users → their number; a file without any is not written."""
     source = _opened(file)
     kept = 0
     with _writer(target / file.name, source) as writer:
@@ -128,7 +128,7 @@ def _copy_events(file: Path, target: Path, users: np.ndarray) -> int:
 
 
 def _copy_users(folder: Path, fresh: Path, schema: Schema, users: np.ndarray) -> dict[str, np.ndarray]:
-    """Write users.parquet with the rows of `users` emptied; the codes still used, [cardinality] bool by feature."""
+    """Write users.parquet with the rows of `users` emptied → by feature, [cardinality] bool: codes still used."""
     source = _opened(folder / "users.parquet")
     coded = [f for f in schema.of("user", sparse=True) if f.kind != "text"]
     used = {f.name: np.zeros(f.cardinality, bool) for f in coded}
@@ -152,9 +152,9 @@ def _emptied(rows: pa.Table, name: str, gone: pa.ChunkedArray) -> pa.ChunkedArra
     if name == "user_key":
         marks = [tombstone(i) for i in rows["user_id"].to_pylist()]
         return pc.if_else(gone, pa.array(marks, column.type), column)
-    # By taking from it: null where gone, for lists and vectors of fixed size as well.
-    place = pc.if_else(gone, pa.scalar(None, pa.int64()), pa.array(np.arange(len(rows))))
-    emptied = column.take(place)
+    # `take` gives null at a null index, for lists and vectors of fixed size as well.
+    index = pc.if_else(gone, pa.scalar(None, pa.int64()), pa.array(np.arange(len(rows))))
+    emptied = column.take(index)
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         return pc.fill_null(emptied, pa.scalar([], column.type))
     return emptied
@@ -177,12 +177,12 @@ def _copy_vocabularies(folder: Path, fresh: Path, used: Mapping[str, np.ndarray]
         table = pq.read_table(file)
         codes = table["code"].to_pylist()
         values = [v if there[c] else tombstone(c) for c, v in zip(codes, table["value"].to_pylist(), strict=True)]
-        place = table.column_names.index("value")
-        pq.write_table(table.set_column(place, "value", pa.array(values, table["value"].type)), file)
+        position = table.column_names.index("value")
+        pq.write_table(table.set_column(position, "value", pa.array(values, table["value"].type)), file)
 
 
 def _without(report: dict[str, Any], keys: set[str], counts: Mapping[str, int], before: str) -> dict[str, Any]:
-    """The report with how many were forgotten, never who: an example that names one of them goes too."""
+    """The report with how many users were forgotten, never who: an example that names one is removed."""
     named = re.compile("|".join(rf"(?<!\w){re.escape(key)}(?!\w)" for key in keys)) if keys else None
     for detail in report.get("dropped", {}).values():
         detail["examples"] = [e for e in detail.get("examples", ()) if not (named and named.search(str(e)))]

@@ -1,4 +1,4 @@
-"""What may end a run between two steps, agreed on by all ranks: a request to stop, a loss that is no number."""
+"""What may end a run between two steps, as all ranks agree: a request to stop, or a loss that is not a number."""
 
 from __future__ import annotations
 
@@ -21,34 +21,32 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.model.pretrain import Outputs
 
 NON_FINITE = "non-finite"
-"""Folder of a run: batches whose loss was no number, and the state before a stop."""
+"""Folder of a run: batches whose loss was not a number, and the state before such a step."""
 MOST_SKIPPED = 10
-"""Steps in a row: by then it is the weights that are no numbers, and no batch will help."""
+"""Maximum of skipped steps in a row: after so many the weights are not numbers, and no batch will help."""
 MOST_KEPT = 20
-"""Batches in that folder: enough to find the cause, too few to fill a disk."""
-
-
+"""Maximum of batches in that folder: enough to find the cause, too few to fill a disk."""
 AT_ONCE = 1.0
-"""Seconds after the first Ctrl-C from which another ends the process at once. torchrun hands on to its ranks what the
-terminal has sent them already: that second signal comes sooner."""
+"""Seconds after the first Ctrl-C before another one ends the process at once. torchrun sends its ranks the signal that
+the terminal has already sent them; that second signal comes sooner."""
 
 
 class Stopped(Exception):
-    """Asked to stop within a validation, which every rank leaves at the same block."""
+    """A stop was requested during a validation. Every rank leaves it at the same block."""
 
 
 class NonFinite(RunError):
-    """The loss is no longer a number, on some rank; every rank raises it, and none has learnt from the step."""
+    """The loss of some rank is not a number. Every rank raises this, and none has learned from the step."""
 
 
 class Guard(AbstractContextManager["Guard"]):
-    """Asks before each backward whether to go on; there is one small all-reduce a step.
+    """Decides before each backward whether all ranks go on, with one small all-reduce a step.
 
-    Backward is too late: the tables' optimizer is fused into it, and their rows would be lost.
+    After backward it is too late: the tables' optimizer is fused into it, and their rows would be lost.
 
     Args:
         policy: `train.non_finite`.
-        folder: where batches with such a loss are written, for `tools/faults/replay.py`.
+        folder: where batches whose loss is not a number are written, for `tools/faults/replay.py`.
     """
 
     def __init__(self, comm: Comm, policy: str, folder: Path) -> None:
@@ -58,7 +56,7 @@ class Guard(AbstractContextManager["Guard"]):
         self.asked = False
         self.since = 0.0
         self.stopping = False
-        """Some rank was asked to stop, and all know."""
+        """Some rank was asked to stop, and all ranks know."""
         self.skipped = 0
 
     def __enter__(self) -> Guard:
@@ -73,7 +71,7 @@ class Guard(AbstractContextManager["Guard"]):
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.asked and time.monotonic() - self.since > AT_ONCE:
-            # Past all clean-up, which may wait for other ranks: files are whole under their names at any time.
+            # Without clean-up, which may wait for other ranks: files under their final names are complete at any time.
             os.write(2, b"error: ended at once by Ctrl-C; go on at the newest checkpoint\n")
             os._exit(128 + number)
         if not self.asked:
@@ -82,7 +80,7 @@ class Guard(AbstractContextManager["Guard"]):
                 os.write(2, b"stopping; what was learnt is saved first (Ctrl-C again: at once)\n")
 
     def check(self) -> None:
-        """Asked between the blocks of a validation; collective.
+        """Called between the blocks of a validation; collective.
 
         Raises:
             Stopped: some rank was asked to stop.
@@ -92,10 +90,10 @@ class Guard(AbstractContextManager["Guard"]):
             raise Stopped
 
     def passes(self, step: int, batch: Batch, loss: torch.Tensor, outputs: Outputs) -> bool:
-        """Whether to learn from the batch; False, on every rank, if the loss of any is no number. Collective.
+        """Whether to learn from the batch; False, on every rank, if the loss of any is not a number. Collective.
 
         Raises:
-            NonFinite: it is none, and the policy is to stop, or it was none too often.
+            NonFinite: it is not a number, and the policy is to stop, or this was so MOST_SKIPPED times in a row.
         """
         broken = not bool(torch.isfinite(loss))
         self.stopping, skip = self.comm.any(self.asked, broken)
@@ -103,8 +101,8 @@ class Guard(AbstractContextManager["Guard"]):
             self.skipped = 0
             return True
         self.skipped += 1
-        found = self.comm.gather(self._keep(step, batch, outputs) if broken else "")
-        text = f"step {step}: the {' and the '.join(filter(None, found))} is not a number"
+        reasons = self.comm.gather(self._keep(step, batch, outputs) if broken else "")
+        text = f"step {step}: the {' and the '.join(filter(None, reasons))} is not a number"
         if self.policy == "stop":
             raise NonFinite(
                 f"{text}; batch and state before it are in {self.folder}; lower train.dense_lr or"
@@ -118,21 +116,21 @@ class Guard(AbstractContextManager["Guard"]):
         return False
 
     def _keep(self, step: int, batch: Batch, outputs: Outputs) -> str:
-        """Write the batch for replay, if not many are there already; what was wrong with it."""
+        """Write the batch for replay, unless many are there already → what was wrong with it."""
         bad = [head for head, value in outputs.losses.items() if not bool(torch.isfinite(value))]
-        told = f"{', '.join(bad) or 'summed'} loss of rank {self.comm.rank}"
+        reason = f"{', '.join(bad) or 'summed'} loss of rank {self.comm.rank}"
         try:
             self.folder.mkdir(exist_ok=True)
             if len(list(self.folder.glob("*.npz"))) < MOST_KEPT:
                 with (self.folder / f"step-{step:09d}-rank-{self.comm.rank}.npz").open("wb") as file:
                     np.savez(file, **as_arrays(batch))  # type: ignore[arg-type]
         except OSError as error:
-            return f"{told} (its batch is not kept: {error.strerror})"
-        return told
+            return f"{reason} (its batch is not kept: {error.strerror})"
+        return reason
 
 
 def as_arrays(batch: Batch) -> dict[str, np.ndarray]:
-    """A batch as plain arrays, read back by `from_arrays`; in an archive without anything that runs."""
+    """A batch as plain arrays, for an archive that holds no code; `from_arrays` reads it."""
     arrays = {}
     for field in fields(batch):
         value = getattr(batch, field.name)
@@ -146,12 +144,12 @@ def as_arrays(batch: Batch) -> dict[str, np.ndarray]:
 
 
 def from_arrays(arrays: Any) -> Batch:
-    """The batch of `as_arrays`."""
-    found: dict[str, Any] = {}
+    """The batch that `as_arrays` took apart."""
+    values_by_field: dict[str, Any] = {}
     for field in fields(Batch):
         if field.name in arrays:
-            found[field.name] = torch.from_numpy(arrays[field.name])
+            values_by_field[field.name] = torch.from_numpy(arrays[field.name])
             continue
         values, lengths = (torch.from_numpy(arrays[f"{field.name}.{part}"]) for part in ("values", "lengths"))
-        found[field.name] = KeyedJaggedTensor(arrays[f"{field.name}.keys"].tolist(), values, lengths=lengths)
-    return Batch(**found)
+        values_by_field[field.name] = KeyedJaggedTensor(arrays[f"{field.name}.keys"].tolist(), values, lengths=lengths)
+    return Batch(**values_by_field)

@@ -1,4 +1,4 @@
-"""Which data a run was made with: told by fingerprint, never by path. Where these data are now is looked for."""
+"""Which data a run was made with, known by fingerprint and never by path, and where these data are now."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def open_run(run: Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a run that has a best model, with the paths at which its data and its source are now.
 
     Args:
-        overrides: of the config. With `data.path` among them the data are looked for there alone.
+        overrides: of the config. If `data.path` is among them, the data must be there.
 
     Raises:
         RunError: no run folder, no best model yet, data that are not there or are not those of the run.
@@ -40,13 +40,13 @@ def read_config(run: Path, overrides: Sequence[str] = ()) -> Config:
     config = load_config(run / "config.yaml", overrides)
     if not config.finetune.source or any(override.startswith("finetune.source=") for override in overrides):
         return config
-    source = _source(_places(run, config.finetune.source), run)
+    source = _source(_candidates(run, config.finetune.source), run)
     return replace(config, finetune=replace(config.finetune, source=str(source)))
 
 
 def check_has_model(run: Path) -> None:
-    """Raise RunError unless it is a run folder with a best model; the message says how to come to one."""
-    # Imported here: PyTorch takes seconds, and 'flm report' asks for the data alone.
+    """Raise RunError unless it is a run folder with a best model; the message says how to get one."""
+    # Imported here: PyTorch takes seconds to load, and 'flm report' asks only for the data.
     from flm_torchrec.training.checkpoint.manager import BEST
     from flm_torchrec.training.checkpoint.storage import read_meta
 
@@ -63,10 +63,10 @@ def check_has_model(run: Path) -> None:
 
 
 def made_with(run: Path) -> str:
-    """The fingerprint of the data that a run was made with.
+    """Fingerprint of the data that a run was made with.
 
     Raises:
-        RunError: the run does not hold one.
+        RunError: the run has none.
     """
     try:
         return (run / FINGERPRINT).read_text(encoding="ascii")
@@ -75,7 +75,7 @@ def made_with(run: Path) -> str:
 
 
 def refuse_forgotten(run: Path, data: Path) -> None:
-    """Raise RunError where the data are those of the run, less users who were forgotten in the data alone."""
+    """Raise RunError where the data are those of the run, but users were forgotten in the data and not in the run."""
     if made_with(run) in fingerprints_before(data):
         raise RunError(
             f"{run}: users were forgotten from {data} and not from this run; bring it up to date with"
@@ -84,9 +84,9 @@ def refuse_forgotten(run: Path, data: Path) -> None:
 
 
 def has_ids_of(run: Path, data: Path, fingerprint: str) -> bool:
-    """Whether ids mean the same in prepared data, whose fingerprint is given, and in the data of a run.
+    """Whether ids mean the same in the data of a run and in prepared data with this fingerprint.
 
-    Forgetting users moves no ids.
+    Forgetting users moves no ids, so the fingerprints before it count as well.
     """
     return made_with(run) in (fingerprint, *fingerprints_before(data))
 
@@ -95,19 +95,19 @@ def own_data(run: Path, config: Config, given: bool = False) -> Path:
     """Where the data that a run was made with are now.
 
     Args:
-        given: its config's `data.path` was given anew, so they are looked for there alone.
+        given: the user gave `data.path` of the config, so the data must be there.
 
     Raises:
-        RunError: they are not there, or other data are.
+        RunError: no data are there, or other data.
     """
     wanted = made_with(run)
-    places = [Path(config.data.path)] if given else _places(run, config.data.path)
-    there = [path for path in places if (path / "schema.yaml").is_file()]
+    paths = [Path(config.data.path)] if given else _candidates(run, config.data.path)
+    there = [path for path in paths if (path / "schema.yaml").is_file()]
     for path in there:
         if fingerprint_of(path) == wanted:
             return path
     if not there:
-        raise RunError(f"{run}: its data are not at {places[0]}; say where they are now with --data.path")
+        raise RunError(f"{run}: its data are not at {paths[0]}; say where they are now with --data.path")
     for path in there:
         refuse_forgotten(run, path)
     raise RunError(
@@ -116,25 +116,25 @@ def own_data(run: Path, config: Config, given: bool = False) -> Path:
     )
 
 
-def _source(places: Sequence[Path], run: Path) -> Path:
-    for path in places:
+def _source(paths: Sequence[Path], run: Path) -> Path:
+    for path in paths:
         if (path / "config.yaml").is_file():
             return path
     raise RunError(
-        f"{run}: the run that it was fine-tuned from is not at {places[0]}; put it back there, or set"
+        f"{run}: the run that it was fine-tuned from is not at {paths[0]}; put it back there, or set"
         f" finetune.source in {run / 'config.yaml'}"
     )
 
 
-def _places(run: Path, path: str) -> list[Path]:
-    """Where a path of a run's config may lead: from here, from where the run was started, or from the run itself.
+def _candidates(run: Path, path: str) -> list[Path]:
+    """Where a path of a run's config may lead: from here, from where the run was started, or from the run's folder.
 
-    The last finds data that were moved along with the run.
+    The last finds data that were moved together with the run.
     """
-    places = [Path(path)]
+    paths = [Path(path)]
     file = run / STARTED_IN
     if file.is_file():
         start = Path(file.read_text(encoding="utf-8"))
         began = load_config(run / "config.yaml").train.run
-        places += [start / path, run / os.path.relpath(start / path, start / began)]
-    return list(dict.fromkeys(places))
+        paths += [start / path, run / os.path.relpath(start / path, start / began)]
+    return list(dict.fromkeys(paths))

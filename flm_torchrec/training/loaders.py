@@ -59,7 +59,7 @@ def _make_stream_loader(data: PreparedData, stream: Stream, config: Config, comm
 
 
 def _most_items(schema: Schema, config: Config, comm: Comm, sequences: int) -> int:
-    """Most different items in a rank's batch of so many sequences, or 0 where ranks need not agree on it."""
+    """Maximum of different items in a rank's batch of so many sequences; 0 on one rank, where none must agree."""
     if comm.world_size == 1:
         return 0
     drawn = schema.items if config.loss.negatives == "all" else config.loss.negatives

@@ -1,4 +1,4 @@
-"""The log, metrics.jsonl, curves and progress of a run, written by rank 0."""
+"""What rank 0 writes while a run trains: log, metrics.jsonl, TensorBoard curves, progress bar."""
 
 from __future__ import annotations
 
@@ -35,22 +35,27 @@ class RunLogger(AbstractContextManager["RunLogger"]):
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self.log.addHandler(handler)
         self.progress = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
             TextColumn("{task.fields[status]}", markup=False),
-            console=self.console, disable=not self.console.is_terminal,
-        )  # fmt: skip
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
         self.task = self.progress.add_task("train", total=steps, status="")
         self.progress.start()
 
     def step(self, step: int, status: str) -> None:
+        """Move the progress bar to a step, with a line of text beside it."""
         if self.folder is not None:
             self.progress.update(self.task, completed=step, status=status)
 
     def rewind(self, step: int) -> None:
-        """Forget what was recorded after the step that a resumed run goes on from, and tests; they come again."""
+        """Drop the lines after the step from which a run resumes, and the tests: they will be written again."""
         if self.folder is None:
             return
-        with telling(self.folder, GO_ON):
+        with telling(self.folder, RESUME):
             self._rewind(self.folder / "metrics.jsonl", step)
 
     def _rewind(self, file: Path, step: int) -> None:
@@ -66,27 +71,28 @@ class RunLogger(AbstractContextManager["RunLogger"]):
         self.curves = SummaryWriter(str(file.parent / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """A line of metrics.jsonl and a point on each curve."""
+        """Write a line of metrics.jsonl and a point on each curve."""
         if self.folder is None:
             return
         line = {"step": step, "seconds": round(time.monotonic() - self.started, 3), **values}
-        with telling(self.folder, GO_ON):
+        with telling(self.folder, RESUME):
             self.metrics.write(json.dumps(line) + "\n")
             self.metrics.flush()
             for name, value in values.items():
                 self.curves.add_scalar(name, value, step)
 
     def say(self, text: str) -> None:
-        """To the log and to the person watching."""
+        """Write a line to the log and to the terminal."""
         if self.folder is not None:
             text = visible(redact(text))
-            with telling(self.folder, GO_ON):
+            with telling(self.folder, RESUME):
                 self.log.info(text)
             self.console.print(text, soft_wrap=True)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write a file of the run folder."""
         if self.folder is not None:
-            with telling(self.folder, GO_ON):
+            with telling(self.folder, RESUME):
                 write_text(self.folder / name, json.dumps(content, indent=2))
 
     def __exit__(
@@ -95,7 +101,7 @@ class RunLogger(AbstractContextManager["RunLogger"]):
         if self.folder is None:
             return
         if error is not None:
-            with suppress(OSError):  # a full disk, of which `error` tells
+            with suppress(OSError):  # a full disk; `error` already says so
                 self.log.error("stopped by %s: %s", type(error).__name__, visible(redact(str(error))))
         self.progress.stop()
         try:
@@ -106,11 +112,11 @@ class RunLogger(AbstractContextManager["RunLogger"]):
                 raise
 
 
-GO_ON = "go on with --train.existing resume"
+RESUME = "go on with --train.existing resume"
 
 
 class LogFile(logging.FileHandler):
-    """Raises what the disk says, in place of a traceback on standard error for each line."""
+    """Raises the error of the disk, where `logging` would print a traceback for each line."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Raise the error that is being handled."""

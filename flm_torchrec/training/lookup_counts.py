@@ -1,4 +1,4 @@
-"""How often a batch of the data looks up each feature: what the planner weighs memory and time by."""
+"""How often a batch looks up each feature: the planner estimates memory and time from these counts."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from flm_torchrec.data.loader import Loader
 from flm_torchrec.planner.constraints import Lookup
 
 BATCHES = 4
+"""Batches that are counted."""
 
 
 def lookups_of(loader: Loader) -> dict[str, Lookup]:
-    """By feature, of one sequence: counted in this rank's first training batches, the same every time."""
+    """By feature, the look-ups of one sequence, counted in this rank's first training batches: the same every time."""
     sequences = 0
     bags: Counter[str] = Counter()
-    seen: defaultdict[str, list[Tensor]] = defaultdict(list)
+    ids_of: defaultdict[str, list[Tensor]] = defaultdict(list)
     for batch in islice(loader.epoch(0), BATCHES):
         sequences += len(batch.lengths)
         for features in (batch.item_ids, batch.item_features, batch.users, batch.history):
             for name, ids in features.to_dict().items():
-                seen[name].append(ids.values())
+                ids_of[name].append(ids.values())
                 bags[name] += features.stride()
-    rows = {name: np.sort(torch.cat(parts).numpy()) for name, parts in seen.items()}
+    rows = {name: np.sort(torch.cat(parts).numpy()) for name, parts in ids_of.items()}
     return {name: Lookup(len(ids) / max(1, bags[name]), bags[name] / sequences, ids) for name, ids in rows.items()}

@@ -30,7 +30,7 @@ Validate = Callable[[Callable[[], None]], dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingParts:
     """What the loop trains, and where the loop logs and saves."""
 
     model: DistributedModelParallel
@@ -58,7 +58,7 @@ class Finished:
     """In steps and their checkpoints, validation left out."""
 
 
-def run_loop(training: Training, validate: Validate, progress: Progress, validate_first: bool = False) -> Finished:
+def run_loop(parts: TrainingParts, validate: Validate, progress: Progress, validate_first: bool = False) -> Finished:
     """Train from `progress` on until the epochs or steps are used up, or validation has stopped improving; collective.
 
     Args:
@@ -68,23 +68,23 @@ def run_loop(training: Training, validate: Validate, progress: Progress, validat
         RunError: the loss is no longer a number, or the last checkpoint cannot be written.
         Interrupted: asked to stop by SIGTERM or Ctrl-C; the state is saved.
     """
-    config, comm, logger, checkpoints = training.config, training.comm, training.logger, training.checkpoints
-    total = training.total_steps
-    every = config.eval_every or len(training.loader)
-    schedule = Schedule(training.optimizer, config.warmup_steps, total)
-    ahead = Prefetch(islice(training.loader.after(progress.step), total - progress.step))
+    config, comm, logger, checkpoints = parts.config, parts.comm, parts.logger, parts.checkpoints
+    total = parts.total_steps
+    every = config.eval_every or len(parts.loader)
+    schedule = Schedule(parts.optimizer, config.warmup_steps, total)
+    ahead = Prefetch(islice(parts.loader.after(progress.step), total - progress.step))
     meter = Meter(comm, ahead)
-    training.model.train()
+    parts.model.train()
     with (
         Guard(comm, config.non_finite, Path(config.run) / NON_FINITE) as guard,
         closing(checkpoints),
         closing(iter(ahead)) as batches,
     ):
-        best = _BestModel(training, progress, lambda: validate(guard.check))
+        best = _BestModel(parts, progress, lambda: validate(guard.check))
         if progress.due or (validate_first and progress.step == 0):
             best.update()
-            _save_if_due(training, progress, guard)
-        steps = STEPS[comm.device.type](training.model, training.optimizer, schedule, comm.device, guard)
+            _save_if_due(parts, progress, guard)
+        steps = STEPS[comm.device.type](parts.model, parts.optimizer, schedule, comm.device, guard)
         while progress.step < total and not best.stale():
             began = time.monotonic()
             try:
@@ -107,26 +107,26 @@ def run_loop(training: Training, validate: Validate, progress: Progress, validat
                 best.update()
                 meter.restart()
             began = time.monotonic()
-            _save_if_due(training, progress, guard)
+            _save_if_due(parts, progress, guard)
             progress.seconds += time.monotonic() - began
         steps.release()
         if progress.best is None:  # resumed at the end, and the best model was damaged
             best.update()
-            _save_if_due(training, progress, guard)
+            _save_if_due(parts, progress, guard)
         checkpoints.finish()
     assert progress.best is not None
     return Finished(progress.step, progress.best_step, progress.best, progress.seconds)
 
 
-def _save_if_due(training: Training, progress: Progress, guard: Guard) -> None:
+def _save_if_due(parts: TrainingParts, progress: Progress, guard: Guard) -> None:
     """Save the state where it is time to, and leave the loop where the run was asked to stop."""
-    config, checkpoints, total = training.config, training.checkpoints, training.total_steps
+    config, checkpoints, total = parts.config, parts.checkpoints, parts.total_steps
     due = config.checkpoint_every and progress.step % config.checkpoint_every == 0
     due = due or guard.stopping or progress.worn_out(config.patience) or progress.step == total
     if due and progress.step > 0:
         failed = checkpoints.save(progress)
         if failed:
-            training.logger.say(f"step {progress.step}: {failed}")
+            parts.logger.say(f"step {progress.step}: {failed}")
     if guard.stopping and (progress.step < total or progress.due):
         checkpoints.finish()
         raise Interrupted(
@@ -137,14 +137,14 @@ def _save_if_due(training: Training, progress: Progress, guard: Guard) -> None:
 class _BestModel:
     """Validates, and saves a model that is better than all before."""
 
-    def __init__(self, training: Training, progress: Progress, validate: Callable[[], dict[str, float]]) -> None:
-        self.training = training
+    def __init__(self, parts: TrainingParts, progress: Progress, validate: Callable[[], dict[str, float]]) -> None:
+        self.parts = parts
         self.progress = progress
         self.validate = validate
 
     def update(self) -> None:
         """Validate, and save the model if it is the best; a validation that a stop ends is due at the next start."""
-        progress, logger, select = self.progress, self.training.logger, self.training.config.select
+        progress, logger, select = self.progress, self.parts.logger, self.parts.config.select
         try:
             metrics = self.validate()
         except Stopped:
@@ -155,18 +155,18 @@ class _BestModel:
         improved = progress.best is None or score > progress.best
         logger.scalars(progress.step, {f"valid/{name}": value for name, value in metrics.items()})
         mark = "  best so far" if improved else ""
-        logger.say(f"step {progress.step}/{self.training.total_steps}  validation {select} {score:.4f}{mark}")
+        logger.say(f"step {progress.step}/{self.parts.total_steps}  validation {select} {score:.4f}{mark}")
         if improved:
             progress.best, progress.best_step, progress.stale = score, progress.step, 0
-            self.training.checkpoints.save_best({"step": progress.step, "valid": metrics})
+            self.parts.checkpoints.save_best({"step": progress.step, "valid": metrics})
         else:
             progress.stale += 1
 
     def stale(self) -> bool:
         """Whether `train.patience` validations have brought no gain."""
-        if not self.progress.worn_out(self.training.config.patience):
+        if not self.progress.worn_out(self.parts.config.patience):
             return False
-        self.training.logger.say(f"stopping early: no gain in {self.progress.stale} validations")
+        self.parts.logger.say(f"stopping early: no gain in {self.progress.stale} validations")
         return True
 
 

@@ -1,4 +1,4 @@
-"""Losses, rate of samples and waiting for input, between two lines of metrics."""
+"""Losses, rate of samples and time without input, between two lines of metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flm_torchrec.model.pretrain import Outputs
 
 
 class Meter:
-    """Mean losses since the last reading, over all ranks, the rate of samples and the share of time without input."""
+    """Since the last reading: mean losses over all ranks, samples a second, share of time without input."""
 
     def __init__(self, comm: Comm, ahead: Prefetch[Batch]) -> None:
         self.comm = comm
@@ -33,12 +33,14 @@ class Meter:
         self.restart()
 
     def add(self, outputs: Outputs) -> None:
+        """Count a step."""
         for name, loss in outputs.losses.items():
             self.total[name] = self.total.get(name, 0.0) + loss
         self.steps += 1
         self.sequences += outputs.sequences
 
     def read(self) -> dict[str, float]:
+        """By name `loss/…`, `samples_per_second`, `input_wait` (0 to 1), and start again from zero; collective."""
         waited = self.ahead.waited - self.waited
         counts = torch.tensor([float(self.sequences), waited], device=self.comm.device)
         sums = self.comm.all_reduce_sum(torch.stack([*counts, *self.total.values()]))
@@ -52,5 +54,6 @@ class Meter:
 
 
 def status(values: dict[str, float]) -> str:
+    """What `Meter.read` gives, as text for the progress bar."""
     losses = "  ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
     return f"{values['samples_per_second']:.0f} samples/s  {losses}"

@@ -1,4 +1,4 @@
-"""What a run leaves for people: resolved config, plan, log, metrics.jsonl, TensorBoard curves, progress."""
+"""The folder of a run: who may write it, whether a run resumes in it, and the files that it begins with."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ from flm_torchrec.training.logger import RunLogger
 
 ANOTHER_RUN = "give another --train.run"
 FREE = (
-    "distributed", "eval", "data.path", "train.run", "train.existing", "train.log_every", "train.checkpoint_every",
+    "distributed",
+    "eval",
+    "data.path",
+    "train.run",
+    "train.existing",
+    "train.log_every",
+    "train.checkpoint_every",
     "train.non_finite",
-)  # fmt: skip
-"""Sections and settings that a resumed run may have otherwise than it began; data are compared by fingerprint."""
+)
+"""Sections and settings that may change when a run resumes; data are compared by fingerprint."""
 
 
 @contextmanager
@@ -38,21 +44,21 @@ def claimed(run: str | Path, comm: Comm, instead: str = ANOTHER_RUN) -> Iterator
 
 
 def check_run_folder(config: Config, comm: Comm) -> bool:
-    """Whether to go on in the run folder, rather than to make it anew; collective.
+    """Whether to resume in the run folder, rather than make a new one; collective.
 
     Raises:
         RunError: the folder is in use, or holds a run with other settings than those to resume with.
     """
-    again = comm.has_flag(_opened(config))
-    return comm.on_main(lambda: _goes_on(config, again))
+    restarted = comm.has_flag(_opened(config))
+    return comm.on_main(lambda: _resumes(config, restarted))
 
 
 def _opened(config: Config) -> str:
-    """What an attempt leaves to those that the launcher starts after it: that the run folder is this job's own."""
+    """Name of the flag that tells later attempts of the launcher that the run folder is this job's own."""
     return f"opened {Path(config.train.run).resolve()}"
 
 
-def _goes_on(config: Config, again: bool) -> bool:
+def _resumes(config: Config, restarted: bool) -> bool:
     folder = Path(config.train.run)
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder}: is a file; give another --train.run")
@@ -60,7 +66,7 @@ def _goes_on(config: Config, again: bool) -> bool:
         return False
     if not (folder / "config.yaml").is_file():
         raise RunError(f"{folder}: exists and is no run folder, so it is not replaced; give another --train.run")
-    if again:
+    if restarted:
         return True
     if config.train.existing == "refuse":
         raise RunError(
@@ -77,7 +83,7 @@ def _goes_on(config: Config, again: bool) -> bool:
 
 
 def _changed(made: Config, config: Config) -> str:
-    """The first setting that makes it another run, with both values; empty if there is none."""
+    """The first setting that differs and is not FREE, with both values; empty if there is none."""
     for section, content in asdict(made).items():
         for name, value in content.items():
             given = getattr(getattr(config, section), name)
@@ -87,10 +93,10 @@ def _changed(made: Config, config: Config) -> str:
 
 
 def open_run_folder(config: Config, data: PreparedData, comm: Comm, steps: int) -> RunLogger:
-    """The logger of a run in its folder, made anew or gone on with as `check_run_folder` says; collective.
+    """The logger of a run in its folder, which is a new one or the old one as `check_run_folder` says; collective.
 
-    A new folder has the config in it and the vocabulary, what the rows of the tables stand for. The job has `claimed`
-    the folder before.
+    A new folder holds the config, and the vocabulary: what the rows of the tables stand for. The job must have
+    `claimed` the folder before.
 
     Raises:
         RunError: it cannot be written, or some rank does not see it.
@@ -111,18 +117,16 @@ def open_run_folder(config: Config, data: PreparedData, comm: Comm, steps: int) 
             (fresh / STARTED_IN).write_text(str(Path.cwd()), encoding="utf-8")
             (fresh / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
 
-    records: list[RunLogger] = []
+    loggers: list[RunLogger] = []
 
     def begin() -> None:
         with telling(folder, ANOTHER_RUN):
             make()
-            records.append(RunLogger(folder, steps, resumed))
+            loggers.append(RunLogger(folder, steps, resumed))
 
     comm.on_main(begin)
     comm.set_flag(_opened(config))
     blind = [rank for rank, sees in enumerate(comm.gather((folder / "config.yaml").is_file())) if not sees]
     if blind:
         raise RunError(f"{folder}: not seen by rank {blind[0]}; --train.run must be on storage that all nodes share")
-    return records[0] if comm.main else RunLogger(None, steps, resumed)
-
-    # A full disk, of which `error` tells.
+    return loggers[0] if comm.main else RunLogger(None, steps, resumed)

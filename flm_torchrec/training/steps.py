@@ -21,9 +21,13 @@ class PlainSteps:
     """Forward, backward, update, one batch after the other."""
 
     def __init__(
-        self, model: DistributedModelParallel, optimizer: Optimizer, schedule: Schedule, device: torch.device,
+        self,
+        model: DistributedModelParallel,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        device: torch.device,
         guard: Guard,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.schedule = schedule
@@ -31,7 +35,11 @@ class PlainSteps:
         self.guard = guard
 
     def take(self, batches: Iterator[Batch], step: int) -> Outputs | None:
-        """Learn from the next batch, which is that of the step, counted from 0; None if the guard had it left out."""
+        """Learn from the next batch; None if the guard left it out.
+
+        Args:
+            step: number of the step, counted from 0.
+        """
         self.schedule.set(step)
         self.optimizer.zero_grad()
         batch = next(batches).to(self.device)
@@ -40,20 +48,24 @@ class PlainSteps:
             return None
         loss.backward()
         self.optimizer.step()
-        average_replicas(self.model)  # as TorchRec's pipeline does by itself
+        average_replicas(self.model)  # TorchRec's pipeline does this by itself
         return outputs
 
     def release(self) -> None:
-        """Let others use the model until the next step."""
+        """Leave the model to others until the next step."""
 
 
 class PipelinedSteps(TrainPipelineSparseDist[Batch, Outputs]):
-    """The same, the next batch's copy to the device and its input distribution overlapping this one's compute."""
+    """The same steps, but while one batch is computed, the next is copied to the device and distributed."""
 
     def __init__(
-        self, model: DistributedModelParallel, optimizer: Optimizer, schedule: Schedule, device: torch.device,
+        self,
+        model: DistributedModelParallel,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        device: torch.device,
         guard: Guard,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(model, optimizer, device, execute_all_batches=True, custom_model_fwd=self._forward)
         self.schedule = schedule
         self.guard = guard
@@ -68,7 +80,7 @@ class PipelinedSteps(TrainPipelineSparseDist[Batch, Outputs]):
         return outputs if self.learns else None
 
     def release(self) -> None:
-        """Let others use the model until the next step: its modules would give them what is on its way for that."""
+        """Leave the model to others until the next step. Attached modules would give them inputs of the next batch."""
         if self._model_attached:
             self.detach()
 
@@ -79,7 +91,7 @@ class PipelinedSteps(TrainPipelineSparseDist[Batch, Outputs]):
         return loss, outputs
 
     def _backward(self, losses: Tensor) -> None:
-        # Asked here and not in forward: by now the input distribution of the next batch is under way.
+        # The guard is asked here, not in forward: by now the input distribution of the next batch is under way.
         self.learns = self.guard.passes(self.number, self.made[0], losses, self.made[1])
         if self.learns:
             super()._backward(losses)

@@ -20,7 +20,7 @@ from flm_torchrec.training.encoder import ModelEncoder
 from flm_torchrec.training.fusion_weights import choose_weights
 from flm_torchrec.training.job import Job, open_inputs
 from flm_torchrec.training.logger import RunLogger
-from flm_torchrec.training.loop import Finished, Training, Validate, run_loop
+from flm_torchrec.training.loop import Finished, TrainingParts, Validate, run_loop
 from flm_torchrec.training.run_folder import check_run_folder, claimed, open_run_folder
 
 
@@ -83,8 +83,8 @@ def train(job: Job, logger: RunLogger, validate: Validate | None = None) -> Fini
     checkpoints = Checkpoints(Path(config.train.run), job.model, job.optimizer, comm, data.fingerprint)
     progress = resume(checkpoints, logger) if logger.resumed else Progress()
     checkpoints.check_space()
-    training = Training(job.model, job.optimizer, job.loader, config.train, comm, logger, checkpoints)
-    finished = run_loop(training, validate or rank_validation, progress, validate_first=job.loaded is not None)
+    parts = TrainingParts(job.model, job.optimizer, job.loader, config.train, comm, logger, checkpoints)
+    finished = run_loop(parts, validate or rank_validation, progress, validate_first=job.loaded is not None)
     logger.say(
         f"{finished.steps} steps in {finished.seconds:.0f} s;"
         f" best {config.train.select} {finished.best:.4f} at step {finished.best_step}"

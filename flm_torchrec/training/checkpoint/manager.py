@@ -1,4 +1,4 @@
-"""The checkpoints of a run: the best model, and the newest whole states to resume from."""
+"""The checkpoints of a run: the best model, and the newest complete states to resume from."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.optim.keyed import CombinedOptimizer
 
+from flm_torchrec.data.schema import Schema
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.distributed.shard import prepare_state, set_step
 from flm_torchrec.errors import RunError
 from flm_torchrec.files import discard, mend_inside
+from flm_torchrec.model.pretrain import user_weights
 from flm_torchrec.training.checkpoint import storage
 from flm_torchrec.training.checkpoint.state import copies, leaves, names, own_bytes
 
@@ -30,32 +32,36 @@ STATE = re.compile(r"step-(\d{9,})")
 """Name of a state to resume from, by its step."""
 ASIDE = re.compile(rf"damaged-{STATE.pattern}(-\d+)?")
 """Name of a state that was found damaged."""
+MODEL = "model."
+OPTIMIZER = "optimizer."
+TABLES = f"{OPTIMIZER}tables."
+"""Beginnings of the names of a state's tensors."""
 DENSE = "dense."
 RNG = "rng."
 LEAVE = 10.0
-"""Seconds that an error waits for a save under way."""
+"""Seconds that a training which ends by an error waits for a save under way."""
 KEPT = 2
-"""Newest states that are kept: should one turn out damaged, there is the one before."""
+"""Number of newest states that are kept: if one turns out damaged, there is the one before."""
 
 
 @dataclass
 class Progress:
-    """Where training stands: with the tensors of a state, all that going on needs. The loader follows from `step`."""
+    """Where training stands: together with the tensors, all that resuming needs. The loader follows from `step`."""
 
     step: int = 0
     seconds: float = 0.0
-    """Spent in steps and their checkpoints."""
+    """Time spent in steps and their checkpoints."""
     best: float | None = None
     best_step: int = 0
     stale: int = 0
     """Validations since the best."""
     due: bool = False
-    """Stopped within the validation after this step, which then comes first."""
+    """The validation after this step was stopped, so a resumed run begins with it."""
     following: dict[str, Any] = field(default_factory=dict)
-    """Of `flm follow`: where it stands in its source, and what it has counted."""
+    """What `flm follow` adds: its position in the source, and its counts."""
 
     def worn_out(self, patience: int) -> bool:
-        """Whether so many validations have brought no gain; never for 0."""
+        """Whether `patience` validations have brought no gain; never for 0."""
         return 0 < patience <= self.stale
 
 
@@ -76,8 +82,8 @@ class Checkpoints:
         self.data = data
         self.pending: tuple[Future[None], threading.Thread] | None = None
         self.failed = ""
-        """Why the last save is not on disk; empty if it is, or may yet be."""
-        self.untold: list[str] = []
+        """Why the last save is not on disk; empty if it is there, or is still being written."""
+        self.unreported: list[str] = []
 
     def check_space(self) -> None:
         """Raise RunError, on every rank, where the disk has no room for the checkpoints that a run keeps."""
@@ -90,8 +96,8 @@ class Checkpoints:
 
         def check() -> None:
             nonlocal need
-            held = [file for folder in (self.best, *self._states()) for file in folder.glob("*")]
-            need -= sum(file.stat().st_size for file in held)
+            present = [file for folder in (self.best, *self._states()) for file in folder.glob("*")]
+            need -= sum(file.stat().st_size for file in present)
             free = shutil.disk_usage(self.best.parents[1]).free
             if free < need:
                 raise RunError(
@@ -102,13 +108,13 @@ class Checkpoints:
         self.comm.on_main(check)
 
     def save(self, progress: Progress, folder: Path | None = None) -> str:
-        """Copy the state now, write it while training goes on; waits for the one before.
+        """Copy the state now, and write it while training goes on; waits for the save before.
 
-        A save that fails leaves the older checkpoints; `finish` raises if it was the last. So does one of weights that
-        are no numbers, unless it has a folder of its own: it would take the place of one that is of use.
+        A save that fails leaves the older checkpoints, and `finish` raises if it was the last. Weights that are not
+        numbers are not saved either, since they would replace a state that is of use, unless `folder` is given.
 
         Args:
-            folder: where to, if it is no state to resume from.
+            folder: where to write a state that no run resumes from.
 
         Returns what went wrong with the save before, or with this one; empty if nothing did.
         """
@@ -119,7 +125,7 @@ class Checkpoints:
         broken = any(not bool(t.isfinite().all()) for t in leaves(tensors) if not isinstance(t, ShardedTensor))
         if self.comm.any(broken)[0] and folder is None:
             self._fail(f"{self.folder}: the weights after step {progress.step} are not all numbers, so not saved")
-            return self._tell()
+            return self._report()
         self.failed = ""
         meta = {**asdict(progress), "data": self.data, "ranks": self.comm.world_size}
         target = (folder or self.folder) / f"step-{progress.step:09d}"
@@ -137,15 +143,15 @@ class Checkpoints:
         thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         thread.start()
         self.pending = future, thread
-        return self._tell()
+        return self._report()
 
     def _fail(self, reason: str) -> None:
         self.failed = reason
-        self.untold.append(reason)
+        self.unreported.append(reason)
 
-    def _tell(self) -> str:
-        told, self.untold = "; ".join(self.untold), []
-        return told
+    def _report(self) -> str:
+        reasons, self.unreported = "; ".join(self.unreported), []
+        return reasons
 
     def wait(self) -> None:
         """Wait for the save under way, if any."""
@@ -159,7 +165,7 @@ class Checkpoints:
             self._fail(str(error))
 
     def close(self) -> None:
-        """Leave no thread behind that writes, where training ends by an error; it has ended or soon will."""
+        """Wait up to LEAVE seconds for the thread that writes, where training ends by an error."""
         if self.pending is not None:
             self.pending[1].join(LEAVE)
 
@@ -183,39 +189,39 @@ class Checkpoints:
         storage.write(self.best, {"model": self.model.state_dict()}, {**meta, "data": self.data}, self.comm.saving)
 
     def restore(self) -> tuple[Progress, list[Path], list[str]] | None:
-        """Load the newest state that is whole and undamaged; None where there is none.
+        """Load the newest state that is complete and undamaged; None where there is none.
 
-        Returns also the states found damaged, and what is wrong with them and with the best model.
+        Returns its progress, the damaged states, and what is wrong with those and with the best model.
 
         Raises:
             RunError: the state is of other data, or does not fit the model.
         """
         damaged: list[Path] = []
-        told: list[str] = []
+        reasons: list[str] = []
         for folder in self.comm.gather(self._states())[0]:
             wrong = find_damage(folder, self.comm)
             if wrong:
                 damaged.append(folder)
-                told.append(f"{folder}: {'; '.join(wrong)}")
+                reasons.append(f"{folder}: {'; '.join(wrong)}")
                 continue
             progress = self.load(folder)
             if progress.best is not None and (wrong := find_damage(self.best, self.comm)):
                 progress.best = None  # the next validation makes a new one
-                told.append(f"{self.best}: {'; '.join(wrong)}")
-            return progress, damaged, told
+                reasons.append(f"{self.best}: {'; '.join(wrong)}")
+            return progress, damaged, reasons
         if damaged:
             raise RunError(
-                f"{told[0]}; and no older one is whole, so there is nothing to go on from; train anew with"
+                f"{reasons[0]}; and no older one is whole, so there is nothing to go on from; train anew with"
                 " --train.existing replace"
             )
         return None
 
     def tidy(self) -> None:
-        """Mend and clear away what an interruption left half done."""
+        """Mend or remove what an interruption left half done."""
         self.comm.on_main(lambda: mend_inside(self.folder))
 
     def put_aside(self, damaged: Iterable[Path]) -> None:
-        """Rename damaged states, so that retention does not count them."""
+        """Rename damaged states, so that they do not count as kept states."""
 
         def rename() -> None:
             for folder in damaged:
@@ -225,8 +231,8 @@ class Checkpoints:
         self.comm.on_main(rename)
 
     def _states(self) -> list[Path]:
-        found = [(STATE.fullmatch(folder.name), folder) for folder in self.folder.glob("step-*")]
-        return [folder for _, folder in sorted(((int(m[1]), f) for m, f in found if m), reverse=True)]
+        matches = [(STATE.fullmatch(folder.name), folder) for folder in self.folder.glob("step-*")]
+        return [folder for _, folder in sorted(((int(m[1]), f) for m, f in matches if m), reverse=True)]
 
     def _retire(self) -> None:
         for folder in self._states()[KEPT:]:
@@ -236,10 +242,10 @@ class Checkpoints:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()["state"]}
 
     def load(self, folder: Path) -> Progress:
-        """Set model, optimizer and random numbers to a state, whose files are not checked.
+        """Set model, optimizer and random numbers to a state; its files are not checked for damage.
 
         Raises:
-            RunError: it is of other data, or does not fit the model.
+            RunError: the state is of other data, or does not fit the model.
         """
         meta = storage.read_meta(folder)
         try:
@@ -249,14 +255,14 @@ class Checkpoints:
             raise RunError(f"{folder}/{storage.META}: not that of a state to resume from ({error})") from error
         storage.refuse_other_data(folder, data, self.data)
         there = storage.stored(folder)
-        prepare_state(self.optimizer, [n.removeprefix("optimizer.") for n in there if n.startswith("optimizer.")])
+        prepare_state(self.optimizer, [n.removeprefix(OPTIMIZER) for n in there if n.startswith(OPTIMIZER)])
         state = self._state()
-        # Each rank draws its own dropout: with other ranks, or on another device, there is nothing to go on from.
+        # Each rank draws its own dropout: other ranks, or another device, cannot continue those draws.
         drawn = [name for name in _rng_names(self.comm) if name in there and ranks == self.comm.world_size]
         state |= {name: torch.empty(there[name], dtype=torch.uint8) for name in drawn}
-        # A rank's optimizer knows the tables that it holds rows of.
-        known = set().union(*self.comm.gather(names(state)))
-        extra = {name for name in there if not name.startswith(RNG)} - known
+        # A rank's optimizer has only the tables of which the rank holds rows.
+        wanted = set().union(*self.comm.gather(names(state)))
+        extra = {name for name in there if not name.startswith(RNG)} - wanted
         if extra:
             raise RunError(f"{folder}: holds {min(extra)}, which this model lacks; resume with the settings of the run")
         storage.read(folder, state, self.comm.saving)
@@ -283,10 +289,12 @@ def load_checkpoint(folder: Path, model: nn.Module, comm: Comm) -> dict[str, Any
 
 
 def load_matching(folder: Path, model: nn.Module, tables: bool, comm: Comm) -> str:
-    """Fill what the model shares with a checkpoint, by name and shape, and say what that was; collective.
+    """Fill the tensors that the model shares with a checkpoint, by name and shape; collective.
 
     Args:
-        tables: also the embedding tables; False where ids mean something else.
+        tables: also fill the embedding tables; False where ids mean something else.
+
+    Returns a line that says what was filled.
 
     Raises:
         RunError: the checkpoint does not load, or shares nothing.
@@ -297,7 +305,7 @@ def load_matching(folder: Path, model: nn.Module, tables: bool, comm: Comm) -> s
     shared = {
         name: tensor
         for name, tensor in state.items()
-        if there.get(f"model.{name}") == tensor.size() and (tables or name.startswith(DENSE))
+        if there.get(f"{MODEL}{name}") == tensor.size() and (tables or name.startswith(DENSE))
     }
     if not shared:
         raise RunError(f"{folder}: nothing in it fits this model; fine-tune with the model settings of the source")
@@ -307,10 +315,25 @@ def load_matching(folder: Path, model: nn.Module, tables: bool, comm: Comm) -> s
     return f"{len(shared)} of {len(state)} tensors from {folder}; new: {', '.join(fresh) or 'none'}"
 
 
+def user_tensors(schema: Schema, stored: Iterable[str]) -> dict[str, tuple[str, list[str]]]:
+    """Which tensors of a checkpoint hold rows of users.
+
+    Args:
+        stored: names of the checkpoint's tensors.
+
+    Returns by user table with fixed rows the name of its weight, and the names of its optimizer state.
+    """
+    stored = list(stored)
+    return {
+        table: (f"{MODEL}{weight}", [name for name in stored if name.startswith(f"{TABLES}{weight}.")])
+        for table, weight in user_weights(schema).items()
+    }
+
+
 def find_damage(folder: Path, comm: Comm) -> list[str]:
     """What is wrong with a checkpoint's files, the same on every rank; the ranks share the reading."""
-    found = comm.gather(storage.damage(folder, comm.rank, comm.world_size))
-    return sorted({problem for problems in found for problem in problems})
+    of_ranks = comm.gather(storage.damage(folder, comm.rank, comm.world_size))
+    return sorted({problem for problems in of_ranks for problem in problems})
 
 
 def _refuse_damage(folder: Path, comm: Comm) -> None:

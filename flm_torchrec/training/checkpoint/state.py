@@ -1,4 +1,4 @@
-"""A state as nested dicts of tensors: its names, its size, and a copy that training no longer changes."""
+"""A state as nested dicts of tensors: its names, its size, and a copy that training does not change."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ def leaves(state: Any) -> list[Any]:
 
 
 def names(state: dict[str, Any], prefix: str = "") -> list[str]:
-    """Theirs, as DCP joins them: keys with dots between."""
-    found = []
+    """Names of the tensors of nested dicts, as DCP joins them: keys with dots between."""
+    joined = []
     for key, value in state.items():
-        found += names(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
-    return found
+        joined += names(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+    return joined
 
 
 def own_bytes(tensor: ShardedTensor) -> int:
-    """Bytes of this rank's shards, or its part of them where replicas hold the same: a checkpoint has them once."""
+    """Bytes of this rank's shards; its part of them where replicas hold the same, since a checkpoint has them once."""
     held = sum(shard.tensor.numel() * shard.tensor.element_size() for shard in tensor.local_shards())
     return held * dist.get_world_size(tensor._process_group) // dist.get_world_size()
 
 
 def copies(state: dict[str, Any]) -> dict[str, Any]:
-    """The same tensors in host memory of their own, which the next step does not change."""
+    """The same tensors, copied to host memory that the next step does not change."""
     return {name: copies(v) if isinstance(v, dict) else _copy(v) for name, v in state.items()}
 
 

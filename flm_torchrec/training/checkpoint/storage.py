@@ -1,4 +1,4 @@
-"""Checkpoint folders: whole or not there, intact or refused, and nothing in them is run.
+"""Checkpoint folders: complete or not there, undamaged or refused, and loading one runs no code of it.
 
 A folder holds DCP's shards and metadata, `meta.json`, and, written last, `SHA256SUMS` of all other files, in the
 format of sha256sum(1). It is written beside its place and renamed, so one without sums is no checkpoint.
@@ -36,20 +36,28 @@ META = "meta.json"
 SUMS = "SHA256SUMS"
 PART = ".sums"
 MOST_METADATA = 2**20
-"""Bytes of .metadata beyond those of the shards: it tells of them, at a fraction of their size."""
+"""Maximum bytes of .metadata, beyond as many as the shards have: it describes them in a fraction of their size."""
 MOST_NESTED = 1000
-"""Values inside one tuple or index of .metadata. Hashing takes time and stack with these."""
+"""Maximum of values inside one tuple or index of .metadata: hashing it takes time and stack for each."""
 UNREADABLE = (
-    pickle.UnpicklingError, ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError, MemoryError,
+    pickle.UnpicklingError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    IndexError,
+    RecursionError,
+    MemoryError,
     OverflowError,
-)  # fmt: skip
-"""What taking a broken pickle for a description of tensors may raise."""
+)
+"""What reading a broken pickle as a description of tensors may raise."""
 
 
 def write(folder: Path, tensors: dict[str, Any], meta: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-    """Write tensors (each rank its shards) and `meta`; collective over `group`. What was there stays until then.
+    """Write tensors (each rank its shards) and `meta`; collective over `group`.
 
-    Claim the run first: `files.mend_inside` may then clear away what a kill leaves.
+    An older folder of this name stays until the new one is complete. Claim the run first: then `files.mend_inside` may
+    remove what a kill leaves.
 
     Raises:
         RunError: it cannot be written, on every rank, with the reason of the rank that failed.
@@ -58,13 +66,13 @@ def write(folder: Path, tensors: dict[str, Any], meta: dict[str, Any], group: di
     try:
         dcp.save(tensors, storage_writer=writer, process_group=group)
     except (dcp.api.CheckpointException, OSError) as error:
-        if writer.coordinator:  # all ranks are past writing: they raise together
+        if writer.coordinator:  # all ranks have ended writing: they raise together
             remove(writer.fresh)
         raise RunError(f"{folder}: checkpoint not written ({_reason(error)}); what was there before is kept") from error
 
 
 def read(folder: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-    """Fill the tensors, wherever their shards were when they were written; collective over `group`.
+    """Fill the tensors from shards that any plan and any number of ranks has written; collective over `group`.
 
     Raises:
         RunError: the checkpoint lacks one of them, or does not load.
@@ -76,7 +84,7 @@ def read(folder: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None)
 
 
 def read_all(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole, by name; needs no model and no other ranks, but room for all of it.
+    """Every tensor of a checkpoint, complete, by name; needs no model and no other ranks, but memory for all of it.
 
     Raises:
         RunError: it does not load.
@@ -94,23 +102,23 @@ def read_all(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def stored(folder: Path) -> dict[str, torch.Size]:
-    """Sizes of the tensors that a checkpoint holds, by name.
+    """Sizes of the tensors of a checkpoint, by name.
 
     Raises:
         RunError: there is none, or it is not readable.
     """
     try:
-        found = _Reader(folder).read_metadata().state_dict_metadata
+        described = _Reader(folder).read_metadata().state_dict_metadata
     except (OSError, EOFError, *UNREADABLE) as error:
         raise RunError(f"{folder}: no readable checkpoint ({_reason(error)})") from error
-    return {name: getattr(entry, "size", torch.Size()) for name, entry in found.items()}
+    return {name: getattr(entry, "size", torch.Size()) for name, entry in described.items()}
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """`meta` of a checkpoint, without its weights.
 
     Raises:
-        RunError: there is no whole checkpoint.
+        RunError: there is no complete checkpoint.
     """
     file = folder / META
     try:
@@ -129,24 +137,24 @@ def refuse_other_data(where: Path, made_with: str, now: str) -> None:
 
 
 def damage(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
-    """What is wrong with the files of a checkpoint; empty if all bytes are those that were written.
+    """What is wrong with the files of a checkpoint; empty if all bytes are as they were written.
 
     Args:
-        share, shares: look at every `shares`-th file from this on, so that ranks can divide the reading.
+        share, shares: look only at every `shares`-th file, from number `share` on, so that ranks divide the reading.
     """
     try:
         lines = (folder / SUMS).read_bytes().decode("ascii").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
         return [f"{SUMS} is not readable ({_reason(error)})"]
-    found = [re.fullmatch(r"([0-9a-f]{64})  ([\w.-]+)\n", line) for line in lines]
+    matches = [re.fullmatch(r"([0-9a-f]{64})  ([\w.-]+)\n", line) for line in lines]
     # META comes last, so that sums cut short at the end of a line lack it.
-    if not found or not all(found) or found[-1][2] != META:  # type: ignore[index]
+    if not matches or not all(matches) or matches[-1][2] != META:  # type: ignore[index]
         return [f"{SUMS} is not as it was written"]
-    there, named = {file.name for file in folder.iterdir()}, {SUMS, *(match[2] for match in found if match)}
+    there, named = {file.name for file in folder.iterdir()}, {SUMS, *(match[2] for match in matches if match)}
     if named - there or not all(map(_stray, there - named)):
         return [f"{SUMS} does not name just the files that are there"]
     wrong = []
-    for match in found[share::shares]:
+    for match in matches[share::shares]:
         assert match is not None
         try:
             same = sha256(folder / match[2]) == match[1]
@@ -158,12 +166,12 @@ def damage(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
 
 
 def _stray(name: str) -> bool:
-    """Whether a file is one that file systems and desktops leave anywhere (.nfs…, .DS_Store), and none of ours."""
+    """Whether file systems or desktops leave a file of this name in any folder (.nfs…, .DS_Store)."""
     return name.startswith(".") or name in ("Thumbs.db", "desktop.ini")
 
 
 class _Writer(dcp.FileSystemWriter):
-    """DCP's writer into a folder beside the one wanted; rank 0 completes and renames it when all have written."""
+    """DCP's writer. It writes to a temporary folder, which rank 0 completes and renames when all have written."""
 
     def __init__(self, folder: Path, meta: dict[str, Any], token: str) -> None:
         self.final = folder
@@ -179,12 +187,12 @@ class _Writer(dcp.FileSystemWriter):
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         if not self.coordinator:
-            return plan  # they write when all are past this, into the folder that is then there
+            return plan  # they write after the coordinator has made the folder
         new_folder(self.final, self.token)
         return super().prepare_local_plan(plan)
 
     def storage_meta(self) -> dcp_metadata.StorageMeta:
-        return dcp_metadata.StorageMeta()  # DCP would put the path of the folder here, which may change
+        return dcp_metadata.StorageMeta()  # DCP would store the path of the folder, which may change
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         done = super().write_data(plan, planner)
@@ -207,7 +215,7 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def _drawn(group: dist.ProcessGroup | None) -> str:
-    """What rank 0 draws for the name of the folder that all ranks write to; collective over `group`."""
+    """A token that rank 0 draws for the name of the folder that all ranks write to; collective over `group`."""
     token = [secrets.token_hex(8)]
     if group is not None and dist.get_world_size(group) > 1:
         dist.broadcast_object_list(token, src=0, group=group)
@@ -215,7 +223,7 @@ def _drawn(group: dist.ProcessGroup | None) -> str:
 
 
 class _Reader(dcp.FileSystemReader):
-    """DCP's reader, whose metadata may hold nothing but the description of tensors in this folder."""
+    """DCP's reader. Its metadata may only describe tensors in this folder."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         file = Path(self.path) / ".metadata"
@@ -230,14 +238,16 @@ class _Reader(dcp.FileSystemReader):
         for info in metadata.storage_data.values():
             if PurePath(info.relative_path).name != info.relative_path:
                 raise pickle.UnpicklingError(f"'{info.relative_path}' lies outside the folder")
-        if (told := sum(map(_bytes, metadata.state_dict_metadata.values()))) > shards:
-            raise pickle.UnpicklingError(f".metadata tells of tensors of {told:,} bytes, the shards have {shards:,}")
+        if (described := sum(map(_bytes, metadata.state_dict_metadata.values()))) > shards:
+            raise pickle.UnpicklingError(
+                f".metadata tells of tensors of {described:,} bytes, the shards have {shards:,}"
+            )
         metadata.storage_meta = dcp_metadata.StorageMeta(load_id=self.load_id)
         return metadata
 
 
 def _bytes(entry: Any) -> int:
-    """Of a whole tensor, by its description."""
+    """Bytes of a complete tensor, by its description."""
     if not isinstance(entry, dcp_metadata.TensorStorageMetadata):
         return 0
     if not isinstance(entry.size, torch.Size) or min(entry.size, default=0) < 0:
@@ -247,12 +257,12 @@ def _bytes(entry: Any) -> int:
 
 class _Planner(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        # DCP would unpickle it, which runs what it says; all that is not a tensor is in META.
+        # DCP would unpickle it, which may run code. All that is not a tensor is in META.
         raise ValueError(f"{read_item.storage_index.fqn} is no tensor")
 
 
 def _weighed(load: Callable[[Any], None]) -> Callable[[Any], None]:
-    """The loading of a tuple, with its weight."""
+    """An opcode that loads a tuple, and then counts the values in it."""
 
     def loaded(unpickler: _Unpickler) -> None:
         load(unpickler)
@@ -263,15 +273,16 @@ def _weighed(load: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
-    """Refuses whatever DCP's metadata has no need of: a pickle may name any function, and have it called.
+    """Refuses whatever DCP's metadata does not need: a pickle may name any function and have it called.
 
-    The one written in Python, because only there can it be seen what a state is set on: set on a class, or on any
-    other thing that the whole process shares, it would change that for good.
+    This is the unpickler written in Python, because it shows on which object a state is set. Set on a class, or on
+    another object that the process shares, the state would change that object for good.
     """
 
     dispatch: ClassVar = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
 
     def find_class(self, module: str, name: str) -> Any:
+        """A class that DCP's metadata is made of; all others are refused."""
         if module == dcp_metadata.__name__ and name in (*dcp_metadata.__all__, "_MEM_FORMAT_ENCODING"):
             return getattr(dcp_metadata, name)
         if (module, name) == (_StorageInfo.__module__, "_StorageInfo"):
@@ -285,16 +296,17 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.nested: dict[int, tuple[Any, int]] = {}
-        """By id: a tuple or built object, kept so that its id stays its own, and how many values are in it."""
+        """By id: a tuple or built object, kept so that no other gets its id, and the number of values in it."""
 
-    def weigh(self, found: Any, values: Iterable[Any]) -> None:
-        """Count the values in `found`; one that is there twice counts twice, as hashing goes through both."""
+    def weigh(self, made: Any, values: Iterable[Any]) -> None:
+        """Count the values in `made`; a value that occurs twice counts twice, as hashing goes through both."""
         weight = 1 + sum(self.nested.get(id(value), (None, 1))[1] for value in values)
         if weight > MOST_NESTED:
             raise pickle.UnpicklingError(f".metadata has more than {MOST_NESTED} values inside each other")
-        self.nested[id(found)] = found, weight
+        self.nested[id(made)] = made, weight
 
     def load_build(self) -> None:
+        """Set a state on an object, if that is a dataclass of the metadata."""
         target = self.stack[-2]  # type: ignore[attr-defined]
         if not is_dataclass(target) or isinstance(target, type):
             raise pickle.UnpicklingError(f".metadata sets a state on {target!r}, which no checkpoint does")
@@ -303,6 +315,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
         super().load_build()  # type: ignore[misc]
 
     def refuse(self) -> None:
+        """Raise for an opcode that no checkpoint has."""
         raise pickle.UnpicklingError(".metadata holds bytes to be written to, which no checkpoint does")
 
     dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]
@@ -312,7 +325,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
 
 
 def _reason(error: BaseException) -> str:
-    """One line; of an error that DCP gathered from ranks, what the first of them met."""
+    """One line; of an error that DCP gathered from ranks, that of the first rank."""
     failures = getattr(error, "failures", None)
     if failures:
         rank, (first, _) = next(iter(failures.items()))
