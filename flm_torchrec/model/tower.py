@@ -167,7 +167,7 @@ class Tower(nn.Module):
         return self.item_content(features[:1]).expand(len(features), -1)
 
     def _shown(self, known: Tensor, dropout: float) -> Tensor:
-        """[n, 1]: 0 where the id is unknown or, in training, hidden at random (DropoutNet: Volkovs et al., NeurIPS 2017)."""
+        """[n, 1]: 0 where the id is unknown or, in training, hidden at random (DropoutNet, NeurIPS 2017)."""
         if self.training and dropout > 0:
             known = known * (torch.rand_like(known) >= dropout)
         return known.unsqueeze(1)
