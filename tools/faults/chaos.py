@@ -1,9 +1,9 @@
-"""Does training lose anything? Kills and delays ranks, damages checkpoints, fills a disk; then compares.
+"""Kill and delay ranks, damage checkpoints, fill a disk, and check that training loses nothing.
 
     python tools/faults/chaos.py --data data/synthetic --output runs/chaos
 
-Trials of training must end with the state, best model and metrics of the same run undisturbed, bit for bit: on one
-thread a rank, since with more even two undisturbed runs differ. Prints a line a trial; leaves 1 if any failed.
+A disturbed training must end with the state, best model and metrics of the same run undisturbed, bit for bit. Each
+rank has one thread, since with more even two undisturbed runs differ. Prints a line a trial; exits 1 if any failed.
 """
 
 from __future__ import annotations
@@ -33,14 +33,21 @@ from flm_torchrec.training.checkpoint.storage import read_all
 from flm_torchrec.training.job import Job, open_job
 
 SETTINGS = [
-    "model.dim=16", "model.layers=1", "data.max_history=20", "train.batch_size=64", "train.epochs=1000",
-    "train.checkpoint_every=20", "train.log_every=5", "train.eval_users=200", "train.patience=0",
+    "model.dim=16",
+    "model.layers=1",
+    "data.max_history=20",
+    "train.batch_size=64",
+    "train.epochs=1000",
+    "train.checkpoint_every=20",
+    "train.log_every=5",
+    "train.eval_users=200",
+    "train.patience=0",
     "distributed.threads=1",
-]  # fmt: skip
+]
 OF_TIME = ("seconds", "samples_per_second", "input_wait")
 """Metrics that differ between two equal runs."""
 LONGEST = 900.0
-"""Seconds after which a trial has failed."""
+"""Seconds after which a trial counts as failed."""
 
 
 class Skipped(Exception):
@@ -59,24 +66,27 @@ class Study:
     jobs: list[subprocess.Popen[bytes]]
 
     def end(self) -> None:
-        """Leave no job behind, whatever became of a trial."""
+        """Kill the jobs that a trial left."""
         for job in self.jobs:
             if job.poll() is None:
                 for process in [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]:
                     process.kill()
 
     def settings(self, run: Path) -> list[str]:
+        """The settings of a run, as `section.field=value`."""
         validate = f"train.eval_every={max(1, self.steps // 2)}"
         return [*SETTINGS, f"data.path={self.data}", f"train.run={run}", f"train.max_steps={self.steps}", validate]
 
     def launch(self, run: Path, restarts: int = 0, *more: str) -> Trial:
+        """Start a training under torchrun; `more` are settings."""
         options = [
             part for o in (*self.settings(run), *more) for part in (f"--{o.partition('=')[0]}", o.partition("=")[2])
         ]
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.ranks),
-            "--max_restarts", str(restarts), "-m", "flm_torchrec", "--", "train", *options,
-        ]  # fmt: skip
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node", str(self.ranks), "--max_restarts", str(restarts)),
+            *("-m", "flm_torchrec", "--", "train", *options),
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         log = self.folder / f"{run.name}.log"
         with log.open("ab") as output:
@@ -101,7 +111,11 @@ class Trial:
             return 0
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks, waiting for them where they are being started."""
+        """Process ids of the ranks; waits while they are being started.
+
+        Raises:
+            RunError: the job ended.
+        """
         until = time.monotonic() + LONGEST
         while self.job.poll() is None and time.monotonic() < until:
             children = [c for c in psutil.Process(self.job.pid).children() if c.status() != psutil.STATUS_ZOMBIE]
@@ -111,6 +125,11 @@ class Trial:
         raise RunError(f"{self.log}: the job ended before it was to be disturbed; give more --steps")
 
     def until_step(self, step: int) -> None:
+        """Wait until the run has recorded a step.
+
+        Raises:
+            RunError: the job ended before.
+        """
         while self.step() < step:
             self.ranks()
             time.sleep(0.02)
@@ -124,6 +143,11 @@ class Trial:
             raise RunError(f"{self.log}: not done after {LONGEST:g} s") from None
 
     def succeed(self) -> None:
+        """Wait for the end of the job.
+
+        Raises:
+            RunError: it failed.
+        """
         if code := self.finish():
             raise RunError(f"{self.log}: ended with {code}")
 
@@ -139,9 +163,9 @@ def kills(study: Study, calm: Path, times: int) -> str:
         else:
             time.sleep(study.rng.uniform(0, 5))
             starting += 1
-        found = trial.ranks()
-        os.kill(study.rng.choice(found), signal.SIGKILL)
-        while found[0] in trial.ranks():
+        ranks = trial.ranks()
+        os.kill(study.rng.choice(ranks), signal.SIGKILL)
+        while ranks[0] in trial.ranks():
             time.sleep(0.02)
     trial.succeed()
     resumed = (trial.run / "train.log").read_text().count("resuming after step")
@@ -179,13 +203,15 @@ def full_disk(study: Study, calm: Path) -> str:
         code = trial.finish()
         if code == 0:
             raise RunError(f"{trial.log}: did not notice that its disk was full")
-        told = next((x for x in trial.log.read_text().splitlines() if x.startswith("error: ") and "No space" in x), "")
-        if not told:
+        message = next(
+            (x for x in trial.log.read_text().splitlines() if x.startswith("error: ") and "No space" in x), ""
+        )
+        if not message:
             raise RunError(f"{trial.log}: ended with {code}, but does not say that the disk was full")
         (disk / "filler").unlink()
         again = study.launch(disk / "run", 0, "train.existing=resume")
         again.succeed()
-        return f"'{told[:100]}…', resumed with room; " + compare(calm, trial.run, study.steps)
+        return f"'{message[:100]}…', resumed with room; " + compare(calm, trial.run, study.steps)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
@@ -211,9 +237,9 @@ def corruptions(study: Study, calm: Path, times: int) -> str:
             shutil.copytree(calm / BEST, run / BEST)
             newer_copy = Path(shutil.copytree(newer, run / CHECKPOINTS / newer.name))
             kind, what = damage(newer_copy, study.rng)
-            found = Checkpoints(run, job.model, job.optimizer, job.comm, job.data.fingerprint).restore()
-            older_used = found is not None and found[1] == [newer_copy] and older.name == f"step-{found[0].step:09d}"
-            if not older_used or not _holds(job, expected):
+            restored = Checkpoints(run, job.model, job.optimizer, job.comm, job.data.fingerprint).restore()
+            loaded = None if restored is None or restored[1] != [newer_copy] else f"step-{restored[0].step:09d}"
+            if loaded != older.name or not _holds(job, expected):
                 missed.append(what)
             kinds[kind] = kinds.get(kind, 0) + 1
             shutil.rmtree(run)
@@ -255,18 +281,19 @@ def _damaged_best(job: Job, best: Path, run: Path, times: int, rng: random.Rando
 
 
 def damage(folder: Path, rng: random.Random) -> tuple[str, str]:
-    """Do it to a random file; what kind, and where."""
+    """Damage a random file of a folder → the kind of damage, and a line that says where."""
     file = rng.choice(sorted(folder.iterdir()))
-    whole = file.read_bytes()
-    place = rng.randrange(len(whole))
+    content = file.read_bytes()
+    position = rng.randrange(len(content))
     kind = rng.choice(["bits flipped", "files cut off", "files missing"])
     if kind == "bits flipped":
-        file.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << rng.randrange(8))]) + whole[place + 1 :])
+        flipped = content[position] ^ (1 << rng.randrange(8))
+        file.write_bytes(content[:position] + bytes([flipped]) + content[position + 1 :])
     elif kind == "files cut off":
-        file.write_bytes(whole[:place])
+        file.write_bytes(content[:position])
     else:
         file.unlink()
-    return kind, f"{kind}: {file.name} at {place}"
+    return kind, f"{kind}: {file.name} at {position}"
 
 
 def compare(run: Path, other: Path, steps: int) -> str:
@@ -298,6 +325,7 @@ def _recorded(run: Path) -> list[dict[str, float]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run all trials; 1 if one failed, 2 if none could start."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder written by 'flm prepare'")
     parser.add_argument("--output", type=Path, required=True, help="new folder for runs and logs")

@@ -28,12 +28,12 @@ from flm_torchrec.model.tables import EVICTION_INTERVAL, ManagedIds, user_tables
 from flm_torchrec.planner.plan import make_plan
 
 WARM_UP = 50
-"""Steps before memory is first read: by then buffers and allocator have their size."""
+"""Steps before memory is first read: by then buffers and allocator have reached their size."""
 
 
 @dataclass
-class Told:
-    """Of one table."""
+class TableResult:
+    """What the churn did to one table."""
 
     before_mib: float
     after_mib: float
@@ -42,7 +42,7 @@ class Told:
     seconds: float
 
 
-class Stream:
+class IdStream:
     """Batches of ids: half of the `regulars`, which are 0, 1, …, then half new."""
 
     def __init__(self, batch: int, regulars: int, seed: int) -> None:
@@ -53,8 +53,8 @@ class Stream:
 
     def batch(self) -> np.ndarray:
         """[batch] int64."""
-        known = np.exp(self.rng.random(self.new) * np.log(self.regulars)).astype(np.int64)
-        ids = np.concatenate([known, np.arange(self.next, self.next + self.new)])
+        regular = np.exp(self.rng.random(self.new) * np.log(self.regulars)).astype(np.int64)
+        ids = np.concatenate([regular, np.arange(self.next, self.next + self.new)])
         self.next += self.new
         return ids
 
@@ -67,13 +67,14 @@ class Users(nn.Module):
         self.fixed, self.managed = user_tables(schema, dim)
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        """[B] ids of "user_id" → [B, D]."""
         if self.fixed is not None:
             return self.fixed(features).to_dict()["user_id"]
         assert self.managed is not None
         return self.managed(features)[0].to_dict()["user_id"]
 
 
-def churn(table: Table, ids: int, dim: int, batch: int, regulars: int, comm: Comm) -> Told:
+def churn(table: Table, ids: int, dim: int, batch: int, regulars: int, comm: Comm) -> TableResult:
     """Train until `ids` different ids have passed."""
     users = table.rows if table.kind == "direct" else ids
     schema = Schema("churn", "churn", users=users, items=1, interactions=1, tables={"user_id": table})
@@ -86,7 +87,7 @@ def churn(table: Table, ids: int, dim: int, batch: int, regulars: int, comm: Com
     kept = np.zeros(0, np.int64)
     rows, ids_of_row = np.unique(look_ups(table, np.arange(regulars)), return_counts=True)
     alone = rows[ids_of_row == 1]
-    stream, process = Stream(batch, regulars, seed=0), psutil.Process()
+    stream, process = IdStream(batch, regulars, seed=0), psutil.Process()
     began, before, own, looked, evictions, step = time.monotonic(), 0.0, 0, 0, 0, 0
     while stream.next < ids:
         drawn = stream.batch()
@@ -107,13 +108,13 @@ def churn(table: Table, ids: int, dim: int, batch: int, regulars: int, comm: Com
             own += _own_rows(asked[: stream.new], kept if managed else alone)
             looked += stream.new
     after = process.memory_info().rss / 2**20
-    return Told(before, after, own / max(1, looked), evictions, time.monotonic() - began)
+    return TableResult(before, after, own / max(1, looked), evictions, time.monotonic() - began)
 
 
 def _own_rows(asked: np.ndarray, ordered: np.ndarray) -> int:
     """How many of the look-ups are among those in `ordered`."""
-    place = np.minimum(np.searchsorted(ordered, asked), len(ordered) - 1)
-    return int((ordered[place] == asked).sum())
+    position = np.minimum(np.searchsorted(ordered, asked), len(ordered) - 1)
+    return int((ordered[position] == asked).sum())
 
 
 def _held(managed: list[ManagedIds]) -> np.ndarray:
@@ -123,6 +124,7 @@ def _held(managed: list[ManagedIds]) -> np.ndarray:
 
 
 def main() -> None:
+    """Print a table of results, one row for each kind of table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = {
         "ids": (10_000_000, "different ids that pass"),
@@ -143,10 +145,10 @@ def main() -> None:
     }
     with process_group(DistributedConfig(device="cpu", threads=1)) as comm:
         for name, table in tables.items():
-            told = churn(table, args.ids, args.dim, args.batch, args.regulars, comm)
+            result = churn(table, args.ids, args.dim, args.batch, args.regulars, comm)
             print(
-                f"| {name} | {told.before_mib:.0f} MiB | {told.after_mib:.0f} MiB | {told.own_row:.1%} |"
-                f" {told.evictions} | {told.seconds:.0f} |",
+                f"| {name} | {result.before_mib:.0f} MiB | {result.after_mib:.0f} MiB | {result.own_row:.1%} |"
+                f" {result.evictions} | {result.seconds:.0f} |",
                 flush=True,
             )
 

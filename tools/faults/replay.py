@@ -1,9 +1,9 @@
-"""Put a batch whose loss was no number through the model again, and say where the first such number appears.
+"""Put a batch whose loss was not a number through the model again, and say where the first such number appears.
 
     python tools/faults/replay.py RUN/non-finite/step-000000123-rank-0.npz
 
-With the state that a run under `train.non_finite: stop` left beside it, this is the step that failed; else the newest
-state that can be resumed from stands in for it. One rank; dropout is off, so that it does not hide the cause.
+A run under `train.non_finite: stop` leaves the state before that step beside the batch, and this state is used. Without
+it, the newest state to resume from is used instead. One rank; dropout is off, so that it does not hide the cause.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from flm_torchrec.training.job import open_job
 
 
 def replay(file: Path) -> list[str]:
-    """Lines that say which weights, inputs, modules and losses hold a number that is none, in that order.
+    """Lines that say which weights, inputs, modules and losses hold values that are not numbers, in that order.
 
     Raises:
         RunError: the file is no batch, or lies in no run folder.
@@ -52,14 +52,16 @@ def replay(file: Path) -> list[str]:
         beside = file.parent / f"step-{int(named[1]) - 1:09d}"
         progress = checkpoints.load(beside) if beside.is_dir() else None
         if progress is None:
-            found = checkpoints.restore()
-            if found is None:
+            restored = checkpoints.restore()
+            if restored is None:
                 raise RunError(f"{run}: no state to put the batch through")
-            progress = found[0]
+            progress = restored[0]
         lines = [f"state after step {progress.step}, batch of step {int(named[1])}"]
         lines += [f"weight {name}" for name, value in job.model.state_dict().items() if _broken(value)]
         lines += [f"input {name}" for name in ("value", "user_dense", "item_dense") if _broken(getattr(batch, name))]
-        hooks = [m.register_forward_hook(_tell(n, lines)) for n, m in job.model.module.dense.named_modules() if n]
+        hooks = [
+            m.register_forward_hook(_note_broken(n, lines)) for n, m in job.model.module.dense.named_modules() if n
+        ]
         job.model.train()
         with torch.no_grad():
             _, outputs = job.model(batch)
@@ -69,7 +71,7 @@ def replay(file: Path) -> list[str]:
     return lines
 
 
-def _tell(name: str, lines: list[str]):  # type: ignore[no-untyped-def]
+def _note_broken(name: str, lines: list[str]):  # type: ignore[no-untyped-def]
     def hook(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         if isinstance(output, Tensor) and _broken(output):
             lines.append(f"output of {name}")
@@ -83,6 +85,7 @@ def _broken(value: Tensor | ShardedTensor) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Print the lines of `replay`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("batch", type=Path, help="RUN/non-finite/step-NNNNNNNNN-rank-N.npz")
     args = parser.parse_args(argv)

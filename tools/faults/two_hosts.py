@@ -24,7 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-4
-"""Of a loss, relative: the planner may place tables otherwise on two hosts, and then sums run in another order."""
+"""Relative difference of a loss: on two hosts the planner may place tables otherwise, and then sums run in another
+order."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ def namespaces() -> Iterator[list[Host]]:
     names = [f"flm{os.getpid()}{side}" for side in "ab"]
     addresses = ["10.77.0.1", "10.77.0.2"]
     commands = [["ip", "netns", "add", name] for name in names]
-    commands.append(["ip", "link", "add", names[0], "netns", names[0], "type", "veth",
-                     "peer", "name", names[1], "netns", names[1]])  # fmt: skip
+    ends = [["name", name, "netns", name] for name in names]
+    commands.append(["ip", "link", "add", *ends[0], "type", "veth", "peer", *ends[1]])
     for name, address in zip(names, addresses, strict=True):
         commands.append(["ip", "-n", name, "address", "add", f"{address}/24", "dev", name])
         commands += [["ip", "-n", name, "link", "set", device, "up"] for device in ("lo", name)]
@@ -65,6 +66,7 @@ def namespaces() -> Iterator[list[Host]]:
 
 @contextmanager
 def loopback() -> Iterator[list[Host]]:
+    """Two addresses of this host."""
     yield [Host("127.0.0.1", "lo"), Host("127.0.0.2", "lo")]
 
 
@@ -81,16 +83,21 @@ def train_on(hosts: list[Host], ranks: int, run: Path, options: list[str]) -> di
     agents = []
     for number, host in enumerate(hosts):
         command = [
-            *host.prefix, sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(hosts)),
-            "--nproc_per_node", str(ranks), "--rdzv_backend", "c10d", "--rdzv_id", run.name,
-            "--rdzv_endpoint", f"{hosts[0].address}:{port}", "--local_addr", host.address,
-            "--rdzv_conf", f"is_host={int(number == 0)},join_timeout=60,connect_timeout=30",
-            "-m", "flm_torchrec.train", "--train.run", str(run), *options,
-        ]  # fmt: skip
+            *(*host.prefix, sys.executable, "-m", "torch.distributed.run"),
+            *("--nnodes", str(len(hosts)), "--nproc_per_node", str(ranks)),
+            *("--rdzv_backend", "c10d", "--rdzv_id", run.name),
+            *("--rdzv_endpoint", f"{hosts[0].address}:{port}", "--local_addr", host.address),
+            *("--rdzv_conf", f"is_host={int(number == 0)},join_timeout=60,connect_timeout=30"),
+            *("-m", "flm_torchrec.train", "--train.run", str(run), *options),
+        ]
         environment = {
-            **os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "LOGLEVEL": "INFO",
-            "GLOO_SOCKET_IFNAME": host.interface, "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "ignore",
+            "LOGLEVEL": "INFO",
+            "GLOO_SOCKET_IFNAME": host.interface,
+            "OMP_NUM_THREADS": "1",
+        }
         log = run.with_name(f"{run.name}-agent-{number}.log")
         with log.open("w") as file:
             agent = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
@@ -99,14 +106,14 @@ def train_on(hosts: list[Host], ranks: int, run: Path, options: list[str]) -> di
     if failed:
         raise SystemExit(f"error: an agent failed; the end of {failed[0]}:\n{failed[0].read_text()[-2000:]}")
     for host, (_, log) in zip(hosts, agents, strict=True):
-        print(f"  agent on {host.address}: {_place(log)}")
+        print(f"  agent on {host.address}: {_met_as(log)}")
     return _last_losses(run)
 
 
-def _place(log: Path) -> str:
-    """What the agent said of itself once all agents had met."""
-    found = re.findall(r"(?:master_addr|group_rank|group_world_size)=\S+|global_ranks=\[[^]]*\]", log.read_text())
-    return ", ".join(dict.fromkeys(found))
+def _met_as(log: Path) -> str:
+    """Address and ranks that the agent logged once all agents had met."""
+    fields = re.findall(r"(?:master_addr|group_rank|group_world_size)=\S+|global_ranks=\[[^]]*\]", log.read_text())
+    return ", ".join(dict.fromkeys(fields))
 
 
 def _last_losses(run: Path) -> dict[str, float]:
@@ -116,6 +123,7 @@ def _last_losses(run: Path) -> dict[str, float]:
 
 
 def main() -> None:
+    """Train both ways and print the last losses; exits with an error where they differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where runs and logs go (required)")
     parser.add_argument("--loopback", action="store_true", help="two agents on 127.0.0.1 and 127.0.0.2 (default: no)")

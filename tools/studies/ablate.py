@@ -3,8 +3,8 @@
     python tools/studies/ablate.py configs/studies/heads.yaml --output runs/heads --seeds 0 1 2
 
 A study is a YAML file: `config`, the file that all variants start from (or --config); `settings`, overrides for all of
-them; and `variants`, overrides by name. What is done already is not done again: call it anew after an interruption, or
-with more seeds or variants. A run made with other settings than the study now says is refused.
+them; and `variants`, overrides by name. Finished runs are not trained again: call it again after an interruption, or
+with more seeds or variants. A run that was made with other settings than the study has now is refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BASELINES = ("popularity", "item-kNN", "EASE-R")
 
 
 @dataclass(frozen=True)
-class Run:
+class StudyRun:
     """One variant with one seed."""
 
     variant: str
@@ -44,10 +44,13 @@ class Run:
 
     @property
     def folder(self) -> Path:
+        """The run folder."""
         return Path(self.config.train.run)
 
 
-def read_study(file: Path, config: str | None, output: Path, seeds: Sequence[int], only: Sequence[str]) -> list[Run]:
+def read_study(
+    file: Path, config: str | None, output: Path, seeds: Sequence[int], only: Sequence[str]
+) -> list[StudyRun]:
     """All runs of a study, every config checked; `config` in place of the file's own.
 
     Raises:
@@ -74,14 +77,14 @@ def read_study(file: Path, config: str | None, output: Path, seeds: Sequence[int
                 f"{key}={yaml.safe_dump(value, default_flow_style=True).split(chr(10))[0]}"
                 for key, value in settings.items()
             ]
-            runs.append(Run(name, seed, load_config(start, overrides), [start, *overrides]))
+            runs.append(StudyRun(name, seed, load_config(start, overrides), [start, *overrides]))
     folders = [run.folder for run in runs]
     if len(set(folders)) < len(folders):
         raise ConfigError(f"{file}: two variants have names that differ in signs alone; rename one")
     return runs
 
 
-def result_of(run: Run, split: str) -> dict[str, Any] | None:
+def result_of(run: StudyRun, split: str) -> dict[str, Any] | None:
     """The evaluation of a finished run, or None.
 
     Raises:
@@ -97,14 +100,14 @@ def result_of(run: Run, split: str) -> dict[str, Any] | None:
     return read_json(file)
 
 
-def _as_configured(run: Run) -> bool:
+def _as_configured(run: StudyRun) -> bool:
     """Whether the folder was made with the run's settings, on however many threads."""
     made = load_config(run.folder / "config.yaml")
     return replace(made, distributed=run.config.distributed) == run.config
 
 
-def execute(run: Run, split: str, threads: int) -> str | None:
-    """Train and evaluate in processes of their own; returns what went wrong."""
+def execute(run: StudyRun, split: str, threads: int) -> str | None:
+    """Train and evaluate in processes of their own → what went wrong, or None."""
     start, *overrides = run.overrides
     settings = [part for o in overrides for part in (f"--{o.partition('=')[0]}", o.partition("=")[2])]
     flm = [sys.executable, "-m", "flm_torchrec"]
@@ -123,22 +126,22 @@ def execute(run: Run, split: str, threads: int) -> str | None:
     return None
 
 
-def table(runs: Sequence[Run], split: str, metrics: Sequence[str]) -> str:
-    """Markdown: a row a variant and scorer; mean ± sample standard deviation over the seeds."""
+def table(runs: Sequence[StudyRun], split: str, metrics: Sequence[str]) -> str:
+    """Markdown with a row for each variant and scorer: mean ± sample standard deviation over the seeds."""
     lines = [
         f"| variant | row | seeds | {' | '.join(m.upper() for m in metrics)} |",
         "|---|---|---" + "|---" * len(metrics) + "|",
     ]
     shown: set[str] = set()
-    found: dict[str, list[dict[str, Any]]] = {}
+    tables_of: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         result = result_of(run, split)
         if result is not None:
-            found.setdefault(run.variant, []).append(result["table"])
-    for variant, tables in found.items():
+            tables_of.setdefault(run.variant, []).append(result["table"])
+    for variant, tables in tables_of.items():
         loss = next(run.config.loss for run in runs if run.variant == variant)
         for row in tables[0]:
-            if row in shown or not _says_something(loss, row):
+            if row in shown or not _is_of_use(loss, row):
                 continue
             name = "" if row in BASELINES else variant
             if row in BASELINES:
@@ -149,8 +152,8 @@ def table(runs: Sequence[Run], split: str, metrics: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _says_something(loss: LossConfig, row: str) -> bool:
-    """A head that was not trained does not, nor does a fusion of one head."""
+def _is_of_use(loss: LossConfig, row: str) -> bool:
+    """Whether a row is of use: not that of a head that was not trained, nor that of a fusion of one head."""
     trained = [head for head in HEADS if getattr(loss, head) > 0]
     return row in trained or (len(trained) > 1 if row == "fused" else row not in HEADS)
 
@@ -161,6 +164,7 @@ def _cell(values: list[float]) -> str:
 
 
 def main() -> int:
+    """Train what is missing and print the table; 1 if a run failed, 2 if the study is wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -1,4 +1,4 @@
-"""What several runs of one data set are worth together: the sum of their fused scores, ranked as one model's.
+"""How well several runs of one data set rank together: the sum of their fused scores is ranked as one model's.
 
     python tools/studies/ensemble.py runs/heads-beauty/three-heads-0 runs/heads-beauty/three-heads-1 --split test
 
@@ -48,9 +48,11 @@ class Summed:
         self.members = members
 
     def block(self, rows: np.ndarray) -> Tensor:
+        """[b] indices of examples, as they are."""
         return torch.from_numpy(rows)
 
     def scores(self, users: Tensor, name: str, start: int, stop: int) -> Tensor:
+        """[b, stop - start] sum over the members."""
         return torch.stack([m.users[users] @ m.items[start:stop].T for m in self.members]).sum(0)
 
 
@@ -69,6 +71,7 @@ def members_of(runs: list[Path], split: str) -> list[Member]:
 
 
 def main() -> int:
+    """Print metrics of each run and of all together."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

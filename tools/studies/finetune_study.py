@@ -3,7 +3,7 @@
     python tools/studies/finetune_study.py --source runs/new-users --output runs/new-users-study \\
         --metrics fused/ndcg@10 --shares 0.01 0.1 1 --seeds 0 1 2 -- --finetune.cohort new --data.split leave-one-out
 
-What stands after `--` goes to `flm finetune` as it is. What is done already is not done again.
+Options after `--` are those of `flm finetune`. Finished runs are not trained again.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import numpy as np
 
 STARTS = {"pretrained": "pretrained, tuned", "found": "pretrained, as it is", "scratch": "from scratch"}
 
-Found = dict[tuple[float, str, str], list[float]]
-"""By share, first weights and metric: a value a seed."""
+Results = dict[tuple[float, str, str], list[float]]
+"""By share, first weights and metric, one value for each seed."""
 
 
 def execute(folder: Path, arguments: Sequence[str]) -> str | None:
-    """One `flm finetune`, unless it is done; returns what went wrong."""
+    """One `flm finetune`, unless it is finished → what went wrong, or None."""
     if (folder / "finetune.json").is_file():
         return None
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -39,41 +39,41 @@ def execute(folder: Path, arguments: Sequence[str]) -> str | None:
     return None
 
 
-def collect(folders: dict[tuple[float, int], Path], metrics: Sequence[str]) -> Found:
-    """What the runs that are done found.
+def collect(folders: dict[tuple[float, int], Path], metrics: Sequence[str]) -> Results:
+    """Test metrics of the finished runs.
 
     Raises:
         KeyError: a run has no such metric.
     """
-    found: Found = {}
+    results: Results = {}
     for (share, _), folder in folders.items():
         if not (folder / "finetune.json").is_file():
             continue
         test = json.loads((folder / "finetune.json").read_text(encoding="utf-8"))["test"]
         for start in [s for s in STARTS if s in test]:
             for metric in metrics:
-                found.setdefault((share, start, metric), []).append(test[start][metric])
-    return found
+                results.setdefault((share, start, metric), []).append(test[start][metric])
+    return results
 
 
-def table(found: Found, shares: Sequence[float], metrics: Sequence[str]) -> str:
+def table(results: Results, shares: Sequence[float], metrics: Sequence[str]) -> str:
     """Markdown, mean ± sample standard deviation over the seeds."""
     lines = [f"| share | weights | seeds | {' | '.join(metrics)} |", "|---|---|---" + "|---" * len(metrics) + "|"]
     for share in shares:
         for start, name in STARTS.items():
-            values = [found.get((share, start, metric), []) for metric in metrics]
+            values = [results.get((share, start, metric), []) for metric in metrics]
             if values[0]:
                 cells = " | ".join(f"{np.mean(v):.4f}{_spread(v, ' ± {:.4f}')}" for v in values)
                 lines.append(f"| {share:.0%} | {name} | {len(values[0])} | {cells} |")
     return "\n".join(lines)
 
 
-def plot(found: Found, shares: Sequence[float], metrics: Sequence[str], file: Path) -> None:
-    """One panel a metric; share on a logarithmic axis, bars of one standard deviation."""
+def plot(results: Results, shares: Sequence[float], metrics: Sequence[str], file: Path) -> None:
+    """One panel for each metric: share on a logarithmic axis, bars of one standard deviation."""
     figure, axes = plt.subplots(1, len(metrics), figsize=(4.5 * len(metrics), 3.5), squeeze=False, layout="constrained")
     for axis, metric in zip(axes[0], metrics, strict=True):
         for start, name in STARTS.items():
-            points = [(s, found[s, start, metric]) for s in shares if (s, start, metric) in found]
+            points = [(s, results[s, start, metric]) for s in shares if (s, start, metric) in results]
             if points:
                 spread = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for _, v in points]
                 axis.errorbar([s for s, _ in points], [np.mean(v) for _, v in points], spread, marker="o", label=name)
@@ -89,6 +89,7 @@ def _spread(values: Sequence[float], text: str) -> str:
 
 
 def main() -> int:
+    """Train what is missing, print the table, write the plot; 1 if a run failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -112,12 +113,12 @@ def main() -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         failures = [f for f in pool.map(one, folders) if f]
     try:
-        found = collect(folders, args.metrics)
+        results = collect(folders, args.metrics)
     except KeyError as error:
         failures.append(f"--metrics: the runs have no {error}")
     else:
-        print(table(found, args.shares, args.metrics))
-        plot(found, args.shares, args.metrics, args.plot or args.output / "study.svg")
+        print(table(results, args.shares, args.metrics))
+        plot(results, args.shares, args.metrics, args.plot or args.output / "study.svg")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0

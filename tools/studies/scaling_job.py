@@ -1,6 +1,6 @@
 """One rank of tools/studies/scaling_study.py: train some steps by a plan, and measure memory and what is sent.
 
-Run by torchrun. Arguments: folder for what each rank found, steps, overrides of the config.
+Run by torchrun. Arguments: folder for what each rank measured, steps, overrides of the config.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flm_torchrec.training.job import Job, open_inputs
 
 
 class Sent(TorchDispatchMode):
-    """Counts what this rank hands to each kind of collective, below DDP, TorchRec and our own calls alike.
+    """Counts the bytes that this rank gives to each kind of collective, of DDP, of TorchRec and of this project alike.
 
     `bytes` are those that leave the rank: of an all-to-all the parts for others, as its split sizes say; of the other
     collectives what a ring sends (docs/scaling.md), from the size of the tensors.
@@ -67,7 +67,7 @@ class Sent(TorchDispatchMode):
 
 
 class Passing:
-    """What goes into the tables' look-ups on this rank and what comes out, in bytes, each step."""
+    """Bytes that go into the tables' look-ups on this rank, and that come out, over all steps."""
 
     def __init__(self, model: nn.Module) -> None:
         self.input, self.lengths, self.output = 0, 0, 0
@@ -82,6 +82,7 @@ class Passing:
 
 
 def main(folder: str, steps: int, overrides: list[str]) -> None:
+    """Train some steps, and write what this rank measured to FOLDER/rankN.json."""
     config = load_config(None, ["distributed.threads=1", *overrides])
     with open_inputs(config) as inputs:
         comm = inputs.comm
@@ -98,7 +99,7 @@ def main(folder: str, steps: int, overrides: list[str]) -> None:
                 job.optimizer.step()
             candidates += len(batch.candidates)
             targets += len(torch.unique(batch.targets))
-        found = {
+        measured = {
             "rank": comm.rank,
             "weights": _local(job.model.state_dict()),
             "optimizer": _local(job.model.fused_optimizer.state_dict()["state"]),
@@ -112,7 +113,7 @@ def main(folder: str, steps: int, overrides: list[str]) -> None:
             "candidates": candidates / steps,
             "targets": targets / steps,
         }
-        (Path(folder) / f"rank{comm.rank}.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
+        (Path(folder) / f"rank{comm.rank}.json").write_text(json.dumps(measured, indent=2), encoding="utf-8")
 
 
 def _bytes(tensors: Any) -> int:

@@ -37,7 +37,7 @@ LARGER = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def measure(folder: Path, ranks: int, steps: int, settings: Sequence[str]) -> list[dict[str, Any]]:
-    """What each rank of a real job found.
+    """What each rank of a real job measured.
 
     Raises:
         RuntimeError: the job failed, with the end of what it said.
@@ -57,7 +57,7 @@ def measure(folder: Path, ranks: int, steps: int, settings: Sequence[str]) -> li
 def measure_and_plan(
     folder: Path, ranks: int, sharding: str, batch: int, steps: int, given: Sequence[str]
 ) -> dict[str, Any]:
-    """One plan, what it says of each rank and what each rank found."""
+    """One plan, what it says of each rank and what each rank measured."""
     folder = folder / f"{ranks}-{sharding}"
     settings = [
         *given,
@@ -81,13 +81,13 @@ def simulate(last: dict[str, Any], batch: int, given: Sequence[str], hardware: s
     config = load_config(None, [*given, f"train.batch_size={batch * last['ranks']}"])
     workload = workload_per_rank(config)(last["ranks"])
     question = Question(lambda _: workload, read_rules(config.distributed, []), pipeline_of("cuda"))
-    found = []
+    simulated = []
     for ranks in LARGER:
         made = question.report(make_cluster(hardware, 1, 0).of_size(ranks))
         sent = {"tables": made["sent"]["ids"] + made["sent"]["vectors"], "dense": made["sent"]["dense"]}
         sent["loss"] = loss_bytes(last, ranks)
-        found.append({"ranks": ranks, "sent": sent, "step_ms": made["step_ms"], "memory_max": made["memory_max"]})
-    return found
+        simulated.append({"ranks": ranks, "sent": sent, "step_ms": made["step_ms"], "memory_max": made["memory_max"]})
+    return simulated
 
 
 def loss_bytes(run: dict[str, Any], ranks: int) -> float:
@@ -104,15 +104,15 @@ def loss_bytes(run: dict[str, Any], ranks: int) -> float:
 
 def memory_row(run: dict[str, Any]) -> list[str]:
     """Planned and measured bytes of the tables' part: over all ranks, and on the rank that is furthest off."""
-    said, found = [], []
+    planned_bytes, counted_bytes = [], []
     for planned, measured in zip(run["planned"]["ranks"], run["measured"], strict=True):
-        said.append([planned["device"][part] for part in ("weights", "optimizer", "input_output")])
+        planned_bytes.append([planned["device"][part] for part in ("weights", "optimizer", "input_output")])
         passing = measured["input"] + measured["lengths"] + measured["output"]
-        found.append([measured["weights"], measured["optimizer"], passing])
-    errors = [sum(one) / sum(other) - 1 for one, other in zip(said, found, strict=True)]
-    pairs = zip(map(sum, zip(*said, strict=True)), map(sum, zip(*found, strict=True)), strict=True)
+        counted_bytes.append([measured["weights"], measured["optimizer"], passing])
+    errors = [sum(one) / sum(other) - 1 for one, other in zip(planned_bytes, counted_bytes, strict=True)]
+    pairs = zip(map(sum, zip(*planned_bytes, strict=True)), map(sum, zip(*counted_bytes, strict=True)), strict=True)
     cells = [f"{amount:,.0f}" for pair in pairs for amount in pair]
-    mean = sum(map(sum, said)) / sum(map(sum, found)) - 1
+    mean = sum(map(sum, planned_bytes)) / sum(map(sum, counted_bytes)) - 1
     growth = max(rank["process_growth"] for rank in run["measured"]) / 2**20
     shown = [f"{mean:+.1%}", f"{max(errors, key=abs):+.1%}", f"{growth:.0f}"]
     return [str(run["ranks"]), run["sharding"], *cells, *shown]
@@ -124,11 +124,11 @@ def sent_row(run: dict[str, Any]) -> list[str]:
     tables = sum(_sent(run, name) for name in TABLE_COLLECTIVES)
     others = sum(_sent(run, name) for name in LOSS_COLLECTIVES)
     cells = []
-    for said, found in (
+    for planned, counted in (
         (sent["ids"] + sent["vectors"], tables),
         (sent["dense"] + loss_bytes(run, run["ranks"]), others),
     ):
-        cells += [f"{said:,.0f}", f"{found:,.0f}", f"{said / found - 1:+.1%}" if found else ""]
+        cells += [f"{planned:,.0f}", f"{counted:,.0f}", f"{planned / counted - 1:+.1%}" if counted else ""]
     return [str(run["ranks"]), run["sharding"], *cells]
 
 
@@ -140,10 +140,14 @@ def markdown(runs: Sequence[dict[str, Any]], larger: Sequence[dict[str, Any]], h
     sent = ["ranks", "sharding", "tables, planned", "counted", "error", "dense and loss, planned", "counted", "error"]
     simulated = ["ranks", "tables", "dense", "loss", "tables' step, ms", "of it communication", "memory, MiB"]
     rows = [
-        [str(row["ranks"]), *(f"{row['sent'][name]:,.0f}" for name in ("tables", "dense", "loss")),
-         f"{row['step_ms']['total']:.3f}", f"{row['step_ms']['communication']:.3f}", f"{row['memory_max'] / 2**20:.1f}"]
+        [
+            str(row["ranks"]),
+            *(f"{row['sent'][name]:,.0f}" for name in ("tables", "dense", "loss")),
+            *(f"{row['step_ms'][part]:.3f}" for part in ("total", "communication")),
+            f"{row['memory_max'] / 2**20:.1f}",
+        ]
         for row in larger
-    ]  # fmt: skip
+    ]
     return "\n\n".join(
         [
             "Memory of the tables' part, bytes, all ranks together, measured over gloo:",
@@ -178,6 +182,7 @@ def plot(runs: Sequence[dict[str, Any]], larger: Sequence[dict[str, Any]], file:
 
 
 def main() -> None:
+    """Measure, simulate, and write the study."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the study and its runs")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks to measure")

@@ -1,4 +1,4 @@
-"""What int8 rows in the packaged user tower cost: how far vectors move, and NDCG@10 beside the model's own.
+"""What int8 rows in the packaged user tower change: how far vectors move, and NDCG@10 beside the model's own.
 
     python tools/studies/tower_quality.py --run runs/synthetic --split test
 
@@ -35,13 +35,15 @@ class Packaged:
         self.dim = tower.dim
 
     def users(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """As of `evaluation.protocol.Encoder`."""
         examples = self.examples.take(rows)
         queries = [self._query(int(u), int(e)) for u, e in zip(examples.user, examples.end, strict=True)]
-        found = self.tower.represent(queries, np.zeros((0, self.dim), np.float32)) if queries else []
-        heads = np.array([f.heads for f in found], np.float32).reshape(-1, len(REPRESENTATIONS), self.dim)
-        return {head: torch.from_numpy(heads[:, place].copy()) for place, head in enumerate(REPRESENTATIONS)}
+        encoded = self.tower.represent(queries, np.zeros((0, self.dim), np.float32)) if queries else []
+        heads = np.array([e.heads for e in encoded], np.float32).reshape(-1, len(REPRESENTATIONS), self.dim)
+        return {head: torch.from_numpy(heads[:, index].copy()) for index, head in enumerate(REPRESENTATIONS)}
 
     def items(self, ids: np.ndarray, of: Of = "all") -> Tensor:
+        """As of `evaluation.protocol.Encoder`."""
         return self.exact.items(ids, of)
 
     def views(self, ids: np.ndarray) -> dict[Of, Tensor]:
@@ -56,6 +58,7 @@ class Packaged:
 
 
 def main() -> None:
+    """Print, for each precision, size, movement of vectors and NDCG@10."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, help="run folder of 'flm train'")
     parser.add_argument("--split", choices=("valid", "test"), default="valid")
@@ -76,9 +79,9 @@ def main() -> None:
             size = sum(f.stat().st_size for f in target.rglob("*.pt2")) / 1e6
             moved = max(float((encoder.users(sample)[h] - vectors[h]).abs().max()) for h in REPRESENTATIONS)
             print(f"{precision}: {size:.1f} MB; no number of a vector moves by more than {moved:.1e}")
-            found = evaluate_heads(job.data, examples, encoder, job.comm, job.config.eval)
+            packaged = evaluate_heads(job.data, examples, encoder, job.comm, job.config.eval)
             for head in REPRESENTATIONS:
-                before, after = own[f"{head}/ndcg@10"], found[f"{head}/ndcg@10"]
+                before, after = own[f"{head}/ndcg@10"], packaged[f"{head}/ndcg@10"]
                 print(f"  {head:13} ndcg@10 {before:.5f} → {after:.5f}  {after / before - 1:+.2%}", flush=True)
 
 
