@@ -418,10 +418,10 @@ def test_a_full_disk_at_the_start_names_the_run(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    record = "flm_torchrec.training.run_folder"
+    record = "flm_torchrec.training.logger"
     places = {
         "pyarrow.parquet.write_table": full,
-        f"{record}._LogFile._open": lambda _: Path("/dev/full").open("a"),  # noqa: SIM115
+        f"{record}.LogFile._open": lambda _: Path("/dev/full").open("a"),  # noqa: SIM115
         f"{record}.SummaryWriter": full,
         f"{record}.write_text": full,
     }

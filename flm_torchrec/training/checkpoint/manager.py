@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +225,7 @@ class Checkpoints:
 
         def rename() -> None:
             for folder in damaged:
-                names = (f"damaged-{folder.name}{again}" for again in ("", *(f"-{n}" for n in count(2))))
+                names = (f"damaged-{folder.name}{again}" for again in chain([""], (f"-{n}" for n in count(2))))
                 folder.rename(next(path for name in names if not (path := folder.with_name(name)).exists()))
 
         self.comm.on_main(rename)
