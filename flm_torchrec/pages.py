@@ -1,4 +1,4 @@
-"""One self-contained HTML page of findings, tables and plots, and the same on a terminal without the plots."""
+"""Findings, tables and plots: as one self-contained HTML page, and without the plots on a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flm_torchrec.safe_text import escape, visible
 from flm_torchrec.terminal import PlainConsole
 
 INK = "#010203"
-"""Drawn with by matplotlib and turned into the page's own colour of text, so that plots go with light and dark."""
+"""The colour that matplotlib draws in. The page replaces it by its colour of text, light or dark."""
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#eab308", "#14b8a6", "#94a3b8")
 STYLE = """
 :root { color-scheme: light dark; }
@@ -34,7 +34,7 @@ svg { width: min(100%, 32rem); height: auto; margin: .5rem 1rem .5rem 0; }
 
 @dataclass(frozen=True)
 class PageTable:
-    """A table of texts: [rows, columns] under a header."""
+    """A table of text cells [rows, columns] under a header [columns]."""
 
     title: str
     header: Sequence[str]
@@ -43,7 +43,7 @@ class PageTable:
 
 @dataclass(frozen=True)
 class Curves:
-    """Lines over x: by name, the points [n] and their values [n]."""
+    """Lines over x: by name, x values [n] and y values [n]."""
 
     title: str
     x: str
@@ -52,7 +52,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Bars:
-    """A bar a label."""
+    """A bar chart: labels [n] and heights [n]."""
 
     title: str
     labels: Sequence[str]
@@ -69,11 +69,11 @@ class Section:
 
 
 def html(title: str, findings: Sequence[str], sections: Sequence[Section], none: str = "") -> str:
-    """The page, which asks for no other file and runs no script.
+    """The page as HTML, with no script and no other file.
 
     Args:
-        findings: problems, a line each, shown first.
-        none: what to say where there are none.
+        findings: problems, one line each, shown first.
+        none: the text where there are no findings.
     """
     top = "".join(f"<li>{escape(line)}</li>" for line in findings)
     top = f'<ul class="findings">{top}</ul>' if top else f"<p>{escape(none)}</p>"
@@ -92,7 +92,7 @@ def html(title: str, findings: Sequence[str], sections: Sequence[Section], none:
 
 
 def show(findings: Sequence[str], sections: Sequence[Section], console: PlainConsole) -> None:
-    """Print the findings, notes and tables."""
+    """Print the notes and tables of all sections, then the findings."""
     for section in sections:
         console.rule(section.title, align="left", style="dim")
         for note in section.notes:
@@ -122,12 +122,16 @@ def _table(grid: PageTable) -> str:
 
 
 def _plot(plot: Curves | Bars) -> str:
-    """As inline SVG."""
+    """The plot as inline SVG."""
+    colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), INK)
     settings: Any = {
-        "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "flm",
-        "font.family": "sans-serif", "font.size": 9,
-        "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK,
-    }  # fmt: skip
+        "text.parse_math": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "flm",
+        "font.family": "sans-serif",
+        "font.size": 9,
+        **colours,
+    }
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(5.6, 2.8), layout="constrained")
         axes = figure.subplots()
@@ -146,7 +150,7 @@ def _plot(plot: Curves | Bars) -> str:
             if len(plot.lines) > 1:
                 axes.legend(frameon=False, fontsize=8)
         text = io.StringIO()
-        unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(text, format="svg", transparent=True, metadata=unsaid)
+        left_out = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(text, format="svg", transparent=True, metadata=left_out)
     drawn = text.getvalue()
     return drawn[drawn.index("<svg") :].replace(INK, "currentColor")

@@ -1,4 +1,4 @@
-r"""Text for people, made safe to print, log and keep: control characters become visible, secrets are taken out."""
+r"""Makes text safe to print, log and store: control characters become visible, secrets are removed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from functools import lru_cache
 from urllib.parse import quote, quote_plus, unquote, unquote_plus
 
 JOINERS = "\u200c\u200d"
-"""Zero-width joiners: Persian, Hindi and emoji are written with these, and these move nothing on a terminal."""
+"""Zero-width joiners stay: Persian, Hindi and emoji need them, and they do nothing else on a terminal."""
 HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-"""Unicode categories: control, format (also right-to-left overrides), half characters, line and paragraph ends."""
+"""Unicode categories: control, format (with right-to-left overrides), surrogates, line and paragraph separators."""
 SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
 MASK = "***"
@@ -20,45 +20,42 @@ SECRET = (
     r"|(?:api|(?:access|account|client|private|secret|server|shared)(?:[-_.]?access)?)[-_.]?key)"
 )
 NAME = rf"[\w.-]*{SECRET}"
-"""Of a parameter whose value is a secret: sslpassword, X-Amz-Signature, oauth_client_secret, aws_secret_access_key."""
+"""Name of a parameter whose value is a secret, such as sslpassword, X-Amz-Signature or aws_secret_access_key."""
 QUOTED = r"'(?:[^'\\]|\\.)*'?|\"(?:[^\"\\]|\\.)*\"?"
 ASSIGNED = re.compile(rf"(?i)(\b{NAME}[\"']?\s*=\s*)({QUOTED}|[^\s&;,'\"]+)")
 HEADER = re.compile(r"(?i)(\b(?:authorization|api-key|x-api-key)[\"']?\s*:\s*)(?:(?:bearer|basic)\s+)?[^\s,;]+")
 MEMBER = re.compile(rf"(?i)([\"']{NAME}[\"']\s*:\s*)({QUOTED})")
 USER = re.compile(r"((?:\S*::[\w+.-]*)?://)\S*@")
-"""User and password of an address, up to its last @ so that none of a password that holds one is left."""
+"""User and password of an address, up to its last @: a password may contain an @."""
 
 CHAIN = re.compile(r"::(?=[\w+.-]*://)")
-"""Between the addresses of a chain, as fsspec writes it."""
+"""Separator of the addresses of a chain, in the syntax of fsspec."""
 LIBPQ = re.compile(rf"(?is)\b{NAME}\s*=\s*({QUOTED}|.*?(?=\s+\w+\s*=|$))")
-"""Of PostgreSQL's "host=… password=…": a value up to the next name, though unquoted blanks should not be in it."""
+"""A secret of PostgreSQL's "host=… password=…", up to the next name; blanks are included although they need quotes."""
 DELIMITERS = re.compile(r"[\s@/:?#&=%;,+'\"\\\[\]]+")
-"""Where a client may cut a password that is not percent-encoded, and show a piece of it, say as a host."""
+"""Where a client may split a password that is not percent-encoded, and print a piece of it, for example as a host."""
 SHORTEST = 4
-"""Characters from which a secret is replaced inside words too."""
+"""Minimum length of a secret that is also replaced inside words."""
 PIECE = 3
-"""Characters of the shortest piece of a secret that is taken out by itself."""
+"""Minimum length of a piece of a secret that is removed on its own."""
 
 
 def visible(text: str) -> str:
-    r"""The text with each control or format character written as its escape, such as `\x1b`, `\n` or `\u202e`.
-
-    Line breaks are written so too: the result is one line.
-    """
+    r"""The text on one line, with each control or format character as its escape, such as `\x1b`, `\n` or `\u202e`."""
     return text if text.isascii() and text.isprintable() else "".join(map(_visible, text))
 
 
 def escape(text: str) -> str:
-    """The text for HTML, one line and visible, so that a name can neither be markup nor turn what follows it."""
+    """The text for HTML, on one line and visible: a name can neither be markup nor change the text after it."""
     return html.escape(visible(text))
 
 
 def redact(text: str, *addresses: str) -> str:
     """The text without passwords, keys and tokens.
 
-    Taken out are what looks like one (`//user:password@`, `password=…`, `api_key=…`, an Authorization header), and
-    the secrets that the addresses hold, wherever and however encoded these stand: a client's own words may repeat
-    them. A text that is itself an address is given twice, or to `redact_address`.
+    Removed are strings in the form of a secret (`//user:password@`, `password=…`, `api_key=…`, an Authorization
+    header), and the secrets of the addresses in any encoding, since a client's message may repeat these. Use
+    `redact_address` for a text that is itself an address.
     """
     secrets = sorted({s for a in addresses for s in _secrets(a)}, key=lambda s: (-len(s), s))
     if secrets:
@@ -71,12 +68,12 @@ def redact(text: str, *addresses: str) -> str:
 
 
 def redact_address(address: str) -> str:
-    """The address as it may be shown and kept: `postgresql://***@host/x?password=***`."""
+    """The address without secrets: `postgresql://***@host/x?password=***`."""
     return redact(address, address)
 
 
 def first_line(error: Exception, *addresses: str) -> str:
-    """What an error says, without the secrets of the addresses, fit for one line of an error of ours."""
+    """The first line of an error, at most 200 characters, without the secrets of the addresses."""
     lines = redact(str(error), *addresses).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
@@ -93,15 +90,15 @@ def _visible(character: str) -> str:
 
 def _secrets(address: str) -> set[str]:
     """All spellings and pieces of the secrets in an address, or in a chain of addresses."""
-    found: set[str] = set()
+    secrets: set[str] = set()
     for link in CHAIN.split(address):
         for secret in (*_of_user(link), *_of_query(link), *(m[1].strip() for m in LIBPQ.finditer(link))):
-            found |= _spellings(secret)
-    return found - {"", MASK}
+            secrets |= _spellings(secret)
+    return secrets - {"", MASK}
 
 
 def _of_user(address: str) -> list[str]:
-    """What stands between `//` and the last `@`: the password, or all of it where there is no user before a colon."""
+    """The password between `//` and the last `@`, or everything there if it has no colon."""
     _, slashes, rest = address.partition("://")
     if not slashes:
         _, _, rest = address.partition(":")  # KIND:user:password@host, the scheme forgotten
@@ -109,21 +106,21 @@ def _of_user(address: str) -> list[str]:
     user, colon, password = before.partition(":")
     if not at or (not slashes and not colon):
         return []
-    # A user alone may be a token; PostgreSQL has none, and its messages name the user.
+    # A user without a password may be a token. PostgreSQL has no tokens, and its messages name the user.
     return [password] if colon else [] if address.startswith("postgres") else [user]
 
 
 def _of_query(address: str) -> list[str]:
-    """Values of parameters with a secret's name. A piece without a name belongs to the value before."""
-    found: list[str] = []
+    """Values of parameters with a secret's name. A piece without a name belongs to the value before it."""
+    values: list[str] = []
     secret = False
     for piece in address.partition("?")[2].split("&"):
         name, equals, value = piece.partition("=")
         if equals:
             secret = re.fullmatch(rf"(?i){NAME}", unquote(name).strip()) is not None
         if secret:
-            found.append(value if equals else piece)
-    return found
+            values.append(value if equals else piece)
+    return values
 
 
 def _spellings(secret: str) -> set[str]:

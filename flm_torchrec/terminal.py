@@ -1,4 +1,4 @@
-"""Printing of what comes from data: no markup is interpreted, and no control character takes effect."""
+"""Prints text from data: markup is not interpreted, and control characters have no effect."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from flm_torchrec.safe_text import visible
 
 
 class PlainConsole(Console):
-    """A rich console that prints every string as it is: `[red]` and `:smile:` are text like any other.
+    """A rich console that prints every string as it is: `[red]` and `:smile:` are ordinary text.
 
-    Style is given by `rich.text.Text` objects or by the `style` of what is printed, never by markup in a string.
+    Styles come from `rich.text.Text` objects or from `style` arguments, never from markup in a string.
     """
 
     def render_str(self, text: str, **how: Any) -> Text:  # type: ignore[override]
-        """The one place where rich turns strings into text: cells, titles and printed lines all come through here."""
+        """The string as visible text. Rich calls this for every cell, title and printed line."""
         return Text(visible(text), how.get("style", ""), justify=how.get("justify"), overflow=how.get("overflow"))
 
     def on_broken_pipe(self) -> None:

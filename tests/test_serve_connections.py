@@ -17,7 +17,7 @@ from fastapi import FastAPI, Request
 
 from flm_torchrec.cli import main
 from flm_torchrec.serve.connections import GuardedProtocol, KnownHosts, host_name, listening
-from flm_torchrec.serve.middleware import MeasuringMiddleware, read_body, tell_errors
+from flm_torchrec.serve.middleware import MeasuringMiddleware, add_error_handlers, read_body
 
 MOST, SECONDS = 8, 0.5
 
@@ -48,7 +48,7 @@ def counted() -> Counted:
 def address(counted: Counted) -> Iterator[tuple[str, int]]:
     """A server of an echo behind the edge of `flm serve`."""
     app = FastAPI()
-    tell_errors(app)
+    add_error_handlers(app)
     app.add_middleware(KnownHosts, hosts=("localhost", "address"))
     app.add_middleware(MeasuringMiddleware, measures=counted)  # type: ignore[arg-type]
 

@@ -31,37 +31,45 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an older export (default: refuse)")
     parser.add_argument("--format", choices=get_args(Storage), help="of the rows (default: parquet)")
     parser.add_argument(
-        "--quantise", choices=get_args(Quantise),
+        "--quantise",
+        choices=get_args(Quantise),
         help="store vectors in half or a quarter of the space; what it costs is told (default: none)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--index", choices=get_args(IndexKind),
+        "--index",
+        choices=get_args(IndexKind),
         help="faiss index: flat is exact, hnsw faster for millions of items, ivfpq also smaller (default: flat)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--recall", type=float, metavar="PART",
+        "--recall",
+        type=float,
+        metavar="PART",
         help="recall@100 that the index promises, of each head beside brute force; a flat index takes the place of one"
         f" that stays below, which is told and stands in manifest.json (default: {RECALL})",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--since", type=Path, metavar="DIR",
+        "--since",
+        type=Path,
+        metavar="DIR",
         help="write a delta: only the rows that differ from this older export, in its format",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--tower", choices=TOWERS, default="int8",
+        "--tower",
+        choices=TOWERS,
+        default="int8",
         help="package the user tower beside the vectors, for 'flm serve'; its tables' rows as (default: %(default)s)",
-    )  # fmt: skip
+    )
     add_data_path(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Export the best model of a run, whole or as a delta, and print one line about the export.
+    """Export the best model of a run, complete or as a delta, and print one line about the export.
 
     Raises:
         FlmError: an option, the run, its data or the output is wrong.
     """
-    # Imported here: PyTorch takes seconds, and a wrong option should be told at once.
+    # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     from flm_torchrec.data.splits import everyone
     from flm_torchrec.export.delta import export_delta
     from flm_torchrec.export.quality import ValidationSet
@@ -106,8 +114,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _changes(delta: Delta) -> str:
     parts = [
-        f"{delta.changed[e]} of {whole} {e} new or changed, {delta.removed[e]} gone"
-        for e, whole in (("items", delta.whole.items), ("users", delta.whole.users))
+        f"{delta.changed[e]} of {total} {e} new or changed, {delta.removed[e]} gone"
+        for e, total in (("items", delta.whole.items), ("users", delta.whole.users))
     ]
     return "; ".join(parts)
 

@@ -20,15 +20,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--export", required=True, type=Path, metavar="DIR", help="export, or delta, to load")
     parser.add_argument(
-        "--to", required=True, metavar="KIND:PLACE",
+        "--to",
+        required=True,
+        metavar="KIND:PLACE",
         help="qdrant:FOLDER, milvus:FILE.db, lancedb:FOLDER, postgresql://USER@HOST/DATABASE, or the URL of a server"
         " after qdrant: or milvus:",
-    )  # fmt: skip
+    )
     parser.add_argument("--collection", default="items", metavar="NAME", help="or table (default: %(default)s)")
     parser.add_argument(
-        "--vectors", choices=get_args(Vectors), default="embedding",
+        "--vectors",
+        choices=get_args(Vectors),
+        default="embedding",
         help="which view of an item: embedding is what all heads score against (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.set_defaults(run=run)
 
 

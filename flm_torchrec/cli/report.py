@@ -14,6 +14,7 @@ from flm_torchrec.training.identity import own_data
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `report` to the subcommands."""
     parser = subparsers.add_parser(
         "report",
         help="one HTML page of a run: settings, curves, metrics, plan, data, nearest items",
@@ -29,10 +30,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the page and say where it is and what it lacks.
+    """Write the page, and print its file and what is missing.
 
     Raises:
-        RunError: no run folder, or no place for the page.
+        RunError: there is no run folder, or the folder of the page does not exist.
     """
     folder = args.run_folder
     if not (folder / "config.yaml").is_file():
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
         raise RunError(f"{output.parent}: not found; --output must be in a folder that is there")
     overrides = given_overrides(args)
     config = load_config(folder / "config.yaml", overrides)
-    # Imported here: a wrong option should be told at once.
+    # Imported here: a wrong option should be reported at once.
     from flm_torchrec import pages
     from flm_torchrec.report import pieces
     from flm_torchrec.report.neighbours import neighbours
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _own_data(folder: Path, config: Config, given: bool) -> Path | str:
-    """Where the run's data are, or why they cannot be shown."""
+    """The folder of the run's data, or why they are missing."""
     try:
         return own_data(folder, config, given)
     except FlmError as error:

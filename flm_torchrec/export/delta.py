@@ -76,7 +76,7 @@ class Delta:
     """Of the delta's own files."""
 
     def rows(self, folder: Path, entity: Entity) -> ExportRows:
-        return ExportRows(folder, replace(self.whole, sha256=self.sha256), entity, whole=False)
+        return ExportRows(folder, replace(self.whole, sha256=self.sha256), entity, complete=False)
 
     def removed_keys(self, folder: Path, entity: Entity) -> pa.ChunkedArray:
         """Keys that are no longer there.

@@ -1,4 +1,4 @@
-"""`manifest.json` of an export: what it holds, of which model, and the digests that tell whether it is whole."""
+"""`manifest.json`: what an export holds, from which model, and digests that show whether the export is complete."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from flm_torchrec.safe_text import visible
 
 FILE = "manifest.json"
 DELTA = "delta.json"
-"""Of a delta, in its place."""
+"""A delta has this file instead."""
 FORMAT = 3
 READABLE = (2, 3)
-"""2 has no `rows` in the report of its index."""
+"""Format 2 has no `rows` in the report of its index."""
 
 RECALL = 0.99
-"""Recall@100 against brute force, of each head, that an index promises by default."""
+"""Default recall@100, for each head and against brute force, that an index promises."""
 
 Storage = Literal["parquet", "arrow"]
 Quantise = Literal["none", "fp16", "int8"]
 IndexKind = Literal["flat", "hnsw", "ivfpq", "none"]
 Vectors = Literal["embedding", "content", "id"]
-"""Columns of an item: of its id and features, which all heads score against, or of one of the two alone."""
+"""Columns of an item: the vector of id and features, which all heads score against, or of one of the two alone."""
 
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
 Least1 = Annotated[int, Field(ge=1, le=1 << 40)]
@@ -39,37 +39,37 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Recall = dict[str, Annotated[float, Field(ge=0, le=1)]]
 STRICT = ConfigDict(strict=True, extra="forbid")
-"""A wrong type or an unknown field is refused, not bent."""
+"""A wrong type or an unknown field is refused, not converted."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, config=STRICT)
 class IndexReport:
-    """A faiss index over the items' embeddings by inner product, and what it costs beside brute force."""
+    """A faiss index over the items' embeddings by inner product, and its recall against brute force."""
 
     kind: Literal["flat", "hnsw", "ivfpq"]
     parameters: dict[str, Count]
-    """How it was built, and efSearch or nprobe and k_factor_rf as tuned: `open_index` sets them."""
+    """How the index was built, and the tuned search effort, which `open_index` sets."""
     recall: dict[str, Recall]
-    """By head: recall "@10" and "@100" against brute force, on a sample of users."""
+    """By head: recall "@10" and "@100" against brute force, for a sample of users."""
     bytes_per_item: Number
     rows: Least1 | None = None
-    """Distinct vectors, each indexed once. None: by an older version, each item by itself."""
+    """Distinct vectors, each indexed once. None: an older version indexed each item by itself."""
     promised: Number = RECALL
-    """Recall@100 that `--recall` asked for."""
+    """Recall@100 that `--recall` has set."""
     asked: IndexKind = "flat"
-    """What `--index` asked for: another kind than `kind` where that did not keep the promise."""
+    """The kind that `--index` has set. It differs from `kind` where it did not reach the promised recall."""
 
     @property
     def least(self) -> float:
-        """Recall@100 of the head that fares worst."""
+        """The minimum over the heads of recall@100."""
         return min(recall["@100"] for recall in self.recall.values())
 
 
 @dataclass(frozen=True, config=STRICT)
 class Manifest:
-    """Written last: an export without it is not whole."""
+    """Written last: an export without a manifest is incomplete."""
 
     format: int
     model_version: str
@@ -80,41 +80,42 @@ class Manifest:
     heads: tuple[str, ...]
     storage: Storage
     part_rows: Least1
-    """Of each part but the last: part p has the ids from p * part_rows on."""
+    """Rows of each part but the last: the first id of part p is p * part_rows."""
     quantise: Quantise
-    """How vectors are stored: see `vectors.encode`."""
+    """How vectors are stored, see `vectors.encode`."""
     index: IndexReport | None = None
     quality: dict[str, dict[str, Number]] = field(default_factory=dict)
-    """By head, where vectors are quantised: NDCG@10 in validation "before" and "after", and the relative "change"."""
+    """By head, where vectors are quantised: validation NDCG@10 "before" and "after", and the relative "change"."""
     sha256: dict[str, Sha256] = field(default_factory=dict)
-    """By file, relative to the export."""
+    """By file, with its path relative to the export."""
 
     def save(self, folder: Path) -> None:
+        """Write `manifest.json` into the folder of the export."""
         (folder / FILE).write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
 
     def listing(self, folder: Path) -> Manifest:
-        """With the sha256 of every file of the folder that it does not list yet."""
+        """The manifest with the sha256 of every file of the folder. Files that it lists already are not read again."""
         files = {f.relative_to(folder).as_posix(): f for f in sorted(folder.rglob("*")) if f.is_file()}
         fresh = {name: sha256(file) for name, file in files.items() if name not in self.sha256 and name != FILE}
         return replace(self, sha256=self.sha256 | fresh)
 
     @property
     def rows_digest(self) -> str:
-        """Of all rows of items and users: the same for the same rows, whatever index lies beside them."""
+        """A digest of all rows of items and users. The index does not change it."""
         rows = {name: digest for name, digest in self.sha256.items() if is_part(name)}
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def is_part(name: str) -> bool:
-    """Whether the file is one of the parts of items or users."""
+    """Whether a file, by its path relative to the export, is a part of items or users."""
     return name.startswith(("items.", "users.")) and "/" in name
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Read the manifest and check that every file is there and unchanged.
+    """Read the manifest and check that every file exists and is unchanged.
 
     Raises:
-        RunError: no export, another format, a file missing or changed.
+        RunError: there is no export, it has another format, or a file is missing or changed.
     """
     manifest = read_manifest(folder)
     check_files(folder, manifest.sha256, folder / FILE)
@@ -122,10 +123,10 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest alone, its files unchecked.
+    """The manifest alone. The files that it lists are not checked.
 
     Raises:
-        RunError: no export, another format, or it does not hold together.
+        RunError: there is no export, it has another format, or its fields contradict each other.
     """
     file = folder / FILE
     if not file.is_file():
@@ -139,7 +140,7 @@ def read_strictly(file: Path, kind: type[T]) -> T:
     """A JSON file as the dataclass that describes it.
 
     Raises:
-        RunError: it is not readable, of a format that this version does not read, or not as described.
+        RunError: the file is unreadable, has another format, or does not fit the dataclass.
     """
     what = "a delta" if file.name == DELTA else "a manifest"
     try:
@@ -155,18 +156,18 @@ def read_strictly(file: Path, kind: type[T]) -> T:
 
 
 def _check_format(record: Any, file: Path) -> None:
-    """Raise RunError for another format, before its other fields are looked at."""
-    whole = record.get("whole", record) if isinstance(record, dict) else None
-    found = whole.get("format") if isinstance(whole, dict) else None
-    if type(found) is not int:
+    """Raise RunError for another format, before any other field is checked."""
+    manifest = record.get("whole", record) if isinstance(record, dict) else None  # a delta has it inside
+    number = manifest.get("format") if isinstance(manifest, dict) else None
+    if type(number) is not int:
         raise Unreadable("has no number of its format")
-    if found not in READABLE:
+    if number not in READABLE:
         wanted = " and ".join(map(str, READABLE))
-        raise RunError(f"{file}: format {found}, this version reads {wanted}; export again")
+        raise RunError(f"{file}: format {number}, this version reads {wanted}; export again")
 
 
 def check_manifest(manifest: Manifest, file: Path) -> None:
-    """Raise RunError where the fields of a manifest do not go together."""
+    """Raise RunError where the fields of a manifest contradict each other."""
     heads = set(manifest.heads)
     if not heads or len(heads) < len(manifest.heads) or not heads <= set(REPRESENTATIONS):
         raise RunError(f"{file}: heads: wants some of {', '.join(REPRESENTATIONS)}; export again")
@@ -180,16 +181,16 @@ def check_manifest(manifest: Manifest, file: Path) -> None:
 
 
 def check_files(folder: Path, sha256s: dict[str, str], listed: Path) -> None:
-    """Raise RunError where a file that `listed` lists is missing, changed, or lies outside the folder."""
+    """Raise RunError where a file that `listed` names is missing, changed or outside the folder."""
     for name, digest in sha256s.items():
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\0" in name:
             raise RunError(f"{listed}: '{name}' lies outside the folder; export again")
         try:
-            found = sha256(folder / name) if (folder / name).is_file() else None
+            actual = sha256(folder / name) if (folder / name).is_file() else None
         except OSError as error:
             raise RunError(f"{folder / name}: cannot be read ({error.strerror}); mend that, or export again") from error
-        if found is None:
+        if actual is None:
             raise RunError(f"{folder / name}: not found; export again")
-        if found != digest:
+        if actual != digest:
             raise RunError(f"{folder / name}: changed since the export was written; export again")

@@ -1,8 +1,8 @@
 """Rows of an export on disk: a folder of part files each for items and users, in order of id.
 
-`items.parquet/part-00000.parquet` holds the first `PART_ROWS` items, and so on; with storage "arrow" it is
-`items.arrow/part-00000.arrow`, Arrow IPC. Parts do not depend on how many ranks wrote them. Any reader of Parquet
-takes the folder for one table.
+`items.parquet/part-00000.parquet` holds the first `PART_ROWS` items, and so on. With storage "arrow" the file is
+`items.arrow/part-00000.arrow`, Arrow IPC. Parts are the same at any number of ranks. Any reader of Parquet reads the
+folder as one table.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ ENTITIES: tuple[Entity, ...] = get_args(Entity)
 VIEWS = ("embedding", "content", "id")
 """Columns of an item's vectors."""
 ATTRIBUTE = "attr_"
-"""Before a feature's name: the column of its values."""
+"""Prefix of a feature's name: the column of the feature's values."""
 
 PART_ROWS = 32_768
-"""Of one part file: a rank holds one part in memory, 25 MB of items at D = 64."""
+"""Rows of a part file. A rank has one part in memory, 25 MB of items at D = 64."""
 ROW_GROUP = 8_192
 
 
 def part_name(entity: Entity, storage: Storage, part: int) -> str:
+    """The file of a part, relative to the export."""
     return f"{entity}.{storage}/part-{part:05d}.{storage}"
 
 
 def write_part(file: Path, table: pa.Table) -> None:
-    """Write one part: a dictionary for attributes and seen items, statistics for what is searched for."""
+    """Write one part and flush it to the disk. Keys and ids have statistics; attributes and seen items a dictionary."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    # The same rows are to be the same bytes, when read and written again too: pages follow chunks, and Parquet calls
-    # the members of a list "element".
+    # The same rows must give the same bytes, also after they are read and written again. Pages follow chunks, and
+    # Parquet calls the members of a list "element".
     table = table.combine_chunks().cast(pa.schema(map(_field, table.schema), table.schema.metadata))
     if file.suffix == ".arrow":
         with pa.ipc.new_file(file, table.schema) as writer:
@@ -52,7 +53,7 @@ def write_part(file: Path, table: pa.Table) -> None:
     repeated = [f"{field.name}.list.element" for field in table.schema if pa.types.is_list(field.type)]
     single = [field.name for field in table.schema if not pa.types.is_nested(field.type)]
     pq.write_table(table, file, row_group_size=ROW_GROUP, use_dictionary=repeated, write_statistics=single)
-    sync(file)  # by the host that wrote it: rank 0 cannot do it for others
+    sync(file)  # on the host that wrote the file: rank 0 cannot do this for other hosts
 
 
 def _field(field: pa.Field) -> pa.Field:
@@ -65,7 +66,7 @@ def _field(field: pa.Field) -> pa.Field:
 
 
 def read_part(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """One part, or of it the columns named.
+    """One part, or the named columns of it.
 
     Raises:
         RunError: the file cannot be read, has no such column, or holds text that is not UTF-8.
@@ -93,67 +94,70 @@ def _find(file: Path, columns: Sequence[str] | None, schema: pa.Schema) -> None:
 
 
 class ExportRows:
-    """The items or the users of an export, read part by part, or whole where columns are few.
+    """The items or the users of an export, read part by part; a few columns also as one table.
 
-    What is read is checked against the manifest: types and widths of columns, finite vectors, ids.
+    Everything read is checked against the manifest: types and widths of columns, ids, and that vectors are finite.
 
     Args:
-        whole: False of a delta's, whose parts hold some of the rows, and of which parts are absent.
+        complete: False for a delta, which has only some of the parts, and in these only some of the rows.
 
     Raises:
-        RunError: also from each method: the parts are not those of the manifest.
+        RunError: the parts are not those of the manifest. Each method raises this too.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, entity: Entity, whole: bool = True) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, entity: Entity, complete: bool = True) -> None:
         self.manifest = manifest
         self.entity = entity
-        self.whole = whole
+        self.complete = complete
         self.dim = manifest.dim
         self.storage = manifest.storage
         self.count = manifest.items if entity == "items" else manifest.users
         inside = f"{entity}.{manifest.storage}/"
         listed = sorted(name for name in manifest.sha256 if name.startswith(inside))
         parts = -(-self.count // manifest.part_rows)
-        if whole and len(listed) != parts:
+        if complete and len(listed) != parts:
             raise RunError(f"{folder}: {len(listed)} parts of {entity}, {parts} in the manifest; export again")
-        # Few are listed, so that a false count makes no long list.
-        known = {part_name(entity, manifest.storage, part) for part in range(parts)} if whole or parts < 10**6 else {}
+        # The names are listed only up to a limit: a false count in a manifest must not fill the memory.
+        listable = complete or parts < 10**6
+        possible = {part_name(entity, manifest.storage, part) for part in range(parts)} if listable else set()
         for name in listed:
-            if name not in known:
+            if name not in possible:
                 raise RunError(f"{folder / name}: is no part of {self.count} {entity}; export again")
         self.files = [folder / name for name in listed]
 
     def part(self, file: Path, columns: Sequence[str] | None = None) -> pa.Table:
-        """One of `files`, or of it the columns named."""
+        """One of `files`, or the named columns of it."""
         table = read_part(file, columns)
         start = int(file.stem.removeprefix("part-")) * self.manifest.part_rows
         rows = min(self.manifest.part_rows, self.count - start)
-        if len(table) != rows if self.whole else len(table) > rows:
+        if len(table) != rows if self.complete else len(table) > rows:
             raise RunError(f"{file}: has {len(table)} rows, not {rows}; export again")
         for name in table.column_names:
             _check_column(file, table[name], name, self._type(name))
         if f"{self.entity[:-1]}_id" in table.column_names:
             self._check_ids(file, table[f"{self.entity[:-1]}_id"].to_numpy(), start, rows)
         if "seen" in table.column_names:
-            seen = whole(table["seen"]).flatten().to_numpy(zero_copy_only=False)
+            seen = single_array(table["seen"]).flatten().to_numpy(zero_copy_only=False)
             if len(seen) and not 0 <= seen.min() <= seen.max() < self.manifest.items:
                 raise RunError(f"{file}: column 'seen' names items that are not there; export again")
         return table
 
     def parts(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """All parts in order of id, or the named columns of them."""
         for file in self.files:
             yield self.part(file, columns)
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows in memory, or the named columns of them."""
         return pa.concat_tables(self.parts(columns))
 
     def vectors(self, column: str) -> Iterator[np.ndarray]:
-        """[rows of a part, D] float32, part by part, whatever they are stored as."""
+        """A vector column, [rows of a part, D] float32 part by part, however it is stored."""
         for table in self.parts([column]):
             yield decode(table[column])
 
     def sample(self, columns: Sequence[str], size: int) -> pa.Table:
-        """About `size` rows, evenly from at most 16 parts."""
+        """About `size` rows, spread evenly over at most 16 parts."""
         chosen = [self.files[i] for i in spread(len(self.files), 16)]
         tables = (self.part(file, columns) for file in chosen)
         share = -(-size // max(1, len(chosen)))
@@ -165,10 +169,14 @@ class ExportRows:
         text, lists = pa.string(), pa.list_(pa.field("element", pa.string()))
         if name.startswith(ATTRIBUTE):
             return lists
-        return {
-            f"{self.entity[:-1]}_id": pa.int64(), f"{self.entity[:-1]}_key": text, "title": text, "known": pa.bool_(),
+        types = {
+            f"{self.entity[:-1]}_id": pa.int64(),
+            f"{self.entity[:-1]}_key": text,
+            "title": text,
+            "known": pa.bool_(),
             "seen": pa.list_(pa.field("element", pa.int32())),
-        }.get(name)  # fmt: skip
+        }
+        return types.get(name)
 
     def _check_ids(self, file: Path, ids: np.ndarray, start: int, rows: int) -> None:
         right = (np.diff(ids) > 0).all() and (len(ids) == 0 or (ids[0] >= start and ids[-1] < start + rows))
@@ -178,21 +186,21 @@ class ExportRows:
 
 def _check_column(file: Path, column: pa.ChunkedArray, name: str, kind: pa.DataType | None) -> None:
     """Raise RunError where a column is of another type, has nulls, or a vector has NaN or infinity."""
-    found = column.type
-    if kind is not None and found != kind:
-        raise RunError(f"{file}: column '{visible(name)}' is {found}, not {kind}; export again")
+    stored = column.type
+    if kind is not None and stored != kind:
+        raise RunError(f"{file}: column '{visible(name)}' is {stored}, not {kind}; export again")
     if column.null_count and not name.startswith(ATTRIBUTE):
         raise RunError(f"{file}: column '{visible(name)}' has nulls; export again")
-    if pa.types.is_fixed_size_list(found) and not np.isfinite(decode(column)).all():
+    if pa.types.is_fixed_size_list(stored) and not np.isfinite(decode(column)).all():
         raise RunError(f"{file}: column '{visible(name)}' has NaN or infinity; export again")
 
 
-def whole(column: pa.ChunkedArray) -> pa.Array:
-    """The column in one piece."""
+def single_array(column: pa.ChunkedArray) -> pa.Array:
+    """The column as one array, its chunks combined."""
     combined = column.combine_chunks()
     return combined if isinstance(combined, pa.Array) else combined.chunk(0)
 
 
 def spread(rows: int, size: int) -> np.ndarray:
-    """At most `size` of 0 … rows-1, evenly apart."""
+    """At most `size` of the numbers 0 … rows - 1, evenly spaced."""
     return np.unique(np.linspace(0, max(0, rows - 1), min(rows, size)).astype(np.int64))

@@ -1,4 +1,4 @@
-"""Vectors as columns: fp32, fp16, or int8 in FBGEMM's row-wise format, by plain NumPy."""
+"""Vectors as columns: fp32, fp16, or int8 in FBGEMM's row-wise format, with NumPy alone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from flm_torchrec.export.manifest import Quantise
 TAIL = 8
 """Bytes behind a row's numbers: scale and bias, each float32."""
 SMALL = 1e-8
-"""What FBGEMM adds to a row's range, so that a row of equal numbers can be divided by it."""
+"""FBGEMM adds this to a row's range, so that the range of a row of equal numbers is not zero."""
 
 
 def stored_type(quantise: Quantise, dim: int) -> pa.DataType:
-    """The type of the column that `encode` makes, as it is read back."""
+    """The type of a column of `encode` after it is read from a file."""
     kinds = {"none": (pa.float32(), dim), "fp16": (pa.float16(), dim), "int8": (pa.uint8(), dim + TAIL)}
     value, size = kinds[quantise]
     return pa.list_(pa.field("element", value), size)
@@ -28,9 +28,9 @@ def encode(rows: np.ndarray, quantise: Quantise) -> pa.FixedSizeListArray:
     scale and bias of the row as float32; the value is q * scale + bias (Guan et al., arXiv 1911.02079).
 
     Raises:
-        RunError: a number is none, or too large for fp16.
+        RunError: a number is not finite, or too large for the format.
     """
-    with np.errstate(over="ignore"):  # told below
+    with np.errstate(over="ignore"):  # reported below
         stored = rows.astype(np.float16) if quantise == "fp16" else np.ascontiguousarray(rows)
     if not np.isfinite(stored).all():
         raise RunError("a vector has NaN, infinity or a number too large for its format; train again with a lower rate")
@@ -40,7 +40,7 @@ def encode(rows: np.ndarray, quantise: Quantise) -> pa.FixedSizeListArray:
 
 
 def decode(column: pa.ChunkedArray | pa.FixedSizeListArray) -> np.ndarray:
-    """The column of `encode` → [n, D] float32; how it is stored is told by its type."""
+    """A column of `encode` → [n, D] float32. The type of the column says how it is stored."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     stored = array.flatten().to_numpy().reshape(len(array), array.type.list_size)
     if stored.dtype == np.uint8:
@@ -51,9 +51,9 @@ def decode(column: pa.ChunkedArray | pa.FixedSizeListArray) -> np.ndarray:
 
 
 def _quantised(rows: np.ndarray) -> np.ndarray:
-    """[n, D] float32 → [n, D + 8] uint8: what FBGEMM's FloatToFused8BitRowwiseQuantized makes, bit for bit."""
+    """[n, D] float32 → [n, D + 8] uint8, bit for bit as FBGEMM's FloatToFused8BitRowwiseQuantized."""
     low, high = rows.min(1, keepdims=True), rows.max(1, keepdims=True)
-    with np.errstate(over="ignore"):  # told below
+    with np.errstate(over="ignore"):  # reported below
         span = high - low
     if not np.isfinite(span).all():
         raise RunError("the numbers of a vector are too far apart for int8; train again with a lower rate")

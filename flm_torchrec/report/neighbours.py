@@ -1,4 +1,4 @@
-"""Which items lie nearest to some items, by the vectors of an export: a look at what was learnt."""
+"""The nearest items of some items, by the vectors of an export: a view of what the model has learnt."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ STORED = {"items.parquet": "parquet", "items.arrow": "feather"}
 
 
 def neighbours(export: Path | None, data: Path | str) -> Section:
-    """Items spread over popularity, from the most to the least, each with its nearest by cosine.
+    """A section with items from the most to the least popular, each with its nearest items by cosine.
 
-    Reads the export in batches; of the prepared data only counts of items are asked, and ids are spread where it is
-    not there (then `data` says why) or names other items than the export.
+    Reads the export in batches. The prepared data give only the popularity; where they are missing or have other items
+    than the export, the items are spread over ids instead.
+
+    Args:
+        data: folder of the prepared data, or why they are missing.
+
+    Raises:
+        Missing: there is no export, or it cannot be read.
     """
     if export is None:
         raise Missing("give an export of the run with --export")
@@ -38,10 +44,10 @@ def neighbours(export: Path | None, data: Path | str) -> Section:
         table = rows.to_table(columns=columns, filter=pc.field("item_id").isin(picked))
         table = table.take(pc.index_in(pa.array(picked), table["item_id"]))
         ids, scores = _nearest(rows, _unit(table["embedding"].combine_chunks()), picked)
-        told = rows.to_table(columns=["item_id", "title"], filter=pc.field("item_id").isin(np.unique(ids)))
+        named = rows.to_table(columns=["item_id", "title"], filter=pc.field("item_id").isin(np.unique(ids)))
     except (pa.ArrowException, OSError) as error:
         raise Missing(f"{export} is not readable ({str(error).splitlines()[0]})") from error
-    titles = dict(zip(told["item_id"].to_pylist(), told["title"].to_pylist(), strict=True))
+    titles = dict(zip(named["item_id"].to_pylist(), named["title"].to_pylist(), strict=True))
     lines = [
         (
             f"{title} ({key})",
@@ -51,12 +57,12 @@ def neighbours(export: Path | None, data: Path | str) -> Section:
         for n, (key, title) in enumerate(zip(table["item_key"].to_pylist(), table["title"].to_pylist(), strict=True))
     ]
     header = ("item", "events", *(f"nearest {n + 1}" for n in range(ids.shape[1])))
-    return Section("Nearest items", ["By cosine of item vectors, from the most popular item to the least."],
-                   [PageTable(str(export), header, lines)])  # fmt: skip
+    note = "By cosine of item vectors, from the most popular item to the least."
+    return Section("Nearest items", [note], [PageTable(str(export), header, lines)])
 
 
 def _counts(data: Path | str, export: pds.Dataset) -> np.ndarray:
-    """[items] events of each item of the export; all 0 where the data are not there or name other items."""
+    """[items] events of each item of the export; all 0 where the data are missing or have other items."""
     keys = _keys(export)
     counts = np.zeros(len(keys), np.int64)
     if isinstance(data, str) or not keys.equals(_keys(pds.dataset(data / "items.parquet", format="parquet"))):
@@ -72,23 +78,23 @@ def _keys(rows: pds.Dataset) -> pa.ChunkedArray:
 
 
 def _nearest(rows: pds.Dataset, wanted: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and cosines [samples, k] of the nearest items but the samples themselves."""
+    """Ids and cosines [samples, k] of the nearest items to vectors [samples, D], without the items `own` [samples]."""
     ids = np.zeros((len(wanted), 0), np.int64)
     scores = np.zeros((len(wanted), 0))
     for batch in rows.to_batches(columns=["item_id", "embedding"]):
         if len(batch) == 0:
             continue
         here = batch.column(0).to_numpy()
-        found = np.where(own[:, None] == here[None], -np.inf, wanted @ _unit(batch.column(1)).T)
-        scores = np.concatenate([scores, found], 1)
-        ids = np.concatenate([ids, np.broadcast_to(here, found.shape)], 1)
+        cosines = np.where(own[:, None] == here[None], -np.inf, wanted @ _unit(batch.column(1)).T)
+        scores = np.concatenate([scores, cosines], 1)
+        ids = np.concatenate([ids, np.broadcast_to(here, cosines.shape)], 1)
         best = np.argsort(-scores, 1, kind="stable")[:, :NEIGHBOURS]
         ids, scores = np.take_along_axis(ids, best, 1), np.take_along_axis(scores, best, 1)
     return ids, scores
 
 
 def _unit(column: pa.FixedSizeListArray) -> np.ndarray:
-    """[n, D] of length 1."""
+    """A column of vectors → [n, D] with rows of length 1."""
     vectors = decode(column)
     if not np.isfinite(vectors).all():
         raise Missing("the export's vectors have NaN or infinity; export again")

@@ -1,4 +1,4 @@
-"""What a run folder holds for people, each piece as a section of a page; what is missing is told, not an error."""
+"""The pieces of a run folder, each as a section of a page. A missing piece is reported and is no error."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from flm_torchrec.documents import Unreadable, read_json
 from flm_torchrec.pages import Curves, PageTable, Section
 
 NUMBER = 4
-"""Bytes of a weight (float32)."""
+"""Bytes of a float32 weight."""
 PACKAGES = ("flm_torchrec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "faiss-cpu")
 
 
 class Missing(Exception):
-    """A piece is not there or not readable: why, and what makes it."""
+    """A piece is missing or unreadable: why, and which command writes it."""
 
 
 def sections_of(pieces: dict[str, Callable[[], Section]]) -> tuple[list[str], list[Section]]:
-    """What is missing, a line each, and the sections that are there."""
-    missing, found = [], []
+    """One line for each missing piece, and the sections of the other pieces."""
+    missing, sections = [], []
     for name, piece in pieces.items():
         try:
-            found.append(piece())
+            sections.append(piece())
         except Missing as error:
             missing.append(f"{name}: {error}")
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             missing.append(f"{name}: not as it is written ({type(error).__name__}: {error})")
-    return missing, found
+    return missing, sections
 
 
 def settings(config: Config) -> Section:
-    """What differs from the defaults."""
+    """The settings that differ from the defaults."""
     made, default = asdict(config), asdict(Config())
     rows = [
         (f"{section}.{name}", str(value), str(default[section][name]))
@@ -50,7 +50,11 @@ def settings(config: Config) -> Section:
 
 
 def curves(run: Path) -> Section:
-    """Everything in metrics.jsonl over steps: losses together, heads together by metric, the rest alone."""
+    """All metrics of metrics.jsonl over steps. Losses share a plot, and so do the heads by metric.
+
+    Raises:
+        Missing: there is no line of metrics.
+    """
     file = run / "metrics.jsonl"
     series: dict[str, tuple[list[float], list[float]]] = {}
     broken = 0
@@ -70,41 +74,53 @@ def curves(run: Path) -> Section:
         raise Missing(f"{file} has no line of metrics; let the training log once")
     plots: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for name, points in series.items():
-        title, line = _place(name)
+        title, line = _plot_and_line(name)
         plots.setdefault(title, {})[line] = points
     notes = [f"{broken} lines of metrics.jsonl are no records and left out"] if broken else []
     return Section("Curves", notes, [Curves(title, "step", lines) for title, lines in plots.items()])
 
 
 def evaluations(run: Path) -> Section:
-    """Each evaluation-*.json: heads beside baselines, over all examples and by segment."""
+    """The tables of each evaluation-*.json: heads and baselines, over all examples and by segment.
+
+    Raises:
+        Missing: there is none, or one cannot be read.
+    """
     files = sorted(run.glob("evaluation-*.json"))
     if not files:
         raise Missing(f"no evaluation-*.json; 'flm evaluate --run {run}' writes one")
     grids = []
     for file in files:
-        found = _json(file, f"'flm evaluate --run {run}' writes it")
-        grids.append(_metrics(f"{found['split']}, {found['users']} users", found["table"]))
-        grids += [_metrics(f"of {found['split']}, '{label}'", t) for label, t in found.get("segments", {}).items()]
+        content = _json(file, f"'flm evaluate --run {run}' writes it")
+        grids.append(_metrics(f"{content['split']}, {content['users']} users", content["table"]))
+        grids += [_metrics(f"of {content['split']}, '{label}'", t) for label, t in content.get("segments", {}).items()]
     return Section("Evaluation", parts=grids)
 
 
 def best(run: Path) -> Section:
-    """The best checkpoint: step, validation, weights of the heads in the fusion."""
-    found = _json(run / "checkpoints/best/meta.json", "training has not come to its first validation, or failed")
-    rows = [("step", str(found["step"]))]
-    rows += [(f"weight of {head}", f"{weight:.3g}") for head, weight in found.get("fusion", {}).items()]
-    rows += [(f"validation {name}", f"{value:.4f}") for name, value in found.get("valid", {}).items()]
-    told = "no fusion weights: they are chosen when training ends, for model.fusion sum"
-    notes = () if "fusion" in found else (told,)
+    """The best checkpoint: step, validation metrics, weights of the heads in the fusion.
+
+    Raises:
+        Missing: there is none.
+    """
+    content = _json(run / "checkpoints/best/meta.json", "training has not come to its first validation, or failed")
+    rows = [("step", str(content["step"]))]
+    rows += [(f"weight of {head}", f"{weight:.3g}") for head, weight in content.get("fusion", {}).items()]
+    rows += [(f"validation {name}", f"{value:.4f}") for name, value in content.get("valid", {}).items()]
+    unweighted = "no fusion weights: they are chosen when training ends, for model.fusion sum"
+    notes = () if "fusion" in content else (unweighted,)
     return Section("Best checkpoint and fusion", notes, [PageTable("", ("", ""), rows)])
 
 
 def plan(run: Path) -> Section:
-    """Where rows of tables are: by table and by rank."""
-    found = _json(run / "plan.json", "'flm train' writes it")
-    rows, held = [], dict.fromkeys(range(found["world_size"]), 0)
-    for name, table in found["tables"].items():
+    """The sharding plan: which rank has which rows, by table and by rank.
+
+    Raises:
+        Missing: there is none.
+    """
+    content = _json(run / "plan.json", "'flm train' writes it")
+    rows, held = [], dict.fromkeys(range(content["world_size"]), 0)
+    for name, table in content["tables"].items():
         shards = table["shards"]
         bytes_ = [s["size"][0] * s["size"][1] * NUMBER for s in shards]
         for shard, size in zip(shards, bytes_, strict=True):
@@ -121,12 +137,19 @@ def plan(run: Path) -> Section:
 
 
 def data_report(folder: Path | str) -> Section:
-    """report.json of the run's prepared data, or why they are not to be had."""
+    """report.json of the run's prepared data.
+
+    Args:
+        folder: of the prepared data, or why they are missing.
+
+    Raises:
+        Missing: there is no report.
+    """
     if isinstance(folder, str):
         raise Missing(folder)
-    found = _json(folder / "report.json", "'flm prepare' writes it")
-    dropped = found.pop("dropped", {})
-    rows = [(name, json.dumps(v) if isinstance(v, dict | list) else str(v)) for name, v in found.items()]
+    content = _json(folder / "report.json", "'flm prepare' writes it")
+    dropped = content.pop("dropped", {})
+    rows = [(name, json.dumps(v) if isinstance(v, dict | list) else str(v)) for name, v in content.items()]
     parts = [PageTable(str(folder), ("", ""), rows)]
     if dropped:
         lines = [(why, str(d["rows"]), "; ".join(map(str, d["examples"][:2]))) for why, d in dropped.items()]
@@ -135,18 +158,19 @@ def data_report(folder: Path | str) -> Section:
 
 
 def versions() -> Section:
+    """Versions of the installed packages that matter for results."""
     rows = []
     for package in PACKAGES:
         try:
             rows.append((package, metadata.version(package)))
         except metadata.PackageNotFoundError:
             continue
-    return Section("Versions", ["Where this page was made; a run does not record those it was trained with."],
-                   [PageTable("", ("package", "version"), rows)])  # fmt: skip
+    note = "Where this page was made; a run does not record those it was trained with."
+    return Section("Versions", [note], [PageTable("", ("package", "version"), rows)])
 
 
-def _place(name: str) -> tuple[str, str]:
-    """In which plot a metric is, and the name of its line there: valid/fused/ndcg@10 is 'fused' in 'valid ndcg@10'."""
+def _plot_and_line(name: str) -> tuple[str, str]:
+    """The plot of a metric, and its line there: valid/fused/ndcg@10 is the line 'fused' of the plot 'valid ndcg@10'."""
     first, _, rest = name.partition("/")
     head, _, metric = rest.partition("/")
     if metric:

@@ -15,11 +15,11 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 
 from flm_torchrec.safe_text import visible
-from flm_torchrec.serve.connections import KnownHosts, tell_once
+from flm_torchrec.serve.connections import KnownHosts, report_accept_errors_once
 from flm_torchrec.serve.map import MapCache
 from flm_torchrec.serve.messages import NewEvent, NewItem, Recommend, RecommendBatch, Swap
 from flm_torchrec.serve.metrics import ServerMetrics
-from flm_torchrec.serve.middleware import MeasuringMiddleware, parse, read_body, tell_errors
+from flm_torchrec.serve.middleware import MeasuringMiddleware, add_error_handlers, parse, read_body
 from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.service import Service
 from flm_torchrec.serve.workers import Workers
@@ -30,41 +30,41 @@ M = TypeVar("M", bound=BaseModel)
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """How much a server takes on."""
+    """Limits of requests and threads of a server."""
 
     body_bytes: int = 1_000_000
-    """Of a request; more gets 413."""
+    """Maximum length of a request's body; a longer one gets 413."""
     body_seconds: float = 30.0
-    """In which a request's body must come; a later one gets 408."""
+    """Seconds within which a request's body must come; a later one gets 408."""
     hosts: tuple[str, ...] = ("*",)
-    """Host names that requests may ask for; see `connections.KnownHosts`."""
+    """Host names that requests may name, see `connections.KnownHosts`."""
     threads: int = 2
-    """That work on requests at once."""
+    """Threads that answer requests."""
     waiting: int = 128
-    """Requests that may wait for a thread; more get 503."""
+    """Requests that may wait for a thread; further ones get 503."""
     watch_seconds: float = 0.0
-    """Between looks at where the export's link points to; 0: never."""
+    """Seconds between checks of where the export's link points to; 0: never."""
 
 
-def create_app(service: Service, load: ServerLimits = ServerLimits()) -> FastAPI:
-    """The app of one service."""
-    workers, measures = Workers(service, load.threads, load.waiting), ServerMetrics(service)
+def create_app(service: Service, limits: ServerLimits = ServerLimits()) -> FastAPI:
+    """The HTTP app of a service: its routes, the web page and the metrics."""
+    workers, measures = Workers(service, limits.threads, limits.waiting), ServerMetrics(service)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        tell_once(asyncio.get_running_loop())
-        watcher = asyncio.create_task(_watch(service, load.watch_seconds)) if load.watch_seconds else None
+        report_accept_errors_once(asyncio.get_running_loop())
+        watcher = asyncio.create_task(_watch(service, limits.watch_seconds)) if limits.watch_seconds else None
         yield
         if watcher is not None:
             watcher.cancel()
         workers.pool.shutdown()
 
     app = FastAPI(title="flm serve", lifespan=lifespan, docs_url=None, redoc_url=None)
-    tell_errors(app)
-    app.add_middleware(KnownHosts, hosts=load.hosts)
+    add_error_handlers(app)
+    app.add_middleware(KnownHosts, hosts=limits.hosts)
     app.add_middleware(MeasuringMiddleware, measures=measures)
     _read_routes(app, service, workers, measures)
-    _write_routes(app, service, workers, load)
+    _write_routes(app, service, workers, limits)
     if (PAGE / "index.html").is_file():
         app.mount("/", StaticFiles(directory=PAGE, html=True))
     return app
@@ -81,7 +81,7 @@ def _read_routes(app: FastAPI, service: Service, workers: Workers, measures: Ser
 
     @app.get("/v1/catalogue")
     async def catalogue() -> dict[str, Any]:
-        return await workers.do(service.catalogue)
+        return await workers.do(service.vocabulary)
 
     @app.get("/v1/items")
     async def items(
@@ -103,23 +103,23 @@ def _read_routes(app: FastAPI, service: Service, workers: Workers, measures: Ser
 
     @app.get("/v1/map")
     async def item_map() -> Response:
-        # Beside the threads that answer: making it takes a second.
+        # Not in the threads that answer requests: making the map takes a second.
         return Response(await asyncio.to_thread(maps.get), media_type="application/json")
 
 
-def _write_routes(app: FastAPI, service: Service, workers: Workers, load: ServerLimits) -> None:
+def _write_routes(app: FastAPI, service: Service, workers: Workers, limits: ServerLimits) -> None:
     def post(path: str, message: type[M], answer: Callable[[M], Awaitable[Any]]) -> None:
         async def route(request: Request) -> Response:
-            asked = parse(message, await read_body(request, load.body_bytes, load.body_seconds))
+            asked = parse(message, await read_body(request, limits.body_bytes, limits.body_seconds))
             return JSONResponse(await answer(asked))
 
         app.post(path, openapi_extra=_takes(message))(route)
 
     async def batch(asked: RecommendBatch) -> dict[str, Any]:
         answers = await workers.do(lambda: service.recommend(asked.requests))
-        for place, answer in enumerate(answers):
+        for position, answer in enumerate(answers):
             if isinstance(answer, Refused):
-                raise Refused(answer.status, f"requests.{place}: {answer}")
+                raise Refused(answer.status, f"requests.{position}: {answer}")
         return {"answers": answers}
 
     post("/v1/recommend", Recommend, workers.recommend)
@@ -129,18 +129,18 @@ def _write_routes(app: FastAPI, service: Service, workers: Workers, load: Server
 
     @app.post("/v1/swap", openapi_extra=_takes(Swap))
     async def swap(request: Request) -> dict[str, Any]:
-        asked = parse(Swap, await read_body(request, load.body_bytes, load.body_seconds))
-        return await asyncio.to_thread(service.swap, Path(asked.export))  # loading must not keep requests waiting
+        asked = parse(Swap, await read_body(request, limits.body_bytes, limits.body_seconds))
+        return await asyncio.to_thread(service.swap, Path(asked.export))  # requests must not wait for the loading
 
 
 def _takes(message: type[BaseModel]) -> dict[str, Any]:
-    """For the description of the interface, which cannot see what a route reads by itself."""
+    """The body of a route for the OpenAPI description: FastAPI does not see bodies that a route reads itself."""
     schema = {"content": {"application/json": {"schema": message.model_json_schema()}}, "required": True}
     return {"requestBody": schema}
 
 
 async def _watch(service: Service, seconds: float) -> None:
-    """Swap when the export's link points elsewhere than before; what cannot be served is left, and told once."""
+    """Swap when the export's link points elsewhere than before. An export that cannot be served is reported once."""
     seen = service.loaded.folder
     while True:
         await asyncio.sleep(seconds)

@@ -1,4 +1,4 @@
-"""Items of an export in memory: keys, titles, attributes, vectors, and exact top-k under filters."""
+"""The catalogue: the items of an export in memory, with keys, titles, attributes, vectors and top-k under filters."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import pyarrow.compute as pc
 
 from flm_torchrec.export.index import ItemIndex, open_index, top
 from flm_torchrec.export.manifest import Manifest
-from flm_torchrec.export.parts import ATTRIBUTE, ExportRows, whole
+from flm_torchrec.export.parts import ATTRIBUTE, ExportRows, single_array
 
 TOP_VALUES = 100
-"""Of a feature, that `GET /v1/catalogue` lists."""
+"""Values of a feature that `GET /v1/catalogue` lists."""
+MOST_ASKED = 4096
+"""Maximum of results of the index: a graph takes as long for more of them as the scores of all items."""
 
 
 @dataclass(frozen=True)
@@ -26,28 +28,33 @@ class Attribute:
     values: pa.Array  # [V] strings
     codes: Mapping[str, int]
     lists: pa.ListArray  # [items] lists of strings
-    rows: np.ndarray  # rows of items, those of value 0 first, then those of value 1 …
+    rows: np.ndarray  # rows of items: those of value 0, then those of value 1 …
     starts: np.ndarray  # [V + 1] int64 into `rows`
 
     def items_with(self, value: str) -> np.ndarray:
+        """[n] rows of the items with the value.
+
+        Raises:
+            KeyError: no item has it.
+        """
         code = self.codes[value]
         return self.rows[self.starts[code] : self.starts[code + 1]]
 
     def top(self, most: int) -> list[str]:
-        """Values by number of items, most first."""
+        """At most `most` values, those of the most items first."""
         order = np.argsort(-np.diff(self.starts), kind="stable")[:most]
         return self.values.take(pa.array(order)).to_pylist()
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The items of one export; nothing in it changes."""
+    """The items of one export. Nothing in it changes."""
 
     keys: pa.Array  # [N] strings
     titles: pa.Array  # [N] strings
     row_of: Mapping[str, int]
     known: np.ndarray  # [N] bool: the id was trained
-    distinct: np.ndarray  # [R, D] float32: the vectors that representations are scored against, equal ones once
+    distinct: np.ndarray  # [R, D] float32: the distinct vectors that representations are scored against
     vector_of: np.ndarray  # [N] rows of `distinct`
     attributes: Mapping[str, Attribute]
     index: ItemIndex | None
@@ -57,18 +64,18 @@ class Catalogue:
         return len(self.keys)
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
-        """[n] rows → [n, D]."""
+        """[n] rows of items → their vectors [n, D]."""
         return self.distinct[self.vector_of[rows]]
 
     def attributes_of(self, row: int) -> dict[str, list[str]]:
-        """Values of each feature, each once."""
+        """By feature, the distinct values of the item."""
         return {name: list(dict.fromkeys(a.lists[row].as_py() or [])) for name, a in self.attributes.items()}
 
     def allowed(self, wanted: Mapping[str, Sequence[str]]) -> np.ndarray | None:
-        """[N] bool: the items that for every feature have one of the values named; None where nothing is asked.
+        """[N] bool: the items that have one of the wanted values for each feature; None without a filter.
 
         Raises:
-            KeyError: no such feature or value.
+            KeyError: there is no such feature or value.
         """
         mask: np.ndarray | None = None
         for name, values in wanted.items():
@@ -81,10 +88,14 @@ class Catalogue:
     def best(
         self, h: np.ndarray, k: int, excluded: np.ndarray, allowed: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and rows of the k best items by h [D] that are allowed and not excluded, or of all there are.
+        """Scores and rows of the k best items by h [D] that are allowed and not excluded; fewer if there are fewer.
 
-        The index is asked for more than k, so that enough are left. Where it finds too few, or a filter leaves so few
-        that the index would have to be asked for very many, all that are left are scored: k come back if there are k.
+        The index is searched for more than k items, so that k remain. All remaining items are scored where the index
+        gives too few, or where a filter leaves so few items that the index would have to give very many.
+
+        Args:
+            excluded: [n] rows of items.
+            allowed: [N] bool; None: every item.
         """
         rest = len(self) if allowed is None else int(allowed.sum())
         wanted = k + len(excluded) if allowed is None else int(2 * (k + len(excluded)) * len(self) / max(rest, 1))
@@ -102,45 +113,41 @@ class Catalogue:
         return top((self.distinct @ h)[self.vector_of[rows]], rows, k)
 
     def search(self, text: str, limit: int) -> list[int]:
-        """Rows whose key or title begins with the text, then those that hold it, whatever the case."""
+        """Rows of items whose key or title starts with the text, then of those that contain it; case is ignored."""
         if not text:
             return list(range(min(limit, len(self))))
-        found: dict[int, None] = {}
-        for match in (pc.starts_with, pc.match_substring):
-            hit = pc.or_(match(self.titles, text, ignore_case=True), match(self.keys, text, ignore_case=True))
-            rows = pc.indices_nonzero(hit)[: limit + len(found)].to_pylist()
-            found.update(dict.fromkeys(rows))
-            if len(found) >= limit:
+        matches: dict[int, None] = {}
+        for compare in (pc.starts_with, pc.match_substring):
+            hit = pc.or_(compare(self.titles, text, ignore_case=True), compare(self.keys, text, ignore_case=True))
+            rows = pc.indices_nonzero(hit)[: limit + len(matches)].to_pylist()
+            matches.update(dict.fromkeys(rows))
+            if len(matches) >= limit:
                 break
-        return list(found)[:limit]
-
-
-MOST_ASKED = 4096
-"""Results that the index is asked for; a graph takes as long for more as scoring all."""
+        return list(matches)[:limit]
 
 
 def best_of(h: np.ndarray, vectors: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and rows of the k largest inner products, largest first; of equal ones the lower row first."""
-    return top(np.einsum("nd,d->n", vectors, h), rows, k)  # not by BLAS, whose sums differ by the place of a row
+    """Scores and rows of the k largest inner products of h [D] and vectors [n, D]; of equals the lower row first."""
+    return top(np.einsum("nd,d->n", vectors, h), rows, k)  # in BLAS, a sum depends on the position of its row
 
 
 def load_catalogue(folder: Path, manifest: Manifest) -> Catalogue:
     """Read the items of an export whose files have been checked.
 
     Raises:
-        RunError: a file cannot be read.
+        RunError: a file cannot be read, or is not what the manifest says.
     """
     rows = ExportRows(folder, manifest, "items")
     table = rows.table([n for n in _columns(rows) if n in ("item_key", "title", "known") or n.startswith(ATTRIBUTE)])
-    keys = whole(table["item_key"])
+    keys = single_array(table["item_key"])
     index = open_index(folder, manifest)
     distinct, vector_of = _vectors(rows, index, manifest)
-    lists = {n.removeprefix(ATTRIBUTE): whole(table[n]) for n in table.column_names if n.startswith(ATTRIBUTE)}
+    lists = {n.removeprefix(ATTRIBUTE): single_array(table[n]) for n in table.column_names if n.startswith(ATTRIBUTE)}
     return Catalogue(
         keys=keys,
-        titles=whole(table["title"]),
+        titles=single_array(table["title"]),
         row_of={key: row for row, key in enumerate(keys.to_pylist())},
-        known=whole(table["known"]).to_numpy(zero_copy_only=False),
+        known=single_array(table["known"]).to_numpy(zero_copy_only=False),
         distinct=distinct,
         vector_of=vector_of,
         attributes={name: _attribute(column) for name, column in lists.items()},
@@ -154,7 +161,7 @@ def _columns(rows: ExportRows) -> Iterable[str]:
 
 
 def _vectors(rows: ExportRows, index: ItemIndex | None, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
-    """[R, D] and [N]: those that the index holds where it holds them whole, so that they are in memory once."""
+    """`distinct` and `vector_of`. Where the index has the full vectors, it shares their memory."""
     flat = None if index is None else index.index
     if isinstance(flat, faiss.IndexHNSWFlat):
         flat = faiss.downcast_index(flat.storage)

@@ -1,4 +1,4 @@
-"""Connections of `flm serve`: how many are taken, how long each may be silent, and names that the server answers to."""
+"""Connections of `flm serve`: how many there may be, how long each may be silent, and the host names served."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.safe_text import visible
 
 BACKLOG = 128
-"""Connections that the system holds until they are accepted; as many may be accepted at once."""
+"""Connections that wait in the system until the server accepts them; it may accept all of these at once."""
 SPARE = 128
-"""Descriptors kept for files: an export that is swapped in has some open at a time."""
+"""File descriptors kept for files: loading another export opens some."""
 FEWEST = 16
-"""Connections below which it is not worth to serve."""
+"""Minimum of connections with which the server starts."""
 HEADER_SECONDS = 10.0
 """From the opening of a connection, or the first byte of a later request, to the end of the request's header."""
 
 
 def most_connections() -> int:
-    """How many connections fit into the limit of descriptors, which is raised as far as this process may.
+    """Raise the limit of file descriptors as far as this process may; return how many connections fit into it.
 
     Raises:
-        RunError: too few.
+        RunError: there is room for fewer than `FEWEST`.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     most = min(hard if hard != resource.RLIM_INFINITY else 1 << 20, 1 << 20)
-    held = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else SPARE
-    left = most - held - SPARE - BACKLOG
+    in_use = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else SPARE
+    left = most - in_use - SPARE - BACKLOG
     if left < FEWEST:
         raise RunError(f"open files: the limit of {most} leaves no room for connections; give 'ulimit -n 4096'")
     return left
@@ -48,14 +48,14 @@ def listening(host: str, port: int) -> socket.socket:
     """A socket that listens at the address.
 
     Raises:
-        RunError: there is no such address, or another process has it.
+        RunError: there is no such address, or another process uses it.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-        bound.listen(BACKLOG)  # from now on the port is taken; who comes before all is loaded waits
+        bound.listen(BACKLOG)  # the port is now in use; a client that comes before the export is loaded waits
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise RunError(f"--host {host} --port {port}: {reason}; give another address") from error
@@ -63,10 +63,10 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 class GuardedProtocol(H11Protocol):
-    """uvicorn's protocol, which closes connections beyond `most`, and those whose request does not come.
+    """uvicorn's protocol that also closes connections beyond `most`, and connections that send no request in time.
 
-    A connection may be opened and left silent, and thousands may: without a limit these use up the descriptors, and
-    the server cannot accept anyone. uvicorn itself only ends connections that are idle after an answer.
+    A client may open thousands of connections and send nothing. Without a limit these use up the file descriptors, and
+    the server can accept no other client. uvicorn itself closes only connections that are idle after an answer.
     """
 
     def __init__(self, *args: Any, most: int, header_seconds: float = HEADER_SECONDS, **kwargs: Any) -> None:
@@ -77,6 +77,7 @@ class GuardedProtocol(H11Protocol):
         self.deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
+        """Accept the connection and wait for a request, or close it where there are too many."""
         if len(self.connections) >= self.most:
             self.refused = True
             transport.abort()
@@ -85,6 +86,7 @@ class GuardedProtocol(H11Protocol):
         self._await_header()
 
     def data_received(self, data: bytes) -> None:
+        """Pass the data on; the deadline ends once the header of the request is complete."""
         if self.refused:
             return
         super().data_received(data)
@@ -94,11 +96,13 @@ class GuardedProtocol(H11Protocol):
             self._await_header()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """End the deadline."""
         self._stop()
         if not self.refused:
             super().connection_lost(exc)
 
     def eof_received(self) -> None:
+        """As of uvicorn, but for a connection that was not accepted."""
         if not self.refused:
             super().eof_received()
 
@@ -119,27 +123,27 @@ class GuardedProtocol(H11Protocol):
             self.transport.abort()
 
 
-def tell_once(loop: asyncio.AbstractEventLoop) -> None:
-    """Of sockets that cannot be accepted asyncio logs a traceback for each; one line is enough for all."""
-    told = False
+def report_accept_errors_once(loop: asyncio.AbstractEventLoop) -> None:
+    """Print one line for all connections that cannot be accepted; asyncio logs a traceback for each."""
+    reported = False
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        nonlocal told
+        nonlocal reported
         if "accept" not in context.get("message", ""):
             loop.default_exception_handler(context)
-        elif not told:
-            told = True
+        elif not reported:
+            reported = True
             print(f"connections: {visible(str(context.get('exception')))}; told once, tried on", flush=True)
 
     loop.set_exception_handler(handle)
 
 
 class KnownHosts:
-    """Refuses requests for other host names: a page elsewhere could lead a browser here by a name of its own.
+    """Refuses requests for other host names: a web page could have its own name resolve to this server's address.
 
     Args:
-        hosts: names and addresses without ports; "*" is any, "*.example.org" any name below it, "address" any IP
-            address, which no name of another's can stand for.
+        hosts: names and addresses without ports. "*" is any name, "*.example.org" any name below it, and "address" any
+            IP address, which nobody can register as a name.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:

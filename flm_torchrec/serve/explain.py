@@ -1,4 +1,4 @@
-"""Why an item was recommended, out of what the model computed: heads' shares, nearest history, attributes in common."""
+"""Why an item was recommended: the heads' shares of its score, the nearest items of the history, common attributes."""
 
 from __future__ import annotations
 
@@ -12,57 +12,62 @@ from flm_torchrec.export.tower.reader import Represented
 from flm_torchrec.serve.loaded_export import LoadedExport
 
 NEAREST = 3
-"""Items of the history told for each recommended item."""
+"""Items of the history that are named for each recommended item."""
 
 
-def explain(loaded: LoadedExport, found: Represented, history: np.ndarray, items: np.ndarray) -> list[dict[str, Any]]:
-    """One reason a row of `items`.
+def explain(
+    loaded: LoadedExport, represented: Represented, history: np.ndarray, items: np.ndarray
+) -> list[dict[str, Any]]:
+    """One reason for each of `items`.
 
-    Each has
+    A reason has
 
     * `shares`: for each head `weight` w, `score` h_head·v and `share` w·(h_head·v). Where fusion is a weighted sum
-      (sum, gated) h = Σ w_head·h_head, so the shares add up to the fused score, exactly but for rounding; a cosine's h
-      has length 1, and w is the weight in that. Where it is none (concat) `weight` and `share` are null;
-    * `history`: the items of the history nearest to it, by the cosine of their vectors, nearest first;
-    * `in_common`: by feature, values that it has in common with items of the history, and of how many of them.
+      (sum, gated), h = Σ w_head·h_head, so the shares add up to the fused score, except for rounding. With cosine
+      similarity h has length 1, and w includes the division by the length. With concat, `weight` and `share` are null;
+    * `history`: the items of the history that are nearest to it, by the cosine of their vectors, nearest first;
+    * `in_common`: by feature, the values that items of the history have too, and how many of these items.
 
     Args:
-        found: what the tower made of the history.
-        history: [n] rows of the history's items, oldest first; those before the last that the tower sees are left out.
+        represented: the tower's output for the history.
+        history: [n] rows of the history's items, oldest first; only the last `max_history` count, as in the tower.
         items: [m] rows of the recommended items.
     """
     seen = np.unique(history[-loaded.tower.max_history :])
     vectors = loaded.vectors(items)
-    scores = found.heads[:-1] @ vectors.T  # [heads, m]
+    scores = represented.heads[:-1] @ vectors.T  # [heads, m]
     near = _unit(vectors) @ _unit(loaded.vectors(seen)).T  # [m, seen]
     counts = _values(loaded, seen)
-    weights = _weights(found)
+    weights = _weights(represented)
     return [
         {
-            "shares": _shares(loaded.manifest.heads, weights, scores[:, place]),
+            "shares": _shares(loaded.manifest.heads, weights, scores[:, position]),
             "history": [
-                {"item": loaded.key(row), "title": loaded.title(row), "similarity": float(near[place, n])}
-                for n, row in ((n, int(seen[n])) for n in np.argsort(-near[place], kind="stable")[:NEAREST])
+                {"item": loaded.key(row), "title": loaded.title(row), "similarity": float(near[position, n])}
+                for n, row in ((n, int(seen[n])) for n in np.argsort(-near[position], kind="stable")[:NEAREST])
             ],
             "in_common": _in_common(loaded.attributes(int(row)), counts),
         }
-        for place, row in enumerate(items)
+        for position, row in enumerate(items)
     ]
 
 
-def _weights(found: Represented) -> np.ndarray | None:
-    """[heads]: h is exactly their sum of the heads; None where it is no weighted sum."""
-    raw = found.weights @ found.heads[:-1]
-    length = float(raw @ raw)
-    # The fused vector may have been brought to length 1 after the sum.
-    return found.weights * float(found.heads[-1] @ raw) / length if length > 0 else None
+def _weights(represented: Represented) -> np.ndarray | None:
+    """[heads]: the fused h is the sum of the heads by these weights; None where it is no weighted sum."""
+    total = represented.weights @ represented.heads[:-1]
+    squared = float(total @ total)
+    # The fused vector may have been divided by its length after the sum.
+    return represented.weights * float(represented.heads[-1] @ total) / squared if squared > 0 else None
 
 
 def _shares(heads: Sequence[str], weights: np.ndarray | None, scores: np.ndarray) -> list[dict[str, Any]]:
-    told = [{"head": head, "score": float(s)} for head, s in zip(heads, scores, strict=False)]  # the last is fused
+    # zip drops the last of `heads`, which is the fusion.
+    scored = [{"head": head, "score": float(s)} for head, s in zip(heads, scores, strict=False)]
     if weights is None:
-        return [{**one, "weight": None, "share": None} for one in told]
-    return [{**one, "weight": float(w), "share": float(w * s)} for one, w, s in zip(told, weights, scores, strict=True)]
+        return [{**one, "weight": None, "share": None} for one in scored]
+    return [
+        {**one, "weight": float(w), "share": float(w * s)} for one, w, s in zip(scored, weights, scores, strict=True)
+    ]
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What users did since the export: kept in memory, for as many users as fit."""
+"""Events since the export, in memory, for a limited number of users."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LiveEvent:
-    """One event by keys and names, which outlive the generation it came in."""
+    """One event by keys and names, which stay valid when another export is loaded."""
 
     item: str
     event: str | None
     value: float
     timestamp: int
-    generation: int
-    """Its number."""
+    export_number: int
+    """`LoadedExport.number` of the export served when the event came."""
 
 
 class LiveEvents:
-    """The last events of the users heard of last.
+    """The last events of the users who were active last.
 
     Args:
-        users: most users; the one silent for longest is forgotten.
-        events: most events of a user; the oldest is forgotten.
+        users: maximum of users; the one inactive for longest is dropped.
+        events: maximum of events of a user; the oldest is dropped.
     """
 
     def __init__(self, users: int, events: int) -> None:
         self.users = users
         self.events = events
-        self.held: OrderedDict[str, tuple[LiveEvent, ...]] = OrderedDict()
+        self.by_user: OrderedDict[str, tuple[LiveEvent, ...]] = OrderedDict()
         self.lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self.held)
+        return len(self.by_user)
 
     def of(self, user: str) -> tuple[LiveEvent, ...] | None:
-        """Oldest first; None of a user not heard of."""
-        return self.held.get(user)
+        """The user's events, oldest first; None without any."""
+        return self.by_user.get(user)
 
     def add(self, user: str, event: LiveEvent) -> int:
-        """How many are kept of the user now."""
+        """Add an event, and return how many events of the user are kept."""
         with self.lock:
-            kept = (*self.held.pop(user, ()), event)[-self.events :]
-            self.held[user] = kept
-            if len(self.held) > self.users:
-                self.held.popitem(last=False)
+            kept = (*self.by_user.pop(user, ()), event)[-self.events :]
+            self.by_user[user] = kept
+            if len(self.by_user) > self.users:
+                self.by_user.popitem(last=False)
             return len(kept)

@@ -1,4 +1,4 @@
-"""One export, loaded to be served: nothing in it changes, so that a request sees one state from start to end."""
+"""One loaded export. Nothing in it changes, so a request sees the same state from start to end."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pyarrow as pa
 
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.manifest import Manifest, load_manifest
-from flm_torchrec.export.parts import ExportRows, whole
+from flm_torchrec.export.parts import ExportRows, single_array
 from flm_torchrec.export.tower.reader import PackagedTower, Represented, TowerQuery
 from flm_torchrec.safe_text import first_line, visible
 from flm_torchrec.serve.catalogue import Catalogue, best_of, load_catalogue
 
 UNSOUND = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, OSError, MemoryError)
-"""What reading an export may raise where it is not what it says, beside RunError."""
+"""What a damaged export may raise when it is read, besides RunError."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,20 @@ class AddedItem:
 
 @dataclass(frozen=True)
 class AddedItems:
-    """Cold items of a generation, whose rows follow those of the catalogue."""
+    """Cold items that were posted to the server. Their rows follow those of the catalogue."""
 
     items: tuple[AddedItem, ...]
-    contents: np.ndarray  # [M, D] as the tower takes them
-    vectors: np.ndarray  # [M, D] what representations are scored against
+    contents: np.ndarray  # [M, D], input of the tower
+    vectors: np.ndarray  # [M, D], what representations are scored against
     row_of: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class LoadedExport:
-    """All that answers need, of one export and the items added since."""
+    """One export and the items added since: all that answers need."""
 
     number: int
-    """1, 2 … counted by swaps."""
+    """1 for the first export served, 2 after the first swap …"""
     folder: Path
     manifest: Manifest
     tower: PackagedTower
@@ -57,26 +57,30 @@ class LoadedExport:
 
     @property
     def size(self) -> int:
+        """Number of items, with the added ones."""
         return len(self.catalogue) + len(self.added.items)
 
     def row(self, key: str) -> int | None:
+        """Row of an item by its key; None of an unknown one."""
         row = self.catalogue.row_of.get(key)
         return self.added.row_of.get(key) if row is None else row
 
     def key(self, row: int) -> str:
+        """Key of an item by its row."""
         return self.catalogue.keys[row].as_py() if row < len(self.catalogue) else self._added(row).key
 
     def title(self, row: int) -> str:
+        """Title of an item by its row."""
         return self.catalogue.titles[row].as_py() if row < len(self.catalogue) else self._added(row).title
 
     def attributes(self, row: int) -> dict[str, list[str]]:
-        """Values of the item by feature."""
+        """By feature, the values of an item by its row."""
         if row < len(self.catalogue):
             return self.catalogue.attributes_of(row)
         return dict(self._added(row).attributes)
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
-        """[n] rows → [n, D], what representations are scored against."""
+        """[n] rows → [n, D] float32, what representations are scored against."""
         rows = np.asarray(rows, np.int64)
         result = np.empty((len(rows), self.manifest.dim), np.float32)
         inside = rows < len(self.catalogue)
@@ -85,18 +89,24 @@ class LoadedExport:
         return result
 
     def represent(self, queries: list[TowerQuery]) -> list[Represented]:
+        """The tower's output for each query; histories may have added items."""
         return self.tower.represent(queries, self.added.contents)
 
     def best(
         self, h: np.ndarray, k: int, excluded: np.ndarray, wanted: Mapping[str, list[str]]
     ) -> list[tuple[int, float]]:
-        """The k best rows by h and their scores, of catalogue and added items, without the excluded rows."""
+        """The k best rows by h [D] with their scores, of catalogue and added items.
+
+        Args:
+            excluded: [n] rows to leave out.
+            wanted: by feature, values of which an item must have at least one.
+        """
         catalogue = self.catalogue
         inside = excluded[excluded < len(catalogue)]
         scores, rows = catalogue.best(h, k, inside, catalogue.allowed(wanted))
         more = [
-            len(catalogue) + place
-            for place, item in enumerate(self.added.items)
+            len(catalogue) + position
+            for position, item in enumerate(self.added.items)
             if all(set(values) & set(item.attributes.get(name, ())) for name, values in wanted.items())
         ]
         if more:
@@ -115,13 +125,13 @@ def load_export(folder: Path, number: int) -> LoadedExport:
     """Load an export and check every file.
 
     Raises:
-        RunError: the export is missing, incomplete, changed, or was made without a tower.
+        RunError: the export is missing, incomplete, changed or damaged, or has no tower.
     """
     folder = folder.resolve()
     try:
         return _loaded(folder, number)
     except UNSOUND as error:
-        # The programs of the tower are compiled code of the export's own: what they raise cannot be foreseen.
+        # The programs of the tower are compiled code inside the export, which may raise anything.
         reason = f"{type(error).__name__}: {visible(first_line(error))}"
         raise RunError(f"{folder}: is not an export that can be served ({reason}); export again") from error
 
@@ -134,8 +144,8 @@ def _loaded(folder: Path, number: int) -> LoadedExport:
     if len(tower.histories) != manifest.users:
         raise RunError(f"{folder}: the tower is of {len(tower.histories)} users, not {manifest.users}; export again")
     nothing = np.zeros((0, manifest.dim), np.float32)
-    (tried,) = tower.represent([TowerQuery()], nothing)
-    if tried.heads.shape != (len(manifest.heads), manifest.dim) or not np.isfinite(tried.heads).all():
+    (represented,) = tower.represent([TowerQuery()], nothing)
+    if represented.heads.shape != (len(manifest.heads), manifest.dim) or not np.isfinite(represented.heads).all():
         raise RunError(f"{folder}: the tower makes other vectors than the manifest says; export again")
     users = ExportRows(folder, manifest, "users").table(["user_key", "seen"]).combine_chunks()
     return LoadedExport(
@@ -145,6 +155,6 @@ def _loaded(folder: Path, number: int) -> LoadedExport:
         tower=tower,
         catalogue=load_catalogue(folder, manifest),
         user_of={key: row for row, key in enumerate(users["user_key"].to_pylist())},
-        seen=whole(users["seen"]),
+        seen=single_array(users["seen"]),
         added=AddedItems((), nothing, nothing),
     )

@@ -1,4 +1,4 @@
-"""What requests may hold. Strict: a wrong type is refused, not bent; so are unknown fields, NaN and infinity."""
+"""The content of requests. Wrong types, unknown fields, NaN and infinity are refused, never converted."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ Head = Literal[REPRESENTATIONS]  # type: ignore[valid-type]
 
 
 class Message(BaseModel):
+    """The body of a request."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
@@ -37,34 +39,36 @@ class Event(Message):
 
     item: Key
     event: Key | None = None
-    """Name of the kind of event; the data's first where it is left out."""
+    """Kind of event, by name; without it the data's first."""
     value: Finite | None = None
     timestamp: Seconds | None = None
-    """Seconds since 1970; the usual gap after the event before where it is left out."""
+    """Seconds since 1970; without it the usual gap after the event before."""
 
 
 class Recommend(Message):
-    """For whom, and what."""
+    """For whom to recommend, and what."""
 
     user: Key | None = None
     history: Annotated[list[Event], Field(max_length=MOST_HISTORY)] = []
-    """Oldest first; of a known user, what came after the events that are known."""
+    """Oldest first. The history of a known user follows the events that are known."""
     features: Features | None = None
-    """Of the user, in place of the known user's."""
+    """Features of the user, in place of the known user's own."""
     head: Head = FUSED
     k: Annotated[int, Field(ge=1, le=MOST_K)] = 10
     exclude_seen: bool = True
     filter: Annotated[dict[Key, Values], Field(max_length=20)] = {}
-    """By feature: the item has at least one of the values."""
+    """By feature: values of which an item must have at least one."""
     explain: bool = False
 
 
 class RecommendBatch(Message):
+    """Several requests that are answered together."""
+
     requests: Annotated[list[Recommend], Field(min_length=1, max_length=MOST_BATCH)]
 
 
 class NewItem(Message):
-    """A cold item: of its features alone."""
+    """A cold item, which has features but no trained id."""
 
     item: Key
     title: Text = ""
@@ -72,10 +76,12 @@ class NewItem(Message):
 
 
 class NewEvent(Event):
-    """What a user has just done."""
+    """An event of a user since the export."""
 
     user: Key
 
 
 class Swap(Message):
+    """The export to serve from now on."""
+
     export: Annotated[str, Field(min_length=1, max_length=4096)]

@@ -1,4 +1,4 @@
-"""What Prometheus reads of a running server."""
+"""Metrics of a running server, for Prometheus."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
 class ServerMetrics:
-    """Of one app; nothing is shared between apps of a process."""
+    """The metrics of one app. Apps of one process share nothing."""
 
     def __init__(self, service: Service) -> None:
         self.registry = CollectorRegistry()
@@ -29,4 +29,5 @@ class ServerMetrics:
             Gauge(name, text, registry=self.registry).set_function(read)
 
     def text(self) -> bytes:
+        """The metrics in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""The edge of the HTTP side: bodies read and checked, errors told in one line, every answer counted and timed."""
+"""HTTP around the routes: bodies are read and checked, errors become one line, answers are counted and timed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from flm_torchrec.serve.resolve import Refused
 
 M = TypeVar("M", bound=BaseModel)
 BROKEN_OFF = 499
-"""Status counted where the client has gone, as nginx does; nobody gets it."""
+"""Status that is counted where the client has closed the connection, as in nginx. No client receives it."""
 CLOSING = (408, 413)
-"""After these the rest of a body may still come: the connection is closed."""
+"""The connection is closed after these, since the rest of the body may still come."""
 HEADERS = (
     (b"content-security-policy", b"default-src 'self'"),
     (b"x-content-type-options", b"nosniff"),
@@ -33,34 +33,42 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
     """The body of a request of JSON.
 
     Raises:
-        Refused: it says to be something else, is longer than `most` bytes, of which no more are read, takes longer
-            than `seconds` to come, or is broken off.
+        Refused: the body has another content type, is longer than `most` bytes (no more are read), does not come within
+            `seconds`, or the client breaks off.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Refused(415, "Content-Type: send application/json")
-    told = request.headers.get("content-length", "")
-    if told.isascii() and told.isdigit() and (len(told) > 18 or int(told) > most):
-        raise Refused(413, f"body: more than {most} bytes; ask for less at once")
-    body = bytearray()
+    length = request.headers.get("content-length", "")
+    if length.isascii() and length.isdigit() and (len(length) > 18 or int(length) > most):
+        raise _too_long(most)
     try:
         async with asyncio.timeout(seconds):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > most:
-                    raise Refused(413, f"body: more than {most} bytes; ask for less at once")
+            return await _read_at_most(request, most)
     except TimeoutError as error:
         raise Refused(408, f"body: did not come within {seconds:g} seconds; send it faster") from error
     except ClientDisconnect as error:
         raise Refused(BROKEN_OFF, "body: broken off") from error
+
+
+async def _read_at_most(request: Request, most: int) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > most:
+            raise _too_long(most)
     return bytes(body)
+
+
+def _too_long(most: int) -> Refused:
+    return Refused(413, f"body: more than {most} bytes; ask for less at once")
 
 
 def parse(message: type[M], body: bytes) -> M:
     """JSON → a checked message.
 
     Raises:
-        Refused: it is no JSON, or not such a message.
+        Refused: the body is no JSON (400), or no such message (422).
     """
     try:
         return message.model_validate_json(body)
@@ -75,11 +83,13 @@ def _line(problem: Any) -> str:
 
 
 def _printable(text: str) -> str:
-    """As UTF-8 can hold it: what came in may be half a character."""
+    """The text as UTF-8 can encode it: a request may contain half a surrogate pair."""
     return text.encode("utf-8", "replace").decode("utf-8")[:500]
 
 
-def tell_errors(app: FastAPI) -> None:
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every error with its status and `{"detail": one line}`."""
+
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> JSONResponse:
         headers = {"Retry-After": "1"} if error.status == 503 else {}
@@ -97,7 +107,7 @@ def tell_errors(app: FastAPI) -> None:
 
 
 class MeasuringMiddleware:
-    """Counts and times every answer, and adds the headers that all have."""
+    """Counts and times every answer, and adds the headers that all answers have."""
 
     def __init__(self, app: ASGIApp, measures: ServerMetrics) -> None:
         self.app = app

@@ -1,4 +1,4 @@
-"""Keys and names of requests → rows, codes and vectors of a generation; what is not known is refused."""
+"""Keys and names of requests → rows, codes and vectors of the loaded export. Unknown ones are refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flm_torchrec.serve.loaded_export import LoadedExport
 
 
 class Refused(FlmError):
-    """A request that is not answered, with the status of HTTP that says why."""
+    """A request that is refused, with the HTTP status of the answer."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -21,7 +21,14 @@ class Refused(FlmError):
 
 
 def item_row(loaded: LoadedExport, key: str, where: str) -> int:
-    """Row of an item by its key; `where` in the request it stands."""
+    """The row of an item by its key.
+
+    Args:
+        where: field of the request that has the key.
+
+    Raises:
+        Refused: there is no such item.
+    """
     row = loaded.row(key)
     if row is None:
         raise Refused(422, f"{where}: no item '{key}'; {nearest_key(key, loaded.catalogue.row_of)}")
@@ -29,6 +36,11 @@ def item_row(loaded: LoadedExport, key: str, where: str) -> int:
 
 
 def event_code(loaded: LoadedExport, name: str | None, where: str) -> int:
+    """The code of a kind of event by its name; None is the data's first.
+
+    Raises:
+        Refused: there is no such kind.
+    """
     events = loaded.tower.events
     if name is None:
         return 0
@@ -38,6 +50,11 @@ def event_code(loaded: LoadedExport, name: str | None, where: str) -> int:
 
 
 def content_of(loaded: LoadedExport, entity: str, features: Mapping[str, Any]) -> tuple[np.ndarray, list[str]]:
+    """The content vector [D] of an item or a user, and the values that were left out, as of `PackagedTower.content`.
+
+    Raises:
+        Refused: there is no such feature, or a value does not fit its kind.
+    """
     try:
         return loaded.tower.content(entity, features)
     except DataError as error:
@@ -45,6 +62,7 @@ def content_of(loaded: LoadedExport, entity: str, features: Mapping[str, Any]) -
 
 
 def check_filter(loaded: LoadedExport, wanted: Mapping[str, Sequence[str]]) -> None:
+    """Raise Refused where a filter names a feature or a value that no item of the catalogue has."""
     attributes = loaded.catalogue.attributes
     for name, values in wanted.items():
         if name not in attributes:

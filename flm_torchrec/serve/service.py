@@ -1,4 +1,4 @@
-"""Questions → answers, over one generation at a time; swapping it for another leaves running requests alone."""
+"""Requests → answers, from one loaded export at a time. A swap to another does not change running requests."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from flm_torchrec.serve.messages import Event, NewEvent, NewItem, Recommend
 from flm_torchrec.serve.resolve import Refused, check_filter, content_of, event_code, item_row
 
 DAY = 86_400
-"""Seconds that a clock may be ahead by: an event of another year would stand before all that follow."""
+"""Seconds that a client's clock may be ahead. After an event far in the future, no later event would be in order."""
 
 
 @dataclass(frozen=True)
 class MemoryLimits:
-    """Of what is kept in memory."""
+    """Limits of what is kept in memory."""
 
     added_items: int = 10_000
     live_users: int = 100_000
@@ -36,7 +36,7 @@ class MemoryLimits:
 
 @dataclass(frozen=True)
 class ResolvedRequest:
-    """A request in rows of a generation."""
+    """A request with rows and codes of the loaded export in place of keys and names."""
 
     query: TowerQuery
     head: int
@@ -46,7 +46,7 @@ class ResolvedRequest:
 
 
 class Service:
-    """Answers from the newest generation.
+    """Answers from the export that was loaded last. Safe to call from several threads.
 
     Raises:
         RunError: the export cannot be served.
@@ -62,13 +62,18 @@ class Service:
         self.swapping = threading.Lock()
 
     def health(self) -> dict[str, Any]:
+        """Answer of `GET /health`: which export is served, and its size."""
         loaded = self.loaded
         return {
-            "status": "ok", "model_version": loaded.manifest.model_version, "users": loaded.manifest.users,
-            "items": loaded.size, "generation": loaded.number,
-        }  # fmt: skip
+            "status": "ok",
+            "model_version": loaded.manifest.model_version,
+            "users": loaded.manifest.users,
+            "items": loaded.size,
+            "generation": loaded.number,
+        }
 
-    def catalogue(self) -> dict[str, Any]:
+    def vocabulary(self) -> dict[str, Any]:
+        """Answer of `GET /v1/catalogue`: heads, features with their values, and kinds of events."""
         loaded = self.loaded
         return {
             "heads": list(loaded.manifest.heads),
@@ -79,15 +84,15 @@ class Service:
         }
 
     def find_items(self, text: str, limit: int) -> list[dict[str, Any]]:
-        """Items whose title or key holds the text."""
+        """Items whose title or key contains the text, added items first."""
         loaded = self.loaded
         rows = loaded.catalogue.search(text, limit)
         names = ((i.title + "\0" + i.key).lower() for i in loaded.added.items)
-        added = [len(loaded.catalogue) + place for place, name in enumerate(names) if text.lower() in name]
+        added = [len(loaded.catalogue) + position for position, name in enumerate(names) if text.lower() in name]
         return [_item(loaded, row) for row in [*added, *rows][:limit]]
 
     def find_users(self, text: str, limit: int) -> list[str]:
-        """Keys of known users that begin with the text, then those that hold it; the first ones where it is empty."""
+        """Keys of known users that start with the text, then those that contain it; the first ones without text."""
         keys = self.loaded.user_of
         begins = (key for key in keys if key.startswith(text))
         holds = (key for key in keys if text in key and not key.startswith(text))
@@ -97,11 +102,11 @@ class Service:
         """The last events of a user, exported and live, oldest first.
 
         Raises:
-            Refused: nothing is known of such a user.
+            Refused: the user is neither in the export nor has events in memory.
         """
         loaded = self.loaded
         self._user(loaded, user)
-        history, _ = self._known(loaded, user)
+        history, _ = self._events_and_seen(loaded, user)
         timed = loaded.tower.timestamps
         return [
             {**_item(loaded, int(row)), "event": loaded.tower.events[code], "timestamp": int(at) if timed else None}
@@ -109,9 +114,9 @@ class Service:
         ]
 
     def recommend(self, requests: Sequence[Recommend]) -> list[dict[str, Any] | Refused]:
-        """An answer a request, all of one generation and of one run of the tower; or why there is none.
+        """An answer for each request, or why it is refused; all from one loaded export and one run of the tower.
 
-        Refused are unknown users, items, events, features and values.
+        Requests with unknown users, items, events, features or values are refused.
         """
         loaded = self.loaded
         asked: list[ResolvedRequest | Refused] = []
@@ -128,10 +133,10 @@ class Service:
         ]
 
     def add_item(self, item: NewItem) -> dict[str, Any]:
-        """Put a cold item beside the catalogue, in place of an earlier one of its key.
+        """Add a cold item beside the catalogue, in place of an earlier added one with its key.
 
         Raises:
-            Refused: the catalogue has it, there is no more room, or a feature does not fit.
+            Refused: the catalogue has the item, too many have been added, or a feature does not fit.
         """
         with self.changing:
             loaded = self.loaded
@@ -147,15 +152,16 @@ class Service:
         return {"item": item.item, "model_version": version, "items": size, "left_out": left_out}
 
     def add_event(self, event: NewEvent) -> dict[str, Any]:
-        """Take up what a user has just done; the user's next answer knows of it.
+        """Add an event of a user; the user's next answer depends on it.
 
         Raises:
-            Refused: no such item or kind of event, or a time before the user's last event or in the future.
+            Refused: the item or the kind of event is unknown, or the time is before the user's last event or in the
+                future.
         """
         loaded = self.loaded
         item_row(loaded, event.item, "item")
         event_code(loaded, event.event, "event")
-        history, _ = self._known(loaded, event.user)
+        history, _ = self._events_and_seen(loaded, event.user)
         last = int(history.timestamp[-1]) if len(history) else 0
         current = int(time.time()) if loaded.tower.timestamps else last + 1
         timestamp = max(last, current) if event.timestamp is None else event.timestamp
@@ -169,10 +175,10 @@ class Service:
         return {"user": event.user, "known": known, "live_events": kept, "model_version": version}
 
     def swap(self, export: Path) -> dict[str, Any]:
-        """Load another export beside the one served, then serve it; the old one goes with its last request.
+        """Load another export beside the one served, then serve it. The old one is freed after its last request.
 
         Raises:
-            Refused: it lies elsewhere than the first one, or cannot be served. The old one goes on.
+            Refused: the export is in another folder than the first one, or cannot be served. The old one stays.
         """
         try:
             target = export.resolve()
@@ -196,7 +202,7 @@ class Service:
         history, seen, user = NO_HISTORY, NO_HISTORY.item, -1
         if request.user is not None:
             user = self._user(loaded, request.user)
-            history, seen = self._known(loaded, request.user)
+            history, seen = self._events_and_seen(loaded, request.user)
         history = history + self._history(loaded, request.history, int(history.timestamp[-1]) if len(history) else None)
         profile: np.ndarray | None = None
         left_out: list[str] = []
@@ -221,21 +227,21 @@ class Service:
         return answer
 
     def _user(self, loaded: LoadedExport, user: str) -> int:
-        """Row of a known user; -1 of one that only events were posted for."""
+        """Row of a user of the export; -1 of a user with events in memory alone."""
         row = loaded.user_of.get(user, -1)
         if row < 0 and self.live.of(user) is None:
             raise Refused(404, f"user '{user}': not known; {nearest_key(user, loaded.user_of)}")
         return row
 
-    def _known(self, loaded: LoadedExport, user: str) -> tuple[History, np.ndarray]:
-        """The user's last events, exported and live, and rows of all items seen."""
+    def _events_and_seen(self, loaded: LoadedExport, user: str) -> tuple[History, np.ndarray]:
+        """The user's last events, exported and live, and rows [n] of all items seen."""
         row = loaded.user_of.get(user)
         history, seen = NO_HISTORY, NO_HISTORY.item
         if row is not None:
             history, seen = loaded.tower.known_history(row), loaded.seen[row].values.to_numpy().astype(np.int64)
         last = int(history.timestamp[-1]) if len(history) else -1
-        # An export made since may hold some of the live events already.
-        live = [e for e in self.live.of(user) or () if e.generation == loaded.number or e.timestamp > last]
+        # A newer export may have some of the live events already.
+        live = [e for e in self.live.of(user) or () if e.export_number == loaded.number or e.timestamp > last]
         known = [(r, e) for r, e in ((loaded.row(e.item), e) for e in live) if r is not None]
         codes = {name: code for code, name in enumerate(loaded.tower.events)}
         later = History(
@@ -247,14 +253,14 @@ class Service:
         return history + later, np.concatenate([seen, later.item])
 
     def _history(self, loaded: LoadedExport, events: Sequence[Event], last: int | None) -> History:
-        """Rows, codes and times of a request's history, which follows an event at `last`."""
+        """Rows, codes and times of a request's history, which follows an event at the time `last`."""
         gap = loaded.tower.usual_gap if loaded.tower.timestamps else 1
         times: list[int] = []
-        for place, event in enumerate(events):
+        for position, event in enumerate(events):
             before = times[-1] if times else last
             given = event.timestamp if event.timestamp is not None else (before + gap if before is not None else 0)
             if before is not None and given < before:
-                where = f"history.{place}.timestamp"
+                where = f"history.{position}.timestamp"
                 raise Refused(422, f"{where}: {given} is before the event before it, {before}; order them by time")
             times.append(given)
         return History(
@@ -270,7 +276,7 @@ def _item(loaded: LoadedExport, row: int) -> dict[str, Any]:
 
 
 def _attributes(loaded: LoadedExport, features: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What filters and people see of a cold item's features: the same kinds as in the catalogue.
+    """The attributes of a cold item by its features, for filters and for people, of the features in the catalogue.
 
     Raises:
         Refused: a value does not fit its kind.
@@ -283,7 +289,7 @@ def _attributes(loaded: LoadedExport, features: Mapping[str, Any]) -> dict[str, 
 
 
 def _with_items(loaded: LoadedExport, added: AddedItems, items: Iterable[AddedItem]) -> tuple[AddedItems, list[str]]:
-    """With these items, each in place of one of its key; and which values of features were left out."""
+    """`added` with these items, each in place of one with its key; and the values of features that were left out."""
     by_key = {item.key: (item, content) for item, content in zip(added.items, added.contents, strict=True)}
     left_out: list[str] = []
     for item in items:
@@ -291,21 +297,21 @@ def _with_items(loaded: LoadedExport, added: AddedItems, items: Iterable[AddedIt
         by_key[item.key] = item, content
         left_out += unknown
     contents = np.array([content for _, content in by_key.values()], np.float32).reshape(-1, loaded.tower.dim)
-    rows = {key: len(loaded.catalogue) + place for place, key in enumerate(by_key)}
+    rows = {key: len(loaded.catalogue) + position for position, key in enumerate(by_key)}
     return AddedItems(tuple(i for i, _ in by_key.values()), contents, loaded.tower.scored(contents), rows), left_out
 
 
 def _still_new(fresh: LoadedExport, items: Iterable[AddedItem]) -> AddedItems:
-    """The added items that a new export does not have and whose features fit it, with what is shown of them there."""
+    """The added items that a new export does not have and whose features fit it, with their attributes there."""
     return _with_items(fresh, fresh.added, [i for item in items for i in _fitted(fresh, item)])[0]
 
 
 def _fitted(fresh: LoadedExport, item: AddedItem) -> list[AddedItem]:
-    """The item as the new export sees it; nothing where it has the item, or a feature does not fit any more."""
+    """[the item with its attributes in the new export]; empty where that has the item, or a feature no longer fits."""
     if item.key in fresh.catalogue.row_of:
         return []
     try:
         content_of(fresh, "item", item.features)
         return [replace(item, attributes=_attributes(fresh, item.features))]
     except Refused:
-        return []  # a change of features is no reason to stay with the older model
+        return []  # other features are no reason to keep serving the older model

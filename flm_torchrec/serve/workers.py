@@ -1,4 +1,4 @@
-"""A few threads that answer requests, and a bounded queue before them."""
+"""A few threads that answer requests from a bounded queue."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """A few threads with a bounded queue before them. All requests for recommendations that wait go in one batch."""
+    """A few threads with a bounded queue. All waiting requests for recommendations are answered in one batch."""
 
     def __init__(self, service: Service, threads: int, waiting: int) -> None:
         self.service = service
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="flm", initializer=_one_thread)
         self.threads = threads
         self.most = threads + waiting
-        self.under_way = 0
+        self.running = 0
         self.asked: deque[tuple[Recommend, asyncio.Future[dict[str, Any] | Refused]]] = deque()
         self.batches: set[asyncio.Task[None]] = set()
 
-    async def do(self, work: Callable[[], Result]) -> Result:
-        """In a thread.
+    async def do(self, call: Callable[[], Result]) -> Result:
+        """Make the call in a thread.
 
         Raises:
-            Refused: too many requests are under way.
+            Refused: too many requests are running or waiting.
         """
-        with self._place():
-            return await asyncio.get_running_loop().run_in_executor(self.pool, work)
+        with self._slot():
+            return await asyncio.get_running_loop().run_in_executor(self.pool, call)
 
     async def recommend(self, request: Recommend) -> dict[str, Any]:
-        """The answer, made together with those of other requests that wait for a thread.
+        """The answer, computed in one batch with other requests that wait for a thread.
 
         Raises:
-            Refused: too many requests are under way, or this one has no answer.
+            Refused: too many requests are running or waiting, or this one is refused.
         """
-        with self._place():
+        with self._slot():
             future: asyncio.Future[dict[str, Any] | Refused] = asyncio.get_running_loop().create_future()
             self.asked.append((request, future))
             if len(self.batches) < self.threads:
@@ -65,20 +65,25 @@ class Workers:
             taken = [(request, future) for request, future in taken if not future.done()]
             try:
                 answers = await loop.run_in_executor(self.pool, self.service.recommend, [r for r, _ in taken])
-            except Exception as error:  # each of them is told: a batch must not leave a request without an answer
+            except Exception as error:  # each request gets the error: none may stay without an answer
                 answers = [error] * len(taken)  # type: ignore[list-item]
             for (_, future), answer in zip(taken, answers, strict=True):
                 _settle(future, answer)
 
     @contextmanager
-    def _place(self) -> Iterator[None]:
-        if self.under_way >= self.most:
+    def _slot(self) -> Iterator[None]:
+        """Count a request while it runs or waits.
+
+        Raises:
+            Refused: too many requests are running or waiting.
+        """
+        if self.running >= self.most:
             raise Refused(503, f"overloaded: {self.most} requests are under way; try again in a second")
-        self.under_way += 1
+        self.running += 1
         try:
             yield
         finally:
-            self.under_way -= 1
+            self.running -= 1
 
 
 def _settle(future: asyncio.Future[Any], answer: Any) -> None:
@@ -91,6 +96,6 @@ def _settle(future: asyncio.Future[Any], answer: Any) -> None:
 
 
 def _one_thread() -> None:
-    """Requests run side by side; more threads inside one would only wait for each other."""
+    """One thread for each request: requests already run in parallel."""
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)

@@ -49,9 +49,11 @@ class Alone:
     rank, world_size = 0, 1
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """As of `Collectives`."""
         return [tensor]
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """As of `Collectives`."""
         return tensor.clone()
 
 
@@ -63,12 +65,15 @@ class MadeUp:
         self.centres = torch.randn(CLUSTERS, dim, generator=torch.Generator().manual_seed(0))
 
     def users(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """[b] → by head, [b, D]."""
         return {head: self._around(rows, seed + 1) for seed, head in enumerate(REPRESENTATIONS)}
 
     def items(self, ids: np.ndarray, of: Of = "all") -> Tensor:
+        """[n] ids → [n, D]."""
         return self.views(ids)[of]
 
     def views(self, ids: np.ndarray) -> dict[Of, Tensor]:
+        """[n] ids → by kind, the same [n, D]."""
         vectors = self._around(ids, 0)
         return {"all": vectors, "content": vectors, "id": vectors}
 
@@ -99,10 +104,17 @@ def made_up_data(folder: Path, items: int, users: int = USERS) -> PreparedData:
     nothing = EntityFeatures({}, np.zeros((0, 0), np.float32))
     brand = Feature("brand", "item", "categorical", "brand", "item_brand", BRANDS)
     return PreparedData(
-        path=folder, schema=Schema("made-up", "made-up", users, items, users, title="title", features=(brand,)),
-        offsets=np.arange(users + 1), item=ids % items, timestamp=ids, event=np.zeros(users, np.int32),
-        value=np.ones(users, np.float32), segment=None, items=nothing, users=nothing,
-    )  # fmt: skip
+        path=folder,
+        schema=Schema("made-up", "made-up", users, items, users, title="title", features=(brand,)),
+        offsets=np.arange(users + 1),
+        item=ids % items,
+        timestamp=ids,
+        event=np.zeros(users, np.int32),
+        value=np.ones(users, np.float32),
+        segment=None,
+        items=nothing,
+        users=nothing,
+    )
 
 
 def measure(folder: Path, items: int, dim: int, options: ExportOptions) -> None:
@@ -118,11 +130,16 @@ def measure(folder: Path, items: int, dim: int, options: ExportOptions) -> None:
     written = sum(f.stat().st_size for f in (folder / "export").rglob("*") if f.is_file())
     index = (folder / "export" / INDEX).stat().st_size if manifest.index else 0
     result = {
-        "items": items, "seconds": seconds, "before": before, "peak": _peak(), "written": written, "index": index,
+        "items": items,
+        "seconds": seconds,
+        "before": before,
+        "peak": _peak(),
+        "written": written,
+        "index": index,
         "floor": _floor(folder / "floor", written),
         "recall": min(r["@100"] for r in manifest.index.recall.values()) if manifest.index else None,
         "parameters": manifest.index.parameters if manifest.index else None,
-    }  # fmt: skip
+    }
     (folder / "result.json").write_text(json.dumps(result))
 
 
@@ -146,6 +163,7 @@ def _floor(file: Path, size: int) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Export each size in a process of its own, and print what it took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--dim", type=int, default=64)

@@ -54,11 +54,17 @@ class RandomModel:
         self.item_known = np.ones(data.schema.items, np.float32)
         self.user_known = np.ones(data.schema.users, np.float32)
         self.settings: dict[str, Any] = {
-            "dim": DIM, "max_history": MAX_HISTORY, "gaps": GAP_BUCKETS + 1, "cosine": True, "fusion": "sum",
-            "value_mean": 1.0, "value_scale": 0.0,
-        }  # fmt: skip
+            "dim": DIM,
+            "max_history": MAX_HISTORY,
+            "gaps": GAP_BUCKETS + 1,
+            "cosine": True,
+            "fusion": "sum",
+            "value_mean": 1.0,
+            "value_scale": 0.0,
+        }
 
     def rows(self, name: str, ids: np.ndarray, entity: str = "") -> Tensor:
+        """[n] ids → [n, D], random."""
         first = int(ids[0]) if len(ids) else 0
         return torch.randn(len(ids), DIM, generator=torch.Generator().manual_seed(first)) * DIM**-0.5
 
@@ -78,9 +84,12 @@ def made_up_export(folder: Path, items: int, index: IndexKind) -> Path:
     )
     model = RandomModel(data)
     source = ExportSource(
-        data, MadeUp(DIM), np.ones(items, bool), f"made-up-{items}",
+        data,
+        MadeUp(DIM),
+        np.ones(items, bool),
+        f"made-up-{items}",
         beside=lambda fresh: write_tower(data, model, True, "int8", fresh),
-    )  # fmt: skip
+    )
     began = time.monotonic()
     manifest = export(source, Alone(), target, ExportOptions(index=index))
     assert manifest is not None
@@ -89,6 +98,7 @@ def made_up_export(folder: Path, items: int, index: IndexKind) -> Path:
 
 
 def histories(keys: Sequence[str], count: int) -> list[list[int]]:
+    """Rows of the items of `count` random histories."""
     rng = np.random.default_rng(0)
     return [rng.choice(len(keys), min(HISTORY, len(keys)), replace=False).tolist() for _ in range(count)]
 
@@ -116,11 +126,11 @@ def floor(folder: Path, count: int) -> tuple[list[bytes], dict[str, float]]:
     return bodies, {"tower": tower, "index": search}
 
 
-def _each(work: Callable[[Any], Any], given: Sequence[Any]) -> float:
+def _each(function: Callable[[Any], Any], given: Sequence[Any]) -> float:
     taken = []
     for one in given:
         began = time.perf_counter()
-        work(one)
+        function(one)
         taken.append(time.perf_counter() - began)
     return float(np.median(taken))
 
@@ -194,6 +204,7 @@ async def swap(port: int, exports: Sequence[Path], swaps: int, seconds: float) -
 async def soak(
     port: int, bodies: list[bytes], connections: int, seconds: float, exports: Sequence[Path], swaps: int
 ) -> Tally:
+    """Load with swaps meanwhile."""
     tally, _ = await asyncio.gather(load(port, bodies, connections, seconds), swap(port, exports, swaps, seconds))
     return tally
 
@@ -221,6 +232,7 @@ def resident(process: subprocess.Popen[bytes]) -> float:
 
 
 def main() -> None:
+    """Measure a server of an export, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--export", type=Path, help="export to serve")

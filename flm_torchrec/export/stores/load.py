@@ -1,4 +1,4 @@
-"""An export or a delta → a vector database, streamed from the part files."""
+"""The items of an export or a delta → a vector database, streamed from the part files."""
 
 from __future__ import annotations
 
@@ -26,19 +26,21 @@ STORES = {
     "lancedb": ("lancedb", "LanceDB"),
     "postgresql": ("pgvector", "PgVector"),
 }
-"""By what --to starts with: the module, which is also the name of the extra that installs its client, and its class."""
+"""By the start of --to: module and class. The module's name is also that of the extra that installs the client."""
 BATCH = 1_000
-"""Rows sent at once."""
+"""Rows that are sent at once."""
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
-"""What all of them take for the name of a collection."""
+"""Names of collections that every database takes."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
+    """What a load has changed, in items."""
+
     upserted: int
     deleted: int
     total: int
-    """Items in the collection now."""
+    """In the collection afterwards."""
 
 
 @contextmanager
@@ -46,7 +48,7 @@ def opened(to: str, collection: str) -> Iterator[Store]:
     """The store that `--to` names.
 
     Raises:
-        RunError: unknown, not installed, not there, or it refuses what is asked of it.
+        RunError: the store is unknown, not installed or not there, or it refuses a request.
     """
     kind, _, location = to.partition(":")
     shown = redact_address(to)
@@ -74,14 +76,14 @@ def opened(to: str, collection: str) -> Iterator[Store]:
 
 
 def load(folder: Path, to: str, collection: str, vectors: Vectors) -> LoadReport:
-    """Put the items of an export into a collection, or bring it up to date by a delta; done again it changes nothing.
+    """Put the items of an export into a collection, or update it by a delta. A second call changes nothing.
 
     Args:
         to: KIND:PLACE, such as qdrant:FOLDER, milvus:FILE.db, lancedb:FOLDER, postgresql://USER@HOST/DATABASE.
-        vectors: column of the items.
+        vectors: the column of the items that is loaded.
 
     Raises:
-        RunError: the export is not whole, or the store does not take it.
+        RunError: the export is incomplete, or the store refuses it.
     """
     removed = pa.array([], pa.string())
     if (folder / DELTA).is_file():

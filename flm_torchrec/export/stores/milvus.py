@@ -12,21 +12,24 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.export.stores.protocol import ItemBatch
 
 LONGEST_KEY = 512
-"""Bytes."""
+"""In bytes."""
 
 
 class Milvus:
+    """A collection of Milvus Lite or of a Milvus server."""
+
     errors = (MilvusException, OSError, ValueError)
 
     def __init__(self, location: str, collection: str) -> None:
         if "://" not in location and not location.endswith(".db"):
             raise RunError(f"milvus:{location}: Milvus Lite wants a file that ends in .db, or give http://HOST:PORT")
-        for noisy in ("pymilvus", "grpc._server"):  # a stack beside every error raised, and for what Lite cannot do
+        for noisy in ("pymilvus", "grpc._server"):  # these log a traceback beside every error that is raised
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
         self.collection = collection
         self.client = MilvusClient(location)
 
     def create(self, dim: int) -> None:
+        """As of `Store`."""
         if not self.client.has_collection(self.collection):
             schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
             schema.add_field("item_key", DataType.VARCHAR, is_primary=True, max_length=LONGEST_KEY)
@@ -40,19 +43,24 @@ class Milvus:
             raise RunError(f"collection '{self.collection}': holds other vectors; give another --collection")
 
     def upsert(self, batch: ItemBatch) -> None:
+        """As of `Store`."""
         rows = zip(batch.keys, batch.vectors, batch.payloads, strict=True)
         self.client.upsert(self.collection, [{"item_key": k, "embedding": v, "payload": p} for k, v, p in rows])
 
     def delete(self, keys: list[str]) -> None:
-        # Given as ids, the client does not escape quotes; its strings take JSON's escapes.
+        """As of `Store`."""
+        # The client does not escape quotes in ids, so a filter is used; its strings have JSON's escapes.
         self.client.delete(self.collection, filter=f"item_key in {json.dumps(keys, ensure_ascii=False)}")
 
     def count(self) -> int:
+        """As of `Store`."""
         return int(self.client.query(self.collection, filter="", output_fields=["count(*)"])[0]["count(*)"])
 
     def search(self, vector: np.ndarray, k: int) -> list[tuple[str, float]]:
+        """As of `Store`."""
         found = self.client.search(self.collection, [vector.tolist()], limit=k, consistency_level="Strong")[0]
         return [(hit["item_key"], float(hit["distance"])) for hit in found]
 
     def close(self) -> None:
+        """As of `Store`."""
         self.client.close()

@@ -1,4 +1,4 @@
-"""PostgreSQL with the pgvector extension: a table of the collection's name, exact search unless it gets an index."""
+"""PostgreSQL with the pgvector extension: a table with the collection's name. Search is exact until it has an index."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ UPSERT = (
 
 
 class PgVector:
+    """A table of a PostgreSQL database."""
+
     errors = (psycopg.Error,)
 
     def __init__(self, location: str, collection: str) -> None:
@@ -29,6 +31,7 @@ class PgVector:
         self.connection = psycopg.connect(location)
 
     def create(self, dim: int) -> None:
+        """As of `Store`."""
         with self.connection.transaction():
             self.connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
             self.connection.execute(self._sql(CREATE, dim=sql.Literal(dim)))
@@ -39,6 +42,7 @@ class PgVector:
             raise RunError(f"collection '{self.collection}': holds other vectors; give another --collection")
 
     def upsert(self, batch: ItemBatch) -> None:
+        """As of `Store`."""
         rows = [
             (key, p["title"], Jsonb(p["attributes"]), p["model_version"], vector)
             for key, vector, p in zip(batch.keys, batch.vectors, batch.payloads, strict=True)
@@ -47,18 +51,22 @@ class PgVector:
             cursor.executemany(self._sql(UPSERT), rows)
 
     def delete(self, keys: list[str]) -> None:
+        """As of `Store`."""
         with self.connection.transaction():
             self.connection.execute(self._sql("DELETE FROM {table} WHERE item_key = ANY(%s)"), [keys])
 
     def count(self) -> int:
+        """As of `Store`."""
         row = self.connection.execute(self._sql("SELECT count(*) FROM {table}")).fetchone()
         return int(row[0]) if row else 0
 
     def search(self, vector: np.ndarray, k: int) -> list[tuple[str, float]]:
+        """As of `Store`."""
         best = "SELECT item_key, -(embedding <#> %s) FROM {table} ORDER BY embedding <#> %s LIMIT %s"
-        return self.connection.execute(self._sql(best), [vector, vector, k]).fetchall()  # <#> is minus the product
+        return self.connection.execute(self._sql(best), [vector, vector, k]).fetchall()  # <#> is -1 times it
 
     def close(self) -> None:
+        """As of `Store`."""
         self.connection.commit()
         self.connection.close()
 

@@ -1,4 +1,4 @@
-"""What loading needs of a vector database."""
+"""What `flm load` needs of a vector database."""
 
 from __future__ import annotations
 
@@ -10,36 +10,41 @@ import numpy as np
 
 @dataclass(frozen=True)
 class ItemBatch:
-    """Some items, by their keys in the source."""
+    """Some items, by their keys in the source of the data."""
 
     keys: list[str]
     vectors: np.ndarray  # [n, D] float32
     payloads: list[dict[str, Any]]
-    """Of each: "title", "attributes" {feature: [values]}, "model_version"."""
+    """For each item: "title", "attributes" {feature: [values]}, "model_version"."""
 
 
 class Store(Protocol):
-    """One collection, open. Scores are inner products."""
+    """One open collection. Scores are inner products."""
 
     errors: tuple[type[Exception], ...]
-    """What its client raises when the database says no."""
+    """What the client raises when the database refuses a request."""
 
     def create(self, dim: int) -> None:
-        """Make the collection, unless it is there.
+        """Make the collection, unless it exists.
+
+        Args:
+            dim: numbers of a vector.
 
         Raises:
-            RunError: it is there with vectors of another width.
+            RunError: the collection exists with vectors of another width.
         """
 
     def upsert(self, batch: ItemBatch) -> None:
-        """Put items in, in place of those with the same keys: twice the same is as once."""
+        """Put items in, in place of those with the same keys. A second call with the same items changes nothing."""
 
     def delete(self, keys: list[str]) -> None:
-        """Take items out; a key that is not there is no error."""
+        """Take items out. A key that is not in the collection is no error."""
 
-    def count(self) -> int: ...
+    def count(self) -> int:
+        """Number of items in the collection."""
 
     def search(self, vector: np.ndarray, k: int) -> list[tuple[str, float]]:
-        """Keys and scores of the k best items for a vector [D], best first."""
+        """Keys and scores of the k best items for a vector [D] float32, best first."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Write what is pending and close the connection."""

@@ -12,10 +12,12 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.export.stores.protocol import ItemBatch
 
 SPACE = uuid.uuid5(uuid.NAMESPACE_URL, "flm_torchrec")
-"""Qdrant takes no strings for ids: a point's is the UUID of its key in this namespace."""
+"""Qdrant has no strings as ids. The id of a point is the UUID of its key in this namespace."""
 
 
 class Qdrant:
+    """A collection of an embedded Qdrant or of a Qdrant server."""
+
     errors = (ApiException, ValueError, RuntimeError, OSError)
 
     def __init__(self, location: str, collection: str) -> None:
@@ -23,6 +25,7 @@ class Qdrant:
         self.client = QdrantClient(url=location) if "://" in location else QdrantClient(path=location)
 
     def create(self, dim: int) -> None:
+        """As of `Store`."""
         if not self.client.collection_exists(self.collection):
             vectors = models.VectorParams(size=dim, distance=models.Distance.DOT)
             self.client.create_collection(self.collection, vectors_config=vectors)
@@ -31,21 +34,26 @@ class Qdrant:
             raise RunError(f"collection '{self.collection}': holds other vectors; give another --collection")
 
     def upsert(self, batch: ItemBatch) -> None:
+        """As of `Store`."""
         payloads = [{"item_key": key, **p} for key, p in zip(batch.keys, batch.payloads, strict=True)]
         ids = [_point(key) for key in batch.keys]
         self.client.upsert(self.collection, models.Batch(ids=ids, vectors=batch.vectors.tolist(), payloads=payloads))
 
     def delete(self, keys: list[str]) -> None:
+        """As of `Store`."""
         self.client.delete(self.collection, models.PointIdsList(points=[_point(key) for key in keys]))
 
     def count(self) -> int:
+        """As of `Store`."""
         return self.client.count(self.collection).count
 
     def search(self, vector: np.ndarray, k: int) -> list[tuple[str, float]]:
+        """As of `Store`."""
         found = self.client.query_points(self.collection, query=vector.tolist(), limit=k).points
         return [(p.payload["item_key"], p.score) for p in found if p.payload]
 
     def close(self) -> None:
+        """As of `Store`."""
         self.client.close()
 
 

@@ -20,7 +20,7 @@ from flm_torchrec.data.hashing import gap_rows
 from flm_torchrec.data.text import split_words, word_bucket
 from flm_torchrec.documents import MOST_JSON_BYTES, read_text
 from flm_torchrec.errors import DataError, RunError
-from flm_torchrec.export.parts import whole
+from flm_torchrec.export.parts import single_array
 from flm_torchrec.export.tower.layout import DESCRIPTION, FOLDER, HISTORIES, ITEM, PROFILE, USER, Description
 from flm_torchrec.names import nearest
 from flm_torchrec.safe_text import first_line
@@ -133,7 +133,7 @@ class PackagedTower:
         self.nobody, _ = self._contents_of_nothing(folder)
 
     def _check_histories(self, file: Path) -> None:
-        item, event, _, _ = (whole(self.histories[name]).flatten().to_numpy() for name in HISTORY_FIELDS)
+        item, event, _, _ = (single_array(self.histories[name]).flatten().to_numpy() for name in HISTORY_FIELDS)
         for name, codes, most in (("item", item, self.items), ("event", event, len(self.events))):
             if len(codes) and not 0 <= codes.min() <= codes.max() < most:
                 raise RunError(f"{file}: column '{name}' holds {codes.min()} … {codes.max()}, of {most}; export again")
@@ -225,7 +225,7 @@ def _histories(file: Path) -> pa.Table:
     table.validate(full=True)
     if any(column.type != kind for column, kind in zip(table.columns, HISTORY_TYPES, strict=True)):
         raise ValueError(f"{HISTORIES} has columns of other types")
-    lengths = [whole(column).value_lengths() for column in table.columns]
+    lengths = [single_array(column).value_lengths() for column in table.columns]
     if any(length.null_count or not length.equals(lengths[0]) for length in lengths):
         raise ValueError(f"{HISTORIES} has lists of unequal length, or none")
     return table
