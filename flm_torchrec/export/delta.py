@@ -1,8 +1,8 @@
-"""What changed between two exports, and an older export brought up to date by it.
+"""Makes a delta of two exports, and applies a delta to the older one.
 
-The row of an id is compared with the row of the same id, all columns and bit by bit, part by part: no more than two
-parts are in memory. A delta's parts hold the rows that are new or changed; `removed/items.parquet` and
-`removed/users.parquet` the keys that are no longer there, for stores that know a row by its key.
+Rows of the same id are compared in all columns, bit by bit. Parts are compared one after another, so at most two are in
+memory. The parts of a delta have the rows that are new or changed. `removed/items.parquet` and `removed/users.parquet`
+have the keys that no longer exist, for stores that identify a row by its key.
 """
 
 from __future__ import annotations
@@ -55,34 +55,35 @@ from flm_torchrec.files import replacing, sha256, telling
 
 REMOVED = "removed"
 JOIN_MEMORY = "1GB"
-"""For finding keys that are no longer there; beyond it DuckDB works on disk."""
+"""Memory of DuckDB for the search for removed keys; beyond it DuckDB uses the disk."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Delta:
-    """`delta.json`, written last: what a delta changes."""
+    """`delta.json`, written last: what a delta changes. Field names are those of the file."""
 
     base_version: str
-    """Model of the export that it is to be applied to."""
+    """Model version of the export that the delta is applied to."""
     base_rows: str
     """`rows_digest` of that export."""
     changed: dict[str, Count]
-    """Rows new or changed, of "items" and "users"."""
+    """Number of rows that are new or changed, of "items" and "users"."""
     removed: dict[str, Count]
-    """Keys no longer there."""
+    """Number of keys that no longer exist, of "items" and "users"."""
     whole: Manifest
-    """Of the export that it leads to, with the digests of its rows."""
+    """Manifest of the resulting export, with the digests of its rows."""
     sha256: dict[str, Sha256]
-    """Of the delta's own files."""
+    """Digests of the delta's own files."""
 
     def rows(self, folder: Path, entity: Entity) -> ExportRows:
+        """The new and changed rows, in the delta's folder."""
         return ExportRows(folder, replace(self.whole, sha256=self.sha256), entity, complete=False)
 
     def removed_keys(self, folder: Path, entity: Entity) -> pa.ChunkedArray:
-        """Keys that are no longer there.
+        """The keys that no longer exist.
 
         Raises:
-            RunError: there are not as many as the delta says, or these are no texts.
+            RunError: the file is missing, has another number of keys than the delta says, or has no texts.
         """
         name, key = f"{REMOVED}/{entity}.parquet", f"{entity[:-1]}_key"
         if name not in self.sha256:
@@ -94,17 +95,15 @@ class Delta:
 
 
 def check_alike(folder: Path, old: Manifest, new: Manifest) -> None:
-    """Raise RunError where rows of the two cannot be compared."""
+    """Raise RunError where the rows of two exports cannot be compared."""
     for name in ("data", "dim", "heads", "storage", "quantise", "part_rows"):
         was, is_ = getattr(old, name), getattr(new, name)
         if was != is_:
             raise RunError(f"{folder}: {name} is {was} there and {is_} here; export whole, without --since")
 
 
-def write_delta(base: Path, old: Manifest, whole: Path, new: Manifest, output: Path) -> Delta:
-    """Compare two exports, both with their manifests, and write what leads from `base` to `whole`.
-
-    Claim the output first.
+def write_delta(base: Path, old: Manifest, complete: Path, new: Manifest, output: Path) -> Delta:
+    """Compare two exports, and write the delta that leads from `base` to `complete`. The caller has locked the output.
 
     Raises:
         RunError: their rows cannot be compared.
@@ -112,14 +111,14 @@ def write_delta(base: Path, old: Manifest, whole: Path, new: Manifest, output: P
     check_alike(base, old, new)
     with telling(output), replacing(output) as fresh:
         changed: dict[str, int] = {
-            e: _write_changed(ExportRows(base, old, e), ExportRows(whole, new, e), whole, fresh) for e in ENTITIES
+            e: _write_changed(ExportRows(base, old, e), ExportRows(complete, new, e), complete, fresh) for e in ENTITIES
         }
         removed: dict[str, int] = {
-            e: _write_removed(ExportRows(base, old, e), ExportRows(whole, new, e), e, fresh) for e in ENTITIES
+            e: _write_removed(ExportRows(base, old, e), ExportRows(complete, new, e), e, fresh) for e in ENTITIES
         }
         for name in new.sha256:
-            if not is_part(name):  # whatever lies beside the rows goes along whole
-                _copy(name, whole, fresh)
+            if not is_part(name):  # files beside the rows are copied
+                _copy(name, complete, fresh)
         files = {f.relative_to(fresh).as_posix(): sha256(f) for f in sorted(fresh.rglob("*")) if f.is_file()}
         delta = Delta(old.model_version, old.rows_digest, changed, removed, new, files)
         (fresh / DELTA).write_text(json.dumps(asdict(delta), indent=2), encoding="utf-8")
@@ -127,10 +126,10 @@ def write_delta(base: Path, old: Manifest, whole: Path, new: Manifest, output: P
 
 
 def load_delta(folder: Path) -> Delta:
-    """Read `delta.json` and check that every file is there and unchanged.
+    """Read `delta.json` and check that every file exists and is unchanged.
 
     Raises:
-        RunError: no delta, another format, a file missing or changed.
+        RunError: there is no delta, it has another format, or a file is missing or changed.
     """
     file = folder / DELTA
     if not file.is_file():
@@ -144,13 +143,13 @@ def load_delta(folder: Path) -> Delta:
 
 
 def apply_delta(base: Path, folder: Path, output: Path, overwrite: bool = True) -> Manifest:
-    """Write the export that the delta leads to: rows bit for bit, and an index over them of the kind the base has.
+    """Write the resulting export: its rows bit for bit, and an index of the kind that the base has.
 
     Args:
-        overwrite: replace an older export at `output`; else it is refused, and anything else always.
+        overwrite: replace an older export at `output`; without it that is refused. Anything else is never replaced.
 
     Raises:
-        RunError: the delta is of another base, one of the two is not whole, or another process writes the output.
+        RunError: the delta has another base, one of the two is incomplete, or another process writes the output.
     """
     with claim(output):
         check_output(output, overwrite)
@@ -166,7 +165,7 @@ def _apply_delta(base: Path, folder: Path, output: Path) -> Manifest:
         )
     check_alike(base, old, delta.whole)
     kind: IndexKind = "none"
-    if old.index:  # what was asked for: the new rows may keep the promise where the old ones did not
+    if old.index:  # the kind that was set: with the new rows it may reach the promised recall
         kind = old.index.asked if old.index.rows else old.index.kind
     promised = old.index.promised if old.index else RECALL
     with telling(output), replacing(output) as fresh:
@@ -186,18 +185,18 @@ def _apply_delta(base: Path, folder: Path, output: Path) -> Manifest:
 def export_delta(
     source: ExportSource, comm: Collectives, base: Path, output: Path, options: ExportOptions, overwrite: bool = True
 ) -> Delta | None:
-    """Export whole, beside `output` for as long as it takes, and keep what differs from `base`; collective.
+    """Make a complete export in a temporary folder beside `output`, and write its delta to `base`; collective.
 
     Raises:
-        RunError: as of `export` and `write_delta`; where rows cannot be compared, before any is encoded.
+        RunError: as of `export` and `write_delta`. Rows that cannot be compared are refused before any is encoded.
     """
     old = read_manifest(base)
     options = replace(options, index="none", part_rows=old.part_rows)
     check_alike(base, old, blank_manifest(source, options))
     together(comm, base, lambda: check_files(base, old.sha256, base / FILE) if comm.rank == 0 else None)
     with claimed(output, overwrite, comm), fresh_folder(output, comm) as beside:
-        manifest = export(source, comm, beside / "whole", options)
-        return None if manifest is None else write_delta(base, old, beside / "whole", manifest, output)
+        manifest = export(source, comm, beside / "complete", options)
+        return None if manifest is None else write_delta(base, old, beside / "complete", manifest, output)
 
 
 def _copy(name: str, source: Path, target: Path) -> None:
@@ -205,7 +204,7 @@ def _copy(name: str, source: Path, target: Path) -> None:
     shutil.copy(source / name, target / name)
 
 
-def _write_changed(old: ExportRows, new: ExportRows, whole: Path, fresh: Path) -> int:
+def _write_changed(old: ExportRows, new: ExportRows, complete: Path, fresh: Path) -> int:
     count = 0
     before = {file.name: file for file in old.files}
     for file in new.files:
@@ -214,13 +213,13 @@ def _write_changed(old: ExportRows, new: ExportRows, whole: Path, fresh: Path) -
         if file.name in before:
             changed = _differs(old.part(before[file.name]), table, before[file.name])
         if changed.any():
-            write_part(fresh / file.relative_to(whole), table.filter(pa.array(changed)))
+            write_part(fresh / file.relative_to(complete), table.filter(pa.array(changed)))
             count += int(changed.sum())
     return count
 
 
 def _differs(old: pa.Table, new: pa.Table, file: Path) -> np.ndarray:
-    """[rows of new] bool: not the same as the old row in that place, or there was none."""
+    """[rows of new] bool: the row differs from the old row at its position, or there is none."""
     if not old.schema.equals(new.schema):
         raise RunError(f"{file}: has other columns than the new export; export whole, without --since")
     both = min(len(old), len(new))
@@ -237,7 +236,7 @@ def _differs(old: pa.Table, new: pa.Table, file: Path) -> np.ndarray:
 
 
 def _write_removed(old: ExportRows, new: ExportRows, entity: Entity, fresh: Path) -> int:
-    """Keys of the old rows that no new row has."""
+    """Write the keys of old rows that no new row has, and return their number."""
     key, file = f"{entity[:-1]}_key", fresh / REMOVED / f"{entity}.parquet"
     file.parent.mkdir(exist_ok=True)
     spill = fresh / "spill"
@@ -259,11 +258,11 @@ def _write_merged(old: ExportRows, new: ExportRows, entity: Entity, delta: Delta
         stop, file = min(start + delta.whole.part_rows, rows), Path(name).name
         tables = [old.part(before[file])] if file in before else []
         kept = len(tables[0]) if tables else 0
-        place = np.arange(stop - start)
+        source_row = np.arange(stop - start)
         if file in after:
             changed = new.part(after[file])
-            place[changed[f"{entity[:-1]}_id"].to_numpy() - start] = kept + np.arange(len(changed))
+            source_row[changed[f"{entity[:-1]}_id"].to_numpy() - start] = kept + np.arange(len(changed))
             tables.append(changed)
-        if not tables or place.max() >= sum(map(len, tables)) or any(t.schema != tables[0].schema for t in tables):
+        if not tables or source_row.max() >= sum(map(len, tables)) or any(t.schema != tables[0].schema for t in tables):
             raise RunError(f"{fresh.name}: {name} does not follow from base and delta; export whole")
-        write_part(fresh / name, pa.concat_tables(tables).take(place).replace_schema_metadata(version))
+        write_part(fresh / name, pa.concat_tables(tables).take(source_row).replace_schema_metadata(version))

@@ -1,7 +1,7 @@
-"""faiss indices over an export's distinct item vectors, tuned against brute force; equal vectors are items of one row.
+"""faiss indices over an export's distinct item vectors, tuned against brute force.
 
-A graph finds few of many equal vectors, and may not get past these to better ones. So each distinct vector is indexed
-once, and `items.rows.npy` says which row of the index an item has; without that file item i has row i.
+A graph finds only some of many equal vectors, and these may hide better ones. So each distinct vector is indexed once,
+and `items.rows.npy` has the row of each item in the index; without that file item i has row i.
 """
 
 from __future__ import annotations
@@ -25,32 +25,33 @@ from flm_torchrec.export.vectors import decode
 INDEX, ROWS = "items.faiss", "items.rows.npy"
 
 SAMPLE = 256
-"""Users of whom each head's recall is taken."""
+"""Users by which the recall of each head is measured."""
 CUTS = (10, 100)
 CLOSE = 1e-5
-"""Part of the largest score by which a score may be below the k-th best and count: sums differ by their order."""
+"""A score may be below the k-th best by this share of the largest score and still count: sums depend on their order."""
 
 LINKS, CONSTRUCTION = 32, 200
 """HNSW's M and efConstruction (Malkov & Yashunin, IEEE TPAMI 2020)."""
 TRAINING_ROWS = 39
-"""Of a centroid: below that faiss warns of too few."""
+"""Training vectors for each centroid; faiss warns of fewer."""
 BITS = 8
-"""Of a number of PQ's code."""
+"""Bits of one number of a product quantisation code."""
 LISTS = 32_768
+"""Maximum of inverted lists."""
 
 STEPS: dict[str, tuple[dict[str, int], ...]] = {
     "hnsw": tuple({"efSearch": ef} for ef in (128, 256, 512, 1024, 2048, 4096)),
     "ivfpq": tuple({"nprobe": 2 << n, "k_factor_rf": 2 << n // 2} for n in range(2, 12)),
     "flat": ({},),
 }
-"""Search effort, raised until recall@100 is what was promised or there is no more."""
+"""Steps of search effort, tried until recall@100 is what was promised."""
 EFFORT = ("efSearch", "nprobe", "k_factor_rf")
 TYPES: dict[str, type] = {"flat": faiss.IndexFlat, "hnsw": faiss.IndexHNSW, "ivfpq": faiss.IndexRefine}
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Items by their row in the index: those with the same vector share a row."""
+    """Items by their row in the index: items with the same vector share a row."""
 
     row: np.ndarray  # [items] int64: the row of each item
     first: np.ndarray  # [rows] int64: the first item of each row
@@ -59,7 +60,7 @@ class Groups:
 
     @classmethod
     def of(cls, row: np.ndarray, rows: int) -> Groups:
-        """Of each item's row, from 0 to `rows` - 1, every one of which has an item."""
+        """The groups by each item's row [items], from 0 to `rows` - 1; every row has an item."""
         members = np.argsort(row, kind="stable")
         starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))])
         return cls(row, members[starts[:-1]], starts, members)
@@ -70,15 +71,15 @@ class Groups:
 
 @dataclass(frozen=True)
 class ItemIndex:
-    """A faiss index over distinct vectors that answers in items."""
+    """A faiss index over distinct vectors. Its results are items."""
 
     index: faiss.Index
     groups: Groups
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and items [q, k] of the k best, best first and of equal scores the lower item first.
+        """Queries [q, D] → scores and items [q, k], best first, and of equal scores the lower item first.
 
-        Where fewer are found the rest is -inf and item -1.
+        Where fewer are found, the rest has score -inf and item -1.
         """
         found, rows = self.index.search(queries, min(k, len(self.groups)))
         scores = np.full((len(queries), k), -np.inf, np.float32)
@@ -91,16 +92,16 @@ class ItemIndex:
         return scores, items
 
     def _members(self, scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of rows, best first: at least the k best items if there are so many, of each row the first k."""
+        """Scores and items of rows, best first: the k best items or more, and at most k of each row."""
         starts = self.groups.starts[rows]
         lengths = np.minimum(self.groups.starts[rows + 1] - starts, k)
         ends = np.cumsum(lengths)
         enough = int(np.searchsorted(ends, k))
-        if enough < len(rows):  # rows behind the k-th item count only where their score is the same
+        if enough < len(rows):  # later rows count only where their score is that of the k-th item
             kept = int(np.searchsorted(-scores, -scores[enough], side="right"))
             starts, lengths, ends, scores = starts[:kept], lengths[:kept], ends[:kept], scores[:kept]
-        places = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
-        return np.repeat(scores, lengths), self.groups.members[np.repeat(starts, lengths) + places]
+        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+        return np.repeat(scores, lengths), self.groups.members[np.repeat(starts, lengths) + within]
 
 
 def top(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -113,7 +114,7 @@ def top(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.nda
 
 
 def check_index(kind: IndexKind, items: int) -> None:
-    """Raise RunError where the catalogue is too small to train the index."""
+    """Raise RunError where there are too few items to train the index."""
     if kind == "ivfpq" and items < TRAINING_ROWS << BITS:
         raise RunError(
             f"--index ivfpq: trains on {TRAINING_ROWS << BITS} items at least, not {items}; use flat or hnsw"
@@ -121,10 +122,10 @@ def check_index(kind: IndexKind, items: int) -> None:
 
 
 def build_index(folder: Path, manifest: Manifest, kind: IndexKind, promised: float = RECALL) -> IndexReport | None:
-    """Write the index over the distinct embeddings; it alone is in memory, beside one part of the items.
+    """Write the index over the distinct embeddings. In memory are the index and one part of the items.
 
-    Its recall is that of the least of the heads, each asked for a sample of users. Where that stays below what is
-    promised, or there are too few distinct vectors to train it, a flat index takes its place, as the report says.
+    Recall is measured for each head with a sample of users, and the minimum over heads counts. If it is less than
+    promised, or there are too few distinct vectors to train the index, a flat index is written, and the report says so.
     """
     if kind == "none":
         return None
@@ -137,10 +138,10 @@ def build_index(folder: Path, manifest: Manifest, kind: IndexKind, promised: flo
     if kind == "ivfpq" and len(groups) < TRAINING_ROWS << BITS:
         kind = "flat"
     found, parameters, recall = _tuned(items, groups, kind, queries, best, promised)
-    if _least(recall) < promised:
+    if _min_recall(recall) < promised:
         kind = "flat"
         found, parameters, recall = _tuned(items, groups, kind, queries, best, promised)
-    with (folder / INDEX).open("wb") as stream:  # faiss's own writer does not tell of a full disk at the end
+    with (folder / INDEX).open("wb") as stream:  # faiss's own writer does not report a disk that is full at the end
         faiss.write_index(found.index, faiss.PyCallbackIOWriter(stream.write))  # type: ignore[attr-defined]
     size = (folder / INDEX).stat().st_size
     if len(groups) < manifest.items:
@@ -150,13 +151,13 @@ def build_index(folder: Path, manifest: Manifest, kind: IndexKind, promised: flo
 
 
 def open_index(folder: Path, manifest: Manifest) -> ItemIndex | None:
-    """The index, set to search as hard as its measured recall took; None where there is none to go by.
+    """The index, set to the search effort of its measured recall; None where all items must be scored.
 
-    That is where the export was made without, or by an older version that indexed equal vectors many times over: its
-    graph may hide the best items, so all items are to be scored.
+    That is the case where the export has no index, or where an older version indexed equal vectors several times: its
+    graph may hide the best items.
 
     Raises:
-        RunError: faiss cannot read it, or it is not of these items.
+        RunError: faiss cannot read the index, or it has other rows than the manifest says.
     """
     report = manifest.index
     if report is None or (report.rows is None and report.kind != "flat"):
@@ -179,7 +180,11 @@ def open_index(folder: Path, manifest: Manifest) -> ItemIndex | None:
 
 
 def brute_force(blocks: Iterator[np.ndarray], queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and ids [q, k] of the k largest inner products, over blocks of items in order of id."""
+    """Scores and ids [q, k] of the k largest inner products with queries [q, D].
+
+    Args:
+        blocks: [n, D] each, the vectors of all items in order of id.
+    """
     heap = faiss.ResultHeap(len(queries), k, keep_max=True)
     first = 0
     for vectors in blocks:
@@ -191,13 +196,13 @@ def brute_force(blocks: Iterator[np.ndarray], queries: np.ndarray, k: int) -> tu
 
 
 def _groups(items: ExportRows) -> Groups:
-    """Items by equal vectors, told apart by a digest of 128 bits each; rows are in order of their first item."""
+    """Groups of items with equal vectors, by a digest of 128 bits; rows are in order of their first item."""
     digests = [
         np.frombuffer(b"".join(blake2b(vector, digest_size=16).digest() for vector in vectors + 0.0), np.uint64)
         for vectors in items.vectors("embedding")  # + 0.0: minus zero is zero
     ]
     pairs = np.concatenate(digests).reshape(-1, 2)
-    order = np.lexsort((pairs[:, 1], pairs[:, 0]))  # stable: equal ones stay in order of id
+    order = np.lexsort((pairs[:, 1], pairs[:, 0]))  # stable: equal vectors stay in order of id
     fresh = np.concatenate([[True], (np.diff(pairs[order].view(np.int64), axis=0) != 0).any(1)])
     first = np.minimum.reduceat(order, np.flatnonzero(fresh))
     rank = np.empty(len(first), np.int64)
@@ -225,7 +230,7 @@ def _read_groups(folder: Path, items: int, rows: int) -> Groups:
 def _tuned(
     items: ExportRows, groups: Groups, kind: IndexKind, queries: np.ndarray, best: np.ndarray, promised: float
 ) -> tuple[ItemIndex, dict[str, int], dict[str, dict[str, float]]]:
-    """An index with the least effort that keeps the promise, or with the most that there is."""
+    """The index with the minimum effort that reaches the promised recall, or with the maximum; parameters; recall."""
     index, parameters = _new(kind, items, groups)
     for vectors in _distinct(items, groups):
         index.add(vectors)
@@ -238,17 +243,18 @@ def _tuned(
             scores = _scores(items, queries, ids)
         recall = _recall(scores, best)
         parameters |= step
-        if _least(recall) >= promised:
+        if _min_recall(recall) >= promised:
             break
     return found, parameters, recall
 
 
-def _least(recall: dict[str, dict[str, float]]) -> float:
+def _min_recall(recall: dict[str, dict[str, float]]) -> float:
+    """The minimum over the heads of recall@100."""
     return min(r[f"@{max(CUTS)}"] for r in recall.values())
 
 
 def _distinct(items: ExportRows, groups: Groups) -> Iterator[np.ndarray]:
-    """The vectors of the index, in order of row, part by part."""
+    """The vectors of the index in order of row, part by part: [n, D]."""
     start = 0
     for vectors in items.vectors("embedding"):
         low, high = np.searchsorted(groups.first, [start, start + len(vectors)])
@@ -264,8 +270,8 @@ def _new(kind: IndexKind, items: ExportRows, groups: Groups) -> tuple[faiss.Inde
         graph = faiss.IndexHNSWFlat(dim, LINKS, faiss.METRIC_INNER_PRODUCT)
         graph.hnsw.efConstruction = CONSTRUCTION
         return graph, {"M": LINKS, "efConstruction": CONSTRUCTION}
-    # About four lists to the square root of the items (faiss guidelines); a byte of code for four numbers or so,
-    # and fp16 vectors beside them by which what the codes found is ordered anew.
+    # About 4 √N lists (faiss guidelines), a byte of code for about four numbers, and fp16 vectors that re-rank what
+    # the codes find.
     lists = min(LISTS, 2 ** round(math.log2(4 * math.sqrt(rows))))
     lists = min(lists, rows // TRAINING_ROWS)
     m = max(m for m in range(1, max(2, dim // 4 + 1)) if dim % m == 0)
@@ -281,22 +287,25 @@ def _set(index: faiss.Index, values: dict[str, int]) -> None:
 
 
 def _scores(items: ExportRows, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """[q, k] inner products of queries with the items found; -inf where none was."""
+    """[q, k] inner products of queries with the found items; -inf where none was found."""
     wanted = np.unique(ids[ids >= 0])
-    held = np.empty((len(wanted), queries.shape[1]), np.float32)
+    loaded = np.empty((len(wanted), queries.shape[1]), np.float32)
     start = 0
     for vectors in items.vectors("embedding"):
         low, high = np.searchsorted(wanted, [start, start + len(vectors)])
-        held[low:high] = vectors[wanted[low:high] - start]
+        loaded[low:high] = vectors[wanted[low:high] - start]
         start += len(vectors)
     scores = np.full(ids.shape, -np.inf, np.float32)
     for query, found, row in zip(queries, ids, scores, strict=True):
-        row[found >= 0] = held[np.searchsorted(wanted, found[found >= 0])] @ query
+        row[found >= 0] = loaded[np.searchsorted(wanted, found[found >= 0])] @ query
     return scores
 
 
 def _recall(scores: np.ndarray, best: np.ndarray) -> dict[str, dict[str, float]]:
-    """By head, whose queries stand one after another. Found is any item whose score is that of the k-th best."""
+    """Recall by head; the rows of `scores` and `best` are grouped by head.
+
+    An item counts as found if its score is at least that of the k-th best item.
+    """
     recall: dict[str, dict[str, Any]] = {}
     parts = (np.split(of_all, len(REPRESENTATIONS)) for of_all in (scores, best))
     for head, mine, true in zip(REPRESENTATIONS, *parts, strict=True):

@@ -1,4 +1,4 @@
-"""What quantised vectors cost: NDCG@10 of the same users before and after, counted while items go by once."""
+"""The cost of quantised vectors: NDCG@10 of the same users with exact and with stored vectors, in one pass."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ from flm_torchrec.export.parts import spread
 from flm_torchrec.export.vectors import decode, encode
 
 SAMPLE = 4096
-"""Most users whose NDCG is taken: the same ones before and after, so that a difference of 1 % stands out."""
+"""Maximum of users. They are the same before and after, so that a difference of 1 % is visible."""
 PAIRS, LEAST = 1 << 34, 256
-"""Scores to compute for each head, by which large catalogues have fewer users, but LEAST of them."""
+"""Maximum of scores for each head: with many items fewer users are measured, and at least LEAST."""
 CUT = 10
 USERS = 512
-"""Scored at once."""
+"""Users that are scored at once."""
 
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """Examples to rank items for, on every rank."""
+    """Validation examples, the same on every rank."""
 
     encoder: Encoder
-    """Of `examples`."""
+    """For the users of `examples`."""
     examples: Examples
 
 
 class Quality:
-    """Counts, for each example, the items of this rank that outrank the true one; all ranks' counts make its rank.
+    """Counts for each example the items of this rank that score at least as high as the true one.
 
-    As in evaluation an equal score counts against the model, and items of the known events are not ranked.
+    The sum over ranks gives the true item's rank. As in evaluation, a tie counts against the model, and items of the
+    known events are not ranked.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Quality:
         self.seen_items = data.item[spans(starts, examples.end - starts)][order]
 
     def add(self, ids: np.ndarray, vectors: Tensor) -> None:
-        """Count the items `ids`, a range ascending, with vectors [n, D]."""
+        """Count the items `ids` [n], an ascending range, with vectors [n, D]."""
         for when, shown in (("before", vectors), ("after", self._stored(vectors))):
             for head, users in self.users[when].items():
                 for start in range(0, len(users), USERS):
@@ -86,18 +87,18 @@ class Quality:
         return torch.tensor(decode(encode(vectors.numpy(), self.quantise)))
 
     def result(self) -> dict[str, dict[str, float]]:
-        """By head: "before", "after" and the relative "change". Collective."""
-        found: dict[str, dict[str, float]] = {}
+        """By head: NDCG@10 "before" and "after", and the relative "change"; collective."""
+        quality: dict[str, dict[str, float]] = {}
         for head in REPRESENTATIONS:
             above = {when: self.comm.all_reduce_sum(counts[head]) for when, counts in self.above.items()}
             ndcg = {when: RankCounts(np.bincount(counts.numpy()), {}).ndcg(CUT) for when, counts in above.items()}
             change = ndcg["after"] / ndcg["before"] - 1 if ndcg["before"] > 0 else 0.0
-            found[head] = {**ndcg, "change": change}
-        return found
+            quality[head] = {**ndcg, "change": change}
+        return quality
 
 
 def _encoded(encoder: Encoder, rows: np.ndarray, comm: Collectives, block: int) -> dict[str, Tensor]:
-    """The examples' vectors [len(rows), D] by head, on every rank; collective."""
+    """By head, the vectors [len(rows), D] of the examples `rows`, on every rank; collective."""
     parts: dict[str, list[Tensor]] = {head: [] for head in REPRESENTATIONS}
     for mine in user_blocks(len(rows), block, comm):
         encoded = encoder.users(rows[mine])

@@ -1,4 +1,4 @@
-"""Recommendations from an export alone: no model, no training data."""
+"""Recommendations from an export alone, without model and training data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Recommendation:
 
 
 class Recommender:
-    """Answers from an export.
+    """Recommends items to the users of an export.
 
     Raises:
         RunError: the export is missing, incomplete or changed.
@@ -42,10 +42,13 @@ class Recommender:
         self.shown = self.items.table(["item_key", "title"])
 
     def recommend(self, user_key: str, k: int, head: str = "fused", include_seen: bool = False) -> list[Recommendation]:
-        """The user's k best items by one head, best first, without those the user has had.
+        """The user's k best items by one head, best first, without items of the user's events.
+
+        Args:
+            include_seen: also items of the user's events.
 
         Raises:
-            RunError: unknown user or head, or k below 1.
+            RunError: the user or the head is unknown, or k is below 1.
         """
         if k < 1:
             raise RunError(f"-k {k}: ask for at least 1 item")
@@ -54,22 +57,22 @@ class Recommender:
         vector, seen = self._user(user_key, head)
         left_out = set() if include_seen else set(seen.tolist())
         scores, ids = self._search(vector, min(k + len(left_out), self.manifest.items))
-        found = [(i, s) for i, s in zip(ids.tolist(), scores.tolist(), strict=True) if i not in left_out]
+        unseen = [(i, s) for i, s in zip(ids.tolist(), scores.tolist(), strict=True) if i not in left_out]
         return [
             Recommendation(self.shown["item_key"][i].as_py(), self.shown["title"][i].as_py(), score)
-            for i, score in found[:k]
+            for i, score in unseen[:k]
             if i >= 0
         ]
 
     def _search(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and ids [k] of the best items by query [D]."""
+        """Scores and ids [k] of the best items for a query [D]."""
         if self.index is not None:
             scores, ids = self.index.search(query[None], k)
             return scores[0], ids[0]
         best, found = np.zeros(0, np.float32), np.zeros(0, np.int64)
         start = 0
         for vectors in self.items.vectors("embedding"):
-            # By faiss, whose sum is the same for equal vectors wherever they stand; a BLAS product is not.
+            # By faiss: its sum is the same for equal vectors at any position, unlike a BLAS product.
             scores, ids = faiss.knn(query[None], vectors, len(vectors), metric=faiss.METRIC_INNER_PRODUCT)
             best, found = top(np.concatenate([best, scores[0]]), np.concatenate([found, ids[0] + start]), k)
             start += len(vectors)
@@ -80,5 +83,5 @@ class Recommender:
             row = part.filter(pc.field("user_key") == key)
             if len(row):
                 return decode(row[head])[0], np.asarray(row["seen"][0].as_py(), np.int64)
-        known = self.users.table(["user_key"])["user_key"].slice(0, COMPARED).to_pylist()
-        raise RunError(f"user '{key}': not in {self.folder}; {nearest_key(key, known, COMPARED)}")
+        compared = self.users.table(["user_key"])["user_key"].slice(0, COMPARED).to_pylist()
+        raise RunError(f"user '{key}': not in {self.folder}; {nearest_key(key, compared, COMPARED)}")

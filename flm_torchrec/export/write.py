@@ -27,45 +27,46 @@ from flm_torchrec.export.vectors import encode
 from flm_torchrec.files import new_folder, put_in_place, remove, telling, temporary
 
 VIEWS: dict[str, Of] = {"embedding": "all", "content": "content", "id": "id"}
-"""What the encoder calls them."""
+"""By column of the items, the kind of vector that the encoder makes."""
 
 
 @dataclass(frozen=True)
 class ExportSource:
-    """What is exported."""
+    """What is exported: the data, the model, and what is measured or written besides."""
 
     data: PreparedData
     encoder: Encoder
-    """Of `everyone(data)`: each user after all known events."""
-    item_known: np.ndarray  # [items] bool: trained; of the others the id is hidden
+    """For the examples of `everyone(data)`: each user after all known events."""
+    item_known: np.ndarray  # [items] bool: the id was trained; the encoder hides other ids
     version: str
-    """Of the model; stands in the metadata of every file."""
+    """Of the model; in the metadata of every file."""
     validation: ValidationSet | None = None
-    """By whom to tell what quantising costs: validation examples. None: it is not told."""
+    """Examples by which the cost of quantised vectors is measured. None: it is not measured."""
     beside: Callable[[Path], None] = lambda folder: None
-    """Writes more into the export, such as the user tower; collective."""
+    """Writes further files into the export, such as the user tower; collective."""
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How it is written."""
+    """How an export is written."""
 
     storage: Storage = "parquet"
     quantise: Quantise = "none"
     index: IndexKind = "flat"
     recall: float = RECALL
-    """Recall@100 that the index promises: a flat one takes the place of one that stays below."""
+    """Recall@100 that the index promises. A flat index replaces one that does not reach it."""
     user_block: int = 256
-    """Users encoded at once."""
+    """Users that are encoded at once."""
     item_block: int = 16_384
+    """Items that are encoded at once."""
     part_rows: int = PART_ROWS
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse to replace anything but an older export, and that only when asked.
+    """Check that nothing is replaced but an older export, and that only with `overwrite`.
 
     Raises:
-        RunError: the folder is in use.
+        RunError: the output is a file, another folder, or an export without `overwrite`.
     """
     if output.is_file():
         raise RunError(f"{output}: is a file; give another --output")
@@ -79,10 +80,10 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 @contextmanager
 def claimed(output: Path, overwrite: bool, comm: Collectives) -> Iterator[None]:
-    """Keep other jobs from writing the output; rank 0 claims it for all ranks. Collective.
+    """Keep other jobs from writing the output. Rank 0 locks it for all ranks; collective.
 
     Raises:
-        InUse: another job has it.
+        InUse: another job writes the output.
         RunError: as of `check_output`.
     """
     with ExitStack() as claims:
@@ -98,11 +99,11 @@ def claimed(output: Path, overwrite: bool, comm: Collectives) -> Iterator[None]:
 
 @contextmanager
 def fresh_folder(output: Path, comm: Collectives) -> Iterator[Path]:
-    """A folder beside the output, the same on all ranks, that is gone at the end unless put in place. Collective."""
+    """A folder beside the output, the same on all ranks; removed at the end unless it was put in place. Collective."""
     drawn = torch.tensor(secrets.randbits(60) if comm.rank == 0 else 0)
     token = f"{int(comm.all_reduce_sum(drawn)):016x}"
     fresh = temporary(output, "new", token)
-    together(comm, output, lambda: None if comm.rank else _make(output, token))
+    together(comm, output, lambda: None if comm.rank else _make_folder(output, token))
     try:
         yield fresh
     finally:
@@ -110,24 +111,24 @@ def fresh_folder(output: Path, comm: Collectives) -> Iterator[Path]:
             remove(fresh)
 
 
-def _make(output: Path, token: str) -> None:
+def _make_folder(output: Path, token: str) -> None:
     new_folder(output, token)
 
 
 def export(
     source: ExportSource, comm: Collectives, output: Path, options: ExportOptions, overwrite: bool = True
 ) -> Manifest | None:
-    """Write the export; collective. Rank 0 builds the index and returns the manifest.
+    """Write the export; collective. Rank 0 builds the index and returns the manifest, the others return None.
 
-    Each rank encodes and writes its own range of parts, so that none holds more than one part; the folder is on a
-    disk that all ranks share, as a run's is.
+    Each rank encodes and writes its own range of parts and has one part in memory. The folder must be on a disk that
+    all ranks share, as the run's folder is.
 
     Args:
-        overwrite: replace an older export; else it is refused, and anything else always.
+        overwrite: replace an older export; without it that is refused. Anything else is never replaced.
 
     Raises:
-        RunError: the catalogue is too small for the index, another job writes the output, or the disk does not take it;
-            nothing is left then.
+        RunError: there are too few items for the index, another job writes the output, or the disk cannot be written.
+            No file is left then.
     """
     check_index(options.index, source.data.schema.items)
     manifest = blank_manifest(source, options)
@@ -141,13 +142,13 @@ def export(
         together(comm, output, lambda: source.beside(fresh))
         manifest = replace(manifest, quality={} if quality is None else quality.result())
         if comm.rank:
-            return None  # none waits for an index, which may take longer than a collective
+            return None  # other ranks do not wait for the index: it may take longer than the time limit of a collective
         with telling(output):
             return _finish(manifest, fresh, output, options)
 
 
 def blank_manifest(source: ExportSource, options: ExportOptions) -> Manifest:
-    """What can be said of an export before it is made."""
+    """The manifest of an export before it is made: without files, index and quality."""
     schema = source.data.schema
     return Manifest(
         format=FORMAT,
@@ -205,7 +206,7 @@ def _write_items(writer: _PartWriter, quality: Quality | None) -> None:
     source, options, comm = writer.source, writer.options, writer.comm
     keys = Keys(source.data, "item")
     for part, blocks in rounds(source.data.schema.items, options.part_rows, options.item_block, comm):
-        views = [source.encoder.views(ids) for ids in blocks]  # collective, also of no ids
+        views = [source.encoder.views(ids) for ids in blocks]  # collective, also without ids
 
         def table_of(ids: np.ndarray, view: dict[Of, Tensor]) -> pa.Table:
             if quality is not None:
@@ -222,7 +223,7 @@ def _write_users(writer: _PartWriter) -> None:
     source, options, comm = writer.source, writer.options, writer.comm
     data, keys = source.data, Keys(source.data, "user")
     for part, blocks in rounds(data.schema.users, options.part_rows, options.user_block, comm):
-        encoded = [source.encoder.users(ids) for ids in blocks]  # collective, also of no ids
+        encoded = [source.encoder.users(ids) for ids in blocks]  # collective, also without ids
 
         def table_of(ids: np.ndarray, by_head: dict[str, Tensor]) -> pa.Table:
             offsets = data.offsets[ids[0] : ids[-1] + 2]
@@ -236,7 +237,10 @@ def _write_users(writer: _PartWriter) -> None:
 
 
 def rounds(rows: int, part_rows: int, block: int, comm: Collectives) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """This rank's parts, each with its ids in blocks: as many of both on each rank, empty ones at the end."""
+    """Numbers of this rank's parts, each with its ids in blocks.
+
+    All ranks have the same number of parts and of blocks; the last may be empty.
+    """
     parts = -(-rows // part_rows)
     share = -(-parts // comm.world_size)
 
@@ -252,7 +256,11 @@ def rounds(rows: int, part_rows: int, block: int, comm: Collectives) -> Iterator
 
 
 def together(comm: Collectives, folder: Path, action: Callable[[], None]) -> None:
-    """Run each rank's action; if one fails, all stop, and none waits for it in a collective."""
+    """Run each rank's action; collective. If one fails, all ranks stop, and none waits in a later collective.
+
+    Raises:
+        RunError: the action of this rank or of another one failed.
+    """
     problem: RunError | None = None
     try:
         with telling(folder):

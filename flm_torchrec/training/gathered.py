@@ -49,7 +49,7 @@ class GatheredModel:
         return tower.eval()
 
     def rows(self, name: str, ids: np.ndarray, entity: str = "") -> Tensor:
-        """[n] ids or codes → [n, D] float32 on the CPU; see `export.tower.Model`."""
+        """[n] ids or codes → [n, D] float32 on the CPU; see `export.tower.writer.TowerSource`."""
         schema, model = self.job.data.schema, self.model
         with torch.no_grad():
             if name == "item_id":

@@ -1,4 +1,4 @@
-"""The files of the packaged tower: their names, and what `tower.json` holds."""
+"""The files of the packaged tower: their names, and the content of `tower.json`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Count = Annotated[int, Field(ge=0, le=1 << 40)]
 
 
 class FeatureDescription(BaseModel):
-    """A feature as the tower takes it; see `encoder.Kind`."""
+    """A feature in `tower.json`, see `reader.PackagedFeature`."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -31,7 +31,7 @@ class FeatureDescription(BaseModel):
 
 
 class Description(BaseModel):
-    """`tower.json`: what of it an encoder needs; a wrong type is refused, not bent."""
+    """The part of `tower.json` that a reader needs. A wrong type is refused, not converted."""
 
     model_config = ConfigDict(strict=True)
 

@@ -1,8 +1,8 @@
-"""The programs of the packaged tower, before torch.export makes them free of this code.
+"""The programs of the packaged tower. After torch.export they run without this code.
 
 TorchRec's quantised collections are not used: torch.export refuses their operators' counters (`fbgemm.AtomicCounter`
-"haven't registered a fake class", torchrec 1.8). The rows are those of FBGEMM's format all the same, and gathered and
-scaled by plain operators.
+"haven't registered a fake class", torchrec 1.8). The rows still have FBGEMM's format; plain operators gather and scale
+them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ Precision = Literal["int8", "fp32"]
 
 
 class PackagedTable(nn.Module):
-    """A table: int8 rows with a scale and a bias each (FBGEMM's row-wise format), or float32 rows."""
+    """An embedding table: int8 rows with a scale and a bias each (FBGEMM's row-wise format), or float32 rows.
+
+    Args:
+        blocks: [n, D] float32 each, in order of row.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -42,7 +46,7 @@ class PackagedTable(nn.Module):
             self.register_buffer("values", joined)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """[…] ids → […, D]."""
+        """[…] int64 ids → […, D] float32."""
         if not self.quantised:
             return self.values[ids]
         scale = self.scale[ids]
@@ -52,7 +56,7 @@ class PackagedTable(nn.Module):
 class ContentProgram(nn.Module):
     """Features of items or of users → content vectors.
 
-    The tables of all sparse features lie in one, that of feature f from `offset[f]` on.
+    All sparse features share one table; the rows of feature f start at `offset[f]`.
     """
 
     offset: Tensor
@@ -67,43 +71,43 @@ class ContentProgram(nn.Module):
     def forward(self, codes: Tensor, dense: Tensor) -> Tensor:
         """codes [N, features, C] int64, -1 where there is none; dense [N, F] → [N, D].
 
-        A feature is the mean of its rows. Summed tables have features of one code alone: the same.
+        A feature is the mean of its rows. Tables that sum have features of one code, where mean and sum are the same.
         """
         if self.features == 0:
             return self.mlp(dense)
-        held = (codes >= 0).unsqueeze(3)  # [N, features, C, 1]
-        rows = self.table(codes.clamp(min=0) + self.offset[None, :, None]) * held
-        pooled = rows.sum(2) / held.sum(2).clamp(min=1)
+        present = (codes >= 0).unsqueeze(3)  # [N, features, C, 1]
+        rows = self.table(codes.clamp(min=0) + self.offset[None, :, None]) * present
+        pooled = rows.sum(2) / present.sum(2).clamp(min=1)
         return self.mlp(torch.cat([pooled.flatten(1), dense], 1))
 
 
 class UserInputs(NamedTuple):
-    """What the program of users takes: B histories of up to L events each, oldest first, padded at the end."""
+    """Inputs of the user program: B histories of up to L events each, oldest first, padded at the end."""
 
     items: Tensor
-    """[B, L] rows of the catalogue; from its end on, rows of `added`."""
+    """[B, L] rows of the catalogue; numbers from the catalogue's size on are rows of `added`."""
     event: Tensor
     """[B, L] rows of the table of events."""
     gap: Tensor
     """[B, L] rows of the table of gaps."""
     value: Tensor
-    """[B, L] standardised."""
+    """[B, L] standardised values."""
     time: Tensor
     """[B, L] seconds since the first event."""
     lengths: Tensor
-    """[B] events."""
+    """[B] numbers of events."""
     added: Tensor
-    """[M, D] content vectors of items beyond the catalogue."""
+    """[M, D] content vectors of items that the catalogue lacks."""
     user: Tensor
-    """[B] rows of known users, or -1."""
+    """[B] rows of known users; -1 for others."""
     profile: Tensor
-    """[B, D] content vectors of users, used where `given`; else that of the known user."""
+    """[B, D] content vectors of users, used where `given`; else the known user's vector is."""
     given: Tensor
     """[B] bool."""
 
 
 class UserProgram(nn.Module):
-    """Histories → what each head and the fusion make of them after the last event, by the model's own tower."""
+    """Histories → the representations after the last event, by each head and by fusion, with the model's own tower."""
 
     def __init__(self, tower: Tower, tables: dict[str, PackagedTable], items: int) -> None:
         super().__init__()
@@ -112,8 +116,8 @@ class UserProgram(nn.Module):
         self.items = items
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """`UserInputs`, one by one → [B, heads + 1, D] in the order of REPRESENTATIONS, and the heads' weights in
-        the fused one [B, heads]; zeros where it is no weighted sum."""
+        """The fields of `UserInputs` → [B, heads + 1, D] in the order of REPRESENTATIONS, and the heads' weights in the
+        fusion [B, heads], zeros where the fusion is no weighted sum."""
         given = UserInputs(*inputs)
         count, longest = given.items.shape
         shown = (torch.arange(longest)[None, :] < given.lengths.unsqueeze(1)).unsqueeze(2)  # [B, L, 1]
@@ -130,8 +134,8 @@ class UserProgram(nn.Module):
             profile=torch.where(given.given.unsqueeze(1), given.profile, self.tables["profile"](user)),
         )
         clock = torch.cat([given.time.new_zeros(count, 1), given.time], 1)
-        found = self.tower.represent(seen, Padded(given.lengths, clock))
-        stacked = torch.stack([found[name] for name in REPRESENTATIONS], 1)  # [B, heads + 1, D]
+        represented = self.tower.represent(seen, Padded(given.lengths, clock))
+        stacked = torch.stack([represented[name] for name in REPRESENTATIONS], 1)  # [B, heads + 1, D]
         return stacked, self.tower.fusion.weights(stacked[:, : len(HEADS)])
 
 

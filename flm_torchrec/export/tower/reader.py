@@ -1,4 +1,4 @@
-"""The packaged user tower read back: fresh histories and features → vectors, without model code and TorchRec."""
+"""Runs the packaged user tower: histories and features → vectors, without the model's code and without TorchRec."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from flm_torchrec.safe_text import first_line
 class History:
     """Events of a user, oldest first."""
 
-    item: np.ndarray  # [n] int64: rows of the catalogue, from its end on those of added items
+    item: np.ndarray  # [n] int64: rows of the catalogue, then of added items
     event: np.ndarray  # [n] int64: codes
     value: np.ndarray  # [n] float32
     timestamp: np.ndarray  # [n] int64, seconds
@@ -43,11 +43,12 @@ class History:
         return History(*(np.concatenate(pair) for pair in pairs))
 
     def last(self, most: int) -> History:
+        """The last events, at most `most`."""
         return History(*(getattr(self, name)[-most:] for name in HISTORY_FIELDS))
 
 
 MOST_DEVIATIONS = 1e6
-"""Of a feature in standard deviations: beyond it float32 layers give nothing but noise."""
+"""Maximum of a feature in standard deviations: float32 layers give only noise beyond it."""
 HISTORY_FIELDS = ("item", "event", "value", "timestamp")
 HISTORY_TYPES = tuple(
     pa.list_(pa.field("element", kind)) for kind in (pa.int32(), pa.int32(), pa.float32(), pa.int64())
@@ -57,25 +58,25 @@ NO_HISTORY = History(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, n
 
 @dataclass(frozen=True)
 class TowerQuery:
-    """For whom."""
+    """The user to represent."""
 
     history: History = NO_HISTORY
     user: int = -1
     """Row of a known user, or -1."""
-    profile: np.ndarray | None = None  # [D] content of the user by features, in place of the known user's
+    profile: np.ndarray | None = None  # [D] the user's content vector, in place of the known user's
 
 
 @dataclass(frozen=True)
 class Represented:
-    """What the tower makes of one query."""
+    """The tower's output for one query."""
 
     heads: np.ndarray  # [heads + 1, D], fused last
-    weights: np.ndarray  # [heads]: h is their weighted sum of the heads; zeros where it is none
+    weights: np.ndarray  # [heads]: the fused h is the heads' sum by these; zeros where it is no sum
 
 
 @dataclass(frozen=True)
 class PackagedFeature:
-    """A feature as the package takes it."""
+    """A feature of items or users, as the packaged tower reads it."""
 
     name: str
     entity: str
@@ -87,10 +88,10 @@ class PackagedFeature:
     ngrams: int = 1
     values: tuple[str, ...] = ()
     codes: Mapping[str, int] = field(default_factory=dict)
-    """By value, of categorical kinds."""
+    """By value; for categorical kinds."""
 
     def shown(self, given: Any) -> list[str]:
-        """What people and filters see of a value, as of the catalogue's items: of a number, its bucket."""
+        """The attribute values that people and filters see, as in the catalogue: for a number, its bucket."""
         if self.kind == "quantile":
             return [self.values[code] for code in _codes(self, given, [])]
         values = given if isinstance(given, list) else [given]
@@ -98,10 +99,10 @@ class PackagedFeature:
 
 
 class PackagedTower:
-    """The package of one export. Safe to call from several threads.
+    """The user tower of one export. Safe to call from several threads.
 
     Raises:
-        RunError: the export was made without it, or it cannot be read.
+        RunError: the export has no tower, or it cannot be read.
     """
 
     def __init__(self, export: Path) -> None:
@@ -109,7 +110,7 @@ class PackagedTower:
         if not (folder / DESCRIPTION).is_file():
             raise RunError(f"{folder}: not found; make the export with 'flm export --tower int8'")
         try:
-            said = Description.model_validate_json(read_text(folder / DESCRIPTION, MOST_JSON_BYTES))
+            description = Description.model_validate_json(read_text(folder / DESCRIPTION, MOST_JSON_BYTES))
             self.user, self.item, self.profile = (
                 torch.export.load(folder / name).module() for name in (USER, ITEM, PROFILE)
             )
@@ -120,11 +121,11 @@ class PackagedTower:
             raise RunError(f"{folder / DESCRIPTION}: {where}: {problem['msg']}; export again") from error
         except (ValueError, RuntimeError, OSError, BadZipFile, pa.ArrowException) as error:
             raise RunError(f"{folder}: cannot be read ({first_line(error)}); export again") from error
-        self.dim, self.items, self.max_history = said.dim, said.items, said.max_history
-        self.cosine, self.fusion, self.events = said.cosine, said.fusion, said.events
-        self.timestamps, self.usual_gap = said.timestamps, said.usual_gap
-        self.value_mean, self.value_scale, self.gaps = said.value_mean, said.value_scale, said.gaps
-        kinds = (PackagedFeature(**f.model_dump()) for f in said.features)
+        self.dim, self.items, self.max_history = description.dim, description.items, description.max_history
+        self.cosine, self.fusion, self.events = description.cosine, description.fusion, description.events
+        self.timestamps, self.usual_gap = description.timestamps, description.usual_gap
+        self.value_mean, self.value_scale, self.gaps = description.value_mean, description.value_scale, description.gaps
+        kinds = (PackagedFeature(**f.model_dump()) for f in description.features)
         self.features = [
             PackagedFeature(**{**vars(kind), "codes": {value: code for code, value in enumerate(kind.values)}})
             for kind in kinds
@@ -139,7 +140,7 @@ class PackagedTower:
                 raise RunError(f"{file}: column '{name}' holds {codes.min()} … {codes.max()}, of {most}; export again")
 
     def _contents_of_nothing(self, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-        """Content [D] of a user and of an item of no features: shows that the programs take what is described."""
+        """Content [D] of a user and of an item without features: checks that the programs fit the description."""
         try:
             return self.content("user", {})[0], self.content("item", {})[0]
         except (AssertionError, RuntimeError, ValueError) as error:  # AssertionError: the guards of torch.export
@@ -147,16 +148,16 @@ class PackagedTower:
             raise RunError(f"{folder}: {reason}; export again") from error
 
     def known_history(self, user: int) -> History:
-        """The last events of a known user, one more than the tower sees."""
+        """The last events of a known user, one more than the tower reads, so that the first gap is known."""
         columns = (self.histories[name].chunk(0)[user].values.to_numpy() for name in HISTORY_FIELDS)
         item, event, value, timestamp = columns
         return History(item.astype(np.int64), event.astype(np.int64), value, timestamp)
 
     def represent(self, queries: Sequence[TowerQuery], added: np.ndarray) -> list[Represented]:
-        """Each query's representations.
+        """The representations for each query, by each head and by fusion.
 
         Args:
-            added: [M, D] content vectors (as of `content`) of the items beyond the catalogue.
+            added: [M, D] content vectors, as of `content`, of the items that the catalogue lacks.
         """
         shown = [q.history.last(self.max_history) for q in queries]
         longest = max([1, *(len(h) for h in shown)])
@@ -184,32 +185,32 @@ class PackagedTower:
         return [Represented(h, w) for h, w in zip(heads.numpy(), weights.numpy(), strict=True)]
 
     def content(self, entity: str, given: Mapping[str, Any]) -> tuple[np.ndarray, list[str]]:
-        """Features of an item or of a user → its content vector [D], as the tower takes it, and what was left out.
+        """Features of an item or a user → its content vector [D] for the tower, and one line for each left out value.
 
-        A value that training did not see is left out, as `flm prepare` does with rare ones, and told.
+        A value that was not in training is left out, as `flm prepare` leaves out rare values.
 
         Raises:
-            DataError: no such feature, or a value that does not fit its kind.
+            DataError: there is no such feature, or a value does not fit its kind.
         """
         features = [f for f in self.features if f.entity == entity]
         names = [f.name for f in features]
         for name in given:
             if name not in names:
-                known = nearest(name, names) if names else f"{entity}s have no features"
-                raise DataError(f"features: no {entity} feature '{name}'; {known}")
+                hint = nearest(name, names) if names else f"{entity}s have no features"
+                raise DataError(f"features: no {entity} feature '{name}'; {hint}")
         left_out: list[str] = []
         sparse = [list(_codes(f, given.get(f.name), left_out)) for f in features if not _dense(f)]
         numbers = [n for f in features if _dense(f) for n in _numbers(f, given.get(f.name))]
         codes = torch.full((1, len(sparse), max([1, *(len(c) for c in sparse)])), -1)
-        for place, found in enumerate(sparse):
-            codes[0, place, : len(found)] = torch.tensor(found, dtype=torch.int64)
+        for position, of_feature in enumerate(sparse):
+            codes[0, position, : len(of_feature)] = torch.tensor(of_feature, dtype=torch.int64)
         program = self.item if entity == "item" else self.profile
         with torch.inference_mode():
-            made: Tensor = program(codes, torch.tensor([numbers], dtype=torch.float32))
-        return made[0].numpy(), left_out
+            content: Tensor = program(codes, torch.tensor([numbers], dtype=torch.float32))
+        return content[0].numpy(), left_out
 
     def scored(self, contents: np.ndarray) -> np.ndarray:
-        """[n, D] contents of items → the vectors that representations are scored against."""
+        """[n, D] content vectors of items → the vectors that representations are scored against."""
         if not self.cosine:
             return contents
         return contents / np.maximum(np.linalg.norm(contents, axis=1, keepdims=True), 1e-12)
@@ -220,7 +221,7 @@ class PackagedTower:
 
 
 def _histories(file: Path) -> pa.Table:
-    """The users' last events: four lists a user, of one length."""
+    """The users' last events: four lists of one length for each user."""
     table = pq.read_table(file, columns=list(HISTORY_FIELDS)).combine_chunks()
     table.validate(full=True)
     if any(column.type != kind for column, kind in zip(table.columns, HISTORY_TYPES, strict=True)):
@@ -247,7 +248,7 @@ def _codes(feature: PackagedFeature, given: Any, left_out: list[str]) -> Iterato
     if feature.kind == "quantile":
         if not isinstance(given, int | float):
             raise DataError(f"features.{feature.name}: takes one number, not {_shown(given)}")
-        if feature.values:  # the least number of each bucket
+        if feature.values:  # the minimum of each bucket
             yield int(np.searchsorted([float(v) for v in feature.values], given, "right")) - 1
         return
     several = feature.kind == "multi_categorical"

@@ -1,8 +1,8 @@
-"""The user tower as a package: a trained model → three programs of torch.export that hold their tables as int8 rows.
+"""Packages the user tower: a trained model → three programs of torch.export with their tables as int8 rows.
 
-`tower/user.pt2` makes representations of histories, `tower/item.pt2` and `tower/profile.pt2` content vectors of items
-and users by their features; `tower/tower.json` says what they take; `tower/histories.parquet` holds the events that
-known users start from. They run with torch alone: no model code, no TorchRec, no FBGEMM.
+`tower/user.pt2` makes representations of histories; `tower/item.pt2` and `tower/profile.pt2` make content vectors of
+items and users from features. `tower/tower.json` describes the inputs. `tower/histories.parquet` has the last events of
+known users. The programs run with torch alone, without the model's code, TorchRec or FBGEMM.
 """
 
 from __future__ import annotations
@@ -23,35 +23,38 @@ from flm_torchrec.data.dataset import EntityFeatures, PreparedData, spans
 from flm_torchrec.data.schema import Feature
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.tower.layout import DESCRIPTION, FOLDER, HISTORIES, ITEM, PROFILE, USER
-from flm_torchrec.export.tower.programs import ContentProgram, PackagedTable, Precision, UserProgram
-from flm_torchrec.model.tower import Tower as DenseTower
+from flm_torchrec.export.tower.programs import ContentProgram, PackagedTable, Precision, UserInputs, UserProgram
+from flm_torchrec.model.tower import Tower
 
 BLOCK = 16_384
-"""Rows looked up and written at once."""
+"""Rows that are read and written at once."""
 
 
-class Model(Protocol):
-    """What is packaged."""
+class TowerSource(Protocol):
+    """The trained model whose tower is packaged."""
 
     @property
-    def dense(self) -> DenseTower:
-        """The dense tower, whole and on the CPU."""
+    def dense(self) -> Tower:
+        """The dense tower with all its weights, on the CPU."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a caller must know to make the programs' inputs: see `encoder.Tower`."""
+        """Values for `tower.json` that a reader needs to make the programs' inputs."""
 
     item_known: np.ndarray  # [items] float32: 1 where the id was trained
     user_known: np.ndarray  # [users] float32
 
     def rows(self, name: str, ids: np.ndarray, entity: str = "") -> Tensor:
-        """[n] ids of "item_id", "user_id", "event", "gap", or codes of an entity's feature → [n, D]; collective."""
+        """[n] ids of "item_id", "user_id", "event" or "gap", or codes of an entity's feature → [n, D]; collective."""
 
 
-def write_tower(data: PreparedData, model: Model, main: bool, precision: Precision, folder: Path) -> None:
-    """Write `folder/tower`; collective, rank 0 alone holds the packaged tables and writes.
+def write_tower(data: PreparedData, model: TowerSource, main: bool, precision: Precision, folder: Path) -> None:
+    """Write `folder/tower`; collective. Rank 0 alone has the packaged tables in memory, and writes.
 
-    With int8, these take 2 (D + 8) bytes an item and a user, and twice that while they are put together.
+    With int8, these take 2 (D + 8) bytes for each item and user, and twice that while they are joined.
+
+    Args:
+        main: this is rank 0.
 
     Raises:
         RunError: torch.export refuses a part of the tower.
@@ -68,7 +71,7 @@ def write_tower(data: PreparedData, model: Model, main: bool, precision: Precisi
                 if main:
                     yield rows if known is None else rows * torch.from_numpy(known[block])[:, None]
 
-        # Events and gaps have a few dozen rows, so that nothing is won by rounding them.
+        # Events and gaps have a few dozen rows, so int8 would save nothing.
         tables = {
             "item_id": PackagedTable(ids("item_id", schema.items, model.item_known), dim, precision),
             "item_content": PackagedTable(item_content if main else iter(()), dim, precision),
@@ -98,15 +101,15 @@ def write_tower(data: PreparedData, model: Model, main: bool, precision: Precisi
 
 
 def _content(
-    data: PreparedData, model: Model, entity: str, dim: int, precision: Precision
+    data: PreparedData, model: TowerSource, entity: str, dim: int, precision: Precision
 ) -> tuple[ContentProgram, Iterator[Tensor]]:
-    """The program of an entity's content, and what it gives for all entities of the data, block by block.
+    """The content program of items or users, and the contents of all of these in the data, block by block.
 
-    The content of known entities is made of unrounded rows, then rounded once.
+    The contents of known items and users are made of unrounded rows, then rounded once.
     """
     features = data.schema.of(entity, sparse=True)  # type: ignore[arg-type]
     sizes = [f.cardinality for f in features]
-    offset = [sum(sizes[:place]) for place in range(len(sizes))]
+    offset = [sum(sizes[:position]) for position in range(len(sizes))]
     blocks = [model.rows(f.name, block, entity) for f in features for block in _blocks(f.cardinality)]
     mlp = model.dense.item_content if entity == "item" else model.dense.user_content
     exact = ContentProgram(mlp, PackagedTable(iter(blocks), dim, "fp32"), offset)
@@ -121,12 +124,12 @@ def _content(
 
 
 def _padded_codes(source: EntityFeatures, features: tuple[Feature, ...], rows: np.ndarray) -> Tensor:
-    """[n] rows → [n, features, C] int64, -1 where there is no code."""
+    """[n] rows of items or users → [n, features, C] int64, -1 where there is no code."""
     taken = [source.sparse[f.name].take(rows) for f in features]
     longest = max([1, *(int(t.lengths.max(initial=0)) for t in taken)])
     codes = np.full((len(rows), len(features), longest), -1, np.int64)
-    for place, ragged in enumerate(taken):
-        codes[:, place][np.arange(longest) < ragged.lengths[:, None]] = ragged.values
+    for position, ragged in enumerate(taken):
+        codes[:, position][np.arange(longest) < ragged.lengths[:, None]] = ragged.values
     return torch.from_numpy(codes)
 
 
@@ -134,13 +137,21 @@ def _export_user(program: UserProgram, dim: int, max_history: int, file: Path) -
     batch, length, added = Dim("batch", min=1), Dim("length", min=1, max=max_history), Dim("added", min=1)
     sequence, one = {0: batch, 1: length}, {0: batch}
     b, n, m = 3, min(5, max_history), 2
-    integers = [torch.zeros(b, n, dtype=torch.int64) for _ in range(3)]
-    arguments = (
-        *integers, torch.zeros(b, n), torch.zeros(b, n, dtype=torch.int64), torch.ones(b, dtype=torch.int64),
-        torch.zeros(m, dim), torch.zeros(b, dtype=torch.int64), torch.zeros(b, dim), torch.zeros(b, dtype=torch.bool),
-    )  # fmt: skip
+    items, event, gap, time = (torch.zeros(b, n, dtype=torch.int64) for _ in range(4))
+    arguments = UserInputs(
+        items=items,
+        event=event,
+        gap=gap,
+        value=torch.zeros(b, n),
+        time=time,
+        lengths=torch.ones(b, dtype=torch.int64),
+        added=torch.zeros(m, dim),
+        user=torch.zeros(b, dtype=torch.int64),
+        profile=torch.zeros(b, dim),
+        given=torch.zeros(b, dtype=torch.bool),
+    )
     shapes = (*[sequence] * 5, one, {0: added}, one, one, one)
-    _save(program, arguments, (shapes,), file)  # one parameter holds all inputs
+    _save(program, tuple(arguments), (shapes,), file)  # the program has one parameter, `*inputs`
 
 
 def _export_content(program: ContentProgram, data: PreparedData, entity: str, file: Path) -> None:
@@ -162,7 +173,7 @@ def _save(program: nn.Module, arguments: tuple[Tensor, ...], shapes: tuple[Any, 
 
 
 def _write_histories(data: PreparedData, most: int, file: Path) -> None:
-    """Each user's last `most` events, a row a user in order of id, oldest event first."""
+    """Write each user's last `most` events: a row for each user in order of id, oldest event first."""
     columns = {"item": data.item, "event": data.event, "value": data.value, "timestamp": data.timestamp}
     types = {"item": pa.int32(), "event": pa.int32(), "value": pa.float32(), "timestamp": pa.int64()}
     schema = pa.schema([(name, pa.list_(kind)) for name, kind in types.items()])
@@ -171,16 +182,16 @@ def _write_histories(data: PreparedData, most: int, file: Path) -> None:
             end = data.offsets[block + 1]
             lengths = np.minimum(end - data.offsets[block], most)
             offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-            places = spans(end - lengths, lengths)
+            indices = spans(end - lengths, lengths)
             lists = [
-                pa.ListArray.from_arrays(offsets, pa.array(columns[name][places]).cast(kind))
+                pa.ListArray.from_arrays(offsets, pa.array(columns[name][indices]).cast(kind))
                 for name, kind in types.items()
             ]
             writer.write_table(pa.table(lists, schema=schema))
 
 
 def _usual_gap(data: PreparedData) -> int:
-    """Median seconds between a user's event and the one before; what an event without a time is given."""
+    """Median seconds between two events of a user: the gap of an event without a time."""
     inside = np.ones(len(data.timestamp), bool)
     inside[data.offsets[:-1][np.diff(data.offsets) > 0]] = False
     since = np.diff(data.timestamp, prepend=0)[inside]
@@ -188,7 +199,7 @@ def _usual_gap(data: PreparedData) -> int:
 
 
 def _ordered(data: PreparedData, entity: str) -> Iterator[Feature]:
-    """Sparse features, then the others, each in the schema's order, as the programs take them."""
+    """Sparse features, then dense ones, each in the schema's order: the order of the programs' inputs."""
     for sparse in (True, False):
         yield from data.schema.of(entity, sparse=sparse)  # type: ignore[arg-type]
 
