@@ -14,7 +14,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "apply-delta",
         help="bring an older export up to date by a delta",
         description="Write the export that a delta of 'flm export --since' leads to: the rows bit for bit those of a"
-        " whole export, and an index of the kind that the older export has.",
+        " complete export, and an index of the kind that the older export has.",
         allow_abbrev=False,
     )
     parser.add_argument("--base", required=True, type=Path, metavar="DIR", help="the older export")

@@ -33,7 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--quantise",
         choices=get_args(Quantise),
-        help="store vectors in half or a quarter of the space; what it costs is told (default: none)",
+        help="store vectors in half or a quarter of the space; the cost is measured and printed (default: none)",
     )
     parser.add_argument(
         "--index",
@@ -45,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         type=float,
         metavar="PART",
         help="recall@100 that the index promises, of each head beside brute force; a flat index takes the place of one"
-        f" that stays below, which is told and stands in manifest.json (default: {RECALL})",
+        f" that stays below, which is printed and written to manifest.json (default: {RECALL})",
     )
     parser.add_argument(
         "--since",

@@ -62,7 +62,7 @@ export class History {
     [this.events[one], this.events[other]] = [this.events[other], this.events[one]];
   }
 
-  // The rows are built anew: whoever works by keyboard stays where they were.
+  // The rows are built again: the keyboard focus stays where it was.
   #focus(place) {
     const rows = find("history").children;
     const row = rows[Math.min(place, rows.length - 1)];
