@@ -23,7 +23,7 @@ def write_export(data: PreparedData, folder: Path, seed: int = 1, index: IndexKi
         source = ExportSource(
             data,
             encoder,
-            encoder.assembler.known.items > 0,
+            encoder.assembler.stats.items > 0,
             folder.name,
             beside=lambda fresh: write_tower(data, model, True, "int8", fresh),
         )

@@ -51,7 +51,7 @@ def test_a_share_of_the_cohort_is_learnt_from(small: PreparedData, share: float,
     learners = np.flatnonzero(chosen.train_end > small.offsets[:-1])
     assert cohort[learners].all() and len(learners) == max(1, round(share * cohort.sum()))
     assert cohort[chosen.test.user].all() and len(chosen.test) == cohort.sum()
-    assert not chosen.fit(small)[chosen.valid.end].any() and not chosen.fit(small)[chosen.test.end].any()
+    assert not chosen.train_mask(small)[chosen.valid.end].any() and not chosen.train_mask(small)[chosen.test.end].any()
 
 
 @settings(deadline=None, max_examples=20)
@@ -63,13 +63,13 @@ def test_labels_of_one_user_are_in_one_part(small: PreparedData, share: float, s
     everyone = np.ones(small.schema.users, bool)
     labels = label_events(data, everyone, threshold, share, seed)
     users = np.repeat(np.arange(small.schema.users), np.diff(small.offsets))
-    parts = [set(users[~np.isnan(p)]) for p in (labels.fit, labels.valid, labels.test)]
+    parts = [set(users[~np.isnan(p)]) for p in (labels.train, labels.valid, labels.test)]
     assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
     assert len(parts[1] | parts[2]) == small.schema.users - int(0.6 * small.schema.users)
     known = ~np.isnan(labels.test)
     assert ((values >= threshold)[known] == labels.test[known].astype(bool)).all()
     whole = label_events(data, everyone, threshold, 1.0, seed)
-    assert (~np.isnan(labels.fit)).sum() == max(1, round(share * (~np.isnan(whole.fit)).sum()))
+    assert (~np.isnan(labels.train)).sum() == max(1, round(share * (~np.isnan(whole.train)).sum()))
 
 
 def test_labels_of_one_kind_are_refused(small: PreparedData) -> None:

@@ -201,7 +201,7 @@ def test_any_row_is_learnt_from_or_counted(run: Path, rows: list[Any]) -> None:
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3 * 10**9)), min_size=1, max_size=40), st.integers(1, 9))
 def test_new_windows_hold_each_new_event_once(small: PreparedData, new: list[tuple[int, int]], history: int) -> None:
     user, timestamp = np.array(new).T
-    events = NewEvents(user, user * 3, timestamp, np.zeros(len(new), np.int32), np.ones(len(new), np.float32))
+    events = NewEvents(user * 3, timestamp, np.zeros(len(new), np.int32), np.ones(len(new), np.float32), user)
     data, fit = newest(small, np.zeros(len(small.item), bool), history + 2)
     grown, fit, fresh = append(data, fit, events)
     found = new_windows(grown, fresh, history)
@@ -242,7 +242,7 @@ def test_a_topic_is_read_from_where_it_was_left(run: Path) -> None:
 def test_data_without_timestamps_take_events_in_order_of_arrival(small: PreparedData) -> None:
     data = replace(small, schema=replace(small.schema, timestamps=False))
     zeros = np.zeros(3, np.int64)
-    events = NewEvents(zeros + 1, np.array([5, 6, 7]), zeros, zeros.astype(np.int32), np.ones(3, np.float32))
+    events = NewEvents(np.array([5, 6, 7]), zeros, zeros.astype(np.int32), np.ones(3, np.float32), zeros + 1)
     grown, _, fresh = append(data, np.ones(len(data.item), bool), events)
     assert grown.item[fresh].tolist() == [5, 6, 7]
     assert np.flatnonzero(fresh).tolist() == list(range(grown.offsets[2] - 3, grown.offsets[2]))

@@ -19,7 +19,7 @@ from flm_torchrec.cli import main
 from flm_torchrec.config import load_config
 from flm_torchrec.config.schema import LossConfig, ModelConfig
 from flm_torchrec.data.dataset import PreparedData, load_prepared
-from flm_torchrec.data.hashing import look_ups
+from flm_torchrec.data.hashing import remap_ids
 from flm_torchrec.data.schema import Feature, Schema, Table
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.files import temporary
@@ -254,7 +254,7 @@ def test_of_a_hashed_table_the_shared_row_is_reset(tmp_path: Path) -> None:
     forget(tmp_path / "data", [GONE], [], [])
     data = load_prepared(tmp_path / "data")
     gone = data_forget.forgotten_users(tmp_path / "data/users.parquet")
-    row = look_ups(data.schema.table("user_id"), gone)
+    row = remap_ids(data.schema.table("user_id"), gone)
     assert rows_to_reset(data, gone)["user_id"].tolist() == row.tolist() and 0 <= row[0] < 8
 
 

@@ -18,7 +18,7 @@ from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.config.schema import ModelConfig
 from flm_torchrec.data.collate import Assembler
 from flm_torchrec.data.dataset import PreparedData, Ragged
-from flm_torchrec.data.loader import TrainLoader
+from flm_torchrec.data.loader import Sharing, TrainLoader
 from flm_torchrec.data.negatives import Negatives
 from flm_torchrec.data.prefetch import Prefetch
 from flm_torchrec.data.splits import split
@@ -252,10 +252,10 @@ def test_each_training_event_is_the_target_of_one_window(events: list[int], hist
 
 def loader(data: PreparedData, rank: int = 0, world_size: int = 1) -> TrainLoader:
     splits = split(data, "leave-one-out", 0.1)
-    fit = splits.fit(data)
+    fit = splits.train_mask(data)
     negatives = Negatives(np.bincount(data.item[fit], minlength=data.schema.items), 20, 0.5)
     spans = windows(data, splits, 5)
-    return TrainLoader(spans, Assembler(data, fit), negatives, 64, 3, rank, world_size)
+    return TrainLoader(spans, Assembler(data, fit), negatives, Sharing(64, 3, rank, world_size))
 
 
 def targets(batch) -> list[int]:  # type: ignore[no-untyped-def]

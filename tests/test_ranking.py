@@ -143,7 +143,7 @@ def test_metrics_agree_with_torchmetrics(ranks: list[int], k: int) -> None:
 def test_item_knn_is_that_of_dense_numpy(histories: list[list[int]], neighbours: int) -> None:
     data = make_data(histories, 12)
     splits = split(data, "leave-one-out", 0.1)
-    scorer = ItemKNN(data, splits.fit(data), splits.test, neighbours)
+    scorer = ItemKNN(data, splits.train_mask(data), splits.test, neighbours)
     seen = np.zeros((len(histories), 12))
     for row, history in enumerate(histories):
         seen[row, history[:-2]] = 1
@@ -200,7 +200,7 @@ def test_ease_solves_its_regression(histories: list[list[int]], l2: float) -> No
     """Column j of the weights is the ridge regression of item j on the others: its gradient there is zero."""
     data = make_data(histories, 12)
     splits = split(data, "leave-one-out", 0.1)
-    scorer = EASE(data, splits.fit(data), splits.test, l2)
+    scorer = EASE(data, splits.train_mask(data), splits.test, l2)
     seen = np.zeros((len(histories), 12))
     for row, history in enumerate(histories):
         seen[row, history[:-2]] = 1
@@ -216,7 +216,7 @@ def test_ease_solves_its_regression(histories: list[list[int]], l2: float) -> No
 
 def test_popularity_counts_training_events_alone() -> None:
     data = make_data([[0, 0, 1, 2], [1, 1, 0, 2]], 3)
-    scorer = Popularity(data, split(data, "leave-one-out", 0.1).fit(data))
+    scorer = Popularity(data, split(data, "leave-one-out", 0.1).train_mask(data))
     assert scorer.scores(2, "popularity", 0, 3).tolist() == [[2.0, 2.0, 0.0]] * 2
 
 
@@ -225,7 +225,7 @@ def test_held_out_items_are_ranked_among_all_and_among_themselves(small: Prepare
     encoder = RandomEncoder(len(splits.test), small.schema.items)
     config, cold = EvalConfig(ks=(5,), ease_items=0), splits.cold_items
     assert cold is not None
-    task = EvaluationTask(small, splits.test, "test", splits.fit(small), cold)
+    task = EvaluationTask(small, splits.test, "test", splits.train_mask(small), cold)
     found = evaluate(task, encoder, Alone(), config)
     assert list(found.table) == ["popularity", "item-kNN", *REPRESENTATIONS, "random", "content alone", "ids alone"]
     none = dataclasses.replace(config, baselines=())
@@ -244,7 +244,7 @@ def test_held_out_items_are_ranked_among_all_and_among_themselves(small: Prepare
 def test_all_rows_of_the_table_rank_the_same_users(small: PreparedData) -> None:
     splits = split(small, "leave-one-out", 0.1)
     encoder = RandomEncoder(len(splits.test), small.schema.items)
-    task = EvaluationTask(small, splits.test, "test", splits.fit(small))
+    task = EvaluationTask(small, splits.test, "test", splits.train_mask(small))
     found = evaluate(task, encoder, Alone(), EvalConfig(ks=(5,)))
     assert list(found.table) == ["popularity", "item-kNN", "EASE-R", *REPRESENTATIONS]
     assert all(set(m) == {"hr@5", "ndcg@5", "mrr", "coverage@10"} for m in found.table.values())

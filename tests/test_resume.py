@@ -30,7 +30,7 @@ from flm_torchrec.cli import main
 from flm_torchrec.config import load_config
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.dataset import PreparedData, load_prepared
-from flm_torchrec.data.loader import TrainLoader
+from flm_torchrec.data.loader import Sharing, TrainLoader
 from flm_torchrec.data.negatives import Negatives
 from flm_torchrec.data.splits import split
 from flm_torchrec.data.windows import windows
@@ -528,7 +528,8 @@ def test_what_is_learnt_from_does_not_depend_on_where_or_on_how_many_ranks_a_run
         """By step: user, start and end of each sequence that is not there to fill up ranks, in any order."""
         found: list[list[tuple[int, int, int]]] = [[] for _ in range(first, last)]
         for rank in range(ranks):
-            loader = TrainLoader(spans, Recorder(), Negatives(np.ones(3), 0, 1.0), batch_size, 7, rank, ranks)  # type: ignore[arg-type]
+            sharing = Sharing(batch_size, 7, rank, ranks)
+            loader = TrainLoader(spans, Recorder(), Negatives(np.ones(3), 0, 1.0), sharing)  # type: ignore[arg-type]
             for step, rows in zip(found, loader.after(first), strict=False):
                 step += [row for row in rows if row[1] != row[2]]  # type: ignore[union-attr]
         return [sorted(step) for step in found]

@@ -16,7 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from flm_torchrec.config.schema import DistributedConfig, TrainConfig
 from flm_torchrec.data.dataset import PreparedData, load_prepared
-from flm_torchrec.data.hashing import MANAGED_IDS, look_ups, mix
+from flm_torchrec.data.hashing import MANAGED_IDS, mix, remap_ids
 from flm_torchrec.data.schema import Feature, Schema, Table
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.distributed.managed import check_managed
@@ -43,21 +43,21 @@ def test_the_hash_is_the_same_for_ever_and_loses_no_id() -> None:
     # The second is the first output of SplitMix64 from seed 1, of which mix is one step.
     assert mix(np.array([0, 1])).tolist() == [0xE220A8397B1DCDAF, 0x910A2DEC89025CC1]
     ids = np.arange(200_000)
-    assert len(np.unique(mix(ids))) == len(np.unique(look_ups(Table("zch", 10), ids))) == len(ids)
+    assert len(np.unique(mix(ids))) == len(np.unique(remap_ids(Table("zch", 10), ids))) == len(ids)
 
 
 @pytest.mark.parametrize("load", [0.1, 1.0, 5.0])
 def test_ids_share_rows_as_often_as_the_formula_says(load: float) -> None:
     rows = 20_000
     n = int(load * rows)
-    taken = look_ups(Table("hash", rows), np.arange(n))
+    taken = remap_ids(Table("hash", rows), np.arange(n))
     assert taken.min() >= 0 and taken.max() < rows
     shared = 1 - np.sum(np.bincount(taken) == 1) / n
     assert abs(shared - (1 - (1 - 1 / rows) ** (n - 1))) < 0.01
 
 
 def test_managed_ids_spread_evenly_over_the_ranges_that_ranks_share_out() -> None:
-    asked = look_ups(Table("zch", 8), np.arange(40_000))
+    asked = remap_ids(Table("zch", 8), np.arange(40_000))
     share = np.bincount(asked // (MANAGED_IDS // 4 + 1), minlength=4) / len(asked)
     assert np.abs(share - 0.25).max() < 0.01
 

@@ -19,7 +19,8 @@ from fastapi.testclient import TestClient
 
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData
-from flm_torchrec.export.tower.reader import History, PackagedFeature, TowerQuery
+from flm_torchrec.data.history import Events
+from flm_torchrec.export.tower.reader import PackagedFeature, TowerQuery
 from flm_torchrec.serve.app import ServerLimits, create_app
 from flm_torchrec.serve.loaded_export import AddedItem, LoadedExport, load_export
 from flm_torchrec.serve.service import MemoryLimits, Service
@@ -125,7 +126,7 @@ def test_a_typed_history_is_what_the_tower_makes_of_it(service: Service, client:
     ]
     answer = post(client, "/v1/recommend", history=events, k=5)
     times = np.array([start, start + HOUR, start + 2 * HOUR])
-    history = History(np.array(rows), np.zeros(3, np.int64), np.full(3, 2.0, np.float32), times)
+    history = Events(np.array(rows), times, np.zeros(3, np.int64), np.full(3, 2.0, np.float32))
     left = ~np.isin(np.arange(loaded.manifest.items), rows)
     want = brute_force(service, TowerQuery(history), 3, left)[:5]
     assert [item["score"] for item in answer["items"]] == pytest.approx(want, abs=1e-6)
@@ -177,7 +178,7 @@ def test_an_event_changes_the_next_answer_to_that_of_the_longer_history(service:
     assert told["known"] and told["live_events"] == 1
     after = post(client, "/v1/recommend", user="u9", k=10)
     assert liked not in keys(after) and after["items"] != before["items"]
-    event = History(np.array([loaded.row(liked)]), np.zeros(1, np.int64), np.full(1, 3, np.float32), np.array([moment]))
+    event = Events(np.array([loaded.row(liked)]), np.array([moment]), np.zeros(1, np.int64), np.full(1, 3, np.float32))
     longer = TowerQuery(base.history + event, base.user)
     left = np.ones(loaded.manifest.items, bool)
     left[[*loaded.seen[loaded.user_of["u9"]].as_py(), loaded.row(liked)]] = False

@@ -16,7 +16,7 @@ from flm_torchrec.errors import DataError
 
 def test_leave_one_out_predicts_the_last_two_events(small: PreparedData) -> None:
     splits = split(small, "leave-one-out", 0.1)
-    fit = splits.fit(small)
+    fit = splits.train_mask(small)
     for row in (0, 50, len(splits.test) - 1):
         user = splits.test.user[row]
         start, end = small.offsets[user], small.offsets[user + 1]
@@ -29,12 +29,12 @@ def test_a_user_with_fewer_than_three_events_is_learnt_from_only(small: Prepared
     offsets[1] = 2  # the first user keeps two events, the second gets the rest
     data = dataclasses.replace(small, offsets=offsets)
     splits = split(data, "leave-one-out", 0.1)
-    assert 0 not in splits.test.user and 0 not in splits.valid.user and splits.fit(data)[:2].all()
+    assert 0 not in splits.test.user and 0 not in splits.valid.user and splits.train_mask(data)[:2].all()
 
 
 def test_a_time_split_learns_only_from_before_the_cut(small: PreparedData) -> None:
     splits = split(small, "time", 0.2)
-    fit = splits.fit(small)
+    fit = splits.train_mask(small)
     learnt, valid, test = small.timestamp[fit], small.timestamp[splits.valid.end], small.timestamp[splits.test.end]
     assert learnt.max() < valid.min() and valid.max() < test.min()
     assert 0.5 < fit.mean() < 0.7
@@ -64,7 +64,7 @@ def test_everyone_is_represented_after_all_events(small: PreparedData) -> None:
 
 def test_a_cold_start_split_never_learns_from_its_items_and_users(small: PreparedData) -> None:
     splits = split(small, "cold-start", 0.2)
-    fit = splits.fit(small)
+    fit = splits.train_mask(small)
     assert splits.cold_items is not None and splits.cold_items.sum() == round(0.2 * len(np.unique(small.item)))
     assert not splits.cold_items[small.item[fit]].any() and fit.any()
     users = np.repeat(np.arange(small.schema.users), np.diff(small.offsets))
@@ -82,7 +82,7 @@ def test_a_cold_start_split_never_learns_from_its_items_and_users(small: Prepare
 
 def test_batches_leave_out_held_out_items_as_if_they_had_not_happened(small: PreparedData) -> None:
     splits = split(small, "cold-start", 0.2)
-    fit = splits.fit(small)
+    fit = splits.train_mask(small)
     users = np.flatnonzero(splits.train_end > small.offsets[:-1])
     start, end = small.offsets[users], splits.train_end[users]
     drawn = Candidates(np.arange(small.schema.items), None)

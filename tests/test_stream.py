@@ -21,17 +21,19 @@ from hypothesis import strategies as st
 
 from flm_torchrec.cli import main
 from flm_torchrec.config import load_config
-from flm_torchrec.data import stream_loader as stream_loader_module
+from flm_torchrec.data import lanes as lanes_module
 from flm_torchrec.data.batch import Batch
-from flm_torchrec.data.collate import Assembler, Known
+from flm_torchrec.data.collate import Assembler
 from flm_torchrec.data.dataset import load_prepared
-from flm_torchrec.data.loader import TrainLoader
+from flm_torchrec.data.lanes import LANES, LanePlan, merged
+from flm_torchrec.data.loader import Sharing, TrainLoader
 from flm_torchrec.data.negatives import Negatives
 from flm_torchrec.data.row_groups import RowGroups
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import split
-from flm_torchrec.data.stream_loader import LANES, StreamLoader, merged
+from flm_torchrec.data.stream_loader import StreamLoader
 from flm_torchrec.data.survey import StreamedData, load_streamed, order_statistics
+from flm_torchrec.data.train_stats import TrainStats
 from flm_torchrec.data.windows import windows
 from flm_torchrec.errors import ConfigError, DataError
 from flm_torchrec.training.finetune import source_config
@@ -69,7 +71,7 @@ def write_data(folder: Path, events: list[int], group: int, files: int = 1, seed
 @contextmanager
 def data_of(folder: dict) -> Iterator[Path]:
     """The folder while it lasts; few lanes, so that each has several units, or as many as there are units."""
-    with TemporaryDirectory() as name, patch.object(stream_loader_module, "LANES", folder["lanes"]):
+    with TemporaryDirectory() as name, patch.object(lanes_module, "LANES", folder["lanes"]):
         yield write_data(Path(name) / "data", *(folder[key] for key in ("events", "group", "files", "seed")))
 
 
@@ -90,19 +92,20 @@ def folders(draw: st.DrawFn) -> dict:
 
 def stream_loader(path: Path, kind: str, batch_size: int, rank: int = 0, ranks: int = 1) -> StreamLoader:
     data = load_streamed(path, "all", kind, 0.2, 5, 0)
-    assembler = Assembler(data, np.zeros(len(data.item), bool), known=data.stream.known)
-    return StreamLoader(data.stream, assembler, Negatives(data.stream.counts, 3, 0.5), 4, batch_size, 7, rank, ranks)
+    assembler = Assembler(data, np.zeros(len(data.item), bool), data.stream.stats)
+    plan = LanePlan(data.stream, 4, Sharing(batch_size, 7, rank, ranks))
+    return StreamLoader(plan, assembler, Negatives(data.stream.counts, 3, 0.5))
 
 
 def memory_loader(path: Path, kind: str, batch_size: int) -> TrainLoader:
     data = load_prepared(path)
     splits = split(data, kind, 0.2)
-    fit = splits.fit(data)
+    fit = splits.train_mask(data)
     negatives = Negatives(np.bincount(data.item[fit], minlength=ITEMS), 3, 0.5)
-    return TrainLoader(windows(data, splits, 4), Assembler(data, fit), negatives, batch_size, 7)
+    return TrainLoader(windows(data, splits, 4), Assembler(data, fit), negatives, Sharing(batch_size, 7))
 
 
-def sequences(batch: Batch, known: Known) -> Counter:
+def sequences(batch: Batch, stats: TrainStats) -> Counter:
     """All that a batch says of each sequence which is not there to fill up ranks, values as they were in the data."""
     items = batch.item_ids.values().numpy()
     ends = np.cumsum(batch.lengths.numpy())
@@ -113,7 +116,7 @@ def sequences(batch: Batch, known: Known) -> Counter:
         history["event"].values().numpy(),
         history["gap"].values().numpy(),
         batch.time.numpy(),
-        np.round(batch.value.numpy() / (known.value_scale or 1.0) + known.value_mean),
+        np.round(batch.value.numpy() / (stats.value_scale or 1.0) + stats.value_mean),
     ]
     whose = batch.users["user_id"].to_dense()
     return Counter(
@@ -128,8 +131,8 @@ def steps_of(loaders: Sequence[TrainLoader | StreamLoader], first: int, last: in
     found = []
     for batches in zip(*(islice(loader.after(first), last - first) for loader in loaders), strict=True):
         assert len({len(batch.lengths) for batch in batches}) == 1
-        known = loaders[0].assembler.known
-        found.append(sum((sequences(batch, known) for batch in batches), Counter()))
+        stats = loaders[0].assembler.stats
+        found.append(sum((sequences(batch, stats) for batch in batches), Counter()))
     return found
 
 
@@ -162,7 +165,7 @@ def test_batches_are_the_same_at_any_number_of_ranks_and_after_any_resume(
     folder: dict, kind: str, batch_size: int, before: int, after: int, part: float
 ) -> None:
     with data_of(folder) as path:
-        if not usable(path, kind) or stream_loader(path, kind, batch_size).lanes < max(before, after):
+        if not usable(path, kind) or stream_loader(path, kind, batch_size).plan.lanes < max(before, after):
             return
         alone = [stream_loader(path, kind, batch_size)]
         end = 2 * len(alone[0]) + 1
@@ -177,12 +180,12 @@ def test_each_rank_reads_its_own_rows_once_and_has_no_more_sequences_than_said(
     folder: dict, batch_size: int, ranks: int
 ) -> None:
     with data_of(folder) as path:
-        if not usable(path, "leave-one-out") or stream_loader(path, "leave-one-out", batch_size).lanes < ranks:
+        if not usable(path, "leave-one-out") or stream_loader(path, "leave-one-out", batch_size).plan.lanes < ranks:
             return
         times = np.zeros(sum(folder["events"]), int)
         for rank in range(ranks):
             loader = stream_loader(path, "leave-one-out", batch_size, rank, ranks)
-            groups, read = loader.stream.groups, loader.stream.groups.read
+            groups, read = loader.plan.stream.groups, loader.plan.stream.groups.read
 
             def spy(start: int, stop: int, read=read) -> dict[str, np.ndarray]:  # type: ignore[no-untyped-def]
                 times[start:stop] += 1
@@ -190,7 +193,7 @@ def test_each_rank_reads_its_own_rows_once_and_has_no_more_sequences_than_said(
 
             groups.read = spy  # type: ignore[method-assign, assignment]
             most = max(len(batch.lengths) for batch in loader.epoch(1))
-            assert most <= loader.most_sequences(2) <= batch_size
+            assert most <= loader.plan.most_sequences(2) <= batch_size
         assert (times == 1).all()
 
 
@@ -214,19 +217,19 @@ def test_a_survey_finds_what_is_known_of_data_in_memory(folder: dict, kind: str,
         except DataError:
             return
         streamed = load_streamed(path, "all", kind, holdout, sample, 3)
-        stream, fit = streamed.stream, splits.fit(data)
+        stream, fit = streamed.stream, splits.train_mask(data)
         np.testing.assert_array_equal(stream.offsets, data.offsets)
         np.testing.assert_array_equal(stream.train_end, splits.train_end)
         np.testing.assert_array_equal(stream.counts, np.bincount(data.item[fit], minlength=ITEMS))
-        assert stream.fit_rows == fit.sum()
+        assert stream.train_rows == fit.sum()
         cold = np.zeros(ITEMS, bool) if splits.cold_items is None else splits.cold_items
-        np.testing.assert_array_equal(stream.held_out(np.arange(ITEMS)), cold)
+        np.testing.assert_array_equal(stream.rule.held_out(np.arange(ITEMS)), cold)
         if fit.any():
-            known = Known.by(data, fit, values=True)
-            np.testing.assert_array_equal(stream.known.items, known.items)
-            np.testing.assert_array_equal(stream.known.users, known.users)
-            assert stream.known.value_mean == pytest.approx(known.value_mean, rel=1e-4, abs=1e-5)
-            assert stream.known.value_scale == pytest.approx(known.value_scale, rel=1e-3)
+            stats = TrainStats.of(data, fit, values=True)
+            np.testing.assert_array_equal(stream.stats.items, stats.items)
+            np.testing.assert_array_equal(stream.stats.users, stats.users)
+            assert stream.stats.value_mean == pytest.approx(stats.value_mean, rel=1e-4, abs=1e-5)
+            assert stream.stats.value_scale == pytest.approx(stats.value_scale, rel=1e-3)
 
 
 @settings(deadline=None, max_examples=40)
@@ -277,7 +280,7 @@ def test_hidden_values_are_hidden_in_the_stream_too(uneven: Path) -> None:
     options = [f"data.path={uneven}", "data.stream=true", "train.eval_users=9", "data.values=false"]
     data = load_data(load_config(None, options))
     assert isinstance(data, StreamedData)
-    assert data.stream.known.value_scale == 0.0 and set(data.value) == {1.0}
+    assert data.stream.stats.value_scale == 0.0 and set(data.value) == {1.0}
 
 
 def test_what_streaming_cannot_do_is_told_before_it_starts(uneven: Path, tmp_path: Path) -> None:
@@ -286,7 +289,7 @@ def test_what_streaming_cannot_do_is_told_before_it_starts(uneven: Path, tmp_pat
     few = write_data(tmp_path / "few", [5, 6], 3)
     with pytest.raises(DataError, match=r"over 2 ranks at most, not 3"):
         stream_loader(few, "leave-one-out", 4, 0, 3).check_ranks()
-    assert 2 < stream_loader(uneven, "leave-one-out", 4).lanes <= LANES
+    assert 2 < stream_loader(uneven, "leave-one-out", 4).plan.lanes <= LANES
 
 
 def test_files_that_cannot_be_streamed_are_named(tmp_path: Path) -> None:

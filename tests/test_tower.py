@@ -16,9 +16,10 @@ import torch
 from flm_torchrec.config import load_config
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.data.dataset import PreparedData, load_prepared
+from flm_torchrec.data.history import Events
 from flm_torchrec.data.splits import everyone
 from flm_torchrec.errors import DataError, RunError
-from flm_torchrec.export.tower.reader import HISTORY_FIELDS, History, PackagedTower, TowerQuery
+from flm_torchrec.export.tower.reader import PackagedTower, TowerQuery
 from flm_torchrec.export.tower.writer import Precision, write_tower
 from flm_torchrec.prepare.options import PrepareOptions
 from flm_torchrec.prepare.prepare import prepare
@@ -119,9 +120,9 @@ def features_of(data: PreparedData, tower: PackagedTower, row: int) -> dict[str,
     return {"title": data.titles[row], "price": price, **values}
 
 
-def history(*items: int) -> History:
+def history(*items: int) -> Events:
     n = len(items)
-    return History(np.array(items), np.zeros(n, np.int64), np.ones(n, np.float32), np.arange(n) * 60)
+    return Events(np.array(items), np.arange(n) * 60, np.zeros(n, np.int64), np.ones(n, np.float32))
 
 
 def test_a_cold_user_has_features_or_nothing(case: Case) -> None:
@@ -134,7 +135,7 @@ def test_a_cold_user_has_features_or_nothing(case: Case) -> None:
 def test_padding_changes_nothing(case: Case) -> None:
     long = case.exact.known_history(0)
     assert len(long) == case.exact.max_history + 1
-    short = History(*(getattr(long, name)[:2] for name in HISTORY_FIELDS))
+    short = long.take(slice(2))
     (alone,) = case.exact.represent([TowerQuery(short)], NONE_ADDED)
     _, beside = case.exact.represent([TowerQuery(long), TowerQuery(short)], NONE_ADDED)
     np.testing.assert_allclose(beside.heads, alone.heads, atol=1e-6 * np.abs(alone.heads).max())

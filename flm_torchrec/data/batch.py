@@ -14,34 +14,37 @@ from torchrec.streamable import Pipelineable
 class Batch(Pipelineable):
     """B sequences over N different items, T tokens and C candidates.
 
-    Every item that occurs, as history, target or candidate, is looked up once: the other fields index those N
-    rows. A sequence of n targets has n tokens: the user's prefix token, then the n-1 items before the last
-    target; token t predicts target t.
+    Every item that occurs, as history, target or candidate, is looked up once: the other fields are indices into
+    those N items. A sequence of n targets has n tokens: the user's prefix token, then the n - 1 items before the last
+    target. Token t predicts target t.
     """
 
     item_ids: KeyedJaggedTensor  # key item_id, stride N, every length 1
-    item_features: KeyedJaggedTensor  # a key a sparse item feature, stride N or more (empty rows at the end)
+    item_features: KeyedJaggedTensor  # one key per sparse item feature, stride N or more (empty rows at the end)
     item_dense: Tensor  # [N, F_item]
-    item_known: Tensor  # [N] float: 1 where training events hold the item, else 0: its id says nothing
-    users: KeyedJaggedTensor  # key user_id and a key a sparse user feature, stride B
+    item_known: Tensor  # [N] float: 1 where a training event has the item, else 0: then its id says nothing
+    users: KeyedJaggedTensor  # key user_id and one key per sparse user feature, stride B
     user_dense: Tensor  # [B, F_user]
-    user_known: Tensor  # [B] float
+    user_known: Tensor  # [B] float: 1 where a training event has the user, else 0
     history: KeyedJaggedTensor  # keys event and gap, stride B, lengths as below
     value: Tensor  # [T] float: standardised value of the event, 0 at the prefix
     time: Tensor  # [T] seconds since the first event of the sequence, 0 at the prefix
     lengths: Tensor  # [B] tokens of each sequence; their sum is T
-    tokens: Tensor  # [T] row of the item, or N at the prefix
-    targets: Tensor  # [T] row of the next item; empty where there is nothing to learn
+    tokens: Tensor  # [T] index of the item, or N at the prefix
+    targets: Tensor  # [T] index of the next item; empty where there is nothing to learn
     label: Tensor  # [T] float: 1 or 0 for a target that has a label, else NaN
-    candidates: Tensor  # [C] rows of the items that the softmax runs over
-    log_not_sampled: Tensor  # [C, 2] log-probability that one in-batch, one drawn negative is not this item
+    candidates: Tensor  # [C] indices of the items that the softmax runs over
+    log_not_sampled: Tensor  # [C, 2] log-probability that one in-batch negative, and one drawn, is not this item
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        """A copy of the batch on the device."""
         return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)})
 
     def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the allocator that `stream` uses the tensors, so that their memory is not reused too early."""
         for f in fields(self):
             getattr(self, f.name).record_stream(stream)
 
     def pin_memory(self) -> Batch:
+        """A copy in pinned memory, which copies to a GPU without blocking."""
         return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})

@@ -13,21 +13,21 @@ from flm_torchrec.errors import DataError
 
 @dataclass(frozen=True)
 class Labels:
-    """Positive or negative events, by part; each part is [interactions] float32: 1, 0, NaN where not labelled.
+    """Labels of events, by part. Each part is [interactions] float32: 1 positive, 0 negative, NaN where not labelled.
 
-    The parts are of different users.
+    No user has labels in two parts.
     """
 
-    fit: np.ndarray
+    train: np.ndarray
     valid: np.ndarray
     test: np.ndarray
 
 
 def of_cohort(splits: Splits, data: PreparedData, cohort: np.ndarray, share: float, seed: int) -> Splits:
-    """Predict for the users of `cohort` [users] bool alone; learn from a share of them, drawn once.
+    """Predict only for the users of `cohort` [users] bool, and learn from a share of them, drawn once.
 
     Raises:
-        DataError: nobody is left to learn from or to predict for.
+        DataError: no user is left to learn from or to predict for.
     """
     learners = np.flatnonzero(cohort & (splits.train_end > data.offsets[:-1]))
     drawn = np.random.default_rng(seed).permutation(learners)[: max(1, round(share * len(learners)))]
@@ -47,18 +47,18 @@ def of_cohort(splits: Splits, data: PreparedData, cohort: np.ndarray, share: flo
 
 
 def label_events(data: PreparedData, cohort: np.ndarray, threshold: float, share: float, seed: int) -> Labels:
-    """Label events by value >= threshold: of 60 % of the cohort's users to learn from, 20 % to choose, 20 % to test.
+    """Label events by value >= threshold: of the cohort's users, 60 % to train, 20 % to validate, 20 % to test.
 
     Args:
-        share: of the learnable events, the share whose label is known, drawn once.
+        share: of the training users' events, the share that is labelled, drawn once.
 
     Raises:
-        DataError: labels are all the same, or a part has none.
+        DataError: the labels of a part are all the same, or a part has none.
     """
-    users = np.random.default_rng(0).permutation(np.flatnonzero(cohort))  # the same to test on for any seed
+    users = np.random.default_rng(0).permutation(np.flatnonzero(cohort))  # the same test users for any seed
     part = np.full(data.schema.users, -1)
-    for number, some in enumerate(np.split(users, [int(0.6 * len(users)), int(0.8 * len(users))])):
-        part[some] = number
+    for number, members in enumerate(np.split(users, [int(0.6 * len(users)), int(0.8 * len(users))])):
+        part[members] = number
     of_event = np.repeat(part, np.diff(data.offsets))
     label = (data.value >= threshold).astype(np.float32)
     parts = [np.where(of_event == number, label, np.nan).astype(np.float32) for number in range(3)]

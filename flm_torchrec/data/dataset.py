@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from flm_torchrec.data.history import Events
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.documents import read_json
 from flm_torchrec.errors import DataError
@@ -25,7 +26,7 @@ EVENT_COLUMNS = ("item_id", "timestamp", "event", "value")
 
 
 def spans(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """start[0], start[0] + 1, … lengths[0] of them, then those of start[1] …"""
+    """[B] starts and lengths → [sum of lengths] indices: start[0], start[0] + 1, …, then those of start[1], …"""
     before = np.cumsum(lengths) - lengths
     return np.arange(lengths.sum()) + np.repeat(start - before, lengths)
 
@@ -33,8 +34,8 @@ def spans(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def fingerprint_of(path: Path) -> str:
     """A digest of all that decides what rows mean: schema, keys, features, values behind codes, interactions.
 
-    Every byte is read, as loading does: two keys that changed places leave all sizes as they were. A copy elsewhere
-    has the same digest. `report.json` does not count, nor does any file that is no part of the layout.
+    Every byte is read: two keys that are swapped leave all sizes as they were. A copy in another folder has the same
+    digest. `report.json` does not count, nor does any file that is not part of the layout.
 
     Raises:
         DataError: a file is missing or cannot be read.
@@ -62,13 +63,15 @@ class Ragged:
 
     @property
     def lengths(self) -> np.ndarray:
+        """[rows] int64: the number of values of each row."""
         return np.diff(self.offsets)
 
     def row(self, index: int) -> np.ndarray:
+        """The values of one row."""
         return self.values[self.offsets[index] : self.offsets[index + 1]]
 
     def take(self, rows: np.ndarray) -> Ragged:
-        """The rows named, in that order; no Python loop over them."""
+        """The rows named, in that order, without a Python loop over them."""
         lengths = self.lengths[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         return Ragged(offsets, self.values[spans(self.offsets[:-1][rows], lengths)])
@@ -79,16 +82,16 @@ class EntityFeatures:
     """All features of the users or of the items."""
 
     sparse: dict[str, Ragged]
-    """By feature name: codes, int64, one ragged row an entity (length 0 where unknown)."""
+    """By feature name: int64 codes, one ragged row per entity (length 0 where unknown)."""
     dense: np.ndarray
     """[rows, F] float32: numeric and dense features side by side in the schema's order, 0 where unknown."""
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What `flm prepare` wrote, in memory: 24 bytes an interaction in these arrays, and the strings of `segment`.
+    """What `flm prepare` wrote, in memory: 24 bytes per interaction in these arrays, and the strings of `segment`.
 
-    With what loading needs besides, a process grows by about 80 bytes an interaction.
+    Loading needs more for a time: a process grows by about 80 bytes per interaction.
     """
 
     path: Path
@@ -102,8 +105,13 @@ class PreparedData:
     items: EntityFeatures
     users: EntityFeatures
 
+    @property
+    def events(self) -> Events:
+        """The columns of all interactions, not copied."""
+        return Events(self.item, self.timestamp, self.event, self.value)
+
     def event_users(self) -> np.ndarray:
-        """[interactions] int64: whose event it is."""
+        """[interactions] int64: the user of each event."""
         return np.repeat(np.arange(self.schema.users), np.diff(self.offsets))
 
     @cached_property
@@ -112,7 +120,7 @@ class PreparedData:
         return fingerprint_of(self.path)
 
     def save_vocabulary(self, folder: Path) -> None:
-        """Write what rows of the tables stand for: the schema, keys of users and items, values behind codes."""
+        """Write what the rows of the tables mean: the schema, keys of users and items, values behind codes."""
         folder.mkdir(exist_ok=True)
         shutil.copy(self.path / "schema.yaml", folder)
         for entity in ("user", "item"):
@@ -123,15 +131,17 @@ class PreparedData:
 
     @cached_property
     def user_keys(self) -> list[str]:
+        """The key of each user, in order of id."""
         return _keys(self.path / "users.parquet", "user_key")
 
     @cached_property
     def item_keys(self) -> list[str]:
+        """The key of each item, in order of id."""
         return _keys(self.path / "items.parquet", "item_key")
 
     @cached_property
     def titles(self) -> list[str]:
-        """What to show to people, by item: the schema's title column, or the item's key."""
+        """What people see of each item: the schema's title column, or the item's key where there is no title."""
         if not self.schema.title:
             return self.item_keys
         shown = _keys(self.path / "items.parquet", self.schema.title)
@@ -144,8 +154,8 @@ def load_prepared(
     """Load and check the folder that `flm prepare` wrote.
 
     Args:
-        features: names of those to keep, or "all" or "none"; the schema then has no others.
-        users: [n] ids; the events of the others are left out, as if they had none. None: all are loaded.
+        features: names of the features to keep, or "all" or "none". The schema then has no other features.
+        users: [n] ids. Events of other users are not loaded, as if they had none. None: all events are loaded.
 
     Raises:
         DataError: a file is missing or corrupt, lacks a column, or has an id outside the vocabulary.
@@ -178,7 +188,11 @@ def load_prepared(
 
 
 def interaction_files(path: Path) -> list[Path]:
-    """The files of interactions, in order of `user_id`."""
+    """The files of interactions, in order of `user_id`.
+
+    Raises:
+        DataError: there are none.
+    """
     files = sorted((path / "interactions").glob("*.parquet"))
     if not files:
         raise DataError(f"{path / 'interactions'}: no Parquet file; prepare the data again")
@@ -186,8 +200,8 @@ def interaction_files(path: Path) -> list[Path]:
 
 
 @contextmanager
-def told_as_data_error(file: Path) -> Iterator[None]:
-    """What Arrow says of a file that it cannot read, as a DataError that names it."""
+def as_data_error(file: Path) -> Iterator[None]:
+    """Raise what Arrow says about a file that it cannot read as a DataError that names the file."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:
@@ -195,6 +209,7 @@ def told_as_data_error(file: Path) -> Iterator[None]:
 
 
 def check_columns(file: Path, columns: Sequence[str], present: Sequence[str]) -> None:
+    """Raise DataError where one of the columns is not among those that the file has."""
     missing = [c for c in columns if c not in present]
     if missing:
         raise DataError(f"{file}: no column '{missing[0]}' (it has {', '.join(present)})")
@@ -205,7 +220,7 @@ def _read(
 ) -> pa.Table:
     if not file.is_file():
         raise DataError(f"{file}: not found; prepare the data again")
-    with told_as_data_error(file):
+    with as_data_error(file):
         present = pq.read_schema(file).names
         check_columns(file, columns, present)
         return pq.read_table(file, columns=columns + [c for c in optional if c in present], filters=only)
@@ -220,7 +235,7 @@ def check_rows(user: np.ndarray, item: np.ndarray, schema: Schema, path: Path, f
 
     Args:
         first: number of the first row, for the message.
-        after: user of the row before it.
+        after: user of the row before the first.
     """
     for ids, size, name in ((user, schema.users, "user_id"), (item, schema.items, "item_id")):
         if ids.min() < 0 or ids.max() >= size:
@@ -282,6 +297,11 @@ def fingerprints_before(folder: Path) -> list[str]:
 
 
 def read_report(folder: Path) -> dict[str, Any]:
+    """The contents of `report.json` of prepared data.
+
+    Raises:
+        DataError: the file is missing, is not readable or is no report.
+    """
     file = folder / "report.json"
     try:
         report = read_json(file)

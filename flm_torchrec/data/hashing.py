@@ -1,4 +1,4 @@
-"""Ids → what a table is asked for: the row itself, a hashed row, or a hashed id that TorchRec gives a row."""
+"""Ids → what an embedding table is asked for: the row itself, a hashed row, or a hashed id that TorchRec remaps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from flm_torchrec.data.schema import Table
 
 MANAGED_IDS = 2**63 - 1
-"""Managed tables are asked for hashed ids below this. Evenly spread: ranks share them out by range."""
+"""Managed tables are asked for hashed ids below this. Hashes are evenly spread, and ranks share them out by range."""
 
 
 def mix(ids: np.ndarray) -> np.ndarray:
@@ -18,8 +18,8 @@ def mix(ids: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def look_ups(table: Table, ids: np.ndarray) -> np.ndarray:
-    """[n] int64 ids → [n] int64 to look up in the table.
+def remap_ids(table: Table, ids: np.ndarray) -> np.ndarray:
+    """[n] int64 ids → [n] int64 what to look up in the table: rows, or hashed ids of a managed table.
 
     Hashing n ids into M rows, an id shares its row with probability 1 - (1 - 1/M)^(n - 1), about 1 - e^(-n/M).
     """
@@ -27,8 +27,3 @@ def look_ups(table: Table, ids: np.ndarray) -> np.ndarray:
         return ids
     size = table.rows if table.kind == "hash" else MANAGED_IDS
     return (mix(ids) % np.uint64(size)).astype(np.int64)
-
-
-def gap_rows(since: np.ndarray, buckets: int) -> np.ndarray:
-    """[n] seconds since the event before → [n] rows of the table of gaps, by log2; row 0 is the prefix's."""
-    return np.minimum(np.log2(since + 1).astype(np.int64), buckets - 2) + 1

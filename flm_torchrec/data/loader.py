@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
@@ -14,23 +15,29 @@ from flm_torchrec.data.negatives import Candidates, Negatives
 from flm_torchrec.data.windows import Windows
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """How sequences are shuffled and shared out over the ranks."""
+
+    batch_size: int
+    """Sequences of a step, of all ranks together."""
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+
+
 class Loader(ABC):
     """This rank's batches, epoch after epoch."""
 
-    def __init__(
-        self, assembler: Assembler, negatives: Negatives, batch_size: int, seed: int, rank: int, world_size: int
-    ) -> None:
+    def __init__(self, assembler: Assembler, negatives: Negatives, sharing: Sharing) -> None:
         self.assembler = assembler
         self.negatives = negatives
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
+        self.sharing = sharing
 
     def drawn(self, number: int, step: int) -> Candidates:
-        """This rank's share of the negatives of a step, which depend on seed, epoch and step alone."""
-        rng = np.random.default_rng([self.seed, number, step])
-        return self.negatives.draw(rng, self.rank, self.world_size)
+        """This rank's share of the negatives of a step. They depend on seed, epoch and step alone."""
+        rng = np.random.default_rng([self.sharing.seed, number, step])
+        return self.negatives.draw(rng, self.sharing.rank, self.sharing.world_size)
 
     @abstractmethod
     def __len__(self) -> int:
@@ -38,14 +45,17 @@ class Loader(ABC):
 
     @abstractmethod
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
-        """Batches of an epoch from the `first` on, the same ones whatever came before."""
+        """Batches of an epoch from step `first` on; they do not depend on the steps before."""
 
     def after(self, steps: int) -> Iterator[Batch]:
-        """Batches without end, those of the first `steps` steps left out: how a run resumes, at any number of ranks."""
+        """Batches without end, from step `steps` of the run on: so a run resumes, at any number of ranks."""
         epoch, first = divmod(steps, len(self))
         yield from self.epoch(epoch, first)
         for number in count(epoch + 1):
             yield from self.epoch(number)
+
+    def check_ranks(self) -> None:  # noqa: B027 - a default, not a gap
+        """Raise DataError where some rank would have nothing to learn from. By default, every rank has something."""
 
 
 class TrainLoader(Loader):
@@ -55,33 +65,29 @@ class TrainLoader(Loader):
     at any number of ranks, and rank r of W takes every W-th of them. The last batch of an epoch may be short.
     """
 
-    def __init__(
-        self,
-        spans: Windows,
-        assembler: Assembler,
-        negatives: Negatives,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        super().__init__(assembler, negatives, batch_size, seed, rank, world_size)
-        self.spans = spans
+    def __init__(self, windows: Windows, assembler: Assembler, negatives: Negatives, sharing: Sharing) -> None:
+        super().__init__(assembler, negatives, sharing)
+        self.windows = windows
 
     def __len__(self) -> int:
-        return -(-len(self.spans) // self.batch_size)
+        return -(-len(self.windows) // self.sharing.batch_size)
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
-        order = np.random.default_rng([self.seed, number]).permutation(len(self.spans))
+        """Batches of an epoch from step `first` on."""
+        order = np.random.default_rng([self.sharing.seed, number]).permutation(len(self.windows))
+        size = self.sharing.batch_size
         for step in range(first, len(self)):
-            rows = order[step * self.batch_size : (step + 1) * self.batch_size]
-            user, start, end = self._share(rows)
+            user, start, end = self._share(order[step * size : (step + 1) * size])
             yield self.assembler.training(user, start, end, self.drawn(number, step))
 
-    def _share(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rank's rows, with empty spans so that every rank has equally many: sharded pooling needs one stride."""
-        mine = rows[self.rank :: self.world_size]
-        user, start, end = self.spans.user[mine], self.spans.start[mine], self.spans.end[mine]
-        short = -(-len(rows) // self.world_size) - len(mine)
-        pad = np.zeros(short, np.int64)
+    def _share(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """User, start and end of this rank's windows of a global batch.
+
+        Empty spans are added so that every rank has equally many: pooling of sharded tables needs one stride.
+        """
+        world_size = self.sharing.world_size
+        own = batch[self.sharing.rank :: world_size]
+        user, start, end = self.windows.user[own], self.windows.start[own], self.windows.end[own]
+        missing = -(-len(batch) // world_size) - len(own)
+        pad = np.zeros(missing, np.int64)
         return np.concatenate([user, pad]), np.concatenate([start, pad]), np.concatenate([end, pad])

@@ -9,7 +9,12 @@ import numpy as np
 
 
 class Negatives:
-    """Draws negatives by popularity ** power, the same for any number of ranks."""
+    """Draws negatives with probability proportional to popularity ** power, the same for any number of ranks.
+
+    Args:
+        counts: [items] training events of each item.
+        number: negatives of a step, of all ranks together; "all": every item is a candidate, nothing is drawn.
+    """
 
     def __init__(self, counts: np.ndarray, number: int | Literal["all"], power: float) -> None:
         self.number = number
@@ -17,11 +22,12 @@ class Negatives:
         weights = np.where(counts > 0, counts, 0).astype(np.float64) ** power * (counts > 0)
         self.cumulative = np.cumsum(weights / weights.sum())
         popularity = counts / counts.sum()
-        # An item that is all of the data would be absent with probability 0; a bound keeps the logarithm finite.
-        absent = np.log1p(-np.minimum(np.stack([popularity, weights / weights.sum()], 1), 1 - 1e-6))
-        self.log_not_sampled = absent.astype(np.float32)
+        # An item that is all of the data is never "not sampled"; a bound keeps the logarithm finite.
+        not_sampled = np.log1p(-np.minimum(np.stack([popularity, weights / weights.sum()], 1), 1 - 1e-6))
+        self.log_not_sampled = not_sampled.astype(np.float32)
 
     def draw(self, rng: np.random.Generator, rank: int, world_size: int) -> Candidates:
+        """This rank's share of the negatives of a step; `rng` must have the same state on every rank."""
         if self.number == "all":
             return Candidates(np.arange(rank, self.items, world_size), None)
         drawn = np.searchsorted(self.cumulative, rng.random(self.number), side="right")
@@ -30,7 +36,7 @@ class Negatives:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Items that a step's softmax runs over on this rank, beside the targets."""
+    """Items that the softmax of a step runs over on this rank, besides the targets."""
 
     items: np.ndarray  # [K] int64
     log_not_sampled: np.ndarray | None  # [items, 2] by item id; None: every item is a candidate, nothing is sampled

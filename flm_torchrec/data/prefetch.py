@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Prefetch(Generic[T]):
-    """Runs an iterator in a thread, `depth` items ahead; an exception there is raised here."""
+    """Runs an iterator in a thread, `depth` items ahead. An exception in the thread is raised where items are taken."""
 
     def __init__(self, source: Iterator[T], depth: int = 2) -> None:
         self.source = source

@@ -9,18 +9,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flm_torchrec.data.dataset import EVENT_COLUMNS, check_columns, interaction_files, told_as_data_error
+from flm_torchrec.data.dataset import EVENT_COLUMNS, as_data_error, check_columns, interaction_files
 
 BATCH = 2**17
-"""Rows of one step of a pass."""
-
-
+"""Rows that `scan` reads at once."""
 BUFFER = 2**20
-"""Bytes of a column that are read at once: what is not asked for of a row group is not read."""
+"""Bytes of a column that are read at once, so that a part of a row group can be read without the rest."""
 
 
 class RowGroups:
-    """The rows of `interactions/`, numbered through all files; no more than asked for is read.
+    """The rows of `interactions/`, numbered through all files. No more is read than asked for.
 
     Raises:
         DataError: a file is missing or no Parquet, or lacks a column.
@@ -31,7 +29,7 @@ class RowGroups:
         self.files = interaction_files(path)
         self.metadata: list[pq.FileMetaData] = []
         for file in self.files:
-            with told_as_data_error(file):
+            with as_data_error(file):
                 self.metadata.append(pq.read_metadata(file))
             check_columns(file, ["user_id", *EVENT_COLUMNS], self.metadata[-1].schema.to_arrow_schema().names)
         groups = [(f, g) for f, meta in enumerate(self.metadata) for g in range(meta.num_row_groups)]
@@ -41,24 +39,24 @@ class RowGroups:
 
     @property
     def rows(self) -> int:
+        """Number of interactions."""
         return int(self.starts[-1])
 
     def scan(self, columns: Sequence[str]) -> Iterator[tuple[np.ndarray, ...]]:
-        """One pass over all rows, in order."""
+        """One pass over all rows, in order: parts of at most BATCH rows, none empty."""
         for number, file in enumerate(self.files):
-            with told_as_data_error(file):
-                for batch in self._open(number).iter_batches(BATCH, columns=list(columns)):
-                    if len(batch):
-                        yield tuple(batch[name].to_numpy() for name in columns)
+            with as_data_error(file):
+                batches = self._open(number).iter_batches(BATCH, columns=list(columns))
+                yield from (tuple(batch[name].to_numpy() for name in columns) for batch in batches if len(batch))
 
     def read(self, start: int, stop: int, columns: Sequence[str] = EVENT_COLUMNS) -> dict[str, np.ndarray]:
-        """Rows `start:stop`, all of one file; of its row groups those are read that hold them, no further than that."""
+        """The columns of the rows `start:stop`, all of one file. Reading ends with the last of these rows."""
         first = int(np.searchsorted(self.starts, start, "right")) - 1
         last = int(np.searchsorted(self.starts, stop, "left"))
         number = int(self.groups[first, 0])
         skip, wanted = start - int(self.starts[first]), stop - start
         parts, have = [], 0
-        with told_as_data_error(self.files[number]):
+        with as_data_error(self.files[number]):
             batches = self._open(number).iter_batches(
                 skip + wanted, row_groups=self.groups[first:last, 1].tolist(), columns=list(columns), use_threads=False
             )

@@ -1,4 +1,4 @@
-"""What a prepared data set holds: every feature, its kind, its table and its cardinality (`schema.yaml`)."""
+"""What a prepared data set holds: every feature with its kind, table and cardinality (`schema.yaml`)."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ DENSE_KINDS: tuple[Kind, ...] = ("numeric", "dense")
 
 @dataclass(frozen=True)
 class Table:
-    """How the ids of an embedding table come to its rows.
+    """How ids are mapped to the rows of an embedding table.
 
-    direct: each id has a row of its own; hash: ids share `rows` rows by a hash, for good; zch: the ids seen most
-    (lfu) or last (lru) have a row of `rows` each, the others share the last row (TorchRec's managed collision).
+    direct: each id has its own row. hash: ids share `rows` rows by a fixed hash. zch: the ids seen most often (lfu) or
+    last (lru) have one of `rows` rows each, all others share the last row (TorchRec's managed collision).
     """
 
     kind: TableKind = "direct"
     rows: int = 0
-    """Of hash and zch; direct has as many as there are ids."""
+    """For hash and zch; a direct table has as many rows as there are ids."""
     eviction: Eviction = "lfu"
-    """Of zch."""
+    """For zch."""
 
     def __post_init__(self) -> None:
         for name, kinds in (("kind", get_args(TableKind)), ("eviction", get_args(Eviction))):
@@ -48,9 +48,9 @@ class Table:
 class Feature:
     """One feature of a user or an item.
 
-    `column` of `users.parquet` or `items.parquet` holds it, by kind:
-    categorical and quantile int32 in [0, cardinality), null where unknown; multi_categorical and text list<int32> of
-    such codes (a text's are hashed tokens); numeric float32, standardised; dense fixed_size_list<float32>[width].
+    `column` of `users.parquet` or `items.parquet` holds its values, by kind:
+    categorical and quantile: int32 in [0, cardinality), null where unknown; multi_categorical and text: list<int32> of
+    such codes (hashed words for text); numeric: float32, standardised; dense: fixed_size_list<float32>[width].
     """
 
     name: str
@@ -58,17 +58,17 @@ class Feature:
     kind: Kind
     column: str
     table: str = ""
-    """Embedding table of a sparse feature: features that name the same table share its rows."""
+    """Embedding table of a sparse feature. Features that name the same table share its rows."""
     cardinality: int = 0
     """Rows of the table (sparse kinds)."""
     width: int = 0
-    """Numbers per row (dense kinds; 1 for numeric)."""
+    """Numbers per entity (dense kinds; 1 for numeric)."""
     ngrams: int = 0
-    """Words of the longest runs that a text is hashed by; 0: data of an older version, words alone."""
+    """A text is hashed by runs of up to so many words; 0: data of an older version, which has single words."""
     mean: float = 0.0
-    """Of a numeric feature before it was standardised."""
+    """Mean of a numeric feature before it was standardised."""
     deviation: float = 0.0
-    """Of a numeric feature before it was standardised; 0: not known, data of an older version."""
+    """Standard deviation of a numeric feature before it was standardised; 0: not known, data of an older version."""
 
     def __post_init__(self) -> None:
         if PurePath(self.name).name != self.name:  # its vocabulary becomes a file of that name
@@ -76,6 +76,7 @@ class Feature:
 
     @property
     def sparse(self) -> bool:
+        """True for kinds with codes, which an embedding table holds; False for kinds with numbers."""
         return self.kind in SPARSE_KINDS
 
 
@@ -91,32 +92,35 @@ class Schema:
     events: tuple[str, ...] = ("interaction",)
     """Names of the event codes, in order of code."""
     timestamps: bool = True
-    """False where the source has only an order: the timestamp is then the position in the user's sequence."""
+    """False where the source has only an order; the timestamp is then the position in the user's sequence."""
     title: str = ""
     """Column of items.parquet to show to people (a string); empty: the item's key."""
     features: tuple[Feature, ...] = field(default=())
     tables: dict[str, Table] = field(default_factory=dict)
-    """By name of a table, "user_id" or that of a feature; direct where it is not named."""
+    """By name of the table, "user_id" or a feature's table. Tables that are not named are direct."""
 
     def table(self, name: str) -> Table:
+        """How the ids of the table of this name are mapped to its rows."""
         return self.tables.get(name, Table())
 
     def of(self, entity: Entity, *, sparse: bool) -> tuple[Feature, ...]:
+        """The sparse features, or the dense ones, of users or items, in the schema's order."""
         return tuple(f for f in self.features if f.entity == entity and f.sparse == sparse)
 
     def keeping(self, names: Sequence[str], path: Path) -> Schema:
-        """With the features named alone.
+        """This schema with only the features named.
 
         Raises:
             DataError: the schema, read from `path`, has no such feature.
         """
-        known = [f.name for f in self.features]
+        present = [f.name for f in self.features]
         for name in names:
-            if name not in known:
-                raise DataError(f"{path}: no feature '{name}' in schema.yaml; {nearest(name, known)}")
+            if name not in present:
+                raise DataError(f"{path}: no feature '{name}' in schema.yaml; {nearest(name, present)}")
         return replace(self, features=tuple(f for f in self.features if f.name in names))
 
     def save(self, path: Path) -> None:
+        """Write `schema.yaml`; fields of a feature that are empty or 0 are left out."""
         record = asdict(self)
         record["events"] = list(self.events)
         record["features"] = [{k: v for k, v in asdict(f).items() if v not in ("", 0)} for f in self.features]
@@ -146,15 +150,15 @@ class Schema:
             raise DataError(f"{path}: not a schema ({reason}); prepare the data again") from error
         for feature in schema.features:
             _check(feature, path)
-        known = ["user_id", *(f.table for f in schema.features if f.sparse)]
+        present = ["user_id", *(f.table for f in schema.features if f.sparse)]
         for name in tables:
-            if name not in known:
-                raise DataError(f"{path}: tables: no table '{name}' to choose rows for; {nearest(name, known)}")
+            if name not in present:
+                raise DataError(f"{path}: tables: no table '{name}' to choose rows for; {nearest(name, present)}")
         return schema
 
 
 def sparsity(pairs: int, users: int, items: int) -> float:
-    """Share of all pairs of a user and an item that never meet; a pair that meets again counts once."""
+    """Share of all pairs of a user and an item without an event; `pairs` is the number of pairs with events."""
     return 1 - pairs / (users * items)
 
 

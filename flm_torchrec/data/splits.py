@@ -17,40 +17,40 @@ COLD_ITEM = "cold item"
 
 @dataclass(frozen=True)
 class Examples:
-    """Predictions to make: for example *e*, the events `offsets[user[e]] : end[e]` are known, event `end[e]` is next.
+    """Predictions to make: of example *e*, the events `offsets[user[e]] : end[e]` are given, event `end[e]` is next.
 
     Where there is no next event (export), `end` is the end of the user's events.
     """
 
     user: np.ndarray  # [E] int64
     end: np.ndarray  # [E] int64, index into the arrays of interactions
-    label: np.ndarray | None = None  # [E] str: what kind of prediction it is, by which a table is broken down
+    label: np.ndarray | None = None  # [E] str: kind of prediction, by which results are broken down
 
     def __len__(self) -> int:
         return len(self.user)
 
-    def take(self, rows: np.ndarray) -> Examples:
-        return Examples(self.user[rows], self.end[rows], None if self.label is None else self.label[rows])
+    def take(self, index: np.ndarray) -> Examples:
+        """The examples at an index, in its order."""
+        return Examples(self.user[index], self.end[index], None if self.label is None else self.label[index])
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Training events, as a prefix of each user's, and the examples of validation and test."""
+    """Training events, the first ones of each user, and the examples of validation and test."""
 
     train_end: np.ndarray  # [users] int64: user u learns from events offsets[u]:train_end[u]
     valid: Examples
     test: Examples
-    cold_items: np.ndarray | None = None  # [items] bool: held out, whoever they are met by
+    cold_items: np.ndarray | None = None  # [items] bool: held out, for all users
 
-    def fit(self, data: PreparedData) -> np.ndarray:
+    def train_mask(self, data: PreparedData) -> np.ndarray:
         """[interactions] bool: the events that may be learnt from."""
-        position = np.arange(len(data.item))
-        fit = position < np.repeat(self.train_end, np.diff(data.offsets))
-        return fit if self.cold_items is None else fit & ~self.cold_items[data.item]
+        mask = np.arange(len(data.item)) < np.repeat(self.train_end, np.diff(data.offsets))
+        return mask if self.cold_items is None else mask & ~self.cold_items[data.item]
 
 
 def sampled(count: int, most: int, seed: int) -> np.ndarray:
-    """[n] rows out of `count`, ascending: `most` drawn once by the seed, or all where there are no more."""
+    """[n] indices below `count`, ascending: `most` of them drawn by the seed, or all where there are no more."""
     if most >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
@@ -58,25 +58,30 @@ def sampled(count: int, most: int, seed: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Rule:
-    """What a split takes from the data as a whole. With it a part of the users is split as all of them are."""
+    """What a split needs to know about all of the data. With a rule, some users are split as all users would be."""
 
     kind: str
     valid_from: float = 0.0
-    """time: the first second of validation."""
+    """Of kind time: the first second of validation."""
     test_from: float = 0.0
+    """Of kind time: the first second of test."""
     cold_items: np.ndarray | None = None  # [items] int8: 1 held out for validation, 2 for test
-    cold_users: np.ndarray | None = None  # [users] int8, likewise
+    cold_users: np.ndarray | None = None  # [users] int8: likewise
+
+    def held_out(self, item: np.ndarray) -> np.ndarray:
+        """[n] item ids → [n] bool: items that are never learnt from."""
+        return np.zeros(len(item), bool) if self.cold_items is None else self.cold_items[item] > 0
 
 
 def split(data: PreparedData, kind: str, holdout: float) -> Splits:
     """Split by `data.split` of the config.
 
-    leave-one-out: of a user with three events or more, the last is test and the one before it validation.
-    time: the newest `holdout` share of all events is test, as much before it validation; a user's first event in
-    each is predicted from all events before it.
+    leave-one-out: of a user with three events or more, the last event is test and the one before it is validation.
+    time: the newest `holdout` share of all events is test, the same share before it is validation. The first event
+    of a user in each of the two is predicted from all events before it.
     cold-start: `holdout` of the items and of the users with three events are never learnt from, half of each for
-    validation and half for test. Predicted are every event of such an item, the last event of such a user, and of
-    the other users what leave-one-out would; labels say which is which. The same for any seed.
+    validation and half for test. Predicted are every event of such an item, the last event of such a user, and the
+    events that leave-one-out predicts of the other users; labels tell these apart. The same for any seed.
 
     Raises:
         DataError: nothing is left to validate or test on, or a time split of data without timestamps.
@@ -89,6 +94,7 @@ def split(data: PreparedData, kind: str, holdout: float) -> Splits:
 
 
 def nothing_left(path: Path, kind: str, name: str) -> DataError:
+    """The error of a split that leaves no examples for validation or test."""
     return DataError(
         f"{path}: no {name} example in a {kind} split; users need three events"
         " (leave-one-out) or events after the cut (time)"
@@ -96,7 +102,11 @@ def nothing_left(path: Path, kind: str, name: str) -> DataError:
 
 
 def rule_of(data: PreparedData, kind: str, holdout: float) -> Rule:
-    """The rule of `split`, from data that are all in memory."""
+    """The rule of `split`, from data that are all in memory.
+
+    Raises:
+        DataError: a time split of data without timestamps.
+    """
     if kind == "time":
         check_timestamps(data.schema, data.path)
         valid_from, test_from = np.quantile(data.timestamp, [1 - 2 * holdout, 1 - holdout], method="higher")
@@ -111,8 +121,8 @@ def cold_rule(seen: np.ndarray, events: np.ndarray, holdout: float) -> Rule:
     """The rule of a cold-start split.
 
     Args:
-        seen: [items] bool, which have events at all.
-        events: [users] their number.
+        seen: [items] bool, True for items that have events.
+        events: [users] number of events.
     """
     rng = np.random.default_rng(0)
     items = _drawn_parts(rng, np.flatnonzero(seen), holdout, len(seen))
@@ -121,22 +131,23 @@ def cold_rule(seen: np.ndarray, events: np.ndarray, holdout: float) -> Rule:
 
 
 def check_timestamps(schema: Schema, path: Path) -> None:
+    """Raise DataError where data have no timestamps, so that they cannot be split by time."""
     if not schema.timestamps:
         raise DataError(f"{path}: has no timestamps; use data.split=leave-one-out")
 
 
 def split_by(data: PreparedData, rule: Rule) -> Splits:
-    """Split by a rule; parts of the result may be empty."""
+    """Split by a rule. Validation or test may be empty."""
     return {"leave-one-out": _leave_one_out, "time": _by_time, "cold-start": _cold_start}[rule.kind](data, rule)
 
 
 def everyone(data: PreparedData) -> Examples:
-    """One example a user, at the end of all that is known of them: for export."""
+    """One example for each user, at the end of the user's events: for export."""
     return Examples(np.arange(data.schema.users), data.offsets[1:])
 
 
 def lasting(offsets: np.ndarray) -> np.ndarray:
-    """[users] bool: those with three events, of whom two can be held out."""
+    """[users] bool: True for users with three events or more, of which two can be held out."""
     return np.diff(offsets) >= 3
 
 
@@ -171,12 +182,12 @@ def _cold_start(data: PreparedData, rule: Rule) -> Splits:
     assert cold_item is not None and cold_user is not None
     warm = _leave_one_out(data, rule)
     users = data.event_users()
-    later = np.arange(len(data.item)) > data.offsets[users]  # a first event has nothing to be predicted from
+    later = np.arange(len(data.item)) > data.offsets[users]  # a user's first event has no history to predict it from
 
-    def examples(part: int, known: Examples) -> Examples:
+    def examples(part: int, last: Examples) -> Examples:
         events = np.flatnonzero((cold_item[data.item] == part) & later)
         parts = {
-            "warm": known.take(np.flatnonzero(cold_user[known.user] == 0)),
+            "warm": last.take(np.flatnonzero(cold_user[last.user] == 0)),
             "cold user": warm.test.take(np.flatnonzero(cold_user[warm.test.user] == part)),
         }
         parts = {name: e.take(np.flatnonzero(cold_item[data.item[e.end]] == 0)) for name, e in parts.items()}

@@ -1,4 +1,4 @@
-"""Interactions that need not fit into memory: row groups of Parquet files, and what must be known of all of them."""
+"""Interactions that need not fit into memory: passes over Parquet files collect what training must know about them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from flm_torchrec.data.collate import LEAST_SPREAD, Known
 from flm_torchrec.data.dataset import (
     PreparedData,
     check_rows,
@@ -17,44 +16,41 @@ from flm_torchrec.data.dataset import (
 from flm_torchrec.data.row_groups import RowGroups
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import Rule, check_timestamps, cold_rule, lasting, nothing_left, sampled
+from flm_torchrec.data.train_stats import TrainStats, scale_of
 
 BINS = 2**16
-"""Of a histogram of timestamps: two passes find one second in 136 years."""
+"""Bins of a histogram of timestamps: two passes find one second in 136 years."""
 
 
 @dataclass(frozen=True)
-class Stream:
-    """All interactions on disk, and what training must know of them: O(users + items) in memory."""
+class EventStream:
+    """All interactions on disk, and what training must know about them: O(users + items) of memory."""
 
     groups: RowGroups
     rule: Rule
     offsets: np.ndarray  # [users + 1] int64: first row of each user
-    train_end: np.ndarray  # [users] int64: user u is learnt from up to row train_end[u]
+    train_end: np.ndarray  # [users] int64: the training events of user u end before row train_end[u]
     counts: np.ndarray  # [items] int64: training events of each item
-    known: Known
-    fit_rows: int
-    """Training events."""
-
-    def held_out(self, item: np.ndarray) -> np.ndarray:
-        """[n] bool: items that are never learnt from."""
-        return np.zeros(len(item), bool) if self.rule.cold_items is None else self.rule.cold_items[item] > 0
+    stats: TrainStats
+    train_rows: int
+    """Number of training events."""
 
 
 @dataclass(frozen=True)
 class StreamedData(PreparedData):
-    """The events of some users in memory, to validate on; those of all are in the stream, to train on."""
+    """The events of some users in memory, to validate on. The events of all users are in the stream, to train on."""
 
-    stream: Stream
+    stream: EventStream
 
 
 def load_streamed(
     path: Path, features: str | Sequence[str], kind: str, holdout: float, sample: int, seed: int
 ) -> StreamedData:
-    """Survey all interactions, in two passes or six for a time split, and load those of the users to validate on.
+    """Survey all interactions, and load those of the users to validate on: two passes, or six for a time split.
 
     Args:
-        kind: of split, and `holdout`, as for `split`.
-        sample: users to load, drawn once by `seed` from those with something to predict in validation.
+        kind: of the split, and `holdout`: as for `split`.
+        sample: number of users to load, drawn by `seed` from those with something to predict in validation.
 
     Raises:
         DataError: as `load_prepared` and `split`.
@@ -71,16 +67,16 @@ def load_streamed(
 
 
 def hide_values(data: PreparedData) -> PreparedData:
-    """The same, all values 1: for a model that must not see them."""
-    shown = replace(data, value=np.ones_like(data.value))
-    if isinstance(shown, StreamedData):
-        known = replace(shown.stream.known, value_scale=0.0)
-        shown = replace(shown, stream=replace(shown.stream, known=known))
-    return shown
+    """The same data with all values 1, for a model that must not see them."""
+    hidden = replace(data, value=np.ones_like(data.value))
+    if isinstance(hidden, StreamedData):
+        stats = replace(hidden.stream.stats, value_scale=0.0)
+        hidden = replace(hidden, stream=replace(hidden.stream, stats=stats))
+    return hidden
 
 
 def _users_and_items(groups: RowGroups, schema: Schema) -> tuple[np.ndarray, np.ndarray]:
-    """[users + 1] first row of each user, and [items] bool, which occur; ids are checked on the way."""
+    """[users + 1] first row of each user, and [items] bool: the items that occur. Checks all ids."""
     events, seen = np.zeros(schema.users, np.int64), np.zeros(schema.items, bool)
     row, newest = 0, 0
     for user, item in groups.scan(["user_id", "item_id"]):
@@ -95,7 +91,7 @@ def _users_and_items(groups: RowGroups, schema: Schema) -> tuple[np.ndarray, np.
 def _split(
     groups: RowGroups, schema: Schema, offsets: np.ndarray, seen: np.ndarray, kind: str, holdout: float
 ) -> tuple[np.ndarray, np.ndarray, Rule]:
-    """[users] end of the rows to learn from, the users with something to predict in validation, and the rule."""
+    """[users] end of each user's training rows, the users with something to predict in validation, and the rule."""
     if kind == "time":
         check_timestamps(schema, groups.path)
         last = groups.rows - 1  # ranks as numpy.quantile's method "higher" takes them
@@ -117,48 +113,59 @@ def _split(
 
 
 def order_statistics(groups: RowGroups, ranks: Sequence[int]) -> list[int]:
-    """The timestamps at these ranks, from 0, of all sorted: by histograms ever finer, BINS numbers in memory each."""
+    """The timestamps at these ranks, from 0, of all timestamps sorted; by finer and finer histograms of BINS bins."""
     least, most = np.iinfo(np.int64).max, np.iinfo(np.int64).min
     for (timestamp,) in groups.scan(["timestamp"]):
         least, most = min(least, int(timestamp.min())), max(most, int(timestamp.max()))
-    # Of each rank, between which values it lies, and how many are below these.
+    # Of each rank: its timestamp is in low … low + width - 1, and `below` timestamps are smaller than low.
     low, width, below = [least] * len(ranks), most - least + 1, [0] * len(ranks)
     while width > 1:
         step = -(-width // BINS)
         counts = np.zeros((len(ranks), BINS), np.int64)
         for (timestamp,) in groups.scan(["timestamp"]):
-            for row, start in zip(counts, low, strict=True):
+            for histogram, start in zip(counts, low, strict=True):
                 inside = timestamp[(timestamp >= start) & (timestamp < start + width)]
-                row += np.bincount((inside - start) // step, minlength=BINS)
+                histogram += np.bincount((inside - start) // step, minlength=BINS)
         for n, rank in enumerate(ranks):
             upto = below[n] + np.cumsum(counts[n])
-            found = int(np.searchsorted(upto, rank, "right"))
-            below[n] = int(upto[found] - counts[n][found])
-            low[n] += found * step
+            bucket = int(np.searchsorted(upto, rank, "right"))
+            below[n] = int(upto[bucket] - counts[n][bucket])
+            low[n] += bucket * step
         width = step
     return low
 
 
-def _survey(groups: RowGroups, schema: Schema, rule: Rule, offsets: np.ndarray, train_end: np.ndarray) -> Stream:
-    """What the rows up to `train_end` tell: counts of items, known ids, mean and deviation of values."""
-    nothing = Known(np.zeros(schema.items, np.float32), np.zeros(schema.users, np.float32), 0.0, 0.0)
-    stream = Stream(groups, rule, offsets, train_end, np.zeros(schema.items, np.int64), nothing, 0)
-    row, rows, mean, squares = 0, 0, 0.0, 0.0
+@dataclass
+class _Moments:
+    """Mean and sum of squared deviations of numbers that come in parts (Chan, Golub & LeVeque, COMPSTAT 1982)."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def add(self, values: np.ndarray) -> None:
+        """Take in more numbers, [n] with n > 0."""
+        part = values.astype(np.float64)
+        apart, total = part.mean() - self.mean, self.count + len(part)
+        self.squares += np.square(part - part.mean()).sum() + apart**2 * self.count * len(part) / total
+        self.mean, self.count = self.mean + apart * len(part) / total, total
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation; 0 of no numbers."""
+        return float(np.sqrt(self.squares / max(1, self.count)))
+
+
+def _survey(groups: RowGroups, schema: Schema, rule: Rule, offsets: np.ndarray, train_end: np.ndarray) -> EventStream:
+    """One pass over the rows up to `train_end`: counts of items, ids that occur, mean and deviation of values."""
+    counts, users, values = np.zeros(schema.items, np.int64), np.zeros(schema.users, np.float32), _Moments()
+    row = 0
     for user, item, value in groups.scan(["user_id", "item_id", "value"]):
-        fit = (np.arange(row, row + len(user)) < train_end[user]) & ~stream.held_out(item)
+        learnable = (np.arange(row, row + len(user)) < train_end[user]) & ~rule.held_out(item)
         row += len(user)
-        if not fit.any():
-            continue
-        np.add.at(stream.counts, item[fit], 1)
-        nothing.users[user[fit]] = 1.0
-        # Means and squares of parts, put together (Chan, Golub & LeVeque, COMPSTAT 1982).
-        part = value[fit].astype(np.float64)
-        apart, total = part.mean() - mean, rows + len(part)
-        squares += np.square(part - part.mean()).sum() + apart**2 * rows * len(part) / total
-        mean, rows = mean + apart * len(part) / total, total
-    spread = float(np.sqrt(squares / max(1, rows)))
-    known = Known(
-        items=(stream.counts > 0).astype(np.float32), users=nothing.users, value_mean=float(mean),
-        value_scale=1.0 / spread if spread > LEAST_SPREAD else 0.0,
-    )  # fmt: skip
-    return replace(stream, known=known, fit_rows=rows)
+        if learnable.any():
+            np.add.at(counts, item[learnable], 1)
+            users[user[learnable]] = 1.0
+            values.add(value[learnable])
+    stats = TrainStats((counts > 0).astype(np.float32), users, float(values.mean), scale_of(values.spread))
+    return EventStream(groups, rule, offsets, train_end, counts, stats, values.count)

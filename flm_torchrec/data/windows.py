@@ -1,4 +1,4 @@
-"""Windows over each user's training events: every event is the target of exactly one."""
+"""Windows over each user's training events: every event is the target of exactly one window."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flm_torchrec.data.splits import Splits
 
 @dataclass(frozen=True)
 class Windows:
-    """Spans of training events: each event is the target of exactly one."""
+    """Spans `start[w]:end[w]` of training events. Each event is the target of exactly one window."""
 
     user: np.ndarray  # [windows] int64
     start: np.ndarray  # [windows] int64
@@ -28,15 +28,15 @@ def windows(data: PreparedData, splits: Splits, max_history: int) -> Windows:
 
 
 def cut(users: np.ndarray, start: np.ndarray, end: np.ndarray, max_history: int) -> Windows:
-    """Windows of the events `start[u]:end[u]` of each of `users`."""
+    """Windows of the events `start[u]:end[u]` of each of `users`, counted from the newest event."""
     span = max_history + 1
     counts = number_of_windows(start, end, max_history)
-    row = np.repeat(np.arange(len(users)), counts)
-    nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-    ends = end[row] - nth * span
-    return Windows(users[row], np.maximum(ends - span, start[row]), ends)
+    of_user = np.repeat(np.arange(len(users)), counts)  # [windows] index into `users`
+    nth = np.arange(len(of_user)) - np.repeat(np.cumsum(counts) - counts, counts)  # [windows] from the newest
+    ends = end[of_user] - nth * span
+    return Windows(users[of_user], np.maximum(ends - span, start[of_user]), ends)
 
 
 def number_of_windows(start: np.ndarray, end: np.ndarray, max_history: int) -> np.ndarray:
-    """[users]: into how many windows each user's events are cut."""
+    """[users] the number of windows that each user's events `start[u]:end[u]` are cut into."""
     return -(-(end - start) // (max_history + 1))

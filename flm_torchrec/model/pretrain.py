@@ -10,13 +10,12 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 
 from flm_torchrec.config.schema import LossConfig, ModelConfig
 from flm_torchrec.data.batch import Batch
+from flm_torchrec.data.history import HISTORY_KEYS
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.model.fusion import SumFusion
 from flm_torchrec.model.losses import Gather, make_losses
 from flm_torchrec.model.tables import history_tables, item_feature_tables, item_id_table, user_tables, user_weight_names
 from flm_torchrec.model.tower import EmbeddingOutputs, Encoded, Tower, Widths
-
-HISTORY_KEYS = ("event", "gap")
 
 
 @dataclass

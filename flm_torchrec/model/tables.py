@@ -17,8 +17,8 @@ from torchrec.modules.mc_modules import (
     MCHManagedCollisionModule,
 )
 
-from flm_torchrec.data.collate import GAP_BUCKETS
 from flm_torchrec.data.hashing import MANAGED_IDS
+from flm_torchrec.data.history import table_rows
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.errors import RunError
 
@@ -76,11 +76,10 @@ def user_weight_names(schema: Schema) -> dict[str, str]:
 
 def history_tables(schema: Schema, dim: int) -> EmbeddingCollection:
     """Tables of an event's kind and of the time since the event before. Row 0 of each is the prefix."""
-    sizes = {"event": len(schema.events) + 1, "gap": GAP_BUCKETS + 1}
     return EmbeddingCollection(
         tables=[
             EmbeddingConfig(name=name, embedding_dim=dim, num_embeddings=rows, feature_names=[name])
-            for name, rows in sizes.items()
+            for name, rows in table_rows(len(schema.events)).items()
         ],
         device=META,
     )

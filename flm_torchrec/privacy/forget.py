@@ -18,7 +18,7 @@ import torch
 from flm_torchrec.claim import claim
 from flm_torchrec.config import load_config
 from flm_torchrec.data.dataset import PreparedData, fingerprint_of, fingerprints_before, load_prepared
-from flm_torchrec.data.hashing import look_ups
+from flm_torchrec.data.hashing import remap_ids
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.files import leftovers, mend, mend_inside, replacing, replacing_file, telling
@@ -167,7 +167,7 @@ def rows_to_reset(data: PreparedData, gone: np.ndarray) -> dict[str, np.ndarray]
     A hashed table of a feature is left out: its rows are shared by codes.
     """
     schema = data.schema
-    rows = {"user_id": np.unique(look_ups(schema.table("user_id"), gone))}
+    rows = {"user_id": np.unique(remap_ids(schema.table("user_id"), gone))}
     features = schema.of("user", sparse=True)
     for table in {f.table for f in features}:
         if schema.table(table).kind == "direct":

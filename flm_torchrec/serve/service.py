@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from flm_torchrec.data.history import NO_EVENTS, Events
 from flm_torchrec.errors import DataError, RunError
-from flm_torchrec.export.tower.reader import NO_HISTORY, History, Represented, TowerQuery
+from flm_torchrec.export.tower.reader import Represented, TowerQuery
 from flm_torchrec.names import nearest_key
 from flm_torchrec.serve.catalogue import TOP_VALUES
 from flm_torchrec.serve.explain import explain
@@ -199,7 +200,7 @@ class Service:
         return self.health()
 
     def _asked(self, loaded: LoadedExport, request: Recommend) -> ResolvedRequest:
-        history, seen, user = NO_HISTORY, NO_HISTORY.item, -1
+        history, seen, user = NO_EVENTS, NO_EVENTS.item, -1
         if request.user is not None:
             user = self._user(loaded, request.user)
             history, seen = self._events_and_seen(loaded, request.user)
@@ -209,7 +210,7 @@ class Service:
         if request.features is not None:
             profile, left_out = content_of(loaded, "user", request.features)
         check_filter(loaded, request.filter)
-        excluded = np.unique(np.concatenate([seen, history.item])) if request.exclude_seen else NO_HISTORY.item
+        excluded = np.unique(np.concatenate([seen, history.item])) if request.exclude_seen else NO_EVENTS.item
         head = loaded.manifest.heads.index(request.head)
         return ResolvedRequest(TowerQuery(history, user, profile), head, request.k, excluded, left_out)
 
@@ -233,10 +234,10 @@ class Service:
             raise Refused(404, f"user '{user}': not known; {nearest_key(user, loaded.user_of)}")
         return row
 
-    def _events_and_seen(self, loaded: LoadedExport, user: str) -> tuple[History, np.ndarray]:
+    def _events_and_seen(self, loaded: LoadedExport, user: str) -> tuple[Events, np.ndarray]:
         """The user's last events, exported and live, and rows [n] of all items seen."""
         row = loaded.user_of.get(user)
-        history, seen = NO_HISTORY, NO_HISTORY.item
+        history, seen = NO_EVENTS, NO_EVENTS.item
         if row is not None:
             history, seen = loaded.tower.known_history(row), loaded.seen[row].values.to_numpy().astype(np.int64)
         last = int(history.timestamp[-1]) if len(history) else -1
@@ -244,15 +245,15 @@ class Service:
         live = [e for e in self.live.of(user) or () if e.export_number == loaded.number or e.timestamp > last]
         known = [(r, e) for r, e in ((loaded.row(e.item), e) for e in live) if r is not None]
         codes = {name: code for code, name in enumerate(loaded.tower.events)}
-        later = History(
-            np.array([r for r, _ in known], np.int64),
-            np.array([codes.get(e.event or "", 0) for _, e in known], np.int64),
-            np.array([e.value for _, e in known], np.float32),
-            np.array([e.timestamp for _, e in known], np.int64),
+        later = Events(
+            item=np.array([r for r, _ in known], np.int64),
+            timestamp=np.array([e.timestamp for _, e in known], np.int64),
+            event=np.array([codes.get(e.event or "", 0) for _, e in known], np.int64),
+            value=np.array([e.value for _, e in known], np.float32),
         )
         return history + later, np.concatenate([seen, later.item])
 
-    def _history(self, loaded: LoadedExport, events: Sequence[Event], last: int | None) -> History:
+    def _history(self, loaded: LoadedExport, events: Sequence[Event], last: int | None) -> Events:
         """Rows, codes and times of a request's history, which follows an event at the time `last`."""
         gap = loaded.tower.usual_gap if loaded.tower.timestamps else 1
         times: list[int] = []
@@ -263,11 +264,11 @@ class Service:
                 where = f"history.{position}.timestamp"
                 raise Refused(422, f"{where}: {given} is before the event before it, {before}; order them by time")
             times.append(given)
-        return History(
-            np.array([item_row(loaded, e.item, f"history.{n}.item") for n, e in enumerate(events)], np.int64),
-            np.array([event_code(loaded, e.event, f"history.{n}.event") for n, e in enumerate(events)], np.int64),
-            np.array([1.0 if e.value is None else e.value for e in events], np.float32),
-            np.array(times, np.int64),
+        return Events(
+            item=np.array([item_row(loaded, e.item, f"history.{n}.item") for n, e in enumerate(events)], np.int64),
+            timestamp=np.array(times, np.int64),
+            event=np.array([event_code(loaded, e.event, f"history.{n}.event") for n, e in enumerate(events)], np.int64),
+            value=np.array([1.0 if e.value is None else e.value for e in events], np.float32),
         )
 
 

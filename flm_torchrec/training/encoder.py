@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from flm_torchrec.config import Config
 from flm_torchrec.data.batch import Batch
-from flm_torchrec.data.collate import Assembler, Known
+from flm_torchrec.data.collate import Assembler
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import Examples
+from flm_torchrec.data.train_stats import TrainStats
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.evaluation.protocol import Of
 from flm_torchrec.model.tower import Encoded
@@ -33,7 +34,7 @@ class ModelEncoder:
         self,
         model: nn.Module,
         data: PreparedData,
-        train_stats: Known,
+        train_stats: TrainStats,
         examples: Examples,
         comm: Comm,
         config: Config,
@@ -43,7 +44,7 @@ class ModelEncoder:
         # A block of items is a batch of as many candidates; a block of users has up to max_history items each.
         sequences = max(config.eval.user_block, -(-config.eval.item_block // self.max_history))
         rows = 0 if comm.world_size == 1 else min(data.schema.items, sequences * self.max_history)
-        self.assembler = Assembler(data, np.zeros(len(data.item), bool), item_rows=rows, known=train_stats)
+        self.assembler = Assembler(data, np.zeros(len(data.item), bool), train_stats, item_stride=rows)
         self.model = model
         self.data = data
         self.examples = examples

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from flm_torchrec.data.collate import GAP_BUCKETS
-from flm_torchrec.data.hashing import look_ups
-from flm_torchrec.model.pretrain import HISTORY_KEYS, pooled
+from flm_torchrec.data.hashing import remap_ids
+from flm_torchrec.data.history import GAP_ROWS, HISTORY_KEYS
+from flm_torchrec.model.pretrain import pooled
 from flm_torchrec.model.tower import Tower
 from flm_torchrec.training.build import make_model
 from flm_torchrec.training.job import Job
@@ -31,7 +31,7 @@ class GatheredModel:
         self.settings: dict[str, Any] = {
             "dim": config.model.dim,
             "max_history": config.data.max_history,
-            "gaps": GAP_BUCKETS + 1,
+            "gaps": GAP_ROWS,
             "cosine": config.model.similarity == "cosine",
             "fusion": config.model.fusion,
             "value_mean": stats.value_mean,
@@ -62,7 +62,7 @@ class GatheredModel:
             fixed = model.item_features if of_item else model.users
             managed = model.managed_item_features if of_item else model.managed_users
             keys = [*([] if of_item else ["user_id"]), *tables]
-            ids_of_key = self._jagged(keys, name, look_ups(table, ids))
+            ids_of_key = self._jagged(keys, name, remap_ids(table, ids))
             vectors = {key: v for outputs in pooled(fixed, managed, ids_of_key) for key, v in outputs.to_dict().items()}
             return vectors[name].float().cpu()
 

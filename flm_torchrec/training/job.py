@@ -9,10 +9,9 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from flm_torchrec.config import Config
-from flm_torchrec.data.collate import Known
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import Examples
-from flm_torchrec.data.stream_loader import StreamLoader
+from flm_torchrec.data.train_stats import TrainStats
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.distributed.shard import make_optimizer
 from flm_torchrec.training.build import build, set_precision
@@ -95,8 +94,7 @@ class Job:
         self.loaded: str | None = None
         """Which weights of the fine-tuning's source the model has, in words."""
         self.loader = make_loader(self.data, self.events, self.config, self.comm)
-        if isinstance(self.loader, StreamLoader):
-            self.loader.check_ranks()
+        self.loader.check_ranks()
         count_lookups = partial(lookups_of, self.loader)
         tuning, train = self.config.finetune, self.config.train
         tunes = bool(tuning.source) and tuning.start != "scratch"
@@ -127,10 +125,10 @@ class Job:
         return total_steps(self.config.train, len(self.loader))
 
     @cached_property
-    def train_stats(self) -> Known:
+    def train_stats(self) -> TrainStats:
         """What the events that the model has learned from say of ids and values."""
         stream = self.events.stream
-        return Known.by(self.data, self.events.seen, values=True) if stream is None else stream.known
+        return TrainStats.of(self.data, self.events.seen, values=True) if stream is None else stream.stats
 
     def encoder(self, examples: Examples) -> ModelEncoder:
         """The model as an encoder of the examples' users and of items."""

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc
 
 from flm_torchrec.data.collate import Assembler
-from flm_torchrec.data.loader import TrainLoader
+from flm_torchrec.data.loader import Sharing, TrainLoader
 from flm_torchrec.data.negatives import Negatives
+from flm_torchrec.data.train_stats import TrainStats
 from flm_torchrec.data.windows import windows
 from flm_torchrec.training.job import Job
 from flm_torchrec.training.run_events import spans_of
@@ -44,10 +45,11 @@ def _loader(job: Job, labels: np.ndarray) -> TrainLoader:
     data, comm, config = job.data, job.comm, job.config
     splits = spans_of(data, labels)
     item_rows = 0 if comm.world_size == 1 else data.schema.items
-    assembler = Assembler(data, splits.fit(data), item_rows=item_rows, labels=labels, known=job.events.seen)
+    stats = TrainStats.of(data, job.events.seen, values=False)
+    assembler = Assembler(data, splits.train_mask(data), stats, labels, item_stride=item_rows)
     none_drawn = Negatives(np.ones(data.schema.items), 0, 1.0)
     spans = windows(data, splits, config.data.max_history)
-    return TrainLoader(spans, assembler, none_drawn, config.train.batch_size, 0, comm.rank, comm.world_size)
+    return TrainLoader(spans, assembler, none_drawn, Sharing(config.train.batch_size, 0, comm.rank, comm.world_size))
 
 
 def _collect(job: Job, loader: TrainLoader, check: Callable[[], None]) -> tuple[Tensor, Tensor]:

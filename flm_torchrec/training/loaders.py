@@ -7,11 +7,13 @@ import numpy as np
 from flm_torchrec.config import Config
 from flm_torchrec.data.collate import Assembler
 from flm_torchrec.data.dataset import PreparedData
-from flm_torchrec.data.loader import Loader, TrainLoader
+from flm_torchrec.data.lanes import LanePlan
+from flm_torchrec.data.loader import Loader, Sharing, TrainLoader
 from flm_torchrec.data.negatives import Negatives
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.stream_loader import StreamLoader
-from flm_torchrec.data.survey import Stream
+from flm_torchrec.data.survey import EventStream
+from flm_torchrec.data.train_stats import TrainStats
 from flm_torchrec.data.windows import windows
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.training.run_events import RunEvents
@@ -19,43 +21,32 @@ from flm_torchrec.training.run_events import RunEvents
 
 def make_loader(data: PreparedData, events: RunEvents, config: Config, comm: Comm) -> Loader:
     """This rank's training batches."""
+    sharing = Sharing(config.train.batch_size, config.train.seed, comm.rank, comm.world_size)
     if events.stream is not None:
-        return _make_stream_loader(data, events.stream, config, comm)
+        return _make_stream_loader(data, events.stream, config, comm, sharing)
     counts = np.bincount(data.item[events.learned_from], minlength=data.schema.items)
-    labels = events.labels.fit if events.labels is not None else None
+    labels = events.labels.train if events.labels is not None else None
     drawn = config.loss.negatives if labels is None else 0
     sequences = -(-config.train.batch_size // comm.world_size)
-    return TrainLoader(
-        windows(data, events.splits, config.data.max_history),
-        Assembler(
-            data,
-            events.learned_from,
-            item_rows=_most_items(data.schema, config, comm, sequences),
-            labels=labels,
-            known=events.seen,
-        ),
-        Negatives(counts, drawn, config.loss.negative_power),
-        config.train.batch_size,
-        config.train.seed,
-        comm.rank,
-        comm.world_size,
+    assembler = Assembler(
+        data,
+        events.learned_from,
+        stats=TrainStats.of(data, events.seen, values=labels is None),
+        labels=labels,
+        item_stride=_most_items(data.schema, config, comm, sequences),
     )
+    negatives = Negatives(counts, drawn, config.loss.negative_power)
+    return TrainLoader(windows(data, events.splits, config.data.max_history), assembler, negatives, sharing)
 
 
-def _make_stream_loader(data: PreparedData, stream: Stream, config: Config, comm: Comm) -> StreamLoader:
-    assembler = Assembler(data, np.zeros(len(data.item), bool), known=stream.known)
-    loader = StreamLoader(
-        stream,
-        assembler,
-        Negatives(stream.counts, config.loss.negatives, config.loss.negative_power),
-        config.data.max_history,
-        config.train.batch_size,
-        config.train.seed,
-        comm.rank,
-        comm.world_size,
-    )
-    assembler.item_rows = _most_items(data.schema, config, comm, loader.most_sequences(config.train.epochs))
-    return loader
+def _make_stream_loader(
+    data: PreparedData, stream: EventStream, config: Config, comm: Comm, sharing: Sharing
+) -> StreamLoader:
+    plan = LanePlan(stream, config.data.max_history, sharing)
+    most_items = _most_items(data.schema, config, comm, plan.most_sequences(config.train.epochs))
+    assembler = Assembler(data, np.zeros(len(data.item), bool), stream.stats, item_stride=most_items)
+    negatives = Negatives(stream.counts, config.loss.negatives, config.loss.negative_power)
+    return StreamLoader(plan, assembler, negatives)
 
 
 def _most_items(schema: Schema, config: Config, comm: Comm, sequences: int) -> int:

@@ -11,7 +11,7 @@ from flm_torchrec.config import Config
 from flm_torchrec.data.cohort import Labels, label_events, of_cohort
 from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.data.splits import Examples, Splits, split, split_by
-from flm_torchrec.data.survey import Stream, StreamedData, hide_values, load_streamed
+from flm_torchrec.data.survey import EventStream, StreamedData, hide_values, load_streamed
 from flm_torchrec.training.identity import has_ids_of, read_config
 
 ANY_RANKS = ("distributed.plan=", "distributed.replicas=1")
@@ -28,12 +28,12 @@ class RunEvents:
     learned_from: np.ndarray  # [interactions] bool: events the run learns from
     seen: np.ndarray  # [interactions] bool: events the model has learned from, in this run or in its source
     labels: Labels | None = None
-    stream: Stream | None = None
+    stream: EventStream | None = None
 
     @property
     def training_events(self) -> int:
         """Number of events that the run learns from."""
-        return int(self.learned_from.sum()) if self.stream is None else self.stream.fit_rows
+        return int(self.learned_from.sum()) if self.stream is None else self.stream.train_rows
 
 
 def load_data(config: Config) -> PreparedData:
@@ -69,10 +69,10 @@ def events_of(config: Config, data: PreparedData) -> RunEvents:
     tuning = config.finetune
     if isinstance(data, StreamedData):
         splits = split_by(data, data.stream.rule)
-        return RunEvents(splits, splits.fit(data), splits.fit(data), stream=data.stream)
+        return RunEvents(splits, splits.train_mask(data), splits.train_mask(data), stream=data.stream)
     if not tuning.source:
         splits = split(data, config.data.split, config.data.holdout)
-        return RunEvents(splits, splits.fit(data), splits.fit(data))
+        return RunEvents(splits, splits.train_mask(data), splits.train_mask(data))
     seen = np.zeros(len(data.item), bool)
     source = Path(tuning.source)
     if has_ids_of(source, data.path, data.fingerprint):
@@ -84,11 +84,11 @@ def events_of(config: Config, data: PreparedData) -> RunEvents:
     labels = None
     if tuning.task == "label":
         labels = label_events(data, cohort, tuning.threshold, tuning.share, config.train.seed)
-        splits = spans_of(data, labels.fit)
+        splits = spans_of(data, labels.train)
     else:
         of_everyone = split(data, config.data.split, config.data.holdout)
         splits = of_cohort(of_everyone, data, cohort, tuning.share, config.train.seed)
-    learned_from = splits.fit(data)
+    learned_from = splits.train_mask(data)
     return RunEvents(
         splits, learned_from, learned_from | seen if tuning.start == "pretrained" else learned_from, labels
     )

@@ -37,7 +37,8 @@ from torch.utils.data import DataLoader, Dataset
 from flm_torchrec.config import load_config
 from flm_torchrec.data.collate import Assembler
 from flm_torchrec.data.dataset import EVENT_COLUMNS, PreparedData, load_prepared
-from flm_torchrec.data.loader import TrainLoader
+from flm_torchrec.data.lanes import LanePlan
+from flm_torchrec.data.loader import Sharing, TrainLoader
 from flm_torchrec.data.negatives import Negatives
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import split
@@ -85,16 +86,17 @@ DISK, MEMORY = "ours, from disk", "ours, from memory"
 def from_memory(data: PreparedData) -> TrainLoader:
     """Our loader of data in memory."""
     splits = split(data, "leave-one-out", 0.1)
-    fit = splits.fit(data)
+    fit = splits.train_mask(data)
     negatives = Negatives(np.bincount(data.item[fit], minlength=data.schema.items), DRAWN, POWER)
-    return TrainLoader(windows(data, splits, HISTORY), Assembler(data, fit), negatives, BATCH, 0)
+    return TrainLoader(windows(data, splits, HISTORY), Assembler(data, fit), negatives, Sharing(BATCH, 0))
 
 
 def from_disk(path: Path) -> StreamLoader:
     """Our loader that streams from disk."""
     data = load_streamed(path, "all", "leave-one-out", 0.1, VALIDATED, 0)
-    assembler = Assembler(data, np.zeros(len(data.item), bool), known=data.stream.known)
-    return StreamLoader(data.stream, assembler, Negatives(data.stream.counts, DRAWN, POWER), HISTORY, BATCH, 0)
+    assembler = Assembler(data, np.zeros(len(data.item), bool), data.stream.stats)
+    plan = LanePlan(data.stream, HISTORY, Sharing(BATCH, 0))
+    return StreamLoader(plan, assembler, Negatives(data.stream.counts, DRAWN, POWER))
 
 
 def contestants(path: Path) -> dict[str, Epoch]:
@@ -103,8 +105,8 @@ def contestants(path: Path) -> dict[str, Epoch]:
     memory, stream = from_memory(data), from_disk(path)
 
     def floor(_: int) -> Iterator[tuple[int, int]]:
-        share = len(memory.spans) / len(data.item)
-        for columns in stream.stream.groups.scan(EVENT_COLUMNS):
+        share = len(memory.windows) / len(data.item)
+        for columns in stream.plan.stream.groups.scan(EVENT_COLUMNS):
             yield round(len(columns[0]) * share), len(columns[0])
 
     def ours(loader: TrainLoader | StreamLoader) -> Epoch:

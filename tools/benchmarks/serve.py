@@ -30,10 +30,10 @@ from export import BRANDS, Alone, MadeUp, made_up_data
 from torch import Tensor
 
 from flm_torchrec.config.schema import ModelConfig
-from flm_torchrec.data.collate import GAP_BUCKETS
 from flm_torchrec.data.dataset import EntityFeatures, PreparedData, Ragged
+from flm_torchrec.data.history import GAP_ROWS, Events
 from flm_torchrec.export.manifest import FILE, IndexKind
-from flm_torchrec.export.tower.reader import History, TowerQuery
+from flm_torchrec.export.tower.reader import TowerQuery
 from flm_torchrec.export.tower.writer import write_tower
 from flm_torchrec.export.write import ExportOptions, ExportSource, export
 from flm_torchrec.model.tower import Tower, Widths
@@ -56,7 +56,7 @@ class RandomModel:
         self.settings: dict[str, Any] = {
             "dim": DIM,
             "max_history": MAX_HISTORY,
-            "gaps": GAP_BUCKETS + 1,
+            "gaps": GAP_ROWS,
             "cosine": True,
             "fusion": "sum",
             "value_mean": 1.0,
@@ -113,7 +113,7 @@ def floor(folder: Path, count: int) -> tuple[list[bytes], dict[str, float]]:
     gap = loaded.tower.usual_gap
     queries = [
         TowerQuery(
-            History(np.array(r), np.zeros(len(r), np.int64), np.ones(len(r), np.float32), np.arange(len(r)) * gap)
+            Events(np.array(r), np.arange(len(r)) * gap, np.zeros(len(r), np.int64), np.ones(len(r), np.float32))
         )
         for r in rows
     ]

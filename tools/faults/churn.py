@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from flm_torchrec.config.schema import DistributedConfig, TrainConfig
-from flm_torchrec.data.hashing import look_ups
+from flm_torchrec.data.hashing import remap_ids
 from flm_torchrec.data.schema import Schema, Table
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.distributed.shard import make_optimizer, shard
@@ -85,13 +85,13 @@ def churn(table: Table, ids: int, dim: int, batch: int, regulars: int, comm: Com
     optimizer = make_optimizer(model, config)
     managed = [m for m in model.modules() if isinstance(m, ManagedIds)]
     kept = np.zeros(0, np.int64)
-    rows, ids_of_row = np.unique(look_ups(table, np.arange(regulars)), return_counts=True)
+    rows, ids_of_row = np.unique(remap_ids(table, np.arange(regulars)), return_counts=True)
     alone = rows[ids_of_row == 1]
     stream, process = IdStream(batch, regulars, seed=0), psutil.Process()
     began, before, own, looked, evictions, step = time.monotonic(), 0.0, 0, 0, 0, 0
     while stream.next < ids:
         drawn = stream.batch()
-        asked = look_ups(table, drawn)
+        asked = remap_ids(table, drawn)
         values, lengths = torch.from_numpy(asked), torch.ones(len(asked), dtype=torch.int64)
         out = model(KeyedJaggedTensor(keys=["user_id"], values=values, lengths=lengths))
         optimizer.zero_grad()

@@ -21,7 +21,7 @@ from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.evaluation.evaluate import evaluate_heads
 from flm_torchrec.evaluation.protocol import Encoder, Of
-from flm_torchrec.export.tower.reader import History, PackagedTower, TowerQuery
+from flm_torchrec.export.tower.reader import PackagedTower, TowerQuery
 from flm_torchrec.export.tower.writer import Precision, write_tower
 from flm_torchrec.training.gathered import GatheredModel
 from flm_torchrec.training.restore import restore
@@ -53,8 +53,7 @@ class Packaged:
     def _query(self, user: int, end: int) -> TowerQuery:
         data = self.data
         events = slice(max(data.offsets[user], end - self.tower.max_history - 1), end)
-        event = data.event[events].astype(np.int64)
-        return TowerQuery(History(data.item[events], event, data.value[events], data.timestamp[events]), user)
+        return TowerQuery(data.events.take(events), user)
 
 
 def main() -> None:

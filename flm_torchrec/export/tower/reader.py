@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from flm_torchrec.data.hashing import gap_rows
+from flm_torchrec.data.history import NO_EVENTS, CodedEvents, Events, HistoryCoding, previous_times
 from flm_torchrec.data.text import split_words, word_bucket
 from flm_torchrec.documents import MOST_JSON_BYTES, read_text
 from flm_torchrec.errors import DataError, RunError
@@ -25,42 +25,18 @@ from flm_torchrec.export.tower.layout import DESCRIPTION, FOLDER, HISTORIES, ITE
 from flm_torchrec.names import nearest
 from flm_torchrec.safe_text import first_line
 
-
-@dataclass(frozen=True)
-class History:
-    """Events of a user, oldest first."""
-
-    item: np.ndarray  # [n] int64: rows of the catalogue, then of added items
-    event: np.ndarray  # [n] int64: codes
-    value: np.ndarray  # [n] float32
-    timestamp: np.ndarray  # [n] int64, seconds
-
-    def __len__(self) -> int:
-        return len(self.item)
-
-    def __add__(self, later: History) -> History:
-        pairs = ((getattr(self, name), getattr(later, name)) for name in HISTORY_FIELDS)
-        return History(*(np.concatenate(pair) for pair in pairs))
-
-    def last(self, most: int) -> History:
-        """The last events, at most `most`."""
-        return History(*(getattr(self, name)[-most:] for name in HISTORY_FIELDS))
-
-
 MOST_DEVIATIONS = 1e6
 """Maximum of a feature in standard deviations: float32 layers give only noise beyond it."""
-HISTORY_FIELDS = ("item", "event", "value", "timestamp")
-HISTORY_TYPES = tuple(
-    pa.list_(pa.field("element", kind)) for kind in (pa.int32(), pa.int32(), pa.float32(), pa.int64())
-)
-NO_HISTORY = History(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))
+HISTORY_TYPES = {"item": pa.int32(), "timestamp": pa.int64(), "event": pa.int32(), "value": pa.float32()}
+"""Columns of the file of histories: lists of this type."""
 
 
 @dataclass(frozen=True)
 class TowerQuery:
     """The user to represent."""
 
-    history: History = NO_HISTORY
+    history: Events = NO_EVENTS
+    """The user's events, oldest first; items from the end of the catalogue on are added ones."""
     user: int = -1
     """Row of a known user, or -1."""
     profile: np.ndarray | None = None  # [D] the user's content vector, in place of the known user's
@@ -124,7 +100,9 @@ class PackagedTower:
         self.dim, self.items, self.max_history = description.dim, description.items, description.max_history
         self.cosine, self.fusion, self.events = description.cosine, description.fusion, description.events
         self.timestamps, self.usual_gap = description.timestamps, description.usual_gap
-        self.value_mean, self.value_scale, self.gaps = description.value_mean, description.value_scale, description.gaps
+        self.coding = HistoryCoding(
+            description.value_mean, description.value_scale, description.timestamps, description.gaps
+        )
         kinds = (PackagedFeature(**f.model_dump()) for f in description.features)
         self.features = [
             PackagedFeature(**{**vars(kind), "codes": {value: code for code, value in enumerate(kind.values)}})
@@ -134,7 +112,7 @@ class PackagedTower:
         self.nobody, _ = self._contents_of_nothing(folder)
 
     def _check_histories(self, file: Path) -> None:
-        item, event, _, _ = (single_array(self.histories[name]).flatten().to_numpy() for name in HISTORY_FIELDS)
+        item, event = (single_array(self.histories[name]).flatten().to_numpy() for name in ("item", "event"))
         for name, codes, most in (("item", item, self.items), ("event", event, len(self.events))):
             if len(codes) and not 0 <= codes.min() <= codes.max() < most:
                 raise RunError(f"{file}: column '{name}' holds {codes.min()} … {codes.max()}, of {most}; export again")
@@ -147,11 +125,10 @@ class PackagedTower:
             reason = f"its programs do not take the features of {DESCRIPTION} ({first_line(error)})"
             raise RunError(f"{folder}: {reason}; export again") from error
 
-    def known_history(self, user: int) -> History:
+    def known_history(self, user: int) -> Events:
         """The last events of a known user, one more than the tower reads, so that the first gap is known."""
-        columns = (self.histories[name].chunk(0)[user].values.to_numpy() for name in HISTORY_FIELDS)
-        item, event, value, timestamp = columns
-        return History(item.astype(np.int64), event.astype(np.int64), value, timestamp)
+        columns = {name: self.histories[name].chunk(0)[user].values.to_numpy() for name in HISTORY_TYPES}
+        return Events(**{**columns, "item": columns["item"].astype(np.int64)})
 
     def represent(self, queries: Sequence[TowerQuery], added: np.ndarray) -> list[Represented]:
         """The representations for each query, by each head and by fusion.
@@ -159,19 +136,17 @@ class PackagedTower:
         Args:
             added: [M, D] content vectors, as of `content`, of the items that the catalogue lacks.
         """
-        shown = [q.history.last(self.max_history) for q in queries]
+        shown = [q.history.take(slice(-self.max_history, None)) for q in queries]
         longest = max([1, *(len(h) for h in shown)])
         shape = len(queries), longest
         item, event, gap, time = (np.zeros(shape, np.int64) for _ in range(4))
         value = np.zeros(shape, np.float32)
         for row, (query, history) in enumerate(zip(queries, shown, strict=True)):
             n = len(history)
+            coded = self._coded(query.history, history)
             item[row, :n] = history.item
-            event[row, :n] = history.event + 1
-            value[row, :n] = (history.value - np.float32(self.value_mean)) * np.float32(self.value_scale)
-            if self.timestamps and n:
-                gap[row, :n] = self._gaps(query.history.timestamp)[-n:]
-                time[row, :n] = history.timestamp - history.timestamp[0]
+            event[row, :n], gap[row, :n] = coded.event, coded.gap
+            value[row, :n], time[row, :n] = coded.value, coded.time
         # A cold user's row of the table is not used: the profile is given.
         profiles = [self.nobody if q.profile is None else q.profile for q in queries]
         given = [q.profile is not None or q.user < 0 for q in queries]
@@ -215,16 +190,17 @@ class PackagedTower:
             return contents
         return contents / np.maximum(np.linalg.norm(contents, axis=1, keepdims=True), 1e-12)
 
-    def _gaps(self, timestamp: np.ndarray) -> np.ndarray:
-        """Seconds since the event before → rows of the table of gaps."""
-        return gap_rows(np.maximum(np.diff(timestamp, prepend=timestamp[:1]), 0), self.gaps - 1)
+    def _coded(self, history: Events, shown: Events) -> CodedEvents:
+        """The events `shown`, the last of a history, as the tower takes them."""
+        previous = previous_times(history.timestamp)[len(history) - len(shown) :]
+        return self.coding.code(shown, previous, shown.timestamp[:1])
 
 
 def _histories(file: Path) -> pa.Table:
     """The users' last events: four lists of one length for each user."""
-    table = pq.read_table(file, columns=list(HISTORY_FIELDS)).combine_chunks()
+    table = pq.read_table(file, columns=list(HISTORY_TYPES)).combine_chunks()
     table.validate(full=True)
-    if any(column.type != kind for column, kind in zip(table.columns, HISTORY_TYPES, strict=True)):
+    if any(table[name].type != pa.list_(pa.field("element", kind)) for name, kind in HISTORY_TYPES.items()):
         raise ValueError(f"{HISTORIES} has columns of other types")
     lengths = [single_array(column).value_lengths() for column in table.columns]
     if any(length.null_count or not length.equals(lengths[0]) for length in lengths):

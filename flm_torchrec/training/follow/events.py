@@ -11,7 +11,8 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 
-from flm_torchrec.data.dataset import PreparedData, spans, told_as_data_error
+from flm_torchrec.data.dataset import PreparedData, as_data_error, spans
+from flm_torchrec.data.history import Events
 from flm_torchrec.data.keys import NO_EVENT, json_text, keys
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.times import seconds
@@ -22,15 +23,15 @@ FIELDS = ("user", "item", "timestamp", "event", "value")
 KEYED = ("user", "item", "event")
 """FIELDS that hold a key of a vocabulary."""
 COLUMNS = {
-    "user_id": np.int64,
     "item_id": np.int64,
     "timestamp": np.int64,
     "event_id": np.int32,
     "value": np.float32,
+    "user_id": np.int64,
 }
 """Columns of a row in a run's vocabulary, in the order of `NewEvents`, with their types."""
 LEARNED = "events"
-"""Folder of a follower's run with the events that it learned from: a Parquet file a chunk, columns of `NewEvents`."""
+"""Folder of a follower's run with the events that it learned from: a Parquet file a chunk, columns FIELDS."""
 EXAMPLES = 5
 """Rows that the report names for each reason."""
 
@@ -46,14 +47,10 @@ class RowForm:
 
 
 @dataclass(frozen=True)
-class NewEvents:
-    """Events in order of arrival."""
+class NewEvents(Events):
+    """Events of any users, in order of arrival."""
 
     user: np.ndarray  # [n] int64
-    item: np.ndarray  # [n] int64
-    timestamp: np.ndarray  # [n] int64
-    event: np.ndarray  # [n] int32
-    value: np.ndarray  # [n] float32
 
 
 class EventEncoder:
@@ -117,7 +114,7 @@ def _refuse(refused: dict[str, Any], reason: str, where: list[str]) -> None:
 
 
 def _ids_by_key(file: Path, column: str) -> dict[str, int]:
-    with told_as_data_error(file):
+    with as_data_error(file):
         return {key: i for i, key in enumerate(pq.read_table(file, columns=[column])[column].to_pylist())}
 
 
@@ -131,21 +128,14 @@ def append(data: PreparedData, learned_from: np.ndarray, new: NewEvents) -> tupl
     """
     timestamp = new.timestamp
     if not data.schema.timestamps:
-        timestamp = np.arange(len(new.user)) + (int(data.timestamp.max(initial=-1)) + 1)
+        timestamp = np.arange(len(new)) + (int(data.timestamp.max(initial=-1)) + 1)
     user = np.concatenate([data.event_users(), new.user])
-    timestamp = np.concatenate([data.timestamp, timestamp])
-    order = np.lexsort([timestamp, user])
-    grown = replace(
-        data,
-        offsets=np.concatenate([[0], np.cumsum(np.bincount(user, minlength=data.schema.users))]),
-        item=np.concatenate([data.item, new.item])[order],
-        timestamp=timestamp[order],
-        event=np.concatenate([data.event, new.event])[order],
-        value=np.concatenate([data.value, new.value])[order],
-        segment=None,
-    )
+    events = data.events + replace(new, timestamp=timestamp)
+    order = np.lexsort([events.timestamp, user])
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=data.schema.users))])
+    grown = replace(data, offsets=offsets, **vars(events.take(order)), segment=None)
     is_new = order >= len(data.item)
-    return grown, np.concatenate([learned_from, np.ones(len(new.user), bool)])[order], is_new
+    return grown, np.concatenate([learned_from, np.ones(len(new), bool)])[order], is_new
 
 
 def newest(data: PreparedData, learned_from: np.ndarray, events: int) -> tuple[PreparedData, np.ndarray]:
@@ -153,15 +143,8 @@ def newest(data: PreparedData, learned_from: np.ndarray, events: int) -> tuple[P
     start = np.maximum(data.offsets[:-1], data.offsets[1:] - events)
     lengths = data.offsets[1:] - start
     kept = spans(start, lengths)
-    shorter = replace(
-        data,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        item=data.item[kept],
-        timestamp=data.timestamp[kept],
-        event=data.event[kept],
-        value=data.value[kept],
-        segment=None,
-    )
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    shorter = replace(data, offsets=offsets, **vars(data.events.take(kept)), segment=None)
     return shorter, learned_from[kept]
 
 

@@ -14,13 +14,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flm_torchrec.config import Config
-from flm_torchrec.data.collate import Assembler, Known
-from flm_torchrec.data.loader import TrainLoader
+from flm_torchrec.data.collate import Assembler
+from flm_torchrec.data.loader import Sharing, TrainLoader
 from flm_torchrec.data.negatives import Negatives
+from flm_torchrec.data.train_stats import TrainStats
 from flm_torchrec.errors import Interrupted, RunError
 from flm_torchrec.files import ANOTHER, mend_inside, replacing_file, telling, write_text
 from flm_torchrec.training.checkpoint.manager import BEST, Checkpoints, Progress, load_checkpoint
-from flm_torchrec.training.follow.events import LEARNED, EventEncoder, NewEvents, RowForm, append, new_windows, newest
+from flm_torchrec.training.follow.events import (
+    FIELDS,
+    LEARNED,
+    EventEncoder,
+    NewEvents,
+    RowForm,
+    append,
+    new_windows,
+    newest,
+)
 from flm_torchrec.training.follow.sources import Chunk, EventSource, open_source
 from flm_torchrec.training.guard import NON_FINITE, Guard
 from flm_torchrec.training.identity import open_run
@@ -103,7 +113,7 @@ class _Follower:
         self.progress = Progress(following={"source": {}, "parts": 0, "events": 0, "refused": {}})
         self.data, self.learned_from = job.data, job.events.learned_from
         self.counts = np.bincount(self.data.item[self.learned_from], minlength=self.data.schema.items)
-        self.train_stats = Known.by(self.data, job.events.seen, values=True)
+        self.train_stats = TrainStats.of(self.data, job.events.seen, values=True)
 
     def resume(self, source: EventSource) -> None:
         """Load the newest checkpoint, and the source's position in it.
@@ -125,7 +135,7 @@ class _Follower:
             mend_inside(self.folder / LEARNED)
         for number in range(state["parts"]):
             table = pq.read_table(self._part(number))
-            self._append(NewEvents(*(column.to_numpy() for column in table.columns)))
+            self._append(NewEvents(**{name: table[name].to_numpy() for name in FIELDS}))
         self._save()
 
     def take_all(self, source: EventSource, once: bool) -> None:
@@ -160,16 +170,16 @@ class _Follower:
         """Learn from a chunk, and save the state after it."""
         state = self.progress.following
         new = self.encoder.encode(chunk.rows, state["refused"])
-        if len(new.user):
+        if len(new):
             with telling(self.folder), replacing_file(self._part(state["parts"])) as fresh:
-                pq.write_table(pa.table(vars(new)), fresh)
+                pq.write_table(pa.table({name: getattr(new, name) for name in FIELDS}), fresh)
             self._train(self._loader(self._append(new)), state["parts"])
             state["parts"] += 1
-        state["events"] += len(new.user)
+        state["events"] += len(new)
         state["source"] = chunk.position
         self._save()
         if chunk.rows:
-            self.logger.say(f"{chunk.name}: {len(new.user)} of {len(chunk.rows)} rows, to step {self.progress.step}")
+            self.logger.say(f"{chunk.name}: {len(new)} of {len(chunk.rows)} rows, to step {self.progress.step}")
 
     def _append(self, new: NewEvents) -> np.ndarray:
         """Add events to the histories, of which only the end is kept → [interactions] bool: which are new."""
@@ -185,10 +195,9 @@ class _Follower:
         config = self.job.config
         return TrainLoader(
             new_windows(self.data, is_new, config.data.max_history),
-            Assembler(self.data, self.learned_from, known=self.train_stats),
+            Assembler(self.data, self.learned_from, self.train_stats),
             Negatives(self.counts, config.loss.negatives, config.loss.negative_power),
-            config.train.batch_size,
-            config.train.seed,
+            Sharing(config.train.batch_size, config.train.seed),
         )
 
     def _train(self, loader: TrainLoader, number: int) -> None:

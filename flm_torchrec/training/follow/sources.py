@@ -14,7 +14,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flm_torchrec.data.dataset import told_as_data_error
+from flm_torchrec.data.dataset import as_data_error
 from flm_torchrec.data.keys import as_text, frame_of
 from flm_torchrec.errors import DataError
 from flm_torchrec.safe_text import first_line, redact_address
@@ -230,7 +230,7 @@ def other_source(began: str, given: str) -> DataError:
 
 def _parquet_rows(file: Path, content: bytes) -> list[Any]:
     """Rows as JSON lines would have them: numbers, times and bytes as text."""
-    with told_as_data_error(file), pq.ParquetFile(pa.BufferReader(content)) as source:
+    with as_data_error(file), pq.ParquetFile(pa.BufferReader(content)) as source:
         frame = frame_of(source.read())
     return pl.DataFrame([as_text(column) for column in frame]).to_dicts()
 
