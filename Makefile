@@ -24,7 +24,7 @@ help:
 	@echo "make beauty   the same as train on Amazon Beauty in FLM_DATA/beauty  (FLM_DATA=$(FLM_DATA))"
 	@echo "make ml-100k  the same on MovieLens 100K in FLM_DATA/ml-100k"
 	@echo "make check-base  the commands of README.md alone, without the extras; make lint: style and types alone"
-	@echo "make check T=tests/test_model.py   one file of tests; make format formats the code"
+	@echo "make check T=tests/model/test_model.py   one file of tests; make format formats the code"
 	@echo "make extras   set up the optional parts too: Spark, Kafka, vector databases (make test does this itself)"
 	@echo "make venv     set up only; make clean removes .venv and caches, keeps data and runs"
 
@@ -78,12 +78,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
+	$(BIN)/python tools/measure.py
 
 format: $(STAMP)
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
 
-# One file of tests: make check T=tests/test_model.py
+# One file of tests: make check T=tests/model/test_model.py
 check: $(STAMP)
 	$(BIN)/pytest $(T)
 

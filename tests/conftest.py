@@ -44,7 +44,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
 @pytest.fixture(scope="session")
 def exported(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of `small` that can be served, with an exact index. Tests copy it before they change it."""
-    from tests.serving import write_export
+    from tests.serve.serving import write_export
 
     folder = tmp_path_factory.mktemp("exports") / "one"
     write_export(small, folder, seed=1, index="flat")

@@ -29,7 +29,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = {
     "make test": "it is what calls this check",
-    "python tools/faults/two_hosts.py": "tests/test_launch.py runs it",
+    "python tools/faults/two_hosts.py": "tests/launch/test_launch.py runs it",
     "torchx run dist.ddp -j 2x8": "starts 16 processes",
 }
 FAILS = {"flm plan --spec configs/plans/ten_billion.yaml": 2}

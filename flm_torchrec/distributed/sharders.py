@@ -10,9 +10,10 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ModuleSharde
 from flm_torchrec.distributed.managed import ManagedBagSharder
 from flm_torchrec.errors import ConfigError
 
-# Two types are left out, each for a reason that tests/test_sharding.py shows. data_parallel: its optimizer state has
-# other keys, so a run could not resume under another plan (TorchRec issue 2394). grid_shard: TorchRec 1.8 computes the
-# sum where the pooling is MEAN (ShardedEmbeddingBagCollection divides only after row_wise and table_row_wise).
+# Two types are left out, each for a reason that tests/distributed/test_sharding.py shows. data_parallel: its optimizer
+# state has other keys, so a run could not resume under another plan (TorchRec issue 2394). grid_shard: TorchRec 1.8
+# computes the sum where the pooling is MEAN (ShardedEmbeddingBagCollection divides only after row_wise and
+# table_row_wise).
 SHARDING_TYPES = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.COLUMN_WISE.value]
 """Types of every table."""
 

@@ -203,7 +203,7 @@ def test_managed_and_hashed_tables_train_on_two_ranks_and_are_read_by_one(ranks,
 
 
 def test_sharded_rows_fixed_and_managed_side_by_side_are_pooled_right(ranks, small: PreparedData) -> None:  # type: ignore[no-untyped-def]
-    printed = ranks(2, [str(ROOT / "tests" / "managed_job.py"), str(small.path)])
+    printed = ranks(2, [str(ROOT / "tests" / "distributed" / "managed_job.py"), str(small.path)])
     assert printed.count("equal") == 4
 
 

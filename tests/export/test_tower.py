@@ -145,7 +145,7 @@ def test_shards_of_two_ranks_are_put_together(
     small: PreparedData, tmp_path: Path, ranks: Callable[[int, list[str]], str]
 ) -> None:
     how = ("distributed.sharding=row_wise", "distributed.dense=fsdp")
-    told = ranks(2, [str(ROOT / "tests" / "tower_job.py"), str(small.path), str(tmp_path), *how])
+    told = ranks(2, [str(ROOT / "tests" / "export" / "tower_job.py"), str(small.path), str(tmp_path), *how])
     assert float(told.partition("moved ")[2].split()[0]) < 1e-5
 
 

@@ -14,7 +14,7 @@ import pytest
 from flm_torchrec.data.dataset import PreparedData
 from tests.conftest import ROOT
 
-JOB = str(ROOT / "tests" / "steps_job.py")
+JOB = str(ROOT / "tests" / "distributed" / "steps_job.py")
 SMALL = ["model.dim=16", "train.batch_size=31", "data.max_history=6", "train.sparse_lr=0.1"]
 
 

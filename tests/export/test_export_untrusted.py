@@ -22,8 +22,8 @@ from flm_torchrec.export.delta import export_delta
 from flm_torchrec.export.write import ExportOptions, export
 from flm_torchrec.serve.app import create_app
 from flm_torchrec.serve.service import Service
-from tests.test_export import source_of
-from tests.test_ranking import Alone
+from tests.evaluation.test_ranking import Alone
+from tests.export.test_export import source_of
 
 ITEMS = "items.parquet/part-00000.parquet"
 USERS = "users.parquet/part-00000.parquet"

@@ -20,7 +20,7 @@ from flm_torchrec.files import mend_inside, temporary
 from flm_torchrec.training.checkpoint import storage
 from tests.conftest import ROOT, launch_ranks
 
-JOB = str(ROOT / "tests" / "state_job.py")
+JOB = str(ROOT / "tests" / "training" / "state_job.py")
 STATE = "checkpoints/step-000000004"
 # How each case is sharded at 1, 2, 4 and 1 ranks. Row-wise Adagrad keeps one number a row and column shard, so its
 # state under column-wise sharding belongs to that cut alone; Adagrad itself has one a weight.

@@ -23,8 +23,8 @@ from flm_torchrec.export.manifest import Storage, is_part, load_manifest
 from flm_torchrec.export.recommend import Recommender
 from flm_torchrec.export.write import ExportOptions, ExportSource, export
 from flm_torchrec.files import sha256
-from tests.test_export import MadeUp
-from tests.test_ranking import Alone
+from tests.evaluation.test_ranking import Alone
+from tests.export.test_export import MadeUp
 from tools.benchmarks import export as bench_export
 
 OPTIONS = ExportOptions(user_block=32, item_block=32, part_rows=40, index="flat")

@@ -19,9 +19,9 @@ from flm_torchrec.distributed.replicas import check_replicable, group_of
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.model.tables import user_tables
 from tests.conftest import ROOT
-from tests.test_sharding import BAGS
+from tests.distributed.test_sharding import BAGS
 
-JOB = str(ROOT / "tests" / "replicas_job.py")
+JOB = str(ROOT / "tests" / "distributed" / "replicas_job.py")
 FLM = ["-m", "flm_torchrec", "--"]
 SELECT = "valid/sequential/ndcg@10"
 EQUAL = {

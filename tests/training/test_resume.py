@@ -47,7 +47,7 @@ from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.steps import STEPS as KINDS_OF_STEPS
 from flm_torchrec.training.trainer import pretrain
 from tests.conftest import ROOT
-from tests.test_checkpoint import tensors
+from tests.training.test_checkpoint import tensors
 from tools.faults.replay import replay
 
 STEPS = 40

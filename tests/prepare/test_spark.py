@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flm_torchrec.data.dataset import load_prepared
-from tests.test_prepare_shards import HEADER, contents, flm, report, write_logs
+from tests.prepare.test_prepare_shards import HEADER, contents, flm, report, write_logs
 
 pytest.importorskip("pyspark", reason="the extra 'spark' is not installed")
 pytestmark = pytest.mark.skipif(shutil.which("java") is None, reason="Spark needs Java, which is not installed")

@@ -14,7 +14,7 @@ from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.distributed.alike import Given, differences
 from tests.conftest import ROOT
 
-JOB = str(ROOT / "tests" / "alike_job.py")
+JOB = str(ROOT / "tests" / "distributed" / "alike_job.py")
 
 
 def given(**values: str) -> dict[str, Given]:

@@ -19,8 +19,8 @@ from flm_torchrec.export.stores.load import STORES, load, opened
 from flm_torchrec.export.stores.protocol import ItemBatch
 from flm_torchrec.export.vectors import decode
 from flm_torchrec.export.write import ExportOptions, ExportSource, export
-from tests.test_export import MadeUp
-from tests.test_ranking import Alone
+from tests.evaluation.test_ranking import Alone
+from tests.export.test_export import MadeUp
 
 EMPTY = {"title": "", "attributes": {}, "model_version": ""}
 OPTIONS = ExportOptions(quantise="fp16", part_rows=64)

@@ -37,7 +37,7 @@ from flm_torchrec.export.recommend import Recommender
 from flm_torchrec.export.vectors import decode, encode
 from flm_torchrec.export.write import ExportOptions, ExportSource, check_output, export
 from tests.conftest import ROOT
-from tests.test_ranking import Alone, RandomEncoder
+from tests.evaluation.test_ranking import Alone, RandomEncoder
 from tools.benchmarks import export as bench_export
 
 
@@ -319,7 +319,7 @@ def test_two_ranks_write_the_bytes_of_one(small: PreparedData, tmp_path: Path, r
     )
     options = ExportOptions(quantise="int8", user_block=32, item_block=20, part_rows=30)
     alone = export(source, Alone(), tmp_path / "one", options)
-    out = ranks(2, [str(ROOT / "tests" / "export_job.py"), str(small.path), str(tmp_path)])
+    out = ranks(2, [str(ROOT / "tests" / "export" / "export_job.py"), str(small.path), str(tmp_path)])
     both = load_manifest(tmp_path / "two")
     assert alone is not None and both.rows_digest == alone.rows_digest and both.quality == alone.quality
     # A rank that cannot write its part stops them all; a part that is on another disk is missed.

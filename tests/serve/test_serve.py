@@ -24,7 +24,7 @@ from flm_torchrec.export.tower.reader import PackagedFeature, TowerQuery
 from flm_torchrec.serve.app import ServerLimits, create_app
 from flm_torchrec.serve.loaded_export import AddedItem, LoadedExport, load_export
 from flm_torchrec.serve.service import MemoryLimits, Service
-from tests.serving import write_export
+from tests.serve.serving import write_export
 
 HOUR = 3600
 

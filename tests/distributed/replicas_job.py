@@ -32,7 +32,7 @@ from flm_torchrec.training.guard import Guard
 from flm_torchrec.training.job import Job, JobInputs
 from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.steps import STEPS as STEPPERS
-from tests.equality_job import (
+from tests.distributed.equality_job import (
     CLOSE,
     LR,
     ROWS,

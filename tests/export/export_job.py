@@ -12,7 +12,7 @@ from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.quality import ValidationSet
 from flm_torchrec.export.write import ExportOptions, export
-from tests.test_export import MadeUp, everyone_but_last, source_of
+from tests.export.test_export import MadeUp, everyone_but_last, source_of
 
 
 def main() -> None:

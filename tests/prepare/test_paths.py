@@ -13,7 +13,7 @@ from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import load_prepared
 from flm_torchrec.data.row_groups import RowGroups
 from flm_torchrec.prepare.sources.shards import find_files
-from tests.test_prepare_shards import contents
+from tests.prepare.test_prepare_shards import contents
 
 NAMES = (
     "place=0", "user_id=7", "event_name=x/duplicate=1", "timestamp=9", "it's", "x'; SELECT 1; --", "run[1]", "[!a]",

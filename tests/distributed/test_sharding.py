@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-JOB = str(ROOT / "tests" / "equality_job.py")
+JOB = str(ROOT / "tests" / "distributed" / "equality_job.py")
 BAGS = ["table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise"]
 EQUAL = {
     f"equal {rows} {kind} {dim} {sharding} {optimizer}"

@@ -20,7 +20,7 @@ from flm_torchrec.data.hashing import MANAGED_IDS
 from flm_torchrec.data.schema import Table
 from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.training.job import Job, JobInputs
-from tests.equality_job import whole
+from tests.distributed.equality_job import whole
 
 ROWS = 64
 MIXTURES = [
