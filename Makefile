@@ -94,9 +94,10 @@ check-base:
 	$(BASE)/bin/pytest tests/test_packaging.py tests/test_versions.py
 	$(BASE)/bin/python tools/check_readme.py
 
+# Two processes, a file of tests each: most tests start processes of one thread, and wait for them.
 test: lint check-base
 	$(MAKE) extras
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 clean:
 	rm -rf $(VENV) .venv-base .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
