@@ -503,7 +503,8 @@ def assert_same_batch(found: Batch, expected: Batch) -> None:
 
 def test_ten_bad_losses_in_a_row_end_the_run_under_either_policy(small: PreparedData, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    explode = ["train.sparse_lr=1e38", "train.dense_lr=1e30", "train.warmup_steps=0", "train.eval_every=1000"]
+    decay = ["train.dense_lr=1e4", "train.weight_decay=1e6"]  # each step multiplies the weights by about -1e10
+    explode = [*decay, "train.sparse_lr=1e4", "train.warmup_steps=0", "train.eval_every=1000"]
     with pytest.raises(NonFinite, match="for 10 steps in a row"):
         pretrain(load_config(None, [*overrides(small, run, "train.non_finite=skip"), *explode]))
     with pytest.raises(NonFinite, match=r"batch and state before it are in .*non-finite"):
