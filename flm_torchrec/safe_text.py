@@ -22,7 +22,7 @@ SECRET = (
 NAME = rf"[\w.-]*{SECRET}"
 """Name of a parameter whose value is a secret, such as sslpassword, X-Amz-Signature or aws_secret_access_key."""
 QUOTED = r"'(?:[^'\\]|\\.)*'?|\"(?:[^\"\\]|\\.)*\"?"
-ASSIGNED = re.compile(rf"(?i)(\b{NAME}[\"']?\s*=\s*)({QUOTED}|[^\s&;,'\"]+)")
+ASSIGNED = re.compile(rf"(?i)(\b{NAME}[\"']?\s*=\s*)((?:{QUOTED}|[^\s&;,'\"])+)")
 HEADER = re.compile(r"(?i)(\b(?:authorization|api-key|x-api-key)[\"']?\s*:\s*)(?:(?:bearer|basic)\s+)?[^\s,;]+")
 MEMBER = re.compile(rf"(?i)([\"']{NAME}[\"']\s*:\s*)({QUOTED})")
 USER = re.compile(r"((?:\S*::[\w+.-]*)?://)\S*@")
@@ -30,7 +30,7 @@ USER = re.compile(r"((?:\S*::[\w+.-]*)?://)\S*@")
 
 CHAIN = re.compile(r"::(?=[\w+.-]*://)")
 """Separator of the addresses of a chain, in the syntax of fsspec."""
-LIBPQ = re.compile(rf"(?is)\b{NAME}\s*=\s*({QUOTED}|.*?(?=\s+\w+\s*=|$))")
+LIBPQ = re.compile(rf"(?is)\b{NAME}\s*=\s*((?:{QUOTED})(?=\s|$)|.*?(?=\s+\w+\s*=|$))")
 """A secret of PostgreSQL's "host=… password=…", up to the next name; blanks are included although they need quotes."""
 DELIMITERS = re.compile(r"[\s@/:?#&=%;,+'\"\\\[\]]+")
 """Where a client may split a password that is not percent-encoded, and print a piece of it, for example as a host."""

@@ -56,6 +56,8 @@ def test_a_secret_parameter_is_not_shown(password: str, name: str) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(passwords)
+@example('""' + MARK)
+@example("''" + MARK)
 def test_the_password_of_a_libpq_string_is_not_shown(password: str) -> None:
     quoted = "'" + password.replace("\\", "\\\\").replace("'", "\\'") + "'"
     for written in (quoted, password.replace(" ", "").replace("=", "")):
