@@ -43,7 +43,7 @@ def check_share_dropped(name: str, rows_read: int, dropped: Dropped, max_dropped
         reason = max(unasked, key=unasked.__getitem__)
         raise DataError(
             f"{name}: {unusable} of {rows_read} rows ({unusable / rows_read:.1%}) cannot be used, most: {reason}"
-            f" (e.g. {dropped.examples[reason][0]}); {mend(reason)}; to go on with the rest,"
+            f" (e.g. {dropped.examples[reason][0]}); {how_to_mend(reason)}; to go on with the rest,"
             f" raise --max-dropped {max_dropped}"
         )
 
@@ -56,11 +56,11 @@ def warnings_of(rows_read: int, rows_kept: int, dropped: Dropped) -> list[str]:
     reason = max(dropped.counts, key=dropped.counts.__getitem__)
     return [
         f"{lost} of {rows_read} rows ({lost / rows_read:.1%}) were dropped, most ({dropped.counts[reason]}): {reason}"
-        f" (e.g. {dropped.examples[reason][0]}); {mend(reason)}"
+        f" (e.g. {dropped.examples[reason][0]}); {how_to_mend(reason)}"
     ]
 
 
-def mend(reason: str) -> str:
+def how_to_mend(reason: str) -> str:
     """What to do about rows that were dropped for a reason."""
     fitting = [text for start, text in {**ASKED, **MENDS}.items() if reason.startswith(start)]
     return fitting[0] if fitting else "mend the file, or check --columns"

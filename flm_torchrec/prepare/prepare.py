@@ -21,7 +21,7 @@ from flm_torchrec.data.keys import RULE
 from flm_torchrec.data.schema import Entity, Schema, sparsity
 from flm_torchrec.errors import DataError
 from flm_torchrec.files import put_in_place
-from flm_torchrec.prepare.dropped import check_share_dropped, mend, warnings_of
+from flm_torchrec.prepare.dropped import check_share_dropped, how_to_mend, warnings_of
 from flm_torchrec.prepare.engine import DuckEngine, Engine
 from flm_torchrec.prepare.features import EncodedFeature, encode
 from flm_torchrec.prepare.hash_users import hash_keys
@@ -156,7 +156,8 @@ class Preparation:
         reason = max(counts, key=counts.__getitem__, default="the source has none")
         where = read.dropped.examples.get(reason, [name])[0]
         return DataError(
-            f"{name}: none of {read.rows_read} rows is left (most dropped: {reason}; e.g. {where}); {mend(reason)}"
+            f"{name}: none of {read.rows_read} rows is left (most dropped: {reason}; e.g. {where});"
+            f" {how_to_mend(reason)}"
         )
 
     def _report(
