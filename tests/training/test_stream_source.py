@@ -261,3 +261,39 @@ def test_a_topic_is_told_from_others_and_its_new_partitions_are_read(monkeypatch
     with pytest.raises(DataError, match="began with a folder"):
         source.resume({"files": ["a.jsonl"]})
     assert source.resume({"0": 7})["offsets"] == {"0": 7}
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["the first is there", "the first was moved away"])
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=6), st.data())
+@settings(deadline=None, max_examples=25)
+def test_a_file_that_is_copied_again_while_the_follower_looks_is_not_taken_twice(
+    gone: bool, numbers: list[int], data: st.DataObject
+) -> None:
+    """The copy stops anywhere within a line; where the first file is there, at the end of a line too."""
+    content = lines(*numbers)
+    cuts = sorted(data.draw(st.lists(st.integers(1, len(content) - 1), min_size=1, max_size=4)))
+    with tempfile.TemporaryDirectory() as place:
+        follower = Follower(Path(place))
+        (Path(place) / "day.jsonl").write_text(content)
+        assert follower.take() == numbers
+        if gone:
+            (Path(place) / "day.jsonl").unlink()
+        for cut in cuts:
+            if not (gone and content[cut - 1] == "\n"):
+                (Path(place) / "copy.jsonl").write_text(content[:cut])
+                assert follower.take() == []
+        (Path(place) / "copy.jsonl").write_text(content)
+        assert follower.take() == [] and "copy.jsonl: has the content of day.jsonl" in "".join(follower.told)
+
+
+def test_a_new_file_with_the_first_line_of_another_is_taken_once_it_differs(incoming: Path) -> None:
+    (incoming / "a.jsonl").write_text(lines(1, 2, 3))
+    follower = Follower(incoming)
+    assert follower.take() == [1, 2, 3]
+    (incoming / "b.jsonl").write_text(lines(1))
+    assert follower.take() == [] and "b.jsonl: begins as a.jsonl does" in follower.told[0]
+    (incoming / "b.jsonl").write_text(lines(1, 5))
+    assert follower.take() == [1, 5]  # a file of its own
+    (incoming / "a.jsonl").unlink()
+    (incoming / "c.jsonl").write_text(lines(1, 7))
+    assert follower.take() == [1, 7]

@@ -17,6 +17,8 @@ class Taken:
     rows: int
     modified: int = 0
     """Nanoseconds since 1970, as the file system had it: a file with this time and size is not read again."""
+    first: str = ""
+    """Digest of the first line; empty in a position of an older version."""
 
 
 class Ledger:
@@ -48,6 +50,11 @@ class Ledger:
             longest = by_size[size].get(digest.hexdigest(), longest)
         return None if longest is None else (longest, self.files[longest])
 
+    def longer(self, content: bytes) -> list[str]:
+        """Names of files with the first line of the content, of which more than the content was taken."""
+        first = _first_line(content)
+        return [n for n, taken in self.files.items() if taken.size > len(content) and taken.first == first]
+
     def forget_gone(self, there: Collection[str], most: int) -> None:
         """Keep only the last `most` of the files that are not in the folder any more."""
         gone = [name for name in self.files if name not in there]
@@ -57,4 +64,8 @@ class Ledger:
 
 def taken_whole(content: bytes, rows: int, modified: int) -> Taken:
     """The entry of a file whose content was all taken."""
-    return Taken(len(content), hashlib.sha256(content).hexdigest(), rows, modified)
+    return Taken(len(content), hashlib.sha256(content).hexdigest(), rows, modified, _first_line(content))
+
+
+def _first_line(content: bytes) -> str:
+    return hashlib.sha256(content[: content.find(b"\n") + 1]).hexdigest()

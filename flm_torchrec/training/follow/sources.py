@@ -142,6 +142,9 @@ class Folder:
         content = self._complete(file)
         if content is None or (old is None and not content):
             return []
+        if old is None and file.suffix == ".jsonl" and self._arriving(file, content, status[0], ledger):
+            self.idle[file.name] = (*status, old)
+            return []
         begins = ledger.begins_with(content, there)
         if file.suffix == ".parquet" and begins and begins[1].size < len(content):
             begins = None  # a Parquet file does not grow
@@ -163,6 +166,22 @@ class Folder:
         rows = [(f"{file.name}: row {n}", value) for n, value in enumerate(values, before + 1)]
         ledger.files[file.name] = taken_whole(content, before + len(rows), status[1])
         return rows
+
+    def _arriving(self, file: Path, content: bytes, size: int, ledger: Ledger) -> bool:
+        """Whether a new file may be a copy under way of a file that was taken: nothing of it was learnt from then.
+
+        A file that is there is compared byte by byte. Of one that is gone the first line is known alone, so a file that
+        begins with that line is left until its last line is whole: copies are cut anywhere, logs at line breaks.
+        """
+        for name in ledger.longer(content):
+            other = self.path / name
+            whole = size == len(content)
+            if _begins(other, content) if other.is_file() else not whole:
+                self._report(
+                    f"{file.name}: begins as {name} does, so it is left until it is longer or goes on otherwise"
+                )
+                return True
+        return False
 
     def _files(self) -> list[Path]:
         try:
@@ -221,6 +240,14 @@ class Folder:
         if line not in self.reported:
             self.reported.add(line)
             self.messages.append(line)
+
+
+def _begins(file: Path, content: bytes) -> bool:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(len(content)) == content
+    except OSError:
+        return False
 
 
 def other_source(began: str, given: str) -> DataError:
