@@ -101,6 +101,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
         apply_delta,
         evaluate,
         export,
+        export_events,
         finetune,
         follow,
         forget,
@@ -118,7 +119,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     parser.add_argument("--version", action="store_true", help="print the versions of flm_torchrec and its libraries")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     steps = (prepare, plan, train, finetune, follow, evaluate, export, apply_delta, load, recommend, serve)
-    for command in (*steps, inspect, report, forget):
+    for command in (*steps, export_events, inspect, report, forget):
         command.add_parser(subparsers)
     return parser, subparsers
 

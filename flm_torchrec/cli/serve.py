@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,15 @@ from flm_torchrec.errors import RunError
 
 GRACE = 10
 """Seconds that running requests have to end after SIGTERM."""
+RANGES = {
+    "port": (1, 65535),
+    "threads": (1, 256),
+    "waiting": (0, 100_000),
+    "watch": (0, 86_400),
+    "keep_days": (0.01, 36_500),
+    "keep_events": (1, 10**12),
+}
+"""Bounds of numbers among the options."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -46,7 +56,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="SECONDS",
         help="look so often whether --export, a link, points to another export, and swap (default: never)",
     )
+    _add_store(parser)
     parser.set_defaults(run=run)
+
+
+def _add_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--events",
+        metavar="FILE",
+        help="SQLite file that keeps live events and cold items; 'none': in memory, lost at the end"
+        " (default: beside --export, its name and .events.sqlite)",
+    )
+    parser.add_argument("--keep-days", type=float, default=90.0, help="that an event is kept (default: %(default)s)")
+    parser.add_argument("--keep-events", type=int, default=10_000_000, help="events kept (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -59,8 +81,10 @@ def run(args: argparse.Namespace) -> None:
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     import uvicorn
 
+    from flm_torchrec.export.manifest import read_manifest
     from flm_torchrec.serve.app import ServerLimits, create_app
     from flm_torchrec.serve.connections import BACKLOG, GuardedProtocol, listening, most_connections
+    from flm_torchrec.serve.event_store import EventStore, StoreLimits
     from flm_torchrec.serve.service import Service
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -68,7 +92,10 @@ def run(args: argparse.Namespace) -> None:
             number, _stop
         )  # uvicorn has its own handler while it serves, and raises the signal again afterwards
     bound, most = listening(args.host, args.port), most_connections()
-    service = Service(args.export)
+    read_manifest(args.export)  # no store is made beside what is no export
+    service = Service(
+        args.export, EventStore(store_file(args), StoreLimits(days=args.keep_days, events=args.keep_events))
+    )
     limits = ServerLimits(threads=args.threads, waiting=args.waiting, watch_seconds=args.watch, hosts=_hosts(args))
     folder, manifest = service.loaded.folder, service.loaded.manifest
     print(f"{folder}: {manifest.items} items, {manifest.users} users; model {manifest.model_version}")
@@ -98,8 +125,16 @@ def _hosts(args: argparse.Namespace) -> tuple[str, ...]:
     return "localhost", "127.0.0.1", "::1", "address" if everywhere else args.host
 
 
+def store_file(args: argparse.Namespace) -> Path | None:
+    """The file of `--events`; by default beside the export, by the name given, so that a link keeps its events."""
+    if args.events is not None:
+        return None if args.events == "none" else Path(args.events)
+    export = Path(os.path.abspath(args.export))
+    return export.with_name(f"{export.name}.events.sqlite")
+
+
 def _check(args: argparse.Namespace) -> None:
     """Raise RunError where a number is out of its range."""
-    for name, least, most in (("port", 1, 65535), ("threads", 1, 256), ("waiting", 0, 100_000), ("watch", 0, 86_400)):
+    for name, (least, most) in RANGES.items():
         if not least <= getattr(args, name) <= most:
-            raise RunError(f"--{name} {getattr(args, name)}: give {least} … {most}")
+            raise RunError(f"--{name.replace('_', '-')} {getattr(args, name)}: give {least} … {most}")

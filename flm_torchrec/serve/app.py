@@ -58,6 +58,7 @@ def create_app(service: Service, limits: ServerLimits = ServerLimits()) -> FastA
         if watcher is not None:
             watcher.cancel()
         workers.pool.shutdown()
+        service.store.close()
 
     app = FastAPI(title="flm serve", lifespan=lifespan, docs_url=None, redoc_url=None)
     add_error_handlers(app)
@@ -125,7 +126,7 @@ def _write_routes(app: FastAPI, service: Service, workers: Workers, limits: Serv
     post("/v1/recommend", Recommend, workers.recommend)
     post("/v1/recommend/batch", RecommendBatch, batch)
     post("/v1/items", NewItem, lambda item: workers.do(lambda: service.add_item(item)))
-    post("/v1/events", NewEvent, lambda event: workers.do(lambda: service.add_event(event)))
+    post("/v1/events", NewEvent, workers.add_event)
 
     @app.post("/v1/swap", openapi_extra=_takes(Swap))
     async def swap(request: Request) -> dict[str, Any]:

@@ -47,6 +47,8 @@ class LoadedExport:
 
     number: int
     """1 for the first export served, 2 after the first swap …"""
+    rows: str
+    """`Manifest.rows_digest`: what the export says of users and items, whatever process loads it."""
     folder: Path
     manifest: Manifest
     tower: PackagedTower
@@ -150,6 +152,7 @@ def _loaded(folder: Path, number: int) -> LoadedExport:
     users = ExportRows(folder, manifest, "users").table(["user_key", "seen"]).combine_chunks()
     return LoadedExport(
         number=number,
+        rows=manifest.rows_digest,
         folder=folder,
         manifest=manifest,
         tower=tower,

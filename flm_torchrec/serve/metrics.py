@@ -23,7 +23,7 @@ class ServerMetrics:
             "flm_swaps": ("exports swapped in since the start", lambda: service.loaded.number - 1),
             "flm_items": ("items that can be recommended", lambda: service.loaded.size),
             "flm_added_items": ("cold items added to the export served", lambda: len(service.loaded.added.items)),
-            "flm_live_users": ("users with events since the export", lambda: len(service.live)),
+            "flm_live_users": ("users with live events", service.store.users),
         }
         for name, (text, read) in gauges.items():
             Gauge(name, text, registry=self.registry).set_function(read)

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flm_torchrec.serve.event_store import StoreError
 from flm_torchrec.serve.metrics import ServerMetrics
 from flm_torchrec.serve.resolve import Refused
 
@@ -96,6 +97,10 @@ def add_error_handlers(app: FastAPI) -> None:
         if error.status in CLOSING:
             headers["Connection"] = "close"
         return JSONResponse({"detail": _printable(str(error))}, error.status, headers)
+
+    @app.exception_handler(StoreError)
+    async def unavailable(_: Request, error: StoreError) -> JSONResponse:
+        return JSONResponse({"detail": _printable(str(error))}, 503, {"Retry-After": "1"})
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:

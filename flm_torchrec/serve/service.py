@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -13,26 +12,17 @@ from typing import Any
 import numpy as np
 
 from flm_torchrec.data.history import NO_EVENTS, Events
-from flm_torchrec.errors import DataError, RunError
+from flm_torchrec.errors import RunError
 from flm_torchrec.export.tower.reader import Represented, TowerQuery
 from flm_torchrec.names import nearest_key
 from flm_torchrec.serve.catalogue import TOP_VALUES
+from flm_torchrec.serve.cold_items import cold_item, with_fitting, with_items
+from flm_torchrec.serve.event_store import EventStore
 from flm_torchrec.serve.explain import explain
-from flm_torchrec.serve.live import LiveEvent, LiveEvents
-from flm_torchrec.serve.loaded_export import AddedItem, AddedItems, LoadedExport, load_export
-from flm_torchrec.serve.messages import Event, NewEvent, NewItem, Recommend
-from flm_torchrec.serve.resolve import Refused, check_filter, content_of, event_code, item_row
-
-DAY = 86_400
-"""Seconds that a client's clock may be ahead. After an event far in the future, no later event would be in order."""
-
-
-@dataclass(frozen=True)
-class MemoryLimits:
-    """Limits of what is kept in memory."""
-
-    added_items: int = 10_000
-    live_users: int = 100_000
+from flm_torchrec.serve.histories import asked_events, events_and_seen, new_event
+from flm_torchrec.serve.loaded_export import AddedItem, LoadedExport, load_export
+from flm_torchrec.serve.messages import NewEvent, NewItem, Recommend
+from flm_torchrec.serve.resolve import Refused, check_filter, content_of
 
 
 @dataclass(frozen=True)
@@ -49,18 +39,23 @@ class ResolvedRequest:
 class Service:
     """Answers from the export that was loaded last. Safe to call from several threads.
 
+    Args:
+        store: of live events and cold items; None: one in memory.
+
     Raises:
         RunError: the export cannot be served.
     """
 
-    def __init__(self, export: Path, limits: MemoryLimits = MemoryLimits()) -> None:
+    def __init__(self, export: Path, store: EventStore | None = None) -> None:
         self.export = export
         self.exports = export.resolve().parent
-        self.limits = limits
         self.loaded = load_export(export, 1)
-        self.live = LiveEvents(limits.live_users, self.loaded.tower.max_history + 1)
+        self.store = store or EventStore(None)
+        self.items_seq = 0
+        """Number of the last change of cold items in the store that `loaded` has."""
         self.changing = threading.Lock()
         self.swapping = threading.Lock()
+        self.current()
 
     def health(self) -> dict[str, Any]:
         """Answer of `GET /health`: which export is served, and its size."""
@@ -86,7 +81,7 @@ class Service:
 
     def find_items(self, text: str, limit: int) -> list[dict[str, Any]]:
         """Items whose title or key contains the text, added items first."""
-        loaded = self.loaded
+        loaded = self.current()
         rows = loaded.catalogue.search(text, limit)
         names = ((i.title + "\0" + i.key).lower() for i in loaded.added.items)
         added = [len(loaded.catalogue) + position for position, name in enumerate(names) if text.lower() in name]
@@ -103,10 +98,9 @@ class Service:
         """The last events of a user, exported and live, oldest first.
 
         Raises:
-            Refused: the user is neither in the export nor has events in memory.
+            Refused: the user is neither in the export nor has live events.
         """
-        loaded = self.loaded
-        self._user(loaded, user)
+        loaded = self.current()
         history, _ = self._events_and_seen(loaded, user)
         timed = loaded.tower.timestamps
         return [
@@ -119,7 +113,7 @@ class Service:
 
         Requests with unknown users, items, events, features or values are refused.
         """
-        loaded = self.loaded
+        loaded = self.current()
         asked: list[ResolvedRequest | Refused] = []
         for request in requests:
             try:
@@ -133,47 +127,70 @@ class Service:
             for request, a in zip(requests, asked, strict=True)
         ]
 
+    def current(self) -> LoadedExport:
+        """The loaded export, with the cold items that the store has of an earlier or of another process.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        if self.store.items_after(self.items_seq):
+            with self.changing:
+                fresh = self.store.items_after(self.items_seq)  # another thread may have taken them up meanwhile
+                items = [AddedItem(i.key, i.title, i.features, {}) for i in fresh]
+                self.loaded = with_fitting(self.loaded, items)
+                self.items_seq = max([self.items_seq, *(i.seq for i in fresh)])
+        return self.loaded
+
     def add_item(self, item: NewItem) -> dict[str, Any]:
         """Add a cold item beside the catalogue, in place of an earlier added one with its key.
 
         Raises:
             Refused: the catalogue has the item, too many have been added, or a feature does not fit.
+            StoreError: it could not be stored.
         """
+        self.current()
         with self.changing:
             loaded = self.loaded
             if item.item in loaded.catalogue.row_of:
                 raise Refused(409, f"item '{item.item}': is in the catalogue; only new items can be added")
-            if item.item not in loaded.added.row_of and len(loaded.added.items) >= self.limits.added_items:
-                raise Refused(409, f"{self.limits.added_items} items have been added, which is the most; export anew")
-            fresh = AddedItem(item.item, item.title or item.item, item.features, _attributes(loaded, item.features))
-            added, left_out = _with_items(loaded, loaded.added, [fresh])
+            if item.item not in loaded.added.row_of and len(loaded.added.items) >= self.store.limits.added_items:
+                raise Refused(
+                    409, f"{self.store.limits.added_items} items have been added, which is the most; export anew"
+                )
+            fresh = cold_item(loaded, item.item, item.title or item.item, item.features)
+            added, left_out = with_items(loaded, [fresh])
+            with self.store.writing() as transaction:
+                seq = transaction.add_item(fresh.key, fresh.title, fresh.features)
+            if seq == self.items_seq + 1:  # else another process has added items: taken up with the next request
+                self.items_seq = seq
             self.loaded = replace(loaded, added=added)
             size = self.loaded.size
         version = loaded.manifest.model_version
         return {"item": item.item, "model_version": version, "items": size, "left_out": left_out}
 
-    def add_event(self, event: NewEvent) -> dict[str, Any]:
-        """Add an event of a user; the user's next answer depends on it.
+    def add_events(self, events: Sequence[NewEvent]) -> list[dict[str, Any] | Refused]:
+        """Add events of users, in one transaction; the users' next answers depend on them.
+
+        An event whose item or kind is unknown, or that is not in order, is refused; the others are kept.
 
         Raises:
-            Refused: the item or the kind of event is unknown, or the time is before the user's last event or in the
-                future.
+            StoreError: none of them could be stored.
         """
-        loaded = self.loaded
-        item_row(loaded, event.item, "item")
-        event_code(loaded, event.event, "event")
-        history, _ = self._events_and_seen(loaded, event.user)
-        last = int(history.timestamp[-1]) if len(history) else 0
-        current = int(time.time()) if loaded.tower.timestamps else last + 1
-        timestamp = max(last, current) if event.timestamp is None else event.timestamp
-        if timestamp < last:
-            raise Refused(422, f"timestamp: {timestamp} is before the user's last event, {last}; events come in order")
-        if loaded.tower.timestamps and timestamp > max(last, current) + DAY:
-            raise Refused(422, f"timestamp: {timestamp} is in the future, it is {current}; give seconds since 1970")
-        value = 1.0 if event.value is None else event.value
-        kept = self.live.add(event.user, LiveEvent(event.item, event.event, value, timestamp, loaded.number))
-        version, known = loaded.manifest.model_version, event.user in loaded.user_of
-        return {"user": event.user, "known": known, "live_events": kept, "model_version": version}
+        loaded = self.current()
+        most = loaded.tower.max_history + 1
+        answers: list[dict[str, Any] | Refused] = []
+        with self.store.writing() as transaction:
+            for event in events:
+                live = transaction.events_of(event.user, most)
+                try:
+                    transaction.add_event(event.user, new_event(loaded, event, live))
+                except Refused as refused:
+                    answers.append(refused)
+                    continue
+                known, kept = event.user in loaded.user_of, min(len(live) + 1, most)
+                version = loaded.manifest.model_version
+                answers.append({"user": event.user, "known": known, "live_events": kept, "model_version": version})
+        return answers
 
     def swap(self, export: Path) -> dict[str, Any]:
         """Load another export beside the one served, then serve it. The old one is freed after its last request.
@@ -192,7 +209,7 @@ class Service:
         try:
             fresh = load_export(target, self.loaded.number + 1)
             with self.changing:
-                self.loaded = replace(fresh, added=_still_new(fresh, self.loaded.added.items))
+                self.loaded = with_fitting(fresh, self.loaded.added.items)
         except (RunError, OSError) as error:
             raise Refused(422, f"export: {error}") from error
         finally:
@@ -202,9 +219,10 @@ class Service:
     def _asked(self, loaded: LoadedExport, request: Recommend) -> ResolvedRequest:
         history, seen, user = NO_EVENTS, NO_EVENTS.item, -1
         if request.user is not None:
-            user = self._user(loaded, request.user)
             history, seen = self._events_and_seen(loaded, request.user)
-        history = history + self._history(loaded, request.history, int(history.timestamp[-1]) if len(history) else None)
+            user = loaded.user_of.get(request.user, -1)
+        last = int(history.timestamp[-1]) if len(history) else None
+        history = history + asked_events(loaded, request.history, last)
         profile: np.ndarray | None = None
         left_out: list[str] = []
         if request.features is not None:
@@ -227,92 +245,17 @@ class Service:
             answer["left_out"] = asked.left_out
         return answer
 
-    def _user(self, loaded: LoadedExport, user: str) -> int:
-        """Row of a user of the export; -1 of a user with events in memory alone."""
-        row = loaded.user_of.get(user, -1)
-        if row < 0 and self.live.of(user) is None:
-            raise Refused(404, f"user '{user}': not known; {nearest_key(user, loaded.user_of)}")
-        return row
-
     def _events_and_seen(self, loaded: LoadedExport, user: str) -> tuple[Events, np.ndarray]:
-        """The user's last events, exported and live, and rows [n] of all items seen."""
-        row = loaded.user_of.get(user)
-        history, seen = NO_EVENTS, NO_EVENTS.item
-        if row is not None:
-            history, seen = loaded.tower.known_history(row), loaded.seen[row].values.to_numpy().astype(np.int64)
-        last = int(history.timestamp[-1]) if len(history) else -1
-        # A newer export may have some of the live events already.
-        live = [e for e in self.live.of(user) or () if e.export_number == loaded.number or e.timestamp > last]
-        known = [(r, e) for r, e in ((loaded.row(e.item), e) for e in live) if r is not None]
-        codes = {name: code for code, name in enumerate(loaded.tower.events)}
-        later = Events(
-            item=np.array([r for r, _ in known], np.int64),
-            timestamp=np.array([e.timestamp for _, e in known], np.int64),
-            event=np.array([codes.get(e.event or "", 0) for _, e in known], np.int64),
-            value=np.array([e.value for _, e in known], np.float32),
-        )
-        return history + later, np.concatenate([seen, later.item])
+        """The user's last events, exported and live, and rows [n] of all items seen.
 
-    def _history(self, loaded: LoadedExport, events: Sequence[Event], last: int | None) -> Events:
-        """Rows, codes and times of a request's history, which follows an event at the time `last`."""
-        gap = loaded.tower.usual_gap if loaded.tower.timestamps else 1
-        times: list[int] = []
-        for position, event in enumerate(events):
-            before = times[-1] if times else last
-            given = event.timestamp if event.timestamp is not None else (before + gap if before is not None else 0)
-            if before is not None and given < before:
-                where = f"history.{position}.timestamp"
-                raise Refused(422, f"{where}: {given} is before the event before it, {before}; order them by time")
-            times.append(given)
-        return Events(
-            item=np.array([item_row(loaded, e.item, f"history.{n}.item") for n, e in enumerate(events)], np.int64),
-            timestamp=np.array(times, np.int64),
-            event=np.array([event_code(loaded, e.event, f"history.{n}.event") for n, e in enumerate(events)], np.int64),
-            value=np.array([1.0 if e.value is None else e.value for e in events], np.float32),
-        )
+        Raises:
+            Refused: the user is neither in the export nor has live events.
+        """
+        live = self.store.events_of(user, loaded.tower.max_history + 1)
+        if not live and user not in loaded.user_of:
+            raise Refused(404, f"user '{user}': not known; {nearest_key(user, loaded.user_of)}")
+        return events_and_seen(loaded, user, live)
 
 
 def _item(loaded: LoadedExport, row: int) -> dict[str, Any]:
     return {"item": loaded.key(row), "title": loaded.title(row), "attributes": loaded.attributes(row)}
-
-
-def _attributes(loaded: LoadedExport, features: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The attributes of a cold item by its features, for filters and for people, of the features in the catalogue.
-
-    Raises:
-        Refused: a value does not fit its kind.
-    """
-    kinds = {f.name: f for f in loaded.tower.features if f.entity == "item"}
-    try:
-        return {name: kinds[name].shown(features.get(name)) for name in loaded.catalogue.attributes}
-    except DataError as error:
-        raise Refused(422, str(error)) from error
-
-
-def _with_items(loaded: LoadedExport, added: AddedItems, items: Iterable[AddedItem]) -> tuple[AddedItems, list[str]]:
-    """`added` with these items, each in place of one with its key; and the values of features that were left out."""
-    by_key = {item.key: (item, content) for item, content in zip(added.items, added.contents, strict=True)}
-    left_out: list[str] = []
-    for item in items:
-        content, unknown = content_of(loaded, "item", item.features)
-        by_key[item.key] = item, content
-        left_out += unknown
-    contents = np.array([content for _, content in by_key.values()], np.float32).reshape(-1, loaded.tower.dim)
-    rows = {key: len(loaded.catalogue) + position for position, key in enumerate(by_key)}
-    return AddedItems(tuple(i for i, _ in by_key.values()), contents, loaded.tower.scored(contents), rows), left_out
-
-
-def _still_new(fresh: LoadedExport, items: Iterable[AddedItem]) -> AddedItems:
-    """The added items that a new export does not have and whose features fit it, with their attributes there."""
-    return _with_items(fresh, fresh.added, [i for item in items for i in _fitted(fresh, item)])[0]
-
-
-def _fitted(fresh: LoadedExport, item: AddedItem) -> list[AddedItem]:
-    """[the item with its attributes in the new export]; empty where that has the item, or a feature no longer fits."""
-    if item.key in fresh.catalogue.row_of:
-        return []
-    try:
-        content_of(fresh, "item", item.features)
-        return [replace(item, attributes=_attributes(fresh, item.features))]
-    except Refused:
-        return []  # other features are no reason to keep serving the older model

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import faiss
 import torch
 
-from flm_torchrec.serve.messages import MOST_BATCH, Recommend
+from flm_torchrec.serve.messages import MOST_BATCH, NewEvent, Recommend
 from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.service import Service
 
 Result = TypeVar("Result")
+Asked = TypeVar("Asked")
+Answer = dict[str, Any]
 
 
 class Workers:
-    """A few threads with a bounded queue. All waiting requests for recommendations are answered in one batch."""
+    """A few threads with a bounded queue. Waiting requests of one kind are answered in one batch."""
 
     def __init__(self, service: Service, threads: int, waiting: int) -> None:
-        self.service = service
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="flm", initializer=_one_thread)
-        self.threads = threads
         self.most = threads + waiting
         self.running = 0
-        self.asked: deque[tuple[Recommend, asyncio.Future[dict[str, Any] | Refused]]] = deque()
-        self.batches: set[asyncio.Task[None]] = set()
+        self.recommending: Batches[Recommend] = Batches(self.pool, service.recommend, threads)
+        self.taking: Batches[NewEvent] = Batches(self.pool, service.add_events, 1)  # the store has one writer
 
     async def do(self, call: Callable[[], Result]) -> Result:
         """Make the call in a thread.
@@ -40,35 +40,24 @@ class Workers:
         with self._slot():
             return await asyncio.get_running_loop().run_in_executor(self.pool, call)
 
-    async def recommend(self, request: Recommend) -> dict[str, Any]:
+    async def recommend(self, request: Recommend) -> Answer:
         """The answer, computed in one batch with other requests that wait for a thread.
 
         Raises:
             Refused: too many requests are running or waiting, or this one is refused.
         """
         with self._slot():
-            future: asyncio.Future[dict[str, Any] | Refused] = asyncio.get_running_loop().create_future()
-            self.asked.append((request, future))
-            if len(self.batches) < self.threads:
-                task = asyncio.create_task(self._batches())
-                self.batches.add(task)
-                task.add_done_callback(self.batches.discard)
-            answer = await future
-        if isinstance(answer, Refused):
-            raise answer
-        return answer
+            return await self.recommending.answer(request)
 
-    async def _batches(self) -> None:
-        loop = asyncio.get_running_loop()
-        while self.asked:
-            taken = [self.asked.popleft() for _ in range(min(len(self.asked), MOST_BATCH))]
-            taken = [(request, future) for request, future in taken if not future.done()]
-            try:
-                answers = await loop.run_in_executor(self.pool, self.service.recommend, [r for r, _ in taken])
-            except Exception as error:  # each request gets the error: none may stay without an answer
-                answers = [error] * len(taken)  # type: ignore[list-item]
-            for (_, future), answer in zip(taken, answers, strict=True):
-                _settle(future, answer)
+    async def add_event(self, event: NewEvent) -> Answer:
+        """Keep an event, in one transaction with other events that wait for the disk.
+
+        Raises:
+            Refused: too many requests are running or waiting, or this event is refused.
+            StoreError: it could not be kept.
+        """
+        with self._slot():
+            return await self.taking.answer(event)
 
     @contextmanager
     def _slot(self) -> Iterator[None]:
@@ -84,6 +73,53 @@ class Workers:
             yield
         finally:
             self.running -= 1
+
+
+class Batches(Generic[Asked]):
+    """Requests of one kind, answered together as threads become free.
+
+    Args:
+        make: requests → an answer for each, or why it is refused.
+        most: batches that are under way at once.
+    """
+
+    def __init__(
+        self, pool: ThreadPoolExecutor, make: Callable[[Sequence[Asked]], Sequence[Answer | Refused]], most: int
+    ) -> None:
+        self.pool = pool
+        self.make = make
+        self.most = most
+        self.asked: deque[tuple[Asked, asyncio.Future[Answer | Refused]]] = deque()
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    async def answer(self, request: Asked) -> Answer:
+        """The answer to one request.
+
+        Raises:
+            Refused: the request is refused.
+        """
+        future: asyncio.Future[Answer | Refused] = asyncio.get_running_loop().create_future()
+        self.asked.append((request, future))
+        if len(self.tasks) < self.most:
+            task = asyncio.create_task(self._run())
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+        answer = await future
+        if isinstance(answer, Refused):
+            raise answer
+        return answer
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self.asked:
+            taken = [self.asked.popleft() for _ in range(min(len(self.asked), MOST_BATCH))]
+            taken = [(request, future) for request, future in taken if not future.done()]
+            try:
+                answers = await loop.run_in_executor(self.pool, self.make, [r for r, _ in taken])
+            except Exception as error:  # each request gets the error: none may stay without an answer
+                answers = [error] * len(taken)  # type: ignore[list-item]
+            for (_, future), answer in zip(taken, answers, strict=True):
+                _settle(future, answer)
 
 
 def _settle(future: asyncio.Future[Any], answer: Any) -> None:

@@ -22,8 +22,9 @@ from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.history import Events
 from flm_torchrec.export.tower.reader import PackagedFeature, TowerQuery
 from flm_torchrec.serve.app import ServerLimits, create_app
+from flm_torchrec.serve.event_store import EventStore, StoreLimits
 from flm_torchrec.serve.loaded_export import AddedItem, LoadedExport, load_export
-from flm_torchrec.serve.service import MemoryLimits, Service
+from flm_torchrec.serve.service import Service
 from tests.serve.serving import write_export
 
 HOUR = 3600
@@ -161,7 +162,7 @@ def test_a_cold_item_is_recommended_filtered_and_used_in_histories(service: Serv
 
 
 def test_room_for_cold_items_is_bounded(exports: Path) -> None:
-    service = Service(exports / "one", MemoryLimits(added_items=2))
+    service = Service(exports / "one", EventStore(None, StoreLimits(added_items=2)))
     with TestClient(create_app(service)) as client:
         for key in ("a", "b", "a"):
             post(client, "/v1/items", item=key)
@@ -195,7 +196,7 @@ def test_a_new_user_is_known_from_the_first_event_on(client: TestClient) -> None
 
 
 def test_live_users_are_forgotten_in_order_of_silence(exports: Path) -> None:
-    service = Service(exports / "one", MemoryLimits(live_users=2))
+    service = Service(exports / "one", EventStore(None, StoreLimits(live_users=2)))
     with TestClient(create_app(service)) as client:
         for user in ("a", "b", "a", "c"):
             post(client, "/v1/events", user=user, item="i1")

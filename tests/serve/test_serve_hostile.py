@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flm_torchrec.serve.app import ServerLimits, create_app
-from flm_torchrec.serve.service import MemoryLimits, Service
+from flm_torchrec.serve.event_store import EventStore, StoreLimits
+from flm_torchrec.serve.service import Service
 
 JSON = {"Content-Type": "application/json"}
 POSTS = ("/v1/recommend", "/v1/recommend/batch", "/v1/items", "/v1/events", "/v1/swap")
@@ -21,7 +22,7 @@ POSTS = ("/v1/recommend", "/v1/recommend/batch", "/v1/items", "/v1/events", "/v1
 
 @pytest.fixture(scope="module")
 def client(exported: Path) -> Iterator[TestClient]:
-    service = Service(exported, MemoryLimits(added_items=50, live_users=50))
+    service = Service(exported, EventStore(None, StoreLimits(added_items=50, live_users=50)))
     with TestClient(create_app(service, ServerLimits(body_bytes=100_000)), raise_server_exceptions=False) as client:
         yield client
 

@@ -1,0 +1,47 @@
+"""`flm export-events`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flm_torchrec.errors import RunError
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `export-events` to the subcommands."""
+    parser = subparsers.add_parser(
+        "export-events",
+        help="write the live events of 'flm serve' as a log for the next training",
+        description="Write the live events that 'flm serve' has kept into a folder of Parquet files, which 'flm follow"
+        " --source DIR' and 'flm prepare --source parquet' read. Given again, it adds a file of the events since. The"
+        " server may run meanwhile.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--events", required=True, type=Path, metavar="FILE", help="file of 'flm serve --events'")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write into")
+    parser.add_argument(
+        "--items", type=Path, metavar="FILE", help="also write the cold items as JSON lines, for 'flm prepare --items'"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the events that the folder lacks, and print how many.
+
+    Raises:
+        FlmError: there is no such store, or the output cannot be written.
+    """
+    if not args.events.is_file():
+        raise RunError(f"{args.events}: not found; --events must name the file of 'flm serve --events'")
+    # Imported here: a wrong option should be reported at once.
+    from flm_torchrec.serve.event_log import export_events, export_items
+    from flm_torchrec.serve.event_store import EventStore
+
+    store = EventStore(args.events)
+    written, dropped = export_events(store, args.output)
+    lost = f"; {dropped} before them had been dropped by the limits of 'flm serve'" if dropped else ""
+    print(f"{args.output}: {written} new events{lost}")
+    if args.items:
+        print(f"{args.items}: {export_items(store, args.items)} cold items")
+    store.close()

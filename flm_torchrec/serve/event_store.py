@@ -1,0 +1,279 @@
+"""Events since the export and cold items, in a SQLite file that several processes share and that outlives them.
+
+A change is on the disk before it is acknowledged (write-ahead log, synchronous=FULL). One transaction takes many events
+(group commit), since the disk takes as long for one as for a hundred.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flm_torchrec.errors import FlmError, RunError
+
+APPLICATION = 0x464C4D53
+"""`PRAGMA application_id` of a store: "FLMS"."""
+FORMAT = 1
+"""`PRAGMA user_version`."""
+PATIENCE = 5.0
+"""Seconds to wait for another process that writes."""
+DAY = 86_400
+SCHEMA = """
+CREATE TABLE store (id TEXT NOT NULL, users INTEGER NOT NULL) STRICT;
+CREATE TABLE events (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, user TEXT NOT NULL, item TEXT NOT NULL, event TEXT NOT NULL,
+    value REAL NOT NULL, timestamp INTEGER NOT NULL, export TEXT NOT NULL, received INTEGER NOT NULL
+) STRICT;
+CREATE INDEX events_of_user ON events (user, seq);
+CREATE TABLE users (user TEXT PRIMARY KEY, last INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+CREATE INDEX users_by_last ON users (last);
+CREATE TRIGGER user_added AFTER INSERT ON users BEGIN UPDATE store SET users = users + 1; END;
+CREATE TRIGGER user_dropped AFTER DELETE ON users BEGIN UPDATE store SET users = users - 1; END;
+CREATE TABLE items (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, item TEXT NOT NULL UNIQUE, title TEXT NOT NULL, features TEXT NOT NULL
+) STRICT;
+"""
+"""`users.last` is the number of the user's newest event; `store.users` counts the rows of `users`."""
+
+
+class StoreError(FlmError):
+    """The store could not be read or written. Nothing of the change was kept."""
+
+
+@dataclass(frozen=True)
+class StoreLimits:
+    """Limits of what is kept."""
+
+    added_items: int = 10_000
+    live_users: int = 100_000
+    """Users with events; the one silent for longest is dropped with its events."""
+    events: int = 10_000_000
+    """Events of all users; the oldest are dropped."""
+    days: float = 90.0
+    """Days since an event came; older events are dropped."""
+
+
+@dataclass(frozen=True)
+class LiveEvent:
+    """One event by keys and names, which stay valid when another export is loaded."""
+
+    item: str
+    event: str
+    value: float
+    timestamp: int
+    export: str
+    """`LoadedExport.rows` of the export served when the event came."""
+
+
+@dataclass(frozen=True)
+class StoredItem:
+    """A cold item as it was posted, with the number of the change."""
+
+    seq: int
+    key: str
+    title: str
+    features: Mapping[str, Any]
+
+
+class EventStore:
+    """Reads by one connection, writes by another, so that nobody who reads waits for the disk.
+
+    Args:
+        file: made if it is not there; None: in memory, of this process alone.
+
+    Raises:
+        RunError: the file cannot be written, or is something else.
+    """
+
+    def __init__(self, file: Path | None, limits: StoreLimits = StoreLimits()) -> None:
+        self.file = file
+        self.limits = limits
+        try:
+            self.writer = _opened(file)
+            self.reader = self.writer if file is None else _opened(file)
+        except (sqlite3.Error, OSError) as error:
+            raise RunError(f"{file}: {_reason(error)}; give --events another file on a local disk") from error
+        self.writes = threading.RLock()
+        self.reads = self.writes if file is None else threading.RLock()
+
+    def close(self) -> None:
+        """Close both connections; later calls raise StoreError."""
+        with self.writes, self.reads:
+            self.writer.close()
+            self.reader.close()
+
+    @contextmanager
+    def writing(self) -> Iterator[Transaction]:
+        """One transaction: all of it is on the disk at the end, or, after any error, nothing of it.
+
+        Raises:
+            StoreError: it could not be written.
+        """
+        with self.writes, self._telling():
+            self.writer.execute("BEGIN IMMEDIATE")
+            try:
+                transaction = Transaction(self.writer)
+                yield transaction
+                transaction.drop(self.limits)
+                self.writer.execute("COMMIT")
+            except BaseException:
+                with suppress(sqlite3.Error):  # the first error is the one to report
+                    self.writer.execute("ROLLBACK")
+                raise
+
+    def events_of(self, user: str, most: int) -> tuple[LiveEvent, ...]:
+        """The user's last events, oldest first."""
+        with self.reads, self._telling():
+            return events_of(self.reader, user, most)
+
+    def users(self) -> int:
+        """Number of users with events."""
+        with self.reads, self._telling():
+            return int(self.reader.execute("SELECT users FROM store").fetchone()[0])
+
+    def items_after(self, seq: int) -> list[StoredItem]:
+        """Cold items posted after change `seq`, in order."""
+        with self.reads, self._telling():
+            rows = self.reader.execute("SELECT seq, item, title, features FROM items WHERE seq > ? ORDER BY seq", [seq])
+            return [StoredItem(n, item, title, json.loads(features)) for n, item, title, features in rows]
+
+    def log(self, after: int, most: int) -> list[tuple[int, str, str, int, str, float]]:
+        """At most `most` events after number `after`, in order: number, user, item, timestamp, event, value."""
+        columns = "seq, user, item, timestamp, event, value"
+        with self.reads, self._telling():
+            query = f"SELECT {columns} FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
+            return self.reader.execute(query, [after, most]).fetchall()
+
+    def identity(self) -> str:
+        """Random digits that no other store has."""
+        with self.reads, self._telling():
+            return str(self.reader.execute("SELECT id FROM store").fetchone()[0])
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise StoreError(f"events: the store cannot be used now ({error}); nothing was taken, try again") from error
+
+
+class Transaction:
+    """Changes that are kept together. It sees its own changes, and no other process changes anything meanwhile."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+
+    def events_of(self, user: str, most: int) -> tuple[LiveEvent, ...]:
+        """As of `EventStore`."""
+        return events_of(self.connection, user, most)
+
+    def add_event(self, user: str, event: LiveEvent) -> None:
+        """Add an event behind all others."""
+        row = [user, event.item, event.event, event.value, event.timestamp, event.export, int(time.time())]
+        names = "user, item, event, value, timestamp, export, received"
+        done = self.connection.execute(f"INSERT INTO events ({names}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        last = "INSERT INTO users VALUES (?, ?) ON CONFLICT (user) DO UPDATE SET last = excluded.last"
+        self.connection.execute(last, [user, done.lastrowid])
+
+    def add_item(self, key: str, title: str, features: Mapping[str, Any]) -> int:
+        """Add a cold item, in place of an earlier one with its key; the number of the change."""
+        columns = "INSERT OR REPLACE INTO items (item, title, features) VALUES (?, ?, ?)"
+        return int(self.connection.execute(columns, [key, title, json.dumps(features)]).lastrowid or 0)
+
+    def forget(self, user: str) -> int:
+        """Remove a user's events, and return how many there were."""
+        self.connection.execute("DELETE FROM users WHERE user = ?", [user])
+        return self.connection.execute("DELETE FROM events WHERE user = ?", [user]).rowcount
+
+    def drop(self, limits: StoreLimits) -> None:
+        """Drop what is beyond the limits: silent users, the oldest events, the oldest cold items."""
+        (users,) = self.connection.execute("SELECT users FROM store").fetchone()
+        silent = "SELECT user FROM users ORDER BY last LIMIT ?"
+        for (user,) in self.connection.execute(silent, [max(0, users - limits.live_users)]).fetchall():
+            self.forget(user)
+        first, last = self.connection.execute("SELECT min(seq), max(seq) FROM events").fetchone()
+        if first is not None:
+            kept = max(last - limits.events + 1, self._first_since(int(time.time() - limits.days * DAY), last + 1))
+            if kept > first:
+                self.connection.execute("DELETE FROM events WHERE seq < ?", [kept])
+                self.connection.execute("DELETE FROM users WHERE last < ?", [kept])
+        excess = "DELETE FROM items WHERE seq IN (SELECT seq FROM items ORDER BY seq DESC LIMIT -1 OFFSET ?)"
+        self.connection.execute(excess, [2 * limits.added_items])  # those that later exports have count too
+
+    def _first_since(self, moment: int, otherwise: int) -> int:
+        """Number of the first event that came at `moment` or later: events are numbered in the order they came."""
+        query = "SELECT seq FROM events WHERE received >= ? ORDER BY seq LIMIT 1"
+        found = self.connection.execute(query, [moment]).fetchone()
+        return int(found[0]) if found else otherwise
+
+
+def events_of(connection: sqlite3.Connection, user: str, most: int) -> tuple[LiveEvent, ...]:
+    """The last `most` events of a user, oldest first."""
+    query = "SELECT item, event, value, timestamp, export FROM events WHERE user = ? ORDER BY seq DESC LIMIT ?"
+    return tuple(LiveEvent(*row) for row in reversed(connection.execute(query, [user, most]).fetchall()))
+
+
+def _opened(file: Path | None) -> sqlite3.Connection:
+    """A connection to a store; an empty file becomes one.
+
+    Raises:
+        sqlite3.Error, OSError: the file cannot be used.
+        RunError: it is something else.
+    """
+    if file is not None:  # what users did is for the owner alone; SQLite's own files beside get the same mode
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+    connection = sqlite3.connect(file or ":memory:", PATIENCE, isolation_level=None, check_same_thread=False)
+    (application,), (tables,) = (
+        connection.execute(query).fetchone()
+        for query in ("PRAGMA application_id", "SELECT count(*) FROM sqlite_master")
+    )
+    if application != APPLICATION and (application or tables):
+        raise RunError(f"{file}: is a database of another program; give --events another file")
+    (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+    if file is not None and mode != "wal":
+        raise RunError(f"{file}: its file system has no shared memory for a write-ahead log; give one on a local disk")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA secure_delete = ON")  # bytes of dropped events are overwritten
+    _make_tables(connection)
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version != FORMAT:
+        raise RunError(f"{file}: is a store of format {version}, this version has {FORMAT}; give another file")
+    return connection
+
+
+def _make_tables(connection: sqlite3.Connection) -> None:
+    connection.execute("BEGIN IMMEDIATE")  # of several processes that start at once, one makes the tables
+    try:
+        if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            for statement in _statements(SCHEMA):
+                connection.execute(statement)
+            connection.execute("INSERT INTO store VALUES (?, 0)", [secrets.token_hex(4)])
+            connection.execute(f"PRAGMA application_id = {APPLICATION}")
+            connection.execute(f"PRAGMA user_version = {FORMAT}")
+        connection.execute("COMMIT")
+    except sqlite3.Error:
+        connection.execute("ROLLBACK")
+        raise
+
+
+def _statements(script: str) -> Iterator[str]:
+    """The statements of a script one by one: `executescript` would commit before the first."""
+    statement = ""
+    for line in script.splitlines():
+        statement += line + "\n"
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

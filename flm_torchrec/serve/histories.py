@@ -1,0 +1,81 @@
+"""Events of users → histories of rows, codes and times: exported events, live ones, and those of a request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from flm_torchrec.data.history import NO_EVENTS, Events
+from flm_torchrec.serve.event_store import DAY, LiveEvent
+from flm_torchrec.serve.loaded_export import LoadedExport
+from flm_torchrec.serve.messages import Event, NewEvent
+from flm_torchrec.serve.resolve import Refused, event_code, item_row
+
+
+def events_and_seen(loaded: LoadedExport, user: str, live: Sequence[LiveEvent]) -> tuple[Events, np.ndarray]:
+    """The user's last events, exported and live, and rows [n] of all items seen."""
+    row = loaded.user_of.get(user)
+    history, seen = NO_EVENTS, NO_EVENTS.item
+    if row is not None:
+        history, seen = loaded.tower.known_history(row), loaded.seen[row].values.to_numpy().astype(np.int64)
+    last = int(history.timestamp[-1]) if len(history) else -1
+    # A newer export may have some of the live events already.
+    later = [e for e in live if e.export == loaded.rows or e.timestamp > last]
+    known = [(r, e) for r, e in ((loaded.row(e.item), e) for e in later) if r is not None]
+    codes = {name: code for code, name in enumerate(loaded.tower.events)}
+    events = Events(
+        item=np.array([r for r, _ in known], np.int64),
+        timestamp=np.array([e.timestamp for _, e in known], np.int64),
+        event=np.array([codes.get(e.event, 0) for _, e in known], np.int64),
+        value=np.array([e.value for _, e in known], np.float32),
+    )
+    return history + events, np.concatenate([seen, events.item])
+
+
+def new_event(loaded: LoadedExport, event: NewEvent, live: Sequence[LiveEvent]) -> LiveEvent:
+    """A posted event, checked against the events before it.
+
+    Args:
+        live: the user's live events.
+
+    Raises:
+        Refused: the item or the kind of event is unknown, or the time is before the user's last event or in the future.
+    """
+    item_row(loaded, event.item, "item")
+    code = event_code(loaded, event.event, "event")
+    history, _ = events_and_seen(loaded, event.user, live)
+    last = int(history.timestamp[-1]) if len(history) else 0
+    current = int(time.time()) if loaded.tower.timestamps else last + 1
+    timestamp = max(last, current) if event.timestamp is None else event.timestamp
+    if timestamp < last:
+        raise Refused(422, f"timestamp: {timestamp} is before the user's last event, {last}; events come in order")
+    if loaded.tower.timestamps and timestamp > max(last, current) + DAY:
+        # A client's clock may be a day ahead. After an event far in the future, no later one would be in order.
+        raise Refused(422, f"timestamp: {timestamp} is in the future, it is {current}; give seconds since 1970")
+    value = 1.0 if event.value is None else event.value
+    return LiveEvent(event.item, loaded.tower.events[code], value, timestamp, loaded.rows)
+
+
+def asked_events(loaded: LoadedExport, events: Sequence[Event], last: int | None) -> Events:
+    """Rows, codes and times of a request's history, which follows an event at the time `last`.
+
+    Raises:
+        Refused: an item or a kind of event is unknown, or an event is before the one before it.
+    """
+    gap = loaded.tower.usual_gap if loaded.tower.timestamps else 1
+    times: list[int] = []
+    for position, event in enumerate(events):
+        before = times[-1] if times else last
+        given = event.timestamp if event.timestamp is not None else (before + gap if before is not None else 0)
+        if before is not None and given < before:
+            where = f"history.{position}.timestamp"
+            raise Refused(422, f"{where}: {given} is before the event before it, {before}; order them by time")
+        times.append(given)
+    return Events(
+        item=np.array([item_row(loaded, e.item, f"history.{n}.item") for n, e in enumerate(events)], np.int64),
+        timestamp=np.array(times, np.int64),
+        event=np.array([event_code(loaded, e.event, f"history.{n}.event") for n, e in enumerate(events)], np.int64),
+        value=np.array([1.0 if e.value is None else e.value for e in events], np.float32),
+    )

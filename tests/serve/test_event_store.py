@@ -1,0 +1,223 @@
+"""Live events and cold items outlive their server, are shared by processes, and become a log for the next training."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from fastapi.testclient import TestClient
+
+from flm_torchrec.cli import main
+from flm_torchrec.data.dataset import load_prepared
+from flm_torchrec.errors import RunError
+from flm_torchrec.serve.app import create_app
+from flm_torchrec.serve.event_log import export_events
+from flm_torchrec.serve.event_store import EventStore, LiveEvent, StoreError, StoreLimits
+from flm_torchrec.serve.messages import NewEvent, NewItem
+from flm_torchrec.serve.resolve import Refused
+from flm_torchrec.serve.service import Service
+from flm_torchrec.training.follow.sources import open_source
+
+WRITER = """
+import sys
+from pathlib import Path
+from flm_torchrec.serve.event_store import EventStore, LiveEvent
+store = EventStore(Path(sys.argv[1]))
+for n in range(10**9):
+    with store.writing() as transaction:
+        transaction.add_event(f"u{n % 3}", LiveEvent(f"i{n}", "view", 1.0, n, "x"))
+        transaction.add_event("both", LiveEvent(f"i{n}", "view", 1.0, n, "x"))
+    print(n, flush=True)
+"""
+
+
+def add(store: EventStore, user: str, *items: str) -> None:
+    with store.writing() as transaction:
+        for item in items:
+            transaction.add_event(user, LiveEvent(item, "view", 1.0, 7, "x"))
+
+
+def items_of(store: EventStore, user: str, most: int = 100) -> list[str]:
+    return [event.item for event in store.events_of(user, most)]
+
+
+@pytest.mark.parametrize("acknowledged", [1, 40])
+def test_nothing_acknowledged_is_lost_by_a_kill(tmp_path: Path, acknowledged: int) -> None:
+    process = subprocess.Popen([sys.executable, "-c", WRITER, tmp_path / "s"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    told = [int(process.stdout.readline()) for _ in range(acknowledged)]
+    process.kill()
+    told += [int(line) for line in process.stdout.read().split()]
+    process.wait()
+    store = EventStore(tmp_path / "s")
+    kept = [item for _, user, item, *_ in store.log(0, 10**9) if user == "both"]
+    assert kept[: len(told)] == [f"i{n}" for n in told]
+    assert len(store.log(0, 10**9)) == 2 * len(kept)  # both events of a transaction or none
+    assert items_of(store, "u1") == [f"i{n}" for n in range(len(kept)) if n % 3 == 1][-100:]
+    add(store, "u1", "after")
+    assert items_of(store, "u1", 1) == ["after"]
+
+
+def test_a_transaction_with_an_error_leaves_nothing(tmp_path: Path) -> None:
+    store = EventStore(tmp_path / "s")
+    with pytest.raises(ZeroDivisionError), store.writing() as transaction:
+        transaction.add_event("u", LiveEvent("i", "view", 1.0, 7, "x"))
+        raise ZeroDivisionError
+    add(store, "v", "i")
+    assert items_of(store, "u") == [] and store.users() == 1
+
+
+def test_writers_of_several_connections_keep_each_order(tmp_path: Path) -> None:
+    stores = [EventStore(tmp_path / "s") for _ in range(3)]
+    wanted = [f"i{n}" for n in range(30)]
+
+    def write(number: int) -> None:
+        for item in wanted:
+            add(stores[number], f"u{number}", item)
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(items_of(stores[0], f"u{n}") == wanted for n in range(3))
+    assert stores[1].users() == 3 and len({store.identity() for store in stores}) == 1
+
+
+@pytest.mark.parametrize("file", [None, "s"])
+def test_the_oldest_events_and_the_silent_users_are_dropped(tmp_path: Path, file: str | None) -> None:
+    store = EventStore(tmp_path / file if file else None, StoreLimits(live_users=2, events=4))
+    for user, *items in (("a", "1", "2"), ("b", "3", "4", "5"), ("c", "6")):
+        add(store, user, *items)
+    assert [items_of(store, user) for user in "abc"] == [[], ["3", "4", "5"], ["6"]]
+    add(store, "c", "7", "8", "9")
+    assert [items_of(store, user) for user in "bc"] == [[], ["6", "7", "8", "9"]]
+    assert items_of(store, "c", 2) == ["8", "9"] and store.users() == 1
+
+
+def test_events_are_dropped_when_their_days_are_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = EventStore(tmp_path / "s", StoreLimits(days=2))
+    now = 1_700_000_000.0
+    for hours, item in ((0, "1"), (30, "2"), (49, "3")):
+        monkeypatch.setattr("flm_torchrec.serve.event_store.time.time", lambda at=now + hours * 3600: at)
+        add(store, "u" if item != "1" else "first", item)
+    assert items_of(store, "u") == ["2", "3"] and items_of(store, "first") == [] and store.users() == 1
+
+
+def test_what_is_no_store_is_refused_and_stays(tmp_path: Path) -> None:
+    other, text, newer = (tmp_path / name for name in ("other", "text", "newer"))
+    sqlite3.connect(other).executescript("CREATE TABLE t (x); INSERT INTO t VALUES (1);")
+    text.write_text("not a database, but long enough to be taken for one at first sight" * 20)
+    EventStore(newer).close()
+    changed = sqlite3.connect(newer)
+    changed.execute("PRAGMA user_version = 9")
+    changed.close()
+    before = text.read_bytes()
+    for file, reason in ((other, "another program"), (text, "not a database"), (newer, "format 9"), (tmp_path, "dir")):
+        with pytest.raises(RunError, match=reason):
+            EventStore(file)
+    assert text.read_bytes() == before
+    assert sqlite3.connect(other).execute("SELECT x FROM t").fetchall() == [(1,)]
+
+
+def test_only_the_owner_can_read_what_users_did(tmp_path: Path) -> None:
+    store = EventStore(tmp_path / "s")
+    add(store, "u", "i")
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o600}
+
+
+def ask(service: Service, **request: Any) -> dict[str, Any]:
+    with TestClient(create_app(service)) as client:
+        response = client.post("/v1/recommend", json=request)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+
+def test_a_restart_answers_as_before(exported: Path, tmp_path: Path) -> None:
+    first = Service(exported, EventStore(tmp_path / "s"))
+    first.add_item(NewItem(item="new", features={"genre": "war"}))
+    told = first.add_events([NewEvent(user="u4", item="new"), NewEvent(user="fresh", item="i3", value=2.0)])
+    assert [answer["live_events"] for answer in told if isinstance(answer, dict)] == [1, 1]
+    before = [first.recommend([request])[0] for request in _requests()]
+    first.store.close()
+    second = Service(exported, EventStore(tmp_path / "s"))
+    assert [second.recommend([request])[0] for request in _requests()] == before
+    assert second.events_of("u4")[-1]["item"] == "new" and second.find_items("new", 5)[0]["item"] == "new"
+
+
+def _requests() -> list[Any]:
+    from flm_torchrec.serve.messages import Recommend
+
+    return [Recommend(user="u4", k=1000), Recommend(user="fresh", k=20), Recommend(filter={"genre": ["war"]}, k=1000)]
+
+
+def test_a_server_beside_knows_at_once(exported: Path, tmp_path: Path) -> None:
+    one, two = (Service(exported, EventStore(tmp_path / "s")) for _ in range(2))
+    before = one.loaded.size
+    one.add_item(NewItem(item="a"))
+    two.add_item(NewItem(item="b"))
+    one.add_item(NewItem(item="a", title="again"))
+    two.add_events([NewEvent(user="fresh", item="a"), NewEvent(user="fresh", item="b")])
+    assert [event["item"] for event in one.events_of("fresh")] == ["a", "b"]
+    assert one.loaded.size == two.loaded.size == before + 2 and two.find_items("again", 5)[0]["item"] == "a"
+    refused = one.add_events([NewEvent(user="fresh", item="a", timestamp=1), NewEvent(user="fresh", item="i1")])
+    assert isinstance(refused[0], Refused) and refused[0].status == 422 and isinstance(refused[1], dict)
+
+
+def test_an_event_that_cannot_be_kept_is_not_acknowledged(exported: Path, tmp_path: Path) -> None:
+    service = Service(exported, EventStore(tmp_path / "s"))
+    with TestClient(create_app(service)) as client:
+        service.store.writer.execute("PRAGMA query_only = ON")  # as on a full disk
+        response = client.post("/v1/events", json={"user": "u1", "item": "i1"})
+        assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+        assert "nothing was taken" in response.json()["detail"]
+        service.store.writer.execute("PRAGMA query_only = OFF")
+        assert client.post("/v1/events", json={"user": "u1", "item": "i1"}).json()["live_events"] == 1
+    with pytest.raises(StoreError):
+        service.store.users()
+
+
+def test_the_log_is_exported_once_and_read_by_follow_and_prepare(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service = Service(exported, EventStore(tmp_path / "s"))
+    service.add_item(NewItem(item="cold", features={"genre": "war", "price": 3.5}))
+    posted = [NewEvent(user=f"u{n % 2}", item=item) for n, item in enumerate(("i1", "i2", "cold", "i4"))]
+    service.add_events(posted[:3])
+    command = ["export-events", "--events", str(tmp_path / "s"), "--output", str(tmp_path / "log")]
+    assert main(command) == 0 and main(command) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{tmp_path / 'log'}: {n} new events" for n in (3, 0)]
+    service.add_events(posted[3:])
+    assert main([*command, "--items", str(tmp_path / "items.jsonl")]) == 0
+    written = pq.read_table(tmp_path / "log").to_pylist()
+    assert [(row["user"], row["item"], row["event"]) for row in written] == [(e.user, e.item, "view") for e in posted]
+    source = open_source(str(tmp_path / "log"))
+    chunk = source.after({})
+    assert chunk is not None and [row["item"] for _, row in chunk.rows] == ["i1", "i2", "cold"]
+    columns = "user=user,item=item,timestamp=timestamp,event=event,value=value"
+    prepare = ["prepare", "--source", "parquet", "--input", str(tmp_path / "log"), "--columns", columns]
+    features = ["--items", str(tmp_path / "items.jsonl"), "--item-features", "genre:categorical,price:numeric"]
+    assert main([*prepare, *features, "--output", str(tmp_path / "data"), "--min-count", "1"]) == 0
+    assert load_prepared(tmp_path / "data").schema.interactions == 4
+
+
+def test_events_dropped_before_they_were_exported_are_counted(tmp_path: Path) -> None:
+    store = EventStore(tmp_path / "s", StoreLimits(events=2))
+    add(store, "u", "1", "2")
+    assert export_events(store, tmp_path / "log") == (2, 0)
+    add(store, "u", "3", "4", "5")
+    assert export_events(store, tmp_path / "log") == (2, 1)
+    assert export_events(EventStore(tmp_path / "t"), tmp_path / "log") == (0, 0)
+
+
+def test_a_store_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["export-events", "--events", str(tmp_path / "none"), "--output", str(tmp_path / "log")]
+    assert main(command) == 2 and "flm serve --events" in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
