@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import polars as pl
@@ -60,21 +57,9 @@ def real_data() -> Path:
     return folder
 
 
-def launch_ranks(count: int, command: list[str], timeout: int = 240) -> str:
-    """Run a script as several gloo ranks on this machine; its standard output."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", str(port)]
-    done = subprocess.run(
-        [sys.executable, *launcher, *command], env=environment, capture_output=True, text=True, timeout=timeout
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
-
-
 @pytest.fixture
 def ranks():
     """`ranks(2, [script, *arguments])` → standard output; see `launch_ranks`."""
+    from tests.processes import launch_ranks
+
     return launch_ranks

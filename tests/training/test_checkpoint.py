@@ -18,7 +18,8 @@ from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.errors import RunError
 from flm_torchrec.files import mend_inside, temporary
 from flm_torchrec.training.checkpoint import storage
-from tests.conftest import ROOT, launch_ranks
+from tests.conftest import ROOT
+from tests.processes import launch_ranks
 
 JOB = str(ROOT / "tests" / "training" / "state_job.py")
 STATE = "checkpoints/step-000000004"
