@@ -15,6 +15,12 @@ pytest.importorskip("pyspark", reason="the extra 'spark' is not installed")
 pytestmark = pytest.mark.skipif(shutil.which("java") is None, reason="Spark needs Java, which is not installed")
 
 
+@pytest.fixture(autouse=True)
+def quick_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs this small end before the optimizing compiler and threads of the garbage collector pay."""
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
+
+
 @pytest.mark.parametrize(
     "cleaning",
     [
