@@ -9,7 +9,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/ready
 EXTRAS := $(VENV)/extras
 # -qq shows errors alone; warnings about the index addresses of this machine, one for each package, would hide them.
-PIP = $(BIN)/pip install -qq
+# Compiling all 12,000 files of the packages takes longer than their installation. Python compiles what it imports.
+PIP = $(BIN)/pip install -qq --no-compile
+# Some images set this. Python would then compile what it imports anew in every process.
+unexport PYTHONDONTWRITEBYTECODE
 # README.md must work without the extras: in .venv while it has none, else in an environment of its own.
 BASE := $(if $(wildcard $(EXTRAS)),.venv-base,$(VENV))
 CODE = flm_torchrec launch tests tools
@@ -47,7 +50,7 @@ else
 endif
 	$(PIP) --no-deps -r requirements/$(DRIVER).txt
 	$(PIP) --no-deps --no-build-isolation --editable .
-	$(BIN)/python -c 'import flm_torchrec'
+	$(BIN)/python -W ignore -c 'import torchrec, flm_torchrec.training.trainer, flm_torchrec.serve.app'
 	touch $@
 
 extras: $(EXTRAS)
@@ -94,8 +97,10 @@ check-base:
 	$(BASE)/bin/pytest tests/test_packaging.py tests/test_versions.py
 	$(BASE)/bin/python tools/check_readme.py
 
-# Two processes, a file of tests each: most tests start processes of one thread, and wait for them.
-test: lint check-base
+# The commands of README.md run one after the other, so the checks of the code run beside them. Then two processes run
+# a file of tests each.
+test: $(STAMP)
+	$(MAKE) --jobs=2 --output-sync=target lint check-base
 	$(MAKE) extras
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 

@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = {
     "make test": "it is what calls this check",
     "python tools/faults/two_hosts.py": "tests/launch/test_launch.py runs it",
+    "torchx run dist.ddp -j 1x2": "tests/launch/test_launch.py runs it",
+    "torchx run dist.ddp -j 2x1": "tests/launch/test_launch.py runs it",
     "torchx run dist.ddp -j 2x8": "starts 16 processes",
 }
 FAILS = {"flm plan --spec configs/plans/ten_billion.yaml": 2}
