@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +26,7 @@ from flm_torchrec.prepare.prepare import prepare
 from flm_torchrec.prepare.sources import synthetic
 from flm_torchrec.prepare.table_options import by_table, parse_tables
 from tests.conftest import ROOT
+from tests.processes import Forked
 
 CHOICE = "user_id=zch:64,title=zch:32:lru,brand=hash:5"
 
@@ -174,12 +172,11 @@ def test_a_row_that_a_new_id_takes_starts_from_nothing() -> None:
 
 
 def test_a_churn_of_new_ids_stays_in_its_memory_and_spares_the_regular_ones() -> None:
-    churn = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "faults" / "churn.py")]
-    command = [*churn, "--ids", "200000", "--rows", "10000", "--regulars", "5000", "--batch", "2048"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = re.findall(r"\| ([a-z ]+) \| (\d+) MiB \| (\d+) MiB \| ([\d.]+)% \| (\d+) \|", done.stdout)
+    options = ["--ids", "200000", "--rows", "10000", "--regulars", "5000", "--batch", "2048"]
+    churn = Forked([str(ROOT / "tools" / "faults" / "churn.py"), *options])
+    told, error = churn.communicate(timeout=200)
+    assert churn.poll() == 0, error[-2000:]
+    rows = re.findall(r"\| ([a-z ]+) \| (\d+) MiB \| (\d+) MiB \| ([\d.]+)% \| (\d+) \|", told)
     found = {name: (int(after) - int(before), float(own), int(evicted)) for name, before, after, own, evicted in rows}
     assert list(found) == ["hash", "zch lfu", "zch lru"]
     assert all(grown < 20 for grown, _, _ in found.values())

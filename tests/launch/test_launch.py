@@ -15,13 +15,14 @@ from torchx.specs.finder import ComponentValidationException
 from flm_torchrec.data.dataset import PreparedData
 from launch.components import pretrain
 from tests.conftest import ROOT
+from tests.processes import Forked
 
 
 def torchx(*arguments: str) -> subprocess.CompletedProcess[str]:
     folder = str(Path(sys.executable).parent)
-    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHONWARNINGS": "ignore"}
-    command = [f"{folder}/torchx", "run", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    process = Forked([f"{folder}/torchx", "run", *arguments], PATH=f"{folder}:{os.environ['PATH']}")
+    out, err = process.communicate(timeout=280)
+    return subprocess.CompletedProcess(arguments, process.poll() or 0, out, err)
 
 
 @pytest.mark.parametrize("shape", ["1x2", "2x1"])

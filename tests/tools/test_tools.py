@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+import io
 import json
 import runpy
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import yaml
 
+from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData
 from tests.conftest import ROOT
+from tests.processes import Forked
 
 QUICK = {"model.dim": 8, "model.layers": 1, "train.batch_size": 32, "train.max_steps": 3, "eval.ks": [10]}
 
 
 def tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / name), *arguments], capture_output=True, text=True, cwd=ROOT, timeout=240
-    )
+    process = Forked([str(ROOT / "tools" / name), *arguments])
+    out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(arguments, process.poll() or 0, out, err)
+
+
+def study(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A tool of tools/studies in this process. The commands that it starts are forked."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", [name, *arguments])
+        patch.setattr(subprocess, "run", _run_forked)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "tools" / "studies" / name), run_name="__main__")
+    return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def _run_forked(command: list[str], stdout: TextIO, stderr: int) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` of a `python -m …`, both its streams into one file."""
+    assert command[0] == sys.executable and stderr == subprocess.STDOUT
+    process = Forked(command[1:])
+    stdout.writelines(process.communicate(timeout=240))
+    return subprocess.CompletedProcess(command, process.poll() or 0)
 
 
 def write_study(file: Path, data: Path, **changes: object) -> None:
@@ -32,10 +56,10 @@ def write_study(file: Path, data: Path, **changes: object) -> None:
 
 
 def test_a_study_is_run_once_and_told_in_markdown(small: PreparedData, tmp_path: Path) -> None:
-    study, runs = tmp_path / "study.yaml", tmp_path / "runs"
-    write_study(study, small.path)
-    command = [str(study), "--output", str(runs), "--seeds", "0", "1"]
-    done = tool("studies/ablate.py", *command)
+    file, runs = tmp_path / "study.yaml", tmp_path / "runs"
+    write_study(file, small.path)
+    command = [str(file), "--output", str(runs), "--seeds", "0", "1"]
+    done = study("ablate.py", *command)
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in done.stdout.splitlines()]
     assert ["all heads", "fused", "2"] in rows and ["content alone", "content", "2"] in rows
@@ -45,7 +69,7 @@ def test_a_study_is_run_once_and_told_in_markdown(small: PreparedData, tmp_path:
 
     checkpoints = {f: f.stat().st_mtime_ns for f in runs.rglob("meta.json")}
     (runs / "all-heads-1" / "evaluation-valid.json").unlink()
-    again = tool("studies/ablate.py", *command)
+    again = study("ablate.py", *command)
     assert again.stdout == done.stdout
     assert {f: f.stat().st_mtime_ns for f in runs.rglob("meta.json")} == checkpoints
 
@@ -60,8 +84,8 @@ def test_a_study_is_run_once_and_told_in_markdown(small: PreparedData, tmp_path:
     assert timed.returncode == 0, timed.stderr
     assert "ranks and the best ten / matmul and top-k alone: " in timed.stdout
 
-    write_study(study, small.path, **{"model.dropout": 0.4})
-    refused = tool("studies/ablate.py", *command)
+    write_study(file, small.path, **{"model.dropout": 0.4})
+    refused = study("ablate.py", *command)
     assert refused.returncode == 2 and "other settings" in refused.stderr and len(refused.stderr.splitlines()) == 1
 
 
@@ -72,29 +96,27 @@ def test_a_study_is_run_once_and_told_in_markdown(small: PreparedData, tmp_path:
 def test_a_wrong_study_is_refused_before_anything_runs(
     small: PreparedData, tmp_path: Path, change: dict, told: str
 ) -> None:
-    study = tmp_path / "study.yaml"
-    write_study(study, small.path, **change)
-    done = tool("studies/ablate.py", str(study), "--output", str(tmp_path / "runs"))
+    file = tmp_path / "study.yaml"
+    write_study(file, small.path, **change)
+    done = study("ablate.py", str(file), "--output", str(tmp_path / "runs"))
     assert done.returncode == 2 and told in done.stderr and not (tmp_path / "runs").exists()
 
 
 def test_fine_tuning_is_studied_by_share(small: PreparedData, tmp_path: Path) -> None:
     source = tmp_path / "source"
     settings = [part for key, value in QUICK.items() for part in (f"--{key}", str(value))]
-    subprocess.run(
-        [sys.executable, "-m", "flm_torchrec", "train", "--data.path", str(small.path), "--train.run", str(source),
-         "--data.split", "cold-start", "--data.holdout", "0.3", *settings], check=True, cwd=ROOT,
-    )  # fmt: skip
+    split = ["--data.split", "cold-start", "--data.holdout", "0.3"]
+    assert main(["train", "--data.path", str(small.path), "--train.run", str(source), *split, *settings]) == 0
     command = ["--source", str(source), "--output", str(tmp_path / "study"), "--shares", "0.3", "1"]
     options = ["--", "--finetune.cohort", "new", "--data.split", "leave-one-out"]
-    done = tool("studies/finetune_study.py", *command, *options)
+    done = study("finetune_study.py", *command, *options)
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ")[:2] for line in done.stdout.splitlines()[2:]]
     starts = ["pretrained, tuned", "pretrained, as it is", "from scratch"]
     assert rows == [[f"| {share}", start] for share in ("30%", "100%") for start in starts]
     assert (tmp_path / "study" / "study.svg").read_text().startswith("<?xml")
-    assert tool("studies/finetune_study.py", *command, *options).stdout == done.stdout
-    wrong = tool("studies/finetune_study.py", *command, "--metrics", "fused/ndgc@10", *options)
+    assert study("finetune_study.py", *command, *options).stdout == done.stdout
+    wrong = study("finetune_study.py", *command, "--metrics", "fused/ndgc@10", *options)
     assert wrong.returncode == 1 and "no 'fused/ndgc@10'" in wrong.stderr
 
 
