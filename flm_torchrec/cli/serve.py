@@ -5,18 +5,27 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from flm_torchrec.documents import Unreadable, read_text
 from flm_torchrec.errors import RunError
 
-GRACE = 10
-"""Seconds that running requests have to end after SIGTERM."""
+if TYPE_CHECKING:
+    from flm_torchrec.serve.access import Keys
+    from flm_torchrec.serve.server import Certificate
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MOST_KEY_BYTES = 1 << 20
+KEYS = "FLM_SERVE_KEYS"
+"""Variable of the environment that may have the lines of --keys."""
 RANGES = {
     "port": (1, 65535),
     "threads": (1, 256),
     "waiting": (0, 100_000),
     "watch": (0, 86_400),
+    "rate": (0, 1_000_000),
+    "connections": (0, 1_000_000),
     "keep_days": (0.01, 36_500),
     "keep_events": (1, 10**12),
 }
@@ -56,8 +65,33 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="SECONDS",
         help="look so often whether --export, a link, points to another export, and swap (default: never)",
     )
+    _add_access(parser)
     _add_store(parser)
     parser.set_defaults(run=run)
+
+
+def _add_access(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--keys",
+        type=Path,
+        metavar="FILE",
+        help=f"API keys, lines of ROLE KEY [NAME], roles read, write, admin; or the lines in {KEYS}"
+        " (default: none; everyone may read and write, admin routes are off)",
+    )
+    parser.add_argument(
+        "--without-keys", action="store_true", help="trust everyone who can reach an address other than loopback"
+    )
+    parser.add_argument("--tls-certificate", type=Path, metavar="FILE", help="PEM, for HTTPS (default: HTTP)")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM, the key of --tls-certificate")
+    parser.add_argument(
+        "--rate",
+        type=float,
+        default=0.0,
+        help="requests a second for each key, or each address without keys; more get 429 (default: any number)",
+    )
+    parser.add_argument(
+        "--connections", type=int, default=0, help="at once; more are closed (default: as many as files may be open)"
+    )
 
 
 def _add_store(parser: argparse.ArgumentParser) -> None:
@@ -78,43 +112,79 @@ def run(args: argparse.Namespace) -> None:
         RunError: an option, the address or the export is wrong.
     """
     _check(args)
+    keys = _keys(args)
+    tls = _certificate(args)
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
-    import uvicorn
-
     from flm_torchrec.export.manifest import read_manifest
     from flm_torchrec.serve.app import ServerLimits, create_app
-    from flm_torchrec.serve.connections import BACKLOG, GuardedProtocol, listening, most_connections
+    from flm_torchrec.serve.connections import ConnectionLimits, listening, most_connections
     from flm_torchrec.serve.event_store import EventStore, StoreLimits
+    from flm_torchrec.serve.server import serve
     from flm_torchrec.serve.service import Service
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(
-            number, _stop
-        )  # uvicorn has its own handler while it serves, and raises the signal again afterwards
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn has its own handler while it serves
+        signal.signal(number, _stop)
     bound, most = listening(args.host, args.port), most_connections()
+    if not (keys or args.host in LOOPBACK or args.without_keys):
+        raise RunError(
+            f"--host {args.host}: others could reach the server; give --keys FILE, or --without-keys to trust them all"
+        )
     read_manifest(args.export)  # no store is made beside what is no export
-    service = Service(
-        args.export, EventStore(store_file(args), StoreLimits(days=args.keep_days, events=args.keep_events))
+    kept = StoreLimits(days=args.keep_days, events=args.keep_events)
+    service = Service(args.export, EventStore(store_file(args), kept))
+    limits = ServerLimits(
+        threads=args.threads,
+        waiting=args.waiting,
+        watch_seconds=args.watch,
+        hosts=_hosts(args),
+        keys=keys,
+        rate=args.rate,
     )
-    limits = ServerLimits(threads=args.threads, waiting=args.waiting, watch_seconds=args.watch, hosts=_hosts(args))
     folder, manifest = service.loaded.folder, service.loaded.manifest
     print(f"{folder}: {manifest.items} items, {manifest.users} users; model {manifest.model_version}")
-    print(f"http://{args.host}:{args.port}", flush=True)
-    config = uvicorn.Config(
-        create_app(service, limits),
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=GRACE,
-        http=partial(GuardedProtocol, most=most),  # type: ignore[arg-type]
-        ws="none",
-        backlog=BACKLOG,
-    )
-    uvicorn.Server(config).run(sockets=[bound])
+    connections = ConnectionLimits(min(most, args.connections or most))
+    address = f"{'https' if tls else 'http'}://{args.host}:{args.port}"
+    serve(create_app(service, limits), bound, connections, tls, lambda: print(address, flush=True))
 
 
 def _stop(number: int, frame: object) -> None:
     """Exit with code 0: a stop on request is no error."""
     raise SystemExit(0)
+
+
+def _keys(args: argparse.Namespace) -> Keys:
+    """The keys of `--keys` or of the environment.
+
+    Raises:
+        RunError: they cannot be read.
+    """
+    from flm_torchrec.serve.access import Keys, read_keys
+
+    if args.keys is not None:
+        try:
+            return read_keys(read_text(args.keys, MOST_KEY_BYTES), str(args.keys))
+        except Unreadable as error:
+            raise RunError(f"{args.keys}: not readable ({error}); --keys must name a text file") from error
+    if os.environ.get(KEYS):
+        return read_keys(os.environ[KEYS], KEYS)
+    return Keys()
+
+
+def _certificate(args: argparse.Namespace) -> Certificate | None:
+    """The certificate of the options; None without.
+
+    Raises:
+        RunError: only one of the two files is named, or they do not belong together.
+    """
+    if args.tls_certificate is None and args.tls_key is None:
+        return None
+    if args.tls_certificate is None or args.tls_key is None:
+        raise RunError("--tls-certificate and --tls-key: give both, or neither")
+    from flm_torchrec.serve.server import Certificate
+
+    tls = Certificate(args.tls_certificate, args.tls_key)
+    tls.check()
+    return tls
 
 
 def _hosts(args: argparse.Namespace) -> tuple[str, ...]:

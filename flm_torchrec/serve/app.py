@@ -15,6 +15,7 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 
 from flm_torchrec.safe_text import visible
+from flm_torchrec.serve.access import Guard, Keys
 from flm_torchrec.serve.connections import KnownHosts, report_accept_errors_once
 from flm_torchrec.serve.map import MapCache
 from flm_torchrec.serve.messages import NewEvent, NewItem, Recommend, RecommendBatch, Swap
@@ -42,6 +43,10 @@ class ServerLimits:
     """Threads that answer requests."""
     waiting: int = 128
     """Requests that may wait for a thread; further ones get 503."""
+    keys: Keys | None = None
+    """API keys; None: everyone may read and write, and admin routes are off."""
+    rate: float = 0.0
+    """Requests a second for each key or address; 0: any number."""
     watch_seconds: float = 0.0
     """Seconds between checks of where the export's link points to; 0: never."""
 
@@ -62,6 +67,7 @@ def create_app(service: Service, limits: ServerLimits = ServerLimits()) -> FastA
 
     app = FastAPI(title="flm serve", lifespan=lifespan, docs_url=None, redoc_url=None)
     add_error_handlers(app)
+    app.add_middleware(Guard, keys=limits.keys or Keys(), rate=limits.rate)
     app.add_middleware(KnownHosts, hosts=limits.hosts)
     app.add_middleware(MeasuringMiddleware, measures=measures)
     _read_routes(app, service, workers, measures)
@@ -131,6 +137,7 @@ def _write_routes(app: FastAPI, service: Service, workers: Workers, limits: Serv
     @app.post("/v1/swap", openapi_extra=_takes(Swap))
     async def swap(request: Request) -> dict[str, Any]:
         asked = parse(Swap, await read_body(request, limits.body_bytes, limits.body_seconds))
+        request.state.audit = {"export": asked.export}
         return await asyncio.to_thread(service.swap, Path(asked.export))  # requests must not wait for the loading
 
 

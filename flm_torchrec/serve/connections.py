@@ -7,6 +7,7 @@ import os
 import resource
 import socket
 from collections.abc import Collection
+from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
 
@@ -24,8 +25,17 @@ SPARE = 128
 """File descriptors kept for files: loading another export opens some."""
 FEWEST = 16
 """Minimum of connections with which the server starts."""
-HEADER_SECONDS = 10.0
-"""From the opening of a connection, or the first byte of a later request, to the end of the request's header."""
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """How many connections there may be, and how long each may take."""
+
+    most: int
+    header_seconds: float = 10.0
+    """From the opening of a connection, or the first byte of a later request, to the end of the request's header."""
+    taking_seconds: float = 30.0
+    """In which a client must take a part of an answer that waits to be sent."""
 
 
 def most_connections() -> int:
@@ -63,22 +73,22 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 class GuardedProtocol(H11Protocol):
-    """uvicorn's protocol that also closes connections beyond `most`, and connections that send no request in time.
+    """uvicorn's protocol that also closes connections beyond a limit, and those that send or take nothing in time.
 
     A client may open thousands of connections and send nothing. Without a limit these use up the file descriptors, and
     the server can accept no other client. uvicorn itself closes only connections that are idle after an answer.
     """
 
-    def __init__(self, *args: Any, most: int, header_seconds: float = HEADER_SECONDS, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.most = most
-        self.header_seconds = header_seconds
+        self.limits = limits
         self.refused = False
         self.deadline: asyncio.TimerHandle | None = None
+        self.taking: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Accept the connection and wait for a request, or close it where there are too many."""
-        if len(self.connections) >= self.most:
+        if len(self.connections) >= self.limits.most:
             self.refused = True
             transport.abort()
             return
@@ -96,8 +106,9 @@ class GuardedProtocol(H11Protocol):
             self._await_header()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End the deadline."""
+        """End the deadlines."""
         self._stop()
+        self._taken()
         if not self.refused:
             super().connection_lost(exc)
 
@@ -106,11 +117,37 @@ class GuardedProtocol(H11Protocol):
         if not self.refused:
             super().eof_received()
 
+    def pause_writing(self) -> None:
+        """The client takes no more for now: it has some time, then the connection is closed."""
+        super().pause_writing()
+        if self.taking is None:
+            self._await_taking()
+
+    def resume_writing(self) -> None:
+        """The client has taken what was waiting."""
+        self._taken()
+        super().resume_writing()
+
+    def _await_taking(self) -> None:
+        waiting = self.transport.get_write_buffer_size()
+        self.taking = self.loop.call_later(self.limits.taking_seconds, self._check_taking, waiting)
+
+    def _check_taking(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() < before:
+            self._await_taking()  # slowly, but the client takes the answer
+        else:
+            self.transport.abort()
+
+    def _taken(self) -> None:
+        if self.taking is not None:
+            self.taking.cancel()
+            self.taking = None
+
     def _in_request(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
     def _await_header(self) -> None:
-        self.deadline = self.loop.call_later(self.header_seconds, self._late)
+        self.deadline = self.loop.call_later(self.limits.header_seconds, self._late)
 
     def _stop(self) -> None:
         if self.deadline is not None:

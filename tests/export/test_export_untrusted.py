@@ -20,10 +20,11 @@ from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.export.delta import export_delta
 from flm_torchrec.export.write import ExportOptions, export
-from flm_torchrec.serve.app import create_app
+from flm_torchrec.serve.app import ServerLimits, create_app
 from flm_torchrec.serve.service import Service
 from tests.evaluation.test_ranking import Alone
 from tests.export.test_export import source_of
+from tests.serve.serving import AS_ADMIN, KEYS
 
 ITEMS = "items.parquet/part-00000.parquet"
 USERS = "users.parquet/part-00000.parquet"
@@ -278,7 +279,8 @@ TOWER_LIES: dict[str, Change] = {
 def served(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TestClient, Path]:
     folder = tmp_path_factory.mktemp("served")
     shutil.copytree(exported, folder / "good")
-    return TestClient(create_app(Service(folder / "good")), raise_server_exceptions=False), folder
+    app = create_app(Service(folder / "good"), ServerLimits(keys=KEYS))
+    return TestClient(app, raise_server_exceptions=False, headers=AS_ADMIN), folder
 
 
 FEW = (

@@ -10,8 +10,13 @@ from flm_torchrec.data.splits import everyone
 from flm_torchrec.export.manifest import IndexKind
 from flm_torchrec.export.tower.writer import write_tower
 from flm_torchrec.export.write import ExportOptions, ExportSource, export
+from flm_torchrec.serve.access import read_keys
 from flm_torchrec.training.gathered import GatheredModel
 from flm_torchrec.training.job import open_job
+
+ADMIN_KEY = "the-key-of-the-tests"
+KEYS = read_keys(f"admin {ADMIN_KEY} tests", "tests")
+AS_ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
 
 
 def write_export(data: PreparedData, folder: Path, seed: int = 1, index: IndexKind = "flat") -> None:

@@ -25,7 +25,7 @@ from flm_torchrec.serve.app import ServerLimits, create_app
 from flm_torchrec.serve.event_store import EventStore, StoreLimits
 from flm_torchrec.serve.loaded_export import AddedItem, LoadedExport, load_export
 from flm_torchrec.serve.service import Service
-from tests.serve.serving import write_export
+from tests.serve.serving import AS_ADMIN, KEYS, write_export
 
 HOUR = 3600
 
@@ -215,7 +215,7 @@ def test_a_batch_is_answered_as_its_requests_alone(client: TestClient) -> None:
 
 def test_a_swap_keeps_live_events_and_cold_items_and_lets_the_old_one_go(exports: Path) -> None:
     service = Service(exports / "one")
-    with TestClient(create_app(service)) as client:
+    with TestClient(create_app(service, ServerLimits(keys=KEYS)), headers=AS_ADMIN) as client:
         post(client, "/v1/items", item="new", features={"genre": "war"})
         post(client, "/v1/events", user="u2", item="new")
         old, rows = weakref.ref(service.loaded), weakref.ref(service.loaded.tower.user)
@@ -237,7 +237,7 @@ def test_no_request_fails_or_mixes_generations_while_exports_are_swapped(exports
     failed: list[str] = []
     versions: set[str] = set()
     done = threading.Event()
-    with TestClient(create_app(service)) as client:
+    with TestClient(create_app(service, ServerLimits(keys=KEYS)), headers=AS_ADMIN) as client:
 
         def ask(user: int) -> None:
             while not done.is_set():
@@ -265,7 +265,7 @@ def test_an_export_that_cannot_be_served_is_not_swapped_in(exports: Path, tmp_pa
     service = Service(exports / "one")
     shutil.copytree(exports / "two", exports / "broken", dirs_exist_ok=True)
     (exports / "broken" / "tower" / "user.pt2").write_bytes(b"x")
-    with TestClient(create_app(service)) as client:
+    with TestClient(create_app(service, ServerLimits(keys=KEYS)), headers=AS_ADMIN) as client:
         for target, status in ((exports / "broken", 422), (exports / "none", 422), (tmp_path, 403)):
             response = client.post("/v1/swap", json={"export": str(target)})
             assert (response.status_code, response.json()["detail"][:7]) == (status, "export:")

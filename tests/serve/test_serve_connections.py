@@ -8,15 +8,16 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 
 import pytest
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 
 from flm_torchrec.cli import main
-from flm_torchrec.serve.connections import GuardedProtocol, KnownHosts, host_name, listening
+from flm_torchrec.serve.connections import ConnectionLimits, GuardedProtocol, KnownHosts, host_name, listening
 from flm_torchrec.serve.middleware import MeasuringMiddleware, add_error_handlers, read_body
 
 MOST, SECONDS = 8, 0.5
@@ -56,8 +57,12 @@ def address(counted: Counted) -> Iterator[tuple[str, int]]:
     async def echo(request: Request) -> int:
         return len(await read_body(request, 1000, SECONDS))
 
+    @app.get("/long")
+    async def long() -> Response:
+        return Response(b"x" * 50_000_000)
+
     bound = listening("127.0.0.1", 0)
-    guarded = partial(GuardedProtocol, most=MOST, header_seconds=SECONDS)
+    guarded = partial(GuardedProtocol, limits=ConnectionLimits(MOST, SECONDS, SECONDS))
     server = uvicorn.Server(uvicorn.Config(app, http=guarded, log_level="critical"))  # type: ignore[arg-type]
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
@@ -102,6 +107,17 @@ def test_a_later_request_of_a_connection_has_its_time_too(address: tuple[str, in
     assert made.recv(65536).startswith(b"HTTP/1.1 200")
     made.sendall(b"POST / HT")
     assert answer(made) in (b"", b"2")  # the body of the answer before may come by itself
+
+
+def test_a_client_that_takes_no_answer_is_cut_off(address: tuple[str, int]) -> None:
+    made, slow = (
+        opened(address, b"GET /long HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n") for _ in range(2)
+    )
+    taken = 0
+    for _ in range(20):
+        time.sleep(SECONDS / 5)
+        taken += len(slow.recv(1_000_000))
+    assert len(answer(made)) < 50_000_000 < taken + len(answer(slow))
 
 
 def test_a_body_that_does_not_come_is_408_and_a_large_one_413_before_it_is_sent(
@@ -185,11 +201,12 @@ from functools import partial
 import signal, os, uvicorn
 from fastapi import FastAPI
 from flm_torchrec.cli.serve import _stop
-from flm_torchrec.serve.connections import GuardedProtocol, listening
+from flm_torchrec.serve.connections import ConnectionLimits, GuardedProtocol, listening
 signal.signal(signal.{name}, _stop)
 app = FastAPI()
 app.router.add_event_handler("startup", lambda: threading.Timer(0.2, os.kill, (os.getpid(), signal.{name})).start())
-uvicorn.Server(uvicorn.Config(app, http=partial(GuardedProtocol, most=9))).run(sockets=[listening("127.0.0.1", 0)])
+guarded = partial(GuardedProtocol, limits=ConnectionLimits(9))
+uvicorn.Server(uvicorn.Config(app, http=guarded)).run(sockets=[listening("127.0.0.1", 0)])
 """
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from flm_torchrec.serve.app import ServerLimits, create_app
 from flm_torchrec.serve.event_store import EventStore, StoreLimits
 from flm_torchrec.serve.service import Service
+from tests.serve.serving import AS_ADMIN, KEYS
 
 JSON = {"Content-Type": "application/json"}
 POSTS = ("/v1/recommend", "/v1/recommend/batch", "/v1/items", "/v1/events", "/v1/swap")
@@ -23,7 +24,8 @@ POSTS = ("/v1/recommend", "/v1/recommend/batch", "/v1/items", "/v1/events", "/v1
 @pytest.fixture(scope="module")
 def client(exported: Path) -> Iterator[TestClient]:
     service = Service(exported, EventStore(None, StoreLimits(added_items=50, live_users=50)))
-    with TestClient(create_app(service, ServerLimits(body_bytes=100_000)), raise_server_exceptions=False) as client:
+    app = create_app(service, ServerLimits(body_bytes=100_000, keys=KEYS))
+    with TestClient(app, raise_server_exceptions=False, headers=AS_ADMIN) as client:
         yield client
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,7 @@ from flm_torchrec.serve.loaded_export import load_export
 HISTORY, K = 20, 10
 DIM, MAX_HISTORY = 64, 50
 HOST = "127.0.0.1"
+KEY = "the-key-of-the-benchmark"
 
 
 class RandomModel:
@@ -157,7 +159,7 @@ class Tally:
 async def ask(port: int, path: str, body: bytes, streams: Any) -> tuple[int, bytes]:
     """One request over a connection that is kept: HTTP as far as it goes here, so that the client costs little."""
     reader, writer = streams
-    head = f"POST {path} HTTP/1.1\r\nHost: {HOST}:{port}\r\nContent-Type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: {HOST}:{port}\r\nContent-Type: application/json\r\nX-API-Key: {KEY}\r\n"
     writer.write(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
     answer = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
     length = int(answer.partition("content-length:")[2].partition("\r\n")[0])
@@ -212,7 +214,7 @@ async def soak(
 def serve(folder: Path, port: int) -> subprocess.Popen[bytes]:
     """The server, once it answers."""
     command = [sys.executable, "-m", "flm_torchrec", "serve", "--export", str(folder), "--port", str(port)]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, env={**os.environ, "FLM_SERVE_KEYS": f"admin {KEY}"})
     for _ in range(600):
         if process.poll() is not None:
             raise SystemExit("the server did not start; see above")

@@ -2,13 +2,24 @@
 
 export class ServerError extends Error {}
 
+const KEY = "flm-api-key";
+
 async function call(path, options = {}) {
+  const key = sessionStorage.getItem(KEY);
+  if (key) options = { ...options, headers: { ...options.headers, Authorization: `Bearer ${key}` } };
   let response;
   try {
     response = await fetch(path, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ServerError("The server does not answer. Is it still running? Change anything to try again.");
+  }
+  if (response.status === 401) {
+    const given = window.prompt("This server asks for an API key.");
+    if (given) {
+      sessionStorage.setItem(KEY, given.trim());
+      return call(path, options);
+    }
   }
   const answer = await response.json().catch(() => null);
   if (response.ok && answer !== null) return answer;

@@ -1,0 +1,113 @@
+"""The process that serves: HTTP or HTTPS on a socket that listens already, until a signal ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from socket import socket
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from flm_torchrec.errors import RunError
+from flm_torchrec.serve.connections import BACKLOG, ConnectionLimits, GuardedProtocol
+
+GRACE = 10
+"""Seconds that running requests have to end after SIGTERM."""
+IDLE_SECONDS = 5
+"""Seconds that a connection may wait for its next request."""
+HANDSHAKE_SECONDS = 10.0
+"""Seconds within which a TLS connection must be agreed on."""
+MOST_HEADER_BYTES = 32_768
+"""Maximum length of a request's header."""
+BETWEEN_TRACEBACKS = 60.0
+"""Seconds between two tracebacks in the log, so that nobody can fill a disk with them."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Files of a TLS certificate, with the chain up to its root, and of its key; both PEM."""
+
+    certificate: Path
+    key: Path
+
+    def check(self) -> None:
+        """Raise RunError where the files are no certificate and its key."""
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(self.certificate, self.key, password="")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+            raise RunError(
+                f"--tls-certificate {self.certificate} --tls-key {self.key}: {reason}; give PEM files that belong"
+                " together, the key without a password"
+            ) from error
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn's server, which tells when it answers and limits the time of a TLS handshake."""
+
+    def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.tell = started
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        """As of uvicorn, then tell."""
+        loop = asyncio.get_running_loop()
+        if self.config.is_ssl:
+            patient: Any = partial(loop.create_server, ssl_handshake_timeout=HANDSHAKE_SECONDS)
+            loop.create_server = patient  # type: ignore[method-assign]
+        await super().startup(sockets)
+        if self.started:
+            self.tell()
+
+
+def serve(
+    app: FastAPI, bound: socket, limits: ConnectionLimits, tls: Certificate | None, started: Callable[[], None]
+) -> None:
+    """Answer requests until SIGTERM or SIGINT; running requests then have `GRACE` seconds to end.
+
+    Args:
+        bound: listens.
+        started: called once requests are answered.
+    """
+    logging.getLogger("uvicorn.error").addFilter(RareTracebacks())
+    config = uvicorn.Config(
+        app,
+        log_level="error",  # warnings are about what clients send: anyone could fill the log with them
+        access_log=False,
+        timeout_graceful_shutdown=GRACE,
+        timeout_keep_alive=IDLE_SECONDS,
+        h11_max_incomplete_event_size=MOST_HEADER_BYTES,
+        http=partial(GuardedProtocol, limits=limits),  # type: ignore[arg-type]
+        ws="none",
+        backlog=BACKLOG,
+        server_header=False,
+        ssl_certfile=tls.certificate if tls else None,
+        ssl_keyfile=tls.key if tls else None,
+    )
+    HttpServer(config, started).run(sockets=[bound])
+
+
+class RareTracebacks(logging.Filter):
+    """Lets one traceback a minute through; the others are counted as answers 500 in the metrics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = -BETWEEN_TRACEBACKS
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is printed."""
+        if not record.exc_info:
+            return True
+        now = time.monotonic()
+        if now - self.last < BETWEEN_TRACEBACKS:
+            return False
+        self.last = now
+        return True
