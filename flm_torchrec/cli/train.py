@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from flm_torchrec.config import add_config_arguments, config_from_arguments
+from flm_torchrec.config import add_config_arguments, config_from_arguments, given_overrides
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -13,7 +14,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "train",
         help="pretrain a model on prepared data",
         description="Pretrain a model on prepared data. Leaves a run folder with config, plan, metrics and the best"
-        " checkpoint. Any setting can be given as --section.field VALUE.",
+        " checkpoint. Any setting can be given as --section.field VALUE. With --train.warm_start RUN and no --config,"
+        " settings are those of RUN unless given.",
         allow_abbrev=False,
     )
     add_config_arguments(parser)
@@ -29,5 +31,8 @@ def run(args: argparse.Namespace) -> None:
     config = config_from_arguments(args)
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     from flm_torchrec.training.trainer import pretrain
+    from flm_torchrec.training.warm_start import warm_config
 
+    if config.train.warm_start and args.config is None:
+        config = warm_config(Path(config.train.warm_start), given_overrides(args))
     pretrain(config)

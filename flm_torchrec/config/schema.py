@@ -204,6 +204,13 @@ class TrainConfig:
             " job that its launcher restarts always does"
         ),
     ] = "refuse"
+    warm_start: Annotated[
+        str,
+        Field(
+            description="run to go on from with data.path: its rows move by key, with weights and optimizer state; its"
+            " settings are kept unless given; empty: new weights"
+        ),
+    ] = ""
     seed: Annotated[int, Field(ge=0, lt=2**62, description="of weights, shuffling, dropout and negatives")] = 0
     batch_size: Annotated[Count, Field(description="sequences per step, over all ranks together")] = 256
     epochs: Annotated[Count, Field(description="passes over the training events, at most")] = 30

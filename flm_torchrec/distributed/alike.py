@@ -18,7 +18,7 @@ FREE = ("distributed.threads", "distributed.device")
 """Settings that may differ, because hosts differ. The kind of device in use is compared instead."""
 READ_BY_RANK_0 = ("distributed.plan", "distributed.constraints")
 """Files that only rank 0 reads: what counts is whether they are given, not their path on a host."""
-BY_CONTENT = ("data.path", "finetune.source")
+BY_CONTENT = ("data.path", "finetune.source", "train.warm_start")
 """Folders that each rank reads. Copies may have any path, so their content is compared instead."""
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "numpy")
 MOST_REPORTED = 3

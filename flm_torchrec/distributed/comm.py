@@ -78,6 +78,16 @@ class Comm:
             dist.all_reduce(total, group=self._group(tensor))
         return total
 
+    def exchange(self, parts: list[Tensor], sizes: list[int]) -> list[Tensor]:
+        """Send `parts[r]` to rank r, and receive `sizes[r]` values from it: [n] tensors in host memory. Collective."""
+        if self.world_size == 1:
+            return parts
+        received = parts[0].new_empty(sum(sizes))
+        dist.all_to_all_single(
+            received, torch.cat(parts), sizes, [len(part) for part in parts], group=self._group(received)
+        )
+        return list(received.split(sizes))
+
     def concat(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [n, …] of each rank → rows [W n_max, …] of W ranks, padded with zeros, and their mask [W n_max].
 

@@ -12,6 +12,7 @@ from flm_torchrec.config import Config, load_config
 from flm_torchrec.errors import ConfigError, RunError
 from flm_torchrec.evaluation.evaluate import evaluate_heads
 from flm_torchrec.files import telling, write_text
+from flm_torchrec.training.by_key import load_source
 from flm_torchrec.training.checkpoint.manager import BEST, load_checkpoint
 from flm_torchrec.training.identity import check_has_model, open_run, refuse_forgotten
 from flm_torchrec.training.job import Job, JobInputs, open_inputs
@@ -38,7 +39,7 @@ def source_config(source: Path, overrides: list[str]) -> Config:
         raise ConfigError("--train.run: name the folder to write, beside that of the source")
     task = load_config(source / "config.yaml", [IN_MEMORY, *overrides]).finetune.task
     select = [f"train.select={LABEL_SELECT}"] if task == "label" and "train.select" not in given else []
-    settings = ["train.existing=refuse", IN_MEMORY, *ANY_RANKS, *overrides, *select]
+    settings = ["train.existing=refuse", "train.warm_start=", IN_MEMORY, *ANY_RANKS, *overrides, *select]
     if "data.path" not in given:
         return open_run(source, settings)
     config = load_config(source / "config.yaml", settings)
@@ -95,7 +96,7 @@ def _finetune_once(inputs: JobInputs) -> dict[str, dict[str, float]]:
     """Train into the run folder of the inputs' config; test metrics by the weights that training started from."""
     config, data, comm = inputs.config, inputs.data, inputs.comm
     job = Job(inputs)
-    job.load_source()
+    job.loaded = load_source(job)
     labels, splits = job.events.labels, job.events.splits
 
     def measure(part: Literal["valid", "test"], check: Callable[[], None] = lambda: None) -> dict[str, float]:
@@ -105,9 +106,9 @@ def _finetune_once(inputs: JobInputs) -> dict[str, dict[str, float]]:
         return evaluate_heads(data, examples, job.encoder(examples), comm, config.eval)
 
     with claimed(config.train.run, comm), open_run_folder(config, data, comm, job.total_steps) as logger:
-        logger.say(f"{config.finetune.task} from {config.finetune.start} weights; {job.loaded or 'all new'}")
-        if job.loaded and not job.same_tables:
-            logger.say(f"{data.path} holds other data than {config.finetune.source} was made with: tables begin anew")
+        logger.say(f"{config.finetune.task} from {config.finetune.start} weights")
+        for line in (job.loaded or "all new").splitlines():
+            logger.say(line)
         test = {"found": measure("test")} if job.loaded and labels is None else {}
         train(job, logger, None if labels is None else lambda check: measure("valid", check))
         load_checkpoint(Path(config.train.run) / BEST, job.model, comm)

@@ -8,10 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from flm_torchrec.config import Config, load_config
-from flm_torchrec.data.dataset import fingerprint_of, fingerprints_before
+from flm_torchrec.data.dataset import PreparedData, fingerprint_of, fingerprints_before
+from flm_torchrec.data.schema import Schema
 from flm_torchrec.errors import RunError
 
-FINGERPRINT = "vocabulary/fingerprint"
+VOCABULARY = "vocabulary"
+"""Folder of a run: what the rows of its tables stand for."""
+FINGERPRINT = f"{VOCABULARY}/fingerprint"
 STARTED_IN = "started_in"
 """File of a run: the folder that relative paths of its config start from."""
 
@@ -37,7 +40,8 @@ def read_config(run: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         FlmError: the config is no config, or there is no such run.
     """
-    config = load_config(run / "config.yaml", overrides)
+    # What a run was started from is in it, and may be gone.
+    config = load_config(run / "config.yaml", ["train.warm_start=", *overrides])
     if not config.finetune.source or any(override.startswith("finetune.source=") for override in overrides):
         return config
     source = _source(_candidates(run, config.finetune.source), run)
@@ -91,6 +95,16 @@ def has_ids_of(run: Path, data: Path, fingerprint: str) -> bool:
     return made_with(run) in (fingerprint, *fingerprints_before(data))
 
 
+def of_one_domain(run: Path, data: PreparedData) -> bool:
+    """Whether a key names the same user or item in prepared data and in the data of a run.
+
+    Keys of two domains may be equal by chance. So the data must be those of the run, or have their name and source.
+    """
+    schema = Schema.load(run / VOCABULARY / "schema.yaml")
+    same_name = (schema.name, schema.source) == (data.schema.name, data.schema.source)
+    return same_name or has_ids_of(run, data.path, data.fingerprint)
+
+
 def own_data(run: Path, config: Config, given: bool = False) -> Path:
     """Where the data that a run was made with are now.
 
@@ -112,7 +126,8 @@ def own_data(run: Path, config: Config, given: bool = False) -> Path:
         refuse_forgotten(run, path)
     raise RunError(
         f"{run}: made with other data than {there[0]} holds now, so its rows would stand for other users and items;"
-        " name a folder with its own data with --data.path, or train anew"
+        " name a folder with its own data with --data.path, or go on with the new data:"
+        f" 'flm train --train.warm_start {run} --data.path {there[0]} --train.run NEW'"
     )
 
 

@@ -15,9 +15,8 @@ from flm_torchrec.data.train_stats import TrainStats
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.distributed.shard import make_optimizer
 from flm_torchrec.training.build import build, set_precision
-from flm_torchrec.training.checkpoint.manager import BEST, load_matching
 from flm_torchrec.training.encoder import ModelEncoder
-from flm_torchrec.training.identity import has_ids_of
+from flm_torchrec.training.identity import of_one_domain
 from flm_torchrec.training.loaders import make_loader
 from flm_torchrec.training.lookup_counts import lookups_of
 from flm_torchrec.training.loop import total_steps
@@ -92,7 +91,7 @@ class Job:
         self.config, self.data, self.events, self.comm = inputs.config, inputs.data, inputs.events, inputs.comm
         set_precision(self.config, self.comm.device)
         self.loaded: str | None = None
-        """Which weights of the fine-tuning's source the model has, in words."""
+        """Which weights of another run the model has, in words."""
         self.loader = make_loader(self.data, self.events, self.config, self.comm)
         self.loader.check_ranks()
         count_lookups = partial(lookups_of, self.loader)
@@ -104,20 +103,10 @@ class Job:
         self.model, self.plan = build(self.data.schema, config, self.comm, count_lookups, freeze=tunes)
         self.optimizer = make_optimizer(self.model, train)
 
-    def load_source(self) -> None:
-        """Put the weights of the fine-tuning's source into the model, unless it starts from scratch.
-
-        Raises:
-            RunError: the source's best model is damaged, or shares nothing with this model.
-        """
-        if self.config.finetune.start == "pretrained":
-            source = Path(self.config.finetune.source) / BEST
-            self.loaded = load_matching(source, self.model, self.same_tables, self.comm)
-
     @cached_property
     def same_tables(self) -> bool:
-        """Whether ids mean what they mean in the fine-tuning's source, so that its tables are of use."""
-        return has_ids_of(Path(self.config.finetune.source), self.data.path, self.data.fingerprint)
+        """Whether keys mean what they mean in the fine-tuning's source, so that its rows of users and items move."""
+        return of_one_domain(Path(self.config.finetune.source), self.data)
 
     @property
     def total_steps(self) -> int:

@@ -29,7 +29,8 @@ def check_same_inputs(
     """
     inputs = {name: Given(value) for name, value in (options or {}).items()}
     inputs["data"] = Given(data.fingerprint[:12], str(data.path))
-    for name, folder in (("the run", run), ("finetune.source", config.finetune.source)):
+    sources = (("finetune.source", config.finetune.source), ("train.warm_start", config.train.warm_start))
+    for name, folder in (("the run", run), *sources):
         if folder:
             best = Path(folder) / BEST
             inputs[name] = Given(digest_of(Path(folder) / "config.yaml", best / SUMS)[:12], str(folder))

@@ -15,13 +15,14 @@ from flm_torchrec.evaluation.evaluate import blocks_of, evaluate_heads
 from flm_torchrec.evaluation.ranking import RankingProblem
 from flm_torchrec.names import nearest
 from flm_torchrec.planner.plan_file import describe
-from flm_torchrec.training.checkpoint.manager import Checkpoints, Progress, load_checkpoint
+from flm_torchrec.training.checkpoint.manager import Checkpoints, Progress, load_checkpoint, states_of
 from flm_torchrec.training.encoder import ModelEncoder
 from flm_torchrec.training.fusion_weights import choose_weights
 from flm_torchrec.training.job import Job, open_inputs
 from flm_torchrec.training.logger import RunLogger
 from flm_torchrec.training.loop import Finished, TrainingParts, Validate, run_loop
 from flm_torchrec.training.run_folder import check_run_folder, claimed, open_run_folder
+from flm_torchrec.training.warm_start import WarmStart, check_source
 
 
 def pretrain(config: Config) -> Finished:
@@ -33,11 +34,14 @@ def pretrain(config: Config) -> Finished:
     if config.finetune.source:
         raise ConfigError("finetune.source: is set; 'flm train' pretrains, fine-tune with 'flm finetune'")
     check_select(config)
+    if config.train.warm_start:
+        check_source(config)
     with open_inputs(config) as inputs, claimed(config.train.run, inputs.comm):
-        check_run_folder(config, inputs.comm)
+        resumes = check_run_folder(config, inputs.comm) and bool(states_of(Path(config.train.run)))
         job = Job(inputs)
+        start = WarmStart.of(job) if config.train.warm_start and not resumes else None
         with open_run_folder(config, inputs.data, inputs.comm, job.total_steps) as logger:
-            return train(job, logger)
+            return train(job, logger, start=start)
 
 
 def check_select(config: Config) -> None:
@@ -55,12 +59,13 @@ def check_select(config: Config) -> None:
         raise ConfigError(f"loss.fused is 0, so nothing trains model.fusion={config.model.fusion}; set one of the two")
 
 
-def train(job: Job, logger: RunLogger, validate: Validate | None = None) -> Finished:
+def train(job: Job, logger: RunLogger, validate: Validate | None = None, start: WarmStart | None = None) -> Finished:
     """Train a job, or resume from the run folder's newest checkpoint, and keep the best checkpoint; collective.
 
     Args:
         validate: instead of ranking the validation examples. Without it the weights of a summed fusion are chosen on
             these examples at the end.
+        start: another run's state to begin with, instead of new weights.
 
     Raises:
         RunError: no checkpoint can be written or resumed from, or the loss is not a number.
@@ -82,9 +87,11 @@ def train(job: Job, logger: RunLogger, validate: Validate | None = None) -> Fini
     torch.manual_seed(config.train.seed + comm.rank)  # from here on dropout, which each rank draws for itself
     checkpoints = Checkpoints(Path(config.train.run), job.model, job.optimizer, comm, data.fingerprint)
     progress = resume(checkpoints, logger) if logger.resumed else Progress()
+    if start is not None:
+        progress.steps_before = start.load(job, checkpoints, logger)
     checkpoints.check_space()
     parts = TrainingParts(job.model, job.optimizer, job.loader, config.train, comm, logger, checkpoints)
-    finished = run_loop(parts, validate or rank_validation, progress, validate_first=job.loaded is not None)
+    finished = run_loop(parts, validate or rank_validation, progress, validate_first=bool(job.loaded or start))
     logger.say(
         f"{finished.steps} steps in {finished.seconds:.0f} s;"
         f" best {config.train.select} {finished.best:.4f} at step {finished.best_step}"

@@ -127,9 +127,8 @@ def test_next_item_for_new_users_with_its_control(
 
 
 def test_a_new_domain_gets_new_tables_and_the_old_tower(source: Path, tmp_path: Path) -> None:
-    prepare(
-        synthetic.read(synthetic.Recipe(users=60, items=110, events=10, seed=5)), tmp_path / "other", PrepareOptions()
-    )
+    raw = synthetic.read(synthetic.Recipe(users=60, items=110, events=10, seed=5))
+    prepare(dataclasses.replace(raw, name="other"), tmp_path / "other", PrepareOptions())
     run = tmp_path / "tuned"
     other = ["--data.path", str(tmp_path / "other"), "--data.split", "leave-one-out", "--no-control"]
     assert tune(source, run, *other) == 0

@@ -12,9 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData, fingerprint_of
+from flm_torchrec.training.checkpoint.storage import read_all
 
 OPTIONS = ["--train.max_steps", "3", "--train.batch_size", "32", "--model.dim", "8", "--data.max_history", "6"]
 OPTIONS += ["--eval.ks", "[10]", "--distributed.threads", "1"]
@@ -111,6 +113,7 @@ def test_data_prepared_anew_are_refused_by_every_command(
         assert main(command) == 2
         told = capsys.readouterr().err
         assert "made with other data than data holds now" in told and told.count("\n") == 1, command
+        assert "'flm train --train.warm_start runs/one --data.path data --train.run NEW'" in told
     assert not (project / "out").exists()
     assert main(["report", "runs/one"]) == 0
     assert "missing: data: runs/one: made with other data" in capsys.readouterr().out
@@ -173,11 +176,24 @@ def test_fine_tuning_on_a_copy_keeps_every_table(
     assert main(["evaluate", "--run", str(tmp_path / "moved/tuned/pretrained")]) == 2
 
 
-def test_fine_tuning_on_data_prepared_anew_in_the_same_place_takes_no_rows(project: Path) -> None:
+def test_fine_tuning_on_data_prepared_anew_in_the_same_place_moves_rows_by_key(project: Path) -> None:
     CHANGES[1](project / "data")
+    still = ["--train.sparse_lr", "0", "--finetune.sparse_lr", "0"]
+    fresh, log = tuned(project, "--data.path", "data", *still)
+    assert fresh == "none" and "user_id: 120 keys kept, 0 new, 0 dropped" in log
+    before, after = (read_all(project / run / "checkpoints/best") for run in ("runs/one", "tuned/pretrained"))
+    rows = list(range(120))
+    rows[3], rows[7] = 7, 3
+    name = "model.users.embedding_bags.user_id.weight"
+    assert torch.equal(before[name][rows], after[name]) and not torch.equal(before[name], after[name])
+
+
+def test_fine_tuning_on_another_domain_takes_no_rows_of_users_and_items(project: Path) -> None:
+    schema = project / "data/schema.yaml"
+    schema.write_text(schema.read_text().replace("name: synthetic", "name: elsewhere"))
     fresh, log = tuned(project, "--data.path", "data")
     assert "item_id.embeddings.item_id.weight" in fresh and "users.embedding_bags.user_id.weight" in fresh
-    assert "data holds other data than runs/one was made with: tables begin anew" in log
+    assert "item_genre" not in fresh and "another domain, so users and items begin anew" in log
 
 
 def test_a_run_that_was_stopped_before_its_first_validation_says_how_to_go_on(

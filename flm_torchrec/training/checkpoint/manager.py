@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from itertools import chain, count
@@ -18,12 +18,14 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.optim.keyed import CombinedOptimizer
 
 from flm_torchrec.data.schema import Schema
+from flm_torchrec.data.vocabulary import RowMatch
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.distributed.shard import prepare_state, set_step
 from flm_torchrec.errors import RunError
 from flm_torchrec.files import discard, mend_inside
 from flm_torchrec.model.pretrain import user_weights
 from flm_torchrec.training.checkpoint import storage
+from flm_torchrec.training.checkpoint.by_key import MODEL, OPTIMIZER, TABLES, fill_by_key
 from flm_torchrec.training.checkpoint.state import copies, leaves, names, own_bytes
 
 CHECKPOINTS = "checkpoints"
@@ -32,11 +34,6 @@ STATE = re.compile(r"step-(\d{9,})")
 """Name of a state to resume from, by its step."""
 ASIDE = re.compile(rf"damaged-{STATE.pattern}(-\d+)?")
 """Name of a state that was found damaged."""
-MODEL = "model."
-OPTIMIZER = "optimizer."
-TABLES = f"{OPTIMIZER}tables."
-"""Beginnings of the names of a state's tensors."""
-DENSE = "dense."
 RNG = "rng."
 LEAVE = 10.0
 """Seconds that a training which ends by an error waits for a save under way."""
@@ -57,6 +54,8 @@ class Progress:
     """Validations since the best."""
     due: bool = False
     """The validation after this step was stopped, so a resumed run begins with it."""
+    steps_before: int = 0
+    """Steps of the runs that this one was started from: Adam of the tables counts them too."""
     following: dict[str, Any] = field(default_factory=dict)
     """What `flm follow` adds: its position in the source, and its counts."""
 
@@ -74,6 +73,7 @@ class Checkpoints:
     """
 
     def __init__(self, run: Path, model: nn.Module, optimizer: CombinedOptimizer, comm: Comm, data: str) -> None:
+        self.run = run
         self.best = run / BEST
         self.folder = run / CHECKPOINTS
         self.model = model
@@ -96,7 +96,7 @@ class Checkpoints:
 
         def check() -> None:
             nonlocal need
-            present = [file for folder in (self.best, *self._states()) for file in folder.glob("*")]
+            present = [file for folder in (self.best, *states_of(self.run)) for file in folder.glob("*")]
             need -= sum(file.stat().st_size for file in present)
             free = shutil.disk_usage(self.best.parents[1]).free
             if free < need:
@@ -198,7 +198,7 @@ class Checkpoints:
         """
         damaged: list[Path] = []
         reasons: list[str] = []
-        for folder in self.comm.gather(self._states())[0]:
+        for folder in self.comm.gather(states_of(self.run))[0]:
             wrong = find_damage(folder, self.comm)
             if wrong:
                 damaged.append(folder)
@@ -230,12 +230,8 @@ class Checkpoints:
 
         self.comm.on_main(rename)
 
-    def _states(self) -> list[Path]:
-        matches = [(STATE.fullmatch(folder.name), folder) for folder in self.folder.glob("step-*")]
-        return [folder for _, folder in sorted(((int(m[1]), f) for m, f in matches if m), reverse=True)]
-
     def _retire(self) -> None:
-        for folder in self._states()[KEPT:]:
+        for folder in states_of(self.run)[KEPT:]:
             discard(folder)
 
     def _state(self) -> dict[str, Any]:
@@ -247,31 +243,47 @@ class Checkpoints:
         Raises:
             RunError: the state is of other data, or does not fit the model.
         """
-        meta = storage.read_meta(folder)
-        try:
-            data, ranks = meta.pop("data"), meta.pop("ranks")
-            progress = Progress(**meta)
-        except (KeyError, TypeError) as error:
-            raise RunError(f"{folder}/{storage.META}: not that of a state to resume from ({error})") from error
+        progress, data, ranks = _read_progress(folder)
         storage.refuse_other_data(folder, data, self.data)
+        # Each rank draws its own dropout: other ranks, or another device, cannot continue those draws.
+        there = storage.stored(folder) if ranks == self.comm.world_size else {}
+        drawn = {n: torch.empty(there[n], dtype=torch.uint8) for n in _rng_names(self.comm) if n in there}
+        self._fill(folder, drawn, {})
+        set_step(self.model, progress.steps_before + progress.step)
+        for name, state in drawn.items():
+            (torch.cuda.set_rng_state if name.startswith(f"{RNG}cuda.") else torch.set_rng_state)(state)
+        return progress
+
+    def load_by_key(self, folder: Path, matches: Mapping[str, RowMatch]) -> int:
+        """Set model and optimizer to a state of other data; its files are not checked for damage.
+
+        Args:
+            matches: by name of a table's weight, where its rows come from.
+
+        Returns the number of steps that the optimizer has taken.
+
+        Raises:
+            RunError: the state does not fit the model.
+        """
+        progress, _, _ = _read_progress(folder)
+        self._fill(folder, {}, matches)
+        steps = progress.steps_before + progress.step
+        set_step(self.model, steps)
+        return steps
+
+    def _fill(self, folder: Path, drawn: dict[str, torch.Tensor], matches: Mapping[str, RowMatch]) -> None:
+        """Fill model, optimizer and states of random numbers, `drawn`, from a state."""
         there = storage.stored(folder)
         prepare_state(self.optimizer, [n.removeprefix(OPTIMIZER) for n in there if n.startswith(OPTIMIZER)])
-        state = self._state()
-        # Each rank draws its own dropout: other ranks, or another device, cannot continue those draws.
-        drawn = [name for name in _rng_names(self.comm) if name in there and ranks == self.comm.world_size]
-        state |= {name: torch.empty(there[name], dtype=torch.uint8) for name in drawn}
+        state = {**self._state(), **drawn}
         # A rank's optimizer has only the tables of which the rank holds rows.
         wanted = set().union(*self.comm.gather(names(state)))
         extra = {name for name in there if not name.startswith(RNG)} - wanted
         if extra:
             raise RunError(f"{folder}: holds {min(extra)}, which this model lacks; resume with the settings of the run")
-        storage.read(folder, state, self.comm.saving)
+        fill_by_key(folder, state, matches, self.comm)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict({"state": state["optimizer"]})
-        set_step(self.model, progress.step)
-        for name in drawn:
-            (torch.cuda.set_rng_state if name.startswith(f"{RNG}cuda.") else torch.set_rng_state)(state[name])
-        return progress
 
 
 def load_checkpoint(folder: Path, model: nn.Module, comm: Comm) -> dict[str, Any]:
@@ -281,38 +293,11 @@ def load_checkpoint(folder: Path, model: nn.Module, comm: Comm) -> dict[str, Any
         RunError: there is none, it is damaged, or does not fit the model.
     """
     meta = storage.read_meta(folder)
-    _refuse_damage(folder, comm)
+    refuse_damage(folder, comm)
     state = {"model": model.state_dict()}
     storage.read(folder, state, comm.saving)
     model.load_state_dict(state["model"])
     return meta
-
-
-def load_matching(folder: Path, model: nn.Module, tables: bool, comm: Comm) -> str:
-    """Fill the tensors that the model shares with a checkpoint, by name and shape; collective.
-
-    Args:
-        tables: also fill the embedding tables; False where ids mean something else.
-
-    Returns a line that says what was filled.
-
-    Raises:
-        RunError: the checkpoint does not load, or shares nothing.
-    """
-    _refuse_damage(folder, comm)
-    there = storage.stored(folder)
-    state = model.state_dict()
-    shared = {
-        name: tensor
-        for name, tensor in state.items()
-        if there.get(f"{MODEL}{name}") == tensor.size() and (tables or name.startswith(DENSE))
-    }
-    if not shared:
-        raise RunError(f"{folder}: nothing in it fits this model; fine-tune with the model settings of the source")
-    storage.read(folder, {"model": shared}, comm.saving)
-    model.load_state_dict({**state, **shared})
-    fresh = sorted(state.keys() - shared.keys())
-    return f"{len(shared)} of {len(state)} tensors from {folder}; new: {', '.join(fresh) or 'none'}"
 
 
 def user_tensors(schema: Schema, stored: Iterable[str]) -> dict[str, tuple[str, list[str]]]:
@@ -336,9 +321,26 @@ def find_damage(folder: Path, comm: Comm) -> list[str]:
     return sorted({problem for problems in of_ranks for problem in problems})
 
 
-def _refuse_damage(folder: Path, comm: Comm) -> None:
+def refuse_damage(folder: Path, comm: Comm) -> None:
+    """Raise RunError, on every rank, where the files of a checkpoint have changed; collective."""
     if wrong := find_damage(folder, comm):
         raise RunError(f"{folder}: {'; '.join(wrong)}; copy it anew, or train again")
+
+
+def states_of(run: Path) -> list[Path]:
+    """The states of a run to go on from, the newest first."""
+    matches = [(STATE.fullmatch(folder.name), folder) for folder in (run / CHECKPOINTS).glob("step-*")]
+    return [folder for _, folder in sorted(((int(m[1]), f) for m, f in matches if m), reverse=True)]
+
+
+def _read_progress(folder: Path) -> tuple[Progress, str, int]:
+    """Progress of a state, fingerprint of its data, and number of the ranks that wrote it."""
+    meta = storage.read_meta(folder)
+    try:
+        data, ranks = meta.pop("data"), meta.pop("ranks")
+        return Progress(**meta), data, ranks
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{folder}/{storage.META}: not that of a state to resume from ({error})") from error
 
 
 def _rng_names(comm: Comm) -> list[str]:

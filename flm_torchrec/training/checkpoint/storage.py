@@ -107,11 +107,20 @@ def stored(folder: Path) -> dict[str, torch.Size]:
     Raises:
         RunError: there is none, or it is not readable.
     """
+    described = read_metadata(folder).state_dict_metadata
+    return {name: getattr(entry, "size", torch.Size()) for name, entry in described.items()}
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """DCP's description of the tensors of a checkpoint.
+
+    Raises:
+        RunError: there is no checkpoint, or it is not readable.
+    """
     try:
-        described = _Reader(folder).read_metadata().state_dict_metadata
+        return _Reader(folder).read_metadata()
     except (OSError, EOFError, *UNREADABLE) as error:
         raise RunError(f"{folder}: no readable checkpoint ({_reason(error)})") from error
-    return {name: getattr(entry, "size", torch.Size()) for name, entry in described.items()}
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

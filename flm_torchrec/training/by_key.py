@@ -1,0 +1,121 @@
+"""What a model takes over from another run: rows of tables by key, the dense part by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flm_torchrec.data.vocabulary import ENTITIES, RowKeys, RowMatch, match_rows
+from flm_torchrec.errors import FlmError, RunError
+from flm_torchrec.training.build import make_model
+from flm_torchrec.training.checkpoint import storage
+from flm_torchrec.training.checkpoint.by_key import MODEL, fill_by_key, table_weights, weight_of
+from flm_torchrec.training.checkpoint.manager import BEST, refuse_damage
+from flm_torchrec.training.identity import VOCABULARY, read_config
+from flm_torchrec.training.job import Job
+
+DENSE = "dense."
+"""Beginning of the names of the dense part."""
+
+
+def vocabularies(run: Path, job: Job) -> tuple[RowKeys, RowKeys]:
+    """The vocabularies of a run and of a job's data, each with the features that its model uses.
+
+    Raises:
+        FlmError: the run has no vocabulary, or not one of its config.
+    """
+    old = RowKeys.load(run / VOCABULARY, read_config(run).data.features)
+    return old, RowKeys(job.data.path, job.data.schema)
+
+
+def match_tables(old: RowKeys, new: RowKeys, job: Job) -> dict[str, RowMatch]:
+    """By name of a table's weight, where its rows come from.
+
+    Raises:
+        FlmError: the rows of a table cannot be moved.
+    """
+    return {weight: match_rows(old, new, table, keys) for weight, table, keys in _tables(job)}
+
+
+def _tables(job: Job) -> list[tuple[str, str, Any]]:
+    with torch.random.fork_rng(devices=[]):
+        return list(table_weights(make_model(job.data.schema, job.config, job.comm)))
+
+
+def load_source(job: Job) -> str | None:
+    """Put what the fine-tuning's source has into the job's model, unless the job starts from scratch; collective.
+
+    Rows of users and items move by key where both data are of one domain. Tables whose rows cannot be moved begin anew,
+    as do parts of the tower whose shapes differ.
+
+    Returns lines that say what was taken over; None if nothing was to be.
+
+    Raises:
+        RunError: the source's best model is damaged, or shares nothing with this model.
+    """
+    tuning = job.config.finetune
+    if tuning.start != "pretrained":
+        return None
+    source = Path(tuning.source)
+    old, new = vocabularies(source, job)
+    matches: dict[str, RowMatch] = {}
+    reasons = []
+    for weight, table, keys in _tables(job):
+        if keys[0] in ENTITIES and not job.same_tables:
+            continue
+        try:
+            match = match_rows(old, new, table, keys)
+        except FlmError as error:
+            reasons.append(f"begins anew: {error}")
+            continue
+        if match.origin is None or match.kept:
+            matches[weight] = match
+    lines = [_load_matching(source / BEST, job, matches), *reasons]
+    if not job.same_tables:
+        lines.append(
+            f"the data are '{new.schema.name}' from {new.schema.source}, those of {source} '{old.schema.name}' from"
+            f" {old.schema.source}: another domain, so users and items begin anew"
+        )
+    return "\n".join([*lines, *told(matches)])
+
+
+def told(matches: dict[str, RowMatch]) -> list[str]:
+    """One line for each table whose keys are counted."""
+    return [
+        f"{weight.split('.')[-2]}: {match.kept} keys kept, {match.new} new, {match.dropped} dropped"
+        for weight, match in matches.items()
+        if match.kept + match.new + match.dropped
+    ]
+
+
+def _load_matching(folder: Path, job: Job, matches: dict[str, RowMatch]) -> str:
+    """Fill what the model shares with a checkpoint: tables that match, other tensors by name and shape.
+
+    Returns a line that says what was filled.
+    """
+    refuse_damage(folder, job.comm)
+    there = storage.stored(folder)
+    state = job.model.state_dict()
+    shared = {
+        name: tensor
+        for name, tensor in state.items()
+        if (size := there.get(f"{MODEL}{name}")) is not None and _fits(name, size, tensor, matches)
+    }
+    if not shared:
+        raise RunError(f"{folder}: nothing in it fits this model; fine-tune with the model settings of the source")
+    fill_by_key(folder, {"model": shared}, matches, job.comm)
+    job.model.load_state_dict({**state, **shared})
+    fresh = sorted(state.keys() - shared.keys())
+    return f"{len(shared)} of {len(state)} tensors from {folder}; new: {', '.join(fresh) or 'none'}"
+
+
+def _fits(name: str, size: torch.Size, tensor: Any, matches: dict[str, RowMatch]) -> bool:
+    """Whether a tensor of the model can be filled from a stored one of this size."""
+    if name.startswith(DENSE):
+        return size == tensor.size()
+    weight = weight_of(f"{MODEL}{name}", matches)
+    if weight is None:
+        return False
+    return size[1:] == tensor.size()[1:] if matches[weight].origin is not None else size == tensor.size()
