@@ -19,8 +19,9 @@ from fastapi.testclient import TestClient
 
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.data.feature_values import FeatureValues
 from flm_torchrec.data.history import Events
-from flm_torchrec.export.tower.reader import PackagedFeature, TowerQuery
+from flm_torchrec.export.tower.reader import TowerQuery
 from flm_torchrec.serve.app import ServerLimits, create_app
 from flm_torchrec.serve.event_store import EventStore, StoreLimits
 from flm_torchrec.serve.loaded_export import AddedItem, LoadedExport, load_export
@@ -331,7 +332,7 @@ def test_titles_and_keys_are_found_whatever_the_case(service: Service, client: T
 
 
 def test_a_number_of_a_cold_item_is_shown_as_its_bucket() -> None:
-    price = PackagedFeature("price", "item", "quantile", values=("-inf", "10.0", "20.0"))
+    price = FeatureValues("price", "item", "quantile", values=("-inf", "10.0", "20.0"))
     assert [price.shown(given) for given in (3, 10, 15.5, 99, None)] == [["-inf"], ["10.0"], ["10.0"], ["20.0"], []]
 
 

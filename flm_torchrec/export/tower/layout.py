@@ -15,7 +15,7 @@ Count = Annotated[int, Field(ge=0, le=1 << 40)]
 
 
 class FeatureDescription(BaseModel):
-    """A feature in `tower.json`, see `reader.PackagedFeature`."""
+    """A feature in `tower.json`, see `data.feature_values.FeatureValues`."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from flm_torchrec.data.feature_values import FeatureValues, codes_of, numbers_of
 from flm_torchrec.data.history import NO_EVENTS, CodedEvents, Events, HistoryCoding, previous_times
-from flm_torchrec.data.text import split_words, word_bucket
 from flm_torchrec.documents import MOST_JSON_BYTES, read_text
 from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.export.parts import single_array
@@ -25,8 +24,6 @@ from flm_torchrec.export.tower.layout import DESCRIPTION, FOLDER, HISTORIES, ITE
 from flm_torchrec.names import nearest
 from flm_torchrec.safe_text import first_line
 
-MOST_DEVIATIONS = 1e6
-"""Maximum of a feature in standard deviations: float32 layers give only noise beyond it."""
 HISTORY_TYPES = {"item": pa.int32(), "timestamp": pa.int64(), "event": pa.int32(), "value": pa.float32()}
 """Columns of the file of histories: lists of this type."""
 
@@ -48,30 +45,6 @@ class Represented:
 
     heads: np.ndarray  # [heads + 1, D], fused last
     weights: np.ndarray  # [heads]: the fused h is the heads' sum by these; zeros where it is no sum
-
-
-@dataclass(frozen=True)
-class PackagedFeature:
-    """A feature of items or users, as the packaged tower reads it."""
-
-    name: str
-    entity: str
-    kind: str
-    width: int = 0
-    mean: float = 0.0
-    deviation: float = 0.0
-    buckets: int = 0
-    ngrams: int = 1
-    values: tuple[str, ...] = ()
-    codes: Mapping[str, int] = field(default_factory=dict)
-    """By value; for categorical kinds."""
-
-    def shown(self, given: Any) -> list[str]:
-        """The attribute values that people and filters see, as in the catalogue: for a number, its bucket."""
-        if self.kind == "quantile":
-            return [self.values[code] for code in _codes(self, given, [])]
-        values = given if isinstance(given, list) else [given]
-        return [str(value) for value in values if value is not None]
 
 
 class PackagedTower:
@@ -103,11 +76,7 @@ class PackagedTower:
         self.coding = HistoryCoding(
             description.value_mean, description.value_scale, description.timestamps, description.gaps
         )
-        kinds = (PackagedFeature(**f.model_dump()) for f in description.features)
-        self.features = [
-            PackagedFeature(**{**vars(kind), "codes": {value: code for code, value in enumerate(kind.values)}})
-            for kind in kinds
-        ]
+        self.features = [FeatureValues.described(f.model_dump()) for f in description.features]
         self._check_histories(folder / HISTORIES)
         self.nobody, _ = self._contents_of_nothing(folder)
 
@@ -174,8 +143,8 @@ class PackagedTower:
                 hint = nearest(name, names) if names else f"{entity}s have no features"
                 raise DataError(f"features: no {entity} feature '{name}'; {hint}")
         left_out: list[str] = []
-        sparse = [list(_codes(f, given.get(f.name), left_out)) for f in features if not _dense(f)]
-        numbers = [n for f in features if _dense(f) for n in _numbers(f, given.get(f.name))]
+        sparse = [list(codes_of(f, given.get(f.name), left_out)) for f in features if not f.dense]
+        numbers = [n for f in features if f.dense for n in numbers_of(f, given.get(f.name))]
         codes = torch.full((1, len(sparse), max([1, *(len(c) for c in sparse)])), -1)
         for position, of_feature in enumerate(sparse):
             codes[0, position, : len(of_feature)] = torch.tensor(of_feature, dtype=torch.int64)
@@ -206,58 +175,3 @@ def _histories(file: Path) -> pa.Table:
     if any(length.null_count or not length.equals(lengths[0]) for length in lengths):
         raise ValueError(f"{HISTORIES} has lists of unequal length, or none")
     return table
-
-
-def _dense(feature: PackagedFeature) -> bool:
-    return feature.kind in ("numeric", "dense")
-
-
-def _codes(feature: PackagedFeature, given: Any, left_out: list[str]) -> Iterator[int]:
-    if given is None:
-        return
-    if feature.kind == "text":
-        if not isinstance(given, str):
-            raise DataError(f"features.{feature.name}: a text, not {_shown(given)}")
-        words = split_words(pl.Series([given]), feature.ngrams)[0]
-        yield from (word_bucket(word, feature.buckets) for word in words)
-        return
-    if feature.kind == "quantile":
-        if not isinstance(given, int | float):
-            raise DataError(f"features.{feature.name}: takes one number, not {_shown(given)}")
-        if feature.values:  # the minimum of each bucket
-            yield int(np.searchsorted([float(v) for v in feature.values], given, "right")) - 1
-        return
-    several = feature.kind == "multi_categorical"
-    values = given if isinstance(given, list) and several else [given]
-    for value in values:
-        if not isinstance(value, str | int):
-            wanted = "texts, or a list of them" if several else "one text"
-            raise DataError(f"features.{feature.name}: takes {wanted}, not {_shown(value)}")
-        code = feature.codes.get(str(value))
-        if code is None:
-            left_out.append(f"features.{feature.name}: '{value}' was not in training")
-        else:
-            yield code
-
-
-def _numbers(feature: PackagedFeature, given: Any) -> list[float]:
-    if given is None:
-        return [0.0] * feature.width
-    values = given if isinstance(given, list) and feature.kind == "dense" else [given]
-    if len(values) != feature.width or not all(isinstance(v, int | float) for v in values):
-        wanted = "one number" if feature.kind == "numeric" else f"a list of {feature.width} numbers"
-        raise DataError(f"features.{feature.name}: takes {wanted}, not {_shown(given)}")
-    try:
-        numbers = np.array(values, np.float64)
-    except OverflowError as error:
-        raise DataError(f"features.{feature.name}: a number is too large") from error
-    if feature.deviation:
-        numbers = (numbers - feature.mean) / feature.deviation
-    if not (np.abs(numbers) < MOST_DEVIATIONS).all():
-        raise DataError(f"features.{feature.name}: a number is too large")
-    return [float(n) for n in numbers]
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from flm_torchrec.data.dataset import EntityFeatures, PreparedData, spans
+from flm_torchrec.data.feature_values import describe
 from flm_torchrec.data.schema import Feature
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.tower.layout import DESCRIPTION, FOLDER, HISTORIES, ITEM, PROFILE, USER
@@ -95,7 +96,7 @@ def write_tower(data: PreparedData, model: TowerSource, main: bool, precision: P
         "events": list(schema.events),
         "timestamps": schema.timestamps,
         "usual_gap": _usual_gap(data),
-        "features": [_described(data, f) for f in (*_ordered(data, "item"), *_ordered(data, "user"))],
+        "features": [describe(data.path, f) for f in (*_ordered(data, "item"), *_ordered(data, "user"))],
     }
     (target / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
 
@@ -202,16 +203,6 @@ def _ordered(data: PreparedData, entity: str) -> Iterator[Feature]:
     """Sparse features, then dense ones, each in the schema's order: the order of the programs' inputs."""
     for sparse in (True, False):
         yield from data.schema.of(entity, sparse=sparse)  # type: ignore[arg-type]
-
-
-def _described(data: PreparedData, feature: Feature) -> dict[str, Any]:
-    described: dict[str, Any] = {"name": feature.name, "entity": feature.entity, "kind": feature.kind}
-    if not feature.sparse:
-        return {**described, "width": feature.width, "mean": feature.mean, "deviation": feature.deviation}
-    if feature.kind == "text":
-        return {**described, "buckets": feature.cardinality, "ngrams": max(1, feature.ngrams)}
-    vocabulary = pq.read_table(data.path / "vocab" / f"{feature.entity}_{feature.name}.parquet").sort_by("code")
-    return {**described, "values": vocabulary["value"].to_pylist()}
 
 
 def _blocks(size: int) -> Iterator[np.ndarray]:
