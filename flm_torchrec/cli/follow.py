@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from flm_torchrec.config import add_data_path, given_overrides
@@ -16,8 +17,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "follow",
         help="train a run further on new events as they come, from a folder or Kafka",
         description="Train a run's best model further on new events as they come: complete Parquet or JSONL files put"
-        " into a folder, or JSON messages of a Kafka topic. Started again, it resumes. Rows that cannot be"
-        " learnt from are counted in OUTPUT/follow.json.",
+        " into a folder, or JSON messages of a Kafka topic. Started again, it resumes. New users and items come in."
+        " Rows that cannot be learnt from are counted in OUTPUT/follow.json.",
         allow_abbrev=False,
     )
     parser.add_argument("--run", required=True, dest="run_folder", type=Path, metavar="DIR", help="run of 'flm train'")
@@ -35,6 +36,28 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default="s",
         help="unit of numeric timestamps; dates are read as they are (default: %(default)s)",
     )
+    parser.add_argument(
+        "--admit-after",
+        type=int,
+        default=1,
+        metavar="N",
+        help="take in an unknown user, or an unknown item without features, when it is seen for the Nth time; 0: refuse"
+        " unknown users and items (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--expire-after",
+        type=int,
+        default=0,
+        metavar="DAYS",
+        help="forget what was learnt of a user or an item that has had no event for so long; 0: never"
+        " (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--items",
+        type=Path,
+        metavar="FILE",
+        help="Parquet, JSONL or CSV with features of items: its new items come in at once; read again when it changes",
+    )
     parser.add_argument("--once", action="store_true", help="end when there is nothing new (default: wait for more)")
     add_data_path(parser)
     parser.set_defaults(run=run)
@@ -48,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     """
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     from flm_torchrec.training.follow.events import FIELDS, RowForm
-    from flm_torchrec.training.follow.follower import follow
+    from flm_torchrec.training.follow.follower import FollowOptions, follow
 
     columns = {}
     for part in filter(None, args.columns.split(",")):
@@ -56,6 +79,9 @@ def run(args: argparse.Namespace) -> None:
         if field not in FIELDS or not equals:
             raise ConfigError(f"--columns '{part}': write it as FIELD=NAME; {nearest(field, FIELDS)}")
         columns[field] = name
-    rows = RowForm(columns, args.time_unit)
-    counts = follow(args.run_folder, args.source, args.output, rows, args.once, given_overrides(args))
-    print(f"{args.output}: {counts['events']} events learnt from, {counts['refused']} rows refused")
+    form = RowForm(columns, args.time_unit)
+    options = FollowOptions(form, args.once, args.admit_after, args.expire_after, args.items)
+    counts = follow(args.run_folder, args.source, args.output, options, given_overrides(args))
+    if os.environ.get("RANK", "0") == "0":
+        new = f"; {counts['users']} new users, {counts['items']} new items" if counts["users"] + counts["items"] else ""
+        print(f"{args.output}: {counts['events']} events learnt from, {counts['refused']} rows refused{new}")

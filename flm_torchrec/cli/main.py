@@ -15,7 +15,7 @@ from flm_torchrec.cli.error_line import tell
 from flm_torchrec.errors import FlmError, RunError
 from flm_torchrec.names import nearest
 
-ON_RANKS = ("train", "finetune", "evaluate", "export")
+ON_RANKS = ("train", "finetune", "follow", "evaluate", "export")
 """Commands that run on several ranks; the others are one process."""
 STEPS = ("prepare", "train", "evaluate", "export", "recommend", "serve")
 """The main commands, in the order of use."""

@@ -76,6 +76,11 @@ class Ragged:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         return Ragged(offsets, self.values[spans(self.offsets[:-1][rows], lengths)])
 
+    def __add__(self, later: Ragged) -> Ragged:
+        """These rows, then the later ones."""
+        offsets = np.concatenate([self.offsets, later.offsets[1:] + self.offsets[-1]])
+        return Ragged(offsets, np.concatenate([self.values, later.values]))
+
 
 @dataclass(frozen=True)
 class EntityFeatures:
@@ -85,6 +90,11 @@ class EntityFeatures:
     """By feature name: int64 codes, one ragged row per entity (length 0 where unknown)."""
     dense: np.ndarray
     """[rows, F] float32: numeric and dense features side by side in the schema's order, 0 where unknown."""
+
+    def __add__(self, later: EntityFeatures) -> EntityFeatures:
+        """These entities, then the later ones, which have the same features."""
+        sparse = {name: rows + later.sparse[name] for name, rows in self.sparse.items()}
+        return EntityFeatures(sparse, np.concatenate([self.dense, later.dense]))
 
 
 @dataclass(frozen=True)
@@ -182,8 +192,8 @@ def load_prepared(
         event=arrays["event"],
         value=arrays["value"],
         segment=table["segment"].to_numpy() if "segment" in table.column_names else None,
-        items=_entity(path / "items.parquet", schema, "item", schema.items),
-        users=_entity(path / "users.parquet", schema, "user", schema.users),
+        items=load_entity(path / "items.parquet", schema, "item", schema.items),
+        users=load_entity(path / "users.parquet", schema, "user", schema.users),
     )
 
 
@@ -248,7 +258,12 @@ def check_rows(user: np.ndarray, item: np.ndarray, schema: Schema, path: Path, f
         raise DataError(f"{path / 'interactions'}: rows are not sorted by user_id; prepare the data again")
 
 
-def _entity(file: Path, schema: Schema, entity: str, rows: int) -> EntityFeatures:
+def load_entity(file: Path, schema: Schema, entity: str, rows: int) -> EntityFeatures:
+    """The features of a file of users or items, which must have so many rows.
+
+    Raises:
+        DataError: the file is missing or corrupt, lacks a column, or has another number of rows.
+    """
     features = [f for f in schema.features if f.entity == entity]
     table = _read(file, [f"{entity}_id"] + [f.column for f in features])
     if len(table) != rows:

@@ -22,10 +22,18 @@ from flm_torchrec.data.hashing import remap_ids
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.files import leftovers, mend, mend_inside, replacing, replacing_file, telling
-from flm_torchrec.privacy.forget_in_data import forget_rows, forgotten_users, keys_and_ids, nearest_keys, unused_codes
+from flm_torchrec.privacy.forget_in_data import (
+    forget_rows,
+    forgotten_users,
+    keys_and_ids,
+    nearest_keys,
+    tombstone,
+    unused_codes,
+)
 from flm_torchrec.training.checkpoint import storage
 from flm_torchrec.training.checkpoint.manager import ASIDE, CHECKPOINTS, user_tensors
 from flm_torchrec.training.follow.events import LEARNED
+from flm_torchrec.training.follow.growth import growth_files, publish_vocabulary
 from flm_torchrec.training.identity import FINGERPRINT, made_with
 
 VOCABULARY = "vocabulary"
@@ -81,12 +89,11 @@ def _forget(folder: Path, keys: Sequence[str], runs: Sequence[Path], exports: Se
     if runs:
         data = load_prepared(folder)
         gone = forgotten_users(folder / "users.parquet")
-        rows = rows_to_reset(data, gone)
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "torch.distributed is disabled"
             )  # rightly: there is one process and no ranks
-            done += [_forget_in_run(run, data, gone, rows) for run in runs]
+            done += [_forget_in_run(run, data, gone, set(keys)) for run in runs]
     left = [f"{export} ({len(in_export)})" for export, in_export in exported.items() if in_export]
     if left:
         report = "; ".join(done) or "nothing else was left"
@@ -123,8 +130,14 @@ def _checkpoints(run: Path) -> list[Path]:
     return [f for f in sorted((run / CHECKPOINTS).glob("*")) if f.is_dir() and not ASIDE.fullmatch(f.name)]
 
 
-def _forget_in_run(run: Path, data: PreparedData, gone: np.ndarray, rows: dict[str, np.ndarray]) -> str:
-    """Remove all users that the data has forgotten. The vocabulary comes last: it shows whether all is done."""
+def _forget_in_run(run: Path, data: PreparedData, gone: np.ndarray, keys: set[str]) -> str:
+    """Remove all users that the data has forgotten, and those with these keys whom a follower took in.
+
+    The vocabulary comes last: it shows whether all is done.
+    """
+    with telling(run, AFTERWARDS):
+        gone = np.concatenate([gone, forget_growth(run / LEARNED, keys)])
+    rows = rows_to_reset(data, gone)
     checkpoints = _checkpoints(run)
     for folder in checkpoints:
         tensors = storage.read_all(folder)
@@ -134,11 +147,13 @@ def _forget_in_run(run: Path, data: PreparedData, gone: np.ndarray, rows: dict[s
         for damaged in (run / CHECKPOINTS).glob("damaged-*"):
             if ASIDE.fullmatch(damaged.name):
                 shutil.rmtree(damaged)  # nothing reads it, and it cannot be mended
-        for file in (run / LEARNED).glob("*.parquet"):
+        for file in (run / LEARNED).glob("part-*.parquet"):
             _forget_followed(file, gone)
         with replacing(run / VOCABULARY) as fresh:
             data.save_vocabulary(fresh)
             (fresh / Path(FINGERPRINT).name).write_text(data.fingerprint, encoding="ascii")
+            if growths := len(growth_files(run / LEARNED)):
+                publish_vocabulary(data.path, run / LEARNED, growths, fresh)
     _refuse_leftovers([*leftovers(run), *leftovers(run / CHECKPOINTS), *leftovers(run / LEARNED)])
     done = f"{run}: {len(gone)} forgotten users' rows set to zero in {len(checkpoints)} checkpoints"
     kind = data.schema.table("user_id").kind
@@ -146,6 +161,22 @@ def _forget_in_run(run: Path, data: PreparedData, gone: np.ndarray, rows: dict[s
     if load_config(run / "config.yaml").data.split != "leave-one-out":
         done += "; its split is drawn over all events, so it may change: compare no metrics with those from before"
     return done
+
+
+def forget_growth(folder: Path, keys: set[str]) -> np.ndarray:
+    """Put tombstones for keys of users whom a follower took in → [n] int64 ids of all with tombstones there."""
+    gone: list[int] = []
+    for file in growth_files(folder):
+        users = pq.read_table(file)
+        ids = users["user_id"].to_pylist()
+        marked = [
+            tombstone(i) if key in keys else key for i, key in zip(ids, users["user_key"].to_pylist(), strict=True)
+        ]
+        gone += [i for i, key in zip(ids, marked, strict=True) if key == tombstone(i)]
+        position = users.column_names.index("user_key")
+        with replacing_file(file) as fresh:
+            pq.write_table(users.set_column(position, "user_key", pa.array(marked, users["user_key"].type)), fresh)
+    return np.array(gone, np.int64)
 
 
 def _forget_followed(file: Path, gone: np.ndarray) -> None:
@@ -187,7 +218,8 @@ def _reset(tensors: dict[str, torch.Tensor], rows: dict[str, np.ndarray], schema
             if tensor.ndim and tensor.shape[0] != size:
                 raise RunError(f"{folder}: {name} has {tensor.shape[0]} rows, its table {size}; train anew")
             if tensor.ndim:
-                tensor[torch.from_numpy(ids)] = 0
+                # An older state of a follower may not yet have its newest users.
+                tensor[torch.from_numpy(ids[ids < size])] = 0
 
 
 def _exported(export: Path, keys: Sequence[str]) -> set[str]:

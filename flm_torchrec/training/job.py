@@ -116,8 +116,7 @@ class Job:
     @cached_property
     def train_stats(self) -> TrainStats:
         """What the events that the model has learned from say of ids and values."""
-        stream = self.events.stream
-        return TrainStats.of(self.data, self.events.seen, values=True) if stream is None else stream.stats
+        return self.events.stats(self.data, values=True)
 
     def encoder(self, examples: Examples) -> ModelEncoder:
         """The model as an encoder of the examples' users and of items."""

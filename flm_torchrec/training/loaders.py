@@ -13,7 +13,6 @@ from flm_torchrec.data.negatives import Negatives
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.stream_loader import StreamLoader
 from flm_torchrec.data.survey import EventStream
-from flm_torchrec.data.train_stats import TrainStats
 from flm_torchrec.data.windows import windows
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.training.run_events import RunEvents
@@ -31,9 +30,9 @@ def make_loader(data: PreparedData, events: RunEvents, config: Config, comm: Com
     assembler = Assembler(
         data,
         events.learned_from,
-        stats=TrainStats.of(data, events.seen, values=labels is None),
+        stats=events.stats(data, values=labels is None),
         labels=labels,
-        item_stride=_most_items(data.schema, config, comm, sequences),
+        item_stride=most_items(data.schema, config, comm, sequences),
     )
     negatives = Negatives(counts, drawn, config.loss.negative_power)
     return TrainLoader(windows(data, events.splits, config.data.max_history), assembler, negatives, sharing)
@@ -43,13 +42,13 @@ def _make_stream_loader(
     data: PreparedData, stream: EventStream, config: Config, comm: Comm, sharing: Sharing
 ) -> StreamLoader:
     plan = LanePlan(stream, config.data.max_history, sharing)
-    most_items = _most_items(data.schema, config, comm, plan.most_sequences(config.train.epochs))
-    assembler = Assembler(data, np.zeros(len(data.item), bool), stream.stats, item_stride=most_items)
+    stride = most_items(data.schema, config, comm, plan.most_sequences(config.train.epochs))
+    assembler = Assembler(data, np.zeros(len(data.item), bool), stream.stats, item_stride=stride)
     negatives = Negatives(stream.counts, config.loss.negatives, config.loss.negative_power)
     return StreamLoader(plan, assembler, negatives)
 
 
-def _most_items(schema: Schema, config: Config, comm: Comm, sequences: int) -> int:
+def most_items(schema: Schema, config: Config, comm: Comm, sequences: int) -> int:
     """Maximum of different items in a rank's batch of so many sequences; 0 on one rank, where none must agree."""
     if comm.world_size == 1:
         return 0

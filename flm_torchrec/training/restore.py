@@ -10,9 +10,11 @@ from pathlib import Path
 
 from flm_torchrec.errors import RunError
 from flm_torchrec.training.checkpoint.manager import BEST, load_checkpoint
+from flm_torchrec.training.checkpoint.storage import read_meta
+from flm_torchrec.training.follow.growth import followed_data
 from flm_torchrec.training.identity import open_run
 from flm_torchrec.training.job import Job, open_inputs
-from flm_torchrec.training.run_events import ANY_RANKS, IN_MEMORY
+from flm_torchrec.training.run_events import ANY_RANKS, IN_MEMORY, load_data
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ def restore(
     run: str | Path, overrides: Sequence[str] = (), sample: bool = False, options: Mapping[str, str] | None = None
 ) -> Iterator[Restored]:
     """Load a run's best checkpoint onto the ranks of this job; collective.
+
+    The data of a run of 'flm follow' are those that it began with and all that it learned from.
 
     Args:
         run: run folder.
@@ -47,7 +51,9 @@ def restore(
         raise RunError(f"{run}: was trained with all data in memory; --sample is for runs with data.stream")
     if config.finetune.task == "label" and config.finetune.source:
         raise RunError(f"{run}: was fine-tuned to tell labels, not to rank; its test metrics are in finetune.json")
-    with open_inputs(config, run=run, options=options) as inputs:
+    taken = read_meta(run / BEST).get("taken")
+    data = followed_data(run, load_data(config), taken) if taken else None
+    with open_inputs(config, data, run=run, options=options) as inputs:
         job = Job(inputs)
         meta = load_checkpoint(run / BEST, job.model, inputs.comm)
         digest = hashlib.sha256((run / "config.yaml").read_bytes()).hexdigest()[:8]

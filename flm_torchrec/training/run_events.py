@@ -12,6 +12,8 @@ from flm_torchrec.data.cohort import Labels, label_events, of_cohort
 from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.data.splits import Examples, Splits, split, split_by
 from flm_torchrec.data.survey import EventStream, StreamedData, hide_values, load_streamed
+from flm_torchrec.data.train_stats import TrainStats
+from flm_torchrec.training.follow.growth import FollowedData
 from flm_torchrec.training.identity import has_ids_of, read_config
 
 ANY_RANKS = ("distributed.plan=", "distributed.replicas=1")
@@ -34,6 +36,18 @@ class RunEvents:
     def training_events(self) -> int:
         """Number of events that the run learns from."""
         return int(self.learned_from.sum()) if self.stream is None else self.stream.train_rows
+
+    def stats(self, data: PreparedData, values: bool) -> TrainStats:
+        """What the events that the model has learned from say of ids and values.
+
+        Args:
+            values: False hides the values from the model.
+        """
+        if self.stream is not None:
+            return self.stream.stats
+        if isinstance(data, FollowedData):
+            return data.stats(self.seen, values)
+        return TrainStats.of(data, self.seen, values)
 
 
 def load_data(config: Config) -> PreparedData:
@@ -70,6 +84,9 @@ def events_of(config: Config, data: PreparedData) -> RunEvents:
     if isinstance(data, StreamedData):
         splits = split_by(data, data.stream.rule)
         return RunEvents(splits, splits.train_mask(data), splits.train_mask(data), stream=data.stream)
+    if isinstance(data, FollowedData):
+        own = events_of(config, data.before)
+        return RunEvents(data.placed(own.splits), data.placed_mask(own.learned_from), data.placed_mask(own.seen))
     if not tuning.source:
         splits = split(data, config.data.split, config.data.holdout)
         return RunEvents(splits, splits.train_mask(data), splits.train_mask(data))

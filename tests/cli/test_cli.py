@@ -193,8 +193,8 @@ def test_finetune_says_the_defaults_that_it_uses(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("command", [
-    ["prepare", "--source", "synthetic", "--output", "{d}/data"], ["inspect", "{d}/data"], ["follow", "--run", "{d}/r",
-    "--source", "{d}/in", "--output", "{d}/out"], ["report", "{d}/r"], ["plan", "--hardware", "h100"],
+    ["prepare", "--source", "synthetic", "--output", "{d}/data"], ["inspect", "{d}/data"],
+    ["report", "{d}/r"], ["plan", "--hardware", "h100"],
     ["recommend", "--export", "{d}/e", "--user", "u1"], ["serve", "--export", "{d}/e"],
     ["forget", "--data", "{d}/data", "--user", "u1"],
 ])  # fmt: skip

@@ -81,7 +81,7 @@ def weights(folder: Path) -> list[str]:
 def test_a_killed_follower_goes_on_to_the_weights_of_an_undisturbed_one(
     small: PreparedData, run: Path, source: Path, tmp_path: Path
 ) -> None:
-    follow = ["follow", "--run", str(run), "--source", str(source), "--once", "--output"]
+    follow = ["follow", "--run", str(run), "--source", str(source), "--once", "--admit-after", "0", "--output"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main([*follow, str(whole)]) == 0
     report = json.loads((whole / "follow.json").read_text())
@@ -263,6 +263,7 @@ def test_the_forgotten_are_out_of_what_a_follower_kept_and_it_goes_on(
     source.mkdir()
     gone = rows_of(small, 1, 0)
     arguments = ["follow", "--run", str(base), "--source", str(source), "--output", str(live), "--once"]
+    arguments += ["--admit-after", "0"]  # else a forgotten user whose events come again is a new user
     put(source / "a.jsonl", gone)
     put(source / "b.jsonl", rows_of(small, 30, 0))
     assert main(arguments) == 0

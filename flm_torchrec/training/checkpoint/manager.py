@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from itertools import chain, count
@@ -35,6 +35,8 @@ STATE = re.compile(r"step-(\d{9,})")
 ASIDE = re.compile(rf"damaged-{STATE.pattern}(-\d+)?")
 """Name of a state that was found damaged."""
 RNG = "rng."
+BESIDE = "beside."
+"""Beginning of the names of what a job keeps beside model and optimizer."""
 LEAVE = 10.0
 """Seconds that a training which ends by an error waits for a save under way."""
 KEPT = 2
@@ -80,6 +82,10 @@ class Checkpoints:
         self.optimizer = optimizer
         self.comm = comm
         self.data = data
+        self.beside: dict[str, torch.Tensor] = {}
+        """By name, tensors that belong to the state, the same on all ranks; `load` fills those that the state has."""
+        self.fit: Callable[[Progress], None] = lambda progress: None
+        """Called before a state is loaded: gives `model` and `optimizer` the sizes that the state has."""
         self.pending: tuple[Future[None], threading.Thread] | None = None
         self.failed = ""
         """Why the last save is not on disk; empty if it is there, or is still being written."""
@@ -119,7 +125,8 @@ class Checkpoints:
         Returns what went wrong with the save before, or with this one; empty if nothing did.
         """
         self.wait()
-        tensors = copies({**self._state(), f"{RNG}{self.comm.rank}": torch.get_rng_state()})
+        beside = {f"{BESIDE}{name}": tensor for name, tensor in self.beside.items()}
+        tensors = copies({**self._state(), **beside, f"{RNG}{self.comm.rank}": torch.get_rng_state()})
         if self.comm.device.type == "cuda":
             tensors[f"{RNG}cuda.{self.comm.rank}"] = torch.cuda.get_rng_state()
         broken = any(not bool(t.isfinite().all()) for t in leaves(tensors) if not isinstance(t, ShardedTensor))
@@ -245,10 +252,13 @@ class Checkpoints:
         """
         progress, data, ranks = _read_progress(folder)
         storage.refuse_other_data(folder, data, self.data)
+        self.fit(progress)
+        stored = storage.stored(folder)
+        beside = {f"{BESIDE}{n}": tensor for n, tensor in self.beside.items() if f"{BESIDE}{n}" in stored}
         # Each rank draws its own dropout: other ranks, or another device, cannot continue those draws.
-        there = storage.stored(folder) if ranks == self.comm.world_size else {}
+        there = stored if ranks == self.comm.world_size else {}
         drawn = {n: torch.empty(there[n], dtype=torch.uint8) for n in _rng_names(self.comm) if n in there}
-        self._fill(folder, drawn, {})
+        self._fill(folder, {**drawn, **beside}, {})
         set_step(self.model, progress.steps_before + progress.step)
         for name, state in drawn.items():
             (torch.cuda.set_rng_state if name.startswith(f"{RNG}cuda.") else torch.set_rng_state)(state)
@@ -271,14 +281,14 @@ class Checkpoints:
         set_step(self.model, steps)
         return steps
 
-    def _fill(self, folder: Path, drawn: dict[str, torch.Tensor], matches: Mapping[str, RowMatch]) -> None:
-        """Fill model, optimizer and states of random numbers, `drawn`, from a state."""
+    def _fill(self, folder: Path, more: dict[str, torch.Tensor], matches: Mapping[str, RowMatch]) -> None:
+        """Fill model, optimizer and the tensors `more`, such as states of random numbers, from a state."""
         there = storage.stored(folder)
         prepare_state(self.optimizer, [n.removeprefix(OPTIMIZER) for n in there if n.startswith(OPTIMIZER)])
-        state = {**self._state(), **drawn}
+        state = {**self._state(), **more}
         # A rank's optimizer has only the tables of which the rank holds rows.
         wanted = set().union(*self.comm.gather(names(state)))
-        extra = {name for name in there if not name.startswith(RNG)} - wanted
+        extra = {name for name in there if not name.startswith((RNG, BESIDE))} - wanted
         if extra:
             raise RunError(f"{folder}: holds {min(extra)}, which this model lacks; resume with the settings of the run")
         fill_by_key(folder, state, matches, self.comm)

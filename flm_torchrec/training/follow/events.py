@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import pyarrow.parquet as pq
 
-from flm_torchrec.data.dataset import PreparedData, as_data_error, spans
+from flm_torchrec.data.dataset import PreparedData, spans
 from flm_torchrec.data.history import Events
 from flm_torchrec.data.keys import NO_EVENT, json_text, keys
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.times import seconds
 from flm_torchrec.data.windows import Windows, cut
 from flm_torchrec.prepare.clean import rules
+from flm_torchrec.training.follow.ids import IdIntake, KnownIds
 
 FIELDS = ("user", "item", "timestamp", "event", "value")
 KEYED = ("user", "item", "event")
@@ -59,12 +59,14 @@ class EventEncoder:
     Args:
         vocabulary: folder of a run.
         form: how the source writes its rows.
+        intake: what lets unknown users and items in; None refuses them.
     """
 
-    def __init__(self, vocabulary: Path, form: RowForm) -> None:
+    def __init__(self, vocabulary: Path, form: RowForm, intake: IdIntake | None = None) -> None:
         self.time_unit = form.time_unit
+        self.intake = intake
         self.schema = Schema.load(vocabulary / "schema.yaml")
-        self.users, self.items = (_ids_by_key(vocabulary / f"{e}s.parquet", f"{e}_key") for e in ("user", "item"))
+        self.ids = KnownIds(vocabulary)
         self.events = {name: code for code, name in enumerate(self.schema.events)}
         self.names = {field: form.columns.get(field, field) for field in FIELDS}
 
@@ -78,10 +80,19 @@ class EventEncoder:
         objects = [(where, row) for where, row in rows if isinstance(row, dict)]
         _refuse(refused, "not a JSON object", [where for where, row in rows if not isinstance(row, dict)])
         frame = self._read([where for where, _ in objects], [row for _, row in objects])
-        for reason, bad in [*rules(), *((f"unknown {what}", pl.col(f"{what}_id").is_null()) for what in KEYED)]:
+        for reason, bad in [*rules(), ("unknown event", pl.col("event_id").is_null())]:
             bad = bad.fill_null(False)
             _refuse(refused, reason, frame.filter(bad)["where"].to_list())
             frame = frame.filter(~bad)
+        if self.intake is not None:
+            frame = frame.with_columns(self.intake.take_in(frame, [row for _, row in objects], self.ids))
+        else:
+            unknown = [pl.when(pl.col(f"{e}_id").is_null()).then(pl.lit(f"unknown {e}")) for e in ("user", "item")]
+            frame = frame.with_columns(pl.coalesce(unknown).alias("reason"))
+        for reason in frame["reason"].drop_nulls().unique(maintain_order=True):
+            _refuse(refused, reason, frame.filter(pl.col("reason") == reason)["where"].to_list())
+        frame = frame.filter(pl.col("reason").is_null())
+        frame = frame.with_columns(self._ids(frame, "user"), self._ids(frame, "item"))
         return NewEvents(*(frame[name].to_numpy().astype(kind) for name, kind in COLUMNS.items()))
 
     def _read(self, where: list[str], rows: list[dict[str, Any]]) -> pl.DataFrame:
@@ -93,7 +104,7 @@ class EventEncoder:
         by_field = {what: keys(text[what], "") for what in KEYED}
         # An event without a name has the name that preparation gives it; data of one kind of event have that kind.
         by_field["event"] = by_field["event"].fill_null(next(iter(self.events)) if len(self.events) == 1 else NO_EVENT)
-        vocabularies = {"user": self.users, "item": self.items, "event": self.events}
+        vocabularies = {"user": self.ids.user, "item": self.ids.item, "event": self.events}
         ids = [
             pl.Series(f"{what}_id", [vocabularies[what].get(key) for key in by_field[what]], dtype=pl.Int64)
             for what in KEYED
@@ -103,7 +114,14 @@ class EventEncoder:
             times = seconds(text["timestamp"], self.time_unit)
         values = text["value"].fill_null("1").cast(pl.Float64, strict=False)
         columns = [by_field["user"].rename("user"), by_field["item"].rename("item"), times.rename("timestamp")]
-        return pl.DataFrame([pl.Series("where", where, dtype=pl.String), *columns, values.rename("value"), *ids])
+        position = pl.Series("position", range(len(rows)), dtype=pl.Int64)
+        return pl.DataFrame(
+            [pl.Series("where", where, dtype=pl.String), position, *columns, values.rename("value"), *ids]
+        )
+
+    def _ids(self, frame: pl.DataFrame, what: str) -> pl.Series:
+        of = self.ids.user if what == "user" else self.ids.item
+        return pl.Series(f"{what}_id", [of[key] for key in frame[what]], dtype=pl.Int64)
 
 
 def _refuse(refused: dict[str, Any], reason: str, where: list[str]) -> None:
@@ -111,11 +129,6 @@ def _refuse(refused: dict[str, Any], reason: str, where: list[str]) -> None:
         entry = refused.setdefault(reason, {"rows": 0, "examples": []})
         entry["rows"] += len(where)
         entry["examples"] += where[: EXAMPLES - len(entry["examples"])]
-
-
-def _ids_by_key(file: Path, column: str) -> dict[str, int]:
-    with as_data_error(file):
-        return {key: i for i, key in enumerate(pq.read_table(file, columns=[column])[column].to_pylist())}
 
 
 def append(data: PreparedData, learned_from: np.ndarray, new: NewEvents) -> tuple[PreparedData, np.ndarray, np.ndarray]:

@@ -6,35 +6,45 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from flm_torchrec.config import Config
+from flm_torchrec.data.admission import MOST_COUNTED, Admission
 from flm_torchrec.data.collate import Assembler
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.loader import Sharing, TrainLoader
 from flm_torchrec.data.negatives import Negatives
-from flm_torchrec.data.train_stats import TrainStats
-from flm_torchrec.errors import Interrupted, RunError
+from flm_torchrec.data.vocabulary import ENTITIES, RowMatch
+from flm_torchrec.errors import ConfigError, DataError, Interrupted, RunError
 from flm_torchrec.files import ANOTHER, mend_inside, replacing_file, telling, write_text
-from flm_torchrec.training.checkpoint.manager import BEST, Checkpoints, Progress, load_checkpoint
-from flm_torchrec.training.follow.events import (
-    FIELDS,
-    LEARNED,
-    EventEncoder,
-    NewEvents,
-    RowForm,
-    append,
-    new_windows,
-    newest,
+from flm_torchrec.training.build import make_model
+from flm_torchrec.training.checkpoint.by_key import table_weights
+from flm_torchrec.training.checkpoint.manager import BEST, Checkpoints, Progress, load_checkpoint, states_of
+from flm_torchrec.training.checkpoint.storage import read_meta
+from flm_torchrec.training.follow.events import FIELDS, LEARNED, EventEncoder, RowForm, new_windows
+from flm_torchrec.training.follow.growth import (
+    part_file,
+    publish_vocabulary,
+    read_events,
+    user_table,
+    with_growth,
+    write_growth,
 )
+from flm_torchrec.training.follow.histories import Histories
+from flm_torchrec.training.follow.ids import IdIntake
+from flm_torchrec.training.follow.item_rows import ItemFile, ItemRows
 from flm_torchrec.training.follow.sources import Chunk, EventSource, open_source
 from flm_torchrec.training.guard import NON_FINITE, Guard
 from flm_torchrec.training.identity import open_run
-from flm_torchrec.training.job import Job, open_inputs
+from flm_torchrec.training.job import Job, JobInputs, open_inputs
+from flm_torchrec.training.loaders import most_items
 from flm_torchrec.training.logger import RunLogger
 from flm_torchrec.training.run_events import ANY_RANKS, IN_MEMORY
 from flm_torchrec.training.run_folder import claimed, open_run_folder
@@ -51,41 +61,72 @@ PAUSE = 2.0
 REPORT = "follow.json"
 
 
-def follow(
-    run: Path, url: str, output: Path, form: RowForm, once: bool, overrides: Sequence[str] = ()
-) -> dict[str, int]:
-    """Train a run's best model further on a source's events, into a run folder of its own.
+@dataclass(frozen=True)
+class FollowOptions:
+    """What `flm follow` is asked for beside run, source and output."""
 
-    The checkpoint after a chunk makes its events, its counts and the source's position final. So a follower that was
-    killed resumes behind its last complete chunk, and ends in the same weights. Each chunk is learned from once, in
-    the windows that hold its events. What the run held out stays held out.
+    form: RowForm
+    """How the source writes its rows."""
+    once: bool = False
+    """End when there is nothing new, rather than wait."""
+    admit_after: int = 1
+    """Sightings after which an unknown user, or an item without features, comes in; 0: unknown ids are refused."""
+    expire_after: int = 0
+    """Days without an event after which an id expires; 0: never."""
+    items: Path | None = None
+    """File that describes items."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.admit_after <= MOST_COUNTED:
+            raise ConfigError(f"--admit-after {self.admit_after}: give 0 … {MOST_COUNTED}")
+        if not 0 <= self.expire_after <= 36_500:
+            raise ConfigError(f"--expire-after {self.expire_after}: give days, 0 … 36500")
+        if self.items is not None and not self.admit_after:
+            raise ConfigError("--items: new items come in, and --admit-after 0 refuses them; leave out one of the two")
+
+    @property
+    def lasting(self) -> dict[str, int]:
+        """The options that an output keeps."""
+        return {"admit_after": self.admit_after, "expire_after": self.expire_after}
+
+
+def follow(run: Path, url: str, output: Path, options: FollowOptions, overrides: Sequence[str] = ()) -> dict[str, int]:
+    """Train a run's best model further on a source's events, into a run folder of its own; collective.
+
+    The checkpoint after a chunk makes its events, its new users and items, its counts and the source's position final.
+    So a follower that was killed resumes behind its last complete chunk, and ends in the same weights. Each chunk is
+    learned from once, in the windows that hold its events. What the run held out stays held out.
 
     Args:
-        form: how the source writes its rows.
-        once: end when there is nothing new, rather than wait.
         overrides: of the run's config: `data.path`, where its data are now.
 
-    Returns the number of events learned from and of rows refused, since the folder was made.
+    Returns the number of events learned from, of rows refused, and of new users and items, since the folder was made.
 
     Raises:
-        FlmError: run, source or folder is wrong.
+        FlmError: run, source, item file or folder is wrong.
         Interrupted: asked to stop by SIGTERM or Ctrl-C; the state is saved.
     """
     config = _config_of(run, output, overrides)
     source = open_source(url)
-    with open_inputs(config) as inputs:
+    with open_inputs(
+        config, run=run, options={"source": url, **{k: str(v) for k, v in asdict(options).items()}}
+    ) as inputs:
         comm = inputs.comm
-        if comm.world_size > 1:
-            raise RunError("flm follow: runs as one process; start it without torchrun")
+        if options.expire_after and not inputs.data.schema.timestamps:
+            raise ConfigError(f"--expire-after: {inputs.data.path} has no timestamps; leave it out")
         with claimed(output, comm, ANOTHER):
+            intake = _intake(options, inputs.data, output)
+            encoder = EventEncoder(run / "vocabulary", options.form, intake)
+            new_items = ItemFeed(options, intake)
+            new_items.read()  # what contradicts the data is refused before anything is written
             job = Job(inputs)
             load_checkpoint(run / BEST, job.model, comm)
-            encoder = EventEncoder(run / "vocabulary", form)
             guard = Guard(comm, "stop", output / NON_FINITE)
             with open_run_folder(config, inputs.data, comm, 0) as logger, guard:
-                follower = _Follower(job, logger, guard, encoder)
+                follower = _Follower(job, logger, guard, encoder, options)
+                del job
                 follower.resume(source)
-                follower.take_all(source, once)
+                follower.take_all(source, new_items)
                 return follower.totals()
 
 
@@ -95,25 +136,84 @@ def _config_of(run: Path, output: Path, overrides: Sequence[str]) -> Config:
     config = open_run(run, [*ANY_RANKS, IN_MEMORY, "train.existing=resume", *overrides])
     if config.finetune.source:
         raise RunError(f"{run}: is a fine-tuning; follow the run that it came from")
+    if read_meta(run / BEST).get("taken", {}).get("growths"):
+        raise RunError(
+            f"{run}: followed a run and took in users and items, which its data lack; follow the run that it came from,"
+            f" with --output {run}, or prepare the data again and train with --train.warm_start {run}"
+        )
     rates = {name: RATE * getattr(config.train, name) for name in ("dense_lr", "sparse_lr")}
     return replace(config, train=replace(config.train, run=str(output), **rates))
+
+
+def _intake(options: FollowOptions, data: PreparedData, output: Path) -> IdIntake | None:
+    if not options.admit_after:
+        return None
+    reserved = [options.form.columns.get(field, field) for field in FIELDS]
+    return IdIntake(Admission(options.admit_after), ItemRows(data.path, output / "vocabulary"), reserved)
+
+
+class ItemFeed:
+    """The item file, read again whenever it has changed."""
+
+    def __init__(self, options: FollowOptions, intake: IdIntake | None) -> None:
+        key = options.form.columns.get("item", "item")
+        self.file = ItemFile(options.items, key) if options.items is not None else None
+        self.intake = intake
+        self.status: tuple[int, int] | None = None
+        self.items: list[tuple[str, dict[str, Any]]] = []
+
+    def read(self) -> list[tuple[str, dict[str, Any]]]:
+        """Keys and rows of the items that the run's data lack; empty where the file has not changed since `taken`.
+
+        Raises:
+            DataError: as of `ItemFile.read`.
+        """
+        if self.file is None or self.intake is None:
+            return []
+        try:
+            found = self.file.path.stat()
+        except OSError as error:
+            raise DataError(f"{self.file.path}: not readable ({error.strerror}); put the item file back") from error
+        if (found.st_size, found.st_mtime_ns) != self.status:
+            self.status = found.st_size, found.st_mtime_ns
+            self.items = self.file.read(self.intake.rows)
+        return self.items
+
+    def taken(self) -> None:
+        """The items came in."""
+        self.items = []
 
 
 class _Follower:
     """The model, the newest events of each user, and what has been taken from the source."""
 
-    def __init__(self, job: Job, logger: RunLogger, guard: Guard, encoder: EventEncoder) -> None:
+    def __init__(
+        self, job: Job, logger: RunLogger, guard: Guard, encoder: EventEncoder, options: FollowOptions
+    ) -> None:
         self.job = job
+        self.comm = job.comm
+        self.config = job.config
+        self.base = job.data
         self.logger = logger
         self.guard = guard
         self.folder = Path(job.config.train.run)
         self.encoder = encoder
+        self.options = options
         self.checkpoints = Checkpoints(self.folder, job.model, job.optimizer, job.comm, job.data.fingerprint)
+        self.checkpoints.fit = self._fit
+        if encoder.intake is not None and options.admit_after > 1:
+            state = encoder.intake.admission.state()
+            self.checkpoints.beside = {f"admission.{name}": torch.from_numpy(array) for name, array in state.items()}
         self.schedule = Schedule(job.optimizer, 0, ENDLESS)
-        self.progress = Progress(following={"source": {}, "parts": 0, "events": 0, "refused": {}})
-        self.data, self.learned_from = job.data, job.events.learned_from
-        self.counts = np.bincount(self.data.item[self.learned_from], minlength=self.data.schema.items)
-        self.train_stats = TrainStats.of(self.data, job.events.seen, values=True)
+        self.progress = Progress(following={"source": {}, "parts": 0, "events": 0, "refused": {}, "growths": 0})
+        self.progress.following["options"] = options.lasting
+        # A window may have max_history old events before the new ones, and the first of the old ones needs a gap.
+        keep = job.config.data.max_history + 2
+        self.histories = Histories(job.data, job.events, keep, options.expire_after)
+        self.published = 0
+        """Files of new users and items that the folder's vocabulary has."""
+        if self.comm.world_size > 1:
+            torch.manual_seed(job.config.train.seed + self.comm.rank)  # dropout, which each rank draws for itself
 
     def resume(self, source: EventSource) -> None:
         """Load the newest checkpoint, and the source's position in it.
@@ -127,53 +227,81 @@ class _Follower:
                 raise RunError(f"{self.folder}: no 'flm follow' made it; give another --output")
             self.progress = progress if progress.following else self.progress
         state = self.progress.following
-        state["source"] = source.resume(state["source"])
+        state["source"] = self.comm.on_main(lambda: source.resume(state["source"]))
         self._log_messages(source)
         self.checkpoints.check_space()
-        with telling(self.folder):
-            (self.folder / LEARNED).mkdir(exist_ok=True)
-            mend_inside(self.folder / LEARNED)
+        self.comm.on_main(self._make_folder)
         for number in range(state["parts"]):
-            table = pq.read_table(self._part(number))
-            self._append(NewEvents(**{name: table[name].to_numpy() for name in FIELDS}))
+            self.histories.append(read_events(self.folder / LEARNED, number))
+            self.histories.expire()
         self._save()
 
-    def take_all(self, source: EventSource, once: bool) -> None:
+    def take_all(self, source: EventSource, new_items: ItemFeed) -> None:
         """Learn from chunk after chunk.
 
         Raises:
             Interrupted: asked to stop; the state is saved.
-            DataError: the source cannot be read.
+            DataError: the source or the item file cannot be read.
         """
-        while not self.guard.asked:
-            chunk = source.after(self.progress.following["source"])
+        while not self.comm.any(self.guard.asked)[0]:
+            self._take_items(new_items)
+            chunk = self.comm.on_main(lambda: source.after(self.progress.following["source"]))
             self._log_messages(source)
             if chunk is not None:
                 self._take(chunk)
-            elif once:
+            elif self.options.once:
                 return
             else:
                 time.sleep(PAUSE)
         raise Interrupted(f"stopped as asked after step {self.progress.step}, all saved; start it again to go on")
 
     def totals(self) -> dict[str, int]:
-        """The number of events learned from and of rows refused, since the folder was made."""
-        state = self.progress.following
-        return {"events": state["events"], "refused": sum(entry["rows"] for entry in state["refused"].values())}
+        """Events learned from, rows refused, and new users and items, since the folder was made."""
+        state, ids, schema = self.progress.following, self.encoder.ids, self.base.schema
+        return {
+            "events": state["events"],
+            "refused": sum(entry["rows"] for entry in state["refused"].values()),
+            "users": len(ids.user) - schema.users,
+            "items": len(ids.item) - schema.items,
+        }
+
+    def _make_folder(self) -> None:
+        with telling(self.folder):
+            (self.folder / LEARNED).mkdir(exist_ok=True)
+            mend_inside(self.folder / LEARNED)
 
     def _log_messages(self, source: EventSource) -> None:
         for line in source.messages:
             self.logger.say(line)
         source.messages.clear()
 
+    def _take_items(self, new_items: ItemFeed) -> None:
+        """Take in the items of the item file, and save the state after it."""
+        items = self.comm.on_main(new_items.read)
+        new_items.taken()
+        for key, row in items:
+            self.encoder.ids.add_item(key, row)
+        if self.encoder.ids.new_items:
+            count = len(self.encoder.ids.new_items)
+            before = self.histories.data.schema.users, self.histories.data.schema.items
+            self._grow()
+            self._load_rows(before, {})
+            self._save()
+            self.logger.say(f"{self.options.items}: {count} new items")
+
     def _take(self, chunk: Chunk) -> None:
         """Learn from a chunk, and save the state after it."""
         state = self.progress.following
         new = self.encoder.encode(chunk.rows, state["refused"])
         if len(new):
-            with telling(self.folder), replacing_file(self._part(state["parts"])) as fresh:
-                pq.write_table(pa.table({name: getattr(new, name) for name in FIELDS}), fresh)
-            self._train(self._loader(self._append(new)), state["parts"])
+            before = self.histories.data.schema.users, self.histories.data.schema.items
+            grew = self._grow()
+            table = pa.table({name: getattr(new, name) for name in FIELDS})
+            self.comm.on_main(lambda: self._write_part(table, state["parts"]))
+            is_new, gone = self.histories.append(new), self.histories.expire()
+            if grew or any(len(ids) for ids in gone.values()):
+                self._load_rows(before, gone)
+            self._train(self._loader(is_new), state["parts"])
             state["parts"] += 1
         state["events"] += len(new)
         state["source"] = chunk.position
@@ -181,23 +309,92 @@ class _Follower:
         if chunk.rows:
             self.logger.say(f"{chunk.name}: {len(new)} of {len(chunk.rows)} rows, to step {self.progress.step}")
 
-    def _append(self, new: NewEvents) -> np.ndarray:
-        """Add events to the histories, of which only the end is kept → [interactions] bool: which are new."""
-        # A window may have max_history old events before the new ones, and the first of the old ones needs a gap.
-        data, learned_from = newest(self.data, self.learned_from, self.job.config.data.max_history + 2)
-        self.data, self.learned_from, is_new = append(data, learned_from, new)
-        np.add.at(self.counts, new.item, 1)
-        self.train_stats.items[new.item] = 1.0
-        self.train_stats.users[new.user] = 1.0
-        return is_new
+    def _write_part(self, table: pa.Table, number: int) -> None:
+        with telling(self.folder), replacing_file(part_file(self.folder / LEARNED, "part", number)) as fresh:
+            pq.write_table(table, fresh)
+
+    def _fit(self, progress: Progress) -> None:
+        """Build the model in the sizes of a state, before the state is loaded.
+
+        Raises:
+            ConfigError: the state began with other options.
+        """
+        state = progress.following
+        for name, value in state.setdefault("options", self.options.lasting).items():
+            if value != self.options.lasting[name]:
+                option = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{self.folder}: began with {option} {value}; give that again, or another --output")
+        if not state.setdefault("growths", 0):
+            return
+        grown = with_growth(self.base, self.folder / LEARNED, state["growths"])
+        self._build(grown)
+        ids = self.encoder.ids
+        for number in range(state["growths"]):
+            for entity, add in (("user", ids.add_user), ("item", lambda key: ids.add_item(key, {}))):
+                file = part_file(self.folder / LEARNED, entity, number)
+                for key in pq.read_table(file, columns=[f"{entity}_key"])[f"{entity}_key"].to_pylist():
+                    add(key)
+        ids.settle()
+
+    def _grow(self) -> bool:
+        """Give the model rows for the users and items that came in; `_load_rows` fills them. Whether any came."""
+        ids, state = self.encoder.ids, self.progress.following
+        if not ids.new_users and not ids.new_items:
+            return False
+        assert self.encoder.intake is not None
+        columns = pq.read_schema(self.base.path / "users.parquet")
+        users = user_table(columns, len(ids.user) - len(ids.new_users), ids.new_users)
+        items = self.encoder.intake.rows.table(len(ids.item) - len(ids.new_items), ids.new_items)
+        with telling(self.folder):
+            self.comm.on_main(lambda: write_growth(self.folder / LEARNED, state["growths"], users, items))
+        state["growths"] += 1
+        ids.settle()
+        self._build(with_growth(self.base, self.folder / LEARNED, state["growths"]))
+        return True
+
+    def _build(self, grown: PreparedData) -> None:
+        """A new model for the users and items of the grown data, without weights."""
+        self.histories.take_in(grown)
+        del self.job, self.checkpoints.model, self.checkpoints.optimizer, self.schedule  # their memory, before the new
+        cuda = [self.comm.device] if self.comm.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            self.job = Job(JobInputs.of(self.config, grown, self.comm))
+        self.checkpoints.model, self.checkpoints.optimizer = self.job.model, self.job.optimizer
+        self.schedule = Schedule(self.job.optimizer, 0, ENDLESS)
+
+    def _load_rows(self, before: tuple[int, int], gone: dict[str, np.ndarray]) -> None:
+        """Load the newest state: rows of new ids, and of those that expire, are zero in tables and optimizer.
+
+        A zero row of an item leaves its content alone, so a new item begins with the score of a cold one.
+
+        Args:
+            before: users and items of the state.
+            gone: by "user" and "item", ids that expire.
+        """
+        schema = self.job.data.schema
+        sizes = {"user": (before[0], schema.users), "item": (before[1], schema.items)}
+        matches = {}
+        with torch.random.fork_rng(devices=[]):
+            model = make_model(schema, self.config, self.comm)
+        for weight, table, looked_up in table_weights(model):
+            entity = ENTITIES.get(looked_up[0])
+            if entity is None or schema.table(table).kind != "direct":
+                continue
+            old, new = sizes[entity]
+            origin = np.where(np.arange(new) < old, np.arange(new), -1)
+            origin[gone.get(entity, np.zeros(0, np.int64))] = -1
+            matches[weight] = RowMatch(origin, old, new - old, 0)
+        self.checkpoints.load_by_key(states_of(self.folder)[0], matches)
 
     def _loader(self, is_new: np.ndarray) -> TrainLoader:
-        config = self.job.config
+        config, known, comm = self.config, self.histories, self.comm
+        sequences = -(-config.train.batch_size // comm.world_size)
+        stride = most_items(known.data.schema, config, comm, sequences)
         return TrainLoader(
-            new_windows(self.data, is_new, config.data.max_history),
-            Assembler(self.data, self.learned_from, self.train_stats),
-            Negatives(self.counts, config.loss.negatives, config.loss.negative_power),
-            Sharing(config.train.batch_size, config.train.seed),
+            new_windows(known.data, is_new, config.data.max_history),
+            Assembler(known.data, known.learnable, known.train_stats, item_stride=stride),
+            Negatives(known.counts, config.loss.negatives, config.loss.negative_power),
+            Sharing(config.train.batch_size, config.train.seed, comm.rank, comm.world_size),
         )
 
     def _train(self, loader: TrainLoader, number: int) -> None:
@@ -212,15 +409,23 @@ class _Follower:
             if outputs is not None:
                 losses.update({f"loss/{name}": float(loss) / len(loader) for name, loss in outputs.losses.items()})
         steps.release()
-        self.logger.scalars(self.progress.step, dict(losses))
+        shares = self.comm.gather(dict(losses))  # of each rank
+        self.logger.scalars(self.progress.step, {name: sum(share[name] for share in shares) for name in losses})
 
     def _save(self) -> None:
-        """Save the state to resume from; then what others read, the model and the report."""
+        """Save the state to resume from; then what others read: the vocabulary, the model and the report."""
+        state = self.progress.following
         self.checkpoints.save(self.progress)
         self.checkpoints.finish()
-        self.checkpoints.save_best({"step": self.progress.step})
+        if state["growths"] != self.published:
+            with telling(self.folder):
+                learned, vocabulary = self.folder / LEARNED, self.folder / "vocabulary"
+                self.comm.on_main(lambda: publish_vocabulary(self.base.path, learned, state["growths"], vocabulary))
+            self.published = state["growths"]
+        taken = {"parts": state["parts"], "growths": state["growths"], "expire_after": self.options.expire_after}
+        self.checkpoints.save_best({"step": self.progress.step, "taken": taken})
+        self.comm.on_main(self._write_report)
+
+    def _write_report(self) -> None:
         with telling(self.folder):
             write_text(self.folder / REPORT, json.dumps(self.progress.following, indent=2))
-
-    def _part(self, number: int) -> Path:
-        return self.folder / LEARNED / f"part-{number:06d}.parquet"

@@ -1,0 +1,199 @@
+"""Users and items that a follower took in: their files, the data with them, and the vocabulary that others read.
+
+Numbers of known users and items stay; new ones come behind them. Each time that new ones come in, two files in the
+folder of the follower's events get their rows: `users-NNNNNN.parquet` and `items-NNNNNN.parquet`, with the columns of
+the prepared data.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flm_torchrec.data.admission import LastSeen
+from flm_torchrec.data.dataset import EntityFeatures, PreparedData, as_data_error, load_entity
+from flm_torchrec.data.history import Events
+from flm_torchrec.data.schema import Entity, Schema
+from flm_torchrec.data.splits import Examples, Splits
+from flm_torchrec.data.train_stats import TrainStats
+from flm_torchrec.files import replacing_file
+from flm_torchrec.training.follow.events import FIELDS, LEARNED, NewEvents, append
+
+ENTITIES: tuple[Entity, ...] = ("user", "item")
+DAY = 86400
+
+
+@dataclass(frozen=True)
+class FollowedData(PreparedData):
+    """The data of a follower's run: the prepared ones, with the users, items and events that it took in."""
+
+    before: PreparedData
+    """With the new users and items, without the new events."""
+    own_fingerprint: str
+    """Of the prepared data."""
+    is_new: np.ndarray  # [interactions] bool
+    expired_items: np.ndarray  # [items] bool
+    expired_users: np.ndarray  # [users] bool
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of the prepared data."""
+        return self.own_fingerprint
+
+    def placed(self, splits: Splits) -> Splits:
+        """Splits of `before` → the same splits of these data: new events are neither validated nor tested on."""
+        old = np.append(np.flatnonzero(~self.is_new), len(self.item))
+        ends = np.where(splits.train_end == self.before.offsets[1:], self.offsets[1:], old[splits.train_end])
+        valid, test = (Examples(e.user, old[e.end], e.label) for e in (splits.valid, splits.test))
+        return replace(splits, train_end=ends, valid=valid, test=test)
+
+    def placed_mask(self, mask: np.ndarray) -> np.ndarray:
+        """A mask of the events of `before` → [interactions] bool, with all that is new."""
+        placed = self.is_new.copy()
+        placed[~self.is_new] = mask
+        return placed
+
+    def stats(self, seen: np.ndarray, values: bool) -> TrainStats:
+        """Statistics of the events `seen` [interactions] bool; mean and spread of values are those of the run's own."""
+        known = TrainStats.of(self, seen, values)
+        own = TrainStats.of(self.before, seen[~self.is_new], values)
+        return replace(
+            own,
+            items=np.where(self.expired_items, 0, known.items).astype(np.float32),
+            users=np.where(self.expired_users, 0, known.users).astype(np.float32),
+        )
+
+
+def part_file(folder: Path, kind: str, number: int) -> Path:
+    """A file of a follower's folder of events. `kind`: part (of events), user or item."""
+    return folder / f"{kind if kind == 'part' else kind + 's'}-{number:06d}.parquet"
+
+
+def write_growth(folder: Path, number: int, users: pa.Table, items: pa.Table) -> None:
+    """Write the files of new users and items; each is complete or not there."""
+    for kind, table in zip(ENTITIES, (users, items), strict=True):
+        with replacing_file(part_file(folder, kind, number)) as fresh:
+            pq.write_table(table, fresh)
+
+
+def user_table(columns: pa.Schema, first: int, keys: list[str]) -> pa.Table:
+    """Rows of users.parquet for new users, numbered from `first` on; nothing is known of them but the key."""
+    rows = [{"user_id": first + n, "user_key": key} for n, key in enumerate(keys)]
+    return pa.Table.from_pylist(rows, schema=columns.remove_metadata())
+
+
+def with_growth(data: PreparedData, folder: Path, growths: int) -> PreparedData:
+    """Prepared data with the first `growths` files of new users and items, who have no events there.
+
+    Raises:
+        DataError: a file is missing or broken.
+    """
+    users, items = (_joined(data, folder, entity, growths) for entity in ENTITIES)
+    more = len(users.dense) - data.schema.users
+    return replace(
+        data,
+        schema=replace(data.schema, users=len(users.dense), items=len(items.dense)),
+        offsets=np.concatenate([data.offsets, np.full(more, data.offsets[-1])]),
+        items=items,
+        users=users,
+    )
+
+
+def _joined(data: PreparedData, folder: Path, entity: Entity, growths: int) -> EntityFeatures:
+    features = data.users if entity == "user" else data.items
+    for number in range(growths):
+        file = part_file(folder, entity, number)
+        with as_data_error(file):
+            rows = pq.read_metadata(file).num_rows
+        if rows:
+            features = features + load_entity(file, data.schema, entity, rows)
+    return features
+
+
+def read_events(folder: Path, number: int) -> NewEvents:
+    """The events of a chunk that was learned from.
+
+    Raises:
+        DataError: the file is missing or broken.
+    """
+    file = part_file(folder, "part", number)
+    with as_data_error(file):
+        table = pq.read_table(file)
+    return NewEvents(**{name: table[name].to_numpy() for name in FIELDS})
+
+
+def followed_data(run: Path, data: PreparedData, taken: dict[str, int]) -> FollowedData:
+    """The data of a follower's run.
+
+    Args:
+        data: the prepared data of the run.
+        taken: `published` of the follower's state: how much of its folder belongs to the model.
+
+    Raises:
+        DataError: a file is missing or broken.
+    """
+    folder = run / LEARNED
+    before = with_growth(data, folder, taken["growths"])
+    parts: list[Events] = [read_events(folder, number) for number in range(taken["parts"])]
+    nothing = np.zeros(len(before.item), bool)
+    grown, is_new = before, nothing
+    if parts:
+        grown, _, is_new = append(before, nothing, NewEvents.concat(parts))
+    columns = {f.name: getattr(grown, f.name) for f in fields(PreparedData)}
+    if before.segment is not None:
+        columns["segment"] = np.full(len(grown.item), "", object)
+        columns["segment"][~is_new] = before.segment
+    if taken["growths"]:
+        columns["path"] = run / "vocabulary"
+    users, items = LastSeen(before.schema.users), LastSeen(before.schema.items)
+    users.see(grown.event_users(), grown.timestamp)
+    items.see(grown.item, grown.timestamp)
+    expired = [np.zeros(len(seen.time), bool) for seen in (users, items)]
+    now = int(grown.timestamp[is_new].max(initial=0))
+    if taken["expire_after"]:
+        expired = [seen.expired(now, taken["expire_after"] * DAY) for seen in (users, items)]
+    return FollowedData(
+        **columns,
+        before=before,
+        own_fingerprint=data.fingerprint,
+        is_new=is_new,
+        expired_users=expired[0],
+        expired_items=expired[1],
+    )
+
+
+def growth_files(folder: Path) -> list[Path]:
+    """The files of new users, in order."""
+    return sorted(folder.glob("users-*.parquet"))
+
+
+def publish_vocabulary(data: Path, folder: Path, growths: int, target: Path) -> None:
+    """Write what the rows of a follower's model stand for into its folder `vocabulary`: all columns, and the values.
+
+    Each file is replaced in one step, and only ever gets longer: a reader takes as many rows as its model has.
+
+    Args:
+        data: prepared data of the run.
+        folder: of the follower's events.
+        growths: number of the files of new users and items.
+        target: the folder `vocabulary`.
+    """
+    counts: dict[Entity, int] = {}
+    for entity in ENTITIES:
+        files = [data / f"{entity}s.parquet", *(part_file(folder, entity, number) for number in range(growths))]
+        tables = [pq.read_table(file) for file in files]
+        table = pa.concat_tables(t.cast(tables[0].schema.remove_metadata()) for t in tables)
+        counts[entity] = len(table)
+        with replacing_file(target / f"{entity}s.parquet") as fresh:
+            pq.write_table(table, fresh)
+    with replacing_file(target / "report.json") as fresh:
+        shutil.copy(data / "report.json", fresh)
+    schema = Schema.load(data / "schema.yaml")
+    with replacing_file(target / "schema.yaml") as fresh:
+        replace(schema, users=counts["user"], items=counts["item"]).save(fresh)

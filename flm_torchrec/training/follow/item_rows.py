@@ -1,0 +1,179 @@
+"""Features of items as people write them → rows of items.parquet, by the values that a run's data have codes for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flm_torchrec.data.dataset import as_data_error
+from flm_torchrec.data.feature_values import FeatureValues, codes_of, describe, numbers_of
+from flm_torchrec.data.keys import json_text, keys
+from flm_torchrec.data.schema import Feature, Schema
+from flm_torchrec.errors import DataError
+
+LISTS = ("multi_categorical", "text")
+"""Kinds of which an item has several codes."""
+CLOSE = 1e-5
+"""Numbers that differ by less are the same: preparation standardises them in another order."""
+ITEM_ID = "item_id"
+READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
+    ".parquet": pl.read_parquet,
+    ".jsonl": pl.read_ndjson,
+    ".csv": pl.read_csv,
+}
+
+
+class ItemRows:
+    """Encodes features of items that the data lack.
+
+    Args:
+        folder: prepared data of the run.
+        followed: folder with the items.parquet that a follower of the run wrote, if there is one.
+
+    Raises:
+        DataError: a file of the data is missing or broken.
+    """
+
+    def __init__(self, folder: Path, followed: Path) -> None:
+        self.file = folder / "items.parquet"
+        self.followed = followed
+        self.schema = Schema.load(folder / "schema.yaml")
+        with as_data_error(self.file):
+            self.columns = pq.read_schema(self.file).remove_metadata()
+        features = [f for f in self.schema.features if f.entity == "item"]
+        self.features = [(f, FeatureValues.described(describe(folder, f))) for f in features]
+        title = self.schema.title
+        self.names = [f.name for f in features]
+        self.texts = [n for n in dict.fromkeys([*self.names, title]) if n and _is_text(self._type(n))]
+        """Columns that hold a text as it was given."""
+        self.given_names = list(dict.fromkeys([*self.names, *self.texts]))
+
+    def row(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The columns of items.parquet for an item, but for id and key; None where nothing is given.
+
+        A value without a code is left out, as `flm prepare` leaves out rare values.
+
+        Raises:
+            DataError: a value does not fit its kind.
+        """
+        row: dict[str, Any] = {n: given[n] for n in self.texts if isinstance(given.get(n), str)}
+        for feature, values in self.features:
+            row[feature.column] = _encoded(feature, values, _as_kind(feature, given.get(feature.name)))
+        return row
+
+    def table(self, first: int, items: list[tuple[str, dict[str, Any]]]) -> pa.Table:
+        """Keys and rows of new items, numbered from `first` on, with the columns of items.parquet."""
+        rows = [{"item_id": first + n, "item_key": key, **row} for n, (key, row) in enumerate(items)]
+        return pa.Table.from_pylist(rows, schema=self.columns)
+
+    def known(self, wanted: list[str]) -> dict[str, dict[str, Any]]:
+        """By key, the rows of those items that the data have, or that came in since."""
+        grown = self.followed / "items.parquet" if (self.followed / "report.json").is_file() else self.file
+        if not wanted:
+            return {}
+        with as_data_error(grown):
+            table = pq.read_table(grown, filters=[("item_key", "in", wanted)])
+        return {row["item_key"]: row for row in table.to_pylist()}
+
+    def differs(self, given: Mapping[str, Any], row: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+        """Name of a feature that is given and is not that of the known item; empty where there is none."""
+        for feature, _ in self.features:
+            if given.get(feature.name) is not None and not _same(row[feature.column], known[feature.column]):
+                return feature.name
+        return ""
+
+    def _type(self, name: str) -> pa.DataType:
+        place = self.columns.get_field_index(name)
+        return pa.null() if place < 0 else self.columns.field(place).type
+
+
+@dataclass(frozen=True)
+class ItemFile:
+    """Rows of a file that describes items: Parquet, JSON lines or CSV, with a column of keys, and features by name."""
+
+    path: Path
+    key: str
+    """Column of keys; where the file lacks it, `item_id` is, as `flm export-events` writes it."""
+
+    def read(self, rows: ItemRows) -> list[tuple[str, dict[str, Any]]]:
+        """Keys and encoded rows of the items that the data lack, in order of the file.
+
+        Raises:
+            DataError: the file cannot be read, a row has no key or the key of another row, a value does not fit its
+                kind, or an item that the data have has other features here. The message names the row.
+        """
+        frame = self._frame()
+        found = keys(frame[self.key if self.key in frame.columns else ITEM_ID], str(self.path)).to_list()
+        known = rows.known([key for key in found if key is not None])
+        names = [name for name in rows.given_names if name in frame.columns]
+        new: dict[str, dict[str, Any]] = {}
+        described = frame.select(names).to_dicts() if names else [{}] * len(found)
+        for number, (key, given) in enumerate(zip(found, described, strict=True), start=1):
+            where = f"{self.path}: row {number}"
+            if key is None or key in new:
+                raise DataError(f"{where}: {'no item' if key is None else f'item {key!r} has two rows'}; mend the row")
+            try:
+                row = rows.row(given)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from error
+            if key not in known:
+                new[key] = row
+            elif feature := rows.differs(given, row, known[key]):
+                raise DataError(
+                    f"{where}: item '{key}' has another {feature} than in {rows.file}; take the row out, or prepare"
+                    " the data again and train with --train.warm_start"
+                )
+        return list(new.items())
+
+    def _frame(self) -> pl.DataFrame:
+        if self.path.suffix not in READERS:
+            raise DataError(f"{self.path}: give an item file that ends in {', '.join(READERS)}")
+        try:
+            frame = READERS[self.path.suffix](self.path)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise DataError(f"{self.path}: not readable ({str(error).splitlines()[0]}); mend the file") from error
+        if not {self.key, ITEM_ID} & set(frame.columns):
+            raise DataError(f"{self.path}: no column '{self.key}' (it has {', '.join(frame.columns)}); see --columns")
+        return frame
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _as_kind(feature: Feature, value: Any) -> Any:
+    """A value of a file, where numbers may be text and keys may be numbers, as its kind wants it."""
+    if feature.kind in ("numeric", "quantile") and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError as error:
+            raise DataError(f"features.{feature.name}: '{value[:40]}' is no number") from error
+    if feature.kind in ("categorical", "multi_categorical") and value is not None:
+        return [json_text(v) for v in value] if isinstance(value, list) else json_text(value)
+    return value
+
+
+def _encoded(feature: Feature, values: FeatureValues, given: Any) -> Any:
+    if not feature.sparse:
+        numbers = None if given is None else numbers_of(values, given)
+        return numbers[0] if numbers and feature.kind == "numeric" else numbers
+    codes = list(codes_of(values, given, []))
+    if feature.kind in LISTS:
+        return codes
+    return codes[0] if codes else None
+
+
+def _same(row: Any, known: Any) -> bool:
+    if isinstance(row, float) and isinstance(known, float):
+        return abs(row - known) < CLOSE * max(1.0, abs(known))
+    if isinstance(row, list) and isinstance(known, list):
+        if not (row and known and isinstance(row[0], float)):
+            return sorted(row) == sorted(known)
+        return len(row) == len(known) and all(map(_same, row, known))
+    return bool(row == known)
