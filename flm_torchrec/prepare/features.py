@@ -31,6 +31,9 @@ def encode(declared: DeclaredFeature, column: pl.Series, options: PrepareOptions
     Raises:
         DataError: the column's type does not fit its kind.
     """
+    # An item that is left has enough users, and they all have its values.
+    people = options.min_users if declared.entity == "user" else 1
+    options = replace(options, min_count=max(options.min_count, people), min_users=people)
     try:
         return _ENCODERS[declared.kind](declared, column, options)
     except (pl.exceptions.PolarsError, TypeError) as error:
@@ -71,7 +74,8 @@ def _categorical(declared: DeclaredFeature, column: pl.Series, options: PrepareO
 
 def _multi_categorical(declared: DeclaredFeature, column: pl.Series, options: PrepareOptions) -> EncodedFeature:
     lists = column.cast(pl.List(pl.String)).fill_null([])
-    vocabulary = _vocabulary(lists.explode(), options.min_count)
+    counted = lists.list.unique() if options.min_users > 1 else lists  # else one user could be counted several times
+    vocabulary = _vocabulary(counted.explode(), options.min_count)
     codes = _coded(lists, vocabulary["value"], vocabulary["code"])
     return EncodedFeature(_sparse(declared, declared.name, len(vocabulary)), [codes], vocabulary)
 
@@ -80,6 +84,9 @@ def _text(declared: DeclaredFeature, column: pl.Series, options: PrepareOptions)
     text = column.cast(pl.String).fill_null("")
     words = split_words(text, options.text_ngrams)
     distinct = words.explode().drop_nulls().unique()
+    if options.min_users > 1:
+        distinct = _vocabulary(words.list.unique().explode(), options.min_users)["value"]
+        text = pl.Series([""] * len(text), dtype=pl.String)  # a text as a whole may be one user's alone
     buckets = pl.Series([word_bucket(word, options.text_buckets) for word in distinct], dtype=pl.Int32)
     name = f"{declared.name}_tokens"
     tokens = _coded(words, distinct, buckets).rename(name)
@@ -107,11 +114,24 @@ def _quantile(declared: DeclaredFeature, column: pl.Series, options: PrepareOpti
     at = np.arange(1, options.quantiles) * len(finite) // options.quantiles
     edges = np.unique(finite[at]) if len(finite) else finite
     edges = edges[edges > finite[0]] if len(finite) else edges
+    edges = _apart(edges, finite, options.min_users)
     codes = pl.Series(column.name, np.searchsorted(edges, numbers.fill_null(0).to_numpy(), "right").astype(np.int32))
     codes = codes.set(~numbers.is_finite().fill_null(False), None)
+    if len(finite) < options.min_users:
+        codes, finite = codes.set(codes.is_not_null(), None), finite[:0]
     lowest = ["-inf", *(repr(float(edge)) for edge in edges)] if len(finite) else []
     vocabulary = pl.DataFrame({"code": pl.int_range(len(lowest), dtype=pl.Int32, eager=True), "value": lowest})
     return EncodedFeature(_sparse(declared, declared.name, len(lowest)), [codes], vocabulary)
+
+
+def _apart(edges: np.ndarray, ordered: np.ndarray, least: int) -> np.ndarray:
+    """The edges of buckets that each hold at least so many of the ordered numbers."""
+    kept, before = [], 0
+    for edge, below in zip(edges, np.searchsorted(ordered, edges, "left"), strict=True):
+        if below - before >= least and len(ordered) - below >= least:
+            kept.append(edge)
+            before = below
+    return np.array(kept, edges.dtype)
 
 
 def _vector(declared: DeclaredFeature, column: pl.Series, options: PrepareOptions) -> EncodedFeature:

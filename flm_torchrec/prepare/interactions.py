@@ -77,7 +77,7 @@ class Interactions:
         if options.dedup != "none":
             self._count("duplicate = 1", f"duplicate ({options.dedup})", dropped)
         everything = np.arange(len(users)), np.arange(len(items))
-        return self._core(*everything, (options.minimum_events("user"), options.minimum_events("item")), dropped)
+        return self._core(*everything, options, dropped)
 
     def _code(self, users: pl.DataFrame, items: pl.DataFrame, events: list[str], options: PrepareOptions) -> None:
         """Replace keys by ids, mark duplicates and number sessions, bucket by bucket: the view `marked`."""
@@ -109,29 +109,38 @@ class Interactions:
         dropped.add(reason, rows, (f"{self.names[shard]}: row {line}" for shard, line in shown))
 
     def _core(
-        self, users: np.ndarray, items: np.ndarray, minimum: tuple[int, int], dropped: Dropped
+        self, users: np.ndarray, items: np.ndarray, options: PrepareOptions, dropped: Dropped
     ) -> tuple[np.ndarray, np.ndarray]:
         """Take out users and items with too few rows until all have enough: the core (Seidman 1983), of two kinds.
 
-        Args:
-            minimum: rows that each user, and each item, must have.
+        Items that too few different users have are taken out too.
         """
-        if max(minimum) <= 1:
+        minimum = options.minimum_events("user"), options.minimum_events("item")
+        if max(*minimum, options.min_users) <= 1:
             return users, items
         kept = "duplicate = 0 AND user_id IN (SELECT id FROM core_users) AND item_id IN (SELECT id FROM core_items)"
         while True:
             for name, ids in (("core_users", users), ("core_items", items)):
                 self.engine.frame(name, pl.DataFrame({"id": ids}))
-            counts = [
-                self.engine.query(f"SELECT {side}_id AS id, COUNT(*) AS n FROM marked WHERE {kept} GROUP BY {side}_id")
-                for side in ("user", "item")
+            people = ", COUNT(DISTINCT user_id) AS people" if options.min_users > 1 else ""
+            by_user, by_item = (
+                self.engine.query(
+                    f"SELECT {side}_id AS id, COUNT(*) AS n{more} FROM marked WHERE {kept} GROUP BY {side}_id"
+                )
+                for side, more in (("user", ""), ("item", people))
+            )
+            if people:
+                by_item = by_item.filter(pl.col("people") >= options.min_users)
+            core = [
+                c.filter(pl.col("n") >= n)["id"].sort().to_numpy()
+                for c, n in zip((by_user, by_item), minimum, strict=True)
             ]
-            core = [c.filter(pl.col("n") >= n)["id"].sort().to_numpy() for c, n in zip(counts, minimum, strict=True)]
             if (len(core[0]), len(core[1])) == (len(users), len(items)):
                 break
             users, items = core
         per_user, per_item = minimum
         name = f"{per_user}-core" if per_user == per_item else f"core of {per_user} events a user, {per_item} an item"
+        name += f", and of {options.min_users} users an item" if options.min_users > 1 else ""
         self._count(f"duplicate = 0 AND NOT ({kept})", f"outside the {name}", dropped)
         return users, items
 

@@ -72,6 +72,15 @@ class PrepareOptions:
     min_count: Annotated[
         int, Field(ge=1, title="N", description="values of a categorical feature that occur fewer times become unknown")
     ] = 1
+    min_users: Annotated[
+        int,
+        Field(
+            ge=1,
+            title="K",
+            description="drop items that fewer than K users have, and make values of user features unknown that fewer"
+            " than K users have; numbers of the kinds numeric and dense stay",
+        ),
+    ] = 1
     text_buckets: Annotated[
         int, Field(ge=1, title="N", description="rows of a text feature's table, into which words are hashed")
     ] = 10_000
