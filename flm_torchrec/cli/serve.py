@@ -12,7 +12,7 @@ from flm_torchrec.documents import Unreadable, read_text
 from flm_torchrec.errors import RunError
 
 if TYPE_CHECKING:
-    from flm_torchrec.serve.access import Keys
+    from flm_torchrec.serve.access import ApiKeys
     from flm_torchrec.serve.server import Certificate
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -152,13 +152,13 @@ def _stop(number: int, frame: object) -> None:
     raise SystemExit(0)
 
 
-def _keys(args: argparse.Namespace) -> Keys:
+def _keys(args: argparse.Namespace) -> ApiKeys:
     """The keys of `--keys` or of the environment.
 
     Raises:
         RunError: they cannot be read.
     """
-    from flm_torchrec.serve.access import Keys, read_keys
+    from flm_torchrec.serve.access import ApiKeys, read_keys
 
     if args.keys is not None:
         try:
@@ -167,7 +167,7 @@ def _keys(args: argparse.Namespace) -> Keys:
             raise RunError(f"{args.keys}: not readable ({error}); --keys must name a text file") from error
     if os.environ.get(KEYS):
         return read_keys(os.environ[KEYS], KEYS)
-    return Keys()
+    return ApiKeys()
 
 
 def _certificate(args: argparse.Namespace) -> Certificate | None:

@@ -126,7 +126,8 @@ def _quantile(declared: DeclaredFeature, column: pl.Series, options: PrepareOpti
 
 def _apart(edges: np.ndarray, ordered: np.ndarray, least: int) -> np.ndarray:
     """The edges of buckets that each hold at least so many of the ordered numbers."""
-    kept, before = [], 0
+    kept: list[float] = []
+    before = 0
     for edge, below in zip(edges, np.searchsorted(ordered, edges, "left"), strict=True):
         if below - before >= least and len(ordered) - below >= least:
             kept.append(edge)

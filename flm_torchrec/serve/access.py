@@ -45,7 +45,7 @@ class ApiKey:
     name: str
 
 
-class Keys:
+class ApiKeys:
     """The keys of a server."""
 
     def __init__(self, keys: Sequence[ApiKey] = ()) -> None:
@@ -64,7 +64,7 @@ class Keys:
         return found
 
 
-def read_keys(text: str, where: str) -> Keys:
+def read_keys(text: str, where: str) -> ApiKeys:
     """Keys from lines of `ROLE KEY [NAME]`; empty lines and lines that begin with # are left out.
 
     Args:
@@ -93,7 +93,7 @@ def read_keys(text: str, where: str) -> Keys:
         keys.append(ApiKey(ROLES[ROLES.index(parts[0])], digest, name))  # type: ignore[arg-type]
     if not keys:
         raise RunError(f"{where}: has no key; write lines of ROLE KEY, with roles {', '.join(ROLES)}")
-    return Keys(keys)
+    return ApiKeys(keys)
 
 
 class Rates:
@@ -124,7 +124,7 @@ def role_of(method: str, path: str) -> Role | None:
     return "read" if method in ("GET", "HEAD", "OPTIONS") or path.rstrip("/") in READING else "write"
 
 
-class Guard:
+class AccessGuard:
     """Refuses requests without the key that they need, and clients that send too many. Records admin acts.
 
     Args:
@@ -132,7 +132,7 @@ class Guard:
         rate: requests a second for each key, or each address where no key is given; 0: any number.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, rate: float) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, rate: float) -> None:
         self.app = app
         self.keys = keys
         self.rates = Rates(rate) if rate else None

@@ -15,7 +15,7 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 
 from flm_torchrec.safe_text import visible
-from flm_torchrec.serve.access import Guard, Keys
+from flm_torchrec.serve.access import AccessGuard, ApiKeys
 from flm_torchrec.serve.connections import KnownHosts, report_accept_errors_once
 from flm_torchrec.serve.map import MapCache
 from flm_torchrec.serve.messages import NewEvent, NewItem, Recommend, RecommendBatch, Swap
@@ -43,7 +43,7 @@ class ServerLimits:
     """Threads that answer requests."""
     waiting: int = 128
     """Requests that may wait for a thread; further ones get 503."""
-    keys: Keys | None = None
+    keys: ApiKeys | None = None
     """API keys; None: everyone may read and write, and admin routes are off."""
     rate: float = 0.0
     """Requests a second for each key or address; 0: any number."""
@@ -67,7 +67,7 @@ def create_app(service: Service, limits: ServerLimits = ServerLimits()) -> FastA
 
     app = FastAPI(title="flm serve", lifespan=lifespan, docs_url=None, redoc_url=None)
     add_error_handlers(app)
-    app.add_middleware(Guard, keys=limits.keys or Keys(), rate=limits.rate)
+    app.add_middleware(AccessGuard, keys=limits.keys or ApiKeys(), rate=limits.rate)
     app.add_middleware(KnownHosts, hosts=limits.hosts)
     app.add_middleware(MeasuringMiddleware, measures=measures)
     _read_routes(app, service, workers, measures)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from flm_torchrec.cli import main
 from flm_torchrec.errors import RunError
-from flm_torchrec.serve.access import Keys, Rates, read_keys, role_of
+from flm_torchrec.serve.access import ApiKeys, Rates, read_keys, role_of
 from flm_torchrec.serve.app import ServerLimits, create_app
 from flm_torchrec.serve.event_store import EventStore
 from flm_torchrec.serve.resolve import Refused
@@ -67,7 +67,7 @@ class FakeService:
 
 
 def client_of(keys: str = "", rate: float = 0.0) -> TestClient:
-    limits = ServerLimits(keys=read_keys(keys, "test") if keys else Keys(), rate=rate)
+    limits = ServerLimits(keys=read_keys(keys, "test") if keys else ApiKeys(), rate=rate)
     return TestClient(create_app(cast(Service, FakeService()), limits), raise_server_exceptions=False)
 
 
