@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from flm_torchrec.data.schema import Entity
 from flm_torchrec.data.vocabulary import ENTITIES, RowKeys, RowMatch, match_rows
+from flm_torchrec.distributed.rows import held_by_rank
 from flm_torchrec.errors import FlmError, RunError
 from flm_torchrec.training.build import make_model
 from flm_torchrec.training.checkpoint import storage
@@ -42,6 +45,31 @@ def match_tables(old: RowKeys, new: RowKeys, job: Job) -> dict[str, RowMatch]:
 def _tables(job: Job) -> list[tuple[str, str, Any]]:
     with torch.random.fork_rng(devices=[]):
         return list(table_weights(make_model(job.data.schema, job.config, job.comm)))
+
+
+def entity_tables(job: Job) -> dict[str, Entity]:
+    """By name of a table's weight: whose rows they are, of the tables with one row for each user or item."""
+    return {
+        weight: ENTITIES[keys[0]]
+        for weight, table, keys in _tables(job)
+        if keys[0] in ENTITIES and job.data.schema.table(table).kind == "direct"
+    }
+
+
+def know_learned(job: Job) -> None:
+    """Count users and items as known whose rows are not zero, though no event of the job's data has them. Collective.
+
+    For a job that was warm-started: there a row is zero until it has learned, in this run or in one before.
+    """
+    state = job.model.state_dict()
+    for weight, entity in entity_tables(job).items():
+        learned = torch.zeros(state[weight].size(0))
+        for block, tensor in held_by_rank(state[weight]):
+            learned[slice(*block.rows)] += (tensor != 0).any(1).float().cpu()
+        mask = (job.comm.all_reduce_sum(learned) > 0).float().numpy()
+        for stats in (job.train_stats, job.loader.assembler.stats):
+            known = stats.items if entity == "item" else stats.users
+            np.maximum(known, mask, out=known)
 
 
 def load_source(job: Job) -> str | None:

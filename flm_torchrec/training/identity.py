@@ -40,8 +40,7 @@ def read_config(run: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         FlmError: the config is no config, or there is no such run.
     """
-    # What a run was started from is in it, and may be gone.
-    config = load_config(run / "config.yaml", ["train.warm_start=", *overrides])
+    config = load_config(run / "config.yaml", overrides)
     if not config.finetune.source or any(override.startswith("finetune.source=") for override in overrides):
         return config
     source = _source(_candidates(run, config.finetune.source), run)

@@ -15,6 +15,7 @@ from flm_torchrec.evaluation.evaluate import blocks_of, evaluate_heads
 from flm_torchrec.evaluation.ranking import RankingProblem
 from flm_torchrec.names import nearest
 from flm_torchrec.planner.plan_file import describe
+from flm_torchrec.training.by_key import know_learned
 from flm_torchrec.training.checkpoint.manager import Checkpoints, Progress, load_checkpoint, states_of
 from flm_torchrec.training.encoder import ModelEncoder
 from flm_torchrec.training.fusion_weights import choose_weights
@@ -89,6 +90,8 @@ def train(job: Job, logger: RunLogger, validate: Validate | None = None, start: 
     progress = resume(checkpoints, logger) if logger.resumed else Progress()
     if start is not None:
         progress.steps_before = start.load(job, checkpoints, logger)
+    if config.train.warm_start:
+        know_learned(job)
     checkpoints.check_space()
     parts = TrainingParts(job.model, job.optimizer, job.loader, config.train, comm, logger, checkpoints)
     finished = run_loop(parts, validate or rank_validation, progress, validate_first=bool(job.loaded or start))

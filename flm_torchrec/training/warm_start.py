@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from flm_torchrec.config import Config, load_config
 from flm_torchrec.data.schema import Feature
 from flm_torchrec.data.vocabulary import ENTITIES, RowKeys, RowMatch
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.errors import ConfigError, DataError, RunError
-from flm_torchrec.training.by_key import match_tables, told, vocabularies
+from flm_torchrec.training.by_key import entity_tables, match_tables, told, vocabularies
 from flm_torchrec.training.checkpoint import storage
 from flm_torchrec.training.checkpoint.by_key import MODEL, weight_of
 from flm_torchrec.training.checkpoint.manager import Checkpoints, find_damage, states_of
-from flm_torchrec.training.identity import check_has_model, own_data, read_config, refuse_forgotten
+from flm_torchrec.training.identity import check_has_model, has_ids_of, own_data, read_config, refuse_forgotten
 from flm_torchrec.training.job import Job
 from flm_torchrec.training.logger import RunLogger
 from flm_torchrec.training.run_events import ANY_RANKS
@@ -32,15 +34,19 @@ HASHED = re.compile("[0-9a-f]{64}")
 def warm_config(source: Path, overrides: Sequence[str]) -> Config:
     """The config of a warm start: that of the run that it goes on from, with overrides.
 
-    Two settings have other defaults: `train.existing` is "refuse", and `data.path` is where the run's own data are.
+    Two settings have other defaults: `train.existing` is "refuse", and `data.path` is where the run's own data are. If
+    the source is gone and the run to write has a state, the config is that of this run, which resumes.
 
     Raises:
         FlmError: the source is no finished run, or a setting is wrong.
     """
-    check_has_model(source)
-    given = {override.partition("=")[0] for override in overrides}
+    given = {key: value for key, _, value in (override.partition("=") for override in overrides)}
     if "train.run" not in given:
         raise ConfigError("--train.run: name the folder to write, beside that of the run to go on from")
+    run = Path(given["train.run"])
+    if not source.exists() and states_of(run):
+        return load_config(run / "config.yaml", overrides)
+    check_has_model(source)
     config = load_config(source / "config.yaml", ["train.existing=refuse", *ANY_RANKS, *overrides])
     if "data.path" in given:
         return config
@@ -82,6 +88,8 @@ class WarmStart:
     source: Path
     state: Path
     matches: dict[str, RowMatch]
+    spared: dict[str, np.ndarray]
+    """By name of a table's weight, [rows] bool: rows that stay random though they never learned."""
 
     @classmethod
     def of(cls, job: Job) -> WarmStart:
@@ -99,14 +107,14 @@ class WarmStart:
         _check_keys(old, new)
         state = _newest_state(source, job.comm)
         _check_fits(state, job, matches)
-        return cls(source, state, matches)
+        return cls(source, state, matches, _spared(source, matches, job))
 
     def load(self, job: Job, checkpoints: Checkpoints, logger: RunLogger) -> int:
         """Set the job to the state, and report what was kept; collective.
 
         Returns the number of steps that the optimizer has taken.
         """
-        steps = checkpoints.load_by_key(self.state, self.matches)
+        steps = checkpoints.load_by_key(self.state, self.matches, self.spared)
         logger.say(f"warm start from {self.source} after step {steps}")
         for line in told(self.matches):
             logger.say(line)
@@ -116,6 +124,18 @@ class WarmStart:
         }
         logger.write_json(REPORT, {"source": str(self.source), "steps": steps, "keys": tables})
         return steps
+
+
+def _spared(source: Path, matches: dict[str, RowMatch], job: Job) -> dict[str, np.ndarray]:
+    """Rows that never learned become zero: a key without events yesterday is as new as one that was not there.
+
+    With the same data the run goes on as it would have without a warm start, so what it learns from stays as it is.
+    """
+    rows = {weight: job.model.state_dict()[weight].size(0) for weight in matches}
+    if not has_ids_of(source, job.data.path, job.data.fingerprint):
+        return {weight: np.zeros(size, bool) for weight, size in rows.items()}
+    seen = {"item": job.train_stats.items > 0, "user": job.train_stats.users > 0}
+    return {weight: seen[entity] for weight, entity in entity_tables(job).items()}
 
 
 def _newest_state(source: Path, comm: Comm) -> Path:

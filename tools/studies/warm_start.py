@@ -35,6 +35,7 @@ SETTINGS = (
     "loss.negatives=all",
     "train.batch_size=64",
     "train.patience=0",
+    "distributed.threads=1",
     f"train.select={HEAD}/{METRIC}",
     "eval.baselines=[]",
     "train.existing=replace",
@@ -53,6 +54,8 @@ class WarmStudy:
     every: int
     """Steps between two validations."""
     seed: int
+    settings: tuple[str, ...]
+    """More settings, as SECTION.FIELD=VALUE."""
 
     def data(self, day: str) -> Path:
         """Prepared data of a day."""
@@ -65,7 +68,7 @@ class WarmStudy:
     def overrides(self, day: str, run: str, epochs: int) -> list[str]:
         """Settings of a training."""
         length = [f"train.epochs={epochs}", f"train.eval_every={self.every}", f"train.seed={self.seed}"]
-        return [*SETTINGS, *length, f"data.path={self.data(day)}", f"train.run={self.run(run)}"]
+        return [*SETTINGS, *self.settings, *length, f"data.path={self.data(day)}", f"train.run={self.run(run)}"]
 
     def warm(self, run: str) -> Config:
         """The config of a warm start from yesterday's run."""
@@ -153,8 +156,9 @@ def main() -> int:
     parser.add_argument("--more", type=int, default=4, metavar="N", help="epochs of the warm start (default: 4)")
     parser.add_argument("--every", type=int, default=10, metavar="N", help="steps between validations (default: 10)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    parser.add_argument("settings", nargs="*", metavar="SECTION.FIELD=VALUE", help="settings, such as model.dim=32")
     args = parser.parse_args()
-    study = WarmStudy(args.output, args.epochs, args.more, args.every, args.seed)
+    study = WarmStudy(args.output, args.epochs, args.more, args.every, args.seed, tuple(args.settings))
     prepare_days(movielens.read(args.input), args.share, study)
     pretrain(load_config(None, study.overrides("yesterday", "yesterday", args.epochs)))
     pretrain(load_config(None, study.overrides("today", "anew", args.epochs)))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from flm_torchrec.data.vocabulary import RowMatch
@@ -57,6 +60,30 @@ def fill_by_key(folder: Path, state: dict[str, Any], matches: Mapping[str, RowMa
             move_rows(blocks, origin, held_by_rank(own.get(name)), comm)
             moved.add(name)
     storage.read(folder, {name: tensor for name, tensor in own.items() if name not in moved}, comm.saving)
+
+
+def zero_unlearned(state: dict[str, Any], spared: Mapping[str, np.ndarray]) -> None:
+    """Set this rank's rows to zero that no step has changed: they hold their first random values, which say nothing.
+
+    Args:
+        state: nested dicts of tensors of model and optimizer; changed in place.
+        spared: by name of a table's weight, [rows] bool: rows that stay as they are.
+    """
+    own = dict(zip(names(state), leaves(state), strict=True))
+    for weight, stays in spared.items():
+        begin = f"{TABLES}{weight}."
+        moments = [held_by_rank(t) for name, t in own.items() if name.startswith(begin) and len(t.size())]
+        for place, (block, tensor) in enumerate(held_by_rank(own.get(f"{MODEL}{weight}"))):
+            learned = _learned([held[place][1] for held in moments], stays[slice(*block.rows)])
+            tensor[~learned.to(tensor.device)] = 0
+
+
+def _learned(moments: Sequence[Tensor], stays: np.ndarray) -> Tensor:
+    """[rows] bool of a block: rows that stay, and rows whose optimizer state, [rows] or [rows, D], is not zero."""
+    learned = torch.from_numpy(stays.copy())
+    for moment in moments:
+        learned |= (moment != 0).reshape(len(moment), math.prod(moment.shape[1:])).any(1).cpu()
+    return learned
 
 
 def weight_of(name: str, weights: Iterable[str]) -> str | None:

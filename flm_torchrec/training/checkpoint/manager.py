@@ -12,6 +12,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
@@ -25,7 +26,7 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.files import discard, mend_inside
 from flm_torchrec.model.pretrain import user_weights
 from flm_torchrec.training.checkpoint import storage
-from flm_torchrec.training.checkpoint.by_key import MODEL, OPTIMIZER, TABLES, fill_by_key
+from flm_torchrec.training.checkpoint.by_key import MODEL, OPTIMIZER, TABLES, fill_by_key, zero_unlearned
 from flm_torchrec.training.checkpoint.state import copies, leaves, names, own_bytes
 
 CHECKPOINTS = "checkpoints"
@@ -264,11 +265,14 @@ class Checkpoints:
             (torch.cuda.set_rng_state if name.startswith(f"{RNG}cuda.") else torch.set_rng_state)(state)
         return progress
 
-    def load_by_key(self, folder: Path, matches: Mapping[str, RowMatch]) -> int:
+    def load_by_key(
+        self, folder: Path, matches: Mapping[str, RowMatch], spared: Mapping[str, np.ndarray] | None = None
+    ) -> int:
         """Set model and optimizer to a state of other data; its files are not checked for damage.
 
         Args:
             matches: by name of a table's weight, where its rows come from.
+            spared: tables in which rows that never learned become zero; see `zero_unlearned`.
 
         Returns the number of steps that the optimizer has taken.
 
@@ -277,6 +281,7 @@ class Checkpoints:
         """
         progress, _, _ = _read_progress(folder)
         self._fill(folder, {}, matches)
+        zero_unlearned(self._state(), spared or {})
         steps = progress.steps_before + progress.step
         set_step(self.model, steps)
         return steps

@@ -140,8 +140,8 @@ def refuse_other_data(where: Path, made_with: str, now: str) -> None:
     """Raise RunError unless the two fingerprints of prepared data are the same."""
     if made_with != now:
         raise RunError(
-            f"{where}: made with other data than data.path holds now; resume with that data, or train anew with"
-            " --train.existing replace"
+            f"{where}: made with other data than data.path holds now; resume with that data, go on with the new data in"
+            " another --train.run by --train.warm_start, or train anew with --train.existing replace"
         )
 
 
