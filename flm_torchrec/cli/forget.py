@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from flm_torchrec.documents import Unreadable, read_text
@@ -54,6 +55,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="DIR",
         help="export to look through: one that still has a user must be exported again; may be repeated",
     )
+    parser.add_argument(
+        "--events",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="live events of 'flm serve --events', which may run meanwhile; may be repeated",
+    )
     parser.set_defaults(run=run)
 
 
@@ -71,8 +80,34 @@ def run(args: argparse.Namespace) -> None:
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     from flm_torchrec.privacy.forget import forget
 
-    for line in forget(args.data, list(dict.fromkeys(keys)), args.runs, args.exports):
+    keys = list(dict.fromkeys(keys))
+    live = _forget_live(args.events, keys)
+    try:
+        done = forget(args.data, keys, args.runs, args.exports, live)
+    finally:  # what was removed is told, whatever else fails
+        for file, counts in live.items():
+            print(visible(f"{file}: {len(counts)} users and their {sum(counts.values())} live events forgotten"))
+    for line in done:
         print(visible(line))
+
+
+def _forget_live(files: Sequence[Path], keys: Sequence[str]) -> dict[Path, dict[str, int]]:
+    """By store: the live events that were removed of each user.
+
+    Raises:
+        FlmError: there is no such store, or it cannot be changed.
+    """
+    from flm_torchrec.serve.event_store import EventStore
+
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"{file}: not found; --events must name the file of 'flm serve --events'")
+    found = {}
+    for file in files:
+        store = EventStore(file)
+        found[file] = store.forget(keys)
+        store.close()
+    return found
 
 
 def _lines(file: Path) -> list[str]:

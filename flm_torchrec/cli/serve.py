@@ -5,22 +5,32 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import tempfile
+import traceback
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from socket import socket
 from typing import TYPE_CHECKING
 
+from flm_torchrec.cli.error_line import tell
 from flm_torchrec.documents import Unreadable, read_text
-from flm_torchrec.errors import RunError
+from flm_torchrec.errors import FlmError, RunError
 
 if TYPE_CHECKING:
     from flm_torchrec.serve.access import ApiKeys
     from flm_torchrec.serve.server import Certificate
+    from flm_torchrec.serve.supervisor import Link
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MOST_KEY_BYTES = 1 << 20
+SHARED_METRICS = "PROMETHEUS_MULTIPROC_DIR"
+"""Variable that names prometheus_client the folder in which processes share their counts."""
 KEYS = "FLM_SERVE_KEYS"
 """Variable of the environment that may have the lines of --keys."""
 RANGES = {
     "port": (1, 65535),
+    "workers": (1, 256),
     "threads": (1, 256),
     "waiting": (0, 100_000),
     "watch": (0, 86_400),
@@ -30,6 +40,22 @@ RANGES = {
     "keep_events": (1, 10**12),
 }
 """Bounds of numbers among the options."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What faces the clients."""
+
+    bound: socket
+    """Listens."""
+    most: int
+    """Connections that fit into the limit of open files."""
+    keys: Keys
+    tls: Certificate | None
+
+    def url(self, args: argparse.Namespace) -> str:
+        """The address to show."""
+        return f"{'https' if self.tls else 'http'}://{args.host}:{args.port}"
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -50,6 +76,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="NAMES",
         help="host names that requests may ask for, with commas; '*.example.org' for all below one, '*' for any"
         " (default: localhost and the address listened on; listening on all, any IP address)",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes that share the port and the events (default: %(default)s)"
     )
     parser.add_argument("--threads", type=int, default=2, help="that work on requests (default: %(default)s)")
     parser.add_argument(
@@ -114,37 +143,86 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     keys = _keys(args)
     tls = _certificate(args)
-    # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
+    # Imported here: it takes a second, and a wrong option should be reported at once.
     from flm_torchrec.export.manifest import read_manifest
-    from flm_torchrec.serve.app import ServerLimits, create_app
-    from flm_torchrec.serve.connections import ConnectionLimits, listening, most_connections
-    from flm_torchrec.serve.event_store import EventStore, StoreLimits
-    from flm_torchrec.serve.server import serve
-    from flm_torchrec.serve.service import Service
+    from flm_torchrec.serve.connections import listening, most_connections
 
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn has its own handler while it serves
         signal.signal(number, _stop)
-    bound, most = listening(args.host, args.port), most_connections()
+    edge = Edge(listening(args.host, args.port), most_connections(), keys, tls)
     if not (keys or args.host in LOOPBACK or args.without_keys):
         raise RunError(
             f"--host {args.host}: others could reach the server; give --keys FILE, or --without-keys to trust them all"
         )
     read_manifest(args.export)  # no store is made beside what is no export
+    if args.workers == 1:
+        _serve(args, edge)
+    else:
+        _supervise(args, edge)
+
+
+def _supervise(args: argparse.Namespace, edge: Edge) -> None:
+    """Run the workers until SIGTERM or Ctrl-C.
+
+    Raises:
+        SystemExit: a worker could not begin; it has said why.
+    """
+    from flm_torchrec.serve.supervisor import Supervisor
+
+    def fail(error: BaseException) -> int:
+        if isinstance(error, FlmError):
+            tell(str(error))
+            return error.exit_code
+        traceback.print_exception(error)
+        return 1
+
+    with tempfile.TemporaryDirectory(prefix="flm-serve-") as metrics:
+        os.environ[SHARED_METRICS] = metrics
+        ready = partial(print, f"{edge.url(args)} from {args.workers} processes", flush=True)
+        code = Supervisor(lambda link, export: _serve(args, edge, link, export), fail, ready).run(args.workers)
+    if code:
+        raise SystemExit(code)
+
+
+def _serve(args: argparse.Namespace, edge: Edge, link: Link | None = None, swapped: str | None = None) -> None:
+    """Serve in this process until SIGTERM or Ctrl-C.
+
+    Args:
+        link: to the supervisor; None without one.
+        swapped: the export to serve, where another was swapped in for that of the options.
+
+    Raises:
+        RunError: the export or the store cannot be used.
+    """
+    # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
+    from flm_torchrec.serve.app import ServerLimits, create_app
+    from flm_torchrec.serve.connections import ConnectionLimits
+    from flm_torchrec.serve.event_store import EventStore, StoreLimits
+    from flm_torchrec.serve.server import serve
+    from flm_torchrec.serve.service import Service
+
     kept = StoreLimits(days=args.keep_days, events=args.keep_events)
-    service = Service(args.export, EventStore(store_file(args), kept))
+    service = Service(args.export, EventStore(store_file(args), kept), Path(swapped) if swapped else None)
     limits = ServerLimits(
         threads=args.threads,
         waiting=args.waiting,
         watch_seconds=args.watch,
         hosts=_hosts(args),
-        keys=keys,
-        rate=args.rate,
+        keys=edge.keys,
+        rate=args.rate / args.workers,
     )
+    connections = ConnectionLimits(min(edge.most, args.connections or edge.most))
     folder, manifest = service.loaded.folder, service.loaded.manifest
-    print(f"{folder}: {manifest.items} items, {manifest.users} users; model {manifest.model_version}")
-    connections = ConnectionLimits(min(most, args.connections or most))
-    address = f"{'https' if tls else 'http'}://{args.host}:{args.port}"
-    serve(create_app(service, limits), bound, connections, tls, lambda: print(address, flush=True))
+    told = f"{folder}: {manifest.items} items, {manifest.users} users; model {manifest.model_version}"
+    if link is None:
+        print(told)
+        serve(
+            create_app(service, limits), edge.bound, connections, edge.tls, partial(print, edge.url(args), flush=True)
+        )
+        return
+    link.follow(lambda export: service.follow(Path(export)))
+    app = create_app(service, limits, lambda export: link.tell({"swapped": export}))
+    serve(app, edge.bound, connections, edge.tls, lambda: link.tell({"ready": True}))
 
 
 def _stop(number: int, frame: object) -> None:
@@ -208,3 +286,5 @@ def _check(args: argparse.Namespace) -> None:
     for name, (least, most) in RANGES.items():
         if not least <= getattr(args, name) <= most:
             raise RunError(f"--{name.replace('_', '-')} {getattr(args, name)}: give {least} … {most}")
+    if args.workers > 1 and args.events == "none":
+        raise RunError(f"--workers {args.workers}: processes share events in a file; give --events FILE")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -42,7 +43,13 @@ EXPORTED = {".parquet": "parquet", ".arrow": "feather", ".feather": "feather"}
 """Formats of an export's rows, by suffix."""
 
 
-def forget(folder: Path, keys: Sequence[str], runs: Sequence[Path], exports: Sequence[Path]) -> list[str]:
+def forget(
+    folder: Path,
+    keys: Sequence[str],
+    runs: Sequence[Path],
+    exports: Sequence[Path],
+    live: Mapping[Path, Collection[str]] = MappingProxyType({}),
+) -> list[str]:
     """Remove users from prepared data and from runs, and report exports that still have them.
 
     Each folder is replaced in one step, and nobody else may write it meanwhile. After an interruption the same call
@@ -52,6 +59,7 @@ def forget(folder: Path, keys: Sequence[str], runs: Sequence[Path], exports: Seq
     Args:
         folder: prepared data.
         keys: of users, as users.parquet has them; none: runs are brought up to date with what the data has forgotten.
+        live: by store of live events, the users who have been forgotten in it already.
 
     Returns what was done, one line for each folder.
 
@@ -69,14 +77,17 @@ def forget(folder: Path, keys: Sequence[str], runs: Sequence[Path], exports: Seq
                 mend(run / VOCABULARY)
                 mend_inside(run / CHECKPOINTS)
                 mend_inside(run / LEARNED)
-        return _forget(folder, keys, runs, exports)
+        only_live = {key for in_store in live.values() for key in in_store}
+        return _forget(folder, keys, runs, exports, only_live)
 
 
-def _forget(folder: Path, keys: Sequence[str], runs: Sequence[Path], exports: Sequence[Path]) -> list[str]:
+def _forget(
+    folder: Path, keys: Sequence[str], runs: Sequence[Path], exports: Sequence[Path], live: Collection[str]
+) -> list[str]:
     _check(folder, runs, exports)
     data_keys, _ = keys_and_ids(folder / "users.parquet")
     there = set(keys) & set(data_keys)
-    elsewhere = {key for run in runs for key in keys_and_ids(run / VOCABULARY / "users.parquet")[0]}
+    elsewhere = {key for run in runs for key in keys_and_ids(run / VOCABULARY / "users.parquet")[0]} | set(live)
     exported = {export: _exported(export, keys) for export in exports}
     for key in keys:
         if key not in there and key not in elsewhere and not any(key in in_export for in_export in exported.values()):

@@ -24,7 +24,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 """Each role may do what the ones before it may."""
 ADMIN = ("/v1/swap",)
 """Routes of admins. Without an admin key they are off."""
-READING = ("/v1/recommend", "/v1/recommend/batch")
+READING = ("/v1/recommend", "/v1/recommend/batch", "/v1/similar")
 """Routes that are POST because they take a body, and change nothing."""
 GUARDED = ("/v1/", "/metrics", "/docs", "/openapi.json")
 """Beginnings of paths that need a key. The web page and the probes need none: they show no data."""

@@ -18,7 +18,7 @@ from flm_torchrec.safe_text import visible
 from flm_torchrec.serve.access import AccessGuard, ApiKeys
 from flm_torchrec.serve.connections import KnownHosts, report_accept_errors_once
 from flm_torchrec.serve.map import MapCache
-from flm_torchrec.serve.messages import NewEvent, NewItem, Recommend, RecommendBatch, Swap
+from flm_torchrec.serve.messages import NewEvent, NewItem, Recommend, RecommendBatch, Similar, Swap
 from flm_torchrec.serve.metrics import ServerMetrics
 from flm_torchrec.serve.middleware import MeasuringMiddleware, add_error_handlers, parse, read_body
 from flm_torchrec.serve.resolve import Refused
@@ -51,8 +51,14 @@ class ServerLimits:
     """Seconds between checks of where the export's link points to; 0: never."""
 
 
-def create_app(service: Service, limits: ServerLimits = ServerLimits()) -> FastAPI:
-    """The HTTP app of a service: its routes, the web page and the metrics."""
+def create_app(
+    service: Service, limits: ServerLimits = ServerLimits(), swapped: Callable[[str], None] = lambda export: None
+) -> FastAPI:
+    """The HTTP app of a service: its routes, the web page and the metrics.
+
+    Args:
+        swapped: called with the folder of an export after a swap.
+    """
     workers, measures = Workers(service, limits.threads, limits.waiting), ServerMetrics(service)
 
     @asynccontextmanager
@@ -72,6 +78,7 @@ def create_app(service: Service, limits: ServerLimits = ServerLimits()) -> FastA
     app.add_middleware(MeasuringMiddleware, measures=measures)
     _read_routes(app, service, workers, measures)
     _write_routes(app, service, workers, limits)
+    _admin_routes(app, service, limits, swapped)
     if (PAGE / "index.html").is_file():
         app.mount("/", StaticFiles(directory=PAGE, html=True))
     return app
@@ -81,6 +88,15 @@ def _read_routes(app: FastAPI, service: Service, workers: Workers, measures: Ser
     @app.get("/health")
     async def health() -> dict[str, Any]:
         return service.health()
+
+    @app.get("/livez")
+    async def live() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/readyz")
+    async def ready() -> dict[str, str]:
+        service.store.users()  # 503 where the store cannot be read
+        return {"status": "ok"}
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -131,14 +147,19 @@ def _write_routes(app: FastAPI, service: Service, workers: Workers, limits: Serv
 
     post("/v1/recommend", Recommend, workers.recommend)
     post("/v1/recommend/batch", RecommendBatch, batch)
+    post("/v1/similar", Similar, lambda asked: workers.do(lambda: service.similar(asked)))
     post("/v1/items", NewItem, lambda item: workers.do(lambda: service.add_item(item)))
     post("/v1/events", NewEvent, workers.add_event)
 
+
+def _admin_routes(app: FastAPI, service: Service, limits: ServerLimits, swapped: Callable[[str], None]) -> None:
     @app.post("/v1/swap", openapi_extra=_takes(Swap))
     async def swap(request: Request) -> dict[str, Any]:
         asked = parse(Swap, await read_body(request, limits.body_bytes, limits.body_seconds))
         request.state.audit = {"export": asked.export}
-        return await asyncio.to_thread(service.swap, Path(asked.export))  # requests must not wait for the loading
+        health = await asyncio.to_thread(service.swap, Path(asked.export))  # requests must not wait for the loading
+        swapped(str(service.loaded.folder))
+        return health
 
 
 def _takes(message: type[BaseModel]) -> dict[str, Any]:

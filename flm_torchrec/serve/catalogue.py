@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from flm_torchrec.export.index import ItemIndex, open_index, top
 from flm_torchrec.export.manifest import Manifest
 from flm_torchrec.export.parts import ATTRIBUTE, ExportRows, single_array
+from flm_torchrec.serve.key_rows import KeyRows
 
 TOP_VALUES = 100
 """Values of a feature that `GET /v1/catalogue` lists."""
@@ -146,7 +147,7 @@ def load_catalogue(folder: Path, manifest: Manifest) -> Catalogue:
     return Catalogue(
         keys=keys,
         titles=single_array(table["title"]),
-        row_of={key: row for row, key in enumerate(keys.to_pylist())},
+        row_of=KeyRows(keys),
         known=single_array(table["known"]).to_numpy(zero_copy_only=False),
         distinct=distinct,
         vector_of=vector_of,

@@ -12,7 +12,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +134,20 @@ class EventStore:
         """The user's last events, oldest first."""
         with self.reads, self._telling():
             return events_of(self.reader, user, most)
+
+    def forget(self, users: Sequence[str]) -> dict[str, int]:
+        """Remove all events of users, also from the write-ahead log; the number of events of each user who had any.
+
+        Raises:
+            StoreError: they could not be removed, or a server is reading older pages, which have them still.
+        """
+        with self.writing() as transaction:
+            counts = {user: transaction.forget(user) for user in dict.fromkeys(users)}
+        with self.writes, self._telling():
+            busy, *_ = self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise StoreError(f"{self.file}-wal: is being read, so old pages stay in it; give the same command again")
+        return {user: count for user, count in counts.items() if count}
 
     def users(self) -> int:
         """Number of users with events."""

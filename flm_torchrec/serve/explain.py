@@ -10,6 +10,7 @@ import numpy as np
 
 from flm_torchrec.export.tower.reader import Represented
 from flm_torchrec.serve.loaded_export import LoadedExport
+from flm_torchrec.serve.ranking import unit
 
 NEAREST = 3
 """Items of the history that are named for each recommended item."""
@@ -36,7 +37,7 @@ def explain(
     seen = np.unique(history[-loaded.tower.max_history :])
     vectors = loaded.vectors(items)
     scores = represented.heads[:-1] @ vectors.T  # [heads, m]
-    near = _unit(vectors) @ _unit(loaded.vectors(seen)).T  # [m, seen]
+    near = unit(vectors) @ unit(loaded.vectors(seen)).T  # [m, seen]
     counts = _values(loaded, seen)
     weights = _weights(represented)
     return [
@@ -68,10 +69,6 @@ def _shares(heads: Sequence[str], weights: np.ndarray | None, scores: np.ndarray
     return [
         {**one, "weight": float(w), "share": float(w * s)} for one, w, s in zip(scored, weights, scores, strict=True)
     ]
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def _values(loaded: LoadedExport, rows: np.ndarray) -> Counter[tuple[str, str]]:

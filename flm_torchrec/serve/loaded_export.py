@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from flm_torchrec.data.history import NO_EVENTS
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.manifest import Manifest, load_manifest
 from flm_torchrec.export.parts import ExportRows, single_array
 from flm_torchrec.export.tower.reader import PackagedTower, Represented, TowerQuery
 from flm_torchrec.safe_text import first_line, visible
 from flm_torchrec.serve.catalogue import Catalogue, best_of, load_catalogue
+from flm_torchrec.serve.key_rows import KeyRows
 
 UNSOUND = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, OSError, MemoryError)
 """What a damaged export may raise when it is read, besides RunError."""
@@ -150,14 +152,16 @@ def _loaded(folder: Path, number: int) -> LoadedExport:
     if represented.heads.shape != (len(manifest.heads), manifest.dim) or not np.isfinite(represented.heads).all():
         raise RunError(f"{folder}: the tower makes other vectors than the manifest says; export again")
     users = ExportRows(folder, manifest, "users").table(["user_key", "seen"]).combine_chunks()
-    return LoadedExport(
+    loaded = LoadedExport(
         number=number,
         rows=manifest.rows_digest,
         folder=folder,
         manifest=manifest,
         tower=tower,
         catalogue=load_catalogue(folder, manifest),
-        user_of={key: row for row, key in enumerate(users["user_key"].to_pylist())},
+        user_of=KeyRows(single_array(users["user_key"])),
         seen=single_array(users["seen"]),
         added=AddedItems((), nothing, nothing),
     )
+    loaded.best(represented.heads[-1], 10, NO_EVENTS.item, {})  # warm: the first request must not wait for the index
+    return loaded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flm_torchrec.config.heads import FUSED, REPRESENTATIONS
 from flm_torchrec.data.times import LATEST
@@ -59,6 +59,41 @@ class Recommend(Message):
     filter: Annotated[dict[Key, Values], Field(max_length=20)] = {}
     """By feature: values of which an item must have at least one."""
     explain: bool = False
+    offset: Annotated[int, Field(ge=0, le=MOST_K)] = 0
+    """Items to pass over: those of earlier pages."""
+    diversity: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """0: by score alone; towards 1: items that are unlike each other."""
+    boost: Annotated[dict[Key, dict[Key, Finite]], Field(max_length=20)] = {}
+    """By feature and value: what is added to the score of an item that has the value; negative buries it."""
+    pinned: Annotated[list[Key], Field(max_length=MOST_VALUES)] = []
+    """Items that come first, in this order."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Recommend:
+        if self.offset + self.k > MOST_K:
+            raise ValueError(f"offset + k is more than {MOST_K}; ask for fewer")
+        if len(set(self.pinned)) < len(self.pinned):
+            raise ValueError("pinned: names an item twice")
+        return self
+
+
+class Similar(Message):
+    """For which item, or which vector, to give similar items."""
+
+    item: Key | None = None
+    vector: Annotated[list[Finite], Field(min_length=1, max_length=65_536)] | None = None
+    """As wide as item vectors."""
+    k: Annotated[int, Field(ge=1, le=MOST_K)] = 10
+    exclude: Annotated[list[Key], Field(max_length=MOST_HISTORY)] = []
+    """Items to leave out."""
+    filter: Annotated[dict[Key, Values], Field(max_length=20)] = {}
+    """As of `Recommend`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Similar:
+        if (self.item is None) == (self.vector is None):
+            raise ValueError("give either item or vector")
+        return self
 
 
 class RecommendBatch(Message):

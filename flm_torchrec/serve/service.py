@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -15,14 +16,16 @@ from flm_torchrec.data.history import NO_EVENTS, Events
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.tower.reader import Represented, TowerQuery
 from flm_torchrec.names import nearest_key
+from flm_torchrec.safe_text import visible
 from flm_torchrec.serve.catalogue import TOP_VALUES
 from flm_torchrec.serve.cold_items import cold_item, with_fitting, with_items
 from flm_torchrec.serve.event_store import EventStore
 from flm_torchrec.serve.explain import explain
 from flm_torchrec.serve.histories import asked_events, events_and_seen, new_event
 from flm_torchrec.serve.loaded_export import AddedItem, LoadedExport, load_export
-from flm_torchrec.serve.messages import NewEvent, NewItem, Recommend
-from flm_torchrec.serve.resolve import Refused, check_filter, content_of
+from flm_torchrec.serve.messages import NewEvent, NewItem, Recommend, Similar
+from flm_torchrec.serve.ranking import alike, check_boost, ranked
+from flm_torchrec.serve.resolve import Refused, check_filter, content_of, item_row
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class ResolvedRequest:
 
     query: TowerQuery
     head: int
-    k: int
     excluded: np.ndarray  # rows
+    pinned: list[int]  # rows
     left_out: list[str]
 
 
@@ -40,16 +43,18 @@ class Service:
     """Answers from the export that was loaded last. Safe to call from several threads.
 
     Args:
+        export: the first one to serve, or a link to it; others are taken from the same folder alone.
         store: of live events and cold items; None: one in memory.
+        swapped: the export to serve in place of the first one.
 
     Raises:
         RunError: the export cannot be served.
     """
 
-    def __init__(self, export: Path, store: EventStore | None = None) -> None:
+    def __init__(self, export: Path, store: EventStore | None = None, swapped: Path | None = None) -> None:
         self.export = export
         self.exports = export.resolve().parent
-        self.loaded = load_export(export, 1)
+        self.loaded = load_export(swapped or export, 1)
         self.store = store or EventStore(None)
         self.items_seq = 0
         """Number of the last change of cold items in the store that `loaded` has."""
@@ -141,6 +146,16 @@ class Service:
                 self.items_seq = max([self.items_seq, *(i.seq for i in fresh)])
         return self.loaded
 
+    def similar(self, request: Similar) -> dict[str, Any]:
+        """Items like an item or near a vector, by the cosine of item vectors.
+
+        Raises:
+            Refused: there is no such item or value of a filter, or the vector does not fit.
+        """
+        loaded = self.current()
+        items = [{**_item(loaded, row), "score": score} for row, score in alike(loaded, request)]
+        return {"model_version": loaded.manifest.model_version, "items": items}
+
     def add_item(self, item: NewItem) -> dict[str, Any]:
         """Add a cold item beside the catalogue, in place of an earlier added one with its key.
 
@@ -216,6 +231,18 @@ class Service:
             self.swapping.release()
         return self.health()
 
+    def follow(self, export: Path) -> None:
+        """Swap as another process did; what is wrong is printed, since nobody waits for an answer."""
+        while True:
+            try:
+                self.swap(export)
+                return
+            except Refused as refused:
+                if refused.status != 409:
+                    print(f"not swapped: {visible(str(refused))}", flush=True)
+                    return
+                time.sleep(0.1)  # another one is being loaded
+
     def _asked(self, loaded: LoadedExport, request: Recommend) -> ResolvedRequest:
         history, seen, user = NO_EVENTS, NO_EVENTS.item, -1
         if request.user is not None:
@@ -228,14 +255,16 @@ class Service:
         if request.features is not None:
             profile, left_out = content_of(loaded, "user", request.features)
         check_filter(loaded, request.filter)
+        check_boost(loaded, request.boost)
+        pinned = [item_row(loaded, key, f"pinned.{n}") for n, key in enumerate(request.pinned)]
         excluded = np.unique(np.concatenate([seen, history.item])) if request.exclude_seen else NO_EVENTS.item
         head = loaded.manifest.heads.index(request.head)
-        return ResolvedRequest(TowerQuery(history, user, profile), head, request.k, excluded, left_out)
+        return ResolvedRequest(TowerQuery(history, user, profile), head, excluded, pinned, left_out)
 
     def _answer(
         self, loaded: LoadedExport, request: Recommend, asked: ResolvedRequest, found: Represented
     ) -> dict[str, Any]:
-        best = loaded.best(found.heads[asked.head], asked.k, asked.excluded, request.filter)
+        best = ranked(loaded, request, found.heads[asked.head], asked.excluded, asked.pinned)
         items = [{**_item(loaded, row), "score": score} for row, score in best]
         if request.explain:
             reasons = explain(loaded, found, asked.query.history.item, np.array([row for row, _ in best], np.int64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from flm_torchrec.cli import main
-from flm_torchrec.data.dataset import load_prepared
+from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.errors import RunError
 from flm_torchrec.serve.app import create_app
 from flm_torchrec.serve.event_log import export_events
@@ -221,3 +222,21 @@ def test_a_store_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.Ca
     command = ["export-events", "--events", str(tmp_path / "none"), "--output", str(tmp_path / "log")]
     assert main(command) == 2 and "flm serve --events" in capsys.readouterr().err
     assert not os.listdir(tmp_path)
+
+
+def test_forgotten_users_leave_no_byte_and_the_others_stay(
+    small: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(small.path, tmp_path / "data")
+    store = EventStore(tmp_path / "s")
+    for user in ("u1", "onlyhere", "stays"):
+        add(store, user, "secretitem-" + user, "i2")
+    command = ["forget", "--data", str(tmp_path / "data"), "--events", str(tmp_path / "s"), "--user"]
+    assert main([*command, "onlyhere"]) == 0 and main([*command, "u1"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("1 users and their 2 live events forgotten") == 2 and "data: 1 users" in told
+    assert items_of(store, "stays") == ["secretitem-stays", "i2"] and store.users() == 1
+    kept = b"".join(file.read_bytes() for file in tmp_path.glob("s*"))
+    assert b"secretitem-u1" not in kept and b"onlyhere" not in kept and b"secretitem-stays" in kept
+    assert main([*command, "onlyhere"]) == 2 and "user 'onlyhere'" in capsys.readouterr().err
+    assert main([*command[:4], str(tmp_path / "none"), "--user", "u2"]) == 2

@@ -1,0 +1,153 @@
+"""The items of an answer: the best by score, with rules, diversity, pinned items and pages; and items alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from flm_torchrec.export.index import top
+from flm_torchrec.serve.loaded_export import LoadedExport
+from flm_torchrec.serve.messages import Recommend, Similar
+from flm_torchrec.serve.resolve import Refused, check_filter, item_row
+
+POOL = 5
+"""Candidates for each wanted item from which diverse ones are chosen."""
+MOST_POOL = 1000
+BLOCK = 65_536
+"""Items whose scores are made at once."""
+Ranked = list[tuple[int, float]]
+
+
+def ranked(
+    loaded: LoadedExport, request: Recommend, h: np.ndarray, excluded: np.ndarray, pinned: Sequence[int]
+) -> Ranked:
+    """Rows and scores of the items of one page of an answer, in order.
+
+    Args:
+        h: [D] the representation to score by.
+        excluded: [n] rows to leave out.
+        pinned: rows that come first all the same.
+    """
+    wanted = request.offset + request.k
+    rest = wanted - len(pinned)
+    chosen: Ranked = []
+    if rest > 0:
+        left_out = np.unique(np.concatenate([excluded, np.array(pinned, np.int64)]))
+        pool = rest if not request.diversity else min(MOST_POOL, POOL * rest)
+        if request.boost:
+            chosen = _boosted(loaded, request, h, left_out, pool)
+        else:
+            chosen = loaded.best(h, pool, left_out, request.filter)
+        if request.diversity:
+            chosen = diverse(loaded, chosen, rest, request.diversity)
+    scores = loaded.vectors(np.array(pinned, np.int64)) @ h
+    first = list(zip(pinned, scores.tolist(), strict=True))
+    return [*first, *chosen][request.offset : wanted]
+
+
+def diverse(loaded: LoadedExport, candidates: Ranked, k: int, diversity: float) -> Ranked:
+    """k of the candidates by maximal marginal relevance (Carbonell & Goldstein, SIGIR 1998).
+
+    The next item maximises (1 - diversity) · relevance - diversity · similarity: its score, scaled to 0 … 1 over the
+    candidates, and the largest cosine to an item that was chosen before.
+    """
+    if not candidates:
+        return []
+    rows = np.array([row for row, _ in candidates], np.int64)
+    scores = np.array([score for _, score in candidates])
+    relevance = (scores - scores.min()) / max(float(np.ptp(scores)), 1e-12)
+    vectors = unit(loaded.vectors(rows))
+    nearest = np.zeros(len(rows))
+    left = np.ones(len(rows), bool)
+    order: list[int] = []
+    for _ in range(min(k, len(rows))):
+        gain = np.where(left, (1 - diversity) * relevance - diversity * nearest, -np.inf)
+        best = int(gain.argmax())
+        order.append(best)
+        left[best] = False
+        cosines = vectors @ vectors[best]
+        nearest = cosines if len(order) == 1 else np.maximum(nearest, cosines)
+    return [candidates[n] for n in order]
+
+
+def alike(loaded: LoadedExport, request: Similar) -> Ranked:
+    """Rows and cosines of the items nearest to an item or a vector, nearest first.
+
+    Raises:
+        Refused: there is no such item or value of a filter, or the vector has another width or no length.
+    """
+    check_filter(loaded, request.filter)
+    left_out = [item_row(loaded, key, f"exclude.{n}") for n, key in enumerate(request.exclude)]
+    if request.item is not None:
+        row = item_row(loaded, request.item, "item")
+        target = loaded.vectors(np.array([row]))[0]
+        left_out.append(row)
+    else:
+        target = np.array(request.vector, np.float32)
+        if target.shape != (loaded.manifest.dim,):
+            raise Refused(422, f"vector: has {len(target)} numbers, item vectors have {loaded.manifest.dim}")
+    length = float(np.linalg.norm(target))
+    if not 0 < length < np.inf:
+        raise Refused(422, "vector: has no direction; give one that is not all zeros")
+    target = target / length
+    excluded = np.unique(np.array(left_out, np.int64))
+    if loaded.tower.cosine:  # item vectors have length 1
+        return loaded.best(target, request.k, excluded, request.filter)
+    rows = _allowed(loaded, excluded, request.filter)
+    cosines = _blocks(lambda some: unit(loaded.vectors(some)) @ target, rows)
+    found, order = top(cosines, rows, request.k)
+    return list(zip(order.tolist(), found.tolist(), strict=True))
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """[n, D] → the same with length 1; zeros stay."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def check_boost(loaded: LoadedExport, boost: Mapping[str, Mapping[str, float]]) -> None:
+    """Raise Refused where a rule names a feature or a value that no item has."""
+    for name, values in boost.items():
+        try:
+            check_filter(loaded, {name: list(values)})
+        except Refused as refused:
+            raise Refused(refused.status, str(refused).replace("filter", "boost", 1)) from refused
+
+
+def _boosted(loaded: LoadedExport, request: Recommend, h: np.ndarray, excluded: np.ndarray, k: int) -> Ranked:
+    """The k best by score and rules. All items are scored: the index knows nothing of rules."""
+    rows = _allowed(loaded, excluded, request.filter)
+    scores = _blocks(lambda some: loaded.vectors(some) @ h, rows)
+    place = np.full(loaded.size, -1, np.int64)
+    place[rows] = np.arange(len(rows))
+    for name, values in request.boost.items():
+        for value, amount in values.items():
+            hit = place[_with_value(loaded, name, value)]
+            scores[hit[hit >= 0]] += amount
+    found, order = top(scores, rows, k)
+    return list(zip(order.tolist(), found.tolist(), strict=True))
+
+
+def _with_value(loaded: LoadedExport, name: str, value: str) -> np.ndarray:
+    """[n] rows of the items that have the value, each once; added items too."""
+    start = len(loaded.catalogue)
+    added = [start + n for n, item in enumerate(loaded.added.items) if value in item.attributes.get(name, ())]
+    return np.unique(np.concatenate([loaded.catalogue.attributes[name].items_with(value), np.array(added, np.int64)]))
+
+
+def _allowed(loaded: LoadedExport, excluded: np.ndarray, wanted: Mapping[str, Sequence[str]]) -> np.ndarray:
+    """[n] rows that a filter allows and that are not excluded."""
+    mask = np.ones(loaded.size, bool)
+    for name, values in wanted.items():
+        one = np.zeros(loaded.size, bool)
+        for value in values:
+            one[_with_value(loaded, name, value)] = True
+        mask &= one
+    mask[excluded] = False
+    return np.flatnonzero(mask)
+
+
+def _blocks(score: Callable[[np.ndarray], np.ndarray], rows: np.ndarray) -> np.ndarray:
+    """[n] float32 scores of rows, made block by block."""
+    parts = [score(rows[start : start + BLOCK]) for start in range(0, len(rows), BLOCK)]
+    return np.concatenate(parts).astype(np.float32) if parts else np.zeros(0, np.float32)

@@ -1,0 +1,181 @@
+"""Kill processes of `flm serve` under load, and check that nothing acknowledged is lost and no answer is wrong.
+
+    python tools/faults/serve_kills.py --export exports/synthetic --kills 20
+
+Clients post events of users of their own, one after the other, and ask for these users' events and recommendations.
+Every second kill hits one worker, the others the supervisor and all workers, after which the server is started anew.
+A client that is cut off connects again and posts the next event. At the end each user's events must be those that were
+acknowledged, in order; an event whose answer was cut off may be there or not. Exits 1 if anything is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from flm_torchrec.export.manifest import read_manifest
+from flm_torchrec.export.parts import ExportRows
+from flm_torchrec.serve.event_store import EventStore
+
+HOST, K = "127.0.0.1", 5
+
+
+@dataclass
+class Seen:
+    """What the clients saw."""
+
+    acknowledged: dict[str, list[str]] = field(default_factory=dict)
+    unsure: dict[str, list[str]] = field(default_factory=dict)
+    """Items whose answers were cut off, each with the number of acknowledged events before it."""
+    answers: int = 0
+    cut_off: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+
+async def ask(streams: Any, method: str, path: str, body: Any = None) -> Any:
+    """One request on an open connection; its answer, or the reason as a text."""
+    reader, writer = streams
+    content = json.dumps(body).encode() if body is not None else b""
+    head = f"{method} {path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
+    writer.write(head.encode() + f"Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    answer = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+    length = int(answer.partition("content-length:")[2].partition("\r\n")[0])
+    content = await reader.readexactly(length)
+    return json.loads(content) if answer.split(" ", 2)[1] == "200" else f"{answer[:15]} {content.decode()}"
+
+
+async def connected(port: int, done: asyncio.Event) -> Any:
+    """A connection, as soon as there is a server."""
+    while not done.is_set():
+        try:
+            return await asyncio.open_connection(HOST, port)
+        except OSError:
+            await asyncio.sleep(0.05)
+    return None
+
+
+async def client(port: int, user: str, items: list[str], seen: Seen, done: asyncio.Event) -> None:
+    """Post, read back and ask, until all is done."""
+    mine, unsure = seen.acknowledged.setdefault(user, []), seen.unsure.setdefault(user, [])
+    streams, number = None, 0
+    while not done.is_set():
+        streams = streams or await connected(port, done)
+        if streams is None:
+            return
+        item, number = items[number % len(items)], number + 1
+        posting = True
+        try:
+            told = await ask(streams, "POST", "/v1/events", {"user": user, "item": item})
+            posting = False
+            if isinstance(told, str):
+                seen.wrong.append(told)
+                continue
+            mine.append(item)
+            await check(streams, user, mine, unsure, seen)
+        except (OSError, asyncio.IncompleteReadError):
+            seen.cut_off += 1
+            streams = None
+            if posting:
+                unsure.append(item)
+
+
+async def check(streams: Any, user: str, mine: list[str], unsure: list[str], seen: Seen) -> None:
+    """Read the user's events back, and ask for recommendations: no item of the last events may come."""
+    events = await ask(streams, "GET", f"/v1/events?user={user}")
+    last = events[-1]["item"] if isinstance(events, list) else events
+    answer = await ask(streams, "POST", "/v1/recommend", {"user": user, "k": K})
+    found = [item["item"] for item in answer["items"]] if isinstance(answer, dict) else [answer]
+    seen.answers += 3
+    if last != mine[-1] or not found or mine[-1] in found:
+        seen.wrong.append(f"{user}: after {mine[-1]} of {len(mine)} (unsure {len(unsure)}): {last}, {found}")
+
+
+def start(args: argparse.Namespace, store: Path) -> subprocess.Popen[str]:
+    """The server, once it is ready."""
+    options = ["--export", str(args.export), "--port", str(args.port), "--workers", "2", "--events", str(store)]
+    command = [sys.executable, "-m", "flm_torchrec", "serve", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    if not process.stdout.readline():
+        raise SystemExit("the server did not start; see above")
+    return process
+
+
+async def kill(args: argparse.Namespace, store: Path, done: asyncio.Event) -> None:
+    """Kill as often as asked, alternating between one worker and all processes."""
+    chance = random.Random(args.seed)
+    process = await asyncio.to_thread(start, args, store)
+    for number in range(args.kills):
+        await asyncio.sleep(args.pause * chance.uniform(0.5, 1.5))
+        workers = psutil.Process(process.pid).children()
+        if number % 2:
+            for victim in [psutil.Process(process.pid), *workers]:
+                victim.send_signal(signal.SIGKILL)
+            process.wait()
+            process = await asyncio.to_thread(start, args, store)
+        else:
+            chance.choice(workers).send_signal(signal.SIGKILL)
+        print(f"kill {number + 1}: {'all' if number % 2 else 'one worker'}", flush=True)
+    await asyncio.sleep(args.pause)
+    done.set()
+    process.terminate()
+    process.wait()
+
+
+def lost(store: EventStore, seen: Seen) -> list[str]:
+    """Users whose events in the store are not those acknowledged, with those unsure left out, in order."""
+    problems = []
+    for user, mine in seen.acknowledged.items():
+        kept = [item for _, one, item, *_ in store.log(0, 10**9) if one == user]
+        rest = iter(kept)
+        missing = [item for item in mine if item not in rest]
+        if missing or len(kept) > len(mine) + len(seen.unsure[user]):
+            problems.append(f"{user}: {len(mine)} acknowledged, {len(kept)} kept, {len(missing)} lost")
+    return problems
+
+
+async def trial(args: argparse.Namespace, store: Path) -> Seen:
+    """Load and kills at once."""
+    rows = ExportRows(args.export, read_manifest(args.export), "items")
+    items = rows.table(["item_key"])["item_key"].to_pylist()[: args.items]
+    seen, done = Seen(), asyncio.Event()
+    clients = [client(args.port, f"kill-test-{n}", items, seen, done) for n in range(args.clients)]
+    await asyncio.gather(kill(args, store, done), *clients)
+    return seen
+
+
+def main() -> int:
+    """Run the trial, print what was seen, and give 1 where something was lost or wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--export", type=Path, required=True)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--pause", type=float, default=2.0, help="seconds between kills, on the average")
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--items", type=int, default=100, help="different ones in events")
+    parser.add_argument("--port", type=int, default=8766)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "events.sqlite"
+        seen = asyncio.run(trial(args, store))
+        problems = lost(EventStore(store), seen)
+    events = sum(map(len, seen.acknowledged.values()))
+    print(f"{args.kills} kills: {events} events acknowledged, {len(problems)} users with lost events,")
+    print(f"{seen.answers} answers, {len(seen.wrong)} wrong, {seen.cut_off} requests cut off")
+    print(*problems, *seen.wrong[:5], sep="\n")
+    return int(bool(problems or seen.wrong or not events))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
