@@ -50,7 +50,7 @@ class Edge:
     """Listens."""
     most: int
     """Connections that fit into the limit of open files."""
-    keys: Keys
+    keys: ApiKeys
     tls: Certificate | None
 
     def url(self, args: argparse.Namespace) -> str:
@@ -121,6 +121,8 @@ def _add_access(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--connections", type=int, default=0, help="at once; more are closed (default: as many as files may be open)"
     )
+
+    parser.add_argument("--log-requests", action="store_true", help="print a line of JSON for each request")
 
 
 def _add_store(parser: argparse.ArgumentParser) -> None:
@@ -210,6 +212,7 @@ def _serve(args: argparse.Namespace, edge: Edge, link: Link | None = None, swapp
         hosts=_hosts(args),
         keys=edge.keys,
         rate=args.rate / args.workers,
+        log_requests=args.log_requests,
     )
     connections = ConnectionLimits(min(edge.most, args.connections or edge.most))
     folder, manifest = service.loaded.folder, service.loaded.manifest

@@ -26,8 +26,8 @@ ADMIN = ("/v1/swap",)
 """Routes of admins. Without an admin key they are off."""
 READING = ("/v1/recommend", "/v1/recommend/batch", "/v1/similar")
 """Routes that are POST because they take a body, and change nothing."""
-GUARDED = ("/v1/", "/metrics", "/docs", "/openapi.json")
-"""Beginnings of paths that need a key. The web page and the probes need none: they show no data."""
+GUARDED = ("/v1/", "/metrics")
+"""Beginnings of paths that need a key. The pages, the description and the probes need none: they show no data."""
 SHORTEST = 16
 """Minimum length of a key: `openssl rand -hex 16` makes one of 32."""
 CLIENTS = 10_000
@@ -152,7 +152,7 @@ class AccessGuard:
         needed = role_of(scope["method"], scope["path"])
         if needed is None:
             return None
-        address = scope["client"][0] if scope.get("client") else ""
+        address = address_of(scope)
         if self.keys and key is None:
             if not self.wrong.take(address):
                 return _answer(429, "key: too many requests without the right one; wait a second")
@@ -164,6 +164,16 @@ class AccessGuard:
         if self.rates and not self.rates.take(key.name if key else address):
             return _answer(429, f"rate: more than {self.rates.rate:g} requests a second; wait a second")
         return None
+
+
+def address_of(scope: Scope) -> str:
+    """The address that a request came from; empty of a socket without addresses."""
+    return scope["client"][0] if scope.get("client") else ""
+
+
+def now() -> str:
+    """The time for a line of a log."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _given(scope: Scope) -> str:
@@ -185,9 +195,10 @@ def _recorded(scope: Scope, send: Send, key: ApiKey | None) -> Send:
         if message["type"] == "http.response.start":
             line = {
                 "audit": f"{scope['method']} {scope['path']}",
-                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "request": scope.get("state", {}).get("request_id"),
+                "time": now(),
                 "key": key.name if key else None,
-                "address": scope["client"][0] if scope.get("client") else None,
+                "address": address_of(scope),
                 "status": message["status"],
                 **scope.get("state", {}).get("audit", {}),
             }

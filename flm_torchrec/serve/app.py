@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Query, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 
@@ -18,7 +18,20 @@ from flm_torchrec.safe_text import visible
 from flm_torchrec.serve.access import AccessGuard, ApiKeys
 from flm_torchrec.serve.connections import KnownHosts, report_accept_errors_once
 from flm_torchrec.serve.map import MapCache
-from flm_torchrec.serve.messages import NewEvent, NewItem, Recommend, RecommendBatch, Similar, Swap
+from flm_torchrec.serve.messages import (
+    Answered,
+    EventAdded,
+    Health,
+    ItemAdded,
+    NewEvent,
+    NewItem,
+    Recommend,
+    RecommendBatch,
+    Recommended,
+    RecommendedBatch,
+    Similar,
+    Swap,
+)
 from flm_torchrec.serve.metrics import ServerMetrics
 from flm_torchrec.serve.middleware import MeasuringMiddleware, add_error_handlers, parse, read_body
 from flm_torchrec.serve.resolve import Refused
@@ -47,8 +60,27 @@ class ServerLimits:
     """API keys; None: everyone may read and write, and admin routes are off."""
     rate: float = 0.0
     """Requests a second for each key or address; 0: any number."""
+    log_requests: bool = False
+    """Whether each request prints a line of JSON."""
     watch_seconds: float = 0.0
     """Seconds between checks of where the export's link points to; 0: never."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A POST route that reads its body itself, which FastAPI does not see, as OpenAPI describes it."""
+
+    path: str
+    name: str
+    answer: type[Answered]
+
+    def add(self, app: FastAPI, message: type[BaseModel]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """The decorator that adds the route, whose body is a message."""
+        content = {"application/json": {"schema": message.model_json_schema()}}
+        answer = {"application/json": {"schema": self.answer.model_json_schema()}}
+        extra = {"requestBody": {"content": content, "required": True}}
+        responses: dict[int | str, dict[str, Any]] = {200: {"content": answer}, 422: {"description": "what is wrong"}}
+        return app.post(self.path, operation_id=self.name, openapi_extra=extra, responses=responses)
 
 
 def create_app(
@@ -71,11 +103,17 @@ def create_app(
         workers.pool.shutdown()
         service.store.close()
 
-    app = FastAPI(title="flm serve", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="flm serve",
+        lifespan=lifespan,
+        docs_url=None,  # FastAPI's own page loads scripts from elsewhere
+        redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
+    )
     add_error_handlers(app)
     app.add_middleware(AccessGuard, keys=limits.keys or ApiKeys(), rate=limits.rate)
     app.add_middleware(KnownHosts, hosts=limits.hosts)
-    app.add_middleware(MeasuringMiddleware, measures=measures)
+    app.add_middleware(MeasuringMiddleware, measures=measures, log=limits.log_requests)
     _read_routes(app, service, workers, measures)
     _write_routes(app, service, workers, limits)
     _admin_routes(app, service, limits, swapped)
@@ -88,6 +126,10 @@ def _read_routes(app: FastAPI, service: Service, workers: Workers, measures: Ser
     @app.get("/health")
     async def health() -> dict[str, Any]:
         return service.health()
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> FileResponse:
+        return FileResponse(PAGE / "docs.html")
 
     @app.get("/livez")
     async def live() -> dict[str, str]:
@@ -131,12 +173,15 @@ def _read_routes(app: FastAPI, service: Service, workers: Workers, measures: Ser
 
 
 def _write_routes(app: FastAPI, service: Service, workers: Workers, limits: ServerLimits) -> None:
-    def post(path: str, message: type[M], answer: Callable[[M], Awaitable[Any]]) -> None:
+    def post(operation: Operation, message: type[M], answer: Callable[[M], Awaitable[Any]]) -> None:
         async def route(request: Request) -> Response:
             asked = parse(message, await read_body(request, limits.body_bytes, limits.body_seconds))
             return JSONResponse(await answer(asked))
 
-        app.post(path, openapi_extra=_takes(message))(route)
+        operation.add(app, message)(route)
+
+    def in_thread(answer: Callable[[M], Any]) -> Callable[[M], Awaitable[Any]]:
+        return lambda asked: workers.do(lambda: answer(asked))
 
     async def batch(asked: RecommendBatch) -> dict[str, Any]:
         answers = await workers.do(lambda: service.recommend(asked.requests))
@@ -145,27 +190,27 @@ def _write_routes(app: FastAPI, service: Service, workers: Workers, limits: Serv
                 raise Refused(answer.status, f"requests.{position}: {answer}")
         return {"answers": answers}
 
-    post("/v1/recommend", Recommend, workers.recommend)
-    post("/v1/recommend/batch", RecommendBatch, batch)
-    post("/v1/similar", Similar, lambda asked: workers.do(lambda: service.similar(asked)))
-    post("/v1/items", NewItem, lambda item: workers.do(lambda: service.add_item(item)))
-    post("/v1/events", NewEvent, workers.add_event)
+    post(Operation("/v1/recommend", "recommend", Recommended), Recommend, workers.recommend)
+    post(Operation("/v1/recommend/batch", "recommend_batch", RecommendedBatch), RecommendBatch, batch)
+    post(
+        Operation("/v1/similar", "similar", Recommended),
+        Similar,
+        lambda asked: workers.do(lambda: service.similar(asked)),
+    )
+    post(
+        Operation("/v1/items", "add_item", ItemAdded), NewItem, lambda item: workers.do(lambda: service.add_item(item))
+    )
+    post(Operation("/v1/events", "add_event", EventAdded), NewEvent, workers.add_event)
 
 
 def _admin_routes(app: FastAPI, service: Service, limits: ServerLimits, swapped: Callable[[str], None]) -> None:
-    @app.post("/v1/swap", openapi_extra=_takes(Swap))
+    @Operation("/v1/swap", "swap", Health).add(app, Swap)
     async def swap(request: Request) -> dict[str, Any]:
         asked = parse(Swap, await read_body(request, limits.body_bytes, limits.body_seconds))
         request.state.audit = {"export": asked.export}
         health = await asyncio.to_thread(service.swap, Path(asked.export))  # requests must not wait for the loading
         swapped(str(service.loaded.folder))
         return health
-
-
-def _takes(message: type[BaseModel]) -> dict[str, Any]:
-    """The body of a route for the OpenAPI description: FastAPI does not see bodies that a route reads itself."""
-    schema = {"content": {"application/json": {"schema": message.model_json_schema()}}, "required": True}
-    return {"requestBody": schema}
 
 
 async def _watch(service: Service, seconds: float) -> None:

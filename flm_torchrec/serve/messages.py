@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -120,3 +120,65 @@ class Swap(Message):
     """The export to serve from now on."""
 
     export: Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class Answered(BaseModel):
+    """The body of an answer. It describes answers in the OpenAPI document; the service makes them as plain dicts."""
+
+
+class FoundItem(Answered):
+    """An item."""
+
+    item: str
+    title: str
+    attributes: dict[str, list[str]]
+
+
+class ScoredItem(FoundItem):
+    """An item of an answer."""
+
+    score: float
+    why: dict[str, Any] | None = None
+
+
+class Recommended(Answered):
+    """Answer of /v1/recommend and /v1/similar."""
+
+    model_version: str
+    items: list[ScoredItem]
+    head: str | None = None
+    left_out: list[str] | None = None
+
+
+class RecommendedBatch(Answered):
+    """Answer of /v1/recommend/batch."""
+
+    answers: list[Recommended]
+
+
+class ItemAdded(Answered):
+    """Answer of POST /v1/items."""
+
+    item: str
+    items: int
+    left_out: list[str]
+    model_version: str
+
+
+class EventAdded(Answered):
+    """Answer of POST /v1/events."""
+
+    user: str
+    known: bool
+    live_events: int
+    model_version: str
+
+
+class Health(Answered):
+    """Answer of /health and /v1/swap."""
+
+    status: str
+    model_version: str
+    users: int
+    items: int
+    generation: int

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+import secrets
 import time
 from typing import Any, TypeVar
 
@@ -10,10 +13,13 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flm_torchrec.safe_text import visible
+from flm_torchrec.serve.access import address_of, now
 from flm_torchrec.serve.event_store import StoreError
 from flm_torchrec.serve.metrics import ServerMetrics
 from flm_torchrec.serve.resolve import Refused
@@ -23,6 +29,7 @@ BROKEN_OFF = 499
 """Status that is counted where the client has closed the connection, as in nginx. No client receives it."""
 CLOSING = (408, 413)
 """The connection is closed after these, since the rest of the body may still come."""
+PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 HEADERS = (
     (b"content-security-policy", b"default-src 'self'"),
     (b"x-content-type-options", b"nosniff"),
@@ -111,29 +118,46 @@ def add_error_handlers(app: FastAPI) -> None:
         return JSONResponse({"detail": _printable(str(error.detail))}, error.status_code, error.headers)
 
 
-class MeasuringMiddleware:
-    """Counts and times every answer, and adds the headers that all answers have."""
+def request_id(scope: Scope) -> str:
+    """The id that a client or a proxy has given in `X-Request-ID`, if it is a plain one, or else a random one."""
+    given = Headers(scope=scope).get("x-request-id", "")
+    return given if PLAIN_ID.fullmatch(given) else secrets.token_hex(8)
 
-    def __init__(self, app: ASGIApp, measures: ServerMetrics) -> None:
+
+class MeasuringMiddleware:
+    """Counts and times every answer, adds the headers that all answers have, and gives every request an id.
+
+    Args:
+        log: print a line of JSON for each request. It has the route, not what was asked for: that may be about a user.
+    """
+
+    def __init__(self, app: ASGIApp, measures: ServerMetrics, log: bool = False) -> None:
         self.app = app
         self.measures = measures
+        self.log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status = time.perf_counter(), 500
+        start, status, given = time.perf_counter(), 500, request_id(scope)
+        scope.setdefault("state", {})["request_id"] = given
 
         async def sending(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), *HEADERS]
+                message["headers"] = [*message.get("headers", ()), *HEADERS, (b"x-request-id", given.encode())]
             await send(message)
 
         try:
             await self.app(scope, receive, sending)
         finally:
             route = getattr(scope.get("route"), "path", "other")
+            seconds = time.perf_counter() - start
             self.measures.requests.labels(route, status).inc()
-            self.measures.seconds.labels(route).observe(time.perf_counter() - start)
+            self.measures.seconds.labels(route).observe(seconds)
+            if self.log:
+                line = {"request": given, "time": now(), "method": scope["method"][:20], "route": route}
+                line |= {"status": status, "seconds": round(seconds, 6), "address": address_of(scope)}
+                print(visible(json.dumps(line)), flush=True)

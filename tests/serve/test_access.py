@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import httpx
 import pytest
@@ -21,10 +21,10 @@ from flm_torchrec.cli import main
 from flm_torchrec.errors import RunError
 from flm_torchrec.serve.access import ApiKeys, Rates, read_keys, role_of
 from flm_torchrec.serve.app import ServerLimits, create_app
-from flm_torchrec.serve.event_store import EventStore
-from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.server import Certificate, RareTracebacks
 from flm_torchrec.serve.service import Service
+from tests.conftest import ROOT
+from tests.serve.fake_service import FakeService
 
 KEYS = {role: f"{role}-key-of-this-test" for role in ("read", "write", "admin")}
 LINES = "\n".join(["# keys", "", *(f"{role} {key} {role}er" for role, key in KEYS.items())])
@@ -34,36 +34,6 @@ BODIES = {
     "/v1/items": {"item": "i"},
     "/v1/swap": {"export": "e"},
 }
-
-
-class FakeService:
-    """Answers at once, without an export."""
-
-    def __init__(self) -> None:
-        self.store = EventStore(None)
-        self.loaded = SimpleNamespace(number=1, size=0, added=SimpleNamespace(items=()))
-        self.swapped: list[str] = []
-
-    def health(self) -> dict[str, Any]:
-        return {"status": "ok"}
-
-    def find_users(self, text: str, limit: int) -> list[str]:
-        return ["u"]
-
-    def recommend(self, requests: Any) -> list[Any]:
-        return [{"items": []} for _ in requests]
-
-    def add_events(self, events: Any) -> list[Any]:
-        return [{"user": event.user} for event in events]
-
-    def add_item(self, item: Any) -> dict[str, Any]:
-        return {"item": item.item}
-
-    def swap(self, export: Path) -> dict[str, Any]:
-        if export.name == "bad":
-            raise Refused(422, "export: bad")
-        self.swapped.append(str(export))
-        return {"status": "ok"}
 
 
 def client_of(keys: str = "", rate: float = 0.0) -> TestClient:
@@ -262,3 +232,37 @@ def test_one_traceback_a_minute_is_printed() -> None:
     assert [rare.filter(record) for record in (with_traceback, with_traceback, plain)] == [True, False, True]
     rare.last -= 61
     assert rare.filter(with_traceback)
+
+
+@pytest.mark.parametrize(
+    ("given_id", "kept"),
+    [("abc-1.2_3", True), ("", False), ("a" * 65, False), ("a b", False), ('"},{"', False), ("\u00e9", False)],
+)
+def test_every_request_has_an_id(
+    client: TestClient, given_id: str, kept: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    headers = {"X-Request-ID": given_id.encode("latin-1"), "X-API-Key": KEYS["admin"].encode()}
+    answer = client.post("/v1/swap", json={"export": "e"}, headers=headers)
+    found = answer.headers["X-Request-ID"]
+    assert (found == given_id) == kept and 0 < len(found) <= 64
+    assert json.loads(capsys.readouterr().out)["request"] == found
+
+
+def test_requests_are_logged_without_what_they_ask_for(capsys: pytest.CaptureFixture[str]) -> None:
+    app = create_app(cast(Service, FakeService()), ServerLimits(log_requests=True))
+    with TestClient(app) as client:
+        client.get("/v1/users", params={"query": "someone"}, headers={"X-Request-ID": "one"})
+        client.post("/v1/recommend", json={"k": 0, "user": "someone"})
+        client.get("/someone")
+    printed = capsys.readouterr().out
+    told = [json.loads(line) for line in printed.splitlines()]
+    assert [(line["route"], line["status"]) for line in told[:2]] == [("/v1/users", 200), ("/v1/recommend", 422)]
+    assert told[0]["request"] == "one" and all(line["seconds"] >= 0 for line in told) and "someone" not in printed
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(client: TestClient) -> None:
+    panels = json.loads((ROOT / "configs" / "grafana-serve.json").read_text())["panels"]
+    asked = set(re.findall(r"flm_\w+", " ".join(target["expr"] for panel in panels for target in panel["targets"])))
+    client.post("/v1/recommend", json={}, headers={"X-API-Key": KEYS["read"]})
+    told = client.get("/metrics", headers={"X-API-Key": KEYS["read"]}).text
+    assert asked and all(re.search(rf"^{name}[ {{]", told, re.MULTILINE) for name in asked)

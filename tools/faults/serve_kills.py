@@ -32,7 +32,7 @@ HOST, K = "127.0.0.1", 5
 
 
 @dataclass
-class Seen:
+class ClientsSaw:
     """What the clients saw."""
 
     acknowledged: dict[str, list[str]] = field(default_factory=dict)
@@ -65,7 +65,7 @@ async def connected(port: int, done: asyncio.Event) -> Any:
     return None
 
 
-async def client(port: int, user: str, items: list[str], seen: Seen, done: asyncio.Event) -> None:
+async def client(port: int, user: str, items: list[str], seen: ClientsSaw, done: asyncio.Event) -> None:
     """Post, read back and ask, until all is done."""
     mine, unsure = seen.acknowledged.setdefault(user, []), seen.unsure.setdefault(user, [])
     streams, number = None, 0
@@ -90,7 +90,7 @@ async def client(port: int, user: str, items: list[str], seen: Seen, done: async
                 unsure.append(item)
 
 
-async def check(streams: Any, user: str, mine: list[str], unsure: list[str], seen: Seen) -> None:
+async def check(streams: Any, user: str, mine: list[str], unsure: list[str], seen: ClientsSaw) -> None:
     """Read the user's events back, and ask for recommendations: no item of the last events may come."""
     events = await ask(streams, "GET", f"/v1/events?user={user}")
     last = events[-1]["item"] if isinstance(events, list) else events
@@ -133,7 +133,7 @@ async def kill(args: argparse.Namespace, store: Path, done: asyncio.Event) -> No
     process.wait()
 
 
-def lost(store: EventStore, seen: Seen) -> list[str]:
+def lost(store: EventStore, seen: ClientsSaw) -> list[str]:
     """Users whose events in the store are not those acknowledged, with those unsure left out, in order."""
     problems = []
     for user, mine in seen.acknowledged.items():
@@ -145,11 +145,11 @@ def lost(store: EventStore, seen: Seen) -> list[str]:
     return problems
 
 
-async def trial(args: argparse.Namespace, store: Path) -> Seen:
+async def trial(args: argparse.Namespace, store: Path) -> ClientsSaw:
     """Load and kills at once."""
     rows = ExportRows(args.export, read_manifest(args.export), "items")
     items = rows.table(["item_key"])["item_key"].to_pylist()[: args.items]
-    seen, done = Seen(), asyncio.Event()
+    seen, done = ClientsSaw(), asyncio.Event()
     clients = [client(args.port, f"kill-test-{n}", items, seen, done) for n in range(args.clients)]
     await asyncio.gather(kill(args, store, done), *clients)
     return seen
