@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flm_torchrec.config import add_data_path, add_overrides, given_options, given_overrides
 from flm_torchrec.documents import Unreadable, read_json
 from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.files import telling, write_text
+
+if TYPE_CHECKING:
+    from flm_torchrec.data.dataset import PreparedData
+    from flm_torchrec.data.splits import Examples
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -71,12 +76,13 @@ def run(args: argparse.Namespace) -> None:
             file = Path(args.run_folder) / f"evaluation-{args.split}.json"
             with telling(file, "make room"):
                 write_text(file, json.dumps(evaluation.to_json(), indent=2))
+        oracle = _oracle(job.data, examples)
         if args.markdown:
-            print(markdown(evaluation), end="")
+            print(markdown(evaluation, oracle), end="")
             return
         console = PlainConsole()
         # A file or a pipe gets the complete table, not one that is squeezed into 80 columns.
-        show(evaluation, console if console.is_terminal else PlainConsole(width=120), _oracle(job.data.path))
+        show(evaluation, console if console.is_terminal else PlainConsole(width=120), oracle)
 
 
 def _rows_of(keys: list[str], user_keys: list[str], users: list[int]) -> list[int]:
@@ -91,9 +97,14 @@ def _rows_of(keys: list[str], user_keys: list[str], users: list[int]) -> list[in
     return [example_of[user_of[key]] for key in keys]
 
 
-def _oracle(data: Path) -> dict[str, dict[str, float]] | None:
-    """By segment, metrics of the best possible ranking; only synthetic data know it."""
-    file = data / "report.json"
+def _oracle(data: PreparedData, examples: Examples) -> dict[str, dict[str, float]] | None:
+    """Metrics of the best possible ranking, over all examples and by segment; only synthetic data know it.
+
+    It is that of every user's last event: None where other events are ranked, or not all of these.
+    """
+    if len(examples) != data.schema.users or (examples.end != data.offsets[1:] - 1).any():
+        return None
+    file = data.path / "report.json"
     try:
         return read_json(file).get("oracle")
     except (Unreadable, AttributeError) as error:

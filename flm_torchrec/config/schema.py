@@ -256,13 +256,13 @@ class EvalConfig:
     user_block: Annotated[Count, Field(description="users scored at once")] = 256
     item_block: Annotated[Count, Field(description="items scored at once")] = 16384
     baselines: Annotated[
-        tuple[Literal["popularity", "item-kNN", "EASE-R", "random"], ...],
+        tuple[Literal["popularity", "item-kNN", "Markov", "EASE-R", "random"], ...],
         Several,
         Field(
             description="what 'flm evaluate' ranks beside the heads; []: nothing; random: only where items are held"
             " out; EASE-R: only up to ease_items"
         ),
-    ] = ("popularity", "item-kNN", "EASE-R", "random")
+    ] = ("popularity", "item-kNN", "Markov", "EASE-R", "random")
     neighbours: Annotated[Count, Field(description="item-kNN baseline: neighbours kept per item")] = 100
     ease_items: Annotated[
         Number, Field(description="EASE-R baseline: largest catalogue it is fitted to (8 items^2 bytes); 0: never")

@@ -1,4 +1,4 @@
-"""Baselines that a model must beat, ranked by the same code: popularity, item neighbours, a linear autoencoder."""
+"""Baselines that a model must beat, in the same ranking: popularity, neighbours, transitions, linear autoencoder."""
 
 from __future__ import annotations
 
@@ -93,6 +93,38 @@ class ItemKNN(_FromHistory):
         return torch.from_numpy((users @ self.similar[:, start:stop]).toarray())
 
 
+class Markov:
+    """Scores an item by the number of training transitions to it from the user's last known item.
+
+    A transition is two consecutive training events of one user: a first-order Markov chain (Rendle et al., WWW 2010,
+    without their factors). Popularity ranks items with as many transitions, and all items for a user without events.
+    What is kept grows with the distinct transitions, not with the square of the items.
+    """
+
+    names: tuple[str, ...] = ("Markov",)
+
+    def __init__(self, data: PreparedData, train_mask: np.ndarray, examples: Examples) -> None:
+        self.data = data
+        self.examples = examples
+        self.transitions = _transitions(data, train_mask)
+        counts, place = np.unique(Popularity(data, train_mask).counts.numpy(), return_inverse=True)
+        # Below 1, the least number of transitions. Places are further apart than counts, so float32 holds more of them.
+        self.popularity = torch.from_numpy((place / len(counts)).astype(np.float32))  # [items]
+
+    def block(self, rows: np.ndarray) -> sp.csr_matrix:
+        """[b] indices of examples → [b, items]: transitions from the last known item; none without events."""
+        examples = self.examples.take(rows)
+        known = examples.end > self.data.offsets[examples.user]
+        last = self.data.item[examples.end[known] - 1]
+        offsets = np.concatenate([[0], np.cumsum(known)])
+        shape = (len(rows), self.data.schema.items)
+        return sp.csr_matrix((np.ones(len(last), np.float32), last, offsets), shape=shape) @ self.transitions
+
+    def scores(self, users: sp.csr_matrix, name: str, start: int, stop: int) -> Tensor:
+        """[b, stop - start]: numbers of transitions, plus less than 1 for popularity."""
+        return torch.from_numpy(users[:, start:stop].toarray()) + self.popularity[start:stop]
+
+
 class EASE(_FromHistory):
     """Scores by the closed-form linear autoencoder without self-weights, EASE-R (Steck, WWW 2019).
 
@@ -126,6 +158,15 @@ def _seen(data: PreparedData, train_mask: np.ndarray) -> sp.csr_matrix:
     seen.sum_duplicates()
     seen.data[:] = 1.0
     return seen
+
+
+def _transitions(data: PreparedData, train_mask: np.ndarray) -> sp.csr_matrix:
+    """[items, items] float32: how often a training event of item j is the user's next one after item i."""
+    users, items = data.event_users()[train_mask], data.item[train_mask]
+    same = users[1:] == users[:-1]
+    ones = np.ones(int(same.sum()), np.float32)
+    shape = (data.schema.items, data.schema.items)
+    return sp.csr_matrix((ones, (items[:-1][same], items[1:][same])), shape=shape)
 
 
 def _nearest(seen: sp.csr_matrix, neighbours: int, entries: int = BLOCK_ENTRIES) -> sp.csr_matrix:

@@ -10,7 +10,7 @@ import numpy as np
 from flm_torchrec.config.schema import EvalConfig
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import COLD_ITEM, Examples
-from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Popularity, Random
+from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Markov, Popularity, Random
 from flm_torchrec.evaluation.protocol import Collectives, Encoder, Scorer
 from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, Ranked, RankingProblem, count_ranks, rank_targets
 
@@ -114,6 +114,8 @@ def _baselines(task: EvaluationTask, config: EvalConfig) -> list[Scorer]:
         baselines.append(Popularity(data, task.train_mask))
     if "item-kNN" in config.baselines:
         baselines.append(ItemKNN(data, task.train_mask, examples, config.neighbours))
+    if "Markov" in config.baselines:
+        baselines.append(Markov(data, task.train_mask, examples))
     if "EASE-R" in config.baselines and data.schema.items <= config.ease_items:
         baselines.append(EASE(data, task.train_mask, examples))
     return baselines

@@ -2,53 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.table import Table
 from rich.text import Text
 
 from flm_torchrec.evaluation.evaluate import Evaluation
 from flm_torchrec.terminal import PlainConsole
 
+Metrics = dict[str, float]
+ORACLE = "oracle of the mixture"
 
-def show(evaluation: Evaluation, console: PlainConsole, oracle: dict[str, Any] | None = None) -> None:
+
+def show(evaluation: Evaluation, console: PlainConsole, oracle: dict[str, Metrics] | None = None) -> None:
     """Print the table of all examples, then a table for each segment.
 
     Args:
-        oracle: by segment, metrics of the best possible ranking, where the source of the data knows these.
+        oracle: metrics of the best possible ranking of these examples: "all", and by segment. None: not known.
     """
     title = f"{evaluation.split}: {evaluation.users} users, every item ranked, the user's earlier items left out"
-    console.print(_table(title, evaluation.table))
+    console.print(_table(title, _with_oracle(evaluation.table, oracle, "all")))
     for label, table in evaluation.segments.items():
-        rows = dict(table)
-        if oracle and label in oracle:
-            rows["oracle of the mixture"] = oracle[label]
-        console.print(_table(f"of these, '{label}'", rows))
+        console.print(_table(f"of these, '{label}'", _with_oracle(table, oracle, label)))
 
 
-def markdown(evaluation: Evaluation) -> str:
-    """The table of all examples as Markdown, then a table for each segment."""
-    tables = {evaluation.split: evaluation.table, **evaluation.segments}
+def markdown(evaluation: Evaluation, oracle: dict[str, Metrics] | None = None) -> str:
+    """The table of all examples as Markdown, then a table for each segment; `oracle` as in `show`."""
+    tables = {evaluation.split: _with_oracle(evaluation.table, oracle, "all")}
+    tables |= {label: _with_oracle(table, oracle, label) for label, table in evaluation.segments.items()}
     return "\n".join(_markdown(title, rows) for title, rows in tables.items())
 
 
-def _markdown(title: str, rows: dict[str, dict[str, float]]) -> str:
+def _with_oracle(table: dict[str, Metrics], oracle: dict[str, Metrics] | None, label: str) -> dict[str, Metrics]:
+    return {**table, ORACLE: oracle[label]} if oracle and label in oracle else table
+
+
+def _markdown(title: str, rows: dict[str, Metrics]) -> str:
     columns = list(next(iter(rows.values())))
     lines = [f"| {title} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, metrics in rows.items():
-        lines.append(f"| {name} | " + " | ".join(f"{metrics[c]:.4f}" for c in columns) + " |")
+        lines.append(f"| {name} | " + " | ".join(_cells(metrics, columns)) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _table(title: str, rows: dict[str, dict[str, float]]) -> Table:
+def _cells(metrics: Metrics, columns: list[str]) -> list[str]:
+    return [f"{metrics[c]:.4f}" if c in metrics else "" for c in columns]
+
+
+def _table(title: str, rows: dict[str, Metrics]) -> Table:
     columns = list(next(iter(rows.values())))
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    best = {c: max(metrics.get(c, 0.0) for name, metrics in rows.items() if "oracle" not in name) for c in columns}
+    best = {c: max(metrics.get(c, 0.0) for name, metrics in rows.items() if name != ORACLE) for c in columns}
     for column in columns:
         table.add_column(column, justify="right")
     for name, metrics in rows.items():
-        cells = [f"{metrics[c]:.4f}" if c in metrics else "" for c in columns]
         bold = [c in metrics and metrics[c] == best[c] for c in columns]
-        table.add_row(name, *(Text(x, "bold") if b else x for x, b in zip(cells, bold, strict=True)))
+        table.add_row(name, *(Text(x, "bold") if b else x for x, b in zip(_cells(metrics, columns), bold, strict=True)))
     return table

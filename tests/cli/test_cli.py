@@ -52,7 +52,8 @@ def test_the_job_from_run_to_recommendations(
 ) -> None:
     assert main(["evaluate", "--run", str(finished)]) == 0
     table = json.loads((finished / "evaluation-test.json").read_text())["table"]
-    assert list(table) == ["popularity", "item-kNN", "EASE-R", "content", "collaborative", "sequential", "fused"]
+    heads = ["content", "collaborative", "sequential", "fused"]
+    assert list(table) == ["popularity", "item-kNN", "Markov", "EASE-R", *heads]
     assert main(["export", "--run", str(finished), "--output", str(tmp_path / "e")]) == 0
     capsys.readouterr()
     assert main(["recommend", "--export", str(tmp_path / "e"), "--user", "u3", "-k", "4", "--json"]) == 0
@@ -95,6 +96,25 @@ def test_an_export_is_kept_up_to_date_and_loaded(
 def test_one_user_can_be_evaluated(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--run", str(finished), "--user", "u5", "--markdown"]) == 0
     assert "| fused |" in capsys.readouterr().out
+
+
+def test_the_oracle_is_shown_beside_every_users_last_event_alone(
+    finished: Path, small: PreparedData, capsys: pytest.CaptureFixture[str]
+) -> None:
+    oracle = json.loads((small.path / "report.json").read_text())["oracle"]
+    assert small.segment is not None
+    segments = set(small.segment[small.offsets[1:] - 1])
+    fast = ["evaluate", "--run", str(finished), "--eval.baselines", "[]"]
+    assert main(fast) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("oracle of the mixture") == 1 + len(segments)
+    assert f"{oracle['all']['ndcg@10']:.4f}" in shown.split("of these")[0]
+    assert main([*fast, "--markdown"]) == 0
+    first = capsys.readouterr().out.split("\n\n")[0]
+    assert f"{oracle['all']['hr@10']:.4f}" in first.split("| oracle of the mixture |")[1]
+    for others in (["--split", "valid"], ["--user", "u5"]):
+        assert main([*fast, *others]) == 0
+        assert "oracle" not in capsys.readouterr().out
 
 
 def test_a_time_split_is_trained_and_evaluated(small: PreparedData, tmp_path: Path) -> None:

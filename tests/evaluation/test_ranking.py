@@ -227,7 +227,9 @@ def test_held_out_items_are_ranked_among_all_and_among_themselves(small: Prepare
     assert cold is not None
     task = EvaluationTask(small, splits.test, "test", splits.train_mask(small), cold)
     found = evaluate(task, encoder, Alone(), config)
-    assert list(found.table) == ["popularity", "item-kNN", *REPRESENTATIONS, "random", "content alone", "ids alone"]
+    assert list(found.table) == [
+        "popularity", "item-kNN", "Markov", *REPRESENTATIONS, "random", "content alone", "ids alone"
+    ]  # fmt: skip
     none = dataclasses.replace(config, baselines=())
     bare = evaluate(task, encoder, Alone(), none)
     assert list(bare.table) == [*REPRESENTATIONS, "content alone", "ids alone"]
@@ -246,7 +248,7 @@ def test_all_rows_of_the_table_rank_the_same_users(small: PreparedData) -> None:
     encoder = RandomEncoder(len(splits.test), small.schema.items)
     task = EvaluationTask(small, splits.test, "test", splits.train_mask(small))
     found = evaluate(task, encoder, Alone(), EvalConfig(ks=(5,)))
-    assert list(found.table) == ["popularity", "item-kNN", "EASE-R", *REPRESENTATIONS]
+    assert list(found.table) == ["popularity", "item-kNN", "Markov", "EASE-R", *REPRESENTATIONS]
     assert all(set(m) == {"hr@5", "ndcg@5", "mrr", "coverage@10"} for m in found.table.values())
     few = EvalConfig(ks=(5,), baselines=("EASE-R",))
     found_few = evaluate(task, encoder, Alone(), few)

@@ -25,12 +25,12 @@ import yaml
 
 from flm_torchrec.config import Config, load_config
 from flm_torchrec.config.heads import HEADS
-from flm_torchrec.config.schema import LossConfig
+from flm_torchrec.config.schema import EvalConfig, LossConfig
 from flm_torchrec.documents import Unreadable, read_json, read_yaml
 from flm_torchrec.errors import ConfigError, FlmError, RunError
 from flm_torchrec.names import nearest
 
-BASELINES = ("popularity", "item-kNN", "EASE-R")
+BASELINES = EvalConfig().baselines
 
 
 @dataclass(frozen=True)

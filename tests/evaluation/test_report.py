@@ -1,0 +1,39 @@
+"""The tables of an evaluation, on the terminal and in Markdown."""
+
+from __future__ import annotations
+
+import io
+
+from flm_torchrec.evaluation.evaluate import Evaluation
+from flm_torchrec.evaluation.report import markdown, show
+from flm_torchrec.terminal import PlainConsole
+
+FOUND = Evaluation(
+    "test", 4, {"fused": {"hr@10": 0.5, "mrr": 0.25}}, {"content": {"fused": {"hr@10": 0.75, "mrr": 0.5}}}
+)
+ORACLE = {"all": {"hr@10": 0.8765}, "content": {"hr@10": 0.9876}, "only_content": {"hr@10": 0.1234}}
+
+
+def shown(oracle: dict[str, dict[str, float]] | None) -> str:
+    text = io.StringIO()
+    show(FOUND, PlainConsole(file=text, width=120), oracle)
+    return text.getvalue()
+
+
+def test_the_oracle_is_a_row_of_the_table_of_all_and_of_each_segment() -> None:
+    everyone, content = shown(ORACLE).split("of these, 'content'")
+    assert "oracle of the mixture" in everyone and "0.8765" in everyone
+    assert "oracle of the mixture" in content and "0.9876" in content
+    assert "0.1234" not in everyone + content
+    assert markdown(FOUND, ORACLE).splitlines() == [
+        "| test | hr@10 | mrr |", "|---|---|---|", "| fused | 0.5000 | 0.2500 |",
+        "| oracle of the mixture | 0.8765 |  |", "",
+        "| content | hr@10 | mrr |", "|---|---|---|", "| fused | 0.7500 | 0.5000 |",
+        "| oracle of the mixture | 0.9876 |  |",
+    ]  # fmt: skip
+
+
+def test_without_an_oracle_no_row_is_added() -> None:
+    assert "oracle" not in shown(None) + markdown(FOUND)
+    assert "oracle" not in shown({"other": {"hr@10": 1.0}}) + markdown(FOUND, {})
+    assert list(FOUND.table) == ["fused"]  # what is written to evaluation-SPLIT.json
