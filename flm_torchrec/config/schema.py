@@ -82,6 +82,10 @@ class ModelConfig:
     layers: Annotated[int, Field(ge=0, le=1000, description="Transformer blocks of the sequential head")] = 2
     attention_heads: Annotated[Count, Field(le=2**16, description="attention heads of a block; divides dim")] = 2
     dropout: Annotated[Share, Field(description="share of activations dropped in training")] = 0.1
+    embedding_dropout: Annotated[
+        Share,
+        Field(description="share dropped in training of the inputs of the sequential and the collaborative head"),
+    ] = 0.5
     block: Annotated[
         Literal["transformer", "hstu"], Field(description="of the sequential head: softmax or pointwise attention")
     ] = "hstu"
@@ -90,12 +94,12 @@ class ModelConfig:
         Literal["dot", "cosine"], Field(description="of representation and item; cosine: all vectors have length 1")
     ] = "cosine"
     fusion: Annotated[
-        Literal["gated", "sum", "concat"],
+        Literal["late", "sum", "gated", "concat"],
         Field(
-            description="how the three heads become h; sum: by weights chosen on validation after training;"
-            " gated, concat: learned, set loss.fused"
+            description="how the three heads become one; chosen on validation after training: late: a weighted sum or a"
+            " mixture, sum: a weighted sum; learned, set loss.fused: gated, concat"
         ),
-    ] = "sum"
+    ] = "late"
     id_dropout: Annotated[
         Share,
         Field(description="share of item ids hidden in training, so that content carries unseen items"),
@@ -123,6 +127,18 @@ class LossConfig:
     collaborative: Annotated[Weight, Field(description="weight of the collaborative head's loss")] = 1.0
     sequential: Annotated[Weight, Field(description="weight of the sequential head's loss")] = 1.0
     fused: Annotated[Weight, Field(description="weight of the loss of h itself, which reaches fusion and heads")] = 0.0
+    left_out: Annotated[
+        Weight,
+        Field(
+            description="weight beside the collaborative loss of predicting each event from all others of its window"
+        ),
+    ] = 1.0
+    seen: Annotated[
+        Literal["hidden", "negatives"],
+        Field(
+            description="the items that a user has had before: no negatives, as ranking leaves them out; or negatives"
+        ),
+    ] = "hidden"
     attribute: Annotated[Weight, Field(description="weight of the contrast between an item's id and its content")] = 0.1
     negatives: Annotated[
         Number | Literal["all"],
@@ -231,9 +247,7 @@ class TrainConfig:
     patience: Annotated[
         Number, Field(description="validations without gain before stopping early; 0: never stop early")
     ] = 5
-    select: Annotated[str, Field(description="validation metric that chooses the best checkpoint")] = (
-        "sequential/ndcg@10"
-    )
+    select: Annotated[str, Field(description="validation metric that chooses the best checkpoint")] = "fused/ndcg@10"
     log_every: Annotated[Count, Field(description="steps between lines of metrics.jsonl")] = 10
     checkpoint_every: Annotated[
         Number, Field(description="steps between checkpoints to resume from; 0: only when training ends")

@@ -55,9 +55,12 @@ def shard(
         raise ConfigError("train.sparse_optimizer: 'adam' has no CPU kernel in FBGEMM; use 'rowwise_adagrad'")
     check_whole_rows(plan, config.sparse_optimizer)
     optimizer = SPARSE_OPTIMIZERS[config.sparse_optimizer]
+    zeros = set[str]()
     for module in model.modules():
         if isinstance(module, EmbeddingBagCollection | EmbeddingCollection):
             _apply_optimizer_in_backward(optimizer, module.parameters(), {"lr": config.sparse_lr})
+        if isinstance(module, EmbeddingCollection):
+            zeros |= {table.name for table in module.embedding_configs() if table.init_fn is nn.init.zeros_}
     parameters = {p for module in sliced for p in module.parameters()}
     names = [name for name, p in model.named_parameters() if p in parameters]
     for module in sliced:
@@ -81,7 +84,7 @@ def shard(
         if (
             isinstance(tensor, ShardedTensor) and tensor.dtype.is_floating_point
         ):  # integers are the ids of a managed table
-            _initialise(name, tensor, config.seed)
+            _initialise(name, tensor, config.seed, zero=name.split(".")[-2] in zeros)
     return sharded
 
 
@@ -136,10 +139,13 @@ def _hold_empty_shards(model: nn.Module) -> None:
             kernel.weights_host = kernel.weights_host.new_zeros(kernel.max_D)
 
 
-def _initialise(name: str, table: ShardedTensor, seed: int) -> None:
-    """Draw from N(0, 1/D) by blocks of rows, so that the first value of a row does not depend on the plan."""
+def _initialise(name: str, table: ShardedTensor, seed: int, zero: bool) -> None:
+    """Draw from N(0, 1/D) by blocks of rows, so that the first value of a row does not depend on the plan; or zeros."""
     dim = table.size(1)
     for shard in table.local_shards():
+        if zero:
+            shard.tensor.detach().zero_()
+            continue
         (row, column), (rows, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
         for first, block in _blocks(name, seed, row, row + rows, dim):
             low, high = max(first, row), min(first + BLOCK_ROWS, row + rows)

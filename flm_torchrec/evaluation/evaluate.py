@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.config.schema import EvalConfig
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import COLD_ITEM, Examples
@@ -55,7 +56,7 @@ def evaluate_heads(
     ranked = rank_targets(RankingProblem(data, examples, blocks_of(config)), scorer, comm)
     return {
         f"{name}/{metric}": value
-        for name in scorer.names
+        for name in REPRESENTATIONS
         for metric, value in count_ranks(ranked, name, data.schema.items, comm).metrics(config.ks).items()
     }
 

@@ -9,6 +9,8 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from flm_torchrec.mixture import Mixture
+
 Of = Literal["all", "content", "id"]
 
 
@@ -16,6 +18,10 @@ class Encoder(Protocol):
     """Users and items → vectors in one space. Every call is collective: all ranks make the same number of calls."""
 
     dim: int
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """How the heads' scores become the fused one, where that is no dot product."""
 
     def users(self, rows: np.ndarray) -> dict[str, Tensor]:
         """[b] indices of examples → by name of REPRESENTATIONS, [b, D] float32."""

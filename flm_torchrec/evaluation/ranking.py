@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flm_torchrec.config.heads import REPRESENTATIONS
+from flm_torchrec.config.heads import FUSED, HEADS, REPRESENTATIONS
 from flm_torchrec.data.dataset import PreparedData, spans
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.errors import RunError
@@ -53,6 +53,11 @@ class RankingProblem:
     among: np.ndarray | None = None  # [items] bool: rank only these; None: all
 
 
+MIXTURE = "mixture"
+"""Not a representation: the heads' scores, each by its own vector, as the encoder's `mixture` joins them."""
+ONE_VECTOR = "fused, one vector"
+
+
 class HeadScorer:
     """Scores by the model's heads: the dot product of a representation and an item vector.
 
@@ -60,7 +65,8 @@ class HeadScorer:
 
     Args:
         of: which vectors of the items are scored.
-        heads: by name in the table of results, the head to score with; None: every head and their fusion.
+        heads: by name in the table of results, the head to score with; None: every head and their fusion, and where
+            that is a mixture, also the one vector that stacks for dot products get.
 
     Raises:
         RunError: a vector is not finite; also from `block`.
@@ -76,7 +82,12 @@ class HeadScorer:
         heads: dict[str, str] | None = None,
     ) -> None:
         self.encoder = encoder
-        self.heads = heads or {head: head for head in REPRESENTATIONS}
+        self.mixture = encoder.mixture
+        if heads is None:
+            heads = {head: head for head in REPRESENTATIONS}
+            if self.mixture is not None:
+                heads |= {FUSED: MIXTURE, ONE_VECTOR: FUSED}
+        self.heads = heads
         self.names = tuple(self.heads)
         self.vectors = torch.cat([v for _, v in item_vectors(encoder, items, block, comm, of)])  # [items, D]
         _check_finite(self.vectors, "item vectors")
@@ -91,7 +102,15 @@ class HeadScorer:
 
     def scores(self, users: dict[str, Tensor], name: str, start: int, stop: int) -> Tensor:
         """[b, stop - start] dot products, in a buffer that the next call overwrites."""
-        query, items = users[self.heads[name]], self.vectors[start:stop]
+        items = self.vectors[start:stop]
+        if self.heads[name] == MIXTURE:
+            assert self.mixture is not None
+            parts = [
+                torch.mm(users[head] * scale, items.T).add_(bias)
+                for head, scale, bias in zip(HEADS, self.mixture.scale, self.mixture.bias, strict=True)
+            ]
+            return torch.logsumexp(torch.stack(parts), 0)
+        query = users[self.heads[name]]
         if self.buffer.shape != (len(query), len(items)):
             self.buffer = query.new_empty(len(query), len(items))
         return torch.mm(query, items.T, out=self.buffer)
@@ -141,7 +160,7 @@ def rank_targets(problem: RankingProblem, scorer: Scorer, comm: Collectives, top
         users = scorer.block(indices)
         if len(indices) == 0:
             continue
-        block = _Block(scorer, users, *_target_and_seen(problem, indices))
+        block = _Block(scorer, users, *target_and_seen(problem, indices))
         rows.append(indices)
         for name in scorer.names:
             rank, best = _rank_block(block, name, _item_ranges(problem), top_k)
@@ -213,7 +232,7 @@ def _rank_block(block: _Block, name: str, ranges: list[tuple[int, int]], top_k: 
     return rank, ids
 
 
-def _target_and_seen(problem: RankingProblem, indices: np.ndarray) -> tuple[Tensor, Seen]:
+def target_and_seen(problem: RankingProblem, indices: np.ndarray) -> tuple[Tensor, Seen]:
     """True items [b], and the items to leave out: those of the known events, but never the true item."""
     data, examples = problem.data, problem.examples.take(indices)
     target = data.item[examples.end]

@@ -11,18 +11,19 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from flm_torchrec.config.heads import REPRESENTATIONS
+from flm_torchrec.config.heads import HEADS, REPRESENTATIONS
 from flm_torchrec.documents import MOST_JSON_BYTES, Unreadable, parse_json, read_text
 from flm_torchrec.errors import RunError
 from flm_torchrec.files import sha256
+from flm_torchrec.mixture import Mixture
 from flm_torchrec.safe_text import visible
 
 FILE = "manifest.json"
 DELTA = "delta.json"
 """A delta has this file instead."""
-FORMAT = 3
-READABLE = (2, 3)
-"""Format 2 has no `rows` in the report of its index."""
+FORMAT = 4
+READABLE = (2, 3, 4)
+"""Format 2 has no `rows` in the report of its index, format 3 no mixture."""
 
 RECALL = 0.99
 """Default recall@100, for each head and against brute force, that an index promises."""
@@ -83,6 +84,8 @@ class Manifest:
     """Rows of each part but the last: the first id of part p is p * part_rows."""
     quantise: Quantise
     """How vectors are stored, see `vectors.encode`."""
+    mixture: Mixture | None = None
+    """How the heads' scores become the fused one, where that is no dot product with the fused vector."""
     index: IndexReport | None = None
     quality: dict[str, dict[str, Number]] = field(default_factory=dict)
     """By head, where vectors are quantised: validation NDCG@10 "before" and "after", and the relative "change"."""
@@ -171,6 +174,8 @@ def check_manifest(manifest: Manifest, file: Path) -> None:
     heads = set(manifest.heads)
     if not heads or len(heads) < len(manifest.heads) or not heads <= set(REPRESENTATIONS):
         raise RunError(f"{file}: heads: wants some of {', '.join(REPRESENTATIONS)}; export again")
+    if manifest.mixture is not None and not heads >= set(HEADS):
+        raise RunError(f"{file}: mixture: wants the heads {', '.join(HEADS)}; export again")
     index = manifest.index
     if index is None:
         return

@@ -9,11 +9,13 @@ import faiss
 import numpy as np
 import pyarrow.compute as pc
 
+from flm_torchrec.config.heads import FUSED, HEADS
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.index import open_index, top
 from flm_torchrec.export.manifest import load_manifest
 from flm_torchrec.export.parts import ExportRows
 from flm_torchrec.export.vectors import decode
+from flm_torchrec.mixture import Mixture, shortlist
 from flm_torchrec.names import COMPARED, nearest_key
 
 
@@ -54,9 +56,13 @@ class Recommender:
             raise RunError(f"-k {k}: ask for at least 1 item")
         if head not in self.manifest.heads:
             raise RunError(f"--head '{head}': choose one of {', '.join(self.manifest.heads)}")
-        vector, seen = self._user(user_key, head)
+        vectors, seen = self._user(user_key)
         left_out = set() if include_seen else set(seen.tolist())
-        scores, ids = self._search(vector, min(k + len(left_out), self.manifest.items))
+        found = min(k + len(left_out), self.manifest.items)
+        if head == FUSED and self.manifest.mixture is not None:
+            scores, ids = self._mixed([vectors[name] for name in HEADS], found, self.manifest.mixture)
+        else:
+            scores, ids = self._search(vectors[head], found)
         unseen = [(i, s) for i, s in zip(ids.tolist(), scores.tolist(), strict=True) if i not in left_out]
         return [
             Recommendation(self.shown["item_key"][i].as_py(), self.shown["title"][i].as_py(), score)
@@ -78,10 +84,24 @@ class Recommender:
             start += len(vectors)
         return best, found
 
-    def _user(self, key: str, head: str) -> tuple[np.ndarray, np.ndarray]:
-        for part in self.users.parts(["user_key", "seen", head]):
+    def _mixed(self, queries: list[np.ndarray], k: int, mixture: Mixture) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and ids [k] of the best items by a mixture of the heads' queries [D], among the best of each."""
+        most = min(shortlist(k), self.manifest.items)
+        ids = np.unique(np.concatenate([self._search(query, most)[1] for query in queries]))
+        ids = ids[ids >= 0]
+        vectors, first = np.empty((len(ids), self.manifest.dim), np.float32), 0
+        for part in self.items.vectors("embedding"):
+            here = slice(*np.searchsorted(ids, [first, first + len(part)]))
+            vectors[here] = part[ids[here] - first]
+            first += len(part)
+        return top(mixture.score([vectors @ query for query in queries]), ids, k)
+
+    def _user(self, key: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """By head the user's vector [D], and [n] ids of the items of the user's events."""
+        for part in self.users.parts(["user_key", "seen", *self.manifest.heads]):
             row = part.filter(pc.field("user_key") == key)
             if len(row):
-                return decode(row[head])[0], np.asarray(row["seen"][0].as_py(), np.int64)
+                vectors = {head: decode(row[head])[0] for head in self.manifest.heads}
+                return vectors, np.asarray(row["seen"][0].as_py(), np.int64)
         compared = self.users.table(["user_key"])["user_key"].slice(0, COMPARED).to_pylist()
         raise RunError(f"user '{key}': not in {self.folder}; {nearest_key(key, compared, COMPARED)}")

@@ -161,6 +161,7 @@ def blank_manifest(source: ExportSource, options: ExportOptions) -> Manifest:
         storage=options.storage,
         part_rows=options.part_rows,
         quantise=options.quantise,
+        mixture=source.encoder.mixture,
     )
 
 

@@ -13,6 +13,7 @@ from flm_torchrec.data.schema import Schema
 from flm_torchrec.model.dropout import Dropout
 from flm_torchrec.model.losses import Gather, unused
 from flm_torchrec.model.pretrain import Dense, Outputs, PretrainModel
+from flm_torchrec.model.space import width
 from flm_torchrec.model.tower import Encoded
 
 
@@ -21,7 +22,7 @@ class LabelDense(Dense):
 
     def __init__(self, schema: Schema, model: ModelConfig, loss: LossConfig, max_tokens: int, gather: Gather) -> None:
         super().__init__(schema, model, loss, max_tokens, gather)
-        dim = model.dim
+        dim = width(model.dim)
         self.label_head = nn.Sequential(
             nn.LayerNorm((len(REPRESENTATIONS) + 2) * dim),
             nn.Linear((len(REPRESENTATIONS) + 2) * dim, 2 * dim),

@@ -27,6 +27,10 @@ class Layout(Protocol):
     def position(self) -> Tensor:
         """[…] or [L]: position of each token in its sequence, from 0."""
 
+    @property
+    def count(self) -> Tensor:
+        """[R, 1] float: items up to each represented token."""
+
     def each(self, x: Tensor) -> Tensor:
         """[B, D] of each sequence → [R, D] at each of its represented tokens."""
 
@@ -58,6 +62,11 @@ class Padded:
         self.lengths = lengths
         self.time = time
         self.position = torch.arange(time.shape[1], device=time.device)
+
+    @property
+    def count(self) -> Tensor:
+        """As of `Layout`, [B, 1]."""
+        return self.lengths.float().unsqueeze(1)
 
     def each(self, x: Tensor) -> Tensor:
         """As of `Layout`, [B, D]."""
@@ -135,6 +144,11 @@ class Jagged:
             self.slots.append((sequences - begin) * longest + positions)
             begin += count
 
+    @property
+    def count(self) -> Tensor:
+        """As of `Layout`, [T, 1]."""
+        return self.position.float().unsqueeze(1)
+
     def each(self, x: Tensor) -> Tensor:
         """As of `Layout`, [T, D]."""
         return x[self.sequence]
@@ -144,6 +158,15 @@ class Jagged:
         total = torch.cumsum(items, 0)
         before = F.pad(total, (0, 0, 1, 0))[self.first][self.sequence]  # sum of all earlier sequences
         return (total - before) / self.position.clamp(min=1).unsqueeze(1)
+
+    def others(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, D] of the item after each token → [T, D]: mean over the other items of its sequence; [T, 1]: how many.
+
+        An item follows each token, so these are all items of the sequence, the one after the last token too.
+        """
+        total = targets.new_zeros(len(self.lengths), targets.shape[1]).index_add(0, self.sequence, targets)
+        count = (self.lengths[self.sequence] - 1).float().unsqueeze(1)
+        return (total[self.sequence] - targets) / count.clamp(min=1), count
 
     def begin(self, prefix: Tensor, events: Tensor) -> Tensor:
         """As of `Layout`; events [T, D], of which those at a prefix are not used."""

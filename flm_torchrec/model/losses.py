@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.config.schema import LossConfig
-from flm_torchrec.model.softmax import inclusion_log_probability, sampled_softmax
+from flm_torchrec.model.softmax import CandidateVectors, Hidden, inclusion_log_probability, sampled_softmax
+from flm_torchrec.model.space import used
 from flm_torchrec.model.tower import Encoded
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ MAX_LOG_SCALE = math.log(100.0)
 """Bound of the learned inverse temperature, as in CLIP (Radford et al. 2021)."""
 ATTRIBUTE_LOG_SCALE = 2.0
 """Start of the log inverse temperature of the item-attribute contrast."""
+
+
+SHORTEST = 0.1
+"""Shorter ids are not made longer than by its inverse."""
 
 
 class Gather(Protocol):
@@ -79,7 +84,11 @@ def unused(losses: Iterable[Loss]) -> Tensor:
 
 
 class NextItemLoss:
-    """sum over representations k of weight_k L_k; L_k is a sampled softmax of the next item, at every token."""
+    """sum over representations k of weight_k L_k; L_k is a sampled softmax of the next item, at every token.
+
+    The collaborative head, which sees no order, also predicts each item from all others of its sequence
+    (leave-one-out). The items that a user has had are no negatives (`loss.seen`).
+    """
 
     def __init__(self, config: LossConfig, gather: Gather) -> None:
         self.config = config
@@ -94,12 +103,21 @@ class NextItemLoss:
     def __call__(self, batch: Batch, encoded: Encoded) -> tuple[Tensor, dict[str, Tensor]]:
         """As of `Loss`."""
         item_ids = batch.item_ids.values()
-        vectors, real = self.gather.concat(encoded.items[batch.candidates])  # [C, D], [C]
+        vectors, real = self.gather.concat(encoded.items[batch.candidates])  # [C, S], [C]
         candidate_ids, _ = self.gather.concat(item_ids[batch.candidates])
         log_not_sampled, _ = self.gather.concat(batch.log_not_sampled)
         targets = self.gather.all_reduce_sum(torch.tensor(float(len(batch.targets)), device=vectors.device))
-        position, repeated = first_positions(candidate_ids, real, item_ids[batch.targets])
+        columns, repeated = columns_of(candidate_ids, real, item_ids)
         log_q = self._log_q(log_not_sampled, targets).masked_fill(repeated | ~real, math.inf)
+        before, others = self._hidden(batch.lengths, columns[batch.targets])
+
+        def loss(query: Tensor, name: str, hidden: Hidden | None) -> Tensor:
+            """Mean over all ranks' targets, this rank's share."""
+            scale = self.log_scale[name].clamp(max=MAX_LOG_SCALE).exp()
+            candidates = CandidateVectors(used(name, vectors), log_q)
+            precision = PRECISIONS[self.config.precision]
+            summed = sampled_softmax(used(name, query), candidates, columns[batch.targets], scale, hidden, precision)
+            return summed / targets.clamp(min=1)
 
         total, losses = vectors.new_zeros(()), {}
         for name, query in encoded.representations.items():
@@ -107,12 +125,21 @@ class NextItemLoss:
             if weight == 0:
                 total = total + 0.0 * (query.sum() + self.log_scale[name])
                 continue
-            scale = self.log_scale[name].clamp(max=MAX_LOG_SCALE).exp()
-            summed = sampled_softmax(query, vectors, position, log_q, scale, PRECISIONS[self.config.precision])
-            loss = summed / targets.clamp(min=1)
-            losses[name] = loss.detach()
-            total = total + weight * loss
+            value = loss(query, name, before)
+            losses[name] = value.detach()
+            total = total + weight * value
+        weight = self.config.collaborative * self.config.left_out
+        if weight > 0 and encoded.left_out is not None:
+            value = loss(encoded.left_out, "collaborative", others)
+            losses["left_out"] = value.detach()
+            total = total + weight * value
         return total, losses
+
+    def _hidden(self, lengths: Tensor, columns: Tensor) -> tuple[Hidden | None, Hidden | None]:
+        """[B] lengths, [T] columns of the targets → of each target, those of its sequence before it, and all others."""
+        if self.config.seen == "negatives":
+            return None, None
+        return hidden_of(lengths, columns, whole=False), hidden_of(lengths, columns, whole=True)
 
     def _log_q(self, log_not_sampled: Tensor, in_batch: Tensor) -> Tensor:
         """[C]; zero where every item is a candidate."""
@@ -140,34 +167,51 @@ class AttributeContrast:
     def __call__(self, batch: Batch, encoded: Encoded) -> tuple[Tensor, dict[str, Tensor]]:
         """As of `Loss`."""
         mine = torch.unique(batch.targets)
-        ids = F.normalize(encoded.item_ids[mine], dim=1)
-        contents = F.normalize(encoded.content_items[mine], dim=1)
+        # An item that came after training has a row of zeros, where the gradient of a unit vector has no bound.
+        ids = F.normalize(used("content", encoded.id_items[mine]), dim=1, eps=SHORTEST)
+        contents = F.normalize(used("content", encoded.content_items[mine]), dim=1)
         all_ids, real = self.gather.concat(ids)
         all_contents, _ = self.gather.concat(contents)
         keys, _ = self.gather.concat(batch.item_ids.values()[mine])
-        position, repeated = first_positions(keys, real, batch.item_ids.values()[mine])
+        position, repeated = columns_of(keys, real, batch.item_ids.values()[mine])
         log_q = torch.zeros_like(all_ids[:, 0]).masked_fill(repeated | ~real, math.inf)
         # An item that several ranks have is a query on the first of them alone.
         start = self.gather.rank * (len(real) // self.gather.world_size)
         first = position == start + torch.arange(len(mine), device=mine.device)
         scale = self.scale.clamp(max=MAX_LOG_SCALE).exp()
-        summed = sampled_softmax(ids[first], all_contents, position[first], log_q, scale)
-        summed = summed + sampled_softmax(contents[first], all_ids, position[first], log_q, scale)
+        summed = sampled_softmax(ids[first], CandidateVectors(all_contents, log_q), position[first], scale)
+        summed = summed + sampled_softmax(contents[first], CandidateVectors(all_ids, log_q), position[first], scale)
         loss = summed / (2 * (real & ~repeated).sum()).clamp(min=1)
         return self.weight * loss, {"attribute": loss.detach()}
 
 
-def first_positions(candidates: Tensor, real: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """[n] first position of each wanted id among the candidates, and [C] bool: a later copy of an id.
+def hidden_of(lengths: Tensor, columns: Tensor, whole: bool) -> Hidden:
+    """[B] lengths, [T] columns of the targets → the candidates that the query of each target leaves out.
+
+    Args:
+        whole: all items of the target's sequence but the target; else those before it.
+    """
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)  # [T]
+    first = (torch.cumsum(lengths, 0) - lengths)[sequence]
+    token = torch.arange(len(sequence), device=lengths.device)
+    count = lengths[sequence] if whole else token - first
+    row = torch.repeat_interleave(token, count)  # [P]
+    nth = torch.arange(len(row), device=lengths.device) - (torch.cumsum(count, 0) - count)[row]
+    column = columns[first[row] + nth]
+    kept = column != columns[row]
+    return Hidden(row[kept], column[kept])
+
+
+def columns_of(candidates: Tensor, real: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """[n] first column of each wanted id among the candidates, any column where it is none; [C] bool: a later copy.
 
     Args:
         candidates: [C] ids.
         real: [C] bool, False at padding.
-        wanted: [n] ids, each among the candidates.
+        wanted: [n] ids.
     """
-    order = torch.argsort(candidates.masked_fill(~real, torch.iinfo(candidates.dtype).max), stable=True)
-    ordered = candidates.masked_fill(~real, torch.iinfo(candidates.dtype).max)[order]
+    ordered, order = torch.sort(candidates.masked_fill(~real, torch.iinfo(candidates.dtype).max), stable=True)
     copies = F.pad(ordered[1:] == ordered[:-1], (1, 0))
     repeated = torch.zeros_like(real)
     repeated[order] = copies
-    return order[torch.searchsorted(ordered, wanted)], repeated
+    return order[torch.searchsorted(ordered, wanted).clamp(max=len(order) - 1)], repeated

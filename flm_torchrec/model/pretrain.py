@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
+from flm_torchrec.config.heads import HEADS
 from flm_torchrec.config.schema import LossConfig, ModelConfig
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.history import HISTORY_KEYS
 from flm_torchrec.data.schema import Schema
-from flm_torchrec.model.fusion import SumFusion
-from flm_torchrec.model.losses import Gather, make_losses
-from flm_torchrec.model.tables import history_tables, item_feature_tables, item_id_table, user_tables, user_weight_names
+from flm_torchrec.mixture import Mixture
+from flm_torchrec.model.fusion import LateFusion, SumFusion
+from flm_torchrec.model.losses import MAX_LOG_SCALE, Gather, make_losses
+from flm_torchrec.model.tables import (
+    history_tables,
+    item_feature_tables,
+    item_tables,
+    rows_of,
+    user_tables,
+    user_weight_names,
+)
 from flm_torchrec.model.tower import EmbeddingOutputs, Encoded, Tower, Widths
 
 
@@ -57,16 +67,19 @@ class Dense(nn.Module):
     def forward(
         self,
         batch: Batch,
-        item_id: dict[str, JaggedTensor],
+        items: dict[str, JaggedTensor],
         item_features: list[KeyedTensor],
         users: list[KeyedTensor],
         history: dict[str, JaggedTensor],
     ) -> tuple[Tensor, Outputs]:
         """What the tables gave for the batch → the loss and what led to it; in evaluation the loss is 0."""
-        ids = item_id["item_id"].values()
+        ids = items[rows_of("item_id")].values()
         features = _join(item_features, self.item_keys)[: len(ids)] if item_features else ids[:, :0]
         embedded = EmbeddingOutputs(
             item_id=ids,
+            item_source=items[rows_of("item_source")].values(),
+            item_target=items[rows_of("item_target")].values(),
+            item_context=items[rows_of("item_context")].values(),
             item_features=features,
             user=_join(users, self.user_keys),
             history=torch.cat([history[key].values() for key in HISTORY_KEYS], 1),
@@ -97,7 +110,7 @@ class PretrainModel(nn.Module):
 
     def __init__(self, schema: Schema, model: ModelConfig, loss: LossConfig, max_tokens: int, gather: Gather) -> None:
         super().__init__()
-        self.item_id = item_id_table(schema, model.dim)
+        self.item_id = item_tables(schema, model.dim)
         self.item_features, self.managed_item_features = item_feature_tables(schema, model.dim)
         self.users, self.managed_users = user_tables(schema, model.dim)
         self.history = history_tables(schema, model.dim)
@@ -108,22 +121,29 @@ class PretrainModel(nn.Module):
         """The dense part that represents items and users."""
         return self.dense.tower
 
-    def set_fusion_weights(self, weights: Tensor) -> None:
-        """Set the weights [heads] of a summed fusion, in the order of HEADS."""
+    def temperatures(self) -> list[float]:
+        """By head of HEADS, the factor of its scores in the softmax that it learned by."""
+        scales: Mapping[str, Tensor] = dict(self.dense.log_scale.items())  # type: ignore[operator, union-attr, arg-type]
+        return [float(scales[head].detach().clamp(max=MAX_LOG_SCALE).exp()) for head in HEADS]
+
+    def set_fusion(self, weights: Tensor, mixture: Mixture | None) -> None:
+        """Set the weights [heads] of a summed fusion, in the order of HEADS, and the mixture of a late fusion."""
         fusion = self.tower.fusion
         assert isinstance(fusion, SumFusion)
         fusion.set_weights(weights)
+        if isinstance(fusion, LateFusion):
+            fusion.set_mixture(mixture)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Outputs]:
         """The loss to minimise, averaged over all ranks' targets, and what led to it.
 
         The loss is scaled such that the mean of its gradients over the ranks is the gradient of the global mean.
         """
-        item_id = self.item_id(batch.item_ids)
+        items = self.item_id(batch.item_ids)
         features = pooled(self.item_features, self.managed_item_features, batch.item_features)
         users = pooled(self.users, self.managed_users, batch.users)
         history = self.history(batch.history)
-        return self.dense(batch, item_id, features, users, history)
+        return self.dense(batch, items, features, users, history)
 
 
 def user_weights(schema: Schema) -> dict[str, str]:

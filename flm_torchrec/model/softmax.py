@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,16 @@ CHUNK_BYTES = 2**22
 """Bytes of logits that are held at once: about a CPU's cache, small on a GPU."""
 TINY = torch.finfo(torch.float32).tiny
 """Minimum of a probability whose logarithm is taken."""
+
+
+@dataclass(frozen=True)
+class CandidateVectors:
+    """The items that a softmax runs over."""
+
+    vectors: Tensor  # [C, D]
+    log_q: Tensor
+    """[C] log-probability of each candidate to be one; +inf takes it out (padding, a repeated item). Zeros for a full
+    softmax."""
 
 
 def inclusion_log_probability(log_not_sampled: Tensor, in_batch: Tensor | int, drawn: int) -> Tensor:
@@ -21,8 +33,21 @@ def inclusion_log_probability(log_not_sampled: Tensor, in_batch: Tensor | int, d
     return torch.log(-torch.expm1(log_missing).clamp(max=-1e-12))
 
 
+@dataclass(frozen=True)
+class Hidden:
+    """Candidates that a query is not asked about: `columns[i]` for the query `rows[i]`; rows in ascending order."""
+
+    rows: Tensor  # [P] int64
+    columns: Tensor  # [P] int64
+
+
 def sampled_softmax(
-    query: Tensor, items: Tensor, target: Tensor, log_q: Tensor, scale: Tensor, precision: torch.dtype | None = None
+    query: Tensor,
+    candidates: CandidateVectors,
+    target: Tensor,
+    scale: Tensor,
+    hidden: Hidden | None = None,
+    precision: torch.dtype | None = None,
 ) -> Tensor:
     """Sum over T queries of -log softmax(scale * query . items)[target], Z estimated from the candidates.
 
@@ -33,17 +58,36 @@ def sampled_softmax(
 
     Args:
         query: [T, D].
-        items: [C, D] vectors of the candidates.
+        candidates: C items.
         target: [T] index of each query's true item among the candidates.
-        log_q: [C] log-probability of each candidate to be one; +inf takes it out (padding, a repeated item).
-            All zero for a full softmax.
         scale: [] inverse temperature.
+        hidden: what to leave out of the softmax of single queries; a query's target stays.
         precision: of the logits and of products with them; None: that of `items`. Sums keep that of `items`.
 
     Returns:
         [] the summed loss, with gradients for query, items and scale.
     """
-    return _SampledSoftmax.apply(query, items, target, log_q, scale, precision or items.dtype)
+    fixed = _Fixed(target, candidates.log_q, hidden, precision or candidates.vectors.dtype)
+    return _SampledSoftmax.apply(query, candidates.vectors, scale, fixed)
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """What a softmax has no gradient of."""
+
+    target: Tensor
+    log_q: Tensor
+    hidden: Hidden | None
+    precision: torch.dtype
+
+    def hidden_by_chunk(self, chunk: int, candidates: int) -> list[Tensor]:
+        """By chunk of queries, [p] positions in its logits that are left out."""
+        chunks = -(-len(self.target) // chunk)
+        if self.hidden is None:
+            return [self.target[:0]] * chunks
+        of_chunk = self.hidden.rows // chunk
+        position = (self.hidden.rows - of_chunk * chunk) * candidates + self.hidden.columns
+        return list(position.split(torch.bincount(of_chunk, minlength=chunks).tolist()))
 
 
 class _SampledSoftmax(torch.autograd.Function):
@@ -51,20 +95,23 @@ class _SampledSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx, query: Tensor, items: Tensor, target: Tensor, log_q: Tensor, scale: Tensor, precision: torch.dtype
+        ctx, query: Tensor, items: Tensor, scale: Tensor, fixed: _Fixed
     ) -> Tensor:
+        target, precision = fixed.target, fixed.precision
         loss = query.new_zeros(())
         query_grad, items_grad = torch.empty_like(query), torch.zeros_like(items)
         scaled = query * scale
-        low_items, low_scaled, corrections = (x.to(precision) for x in (items, scaled, -log_q))
+        low_items, low_scaled, corrections = (x.to(precision) for x in (items, scaled, -fixed.log_q))
         chunk = max(1, CHUNK_BYTES // (precision.itemsize * max(1, len(items))))
         buffer = low_items.new_empty(min(chunk, len(query)), len(items))
         narrow, widened = torch.empty_like(low_items), torch.empty_like(items)  # mixed precisions would make copies
         truth = (scaled * items[target]).sum(1).to(precision)  # [T]
         first = torch.arange(len(buffer), device=query.device) * len(items)
-        for at in range(0, len(query), chunk):
+        hidden = fixed.hidden_by_chunk(chunk, len(items))
+        for number, at in enumerate(range(0, len(query), chunk)):
             part = low_scaled[at : at + chunk]
             logits = torch.addmm(corrections, part, low_items.T, out=buffer[: len(part)])  # [t, C]
+            logits.view(-1).index_fill_(0, hidden[number], -torch.inf)
             own = first[: len(part)] + target[at : at + chunk]
             logits.view(-1)[own] = truth[at : at + chunk]  # scatter_ would copy all of the logits
             shares = torch.softmax(logits, 1, out=logits)
@@ -83,4 +130,4 @@ class _SampledSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         query_grad, items_grad, scale_grad = ctx.saved_tensors
-        return query_grad * grad, items_grad * grad, None, None, scale_grad * grad, None
+        return query_grad * grad, items_grad * grad, scale_grad * grad, None

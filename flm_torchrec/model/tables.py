@@ -51,10 +51,31 @@ class ManagedIds(MCHManagedCollisionModule):
             ) from error
 
 
-def item_id_table(schema: Schema, dim: int) -> EmbeddingCollection:
-    """The one table of item ids, shared by history, positives and negatives."""
-    config = EmbeddingConfig(name="item_id", embedding_dim=dim, num_embeddings=schema.items, feature_names=["item_id"])
-    return EmbeddingCollection(tables=[config], device=META)
+ITEM_TABLES = ("item_id", "item_source", "item_target", "item_context")
+"""Tables with a row for each item: what it is; for the collaborative head what it says of a user who has it, and what
+is scored; for the sequential head what it says of the events after it."""
+STARTS_AT_ZERO = ("item_source", "item_context")
+"""What an item says of others starts from nothing, so that an item that few users have says little."""
+
+
+def item_tables(schema: Schema, dim: int) -> EmbeddingCollection:
+    """The tables of item ids, shared by history, positives and negatives. One feature, `item_id`, looks up all."""
+    configs = [
+        EmbeddingConfig(
+            name=name,
+            embedding_dim=dim,
+            num_embeddings=schema.items,
+            feature_names=["item_id"],
+            init_fn=nn.init.zeros_ if name in STARTS_AT_ZERO else None,
+        )
+        for name in ITEM_TABLES
+    ]
+    return EmbeddingCollection(tables=configs, device=META)
+
+
+def rows_of(table: str) -> str:
+    """Name of a table of `ITEM_TABLES` among the outputs of `item_tables`: the tables share a feature."""
+    return f"item_id@{table}"
 
 
 def item_feature_tables(schema: Schema, dim: int) -> Bags:

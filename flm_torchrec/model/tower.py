@@ -12,9 +12,13 @@ from torch.nn import functional as F
 from flm_torchrec.config.heads import FUSED, HEADS
 from flm_torchrec.config.schema import ModelConfig
 from flm_torchrec.model.fusion import FUSIONS
-from flm_torchrec.model.heads import Head, mlp
+from flm_torchrec.model.heads import CollaborativeHead, Head, mlp
 from flm_torchrec.model.layout import Jagged, Layout
+from flm_torchrec.model.space import place, width
 from flm_torchrec.model.transformer import CausalTransformer
+
+SOFTENING = 0.01
+"""Squared length that is added before an item's collaborative row is divided by its length, which is about 1."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,9 @@ class EmbeddingOutputs:
     """Rows of the tables for the N items, B sequences and T tokens of a batch."""
 
     item_id: Tensor  # [N, D]
+    item_source: Tensor  # [N, D]: what the item says of a user who has it
+    item_target: Tensor  # [N, D]: what the collaborative head scores
+    item_context: Tensor  # [N, D]: what the item says of the events after it
     item_features: Tensor  # [N, item_features * D]
     user: Tensor  # [B, (1 + user_features) * D]: the id first
     history: Tensor  # [T, history * D]
@@ -52,6 +59,7 @@ class DenseInputs(Protocol):
     value: Tensor  # [T]
     lengths: Tensor  # [B] tokens, the prefix included
     tokens: Tensor  # [T] index of a token's item; N at a prefix
+    targets: Tensor  # [T] index of the item that follows; empty where nothing is learned
     time: Tensor  # [T] seconds
 
 
@@ -59,10 +67,12 @@ class DenseInputs(Protocol):
 class Sequences:
     """What the heads see of B sequences, whose tokens lie in memory as a `Layout` says.
 
-    An item's id and content are zero at a prefix and at padding.
+    All that is of an item is zero at a prefix and at padding.
     """
 
     item_id: Tensor  # […, D]
+    item_source: Tensor  # […, D]
+    item_context: Tensor  # […, D]
     item_content: Tensor  # […, D]
     event: Tensor  # […, history * D + 1]: rows of the tables of events, and the standardised value
     user_id: Tensor  # [B, D]
@@ -73,23 +83,25 @@ class Sequences:
 class Encoded:
     """Outputs of the tower for a batch."""
 
-    items: Tensor  # [N, D]
-    item_ids: Tensor  # [N, D]: from ids alone
-    content_items: Tensor  # [N, D]: from features alone, as an item without a known id has
-    representations: dict[str, Tensor]  # by name of REPRESENTATIONS, [T, D]
+    items: Tensor  # [N, S]
+    id_items: Tensor  # [N, S]: from ids alone
+    content_items: Tensor  # [N, S]: from features alone, as an item without a known id has
+    representations: dict[str, Tensor]  # by name of REPRESENTATIONS, [T, S]
+    left_out: Tensor | None = None  # [T, S] in training: the collaborative head of all items but the target
 
 
 class Tower(nn.Module):
-    """Rows of tables of a batch → item vectors [N, D] and a representation [T, D] by each head and by fusion.
+    """Rows of tables of a batch → item vectors [N, S] and a representation [T, S] by each head and by fusion, S = 2 D.
 
     At each token, every head sees the user and the tokens so far, never a later one:
 
     * content: features of the user and of the items so far, no ids;
-    * collaborative: the ids of the user and of the items so far, whatever their order (two-tower: Covington et
-      al., RecSys 2016);
-    * sequential: a causal Transformer over item id + item content + event (Kang & McAuley, SASRec, ICDM 2018).
+    * collaborative: the ids of the user and of the items so far, whatever their order, see `CollaborativeHead`;
+    * sequential: a causal Transformer over item id + item content + event (Kang & McAuley, SASRec, ICDM 2018). An item
+      of the history has a row of its own besides (`item_context`), so that what follows an item need not be what is
+      like it (FPMC: Rendle et al., WWW 2010).
 
-    A score is the dot product of a representation with an item vector.
+    A score is the dot product of a representation with an item vector, see `space`.
     """
 
     def __init__(self, widths: Widths, config: ModelConfig) -> None:
@@ -102,13 +114,15 @@ class Tower(nn.Module):
         self.start = nn.Parameter(torch.zeros(dim))
         self.transformer = CausalTransformer(config, widths.max_tokens)
         self.content_head = Head(2 * dim, dim, config.dropout)
-        self.collaborative_head = Head(2 * dim, dim, config.dropout)
-        self.fusion = FUSIONS[config.fusion](dim)
+        self.collaborative_head = CollaborativeHead(dim, config.embedding_dropout)
+        self.fusion = FUSIONS[config.fusion](width(dim))
 
     def forward(self, embedded: EmbeddingOutputs, batch: DenseInputs) -> Encoded:
         """Rows of tables and a batch → `Encoded`. In training, random ids are hidden."""
         dim = self.config.dim
+        known = batch.item_known.unsqueeze(1)
         item_id = embedded.item_id * self._shown(batch.item_known, self.config.id_dropout)
+        source, target = embedded.item_source * known, embedded.item_target * known
         content = self._content(torch.cat([embedded.item_features, batch.item_dense], 1))
         vectors = item_id + content
         user_id, user_features = embedded.user[:, :dim], embedded.user[:, dim:]
@@ -116,24 +130,38 @@ class Tower(nn.Module):
             user_id=user_id * self._shown(batch.user_known, self.config.user_id_dropout),
             profile=self.user_content(torch.cat([user_features, batch.user_dense], 1)),
             item_id=_gather(item_id, batch.tokens),
+            item_source=_gather(source, batch.tokens),
+            item_context=_gather(embedded.item_context * known, batch.tokens),
             item_content=_gather(content, batch.tokens),
             event=torch.cat([embedded.history, batch.value.unsqueeze(1)], 1),
         )
-        representations = self.represent(seen, Jagged(batch.lengths, batch.time))
-        return Encoded(self._unit(vectors), embedded.item_id, self._unit(content), representations)
+        layout = Jagged(batch.lengths, batch.time)
+        return Encoded(
+            items=torch.cat([self._unit(vectors), self._scored(target)], 1),
+            id_items=torch.cat([embedded.item_id, self._scored(target)], 1),
+            content_items=place("content", self._unit(content)),
+            representations=self.represent(seen, layout),
+            left_out=self._left_out(seen.user_id, source[batch.targets], layout) if self.training else None,
+        )
 
     def represent(self, seen: Sequences, layout: Layout) -> dict[str, Tensor]:
-        """Sequences → by name of REPRESENTATIONS, [R, D] at the R represented tokens of the layout."""
-        events = seen.item_id + seen.item_content + self.event(seen.event)
+        """Sequences → by name of REPRESENTATIONS, [R, S] at the R represented tokens of the layout."""
+        events = seen.item_id + seen.item_context + seen.item_content + self.event(seen.event)
+        sources = layout.mean(self.collaborative_head.dropout(seen.item_source))
         heads = {
             "content": self.content_head(torch.cat([layout.mean(seen.item_content), layout.each(seen.profile)], 1)),
             "collaborative": self.collaborative_head(
-                torch.cat([layout.each(seen.user_id), layout.mean(seen.item_id)], 1)
+                layout.each(seen.user_id), layout.mean(seen.item_id), sources, layout.count
             ),
             "sequential": self.transformer(layout.begin(layout.each(seen.profile) + self.start, events), layout),
         }
-        heads = {name: self._unit(h) for name, h in heads.items()}
+        heads = {name: place(name, self._unit(h)) for name, h in heads.items()}
         return {**heads, FUSED: self._unit(self.fusion(torch.stack([heads[name] for name in HEADS], 1)))}
+
+    def _left_out(self, user: Tensor, targets: Tensor, layout: Jagged) -> Tensor:
+        """[B, D] ids of users, [T, D] sources of targets → [T, S]: the collaborative head without each target."""
+        sources, count = layout.others(self.collaborative_head.dropout(targets))
+        return place("collaborative", self._unit(self.collaborative_head.left_out(layout.each(user), sources, count)))
 
     def sliceable(self) -> list[nn.Module]:
         """The layers that ranks may hold in slices: all but the fusion, whose weights are set after training."""
@@ -159,6 +187,16 @@ class Tower(nn.Module):
     def _unit(self, x: Tensor) -> Tensor:
         """[n, D] → [n, D], of length 1 where scores are cosines."""
         return F.normalize(x, dim=1) if self.config.similarity == "cosine" else x
+
+    def _scored(self, target: Tensor) -> Tensor:
+        """[N, D] → [N, D], of length almost 1 where scores are cosines, and zero for a row of zeros.
+
+        An item that came after training has a row of zeros. The gradient of a unit vector has no bound there, and would
+        fill the row's optimizer state for good.
+        """
+        if self.config.similarity != "cosine":
+            return target
+        return target * torch.rsqrt((target**2).sum(1, keepdim=True) + SOFTENING)
 
     def _content(self, features: Tensor) -> Tensor:
         """[N, F] → [N, D]; without features all items have the same content, which is computed once."""

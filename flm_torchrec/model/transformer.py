@@ -28,7 +28,7 @@ class CausalTransformer(nn.Module):
         super().__init__()
         heads, layers = config.attention_heads, range(config.layers)
         self.position = nn.Parameter(torch.randn(max_tokens, config.dim) * 0.02)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = Dropout(config.embedding_dropout)
         self.blocks = nn.ModuleList(BLOCKS[config.block](config.dim, heads, config.dropout) for _ in layers)
         self.biases = nn.ModuleList(_RelativeBias(heads, max_tokens) for _ in layers if config.relative_bias)
         self.norm = nn.LayerNorm(config.dim)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flm_torchrec.config import Config
+from flm_torchrec.config.heads import HEADS
 from flm_torchrec.documents import Unreadable, read_json
 from flm_torchrec.pages import Curves, PageTable, Section
 
@@ -98,7 +99,7 @@ def evaluations(run: Path) -> Section:
 
 
 def best(run: Path) -> Section:
-    """The best checkpoint: step, validation metrics, weights of the heads in the fusion.
+    """The best checkpoint: step, validation metrics, weights of the heads in the fusion, and the mixture if one scores.
 
     Raises:
         Missing: there is none.
@@ -106,8 +107,13 @@ def best(run: Path) -> Section:
     content = _json(run / "checkpoints/best/meta.json", "training has not come to its first validation, or failed")
     rows = [("step", str(content["step"]))]
     rows += [(f"weight of {head}", f"{weight:.3g}") for head, weight in content.get("fusion", {}).items()]
+    rows += [
+        (f"{part} of {head} in the mixture", f"{value:.3g}")
+        for part, values in content.get("mixture", {}).items()
+        for head, value in zip(HEADS, values, strict=True)
+    ]
     rows += [(f"validation {name}", f"{value:.4f}") for name, value in content.get("valid", {}).items()]
-    unweighted = "no fusion weights: they are chosen when training ends, for model.fusion sum"
+    unweighted = "no fusion weights: they are chosen when training ends, for model.fusion late and sum"
     notes = () if "fusion" in content else (unweighted,)
     return Section("Best checkpoint and fusion", notes, [PageTable("", ("", ""), rows)])
 

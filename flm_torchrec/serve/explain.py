@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from flm_torchrec.export.manifest import Manifest
 from flm_torchrec.export.tower.reader import Represented
 from flm_torchrec.serve.loaded_export import LoadedExport
 from flm_torchrec.serve.ranking import unit
@@ -25,7 +25,8 @@ def explain(
 
     * `shares`: for each head `weight` w, `score` h_head·v and `share` w·(h_head·v). Where fusion is a weighted sum
       (sum, gated), h = Σ w_head·h_head, so the shares add up to the fused score, except for rounding. With cosine
-      similarity h has length 1, and w includes the division by the length. With concat, `weight` and `share` are null;
+      similarity h has length 1, and w includes the division by the length. With concat, `weight` and `share` are null.
+      Where a mixture scores, `weight` is null and `share` is the head's part of the item's probability;
     * `history`: the items of the history that are nearest to it, by the cosine of their vectors, nearest first;
     * `in_common`: by feature, the values that items of the history have too, and how many of these items.
 
@@ -42,7 +43,7 @@ def explain(
     weights = _weights(represented)
     return [
         {
-            "shares": _shares(loaded.manifest.heads, weights, scores[:, position]),
+            "shares": _shares(loaded.manifest, weights, scores[:, position]),
             "history": [
                 {"item": loaded.key(row), "title": loaded.title(row), "similarity": float(near[position, n])}
                 for n, row in ((n, int(seen[n])) for n in np.argsort(-near[position], kind="stable")[:NEAREST])
@@ -61,9 +62,12 @@ def _weights(represented: Represented) -> np.ndarray | None:
     return represented.weights * float(represented.heads[-1] @ total) / squared if squared > 0 else None
 
 
-def _shares(heads: Sequence[str], weights: np.ndarray | None, scores: np.ndarray) -> list[dict[str, Any]]:
+def _shares(manifest: Manifest, weights: np.ndarray | None, scores: np.ndarray) -> list[dict[str, Any]]:
     # zip drops the last of `heads`, which is the fusion.
-    scored = [{"head": head, "score": float(s)} for head, s in zip(heads, scores, strict=False)]
+    scored = [{"head": head, "score": float(s)} for head, s in zip(manifest.heads, scores, strict=False)]
+    if manifest.mixture is not None:
+        shares = manifest.mixture.shares(list(scores))
+        return [{**one, "weight": None, "share": float(s)} for one, s in zip(scored, shares, strict=True)]
     if weights is None:
         return [{**one, "weight": None, "share": None} for one in scored]
     return [

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from flm_torchrec.config.heads import FUSED
 from flm_torchrec.data.history import NO_EVENTS
 from flm_torchrec.errors import RunError
+from flm_torchrec.export.index import top
 from flm_torchrec.export.manifest import Manifest, load_manifest
 from flm_torchrec.export.parts import ExportRows, single_array
 from flm_torchrec.export.tower.reader import PackagedTower, Represented, TowerQuery
+from flm_torchrec.mixture import Mixture, shortlist
 from flm_torchrec.safe_text import first_line, visible
 from flm_torchrec.serve.catalogue import Catalogue, best_of, load_catalogue
 from flm_torchrec.serve.key_rows import KeyRows
@@ -41,6 +44,20 @@ class AddedItems:
     contents: np.ndarray  # [M, D], input of the tower
     vectors: np.ndarray  # [M, D], what representations are scored against
     row_of: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Query:
+    """What items are scored by: one vector, or a mixture of several."""
+
+    vectors: np.ndarray  # [1, S], or [heads, S] of a mixture
+    mixture: Mixture | None = None
+
+    def score(self, items: np.ndarray) -> np.ndarray:
+        """[n, S] item vectors → [n] float32."""
+        if self.mixture is None:
+            return items @ self.vectors[0]
+        return self.mixture.score(list(self.vectors @ items.T))
 
 
 @dataclass(frozen=True)
@@ -96,15 +113,34 @@ class LoadedExport:
         """The tower's output for each query; histories may have added items."""
         return self.tower.represent(queries, self.added.contents)
 
+    def query(self, represented: Represented, head: str) -> Query:
+        """What a head of the manifest scores by."""
+        if head == FUSED and self.manifest.mixture is not None:
+            return Query(represented.heads[:-1], self.manifest.mixture)
+        return Query(represented.heads[self.manifest.heads.index(head)][None])
+
     def best(
-        self, h: np.ndarray, k: int, excluded: np.ndarray, wanted: Mapping[str, list[str]]
+        self, query: Query, k: int, excluded: np.ndarray, wanted: Mapping[str, list[str]]
     ) -> list[tuple[int, float]]:
-        """The k best rows by h [D] with their scores, of catalogue and added items.
+        """The k best rows with their scores, of catalogue and added items.
+
+        A mixture scores the best items of each of its vectors: it needs one head that is sure of an item.
 
         Args:
             excluded: [n] rows to leave out.
             wanted: by feature, values of which an item must have at least one.
         """
+        if query.mixture is None:
+            return self._nearest(query.vectors[0], k, excluded, wanted)
+        found = [self._nearest(h, shortlist(k), excluded, wanted) for h in query.vectors]
+        rows = np.unique([row for best in found for row, _ in best]).astype(np.int64)
+        scores, rows = top(query.score(self.vectors(rows)), rows, k)
+        return list(zip(rows.tolist(), scores.tolist(), strict=True))
+
+    def _nearest(
+        self, h: np.ndarray, k: int, excluded: np.ndarray, wanted: Mapping[str, list[str]]
+    ) -> list[tuple[int, float]]:
+        """As `best`, by the dot product with h [S]."""
         catalogue = self.catalogue
         inside = excluded[excluded < len(catalogue)]
         scores, rows = catalogue.best(h, k, inside, catalogue.allowed(wanted))
@@ -143,12 +179,14 @@ def load_export(folder: Path, number: int) -> LoadedExport:
 def _loaded(folder: Path, number: int) -> LoadedExport:
     manifest = load_manifest(folder)
     tower = PackagedTower(folder)
-    if tower.items != manifest.items or tower.dim != manifest.dim:
+    if tower.space != manifest.dim:
+        raise RunError(f"{folder}: the tower's vectors are {tower.space} wide, the rows {manifest.dim}; export again")
+    if tower.items != manifest.items:
         raise RunError(f"{folder}: the tower is of {tower.items} items, the rows of {manifest.items}; export again")
     if len(tower.histories) != manifest.users:
         raise RunError(f"{folder}: the tower is of {len(tower.histories)} users, not {manifest.users}; export again")
-    nothing = np.zeros((0, manifest.dim), np.float32)
-    (represented,) = tower.represent([TowerQuery()], nothing)
+    contents, vectors = np.zeros((0, tower.dim), np.float32), np.zeros((0, tower.space), np.float32)
+    (represented,) = tower.represent([TowerQuery()], contents)
     if represented.heads.shape != (len(manifest.heads), manifest.dim) or not np.isfinite(represented.heads).all():
         raise RunError(f"{folder}: the tower makes other vectors than the manifest says; export again")
     users = ExportRows(folder, manifest, "users").table(["user_key", "seen"]).combine_chunks()
@@ -161,7 +199,9 @@ def _loaded(folder: Path, number: int) -> LoadedExport:
         catalogue=load_catalogue(folder, manifest),
         user_of=KeyRows(single_array(users["user_key"])),
         seen=single_array(users["seen"]),
-        added=AddedItems((), nothing, nothing),
+        added=AddedItems((), contents, vectors),
     )
-    loaded.best(represented.heads[-1], 10, NO_EVENTS.item, {})  # warm: the first request must not wait for the index
+    loaded.best(
+        loaded.query(represented, FUSED), 10, NO_EVENTS.item, {}
+    )  # warm: the first request must not wait for the index
     return loaded

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from flm_torchrec.export.index import top
-from flm_torchrec.serve.loaded_export import LoadedExport
+from flm_torchrec.serve.loaded_export import LoadedExport, Query
 from flm_torchrec.serve.messages import Recommend, Similar
 from flm_torchrec.serve.resolve import Refused, check_filter, item_row
 
@@ -20,12 +20,12 @@ Ranked = list[tuple[int, float]]
 
 
 def ranked(
-    loaded: LoadedExport, request: Recommend, h: np.ndarray, excluded: np.ndarray, pinned: Sequence[int]
+    loaded: LoadedExport, request: Recommend, query: Query, excluded: np.ndarray, pinned: Sequence[int]
 ) -> Ranked:
     """Rows and scores of the items of one page of an answer, in order.
 
     Args:
-        h: [D] the representation to score by.
+        query: what items are scored by.
         excluded: [n] rows to leave out.
         pinned: rows that come first all the same.
     """
@@ -36,12 +36,12 @@ def ranked(
         left_out = np.unique(np.concatenate([excluded, np.array(pinned, np.int64)]))
         pool = rest if not request.diversity else min(MOST_POOL, POOL * rest)
         if request.boost:
-            chosen = _boosted(loaded, request, h, left_out, pool)
+            chosen = _boosted(loaded, request, query, left_out, pool)
         else:
-            chosen = loaded.best(h, pool, left_out, request.filter)
+            chosen = loaded.best(query, pool, left_out, request.filter)
         if request.diversity:
             chosen = diverse(loaded, chosen, rest, request.diversity)
-    scores = loaded.vectors(np.array(pinned, np.int64)) @ h
+    scores = query.score(loaded.vectors(np.array(pinned, np.int64)))
     first = list(zip(pinned, scores.tolist(), strict=True))
     return [*first, *chosen][request.offset : wanted]
 
@@ -92,8 +92,6 @@ def alike(loaded: LoadedExport, request: Similar) -> Ranked:
         raise Refused(422, "vector: has no direction; give one that is not all zeros")
     target = target / length
     excluded = np.unique(np.array(left_out, np.int64))
-    if loaded.tower.cosine:  # item vectors have length 1
-        return loaded.best(target, request.k, excluded, request.filter)
     rows = _allowed(loaded, excluded, request.filter)
     cosines = _blocks(lambda some: unit(loaded.vectors(some)) @ target, rows)
     found, order = top(cosines, rows, request.k)
@@ -114,10 +112,10 @@ def check_boost(loaded: LoadedExport, boost: Mapping[str, Mapping[str, float]]) 
             raise Refused(refused.status, str(refused).replace("filter", "boost", 1)) from refused
 
 
-def _boosted(loaded: LoadedExport, request: Recommend, h: np.ndarray, excluded: np.ndarray, k: int) -> Ranked:
+def _boosted(loaded: LoadedExport, request: Recommend, query: Query, excluded: np.ndarray, k: int) -> Ranked:
     """The k best by score and rules. All items are scored: the index knows nothing of rules."""
     rows = _allowed(loaded, excluded, request.filter)
-    scores = _blocks(lambda some: loaded.vectors(some) @ h, rows)
+    scores = _blocks(lambda some: query.score(loaded.vectors(some)), rows)
     place = np.full(loaded.size, -1, np.int64)
     place[rows] = np.arange(len(rows))
     for name, values in request.boost.items():

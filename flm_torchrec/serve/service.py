@@ -33,7 +33,7 @@ class ResolvedRequest:
     """A request with rows and codes of the loaded export in place of keys and names."""
 
     query: TowerQuery
-    head: int
+    head: str
     excluded: np.ndarray  # rows
     pinned: list[int]  # rows
     left_out: list[str]
@@ -258,13 +258,12 @@ class Service:
         check_boost(loaded, request.boost)
         pinned = [item_row(loaded, key, f"pinned.{n}") for n, key in enumerate(request.pinned)]
         excluded = np.unique(np.concatenate([seen, history.item])) if request.exclude_seen else NO_EVENTS.item
-        head = loaded.manifest.heads.index(request.head)
-        return ResolvedRequest(TowerQuery(history, user, profile), head, excluded, pinned, left_out)
+        return ResolvedRequest(TowerQuery(history, user, profile), request.head, excluded, pinned, left_out)
 
     def _answer(
         self, loaded: LoadedExport, request: Recommend, asked: ResolvedRequest, found: Represented
     ) -> dict[str, Any]:
-        best = ranked(loaded, request, found.heads[asked.head], asked.excluded, asked.pinned)
+        best = ranked(loaded, request, loaded.query(found, asked.head), asked.excluded, asked.pinned)
         items = [{**_item(loaded, row), "score": score} for row, score in best]
         if request.explain:
             reasons = explain(loaded, found, asked.query.history.item, np.array([row for row, _ in best], np.int64))

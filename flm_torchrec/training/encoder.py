@@ -17,6 +17,9 @@ from flm_torchrec.data.splits import Examples
 from flm_torchrec.data.train_stats import TrainStats
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.evaluation.protocol import Of
+from flm_torchrec.mixture import Mixture
+from flm_torchrec.model.pretrain import PretrainModel
+from flm_torchrec.model.space import width
 from flm_torchrec.model.tower import Encoded
 
 
@@ -39,7 +42,7 @@ class ModelEncoder:
         comm: Comm,
         config: Config,
     ) -> None:
-        self.dim = config.model.dim
+        self.dim = width(config.model.dim)
         self.max_history = config.data.max_history
         # A block of items is a batch of as many candidates; a block of users has up to max_history items each.
         sequences = max(config.eval.user_block, -(-config.eval.item_block // self.max_history))
@@ -50,6 +53,12 @@ class ModelEncoder:
         self.examples = examples
         self.comm = comm
         self.check: Callable[[], None] = lambda: None
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """The mixture that scores in place of the fused vector, if one does."""
+        model: PretrainModel = self.model.module  # type: ignore[assignment]
+        return model.tower.fusion.mixture()
 
     def checked(self, check: Callable[[], None]) -> ModelEncoder:
         """The same encoder, but it calls `check` on every rank before each block; `check` may raise to end the work."""
@@ -76,7 +85,7 @@ class ModelEncoder:
         self.check()
         distinct, position = np.unique(self._padded(ids), return_inverse=True)
         encoded = self._encode(self.assembler.items(distinct))
-        views: dict[Of, Tensor] = {"all": encoded.items, "content": encoded.content_items, "id": encoded.item_ids}
+        views: dict[Of, Tensor] = {"all": encoded.items, "content": encoded.content_items, "id": encoded.id_items}
         return {of: vectors.cpu()[torch.from_numpy(position[: len(ids)])] for of, vectors in views.items()}
 
     def _padded(self, indices: np.ndarray) -> np.ndarray:

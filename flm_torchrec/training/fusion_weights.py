@@ -1,79 +1,184 @@
-"""The weights of a summed fusion, chosen by what h is for: the rank of validation events.
+"""The fusion, chosen by what it is for: the rank of validation events.
 
 A head fits the events that it has learned from more closely than those to come, and each head does so to another
-degree. So weights that are fitted to training events favour the head that memorises best. Weights that are fitted to
-events kept from all heads do not (stacking: Wolpert, Neural Networks 1992).
+degree. So a fusion that is fitted to training events favours the head that memorises best. One that is fitted to events
+kept from all heads does not (stacking: Wolpert, Neural Networks 1992).
 """
 
 from __future__ import annotations
 
-import numpy as np
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from flm_torchrec.config import Config
 from flm_torchrec.config.heads import HEADS
 from flm_torchrec.evaluation.protocol import Collectives, Encoder
-from flm_torchrec.evaluation.ranking import HeadScorer, RankingProblem, count_ranks, rank_targets
+from flm_torchrec.evaluation.ranking import HeadScorer, RankingProblem, rank_targets, target_and_seen, user_blocks
+from flm_torchrec.mixture import Mixture
 
+BEST = 100
+"""Best items of each head that are ranked again by every fusion that is tried."""
 WEIGHTS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
-"""Weights that are tried for a head."""
-ROUNDS = 2
-"""Times that each head is tried."""
+"""Weights that are tried for a head in a weighted sum."""
+SCALES, BIASES = (0.5, 0.7, 0.85, 1.2, 1.5, 2.0), (-3.0, -1.5, -0.7, -0.3, 0.3, 0.7, 1.5, 3.0)
+"""Factors of a head's scale, and changes of its bias, that are tried in a mixture."""
+ROUNDS = 3
+"""Times that each number is tried."""
+LEAST = -1e30
+"""Stands for -inf where it is multiplied by a weight that may be 0."""
 
 
-class _Mixtures(HeadScorer):
-    """Scores by weighted sums of the heads, one for each of `mixtures` [M, heads]; encodes each user once."""
+@dataclass(frozen=True)
+class ChosenFusion:
+    """What ranks the validation examples best."""
 
-    def __init__(self, encoder: Encoder, items: int, block: int, comm: Collectives) -> None:
-        super().__init__(encoder, items, block, comm)
-        self.encoded: dict[int, Tensor] = {}  # by first row of a block, [heads, b, D]
-
-    def mix(self, mixtures: Tensor) -> None:
-        """Score by these [M, heads] from now on."""
-        self.mixtures = mixtures
-        self.heads = {str(m): str(m) for m in range(len(mixtures))}
-        self.names = tuple(self.heads)
-
-    def block(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """[b] indices of examples → by number of a mixture, [b, D]."""
-        first = int(rows[0]) if len(rows) else -1
-        if first not in self.encoded:
-            by_head = super().block(rows)
-            self.encoded[first] = torch.stack([by_head[name] for name in HEADS])
-        mixed = torch.einsum("mk,kbd->mbd", self.mixtures, self.encoded[first])
-        return dict(zip(self.names, mixed, strict=True))
+    weights: tuple[float, ...]
+    """Of the heads in the one vector h, in the order of HEADS."""
+    mixture: Mixture | None
+    """Scores in place of h, where it ranks better by more than a standard error."""
+    told: str
+    """Both forms' metrics on validation."""
 
 
-def choose_weights(
-    problem: RankingProblem, encoder: Encoder, comm: Collectives, config: Config
-) -> tuple[Tensor, float]:
-    """Weights [heads] in the order of HEADS that rank the examples best, and how well they do; collective.
+class _Shortlists:
+    """Of each of this rank's n examples, the heads' scores of the true item, first, and of the heads' best items.
 
-    Best by the metric of `train.select`, such as ndcg@10. Heads that `loss` does not train have weight 0. The best
-    head has weight 1; each other in turn takes the best of WEIGHTS, ROUNDS times. The best head alone is among the
-    mixtures that are tried, so h is never worse than that head on these examples. This ranks the examples about 25
-    times.
+    An item that is among the BEST best of no head is not ranked. A metric's cut-off is far above.
+
+    Attributes:
+        scores: [heads, n, C]; -inf for an item that is left out of the ranking, and for a second copy of one.
+    """
+
+    def __init__(self, problem: RankingProblem, encoder: Encoder, comm: Collectives) -> None:
+        self.comm = comm
+        items = problem.data.schema.items
+        heads = {name: name for name in HEADS}
+        scorer = HeadScorer(encoder, items, problem.blocks.items, comm, heads=heads)
+        ranked = rank_targets(problem, scorer, comm, top_k=BEST)
+        parts, done = [torch.zeros(len(HEADS), 0, 1 + sum(top.shape[1] for top in ranked.top.values()))], 0
+        for rows in user_blocks(len(problem.examples), problem.blocks.users, comm):
+            users = scorer.block(rows)
+            if len(rows) == 0:
+                continue
+            here = slice(done, done + len(rows))
+            done += len(rows)
+            target, seen = target_and_seen(problem, rows)
+            ids = torch.cat([target[:, None], *(torch.from_numpy(ranked.top[name][here]) for name in HEADS)], 1)
+            vectors = scorer.vectors[ids]  # [b, C, S]
+            scores = torch.stack([torch.einsum("bd,bcd->bc", users[name], vectors) for name in HEADS])
+            keys = ids + items * torch.arange(len(rows))[:, None]
+            parts.append(
+                scores.masked_fill(torch.isin(keys, seen.items + items * seen.rows) | _copies(ids), -torch.inf)
+            )
+        self.scores = torch.cat(parts, 1)
+
+    def metric(self, fuse: Callable[[Tensor], Tensor], metric: str) -> tuple[float, Tensor]:
+        """Of scores by fusing [heads, n, C] → [n, C]: the metric over all ranks' examples, and [n] of this rank's."""
+        fused = fuse(self.scores)
+        ranks = (fused >= fused[:, :1]).sum(1)
+        name, _, cut = metric.partition("@")
+        gains = {
+            "hr": torch.ones_like(fused[:, 0]), "ndcg": 1 / torch.log2(ranks + 1.0), "mrr": 1.0 / ranks
+        }[name]  # fmt: skip
+        gains = gains * (ranks <= int(cut)) if cut else gains
+        total, count = self.comm.all_reduce_sum(torch.tensor([float(gains.sum()), float(len(gains))])).tolist()
+        return total / max(count, 1.0), gains
+
+
+def choose_fusion(
+    problem: RankingProblem, encoder: Encoder, temperatures: list[float], comm: Collectives, config: Config
+) -> ChosenFusion:
+    """The fusion that ranks the examples best by the metric of `train.select`, such as ndcg@10; collective.
+
+    The catalogue is ranked once, by each head. Every fusion that is tried ranks the heads' best items again.
+
+    A weighted sum: heads that `loss` does not train have weight 0, the best head has weight 1; each other in turn takes
+    the best of WEIGHTS. The best head alone is among those tried, so h is never worse than that head on these examples.
+
+    A mixture, for `model.fusion` late: scales start from the learned temperatures, biases such that all heads have the
+    same mean mass; then each in turn takes the best of a few changes.
+
+    Args:
+        temperatures: by head of HEADS, the factor of its scores in its softmax.
 
     Returns the same on all ranks.
     """
     metric = config.train.select.partition("/")[2]
-    cut = metric.partition("@")[2]
-    ks = (int(cut),) if cut else ()
-    items = problem.data.schema.items
-    scorer = _Mixtures(encoder, items, problem.blocks.items, comm)
-
-    def best_of(mixtures: Tensor) -> tuple[Tensor, float]:
-        scorer.mix(mixtures)
-        ranked = rank_targets(problem, scorer, comm)
-        scores = [count_ranks(ranked, n, items, comm).metrics(ks)[metric] for n in scorer.names]
-        return mixtures[int(np.argmax(scores))], max(scores)
-
+    lists = _Shortlists(problem, encoder, comm)
     trained = [index for index, name in enumerate(HEADS) if getattr(config.loss, name) > 0]
-    weights, score = best_of(torch.eye(len(HEADS))[trained])
+
+    def summed(weights: Tensor) -> float:
+        return lists.metric(lambda z: _sum(z, weights), metric)[0]
+
+    alone = [torch.eye(len(HEADS))[index] for index in trained]
+    weights = max(alone, key=summed)
     best = int(weights.argmax())
     for index in [index for index in trained if index != best] * ROUNDS:
-        tried = weights.repeat(len(WEIGHTS), 1)
-        tried[:, index] = torch.tensor(WEIGHTS)
-        weights, score = best_of(tried)
-    return weights, score
+        weights = max((_with(weights, index, value) for value in WEIGHTS), key=summed)
+    chosen = tuple(weights.tolist())
+    score, gains = lists.metric(lambda z: _sum(z, weights), metric)
+    told = f"validation {metric}: weighted sum {score:.4f}"
+    if config.model.fusion != "late" or len(trained) < len(HEADS):
+        return ChosenFusion(chosen, None, told)
+    mixed = _best_mixture(lists, temperatures, metric)
+    mixed_score, mixed_gains = lists.metric(lambda z: _mix(z, mixed), metric)
+    told += f", mixture {mixed_score:.4f}"
+    if mixed_score - score <= _standard_error(mixed_gains - gains, comm):
+        return ChosenFusion(chosen, None, told)
+    scale, bias = mixed.tolist()
+    return ChosenFusion(chosen, Mixture(tuple(scale), tuple(bias)), told)
+
+
+def _best_mixture(lists: _Shortlists, temperatures: list[float], metric: str) -> Tensor:
+    """[2, heads] scale and bias."""
+    scale = torch.tensor(temperatures)
+    mass = torch.logsumexp(lists.scores * scale[:, None, None], 2)  # [heads, n]
+    total = lists.comm.all_reduce_sum(torch.cat([mass.sum(1), torch.tensor([float(mass.shape[1])])]))
+    mixed = torch.stack([scale, -total[:-1] / total[-1].clamp(min=1)])
+
+    def mixture(values: Tensor) -> float:
+        return lists.metric(lambda z: _mix(z, values), metric)[0]
+
+    for _ in range(ROUNDS):
+        for index in range(len(HEADS)):
+            tried = [_with(mixed, (1, index), mixed[1, index] + change) for change in BIASES]
+            mixed = max([mixed, *tried], key=mixture)
+        for index in range(len(HEADS)):
+            tried = [_with(mixed, (0, index), mixed[0, index] * factor) for factor in SCALES]
+            mixed = max([mixed, *tried], key=mixture)
+    return mixed
+
+
+def _sum(scores: Tensor, weights: Tensor) -> Tensor:
+    """[heads, n, C], [heads] → [n, C]; an item that is left out stays out."""
+    return (scores.clamp(min=LEAST) * weights[:, None, None]).sum(0).masked_fill(torch.isinf(scores[0]), -torch.inf)
+
+
+def _mix(scores: Tensor, mixed: Tensor) -> Tensor:
+    """[heads, n, C], [2, heads] → [n, C]."""
+    return torch.logsumexp(scores * mixed[0, :, None, None] + mixed[1, :, None, None], 0)
+
+
+def _with(values: Tensor, index: int | tuple[int, int], value: float | Tensor) -> Tensor:
+    changed = values.clone()
+    changed[index] = value
+    return changed
+
+
+def _copies(ids: Tensor) -> Tensor:
+    """[n, C] → [n, C] bool: an id that stands further left in its row."""
+    ordered, order = torch.sort(ids, dim=1, stable=True)
+    repeated = torch.zeros_like(ids, dtype=torch.bool)
+    return repeated.scatter(1, order[:, 1:], ordered[:, 1:] == ordered[:, :-1])
+
+
+def _standard_error(differences: Tensor, comm: Collectives) -> float:
+    """Of the mean of [n] differences over all ranks."""
+    sums = torch.stack([torch.ones_like(differences), differences, differences**2]).double().sum(1)
+    count, total, squares = comm.all_reduce_sum(sums).tolist()
+    variance = max(squares / max(count, 1.0) - (total / max(count, 1.0)) ** 2, 0.0)
+    return math.sqrt(variance / max(count, 1.0))

@@ -14,6 +14,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from flm_torchrec.data.hashing import remap_ids
 from flm_torchrec.data.history import GAP_ROWS, HISTORY_KEYS
 from flm_torchrec.model.pretrain import pooled
+from flm_torchrec.model.space import width
+from flm_torchrec.model.tables import ITEM_TABLES, rows_of
 from flm_torchrec.model.tower import Tower
 from flm_torchrec.training.build import make_model
 from flm_torchrec.training.job import Job
@@ -30,6 +32,7 @@ class GatheredModel:
         config = job.config
         self.settings: dict[str, Any] = {
             "dim": config.model.dim,
+            "space": width(config.model.dim),
             "max_history": config.data.max_history,
             "gaps": GAP_ROWS,
             "cosine": config.model.similarity == "cosine",
@@ -52,8 +55,8 @@ class GatheredModel:
         """[n] ids or codes → [n, D] float32 on the CPU; see `export.tower.writer.TowerSource`."""
         schema, model = self.job.data.schema, self.model
         with torch.no_grad():
-            if name == "item_id":
-                return self._unpooled(model.item_id, ["item_id"], name, ids)
+            if name in ITEM_TABLES:
+                return model.item_id(self._jagged(["item_id"], "item_id", ids))[rows_of(name)].values().float().cpu()
             if name in HISTORY_KEYS:
                 return self._unpooled(model.history, HISTORY_KEYS, name, ids)
             of_item = entity == "item"

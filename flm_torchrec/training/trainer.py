@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from flm_torchrec.config import Config
-from flm_torchrec.config.heads import HEADS, REPRESENTATIONS
+from flm_torchrec.config.heads import FUSED, HEADS, REPRESENTATIONS
 from flm_torchrec.data.splits import Examples, sampled
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.evaluation.evaluate import blocks_of, evaluate_heads
 from flm_torchrec.evaluation.ranking import RankingProblem
+from flm_torchrec.model.pretrain import PretrainModel
 from flm_torchrec.names import nearest
 from flm_torchrec.planner.plan_file import describe
 from flm_torchrec.training.by_key import know_learned
 from flm_torchrec.training.checkpoint.manager import Checkpoints, Progress, load_checkpoint, states_of
 from flm_torchrec.training.encoder import ModelEncoder
-from flm_torchrec.training.fusion_weights import choose_weights
+from flm_torchrec.training.fusion_weights import ChosenFusion, choose_fusion
 from flm_torchrec.training.job import Job, open_inputs
 from flm_torchrec.training.logger import RunLogger
 from flm_torchrec.training.loop import Finished, TrainingParts, Validate, run_loop
 from flm_torchrec.training.run_folder import check_run_folder, claimed, open_run_folder
 from flm_torchrec.training.warm_start import WarmStart, check_source
+
+CHOSEN_LATE = ("late", "sum")
+"""Fusions that are chosen on validation when training ends."""
 
 
 def pretrain(config: Config) -> Finished:
@@ -54,9 +59,9 @@ def check_select(config: Config) -> None:
             f"train.select: no validation metric '{config.train.select}'; {nearest(config.train.select, known)}"
         )
     head = config.train.select.partition("/")[0]
-    if getattr(config.loss, head) == 0:
+    if head != FUSED and getattr(config.loss, head) == 0:
         raise ConfigError(f"train.select: the {head} head is not trained; set loss.{head}, or select by another head")
-    if config.model.fusion != "sum" and config.loss.fused == 0:
+    if config.model.fusion not in CHOSEN_LATE and config.loss.fused == 0:
         raise ConfigError(f"loss.fused is 0, so nothing trains model.fusion={config.model.fusion}; set one of the two")
 
 
@@ -64,8 +69,8 @@ def train(job: Job, logger: RunLogger, validate: Validate | None = None, start: 
     """Train a job, or resume from the run folder's newest checkpoint, and keep the best checkpoint; collective.
 
     Args:
-        validate: instead of ranking the validation examples. Without it the weights of a summed fusion are chosen on
-            these examples at the end.
+        validate: instead of ranking the validation examples. Without it a late or a summed fusion is chosen on these
+            examples at the end.
         start: another run's state to begin with, instead of new weights.
 
     Raises:
@@ -78,7 +83,10 @@ def train(job: Job, logger: RunLogger, validate: Validate | None = None, start: 
     encoder = job.encoder(valid)
 
     def rank_validation(check: Callable[[], None]) -> dict[str, float]:
-        return evaluate_heads(data, valid, encoder.checked(check), comm, config.eval)
+        checked = encoder.checked(check)
+        if config.model.fusion in CHOSEN_LATE:  # the checkpoint is selected by the fusion that it will have
+            _set_fusion(job, checked)
+        return evaluate_heads(data, valid, checked, comm, config.eval)
 
     logger.say(
         f"{data.schema.name}: {data.schema.users} users, {data.schema.items} items, {job.events.training_events}"
@@ -99,7 +107,7 @@ def train(job: Job, logger: RunLogger, validate: Validate | None = None, start: 
         f"{finished.steps} steps in {finished.seconds:.0f} s;"
         f" best {config.train.select} {finished.best:.4f} at step {finished.best_step}"
     )
-    if validate is None and config.model.fusion == "sum":
+    if validate is None and config.model.fusion in CHOSEN_LATE:
         _weigh_heads(job, encoder, logger, checkpoints)
     return finished
 
@@ -126,15 +134,23 @@ def resume(checkpoints: Checkpoints, logger: RunLogger) -> Progress:
 
 
 def _weigh_heads(job: Job, encoder: ModelEncoder, logger: RunLogger, checkpoints: Checkpoints) -> None:
-    """Put the weights of the fusion that rank the encoder's examples best into the best checkpoint."""
+    """Put the fusion that ranks the encoder's examples best into the best checkpoint."""
     meta = load_checkpoint(checkpoints.best, job.model, job.comm)
+    chosen = _set_fusion(job, encoder)
+    by_head = {head: round(weight, 3) for head, weight in zip(HEADS, chosen.weights, strict=True)}
+    mixture = {} if chosen.mixture is None else {"mixture": asdict(chosen.mixture)}
+    checkpoints.save_best({**meta, "fusion": by_head, **mixture})
+    name = "weighted sum" if chosen.mixture is None else "mixture"
+    logger.say(f"fusion: {name}; weights {by_head}; {chosen.told}")
+
+
+def _set_fusion(job: Job, encoder: ModelEncoder) -> ChosenFusion:
+    """Choose the fusion that ranks the encoder's examples best, and set it; collective."""
     problem = RankingProblem(job.data, encoder.examples, blocks_of(job.config.eval))
-    weights, score = choose_weights(problem, encoder, job.comm, job.config)
-    job.model.module.set_fusion_weights(weights)
-    by_head = dict(zip(HEADS, weights.tolist(), strict=True))
-    checkpoints.save_best({**meta, "fusion": by_head})
-    metric = job.config.train.select.partition("/")[2]
-    logger.say(f"fusion weights {by_head}: validation fused/{metric} {score:.4f}")
+    model: PretrainModel = job.model.module
+    chosen = choose_fusion(problem, encoder, model.temperatures(), job.comm, job.config)
+    model.set_fusion(torch.tensor(chosen.weights), chosen.mixture)
+    return chosen
 
 
 def _sample(examples: Examples, most: int, seed: int) -> Examples:

@@ -25,7 +25,7 @@ from flm_torchrec.training.run_events import ANY_RANKS
 from flm_torchrec.training.run_folder import ANOTHER_RUN
 
 REPORT = "warm_start.json"
-FREE = ("dropout", "id_dropout", "user_id_dropout")
+FREE = ("dropout", "embedding_dropout", "id_dropout", "user_id_dropout")
 """Settings of the model that change no weight."""
 HASHED = re.compile("[0-9a-f]{64}")
 """Key of a user under `flm prepare --hash-users`."""

@@ -17,6 +17,7 @@ from flm_torchrec.cli import main
 from flm_torchrec.cli import prepare as data_command
 from flm_torchrec.cli import serve as serve_command
 from flm_torchrec.config import load_config
+from flm_torchrec.config.heads import HEADS, REPRESENTATIONS
 from flm_torchrec.config.load import sections
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.train import script_arguments
@@ -37,7 +38,8 @@ def finished(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_a_run_folder_holds_what_it_should(finished: Path) -> None:
     assert load_config(finished / "config.yaml").train.max_steps == 10
     tables = json.loads((finished / "plan.json").read_text())["tables"]
-    assert {"item_id", "user_id", "item_genre", "user_interests", "event", "gap"} <= set(tables)
+    assert {"item_id", "item_source", "item_target", "item_context"} <= set(tables)
+    assert {"user_id", "item_genre", "user_interests", "event", "gap"} <= set(tables)
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss/sequential"] for line in lines if "loss/sequential" in line]
     assert len(losses) == 5 and losses[-1] < losses[0]
@@ -52,16 +54,22 @@ def test_the_job_from_run_to_recommendations(
 ) -> None:
     assert main(["evaluate", "--run", str(finished)]) == 0
     table = json.loads((finished / "evaluation-test.json").read_text())["table"]
-    heads = ["content", "collaborative", "sequential", "fused"]
+    chosen = json.loads((finished / "checkpoints" / "best" / "meta.json").read_text())
+    heads = ["content", "collaborative", "sequential", "fused", *(["fused, one vector"] if "mixture" in chosen else [])]
     assert list(table) == ["popularity", "item-kNN", "Markov", "EASE-R", *heads]
     assert main(["export", "--run", str(finished), "--output", str(tmp_path / "e")]) == 0
     capsys.readouterr()
     assert main(["recommend", "--export", str(tmp_path / "e"), "--user", "u3", "-k", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     items = np.stack(pq.read_table(tmp_path / "e" / "items.parquet")["embedding"].to_numpy())
-    users = np.stack(pq.read_table(tmp_path / "e" / "users.parquet")["fused"].to_numpy())
+    users = pq.read_table(tmp_path / "e" / "users.parquet")
     user = small.user_keys.index("u3")
-    scores = items @ users[user]
+    by_head = {name: items @ users[name][user].as_py() for name in REPRESENTATIONS}
+    mixture = json.loads((tmp_path / "e" / "manifest.json").read_text())["mixture"]
+    scores = by_head["fused"]
+    if mixture is not None:
+        parts = zip(mixture["scale"], mixture["bias"], HEADS, strict=True)
+        scores = np.logaddexp.reduce([scale * by_head[name] + bias for scale, bias, name in parts])
     scores[small.item[small.offsets[user] : small.offsets[user + 1]]] = -np.inf
     assert [f["item"] for f in found] == [small.item_keys[i] for i in np.argsort(-scores)[:4]]
     np.testing.assert_allclose([f["score"] for f in found], np.sort(scores)[::-1][:4], rtol=1e-5)
@@ -199,7 +207,7 @@ def test_every_setting_says_its_default(capsys: pytest.CaptureFixture[str]) -> N
     settings = [f"--{section}.{f.name}" for section, kind in kinds.items() for f in dataclasses.fields(kind)]
     assert all(f"{setting} VALUE" in out for setting in settings)
     assert "".join(out.split()).count("(default:") == len(settings)
-    assert sum(len(dataclasses.fields(kind)) for kind in sections().values()) < 70
+    assert sum(len(dataclasses.fields(kind)) for kind in sections().values()) < 73
 
 
 def test_finetune_says_the_defaults_that_it_uses(capsys: pytest.CaptureFixture[str]) -> None:

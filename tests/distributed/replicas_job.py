@@ -51,7 +51,8 @@ from tests.distributed.equality_job import (
 REPLICAS = 2
 FIXED = [
     "distributed.threads=1", "model.dim=16", "train.batch_size=32", "data.max_history=6", "loss.negatives=16",
-    "train.sparse_lr=0.1", "model.dropout=0", "model.id_dropout=0", "model.user_id_dropout=0", "loss.fused=1",
+    "train.sparse_lr=0.1",
+    "model.dropout=0", "model.embedding_dropout=0", "model.id_dropout=0", "model.user_id_dropout=0", "loss.fused=1",
 ]  # fmt: skip
 DIM = 8
 

@@ -22,7 +22,7 @@ STEPS = 20
 
 def main(path: str, output: str, overrides: list[str]) -> None:
     # Dropout draws differ by rank, so equality of losses can be asked for only without it.
-    fixed = ["model.dropout=0", "model.id_dropout=0", "model.user_id_dropout=0"]
+    fixed = ["model.dropout=0", "model.embedding_dropout=0", "model.id_dropout=0", "model.user_id_dropout=0"]
     fixed += ["loss.fused=1", "distributed.threads=1"]
     config = load_config(None, [*fixed, *overrides])
     data = load_prepared(path)

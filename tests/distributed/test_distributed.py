@@ -55,7 +55,7 @@ def test_losses_and_ranks_do_not_depend_on_ranks_or_sharding(  # type: ignore[no
         assert many["sharding"] == [sharding]
     losses, alone = np.array(many["losses"]), np.array(one[negatives]["losses"])
     # The fusion learns a few held-out events a step: too few for its loss to fall surely in 20 steps.
-    assert losses.shape == (20, 5) and losses[0, :3].sum() > losses[-1, :3].sum()
+    assert losses.shape == (20, 6) and losses[0, :3].sum() > losses[-1, :3].sum()
     np.testing.assert_allclose(losses, alone, rtol=1e-4)
     # The weights differ in their last bits after 20 steps, so a near tie may fall the other way.
     assert np.mean(np.array(many["ranks"]) == np.array(one[negatives]["ranks"])) > 0.95

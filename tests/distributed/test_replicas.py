@@ -23,7 +23,7 @@ from tests.distributed.test_sharding import BAGS
 
 JOB = str(ROOT / "tests" / "distributed" / "replicas_job.py")
 FLM = ["-m", "flm_torchrec", "--"]
-SELECT = "valid/sequential/ndcg@10"
+SELECT = "valid/fused/ndcg@10"
 EQUAL = {
     f"equal {kind} {sharding} {optimizer} {batches}"
     for kind, types in (("bags", BAGS), ("sequence", BAGS[:3]))

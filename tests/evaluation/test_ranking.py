@@ -48,6 +48,7 @@ class RandomEncoder:
     """Fixed random vectors, small integers so that ties happen."""
 
     dim = 4
+    mixture = None
 
     def __init__(self, users: int, items: int, seed: int = 0) -> None:
         g = torch.Generator().manual_seed(seed)

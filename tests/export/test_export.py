@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from flm_torchrec.cli.export import summary
-from flm_torchrec.config.heads import REPRESENTATIONS
+from flm_torchrec.config.heads import HEADS, REPRESENTATIONS
 from flm_torchrec.config.schema import EvalConfig
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import Examples, split
@@ -36,6 +36,7 @@ from flm_torchrec.export.quality import ValidationSet
 from flm_torchrec.export.recommend import Recommender
 from flm_torchrec.export.vectors import decode, encode
 from flm_torchrec.export.write import ExportOptions, ExportSource, check_output, export
+from flm_torchrec.mixture import Mixture
 from tests.conftest import ROOT
 from tests.evaluation.test_ranking import Alone, RandomEncoder
 from tools.benchmarks import export as bench_export
@@ -43,6 +44,8 @@ from tools.benchmarks import export as bench_export
 
 class MadeUp:
     """Distinct random vectors, so that no two scores are equal; those of `changed` items and of user 5 are others."""
+
+    mixture: Mixture | None = None
 
     def __init__(self, data: PreparedData, changed: Collection[int] = (), dim: int = 16) -> None:
         self.dim = dim
@@ -200,6 +203,35 @@ def test_what_quantising_costs_is_what_evaluation_finds(small: PreparedData, tmp
         assert found["before"] == pytest.approx(before[f"{head}/ndcg@10"])
         assert found["after"] == pytest.approx(after[f"{head}/ndcg@10"])
         assert found["change"] == pytest.approx(found["after"] / found["before"] - 1)
+
+
+@pytest.mark.parametrize(("index", "quantise"), [("flat", "none"), ("none", "none"), ("none", "int8")])
+def test_a_mixture_is_that_of_brute_force(
+    small: PreparedData, tmp_path: Path, index: IndexKind, quantise: Quantise
+) -> None:
+    encoder = MadeUp(small)
+    encoder.mixture = Mixture((1.5, 2.0, 1.0), (-3.0, 0.25, 1.0))
+    options = ExportOptions(quantise=quantise, index=index, user_block=32, item_block=32, part_rows=64)
+    export(replace(source_of(small), encoder=encoder), Alone(), tmp_path / "out", options)
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest.mixture == encoder.mixture
+    items = decode(ExportRows(tmp_path / "out", manifest, "items").table(["embedding"])["embedding"])
+    users = ExportRows(tmp_path / "out", manifest, "users").table(list(HEADS))
+    recommender = Recommender(tmp_path / "out")
+    for user in (0, 33, 119):
+        by_head = np.stack([items.astype(np.float64) @ decode(users[head])[user] for head in HEADS])
+        parts = by_head * [[1.5], [2.0], [1.0]] + [[-3.0], [0.25], [1.0]]
+        scores = np.log(np.exp(parts - parts.max()).sum(0)) + parts.max()
+        seen = np.unique(small.item[small.offsets[user] : small.offsets[user + 1]])
+        key = small.user_keys[user]
+        for k, left_out in ((7, seen), (7, seen[:0]), (9999, seen)):
+            want = np.argsort(-scores)
+            want = want[~np.isin(want, left_out)][:k]
+            found = recommender.recommend(key, k, include_seen=not len(left_out))
+            assert [r.item_key for r in found] == [small.item_keys[i] for i in want]
+            np.testing.assert_allclose([r.score for r in found], scores[want], rtol=1e-5, atol=1e-5)
+        alone = recommender.recommend(key, 5, "content", include_seen=True)
+        assert [r.item_key for r in alone] == [small.item_keys[i] for i in np.argsort(-by_head[0])[:5]]
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def package(job: Job, folder: Path, precision: Precision = "fp32") -> PackagedTo
 
 
 def trained(job: Job, users: np.ndarray) -> np.ndarray:
-    """What the model itself makes of the users, [n, heads, D]."""
+    """What the model itself makes of the users, [n, heads, S]."""
     found = job.encoder(everyone(job.data)).users(users)
     return torch.stack([found[head] for head in REPRESENTATIONS], 1).numpy()
 
@@ -65,8 +65,8 @@ def packaged(tower: PackagedTower, users: np.ndarray) -> np.ndarray:
 class Case:
     """A model's own vectors and its packages."""
 
-    users: np.ndarray  # [users, heads, D]
-    contents: np.ndarray  # [items, D]
+    users: np.ndarray  # [users, heads, S]
+    contents: np.ndarray  # [items, S]
     folder: Path
     exact: PackagedTower
     rounded: PackagedTower
@@ -226,7 +226,7 @@ loaded = ["torchrec", "fbgemm_gpu", *("flm_torchrec." + name for name in ("model
 print([name for name in loaded if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["(4, 16)", "[]"]
+    assert done.stdout.splitlines() == ["(4, 32)", "[]"]
 
 
 @pytest.mark.parametrize("case", ["default"], indirect=True)

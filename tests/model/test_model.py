@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,8 +29,9 @@ from flm_torchrec.model import softmax
 from flm_torchrec.model.dropout import Dropout
 from flm_torchrec.model.fusion import FUSIONS
 from flm_torchrec.model.layout import Jagged, Padded
-from flm_torchrec.model.losses import first_positions
-from flm_torchrec.model.softmax import inclusion_log_probability, sampled_softmax
+from flm_torchrec.model.losses import columns_of, hidden_of
+from flm_torchrec.model.softmax import CandidateVectors, Hidden, inclusion_log_probability, sampled_softmax
+from flm_torchrec.model.space import used
 from flm_torchrec.model.tower import EmbeddingOutputs, Encoded, Tower, Widths
 from flm_torchrec.model.transformer import BLOCKS, CausalTransformer
 
@@ -65,6 +67,9 @@ def inputs(items: int = 7, lengths: tuple[int, ...] = (3, 1, 4), seed: int = 1) 
     tokens[torch.tensor([sum(lengths[:b]) for b in range(users)])] = items
     looked = EmbeddingOutputs(
         item_id=torch.randn(items, DIM, generator=g),
+        item_source=torch.randn(items, DIM, generator=g),
+        item_target=torch.randn(items, DIM, generator=g),
+        item_context=torch.randn(items, DIM, generator=g),
         item_features=torch.randn(items, 2 * DIM, generator=g),
         user=torch.randn(users, 2 * DIM, generator=g),
         history=torch.randn(count, 2 * DIM, generator=g),
@@ -73,15 +78,16 @@ def inputs(items: int = 7, lengths: tuple[int, ...] = (3, 1, 4), seed: int = 1) 
         "looked": looked, "item_dense": torch.randn(items, 1, generator=g), "item_known": torch.ones(items),
         "user_dense": torch.randn(users, 2, generator=g), "user_known": torch.ones(users),
         "value": torch.zeros(count), "time": torch.arange(count), "lengths": torch.tensor(lengths), "tokens": tokens,
+        "targets": torch.zeros(0, dtype=torch.int64),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_every_head_gives_a_vector_in_the_one_space(fusion: str) -> None:
     out = make_tower(fusion)(**inputs())
-    assert out.items.shape == out.content_items.shape == (7, DIM)
+    assert out.items.shape == out.content_items.shape == (7, 2 * DIM)
     assert tuple(out.representations) == REPRESENTATIONS
-    assert all(h.shape == (8, DIM) for h in out.representations.values())
+    assert all(h.shape == (8, 2 * DIM) for h in out.representations.values())
 
 
 @pytest.mark.parametrize(("block", "relative"), [(b, r) for b in BLOCKS for r in (False, True)])
@@ -101,9 +107,8 @@ def test_sequences_of_a_batch_do_not_touch_each_other() -> None:
     tower, batch = make_tower(), inputs()
     alone = {**batch, **{name: batch[name][4:] for name in ("time", "tokens", "value")}}
     alone["lengths"] = batch["lengths"][2:]
-    alone["looked"] = EmbeddingOutputs(
-        batch["looked"].item_id, batch["looked"].item_features, batch["looked"].user[2:], batch["looked"].history[4:]
-    )
+    looked: EmbeddingOutputs = batch["looked"]
+    alone["looked"] = replace(looked, user=looked.user[2:], history=looked.history[4:])
     alone["user_dense"], alone["user_known"] = batch["user_dense"][2:], batch["user_known"][2:]
     together, single = tower(**batch), tower(**alone)
     for name in REPRESENTATIONS:
@@ -170,6 +175,56 @@ def test_the_content_head_knows_no_ids_and_the_collaborative_head_nothing_else()
     assert changes("user") == {"collaborative", "fused"}
     assert changes("item_features") == {"content", "sequential", "fused"}
     assert changes("history") == {"sequential", "fused"}
+    assert changes("item_source") == {"collaborative", "fused"}
+    assert changes("item_context") == {"sequential", "fused"}
+    assert changes("item_target") == set()
+
+
+def test_the_collaborative_head_does_not_see_order() -> None:
+    tower, batch = make_tower(), inputs()
+    turned = {**batch, "tokens": batch["tokens"].clone()}
+    turned["tokens"][[5, 6, 7]] = batch["tokens"][[7, 5, 6]]  # of the third sequence, all but the prefix
+    before, after = tower(**batch).representations, tower(**turned).representations
+    torch.testing.assert_close(before["collaborative"][7], after["collaborative"][7])
+    assert not torch.allclose(before["sequential"][7], after["sequential"][7])
+
+
+def test_the_collaborative_head_scores_by_vectors_of_its_own() -> None:
+    out = make_tower()(**inputs())
+    assert not used("content", out.representations["collaborative"]).any()
+    assert not used("collaborative", out.representations["sequential"]).any()
+    target = inputs()["looked"].item_target
+    torch.testing.assert_close(used("collaborative", out.items), target)
+
+
+def test_a_target_is_left_out_of_what_predicts_it() -> None:
+    """Each query of the leave-one-out loss depends on all items of its sequence but its target."""
+    tower, batch = make_tower().train(), inputs()
+    tower.config = replace(tower.config, user_id_dropout=0.0)
+    for part in tower.modules():
+        if isinstance(part, Dropout):
+            part.p = 0.0
+    batch["targets"] = torch.tensor([0, 1, 2, 3, 4, 5, 6, 0])  # sequences of 3, 1 and 4 targets
+
+    def queries(source: Tensor) -> Tensor:
+        out = tower(**{**batch, "looked": replace(batch["looked"], item_source=source)})
+        assert out.left_out is not None
+        return out.left_out
+
+    before = queries(batch["looked"].item_source)
+    for changed, affected in ((1, {0, 2}), (3, set()), (5, {4, 6, 7})):
+        source = batch["looked"].item_source.clone()
+        source[changed] += 1.0
+        moved = (queries(source) - before).abs().sum(1) > 1e-6
+        assert set(torch.nonzero(moved).flatten().tolist()) == affected
+
+
+def test_an_item_that_no_training_event_has_is_its_content_alone() -> None:
+    batch = inputs()
+    batch["item_known"] = torch.zeros(7)
+    out = make_tower()(**batch)
+    assert not used("collaborative", out.items).any()
+    torch.testing.assert_close(out.items, out.content_items)
 
 
 def test_an_item_without_a_known_id_is_its_content() -> None:
@@ -190,7 +245,7 @@ def test_softmax_and_its_gradients_are_those_of_cross_entropy(queries: int, item
     leaves = [x.requires_grad_() for x in (query, vectors, scale)]
     logits = scale * query @ vectors.T - log_q + F.one_hot(target, items) * log_q
     expected = F.cross_entropy(logits, target, reduction="sum")
-    found = sampled_softmax(query, vectors, target, log_q, scale)
+    found = sampled_softmax(query, CandidateVectors(vectors, log_q), target, scale)
     torch.testing.assert_close(found, expected)
     for a, b in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(a, b)
@@ -201,10 +256,46 @@ def test_softmax_is_the_same_in_chunks_and_leaves_out_what_it_should(monkeypatch
     query, vectors, target = torch.randn(50, 4, generator=g), torch.randn(20, 4, generator=g), torch.arange(50) % 10
     log_q = torch.zeros(20)
     log_q[10:] = math.inf
-    whole = sampled_softmax(query, vectors, target, log_q, torch.tensor(1.0))
+    candidates = CandidateVectors(vectors, log_q)
+    whole = sampled_softmax(query, candidates, target, torch.tensor(1.0))
     monkeypatch.setattr(softmax, "CHUNK_BYTES", 240)
-    torch.testing.assert_close(sampled_softmax(query, vectors, target, log_q, torch.tensor(1.0)), whole)
+    torch.testing.assert_close(sampled_softmax(query, candidates, target, torch.tensor(1.0)), whole)
     torch.testing.assert_close(whole, F.cross_entropy(query @ vectors[:10].T, target, reduction="sum"))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 20), st.integers(2, 30), st.integers(0, 10_000))
+def test_softmax_with_hidden_candidates_is_cross_entropy_without_them(queries: int, items: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    query, vectors = (torch.randn(n, 5, generator=g, dtype=torch.double) for n in (queries, items))
+    target = torch.randint(0, items, (queries,), generator=g)
+    left_out = (torch.rand(queries, items, generator=g) < 0.4).scatter(1, target[:, None], False)
+    leaves = [x.requires_grad_() for x in (query, vectors)]
+    expected = F.cross_entropy((query @ vectors.T).masked_fill(left_out, -math.inf), target, reduction="sum")
+    hidden = Hidden(*torch.nonzero(left_out).T)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(softmax, "CHUNK_BYTES", 8 * items * 3)  # several chunks
+        candidates = CandidateVectors(vectors, torch.zeros(items, dtype=torch.double))
+        found = sampled_softmax(query, candidates, target, torch.tensor(1.0, dtype=torch.double), hidden)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@given(st.lists(st.lists(st.integers(0, 5), max_size=6), min_size=1, max_size=5), st.booleans())
+def test_hidden_are_the_items_of_the_same_sequence_but_never_the_target(columns: list[list[int]], whole: bool) -> None:
+    lengths = torch.tensor([len(c) for c in columns])
+    flat = [c for sequence in columns for c in sequence]
+    hidden = hidden_of(lengths, torch.tensor(flat, dtype=torch.int64), whole)
+    found = [set[int]() for _ in flat]
+    for row, column in zip(hidden.rows.tolist(), hidden.columns.tolist(), strict=True):
+        found[row].add(column)
+    expected = [
+        set(sequence if whole else sequence[:position]) - {target}
+        for sequence in columns
+        for position, target in enumerate(sequence)
+    ]
+    assert found == expected and hidden.rows.tolist() == sorted(hidden.rows.tolist())
 
 
 def test_the_corrected_partition_function_is_unbiased() -> None:
@@ -226,7 +317,7 @@ def test_the_corrected_partition_function_is_unbiased() -> None:
 
 def test_targets_are_found_among_the_candidates_of_all_ranks() -> None:
     candidates, real = torch.tensor([4, 9, 0, 2, 9, 4]), torch.tensor([True, True, False, True, True, True])
-    place, repeated = first_positions(candidates, real, torch.tensor([9, 2, 4]))
+    place, repeated = columns_of(candidates, real, torch.tensor([9, 2, 4]))
     assert place.tolist() == [1, 3, 0]
     assert repeated.tolist() == [False, False, False, False, True, True]
 

@@ -34,7 +34,12 @@ def run(tmp_path: Path) -> Path:
     shards = [{"rank": r, "offset": [r * 512, 0], "size": [512, 32]} for r in (0, 1)]
     tables = {"item_id": {"module": "item_id", "sharding_type": "row_wise", "kernel": "fused", "shards": shards}}
     (folder / "plan.json").write_text(json.dumps({"world_size": 2, "tables": tables}))
-    meta = {"step": 2, "valid": {"fused/ndcg@10": 0.1}, "fusion": {"content": 0.75}}
+    meta = {
+        "step": 2,
+        "valid": {"fused/ndcg@10": 0.1},
+        "fusion": {"content": 0.75},
+        "mixture": {"scale": [7.5, 3.0, 2.0], "bias": [0.0, -1.25, 0.0]},
+    }
     (folder / "checkpoints/best/meta.json").write_text(json.dumps(meta))
     dropped = {"no user": {"rows": 4, "examples": ["a"]}}
     (data / "report.json").write_text(json.dumps({"rows_kept": 9, "dropped": dropped}))
@@ -67,7 +72,8 @@ def test_the_page_holds_every_piece(run: Path, capsys: pytest.CaptureFixture[str
     write_export(export, pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), 4))
     page = made(run, "--export", str(export))
     assert "missing" not in capsys.readouterr().out
-    for told in ("model.dim", "0.1250", "0.0625", "row_wise", "0.75", "0.06 MiB", "1,024 × 32", "rank 1", "no user",
+    for told in ("model.dim", "0.1250", "0.0625", "row_wise", "0.75", "bias of collaborative in the mixture",
+                 "-1.25", "0.06 MiB", "1,024 × 32", "rank 1", "no user",
                  "torchrec", "1 lines of metrics.jsonl are no records"):  # fmt: skip
         assert told in page, told
     assert page.count("<svg") == 3  # losses, rate, validation

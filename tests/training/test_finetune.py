@@ -176,7 +176,16 @@ def test_labels_are_told_from_pretrained_and_from_new_weights(rated: Path, tmp_p
 def test_two_ranks_fine_tune_as_one(ranks, rated: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """The same losses and choice of checkpoint, hence the same test metrics, but for the order of sums."""
     source = tmp_path / "source"
-    still = ["--model.dropout", "0", "--model.id_dropout", "0", "--model.user_id_dropout", "0"]
+    still = [
+        "--model.dropout",
+        "0",
+        "--model.embedding_dropout",
+        "0",
+        "--model.id_dropout",
+        "0",
+        "--model.user_id_dropout",
+        "0",
+    ]
     assert main(["train", "--data.path", str(rated), "--train.run", str(source), *SMALL, *still]) == 0
     found = []
     for count in (1, 2):

@@ -22,7 +22,14 @@ from flm_torchrec.training.steps import STEPS
 
 def losses(data: PreparedData, kind: str, folder: Path) -> list[float]:
     """Of eight steps, between which the model encodes users, as validation does."""
-    fixed = ["model.dropout=0", "model.id_dropout=0", "model.user_id_dropout=0", "model.dim=16", "train.batch_size=32"]
+    fixed = [
+        "model.dropout=0",
+        "model.embedding_dropout=0",
+        "model.id_dropout=0",
+        "model.user_id_dropout=0",
+        "model.dim=16",
+        "train.batch_size=32",
+    ]
     config = load_config(None, fixed)
     with open_job(config, data) as job:
         job.model.train()

@@ -141,9 +141,12 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(
 def test_a_stop_within_a_validation_saves_and_it_comes_first_when_the_run_goes_on(
     small: PreparedData, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, number: int, step: int
 ) -> None:
-    """Left at the next block, not at its end; the same end as the run undisturbed."""
+    """Left at the next block, not at its end; the same end as the run undisturbed.
+
+    A validation encodes its one block three times: for the heads' best items, to score these, and to rank.
+    """
     run = tmp_path / "run"
-    users, asked, blocks = ModelEncoder.users, step // 20, [0]
+    users, asked, blocks = ModelEncoder.users, 3 * step // 20, [0]
 
     def users_and_signal(self: ModelEncoder, rows: np.ndarray) -> dict[str, torch.Tensor]:
         blocks[0] += 1
@@ -158,7 +161,7 @@ def test_a_stop_within_a_validation_saves_and_it_comes_first_when_the_run_goes_o
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     meta = storage.read_meta(newest(run))
     assert meta["step"] == step and meta["due"] and blocks[0] == asked
-    assert [line["step"] for line in metrics(run) if "valid/" in str(line)] == [20][: asked - 1]
+    assert [line["step"] for line in metrics(run) if "valid/" in str(line)] == [20][: asked // 3 - 1]
     monkeypatch.undo()
     pretrain(load_config(None, overrides(small, run, "train.existing=resume")))
     assert same(newest(run), newest(undisturbed)) and same(run / checkpoint.BEST, undisturbed / checkpoint.BEST)
@@ -182,7 +185,16 @@ def test_a_second_ctrl_c_ends_at_once_but_not_the_one_that_a_launcher_hands_on(t
 
 def test_sigterm_to_one_rank_stops_all_and_another_number_of_ranks_goes_on(small: PreparedData, tmp_path: Path) -> None:
     """Without dropout, which each rank draws for itself, the end is that of one rank, but for the order of sums."""
-    still = ["--model.dropout", "0", "--model.id_dropout", "0", "--model.user_id_dropout", "0"]
+    still = [
+        "--model.dropout",
+        "0",
+        "--model.embedding_dropout",
+        "0",
+        "--model.id_dropout",
+        "0",
+        "--model.user_id_dropout",
+        "0",
+    ]
     options = [*TRAIN, *still, "--data.path", str(small.path), "--train.run"]
     run = tmp_path / "run"
     processes = start_ranks(2, [*options, str(run)])

@@ -24,7 +24,7 @@ from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.evaluation.evaluate import COVERAGE_AT, blocks_of
 from flm_torchrec.evaluation.protocol import Encoder, Of
 from flm_torchrec.evaluation.ranking import HeadScorer, RankingProblem, rank_targets
-from flm_torchrec.training.fusion_weights import choose_weights
+from flm_torchrec.training.fusion_weights import choose_fusion
 from flm_torchrec.training.job import Job
 from flm_torchrec.training.restore import restore
 
@@ -33,7 +33,7 @@ class Kept:
     """An encoder that has made all vectors in advance."""
 
     def __init__(self, encoder: Encoder, users: int, items: int, block: int) -> None:
-        self.dim = encoder.dim
+        self.dim, self.mixture = encoder.dim, encoder.mixture
         blocks = [encoder.users(np.arange(s, min(s + block, users))) for s in range(0, users, block)]
         self.heads = {head: torch.cat([b[head] for b in blocks]) for head in REPRESENTATIONS}
         self.vectors = torch.cat([encoder.items(np.arange(s, min(s + block, items))) for s in range(0, items, block)])
@@ -95,8 +95,8 @@ def measure(problem: RankingProblem, encoder: Encoder, job: Job, rounds: int) ->
         print(f"{name}: {statistics.median(times):.2f} s")
     for column, name in ((1, names[1]), (2, names[2])):
         print(f"{name} / {names[0]}: {statistics.median(t[column] / t[0] for t in turns):.2f}")
-    weights = seconds(choose_weights, problem, kept, comm, job.config)
-    print(f"choosing the fusion's weights on as many users: {weights:.2f} s")
+    chosen = seconds(choose_fusion, problem, kept, job.model.module.temperatures(), comm, job.config)
+    print(f"choosing the fusion on as many users: {chosen:.2f} s")
 
 
 if __name__ == "__main__":

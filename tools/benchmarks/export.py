@@ -34,6 +34,7 @@ from flm_torchrec.export.index import INDEX
 from flm_torchrec.export.manifest import IndexKind, Quantise, Storage
 from flm_torchrec.export.write import ExportOptions, ExportSource, export
 from flm_torchrec.files import sha256
+from flm_torchrec.mixture import Mixture
 
 USERS = 2_000
 BRANDS = 1_000
@@ -60,8 +61,10 @@ class Alone:
 class MadeUp:
     """Vectors of norm 1 around random centres, the same for the same ids."""
 
+    mixture: Mixture | None = None
+
     def __init__(self, dim: int) -> None:
-        self.dim = dim
+        self.dim, self.mixture = dim, None
         self.centres = torch.randn(CLUSTERS, dim, generator=torch.Generator().manual_seed(0))
 
     def users(self, rows: np.ndarray) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flm_torchrec.model.softmax import sampled_softmax
+from flm_torchrec.model.softmax import CandidateVectors, sampled_softmax
 
 
 def plain(query: Tensor, items: Tensor, target: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def plain(query: Tensor, items: Tensor, target: Tensor) -> Tensor:
 
 def chunked(query: Tensor, items: Tensor, target: Tensor) -> Tensor:
     """The same loss by our softmax, which never holds that matrix."""
-    return sampled_softmax(query, items, target, items.new_zeros(len(items)), items.new_ones(()))
+    return sampled_softmax(query, CandidateVectors(items, items.new_zeros(len(items))), target, items.new_ones(()))
 
 
 def seconds(loss: Callable[[Tensor, Tensor, Tensor], Tensor], *inputs: Tensor) -> float:

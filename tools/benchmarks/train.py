@@ -96,6 +96,7 @@ def our_settings(args: argparse.Namespace, data: str, *more: str) -> list[str]:
         "model.layers": args.layers,
         "model.attention_heads": args.heads,
         "model.dropout": args.dropout,
+        "model.embedding_dropout": args.dropout,
         "train.batch_size": args.batch_size,
         "distributed.threads": args.threads,
         "distributed.device": "cpu",

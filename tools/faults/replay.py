@@ -45,7 +45,10 @@ def replay(file: Path) -> list[str]:
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise RunError(f"{file}: not a batch ({error})") from error
     # Dropout would hide the cause, or be it.
-    config = load_config(run / "config.yaml", ["model.dropout=0", "model.id_dropout=0", "model.user_id_dropout=0"])
+    config = load_config(
+        run / "config.yaml",
+        ["model.dropout=0", "model.embedding_dropout=0", "model.id_dropout=0", "model.user_id_dropout=0"],
+    )
     config = replace(config, distributed=replace(config.distributed, device="cpu"))
     with open_job(config) as job:
         checkpoints = Checkpoints(run, job.model, job.optimizer, job.comm, job.data.fingerprint)

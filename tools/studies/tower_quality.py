@@ -32,13 +32,13 @@ class Packaged:
 
     def __init__(self, tower: PackagedTower, data: PreparedData, examples: Examples, exact: Encoder) -> None:
         self.tower, self.data, self.examples, self.exact = tower, data, examples, exact
-        self.dim = tower.dim
+        self.dim, self.mixture = tower.space, exact.mixture
 
     def users(self, rows: np.ndarray) -> dict[str, Tensor]:
         """As of `evaluation.protocol.Encoder`."""
         examples = self.examples.take(rows)
         queries = [self._query(int(u), int(e)) for u, e in zip(examples.user, examples.end, strict=True)]
-        encoded = self.tower.represent(queries, np.zeros((0, self.dim), np.float32)) if queries else []
+        encoded = self.tower.represent(queries, np.zeros((0, self.tower.dim), np.float32)) if queries else []
         heads = np.array([e.heads for e in encoded], np.float32).reshape(-1, len(REPRESENTATIONS), self.dim)
         return {head: torch.from_numpy(heads[:, index].copy()) for index, head in enumerate(REPRESENTATIONS)}
 

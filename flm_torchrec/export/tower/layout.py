@@ -36,6 +36,9 @@ class Description(BaseModel):
     model_config = ConfigDict(strict=True)
 
     dim: Annotated[int, Field(ge=1, le=1 << 16)]
+    """Of content vectors, the inputs."""
+    space: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
+    """Of representations and of the item vectors that they are scored against. None: an older version; as `dim`."""
     items: Count
     max_history: Annotated[int, Field(ge=1, le=1 << 20)]
     cosine: bool

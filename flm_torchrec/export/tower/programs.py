@@ -116,7 +116,7 @@ class UserProgram(nn.Module):
         self.items = items
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """The fields of `UserInputs` → [B, heads + 1, D] in the order of REPRESENTATIONS, and the heads' weights in the
+        """The fields of `UserInputs` → [B, heads + 1, S] in the order of REPRESENTATIONS, and the heads' weights in the
         fusion [B, heads], zeros where the fusion is no weighted sum."""
         given = UserInputs(*inputs)
         count, longest = given.items.shape
@@ -128,6 +128,8 @@ class UserProgram(nn.Module):
         event, gap = self.tables["event"](given.event), self.tables["gap"](given.gap)
         seen = Sequences(
             item_id=self.tables["item_id"](rows) * (known & shown),
+            item_source=self.tables["item_source"](rows) * (known & shown),
+            item_context=self.tables["item_context"](rows) * (known & shown),
             item_content=torch.where(known, self.tables["item_content"](rows), other) * shown,
             event=torch.cat([event, gap, given.value.unsqueeze(2)], 2),
             user_id=self.tables["user_id"](user) * (given.user >= 0).unsqueeze(1),
@@ -135,7 +137,7 @@ class UserProgram(nn.Module):
         )
         clock = torch.cat([given.time.new_zeros(count, 1), given.time], 1)
         represented = self.tower.represent(seen, Padded(given.lengths, clock))
-        stacked = torch.stack([represented[name] for name in REPRESENTATIONS], 1)  # [B, heads + 1, D]
+        stacked = torch.stack([represented[name] for name in REPRESENTATIONS], 1)  # [B, heads + 1, S]
         return stacked, self.tower.fusion.weights(stacked[:, : len(HEADS)])
 
 

@@ -43,7 +43,7 @@ class TowerQuery:
 class Represented:
     """The tower's output for one query."""
 
-    heads: np.ndarray  # [heads + 1, D], fused last
+    heads: np.ndarray  # [heads + 1, S], fused last
     weights: np.ndarray  # [heads]: the fused h is the heads' sum by these; zeros where it is no sum
 
 
@@ -70,7 +70,12 @@ class PackagedTower:
             raise RunError(f"{folder / DESCRIPTION}: {where}: {problem['msg']}; export again") from error
         except (ValueError, RuntimeError, OSError, BadZipFile, pa.ArrowException) as error:
             raise RunError(f"{folder}: cannot be read ({first_line(error)}); export again") from error
-        self.dim, self.items, self.max_history = description.dim, description.items, description.max_history
+        self.dim, self.space, self.items, self.max_history = (
+            description.dim,
+            description.space or description.dim,
+            description.items,
+            description.max_history,
+        )
         self.cosine, self.fusion, self.events = description.cosine, description.fusion, description.events
         self.timestamps, self.usual_gap = description.timestamps, description.usual_gap
         self.coding = HistoryCoding(
@@ -154,10 +159,10 @@ class PackagedTower:
         return content[0].numpy(), left_out
 
     def scored(self, contents: np.ndarray) -> np.ndarray:
-        """[n, D] content vectors of items → the vectors that representations are scored against."""
-        if not self.cosine:
-            return contents
-        return contents / np.maximum(np.linalg.norm(contents, axis=1, keepdims=True), 1e-12)
+        """[n, D] content vectors of items → [n, S], the vectors that representations are scored against."""
+        if self.cosine:
+            contents = contents / np.maximum(np.linalg.norm(contents, axis=1, keepdims=True), 1e-12)
+        return np.pad(contents, ((0, 0), (0, self.space - contents.shape[1])))
 
     def _coded(self, history: Events, shown: Events) -> CodedEvents:
         """The events `shown`, the last of a history, as the tower takes them."""

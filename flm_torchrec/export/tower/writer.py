@@ -46,13 +46,16 @@ class TowerSource(Protocol):
     user_known: np.ndarray  # [users] float32
 
     def rows(self, name: str, ids: np.ndarray, entity: str = "") -> Tensor:
-        """[n] ids of "item_id", "user_id", "event" or "gap", or codes of an entity's feature → [n, D]; collective."""
+        """[n] ids of a table of items, of "user_id", "event" or "gap", or codes of an entity's feature → [n, D].
+
+        Collective.
+        """
 
 
 def write_tower(data: PreparedData, model: TowerSource, main: bool, precision: Precision, folder: Path) -> None:
     """Write `folder/tower`; collective. Rank 0 alone has the packaged tables in memory, and writes.
 
-    With int8, these take 2 (D + 8) bytes for each item and user, and twice that while they are joined.
+    With int8, these take 4 (D + 8) bytes for each item, 2 (D + 8) for each user, and twice that while they are joined.
 
     Args:
         main: this is rank 0.
@@ -74,7 +77,10 @@ def write_tower(data: PreparedData, model: TowerSource, main: bool, precision: P
 
         # Events and gaps have a few dozen rows, so int8 would save nothing.
         tables = {
-            "item_id": PackagedTable(ids("item_id", schema.items, model.item_known), dim, precision),
+            **{
+                name: PackagedTable(ids(name, schema.items, model.item_known), dim, precision)
+                for name in ("item_id", "item_source", "item_context")
+            },
             "item_content": PackagedTable(item_content if main else iter(()), dim, precision),
             "user_id": PackagedTable(ids("user_id", schema.users, model.user_known), dim, precision),
             "profile": PackagedTable(user_profile if main else iter(()), dim, precision),
