@@ -146,6 +146,35 @@ def test_a_pickle_cannot_change_a_class_for_the_whole_process(state: Path) -> No
         storage.stored(state)
 
 
+class Got:
+    """Is pickled as what `getattr` gives, as Python 3.11.0 to 3.11.3 pickle a member of an enumeration."""
+
+    def __init__(self, kind: Any, name: str) -> None:
+        self.asked = kind, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self.asked
+
+
+def test_metadata_may_name_an_enumeration_by_getattr_and_nothing_else(state: Path) -> None:
+    enumeration = dcp.metadata._MEM_FORMAT_ENCODING
+    metadata = dcp.FileSystemReader(state).read_metadata()
+    entry: Any = next(iter(metadata.state_dict_metadata.values()))
+    encoded = entry.properties.__getstate__()
+    assert enumeration.TORCH_CONTIGUOUS_FORMAT in encoded
+    older = tuple(Got(enumeration, e.name) if isinstance(e, enumeration) else e for e in encoded)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dcp.metadata.TensorProperties, "__getstate__", lambda self: older)
+        written = pickle.dumps(metadata)
+    assert b"getattr" in written
+    (state / ".metadata").write_bytes(written)
+    assert storage.stored(state)
+    for kind, name in ((dcp.metadata.Metadata, "__init__"), (enumeration, "__class__")):
+        (state / ".metadata").write_bytes(pickle.dumps(Got(kind, name)))
+        with pytest.raises(RunError, match=f"asks for '{name}'"):
+            storage.stored(state)
+
+
 def test_code_where_a_tensor_should_be_is_refused(state: Path, tmp_path: Path) -> None:
     """The metadata may be harmless and call an entry bytes, which DCP would unpickle."""
     metadata = dcp.FileSystemReader(state).read_metadata()

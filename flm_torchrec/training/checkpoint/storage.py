@@ -281,6 +281,13 @@ def _weighed(load: Callable[[Any], None]) -> Callable[[Any], None]:
     return loaded
 
 
+def _memory_format(kind: Any, name: str) -> Any:
+    """Stands for the `getattr` by which Python 3.11.0 to 3.11.3 write a member of an enumeration."""
+    if kind is not dcp_metadata._MEM_FORMAT_ENCODING or name not in kind.__members__:
+        raise pickle.UnpicklingError(f".metadata asks for '{name}' of {kind!r}, which no checkpoint does")
+    return kind[name]
+
+
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
     """Refuses whatever DCP's metadata does not need: a pickle may name any function and have it called.
 
@@ -300,6 +307,8 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
             return getattr(torch, name)
         if (module, name) == ("torch.serialization", "_get_layout"):
             return torch.serialization._get_layout
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         raise pickle.UnpicklingError(f".metadata asks for {module}.{name}, which no checkpoint does")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
