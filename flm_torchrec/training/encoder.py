@@ -66,6 +66,12 @@ class ModelEncoder:
         copied.check = check
         return copied
 
+    def of(self, examples: Examples) -> ModelEncoder:
+        """The same encoder for the users of other examples."""
+        copied = copy(self)
+        copied.examples = examples
+        return copied
+
     def users(self, rows: np.ndarray) -> dict[str, Tensor]:
         """[b] indices of examples → by name of REPRESENTATIONS, [b, D] float32 after the events before the example."""
         self.check()

@@ -28,7 +28,9 @@ from flm_torchrec.training.run_folder import check_run_folder, claimed, open_run
 from flm_torchrec.training.warm_start import WarmStart, check_source
 
 CHOSEN_LATE = ("late", "sum")
-"""Fusions that are chosen on validation when training ends."""
+"""Fusions that are chosen on validation."""
+MOST_USERS = 16_384
+"""Maximum of validation users that choose a fusion: 60 MB of scores."""
 
 
 def pretrain(config: Config) -> Finished:
@@ -146,9 +148,10 @@ def _weigh_heads(job: Job, encoder: ModelEncoder, logger: RunLogger, checkpoints
 
 def _set_fusion(job: Job, encoder: ModelEncoder) -> ChosenFusion:
     """Choose the fusion that ranks the encoder's examples best, and set it; collective."""
-    problem = RankingProblem(job.data, encoder.examples, blocks_of(job.config.eval))
+    examples = _sample(encoder.examples, MOST_USERS, job.config.train.seed)
+    problem = RankingProblem(job.data, examples, blocks_of(job.config.eval))
     model: PretrainModel = job.model.module
-    chosen = choose_fusion(problem, encoder, model.temperatures(), job.comm, job.config)
+    chosen = choose_fusion(problem, encoder.of(examples), model.temperatures(), job.comm, job.config)
     model.set_fusion(torch.tensor(chosen.weights), chosen.mixture)
     return chosen
 

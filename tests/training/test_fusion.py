@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from flm_torchrec.data.splits import Examples, split
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.evaluation.protocol import Of
 from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, RankingProblem, count_ranks, rank_targets
-from flm_torchrec.training.fusion_weights import choose_fusion
+from flm_torchrec.training import trainer
+from flm_torchrec.training.fusion_weights import ChosenFusion, choose_fusion
 from flm_torchrec.training.restore import restore
 
 DIM = 16
@@ -120,6 +122,22 @@ def test_the_weights_are_in_the_checkpoint(small: PreparedData, tmp_path: Path) 
     with restore(run) as restored:
         scale = restored.job.model.module.dense.tower.fusion.scale.flatten().tolist()
     assert scale == pytest.approx([told[name] for name in HEADS]) and max(scale) == 1
+
+
+def test_a_bounded_number_of_users_chooses(
+    small: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def choose(problem: RankingProblem, *rest: Any) -> ChosenFusion:
+        asked.append(len(problem.examples))
+        return choose_fusion(problem, *rest)
+
+    monkeypatch.setattr(trainer, "MOST_USERS", 7)
+    monkeypatch.setattr(trainer, "choose_fusion", choose)
+    options = ["--model.dim", "16", "--train.max_steps", "2", "--train.run", str(tmp_path / "run")]
+    assert main(["train", "--data.path", str(small.path), *options]) == 0
+    assert set(asked) == {7}
 
 
 @pytest.mark.parametrize(
