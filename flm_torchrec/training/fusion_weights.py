@@ -11,22 +11,24 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flm_torchrec.config import Config
 from flm_torchrec.config.heads import HEADS
+from flm_torchrec.evaluation.metrics import RankCounts
 from flm_torchrec.evaluation.protocol import Collectives, Encoder
 from flm_torchrec.evaluation.ranking import HeadScorer, RankingProblem, rank_targets, target_and_seen, user_blocks
 from flm_torchrec.mixture import Mixture
 
-BEST = 100
+BEST = 50
 """Best items of each head that are ranked again by every fusion that is tried."""
 WEIGHTS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
 """Weights that are tried for a head in a weighted sum."""
 SCALES, BIASES = (0.5, 0.7, 0.85, 1.2, 1.5, 2.0), (-3.0, -1.5, -0.7, -0.3, 0.3, 0.7, 1.5, 3.0)
 """Factors of a head's scale, and changes of its bias, that are tried in a mixture."""
-ROUNDS = 3
+ROUNDS = 2
 """Times that each number is tried."""
 LEAST = -1e30
 """Stands for -inf where it is multiplied by a weight that may be 0."""
@@ -76,17 +78,15 @@ class _Shortlists:
             )
         self.scores = torch.cat(parts, 1)
 
-    def metric(self, fuse: Callable[[Tensor], Tensor], metric: str) -> tuple[float, Tensor]:
-        """Of scores by fusing [heads, n, C] → [n, C]: the metric over all ranks' examples, and [n] of this rank's."""
+    def ranks(self, fuse: Callable[[Tensor], Tensor]) -> Tensor:
+        """[n] ranks of the true items, 1 is best, by fusing [heads, n, C] → [n, C]."""
         fused = fuse(self.scores)
-        ranks = (fused >= fused[:, :1]).sum(1)
-        name, _, cut = metric.partition("@")
-        gains = {
-            "hr": torch.ones_like(fused[:, 0]), "ndcg": 1 / torch.log2(ranks + 1.0), "mrr": 1.0 / ranks
-        }[name]  # fmt: skip
-        gains = gains * (ranks <= int(cut)) if cut else gains
-        total, count = self.comm.all_reduce_sum(torch.tensor([float(gains.sum()), float(len(gains))])).tolist()
-        return total / max(count, 1.0), gains
+        return (fused >= fused[:, :1]).sum(1)
+
+    def metric(self, fuse: Callable[[Tensor], Tensor], metric: str) -> float:
+        """Of all ranks' examples. It comes from counts, so that any number of ranks finds the same fusion best."""
+        counts = torch.bincount(self.ranks(fuse) - 1, minlength=self.scores.shape[2])
+        return _metric_of(RankCounts(self.comm.all_reduce_sum(counts).numpy(), {}), metric)
 
 
 def choose_fusion(
@@ -112,7 +112,7 @@ def choose_fusion(
     trained = [index for index, name in enumerate(HEADS) if getattr(config.loss, name) > 0]
 
     def summed(weights: Tensor) -> float:
-        return lists.metric(lambda z: _sum(z, weights), metric)[0]
+        return lists.metric(lambda z: _sum(z, weights), metric)
 
     alone = [torch.eye(len(HEADS))[index] for index in trained]
     weights = max(alone, key=summed)
@@ -120,14 +120,13 @@ def choose_fusion(
     for index in [index for index in trained if index != best] * ROUNDS:
         weights = max((_with(weights, index, value) for value in WEIGHTS), key=summed)
     chosen = tuple(weights.tolist())
-    score, gains = lists.metric(lambda z: _sum(z, weights), metric)
-    told = f"validation {metric}: weighted sum {score:.4f}"
+    told = f"validation {metric}: weighted sum {summed(weights):.4f}"
     if config.model.fusion != "late" or len(trained) < len(HEADS):
         return ChosenFusion(chosen, None, told)
     mixed = _best_mixture(lists, temperatures, metric)
-    mixed_score, mixed_gains = lists.metric(lambda z: _mix(z, mixed), metric)
-    told += f", mixture {mixed_score:.4f}"
-    if mixed_score - score <= _standard_error(mixed_gains - gains, comm):
+    told += f", mixture {lists.metric(lambda z: _mix(z, mixed), metric):.4f}"
+    before, after = (lists.ranks(fuse) for fuse in (lambda z: _sum(z, weights), lambda z: _mix(z, mixed)))
+    if not _better(before, after, metric, comm):
         return ChosenFusion(chosen, None, told)
     scale, bias = mixed.tolist()
     return ChosenFusion(chosen, Mixture(tuple(scale), tuple(bias)), told)
@@ -141,7 +140,7 @@ def _best_mixture(lists: _Shortlists, temperatures: list[float], metric: str) ->
     mixed = torch.stack([scale, -total[:-1] / total[-1].clamp(min=1)])
 
     def mixture(values: Tensor) -> float:
-        return lists.metric(lambda z: _mix(z, values), metric)[0]
+        return lists.metric(lambda z: _mix(z, values), metric)
 
     for _ in range(ROUNDS):
         for index in range(len(HEADS)):
@@ -176,9 +175,24 @@ def _copies(ids: Tensor) -> Tensor:
     return repeated.scatter(1, order[:, 1:], ordered[:, 1:] == ordered[:, :-1])
 
 
-def _standard_error(differences: Tensor, comm: Collectives) -> float:
-    """Of the mean of [n] differences over all ranks."""
-    sums = torch.stack([torch.ones_like(differences), differences, differences**2]).double().sum(1)
+def _better(before: Tensor, after: Tensor, metric: str, comm: Collectives) -> bool:
+    """Whether the ranks [n] after are better by more than a standard error, over the examples of all processes."""
+    differences = _gains(after, metric) - _gains(before, metric)
+    sums = torch.stack([torch.ones_like(differences), differences, differences**2]).sum(1)
     count, total, squares = comm.all_reduce_sum(sums).tolist()
-    variance = max(squares / max(count, 1.0) - (total / max(count, 1.0)) ** 2, 0.0)
-    return math.sqrt(variance / max(count, 1.0))
+    mean = total / max(count, 1.0)
+    variance = max(squares / max(count, 1.0) - mean**2, 0.0)
+    return mean > math.sqrt(variance / max(count, 1.0))
+
+
+def _gains(ranks: Tensor, metric: str) -> Tensor:
+    """[n] → [n] float64: what each example adds to the metric."""
+    values, position = ranks.unique(return_inverse=True)
+    one = [_metric_of(RankCounts(np.bincount([int(rank) - 1]), {}), metric) for rank in values]
+    return torch.tensor(one, dtype=torch.float64)[position]
+
+
+def _metric_of(counts: RankCounts, metric: str) -> float:
+    """A metric by its name, such as ndcg@10 or mrr."""
+    cut = metric.partition("@")[2]
+    return counts.metrics((int(cut),) if cut else ())[metric]

@@ -30,7 +30,7 @@ from flm_torchrec.training.warm_start import WarmStart, check_source
 CHOSEN_LATE = ("late", "sum")
 """Fusions that are chosen on validation."""
 MOST_USERS = 16_384
-"""Maximum of validation users that choose a fusion: 60 MB of scores."""
+"""Maximum of validation users that choose a fusion: 30 MB of scores."""
 
 
 def pretrain(config: Config) -> Finished:
