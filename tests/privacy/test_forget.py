@@ -37,10 +37,12 @@ from flm_torchrec.training.trainer import pretrain
 
 GONE, STAYS = "u17", "u18"
 SETTINGS = ("train.epochs=2", "train.batch_size=16", "train.checkpoint_every=2", "model.dim=16", "loss.negatives=64")
+SHOWN = "model.user_id_dropout=0"
+"""Every user's row learns, so that there is something to forget."""
 
 
 def config_of(folder: Path, *more: str) -> list[str]:
-    return [*SETTINGS, f"data.path={folder / 'data'}", f"train.run={folder / 'run'}", *more]
+    return [*SETTINGS, SHOWN, f"data.path={folder / 'data'}", f"train.run={folder / 'run'}", *more]
 
 
 @pytest.fixture(scope="module")
