@@ -61,7 +61,8 @@ class _Shortlists:
         heads = {name: name for name in HEADS}
         scorer = HeadScorer(encoder, items, problem.blocks.items, comm, heads=heads)
         ranked = rank_targets(problem, scorer, comm, top_k=BEST)
-        parts, done = [torch.zeros(len(HEADS), 0, 1 + sum(top.shape[1] for top in ranked.top.values()))], 0
+        # Ranks add up counts of this width, a rank without examples too.
+        parts, done = [torch.zeros(len(HEADS), 0, 1 + len(HEADS) * min(BEST, items))], 0
         for rows in user_blocks(len(problem.examples), problem.blocks.users, comm):
             users = scorer.block(rows)
             if len(rows) == 0:
