@@ -15,6 +15,11 @@ from flm_torchrec.prepare.sources import synthetic
 from flm_torchrec.prepare.sources.source_data import Shard, SourceData
 
 ROOT = Path(__file__).resolve().parents[1]
+NO_DROPOUT = [
+    *("--model.dropout", "0", "--model.embedding_dropout", "0"),
+    *("--model.id_dropout", "0", "--model.user_id_dropout", "0"),
+]
+"""Options without which two runs draw different numbers."""
 
 
 def rows_of(raw: SourceData) -> pl.DataFrame:

@@ -38,6 +38,7 @@ from flm_torchrec.data.windows import windows
 from flm_torchrec.errors import ConfigError, DataError
 from flm_torchrec.training.finetune import source_config
 from flm_torchrec.training.run_events import events_of, load_data
+from tests.conftest import NO_DROPOUT
 
 ITEMS = 30
 KINDS = ("leave-one-out", "time", "cold-start")
@@ -311,18 +312,8 @@ def test_ranks_of_uneven_shards_end_with_the_losses_of_one(uneven: Path, tmp_pat
     options = [
         *("--data.path", str(uneven), "--data.stream", "true", "--train.eval_users", "9", "--train.batch_size", "4"),
         *("--data.max_history", "9", "--train.epochs", "2", "--train.log_every", "1", "--model.dim", "8"),
-        *(
-            "--model.dropout",
-            "0",
-            "--model.embedding_dropout",
-            "0",
-            "--model.id_dropout",
-            "0",
-            "--model.user_id_dropout",
-            "0",
-            "--train.patience",
-            "0",
-        ),
+        *NO_DROPOUT,
+        *("--train.patience", "0"),
         *("--distributed.threads", "1", "--loss.negatives", "20", "--train.run"),
     ]
     runs = [tmp_path / "one", tmp_path / "two"]

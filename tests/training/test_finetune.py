@@ -25,6 +25,7 @@ from flm_torchrec.prepare.sources import synthetic
 from flm_torchrec.training.job import open_job
 from flm_torchrec.training.restore import restore
 from flm_torchrec.training.run_events import events_of, load_data
+from tests.conftest import NO_DROPOUT
 
 SMALL = ["--model.dim", "16", "--train.batch_size", "32", "--train.max_steps", "6", "--eval.ks", "[10]"]
 
@@ -176,17 +177,7 @@ def test_labels_are_told_from_pretrained_and_from_new_weights(rated: Path, tmp_p
 def test_two_ranks_fine_tune_as_one(ranks, rated: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """The same losses and choice of checkpoint, hence the same test metrics, but for the order of sums."""
     source = tmp_path / "source"
-    still = [
-        "--model.dropout",
-        "0",
-        "--model.embedding_dropout",
-        "0",
-        "--model.id_dropout",
-        "0",
-        "--model.user_id_dropout",
-        "0",
-    ]
-    assert main(["train", "--data.path", str(rated), "--train.run", str(source), *SMALL, *still]) == 0
+    assert main(["train", "--data.path", str(rated), "--train.run", str(source), *SMALL, *NO_DROPOUT]) == 0
     found = []
     for count in (1, 2):
         run = tmp_path / f"ranks{count}"

@@ -24,6 +24,7 @@ from flm_torchrec.training.checkpoint.storage import read_all
 from flm_torchrec.training.follow.events import EventEncoder, RowForm
 from flm_torchrec.training.follow.ids import IdIntake
 from flm_torchrec.training.follow.item_rows import ItemFile, ItemRows
+from tests.conftest import NO_DROPOUT
 from tests.training.test_follow import NEW, put, rows_of, weights
 
 DAY = 86400
@@ -318,16 +319,7 @@ def test_two_ranks_follow_to_the_weights_of_one(small: PreparedData, source: Pat
     """Without dropout, which each rank draws for itself, and but for the order of sums."""
     base, alone, together = tmp_path / "base", tmp_path / "alone", tmp_path / "together"
     options = ["--train.max_steps", "2", "--train.batch_size", "32", "--model.dim", "8", "--data.max_history", "6"]
-    options += [
-        "--model.dropout",
-        "0",
-        "--model.embedding_dropout",
-        "0",
-        "--model.id_dropout",
-        "0",
-        "--model.user_id_dropout",
-        "0",
-    ]
+    options += NO_DROPOUT
     assert main(["train", "--data.path", str(small.path), "--train.run", str(base), *options]) == 0
     assert follow(base, source, alone) == 0
     arguments = ["--run", str(base), "--source", str(source), "--output", str(together), "--once"]

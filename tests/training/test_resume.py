@@ -46,7 +46,7 @@ from flm_torchrec.training.run_folder import check_run_folder, open_run_folder
 from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.steps import STEPS as KINDS_OF_STEPS
 from flm_torchrec.training.trainer import pretrain
-from tests.conftest import ROOT
+from tests.conftest import NO_DROPOUT, ROOT
 from tests.training.test_checkpoint import tensors
 from tools.faults.replay import replay
 
@@ -185,17 +185,7 @@ def test_a_second_ctrl_c_ends_at_once_but_not_the_one_that_a_launcher_hands_on(t
 
 def test_sigterm_to_one_rank_stops_all_and_another_number_of_ranks_goes_on(small: PreparedData, tmp_path: Path) -> None:
     """Without dropout, which each rank draws for itself, the end is that of one rank, but for the order of sums."""
-    still = [
-        "--model.dropout",
-        "0",
-        "--model.embedding_dropout",
-        "0",
-        "--model.id_dropout",
-        "0",
-        "--model.user_id_dropout",
-        "0",
-    ]
-    options = [*TRAIN, *still, "--data.path", str(small.path), "--train.run"]
+    options = [*TRAIN, *NO_DROPOUT, "--data.path", str(small.path), "--train.run"]
     run = tmp_path / "run"
     processes = start_ranks(2, [*options, str(run)])
     wait_for(lambda: (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text()) > 0, processes[0])

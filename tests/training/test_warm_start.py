@@ -34,20 +34,10 @@ from flm_torchrec.training.restore import restore
 from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.steps import PlainSteps
 from flm_torchrec.training.warm_start import WarmStart, warm_config
-from tests.conftest import ROOT, rows_of
+from tests.conftest import NO_DROPOUT, ROOT, rows_of
 
 SMALL = ["--model.dim", "8", "--model.layers", "1", "--train.batch_size", "16", "--data.max_history", "6"]
 SMALL += ["--train.max_steps", "8", "--eval.ks", "[10]", "--distributed.threads", "1", "--loss.negatives", "all"]
-STILL = [
-    "--model.dropout",
-    "0",
-    "--model.embedding_dropout",
-    "0",
-    "--model.id_dropout",
-    "0",
-    "--model.user_id_dropout",
-    "0",
-]
 
 
 def part_of(raw: SourceData, leaves_out: Callable[[str], bool]) -> SourceData:
@@ -87,7 +77,7 @@ def days(tmp_path_factory: pytest.TempPathFactory) -> Days:
     found.prepared(folder / "yesterday", part_of(raw, lambda key: key.endswith("1")))
     found.prepared(found.today)
     data = ["--data.path", str(folder / "yesterday"), "--train.run", str(found.run)]
-    assert main(["train", *data, *SMALL, *STILL]) == 0
+    assert main(["train", *data, *SMALL, *NO_DROPOUT]) == 0
     return found
 
 
@@ -197,7 +187,7 @@ def test_who_was_known_stays_known_though_today_has_no_event_of_it(days: Days, t
 def test_a_row_that_never_learned_begins_from_nothing(days: Days, tmp_path: Path) -> None:
     short = Days(days.raw, tmp_path)
     data = ["--data.path", str(days.folder / "yesterday"), "--train.run", str(short.run)]
-    assert main(["train", *data, *SMALL, *STILL, "--train.max_steps", "2"]) == 0
+    assert main(["train", *data, *SMALL, *NO_DROPOUT, "--train.max_steps", "2"]) == 0
     with open_job(config_of(short, tmp_path / "next", days.today)) as job:
         started(job, tmp_path / "next")
         name = "users.embedding_bags.user_id.weight"
