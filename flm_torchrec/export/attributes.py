@@ -1,6 +1,11 @@
-"""Keys, titles and attributes of prepared items and users, by ranges of ids. One row group is in memory at a time."""
+"""Keys, titles and attributes of prepared items and users, by ranges of ids; items of an export by their attributes.
+
+One row group, or one part of an export, is in memory at a time.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -8,8 +13,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flm_torchrec.data.dataset import PreparedData
-from flm_torchrec.errors import DataError
-from flm_torchrec.export.parts import ATTRIBUTE, single_array
+from flm_torchrec.errors import DataError, RunError
+from flm_torchrec.export.parts import ATTRIBUTE, ExportRows, single_array
+from flm_torchrec.names import COMPARED, nearest, nearest_key
 
 
 class Keys:
@@ -76,3 +82,37 @@ def decoded(codes: pa.Array, values: pa.Array) -> pa.ListArray:
         lengths, flat = codes.is_valid(), codes.drop_null()
     ends = np.cumsum(lengths.to_numpy(zero_copy_only=False), dtype=np.int32)
     return pa.ListArray.from_arrays(pa.array(np.concatenate([np.zeros(1, np.int32), ends])), values.take(flat))
+
+
+def allowed_items(items: ExportRows, wanted: Mapping[str, Sequence[str]]) -> np.ndarray:
+    """[N] bool: the items of an export that have, for each feature, one of the values.
+
+    Raises:
+        RunError: there is no such feature, or no item has such a value.
+    """
+    present = [n.removeprefix(ATTRIBUTE) for n in items.column_names() if n.startswith(ATTRIBUTE)]
+    for name, values in wanted.items():
+        if name not in present:
+            raise RunError(f"filter: no feature '{name}'; {nearest(name, present) if present else 'items have none'}")
+        if isinstance(values, str) or not values or not all(isinstance(value, str) for value in values):
+            raise RunError(f"filter.{name}: give a list of one value or more, each a text, not {values!r}")
+    mask = np.ones(items.count, bool)
+    for name, values in wanted.items():
+        mask &= _with_value(items, name, list(values))
+    return mask
+
+
+def _with_value(items: ExportRows, name: str, values: list[str]) -> np.ndarray:
+    """[N] bool: the items that have one of the values of a feature."""
+    parts, known = [], set[str]()
+    for table in items.parts([ATTRIBUTE + name]):
+        lists = single_array(table[ATTRIBUTE + name])
+        flat = lists.flatten()
+        hit = pc.is_in(flat, value_set=pa.array(values)).to_numpy(zero_copy_only=False)
+        of = np.repeat(np.arange(len(lists)), lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))
+        parts.append(np.bincount(of[hit], minlength=len(lists)) > 0)
+        known.update(pc.unique(flat).to_pylist())
+    for value in values:
+        if value not in known:
+            raise RunError(f"filter.{name}: no value '{value}'; {nearest_key(value, sorted(known), COMPARED)}")
+    return np.concatenate(parts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ CUTS = (10, 100)
 CLOSE = 1e-5
 """A score may be below the k-th best by this share of the largest score and still count: sums depend on their order."""
 
+SLACK = 8
+"""Results asked for beyond k where scores are summed again: the k best must be among them."""
 LINKS, CONSTRUCTION = 32, 200
 """HNSW's M and efConstruction (Malkov & Yashunin, IEEE TPAMI 2020)."""
 TRAINING_ROWS = 39
@@ -38,6 +40,8 @@ BITS = 8
 """Bits of one number of a product quantisation code."""
 LISTS = 32_768
 """Maximum of inverted lists."""
+COPIED = 65_536
+"""Vectors copied from one index to another at once."""
 
 STEPS: dict[str, tuple[dict[str, int], ...]] = {
     "hnsw": tuple({"efSearch": ef} for ef in (128, 256, 512, 1024, 2048, 4096)),
@@ -75,21 +79,47 @@ class ItemIndex:
 
     index: faiss.Index
     groups: Groups
+    owner: faiss.Index | None = None
+    """The index that `index` is a part of, and whose memory it uses."""
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Queries [q, D] → scores and items [q, k], best first, and of equal scores the lower item first.
 
-        Where fewer are found, the rest has score -inf and item -1.
+        Where fewer are found, the rest has score -inf and item -1. A query has the same result alone and among others.
         """
-        found, rows = self.index.search(queries, min(k, len(self.groups)))
+        many = len(queries) > 1 and isinstance(self.index, faiss.IndexFlat)
+        found, rows = self.index.search(queries, min(k + SLACK if many else k, len(self.groups)))
+        if many:  # faiss multiplies matrices then, and the last bits of a sum depend on the other queries
+            found = self._scores(queries, rows)
         scores = np.full((len(queries), k), -np.inf, np.float32)
         items = np.full((len(queries), k), -1, np.int64)
-        for q in range(len(queries)):
+        single = (self.groups.starts[rows + 1] - self.groups.starts[rows] == 1).all(1)  # row -1 counts as it may
+        best, members = self._in_order(found[single], rows[single], k)
+        scores[single, : best.shape[1]], items[single, : best.shape[1]] = best, members
+        for q in np.flatnonzero(~single):
             there = rows[q] >= 0
             best, members = self._members(found[q][there], rows[q][there], k)
             best, members = top(best, members, k)
             scores[q, : len(best)], items[q, : len(best)] = best, members
         return scores, items
+
+    def scores(self, queries: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Inner products [q, n] of queries [q, D] with n items each [q, n]; only of a flat index."""
+        return self._scores(queries, self.groups.row[items])
+
+    def _scores(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        queries, rows = np.ascontiguousarray(queries, np.float32), np.ascontiguousarray(rows, np.int64)
+        scores = np.empty(rows.shape, np.float32)
+        numbers, result, labels = map(faiss.swig_ptr, (queries, scores, rows))  # type: ignore[attr-defined]
+        self.index.compute_distance_subset(len(queries), numbers, rows.shape[1], result, labels)  # type: ignore[attr-defined]
+        return scores
+
+    def _in_order(self, scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and rows [q, m], each row that of one item → scores and items [q, k or fewer], in order."""
+        items = np.where(rows >= 0, self.groups.first[rows], -1)
+        scores = np.where(rows >= 0, scores, np.float32(-np.inf))
+        order = np.lexsort((items, -scores), axis=1)[:, :k]
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(items, order, 1)
 
     def _members(self, scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores and items of rows, best first: the k best items or more, and at most k of each row."""
@@ -177,6 +207,30 @@ def open_index(folder: Path, manifest: Manifest) -> ItemIndex | None:
             f" {rows} x {manifest.dim}; export again"
         )
     return ItemIndex(index, _read_groups(folder, manifest.items, rows))
+
+
+def exact_index(items: ExportRows, index: ItemIndex | None) -> ItemIndex:
+    """A flat index of all items, in memory; it shares the vectors of an export's index that has them in full."""
+    flat = None if index is None else index.index
+    if isinstance(flat, faiss.IndexHNSWFlat):
+        flat = faiss.downcast_index(flat.storage)
+    if index is not None and isinstance(flat, faiss.IndexFlat):
+        return replace(index, index=flat, owner=index.index)
+    groups = _groups(items) if index is None else index.groups
+    flat = faiss.IndexFlatIP(items.dim)
+    for vectors in _distinct(items, groups):
+        flat.add(vectors)
+    return ItemIndex(flat, groups)
+
+
+def index_of_some(exact: ItemIndex, items: np.ndarray) -> ItemIndex:
+    """A flat index of some items [n], ascending, of a flat index of all. Its results are items of the catalogue."""
+    distinct, row = np.unique(exact.groups.row[items], return_inverse=True)
+    groups = Groups.of(row, len(distinct))
+    flat = faiss.IndexFlatIP(exact.index.d)
+    for start in range(0, len(distinct), COPIED):
+        flat.add(exact.index.reconstruct_batch(distinct[start : start + COPIED]))
+    return ItemIndex(flat, replace(groups, first=items[groups.first], members=items[groups.members]))
 
 
 def brute_force(blocks: Iterator[np.ndarray], queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

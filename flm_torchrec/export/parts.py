@@ -151,6 +151,10 @@ class ExportRows:
         """All rows in memory, or the named columns of them."""
         return pa.concat_tables(self.parts(columns))
 
+    def column_names(self) -> list[str]:
+        """Names of the columns, by the first part."""
+        return self.part(self.files[0]).column_names
+
     def vectors(self, column: str) -> Iterator[np.ndarray]:
         """A vector column, [rows of a part, D] float32 part by part, however it is stored."""
         for table in self.parts([column]):

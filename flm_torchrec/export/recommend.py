@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
-import faiss
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from flm_torchrec.config.heads import FUSED, HEADS
+from flm_torchrec.config.heads import FUSED
+from flm_torchrec.data.dataset import Ragged
 from flm_torchrec.errors import RunError
-from flm_torchrec.export.index import open_index, top
+from flm_torchrec.export.attributes import allowed_items
+from flm_torchrec.export.index import ItemIndex, open_index
 from flm_torchrec.export.manifest import load_manifest
-from flm_torchrec.export.parts import ExportRows
+from flm_torchrec.export.parts import ExportRows, single_array
+from flm_torchrec.export.ranker import MOST_RESULTS, LeftOut, Ranker
 from flm_torchrec.export.vectors import decode
-from flm_torchrec.mixture import Mixture, shortlist
+from flm_torchrec.mixture import shortlist
 from flm_torchrec.names import COMPARED, nearest_key
+
+USERS = 8192
+"""Maximum of users whose recommendations are in memory at once."""
+COLUMNS = pa.schema(
+    {"user": pa.string(), "rank": pa.int32(), "item": pa.string(), "title": pa.string(), "score": pa.float32()}
+)
+"""Columns of a table of recommendations; `rank` counts from 1."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +40,20 @@ class Recommendation:
     score: float
 
 
-class Recommender:
+@dataclass(frozen=True)
+class RecommendOptions:
+    """What to recommend."""
+
+    k: int = 10
+    """Items for each user; fewer where no more are left."""
+    head: str = FUSED
+    include_seen: bool = False
+    """Also items of the user's events."""
+    filter: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """By feature: values of which an item must have at least one."""
+
+
+class ExportRecommender:
     """Recommends items to the users of an export.
 
     Raises:
@@ -41,67 +66,132 @@ class Recommender:
         self.index = open_index(self.folder, self.manifest)
         self.items = ExportRows(self.folder, self.manifest, "items")
         self.users = ExportRows(self.folder, self.manifest, "users")
-        self.shown = self.items.table(["item_key", "title"])
+        self.ranker = Ranker(self.items, self.index, self.manifest.mixture)
 
-    def recommend(self, user_key: str, k: int, head: str = "fused", include_seen: bool = False) -> list[Recommendation]:
-        """The user's k best items by one head, best first, without items of the user's events.
-
-        Args:
-            include_seen: also items of the user's events.
+    def recommend(
+        self,
+        user_key: str,
+        k: int = 10,
+        head: str = FUSED,
+        include_seen: bool = False,
+        filter: Mapping[str, Sequence[str]] | None = None,
+    ) -> list[Recommendation]:
+        """The user's k best items, best first; see `RecommendOptions`.
 
         Raises:
-            RunError: the user or the head is unknown, or k is below 1.
+            RunError: the user, the head or a name in the filter is unknown, or k is below 1.
         """
-        if k < 1:
-            raise RunError(f"-k {k}: ask for at least 1 item")
-        if head not in self.manifest.heads:
-            raise RunError(f"--head '{head}': choose one of {', '.join(self.manifest.heads)}")
-        vectors, seen = self._user(user_key)
-        left_out = set() if include_seen else set(seen.tolist())
-        found = min(k + len(left_out), self.manifest.items)
-        if head == FUSED and self.manifest.mixture is not None:
-            scores, ids = self._mixed([vectors[name] for name in HEADS], found, self.manifest.mixture)
-        else:
-            scores, ids = self._search(vectors[head], found)
-        unseen = [(i, s) for i, s in zip(ids.tolist(), scores.tolist(), strict=True) if i not in left_out]
-        return [
-            Recommendation(self.shown["item_key"][i].as_py(), self.shown["title"][i].as_py(), score)
-            for i, score in unseen[:k]
-            if i >= 0
-        ]
+        options = RecommendOptions(k, head, include_seen, filter or {})
+        self.check(options)
+        found = self._ranked(self._row(user_key, options), options, self.among(options))
+        rows = zip(*(found[name].to_pylist() for name in ("item", "title", "score")), strict=True)
+        return [Recommendation(*row) for row in rows]
 
-    def _search(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and ids [k] of the best items for a query [D]."""
-        if self.index is not None:
-            scores, ids = self.index.search(query[None], k)
-            return scores[0], ids[0]
-        best, found = np.zeros(0, np.float32), np.zeros(0, np.int64)
-        start = 0
-        for vectors in self.items.vectors("embedding"):
-            # By faiss: its sum is the same for equal vectors at any position, unlike a BLAS product.
-            scores, ids = faiss.knn(query[None], vectors, len(vectors), metric=faiss.METRIC_INNER_PRODUCT)
-            best, found = top(np.concatenate([best, scores[0]]), np.concatenate([found, ids[0] + start]), k)
-            start += len(vectors)
-        return best, found
+    def for_many(self, options: RecommendOptions, wanted: pa.Array | None = None) -> Iterator[pa.Table]:
+        """The same for all users, or for those with the wanted keys: tables of `COLUMNS`, in order of user.
 
-    def _mixed(self, queries: list[np.ndarray], k: int, mixture: Mixture) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and ids [k] of the best items by a mixture of the heads' queries [D], among the best of each."""
-        most = min(shortlist(k), self.manifest.items)
-        ids = np.unique(np.concatenate([self._search(query, most)[1] for query in queries]))
-        ids = ids[ids >= 0]
-        vectors, first = np.empty((len(ids), self.manifest.dim), np.float32), 0
-        for part in self.items.vectors("embedding"):
-            here = slice(*np.searchsorted(ids, [first, first + len(part)]))
-            vectors[here] = part[ids[here] - first]
-            first += len(part)
-        return top(mixture.score([vectors @ query for query in queries]), ids, k)
+        Memory is bounded: the items, and one part of the users.
 
-    def _user(self, key: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """By head the user's vector [D], and [n] ids of the items of the user's events."""
-        for part in self.users.parts(["user_key", "seen", *self.manifest.heads]):
+        Raises:
+            RunError: as of `recommend`, or k is more than there are items.
+        """
+        self.check_many(options)
+        if wanted is not None:
+            self.check_users(wanted)
+        return self._for_many(options, self.among(options), wanted)
+
+    def check(self, options: RecommendOptions) -> None:
+        """Raise RunError where the head is unknown, or k is no number of items."""
+        if isinstance(options.k, bool) or not isinstance(options.k, int | np.integer) or options.k < 1:
+            raise RunError(f"-k {options.k}: ask for at least 1 item")
+        if options.head not in self.manifest.heads:
+            raise RunError(f"--head '{options.head}': choose one of {', '.join(self.manifest.heads)}")
+
+    def check_many(self, options: RecommendOptions) -> None:
+        """As `check`, and raise RunError where k is more than there are items."""
+        self.check(options)
+        if options.k > self.manifest.items:
+            raise RunError(f"-k {options.k}: the export has {self.manifest.items} items; ask for at most as many")
+
+    def check_users(self, wanted: pa.Array) -> None:
+        """Raise RunError where a key is not that of a user of the export."""
+        unknown = wanted
+        for part in self.users.parts(["user_key"]):
+            unknown = unknown.filter(pc.invert(pc.is_in(unknown, value_set=single_array(part["user_key"]))))
+            if not len(unknown):
+                return
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise self._unknown(f"user '{unknown[0].as_py()}'{more}", unknown[0].as_py())
+
+    def among(self, options: RecommendOptions) -> ItemIndex | None:
+        """An index of the items that the filter allows; None without a filter.
+
+        Raises:
+            RunError: a name in the filter is unknown, or no item has a value of each feature.
+        """
+        if not options.filter:
+            return None
+        items = np.flatnonzero(allowed_items(self.items, options.filter))
+        if not len(items):
+            raise RunError(
+                f"filter: no item has a value of each of {', '.join(options.filter)}; ask for fewer features"
+            )
+        return self.ranker.some(items)
+
+    @cached_property
+    def shown(self) -> dict[str, pa.Array]:
+        """Key and title [items] of each item."""
+        table = self.items.table(["item_key", "title"])
+        return {"item": single_array(table["item_key"]), "title": single_array(table["title"])}
+
+    def _for_many(
+        self, options: RecommendOptions, among: ItemIndex | None, wanted: pa.Array | None
+    ) -> Iterator[pa.Table]:
+        step = max(1, min(USERS, MOST_RESULTS // shortlist(options.k)))
+        for part in self.users.parts(self._columns(options)):
+            if wanted is not None:
+                part = part.filter(pc.is_in(part["user_key"], value_set=wanted))
+            for start in range(0, len(part), step):
+                yield self._ranked(part.slice(start, step), options, among)
+
+    def _columns(self, options: RecommendOptions) -> list[str]:
+        return ["user_key", "seen", *self.ranker.heads(options.head)]
+
+    def _row(self, key: str, options: RecommendOptions) -> pa.Table:
+        """The user's row."""
+        for part in self.users.parts(self._columns(options)):
             row = part.filter(pc.field("user_key") == key)
             if len(row):
-                vectors = {head: decode(row[head])[0] for head in self.manifest.heads}
-                return vectors, np.asarray(row["seen"][0].as_py(), np.int64)
+                return row
+        raise self._unknown(f"user '{key}'", key)
+
+    def _ranked(self, users: pa.Table, options: RecommendOptions, among: ItemIndex | None) -> pa.Table:
+        """Rows of the users' file → their recommendations, with `COLUMNS`."""
+        seen = single_array(users["seen"])
+        lengths = seen.value_lengths().to_numpy()
+        if options.include_seen:
+            ragged = Ragged(np.zeros(len(users) + 1, np.int64), np.zeros(0, np.int64))
+        else:
+            offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+            ragged = Ragged(offsets, seen.flatten().to_numpy().astype(np.int64))
+        left_out = LeftOut.of(ragged, self.manifest.items)
+        vectors = {head: decode(users[head]) for head in self.ranker.heads(options.head)}
+        scores, items = self.ranker.best(vectors, min(options.k, self.manifest.items), left_out, among)
+        return self.as_table(single_array(users["user_key"]), scores, items)
+
+    def as_table(self, users: pa.Array, scores: np.ndarray, items: np.ndarray) -> pa.Table:
+        """Keys of users [q], scores and items [q, k] as of `Ranker.best` → rows with `COLUMNS`."""
+        user, place = np.nonzero(items >= 0)
+        rows = pa.array(items[user, place])
+        columns = {
+            "user": users.take(pa.array(user)),
+            "rank": pa.array((place + 1).astype(np.int32)),
+            "item": self.shown["item"].take(rows),
+            "title": self.shown["title"].take(rows),
+            "score": pa.array(scores[user, place]),
+        }
+        return pa.table(columns, schema=COLUMNS)
+
+    def _unknown(self, what: str, key: str) -> RunError:
         compared = self.users.table(["user_key"])["user_key"].slice(0, COMPARED).to_pylist()
-        raise RunError(f"user '{key}': not in {self.folder}; {nearest_key(key, compared, COMPARED)}")
+        return RunError(f"{what}: not in {self.folder}; {nearest_key(key, compared, COMPARED)}")

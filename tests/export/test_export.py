@@ -33,7 +33,7 @@ from flm_torchrec.export.index import STEPS, open_index, top
 from flm_torchrec.export.manifest import IndexKind, Quantise, Storage, load_manifest
 from flm_torchrec.export.parts import ExportRows
 from flm_torchrec.export.quality import ValidationSet
-from flm_torchrec.export.recommend import Recommender
+from flm_torchrec.export.recommend import ExportRecommender
 from flm_torchrec.export.vectors import decode, encode
 from flm_torchrec.export.write import ExportOptions, ExportSource, check_output, export
 from flm_torchrec.mixture import Mixture
@@ -89,7 +89,7 @@ def vectors(file: Path, column: str) -> np.ndarray:
 def test_recommendations_are_those_of_brute_force(exported: Path, small: PreparedData, head: str) -> None:
     items = vectors(exported / "items.parquet", "embedding")
     users = vectors(exported / "users.parquet", head)
-    recommender = Recommender(exported)
+    recommender = ExportRecommender(exported)
     for user in (0, 33, 119):
         scores = items @ users[user]
         scores[small.item[small.offsets[user] : small.offsets[user + 1]]] = -np.inf
@@ -111,7 +111,7 @@ def test_what_is_written_is_what_was_encoded(exported: Path, small: PreparedData
 
 
 def test_seen_items_come_back_on_request_and_k_may_exceed_the_catalogue(exported: Path, small: PreparedData) -> None:
-    recommender = Recommender(exported)
+    recommender = ExportRecommender(exported)
     seen = len(set(small.item[: small.offsets[1]].tolist()))
     assert len(recommender.recommend("u0", 9999)) == small.schema.items - seen
     assert len(recommender.recommend("u0", 9999, include_seen=True)) == small.schema.items
@@ -176,7 +176,7 @@ def test_every_format_gives_the_recommendations_of_what_it_holds(
     users = ExportRows(tmp_path / "out", manifest, "users").table(["fused"])
     scores = decode(items["embedding"]) @ decode(users["fused"])[7]
     best = np.argsort(-scores)[:10]
-    found = Recommender(tmp_path / "out").recommend("u7", 10, include_seen=True)
+    found = ExportRecommender(tmp_path / "out").recommend("u7", 10, include_seen=True)
     assert [r.item_key for r in found] == [small.item_keys[i] for i in best]
     np.testing.assert_allclose([r.score for r in found], scores[best], rtol=1e-5)
 
@@ -217,7 +217,7 @@ def test_a_mixture_is_that_of_brute_force(
     assert manifest.mixture == encoder.mixture
     items = decode(ExportRows(tmp_path / "out", manifest, "items").table(["embedding"])["embedding"])
     users = ExportRows(tmp_path / "out", manifest, "users").table(list(HEADS))
-    recommender = Recommender(tmp_path / "out")
+    recommender = ExportRecommender(tmp_path / "out")
     for user in (0, 33, 119):
         by_head = np.stack([items.astype(np.float64) @ decode(users[head])[user] for head in HEADS])
         parts = by_head * [[1.5], [2.0], [1.0]] + [[-3.0], [0.25], [1.0]]
@@ -299,7 +299,7 @@ def test_many_equal_vectors_hide_nothing(
         np.float64
     )
     users = ExportRows(tmp_path / "out", manifest, "users").table(["user_key", "fused"]).slice(0, 40)
-    recommender = Recommender(tmp_path / "out")
+    recommender = ExportRecommender(tmp_path / "out")
     for user, query in list(zip(users["user_key"].to_pylist(), decode(users["fused"]), strict=True))[::8]:
         order = np.lexsort((np.arange(items), -(vectors @ query.astype(np.float64)).round(5)))
         got = recommender.recommend(user, 60, include_seen=True)
@@ -323,11 +323,11 @@ def test_an_older_graph_is_not_gone_by(small: PreparedData, tmp_path: Path) -> N
     """Format 2 indexed equal vectors many times over; its rows are read, and all are scored."""
     out = tmp_path / "out"
     export(source_of(small), Alone(), out, ExportOptions(index="hnsw"))
-    before = Recommender(out).recommend("u3", 20)
+    before = ExportRecommender(out).recommend("u3", 20)
     record = json.loads((out / "manifest.json").read_text())
     index = {k: v for k, v in record["index"].items() if k not in ("rows", "promised", "asked")}
     (out / "manifest.json").write_text(json.dumps(record | {"format": 2, "index": index}))
-    recommender = Recommender(out)
+    recommender = ExportRecommender(out)
     assert recommender.index is None and recommender.recommend("u3", 20) == before
 
 
@@ -388,7 +388,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_older_export(exported: Path, sma
 )
 def test_a_wrong_question_is_one_line(exported: Path, arguments: tuple, message: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(RunError, match=message):
-        Recommender(exported).recommend(*arguments)
+        ExportRecommender(exported).recommend(*arguments)
 
 
 def test_a_changed_or_missing_file_is_named(exported: Path, tmp_path: Path) -> None:
@@ -399,12 +399,12 @@ def test_a_changed_or_missing_file_is_named(exported: Path, tmp_path: Path) -> N
         data[len(data) // 2] ^= 1
         (broken / name).write_bytes(data)
         with pytest.raises(RunError, match=f"{name}: changed"):
-            Recommender(broken)
+            ExportRecommender(broken)
         (broken / name).unlink()
         with pytest.raises(RunError, match=f"{name}: not found"):
-            Recommender(broken)
+            ExportRecommender(broken)
     with pytest.raises(RunError, match=r"manifest\.json: not found"):
-        Recommender(tmp_path / "none")
+        ExportRecommender(tmp_path / "none")
 
 
 def test_only_an_older_export_is_replaced(exported: Path, tmp_path: Path) -> None:

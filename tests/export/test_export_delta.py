@@ -20,7 +20,7 @@ from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.delta import Delta, apply_delta, export_delta, load_delta
 from flm_torchrec.export.manifest import Storage, is_part, load_manifest
-from flm_torchrec.export.recommend import Recommender
+from flm_torchrec.export.recommend import ExportRecommender
 from flm_torchrec.export.write import ExportOptions, ExportSource, export
 from flm_torchrec.files import sha256
 from tests.evaluation.test_ranking import Alone
@@ -67,7 +67,7 @@ def test_base_and_delta_are_the_whole_bit_for_bit(older: ExportSource, tmp_path:
     apply_delta(tmp_path / "base", tmp_path / "delta", tmp_path / "merged")
     export(source, Alone(), tmp_path / "whole", OPTIONS)
     check_same(tmp_path / "merged", tmp_path / "whole")
-    assert Recommender(tmp_path / "merged").manifest.model_version == "v2"
+    assert ExportRecommender(tmp_path / "merged").manifest.model_version == "v2"
     # And a delta on top of what was merged.
     assert export_delta(older, Alone(), tmp_path / "merged", tmp_path / "back", OPTIONS) is not None
     apply_delta(tmp_path / "merged", tmp_path / "back", tmp_path / "again")
