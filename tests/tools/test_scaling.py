@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,28 +16,16 @@ from flm_torchrec.planner.plan import pipeline_of
 from flm_torchrec.planner.spec import Spec, TableSpec, workload_of_spec
 from flm_torchrec.planner.volume import sent_bytes
 from tests.conftest import ROOT
+from tests.processes import Forked
 
 
 def test_estimates_are_near_what_is_counted(small: PreparedData, tmp_path: Path) -> None:
     output = tmp_path / "study"
-    command = [
-        sys.executable,
-        str(ROOT / "tools" / "studies" / "scaling_study.py"),
-        "--output",
-        str(output),
-        "--ranks",
-        "2",
-    ]
+    options = ["--output", str(output), "--ranks", "2", "--steps", "3", "--batch", "32"]
     settings = ["--", f"data.path={small.path}", "model.dim=32"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--steps", "3", "--batch", "32", *settings],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
+    tool = Forked([str(ROOT / "tools" / "studies" / "scaling_study.py"), *options, *settings])
+    told, error = tool.communicate(timeout=280)
+    assert tool.poll() == 0, error
     study = json.loads((output / "study.json").read_text())
     for run in study["runs"]:
         said = found = 0.0
@@ -59,7 +44,7 @@ def test_estimates_are_near_what_is_counted(small: PreparedData, tmp_path: Path)
     larger = study["larger"]
     assert [row["ranks"] for row in larger] == [8, 16, 32, 64, 128, 256, 512, 1024]
     assert larger[-1]["sent"]["loss"] == pytest.approx(larger[0]["sent"]["loss"] * 1023 / 7)
-    assert (output / "study.svg").stat().st_size > 1000 and "| 1024 |" in done.stdout
+    assert (output / "study.svg").stat().st_size > 1000 and "| 1024 |" in told
 
 
 @pytest.mark.parametrize(

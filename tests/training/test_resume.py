@@ -47,6 +47,7 @@ from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.steps import STEPS as KINDS_OF_STEPS
 from flm_torchrec.training.trainer import pretrain
 from tests.conftest import NO_DROPOUT, ROOT
+from tests.processes import Forked, launch_ranks, start_ranks
 from tests.training.test_checkpoint import tensors
 from tools.faults.replay import replay
 
@@ -81,7 +82,7 @@ def same(one: Path, other: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def wait_for(found: object, process: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_for(found: object, process: Forked | subprocess.Popen[str], seconds: float = 120) -> None:
     """Until `found()` is true; fails if the process ends before."""
     until = time.monotonic() + seconds
     while not found():  # type: ignore[operator]
@@ -96,23 +97,12 @@ def undisturbed(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -
     return run
 
 
-def start(arguments: list[str], **extra: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *arguments], env={**ENVIRONMENT, **extra}, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def start_ranks(count: int, options: list[str]) -> list[subprocess.Popen[str]]:
+def start_flm(count: int, options: list[str]) -> list[Forked]:
     """`flm` as so many ranks with no launcher, so that each can be told, and asked, for itself."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    return [
-        start(["-m", "flm_torchrec", *options], RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank),
-              LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        for rank in range(count)
-    ]  # fmt: skip
+    return start_ranks(count, ["-m", "flm_torchrec", *options], MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
 
 
 def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(
@@ -120,7 +110,7 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(
 ) -> None:
     run = tmp_path / "run"
     options = [*TRAIN, "--data.path", str(small.path), "--train.run", str(run)]
-    process = start(["-m", "flm_torchrec", *options, "--train.checkpoint_every", "0"])
+    process = Forked(["-m", "flm_torchrec", *options, "--train.checkpoint_every", "0"])
     wait_for(lambda: (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text()) > 0, process)
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=60)
@@ -187,7 +177,7 @@ def test_sigterm_to_one_rank_stops_all_and_another_number_of_ranks_goes_on(small
     """Without dropout, which each rank draws for itself, the end is that of one rank, but for the order of sums."""
     options = [*TRAIN, *NO_DROPOUT, "--data.path", str(small.path), "--train.run"]
     run = tmp_path / "run"
-    processes = start_ranks(2, [*options, str(run)])
+    processes = start_flm(2, [*options, str(run)])
     wait_for(lambda: (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text()) > 0, processes[0])
     processes[1].send_signal(signal.SIGTERM)
     told = [process.communicate(timeout=60)[1] for process in processes]
@@ -242,16 +232,17 @@ def test_ranks_agree_on_a_part_of_the_store_that_none_before_them_used(world_siz
 def test_a_killed_rank_is_started_anew_and_nothing_is_lost_or_repeated(small: PreparedData, tmp_path: Path) -> None:
     """SIGKILL to one of two ranks under torchrun's --max_restarts; weights as in a run of two that nothing befell."""
     runs = [tmp_path / name for name in ("calm", "killed")]
-    for run in runs:
-        options = [*TRAIN, "--data.path", str(small.path), "--train.run", str(run)]
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "2"]
-        process = start([*launcher, "-m", "flm_torchrec", "--", *options])
-        if run.name == "killed":
-            wait_for(lambda run=run: any((run / "checkpoints").glob("step-*5")), process)
-            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-            os.kill(int(children[-1]), signal.SIGKILL)
-        _, told = process.communicate(timeout=240)
-        assert process.returncode == 0, told[-3000:]
+    calm, killed = (
+        ["-m", "flm_torchrec", "--", *TRAIN, "--data.path", str(small.path), "--train.run", str(run)] for run in runs
+    )
+    launch_ranks(2, calm)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "2"]
+    process = subprocess.Popen([sys.executable, *launcher, *killed], env=ENVIRONMENT, text=True, stderr=subprocess.PIPE)
+    wait_for(lambda: any((runs[1] / "checkpoints").glob("step-*5")), process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, told = process.communicate(timeout=240)
+    assert process.returncode == 0, told[-3000:]
     log = (runs[1] / "train.log").read_text()
     assert "resuming after step" in log and log.count("events to learn from") == 2
     assert same(newest(runs[0]), newest(runs[1])) and metrics(runs[0]) == metrics(runs[1])
@@ -259,7 +250,7 @@ def test_a_killed_rank_is_started_anew_and_nothing_is_lost_or_repeated(small: Pr
 
 def test_a_hung_rank_is_named(small: PreparedData, tmp_path: Path) -> None:
     options = [*TRAIN, "--data.path", str(small.path), "--train.run", str(tmp_path / "run"), "--train.max_steps", "0"]
-    processes = start_ranks(3, [*options, "--train.epochs", "100000", "--distributed.timeout", "6"])
+    processes = start_flm(3, [*options, "--train.epochs", "100000", "--distributed.timeout", "6"])
     try:
         file = tmp_path / "run" / "metrics.jsonl"
         wait_for(lambda: file.is_file() and len(file.read_text()) > 0, processes[0])
@@ -397,7 +388,7 @@ def test_a_requeued_job_is_refused_beside_a_live_one_and_goes_on_once_that_is_de
     """The first of two ranks is killed, the second stays for a while: nothing of it keeps the folder."""
     run = tmp_path / "run"
     options = [*TRAIN, "--data.path", str(small.path), "--train.run", str(run), "--train.existing", "resume"]
-    processes = start_ranks(2, [*options, "--train.max_steps", "0", "--train.epochs", "100000"])
+    processes = start_flm(2, [*options, "--train.max_steps", "0", "--train.epochs", "100000"])
     try:
         wait_for(lambda: any((run / "checkpoints").glob("step-*5")), processes[0])
         assert main(options) == 2
