@@ -113,7 +113,7 @@ def best(run: Path) -> Section:
         for head, value in zip(HEADS, values, strict=True)
     ]
     rows += [(f"validation {name}", f"{value:.4f}") for name, value in content.get("valid", {}).items()]
-    unweighted = "no fusion weights: they are chosen when training ends, for model.fusion late and sum"
+    unweighted = "no fusion weights: model.fusion late and sum have them, where validation ranks items"
     notes = () if "fusion" in content else (unweighted,)
     return Section("Best checkpoint and fusion", notes, [PageTable("", ("", ""), rows)])
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ SCALES, BIASES = (0.5, 0.7, 0.85, 1.2, 1.5, 2.0), (-3.0, -1.5, -0.7, -0.3, 0.3, 
 """Factors of a head's scale, and changes of its bias, that are tried in a mixture."""
 ROUNDS = 2
 """Times that each number is tried."""
+FORMS = ("weighted_sum", "mixture")
+"""Names of the fusions among the metrics of a validation."""
 LEAST = -1e30
 """Stands for -inf where it is multiplied by a weight that may be 0."""
 
@@ -42,8 +45,21 @@ class ChosenFusion:
     """Of the heads in the one vector h, in the order of HEADS."""
     mixture: Mixture | None
     """Scores in place of h, where it ranks better by more than a standard error."""
-    told: str
-    """Both forms' metrics on validation."""
+    tried: dict[str, float]
+    """The metric of the best of each form, such as "mixture/ndcg@10"."""
+
+
+class _Remembering(HeadScorer):
+    """Keeps the vectors of the users that it has encoded, block by block."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.users: list[dict[str, Tensor]] = []
+
+    def block(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """As of `HeadScorer`."""
+        self.users.append(super().block(rows))
+        return self.users[-1]
 
 
 class _Shortlists:
@@ -59,12 +75,13 @@ class _Shortlists:
         self.comm = comm
         items = problem.data.schema.items
         heads = {name: name for name in HEADS}
-        scorer = HeadScorer(encoder, items, problem.blocks.items, comm, heads=heads)
+        scorer = _Remembering(encoder, items, problem.blocks.items, comm, heads=heads)
         ranked = rank_targets(problem, scorer, comm, top_k=BEST)
         # Ranks add up counts of this width, a rank without examples too.
         parts, done = [torch.zeros(len(HEADS), 0, 1 + len(HEADS) * min(BEST, items))], 0
-        for rows in user_blocks(len(problem.examples), problem.blocks.users, comm):
-            users = scorer.block(rows)
+        for rows, users in zip(
+            user_blocks(len(problem.examples), problem.blocks.users, comm), scorer.users, strict=True
+        ):
             if len(rows) == 0:
                 continue
             here = slice(done, done + len(rows))
@@ -121,16 +138,16 @@ def choose_fusion(
     for index in [index for index in trained if index != best] * ROUNDS:
         weights = max((_with(weights, index, value) for value in WEIGHTS), key=summed)
     chosen = tuple(weights.tolist())
-    told = f"validation {metric}: weighted sum {summed(weights):.4f}"
+    tried = {f"{FORMS[0]}/{metric}": summed(weights)}
     if config.model.fusion != "late" or len(trained) < len(HEADS):
-        return ChosenFusion(chosen, None, told)
+        return ChosenFusion(chosen, None, tried)
     mixed = _best_mixture(lists, temperatures, metric)
-    told += f", mixture {lists.metric(lambda z: _mix(z, mixed), metric):.4f}"
+    tried[f"{FORMS[1]}/{metric}"] = lists.metric(lambda z: _mix(z, mixed), metric)
     before, after = (lists.ranks(fuse) for fuse in (lambda z: _sum(z, weights), lambda z: _mix(z, mixed)))
     if not _better(before, after, metric, comm):
-        return ChosenFusion(chosen, None, told)
+        return ChosenFusion(chosen, None, tried)
     scale, bias = mixed.tolist()
-    return ChosenFusion(chosen, Mixture(tuple(scale), tuple(bias)), told)
+    return ChosenFusion(chosen, Mixture(tuple(scale), tuple(bias)), tried)
 
 
 def _best_mixture(lists: _Shortlists, temperatures: list[float], metric: str) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
@@ -40,6 +41,8 @@ class TrainingParts:
     comm: Comm
     logger: RunLogger
     checkpoints: Checkpoints
+    about: Callable[[], dict[str, Any]] = dict
+    """What a best checkpoint says of its model, beside its metrics."""
 
     @cached_property
     def total_steps(self) -> int:
@@ -158,7 +161,7 @@ class _BestModel:
         logger.say(f"step {progress.step}/{self.parts.total_steps}  validation {select} {score:.4f}{mark}")
         if improved:
             progress.best, progress.best_step, progress.stale = score, progress.step, 0
-            self.parts.checkpoints.save_best({"step": progress.step, "valid": metrics})
+            self.parts.checkpoints.save_best({"step": progress.step, "valid": metrics, **self.parts.about()})
         else:
             progress.stale += 1
 

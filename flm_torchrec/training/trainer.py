@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from flm_torchrec.planner.plan_file import describe
 from flm_torchrec.training.by_key import know_learned
 from flm_torchrec.training.checkpoint.manager import Checkpoints, Progress, load_checkpoint, states_of
 from flm_torchrec.training.encoder import ModelEncoder
-from flm_torchrec.training.fusion_weights import ChosenFusion, choose_fusion
+from flm_torchrec.training.fusion_weights import FORMS, choose_fusion
 from flm_torchrec.training.job import Job, open_inputs
 from flm_torchrec.training.logger import RunLogger
 from flm_torchrec.training.loop import Finished, TrainingParts, Validate, run_loop
@@ -72,7 +73,7 @@ def train(job: Job, logger: RunLogger, validate: Validate | None = None, start: 
 
     Args:
         validate: instead of ranking the validation examples. Without it a late or a summed fusion is chosen on these
-            examples at the end.
+            examples at each validation.
         start: another run's state to begin with, instead of new weights.
 
     Raises:
@@ -86,9 +87,9 @@ def train(job: Job, logger: RunLogger, validate: Validate | None = None, start: 
 
     def rank_validation(check: Callable[[], None]) -> dict[str, float]:
         checked = encoder.checked(check)
-        if config.model.fusion in CHOSEN_LATE:  # the checkpoint is selected by the fusion that it will have
-            _set_fusion(job, checked)
-        return evaluate_heads(data, valid, checked, comm, config.eval)
+        # The checkpoint is selected by the fusion that it will have.
+        tried = _set_fusion(job, checked) if config.model.fusion in CHOSEN_LATE else {}
+        return evaluate_heads(data, valid, checked, comm, config.eval) | tried
 
     logger.say(
         f"{data.schema.name}: {data.schema.users} users, {data.schema.items} items, {job.events.training_events}"
@@ -103,14 +104,15 @@ def train(job: Job, logger: RunLogger, validate: Validate | None = None, start: 
     if config.train.warm_start:
         know_learned(job)
     checkpoints.check_space()
-    parts = TrainingParts(job.model, job.optimizer, job.loader, config.train, comm, logger, checkpoints)
+    chosen = (lambda: {}) if validate else (lambda: _fusion(job))
+    parts = TrainingParts(job.model, job.optimizer, job.loader, config.train, comm, logger, checkpoints, chosen)
     finished = run_loop(parts, validate or rank_validation, progress, validate_first=bool(job.loaded or start))
     logger.say(
         f"{finished.steps} steps in {finished.seconds:.0f} s;"
         f" best {config.train.select} {finished.best:.4f} at step {finished.best_step}"
     )
     if validate is None and config.model.fusion in CHOSEN_LATE:
-        _weigh_heads(job, encoder, logger, checkpoints)
+        logger.say(_told_fusion(load_checkpoint(checkpoints.best, job.model, comm), config.train.select))
     return finished
 
 
@@ -135,25 +137,37 @@ def resume(checkpoints: Checkpoints, logger: RunLogger) -> Progress:
     return progress
 
 
-def _weigh_heads(job: Job, encoder: ModelEncoder, logger: RunLogger, checkpoints: Checkpoints) -> None:
-    """Put the fusion that ranks the encoder's examples best into the best checkpoint."""
-    meta = load_checkpoint(checkpoints.best, job.model, job.comm)
-    chosen = _set_fusion(job, encoder)
-    by_head = {head: round(weight, 3) for head, weight in zip(HEADS, chosen.weights, strict=True)}
-    mixture = {} if chosen.mixture is None else {"mixture": asdict(chosen.mixture)}
-    checkpoints.save_best({**meta, "fusion": by_head, **mixture})
-    name = "weighted sum" if chosen.mixture is None else "mixture"
-    logger.say(f"fusion: {name}; weights {by_head}; {chosen.told}")
+def _fusion(job: Job) -> dict[str, Any]:
+    """The weights of the heads by name, and the mixture if one scores; nothing of a fusion that is learned."""
+    fusion = job.model.module.tower.fusion
+    if job.config.model.fusion not in CHOSEN_LATE:
+        return {}
+    weights = {head: round(weight, 3) for head, weight in zip(HEADS, fusion.scale.flatten().tolist(), strict=True)}
+    mixture = fusion.mixture()
+    return {"fusion": weights, **({} if mixture is None else {"mixture": asdict(mixture)})}
 
 
-def _set_fusion(job: Job, encoder: ModelEncoder) -> ChosenFusion:
-    """Choose the fusion that ranks the encoder's examples best, and set it; collective."""
+def _told_fusion(best: dict[str, Any], select: str) -> str:
+    """The fusion of the best checkpoint, in a line.
+
+    Args:
+        best: what the checkpoint says of itself.
+    """
+    metric = select.partition("/")[2]
+    values = {form: best["valid"].get(f"{form}/{metric}") for form in FORMS}
+    tried = [f"{form.replace('_', ' ')} {value:.4f}" for form, value in values.items() if value is not None]
+    name = "mixture" if "mixture" in best else "weighted sum"
+    return f"fusion: {name}; weights {best['fusion']}; validation {metric}: {', '.join(tried)}"
+
+
+def _set_fusion(job: Job, encoder: ModelEncoder) -> dict[str, float]:
+    """Choose the fusion that ranks the encoder's examples best, and set it; the metrics of those tried. Collective."""
     examples = _sample(encoder.examples, MOST_USERS, job.config.train.seed)
     problem = RankingProblem(job.data, examples, blocks_of(job.config.eval))
     model: PretrainModel = job.model.module
     chosen = choose_fusion(problem, encoder.of(examples), model.temperatures(), job.comm, job.config)
     model.set_fusion(torch.tensor(chosen.weights), chosen.mixture)
-    return chosen
+    return chosen.tried
 
 
 def _sample(examples: Examples, most: int, seed: int) -> Examples:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def chosen(data: PreparedData, comm: Comm, noise: dict[str, float], heads: tuple
     assert config.train.select.endswith("/ndcg@10")
     problem = RankingProblem(data, examples, Blocks(16, 64))
     found = choose_fusion(problem, encoder, [10.0] * len(HEADS), comm, config)
-    score = float(re.search(r"weighted sum ([.0-9]+)", found.told)[1])  # type: ignore[index]
+    score = found.tried["weighted_sum/ndcg@10"]
     scorer = HeadScorer(encoder, data.schema.items, 64, comm)
     ranked = rank_targets(problem, scorer, comm)
     alone = [count_ranks(ranked, name, data.schema.items, comm).ndcg(10) for name in heads]
@@ -97,7 +96,7 @@ def test_a_mixture_is_chosen_where_each_event_has_one_cause(small: PreparedData,
         encoder.heads[name] = torch.where(known, encoder.heads[name], 0.6 * wrong)
     problem = RankingProblem(small, examples, Blocks(16, 64))
     found = choose_fusion(problem, encoder, [10.0] * len(HEADS), comm, load_config(None, []))
-    by_sum, mixed = (float(x) for x in re.findall(r" ([.0-9]+)", found.told))
+    by_sum, mixed = found.tried["weighted_sum/ndcg@10"], found.tried["mixture/ndcg@10"]
     assert found.mixture is not None and mixed > by_sum
     encoder.mixture = found.mixture  # type: ignore[assignment]
     scorer = HeadScorer(encoder, small.schema.items, 64, comm)
