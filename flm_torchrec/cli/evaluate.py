@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from flm_torchrec.files import telling, write_text
 if TYPE_CHECKING:
     from flm_torchrec.data.dataset import PreparedData
     from flm_torchrec.data.splits import Examples
+    from flm_torchrec.evaluation.evaluate import Evaluation
+    from flm_torchrec.evaluation.paired import Comparison
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -44,6 +47,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         " alone (default: load all)",
     )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown (default: a table)")
+    parser.add_argument(
+        "--against",
+        metavar="ROW|DIR",
+        help="also tell how each row differs from this row of the table, such as sequential, or from the same row of"
+        " this other run of the same data, with a 95 %% interval over users (default: no comparison)",
+    )
     add_data_path(parser)
     add_overrides(parser, ["eval"], {"eval": "as the run was trained with"})
     parser.set_defaults(run=run)
@@ -56,33 +65,112 @@ def run(args: argparse.Namespace) -> None:
         FlmError: an option, the run or its data is wrong, or the model has diverged.
     """
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
+    from flm_torchrec.evaluation.report import markdown, markdown_comparison, show, show_comparison
+    from flm_torchrec.terminal import PlainConsole
+
+    if args.against:
+        _check_against(args.run_folder, args.against)
+    found = _evaluated(args, args.run_folder, keep_ranks=bool(args.against))
+    compared = _compared(args, found) if args.against else None
+    if not found.main:
+        return
+    evaluation = found.evaluation
+    if not args.user:
+        file = Path(args.run_folder) / f"evaluation-{args.split}.json"
+        told = evaluation.to_json() | ({} if compared is None else {"comparison": compared.to_json()})
+        with telling(file, "make room"):
+            write_text(file, json.dumps(told, indent=2))
+    if args.markdown:
+        print(markdown(evaluation, found.oracle), end="")
+        if compared is not None:
+            print("\n" + markdown_comparison(compared), end="")
+        return
+    console = PlainConsole()
+    # A file or a pipe gets the complete table, not one that is squeezed into 80 columns.
+    console = console if console.is_terminal else PlainConsole(width=120)
+    show(evaluation, console, found.oracle)
+    if compared is not None:
+        show_comparison(compared, console)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The evaluation of a run, and what it must share with a run that it is compared with."""
+
+    evaluation: Evaluation
+    examples: Examples
+    fingerprint: str
+    oracle: dict[str, dict[str, float]] | None
+    ks: tuple[int, ...]
+    main: bool
+
+
+def _evaluated(args: argparse.Namespace, run_folder: str, keep_ranks: bool, *more: str) -> _Found:
+    """Rank the held-out events of a run; collective.
+
+    Args:
+        more: overrides beside those of the command line.
+    """
     import numpy as np
 
     from flm_torchrec.evaluation.evaluate import EvaluationTask, evaluate
-    from flm_torchrec.evaluation.report import markdown, show
-    from flm_torchrec.terminal import PlainConsole
     from flm_torchrec.training.restore import restore
 
-    with restore(args.run_folder, given_overrides(args), args.sample, given_options(args)) as restored:
+    with restore(run_folder, [*given_overrides(args), *more], args.sample, given_options(args)) as restored:
         job = restored.job
-        examples = job.events.splits.test if args.split == "test" else job.events.splits.valid
+        splits = job.events.splits
+        examples = splits.test if args.split == "test" else splits.valid
         if args.user:
             examples = examples.take(np.array(_rows_of(args.user, job.data.user_keys, examples.user.tolist())))
-        task = EvaluationTask(job.data, examples, args.split, job.events.seen, job.events.splits.cold_items)
+        task = EvaluationTask(job.data, examples, args.split, job.events.seen, splits.cold_items, keep_ranks)
         evaluation = evaluate(task, job.encoder(examples), job.comm, job.config.eval)
-        if not job.comm.main:
-            return
-        if not args.user:
-            file = Path(args.run_folder) / f"evaluation-{args.split}.json"
-            with telling(file, "make room"):
-                write_text(file, json.dumps(evaluation.to_json(), indent=2))
         oracle = _oracle(job.data, examples)
-        if args.markdown:
-            print(markdown(evaluation, oracle), end="")
-            return
-        console = PlainConsole()
-        # A file or a pipe gets the complete table, not one that is squeezed into 80 columns.
-        show(evaluation, console if console.is_terminal else PlainConsole(width=120), oracle)
+        return _Found(evaluation, examples, job.data.fingerprint, oracle, job.config.eval.ks, job.comm.main)
+
+
+def _check_against(run_folder: str, against: str) -> None:
+    """Raise RunError where --against names neither a row nor a run of the same data."""
+    from flm_torchrec.evaluation.evaluate import ROWS
+    from flm_torchrec.training.checkpoint.manager import BEST
+    from flm_torchrec.training.checkpoint.storage import read_meta
+
+    if against in ROWS:
+        return
+    if not (Path(against) / "config.yaml").is_file():
+        raise RunError(f"--against '{against}': neither a run folder nor a row; rows are {', '.join(ROWS)}")
+    if read_meta(Path(against) / BEST)["data"] != read_meta(Path(run_folder) / BEST)["data"]:
+        raise RunError(f"--against {against}: was trained on other data than {run_folder}; no events are common")
+
+
+def _compared(args: argparse.Namespace, found: _Found) -> Comparison:
+    """Each row against the row that --against names, or against the same row of the run that it names; collective.
+
+    Raises:
+        RunError: a row that this evaluation has not, or a run of other held-out events.
+    """
+    from flm_torchrec.evaluation.paired import Comparison, differences
+
+    ranks, against = found.evaluation.ranks, args.against
+    if against in ranks:
+        others = {name: ranks[against] for name in ranks if name != against}
+    elif not (Path(against) / "config.yaml").is_file():
+        raise RunError(f"--against '{against}': this table has no such row; its rows are {', '.join(ranks)}")
+    else:
+        other = _evaluated(args, against, True, "eval.baselines=[]")
+        if other.fingerprint != found.fingerprint or not _same(other.examples, found.examples):
+            raise RunError(f"--against {against}: its data or held-out events are others; compare runs of one split")
+        others = {name: other.evaluation.ranks[name] for name in ranks if name in other.evaluation.ranks}
+    # Wider tables do not fit a terminal.
+    ks = (10,) if 10 in found.ks else found.ks[:1]
+    rows = {name: differences(ranks[name], theirs, ks) for name, theirs in others.items()}
+    return Comparison(against, found.evaluation.users, rows)
+
+
+def _same(one: Examples, other: Examples) -> bool:
+    """Whether these are the same events of the same users."""
+    import numpy as np
+
+    return np.array_equal(one.user, other.user) and np.array_equal(one.end, other.end)
 
 
 def _rows_of(keys: list[str], user_keys: list[str], users: list[int]) -> list[int]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.config.schema import EvalConfig
@@ -13,9 +14,20 @@ from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import COLD_ITEM, Examples
 from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Markov, Popularity, Random
 from flm_torchrec.evaluation.protocol import Collectives, Encoder, Scorer
-from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, Ranked, RankingProblem, count_ranks, rank_targets
+from flm_torchrec.evaluation.ranking import (
+    ONE_VECTOR,
+    Blocks,
+    HeadScorer,
+    Ranked,
+    RankingProblem,
+    count_ranks,
+    rank_targets,
+)
 
 COVERAGE_AT = 10
+CONTENT_ALONE, IDS_ALONE = "content alone", "ids alone"
+ROWS = (*EvalConfig().baselines, *REPRESENTATIONS, ONE_VECTOR, CONTENT_ALONE, IDS_ALONE)
+"""Rows that a table can have."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +38,12 @@ class Evaluation:
     users: int
     table: dict[str, dict[str, float]]
     segments: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    ranks: dict[str, np.ndarray] = field(default_factory=dict)
+    """[users] by scorer: the rank of each true item, where the task keeps them."""
 
     def to_json(self) -> dict[str, Any]:
         """The content of `evaluation-SPLIT.json`."""
-        return asdict(self)
+        return {"split": self.split, "users": self.users, "table": self.table, "segments": self.segments}
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,8 @@ class EvaluationTask:
     """Name of the examples in the report."""
     train_mask: np.ndarray  # [interactions] bool: events that the baselines learn from
     cold_items: np.ndarray | None = None  # [items] bool: items held out of training
+    keep_ranks: bool = False
+    """Give every example's rank too, 8 bytes for each example and scorer."""
 
 
 def evaluate_heads(
@@ -83,6 +99,8 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
         ranked_cold = None if task.cold_items is None else rank_targets(among_cold, scorer, comm)
         for name in scorer.names:
             result.table[name] = count_ranks(ranked, name, items, comm, (COVERAGE_AT,)).metrics(config.ks)
+            if task.keep_ranks:
+                result.ranks[name] = _ranks_of_all(ranked, name, len(examples), comm)
             for label in [] if labels is None else np.unique(labels):
                 part = count_ranks(_only(ranked, labels == label), name, items, comm)
                 result.segments.setdefault(str(label), {})[name] = part.metrics(config.ks)
@@ -102,8 +120,8 @@ def _scorers(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
         scorers.append(Random())
     return [
         *scorers,
-        HeadScorer(encoder, items, block, comm, "content", {"content alone": "content"}),
-        HeadScorer(encoder, items, block, comm, "id", {"ids alone": "collaborative"}),
+        HeadScorer(encoder, items, block, comm, "content", {CONTENT_ALONE: "content"}),
+        HeadScorer(encoder, items, block, comm, "id", {IDS_ALONE: "collaborative"}),
     ]
 
 
@@ -120,6 +138,13 @@ def _baselines(task: EvaluationTask, config: EvalConfig) -> list[Scorer]:
     if "EASE-R" in config.baselines and data.schema.items <= config.ease_items:
         baselines.append(EASE(data, task.train_mask, examples))
     return baselines
+
+
+def _ranks_of_all(ranked: Ranked, name: str, examples: int, comm: Collectives) -> np.ndarray:
+    """[examples] ranks from all processes, each of which has ranked some of the examples."""
+    ranks = torch.zeros(examples, dtype=torch.int64)
+    ranks[torch.from_numpy(ranked.rows)] = torch.from_numpy(ranked.ranks[name])
+    return comm.all_reduce_sum(ranks).numpy()
 
 
 def _only(ranked: Ranked, wanted: np.ndarray) -> Ranked:

@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flm_torchrec.evaluation.evaluate import Evaluation
+from flm_torchrec.evaluation.paired import Comparison, Difference
 from flm_torchrec.terminal import PlainConsole
 
 Metrics = dict[str, float]
@@ -29,6 +30,36 @@ def markdown(evaluation: Evaluation, oracle: dict[str, Metrics] | None = None) -
     tables = {evaluation.split: _with_oracle(evaluation.table, oracle, "all")}
     tables |= {label: _with_oracle(table, oracle, label) for label, table in evaluation.segments.items()}
     return "\n".join(_markdown(title, rows) for title, rows in tables.items())
+
+
+def show_comparison(comparison: Comparison, console: PlainConsole) -> None:
+    """Print how each row differs, in bold where the interval is on one side of zero."""
+    table = Table(title=_title(comparison), title_justify="left")
+    table.add_column("")
+    columns = list(next(iter(comparison.rows.values())))
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, row in comparison.rows.items():
+        table.add_row(name, *(Text(_interval(row[c]), "bold" if row[c].clear else "") for c in columns))
+    console.print(table)
+
+
+def markdown_comparison(comparison: Comparison) -> str:
+    """How each row differs, as Markdown, in bold where the interval is on one side of zero."""
+    columns = list(next(iter(comparison.rows.values())))
+    lines = [f"| {_title(comparison)} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in comparison.rows.items():
+        cells = [f"**{_interval(row[c])}**" if row[c].clear else _interval(row[c]) for c in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _title(comparison: Comparison) -> str:
+    return f"less {comparison.against}, 95 % interval of a paired bootstrap over {comparison.users} users"
+
+
+def _interval(found: Difference) -> str:
+    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
 
 
 def _with_oracle(table: dict[str, Metrics], oracle: dict[str, Metrics] | None, label: str) -> dict[str, Metrics]:

@@ -106,6 +106,38 @@ def test_one_user_can_be_evaluated(finished: Path, capsys: pytest.CaptureFixture
     assert "| fused |" in capsys.readouterr().out
 
 
+def test_rows_are_compared_with_a_row_and_with_another_run(
+    finished: Path, small: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate = ["evaluate", "--run", str(finished), "--eval.baselines", "[popularity]", "--against"]
+    assert main([*evaluate, "popularity"]) == 0
+    assert "less popularity" in capsys.readouterr().out
+    told = json.loads((finished / "evaluation-test.json").read_text())
+    fused = told["comparison"]["rows"]["fused"]["ndcg@10"]
+    assert fused["mean"] == pytest.approx(told["table"]["fused"]["ndcg@10"] - told["table"]["popularity"]["ndcg@10"])
+    assert fused["low"] < fused["mean"] < fused["high"] and "popularity" not in told["comparison"]["rows"]
+
+    other = tmp_path / "other"
+    options = ["--data.path", str(small.path), "--train.run", str(other), "--train.max_steps", "3"]
+    assert main(["train", *options, *TINY]) == 0
+    assert main([*evaluate, str(other), "--markdown"]) == 0
+    assert "| less " in capsys.readouterr().out
+    mine = json.loads((finished / "evaluation-test.json").read_text())
+    assert main(["evaluate", "--run", str(other), "--eval.baselines", "[]"]) == 0
+    theirs = json.loads((other / "evaluation-test.json").read_text())["table"]
+    rows = mine["comparison"]["rows"]
+    assert "popularity" not in rows and {"fused", *HEADS} <= set(rows)
+    for name, row in rows.items():
+        assert row["hr@10"]["mean"] == pytest.approx(mine["table"][name]["hr@10"] - theirs[name]["hr@10"])
+
+    assert main([*evaluate, "EASE-R"]) == 2
+    assert "this table has no such row; its rows are popularity, content" in capsys.readouterr().err
+    meta = other / "checkpoints" / "best" / "meta.json"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "data": "0" * 64}))
+    assert main([*evaluate, str(other)]) == 2
+    assert "was trained on other data" in capsys.readouterr().err
+
+
 def test_the_oracle_is_shown_beside_every_users_last_event_alone(
     finished: Path, small: PreparedData, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,6 +191,7 @@ def test_early_stopping_keeps_the_best(small: PreparedData, tmp_path: Path) -> N
         (["train", "--data.path", "{broken}", "--train.run", "{d}/r"], "not a readable Parquet file"),
         (["evaluate", "--run", "{d}/none"], "no config.yaml"),
         (["evaluate", "--run", "{run}", "--user", "nobody"], "--user 'nobody': not in users.parquet"),
+        (["evaluate", "--run", "{run}", "--against", "sequentail"], "neither a run folder nor a row"),
         (["export", "--run", "{d}/none", "--output", "{d}/e"], "no config.yaml"),
         (["export", "--run", "{run}", "--output", "{d}"], "is no export"),
         (["export", "--run", "{run}", "--output", "{d}/e", "--since", "{d}/none"], "manifest.json: not found"),

@@ -86,7 +86,10 @@ def test_a_run_of_two_ranks_is_evaluated_alike_by_one_two_and_four(ranks, small:
               "--eval.user_block=16", "--eval.item_block=64", "--distributed.sharding=row_wise", *options])  # fmt: skip
     found = []
     for count in (1, 2, 4):
-        ranks(count, [*FLM, "evaluate", "--run", str(run)])
+        ranks(count, [*FLM, "evaluate", "--run", str(run), "--against", str(run)])
         found.append(json.loads((run / "evaluation-test.json").read_text()))
     assert found[0] == found[1] == found[2]
     assert found[0]["users"] == 120
+    # A run differs in nothing from itself.
+    rows = found[0]["comparison"]["rows"]
+    assert {"fused", "sequential"} <= set(rows) and rows["fused"]["ndcg@10"] == {"mean": 0.0, "low": 0.0, "high": 0.0}

@@ -1,0 +1,46 @@
+"""The paired bootstrap: what it must be for any ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flm_torchrec.evaluation.metrics import RankCounts
+from flm_torchrec.evaluation.paired import differences
+
+PAIRS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=60)
+
+
+@given(pairs=PAIRS)
+@settings(deadline=None, max_examples=30)
+def test_the_mean_is_the_difference_of_the_tables_metrics(pairs: list[tuple[int, int]]) -> None:
+    ranks, others = np.array(pairs).T
+    tables = [RankCounts(np.bincount(r - 1, minlength=30), {}).metrics((5, 10)) for r in (ranks, others)]
+    found, back = differences(ranks, others, (5, 10)), differences(others, ranks, (5, 10))
+    assert list(found) == ["hr@5", "ndcg@5", "hr@10", "ndcg@10"]
+    for metric, one in found.items():
+        assert one.mean == pytest.approx(tables[0][metric] - tables[1][metric], abs=1e-12)
+        assert one.low - 1e-12 <= one.mean <= one.high + 1e-12 or one.low == one.high
+        assert back[metric].mean == pytest.approx(-one.mean, abs=1e-12)
+        assert one.clear == (one.low > 0 or one.high < 0)
+
+
+def test_the_interval_is_that_of_resampled_users() -> None:
+    rng = np.random.default_rng(3)
+    ranks, others = rng.integers(1, 40, 300), rng.integers(1, 60, 300)
+    (found,) = (differences(ranks, others, (10,))["ndcg@10"],)
+    gain = [np.where(r <= 10, 1 / np.log2(1 + r), 0.0) for r in (ranks, others)]
+    drawn = rng.integers(0, 300, (4000, 300))
+    low, high = np.percentile((gain[0] - gain[1])[drawn].mean(1), (2.5, 97.5))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.1 * (high - low))
+
+
+def test_alike_is_no_difference_and_better_for_all_is_clear() -> None:
+    ranks = np.arange(1, 21)
+    same = differences(ranks, ranks, (10,))["ndcg@10"]
+    assert (same.mean, same.low, same.high, same.clear) == (0, 0, 0, False)
+    better = differences(np.ones(20, int), np.full(20, 2), (10,))["ndcg@10"]
+    assert better.clear and better.low == pytest.approx(better.high)
+    assert not differences(np.ones(20, int), np.full(20, 2), (10,))["hr@10"].clear
