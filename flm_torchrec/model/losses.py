@@ -109,17 +109,18 @@ class NextItemLoss:
         targets = self.gather.all_reduce_sum(torch.tensor(float(len(batch.targets)), device=vectors.device))
         columns, repeated = columns_of(candidate_ids, real, item_ids)
         log_q = self._log_q(log_not_sampled, targets).masked_fill(repeated | ~real, math.inf)
-        before, others = self._hidden(batch.lengths, columns[batch.targets])
+        wanted = columns[batch.targets]
 
         def loss(query: Tensor, name: str, hidden: Hidden | None) -> Tensor:
             """Mean over all ranks' targets, this rank's share."""
             scale = self.log_scale[name].clamp(max=MAX_LOG_SCALE).exp()
             candidates = CandidateVectors(used(name, vectors), log_q)
             precision = PRECISIONS[self.config.precision]
-            summed = sampled_softmax(used(name, query), candidates, columns[batch.targets], scale, hidden, precision)
+            summed = sampled_softmax(used(name, query), candidates, wanted, scale, hidden, precision)
             return summed / targets.clamp(min=1)
 
         total, losses = vectors.new_zeros(()), {}
+        before = self._hidden(batch.lengths, wanted, whole=False)
         for name, query in encoded.representations.items():
             weight = getattr(self.config, name)
             if weight == 0:
@@ -130,16 +131,15 @@ class NextItemLoss:
             total = total + weight * value
         weight = self.config.collaborative * self.config.left_out
         if weight > 0 and encoded.left_out is not None:
+            others = self._hidden(batch.lengths, wanted, whole=True)
             value = loss(encoded.left_out, "collaborative", others)
             losses["left_out"] = value.detach()
             total = total + weight * value
         return total, losses
 
-    def _hidden(self, lengths: Tensor, columns: Tensor) -> tuple[Hidden | None, Hidden | None]:
-        """[B] lengths, [T] columns of the targets → of each target, those of its sequence before it, and all others."""
-        if self.config.seen == "negatives":
-            return None, None
-        return hidden_of(lengths, columns, whole=False), hidden_of(lengths, columns, whole=True)
+    def _hidden(self, lengths: Tensor, columns: Tensor, whole: bool) -> Hidden | None:
+        """What `hidden_of` gives; None where the items that a user has had are negatives."""
+        return None if self.config.seen == "negatives" else hidden_of(lengths, columns, whole)
 
     def _log_q(self, log_not_sampled: Tensor, in_batch: Tensor) -> Tensor:
         """[C]; zero where every item is a candidate."""
