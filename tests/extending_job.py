@@ -44,7 +44,7 @@ query = decode(ExportRows(Path("export"), manifest, "users").table(["basket"])["
 scores = decode(items["embedding"]) @ query
 keys = items["item_key"].to_pylist()
 
-loaded = [load(Path("export"), "duckdb:items.db", "items", "embedding") for _ in range(2)]
+loaded = [load(Path("export"), "duckdb:items.db", "items") for _ in range(2)]
 with opened("duckdb:items.db", "items") as store:
     found = [key for key, _ in store.search(query, 5)]
     store.delete([keys[0], "nobody's"])

@@ -43,6 +43,11 @@ def keys(column: pl.Series, file: str) -> pl.Series:
     return as_text(column).to_frame().select(pl.when(~plain.is_in(NO_ID)).then(plain)).to_series()
 
 
+def tombstone(user: int) -> str:
+    """The text that replaces a forgotten user's key."""
+    return f"forgotten-{user}"
+
+
 def frame_of(table: pa.Table) -> pl.DataFrame:
     """A table of Arrow for Polars, which has no decimals of over 38 digits: those become text."""
     for place, field in enumerate(table.schema):

@@ -15,8 +15,9 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.export.delta import export_delta
 from flm_torchrec.export.manifest import load_manifest
 from flm_torchrec.export.parts import ExportRows
-from flm_torchrec.export.stores.load import STORES, load, opened
-from flm_torchrec.export.stores.protocol import ItemBatch
+from flm_torchrec.export.stores.forget import UserCollection
+from flm_torchrec.export.stores.load import STORES, Chosen, load, opened
+from flm_torchrec.export.stores.protocol import StoreRows
 from flm_torchrec.export.vectors import decode
 from flm_torchrec.export.write import ExportOptions, ExportSource, export
 from tests.evaluation.test_ranking import Alone
@@ -71,7 +72,7 @@ def test_search_finds_what_brute_force_does_and_loading_twice_is_as_once(
     export(source, Alone(), tmp_path / "e", OPTIONS)
     items = ExportRows(tmp_path / "e", load_manifest(tmp_path / "e"), "items").table()
     for _ in range(2):
-        loaded = load(tmp_path / "e", to, "items", "embedding")
+        loaded = load(tmp_path / "e", to, "items")
         assert (loaded.upserted, loaded.deleted, loaded.total) == (len(items), 0, len(items))
     check(tmp_path / "e", to, items)
 
@@ -79,7 +80,7 @@ def test_search_finds_what_brute_force_does_and_loading_twice_is_as_once(
     newer = replace(source, encoder=MadeUp(source.data, changed={0, 70, 148}), version="v2")
     assert export_delta(newer, Alone(), tmp_path / "e", tmp_path / "d", OPTIONS) is not None
     export(newer, Alone(), tmp_path / "e2", OPTIONS)
-    assert load(tmp_path / "d", to, "items", "embedding").upserted == 3
+    assert load(tmp_path / "d", to, "items").upserted == 3
     check(tmp_path / "e2", to, ExportRows(tmp_path / "e2", load_manifest(tmp_path / "e2"), "items").table())
 
     with opened(to, "items") as store:
@@ -87,12 +88,37 @@ def test_search_finds_what_brute_force_does_and_loading_twice_is_as_once(
         store.delete(items["item_key"].to_pylist()[:7])
         hostile = ["it's", 'a "b"', "c\\", "d\ne", "); DROP TABLE items; --"]
         apart = np.eye(5, source.encoder.dim, dtype=np.float32)
-        store.upsert(ItemBatch(hostile, apart * 99, [EMPTY] * 5))
+        store.upsert(StoreRows(hostile, apart * 99, [EMPTY] * 5))
         assert [store.search(vector, 1)[0][0] for vector in apart] == hostile
+        assert sorted(store.find([*hostile, "nobody's key"])) == sorted(hostile)
         store.delete([*hostile, "nobody's key"])
         assert store.count() == len(items) - 7
+        store.purge()
+        assert store.find(hostile) == [] and store.count() == len(items) - 7
         with pytest.raises(RunError, match="holds other vectors"):
             store.create(source.encoder.dim + 1)
+
+
+def test_users_are_loaded_and_taken_out_by_key(to: str, source: ExportSource, tmp_path: Path) -> None:
+    export(source, Alone(), tmp_path / "e", OPTIONS)
+    users = ExportRows(tmp_path / "e", load_manifest(tmp_path / "e"), "users").table()
+    keys, place = users["user_key"].to_pylist(), UserCollection.of(f"{to}#people")
+    for chosen in (Chosen("users"), Chosen("users", "content")):
+        assert load(tmp_path / "e", to, "people", chosen).total == len(keys)
+    with opened(to, "people", "users") as store:
+        assert store.find([keys[3]]) == [keys[3]]  # opened by `find`, without `create`
+        assert store.search(decode(users["content"])[3], 1)[0][0] in keys
+    assert place.find([*keys[:3], "nobody"]) == set(keys[:3])
+    assert [place.forget([*keys[:3], "nobody"]) for _ in range(2)] == [3, 0]
+    assert place.find(keys) == set(keys[3:])
+    for other, message in (("none", "not found"), ("things", "has no user_key")):
+        load(tmp_path / "e", to, "things")
+        with pytest.raises(RunError, match=f"collection '{other}': {message}"):
+            UserCollection(to, other).find(keys)
+    with pytest.raises(RunError, match="collection 'people'"):
+        load(tmp_path / "e", to, "people")  # items
+    with pytest.raises(RunError, match="--vectors embedding: users have fused"):
+        load(tmp_path / "e", to, "people", Chosen("users", "embedding"))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +141,7 @@ def test_a_wrong_place_is_one_line(
     (tmp_path / "file").touch()
     export(source, Alone(), tmp_path / "e", OPTIONS)
     with pytest.raises(RunError, match=message) as told:
-        load(tmp_path / "e", to.format(d=tmp_path), collection, "embedding")
+        load(tmp_path / "e", to.format(d=tmp_path), collection)
     assert "\n" not in str(told.value) and "secret" not in str(told.value)
 
 

@@ -1,4 +1,4 @@
-"""The items of an export or a delta → a vector database, streamed from the part files."""
+"""The items or users of an export or a delta → a vector database, streamed from the part files."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from flm_torchrec.config.heads import FUSED, REPRESENTATIONS
+from flm_torchrec.data.keys import tombstone
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.delta import load_delta
-from flm_torchrec.export.manifest import DELTA, Vectors, load_manifest
-from flm_torchrec.export.parts import ATTRIBUTE, ExportRows
-from flm_torchrec.export.stores.protocol import ItemBatch, Store
+from flm_torchrec.export.manifest import DELTA, load_manifest
+from flm_torchrec.export.parts import ATTRIBUTE, VIEWS, Entity, ExportRows
+from flm_torchrec.export.stores.protocol import Store, StoreRows
 from flm_torchrec.export.vectors import decode
 from flm_torchrec.names import nearest
 from flm_torchrec.safe_text import first_line, redact, redact_address
@@ -35,7 +38,7 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load has changed, in items."""
+    """What a load has changed, in rows."""
 
     upserted: int
     deleted: int
@@ -44,8 +47,8 @@ class LoadReport:
 
 
 @contextmanager
-def opened(to: str, collection: str) -> Iterator[Store]:
-    """The store that `--to` names.
+def opened(to: str, collection: str, entity: Entity = "items") -> Iterator[Store]:
+    """The store of items or users that `--to` names.
 
     Raises:
         RunError: the store is unknown, not installed or not there, or it refuses a request.
@@ -64,7 +67,7 @@ def opened(to: str, collection: str) -> Iterator[Store]:
     except ModuleNotFoundError as error:
         raise RunError(f"--to {kind}: needs {error.name}; pip install 'flm_torchrec[{module}]'") from error
     try:
-        store = opener(to if kind == "postgresql" else location, collection)
+        store = opener(to if kind == "postgresql" else location, collection, f"{entity[:-1]}_key")
         try:
             yield store
         finally:
@@ -75,42 +78,73 @@ def opened(to: str, collection: str) -> Iterator[Store]:
         raise RunError(f"--to {shown}: {first_line(error, to)}") from error
 
 
-def load(folder: Path, to: str, collection: str, vectors: Vectors) -> LoadReport:
-    """Put the items of an export into a collection, or update it by a delta. A second call changes nothing.
+@dataclass(frozen=True)
+class Chosen:
+    """Which rows of an export are loaded, and which of their vectors."""
+
+    entity: Entity = "items"
+    vectors: str = ""
+    """Column of the rows; empty: that by which all heads score, or the fused one of users."""
+
+    @property
+    def column(self) -> str:
+        """The column of the vectors.
+
+        Raises:
+            RunError: the rows have no such column.
+        """
+        of_entity = VIEWS if self.entity == "items" else (FUSED, *(r for r in REPRESENTATIONS if r != FUSED))
+        if self.vectors and self.vectors not in of_entity:
+            raise RunError(f"--vectors {self.vectors}: {self.entity} have {', '.join(of_entity)}; give one of these")
+        return self.vectors or of_entity[0]
+
+
+def load(folder: Path, to: str, collection: str, chosen: Chosen = Chosen()) -> LoadReport:
+    """Put the rows of an export into a collection, or update it by a delta. A second call changes nothing.
 
     Args:
         to: KIND:PLACE, such as qdrant:FOLDER, milvus:FILE.db, lancedb:FOLDER, postgresql://USER@HOST/DATABASE.
-        vectors: the column of the items that is loaded.
 
     Raises:
         RunError: the export is incomplete, or the store refuses it.
     """
+    entity, column = chosen.entity, chosen.column
     removed = pa.array([], pa.string())
     if (folder / DELTA).is_file():
         delta = load_delta(folder)
-        manifest, rows = delta.whole, delta.rows(folder, "items")
-        removed = delta.removed_keys(folder, "items")
+        manifest, rows = delta.whole, delta.rows(folder, entity)
+        removed = delta.removed_keys(folder, entity)
     else:
         manifest = load_manifest(folder)
-        rows = ExportRows(folder, manifest, "items")
+        rows = ExportRows(folder, manifest, entity)
     upserted = 0
-    with opened(to, collection) as store:
+    with opened(to, collection, entity) as store:
         store.create(manifest.dim)
         for start in range(0, len(removed), BATCH):
             store.delete(removed.slice(start, BATCH).to_pylist())
         for part in rows.parts():
+            part = _known(part, entity)
             for start in range(0, len(part), BATCH):
-                batch = _batch(part.slice(start, BATCH), vectors, manifest.model_version)
+                batch = _batch(part.slice(start, BATCH), entity, column, manifest.model_version)
                 store.upsert(batch)
                 upserted += len(batch.keys)
         return LoadReport(upserted, len(removed), store.count())
 
 
-def _batch(rows: pa.Table, vectors: Vectors, version: str) -> ItemBatch:
+def _known(part: pa.Table, entity: Entity) -> pa.Table:
+    """The part without users who were forgotten."""
+    if entity == "items":
+        return part
+    marks = pa.array([tombstone(user) for user in part["user_id"].to_pylist()])
+    return part.filter(pc.not_equal(part["user_key"], marks))
+
+
+def _batch(rows: pa.Table, entity: Entity, column: str, version: str) -> StoreRows:
     features = [name for name in rows.column_names if name.startswith(ATTRIBUTE)]
     values = {name.removeprefix(ATTRIBUTE): rows[name].to_pylist() for name in features}
+    titles = rows["title"].to_pylist() if "title" in rows.column_names else [""] * len(rows)
     payloads = [
         {"title": title, "attributes": {f: v[i] for f, v in values.items()}, "model_version": version}
-        for i, title in enumerate(rows["title"].to_pylist())
+        for i, title in enumerate(titles)
     ]
-    return ItemBatch(rows["item_key"].to_pylist(), decode(rows[vectors]), payloads)
+    return StoreRows(rows[f"{entity[:-1]}_key"].to_pylist(), decode(rows[column]), payloads)

@@ -9,14 +9,14 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from flm_torchrec.errors import RunError
-from flm_torchrec.export.stores.protocol import ItemBatch
+from flm_torchrec.export.stores.protocol import StoreRows
 
 CREATE = (
-    "CREATE TABLE IF NOT EXISTS {table} (item_key text PRIMARY KEY, title text NOT NULL, attributes jsonb NOT NULL,"
+    "CREATE TABLE IF NOT EXISTS {table} ({key} text PRIMARY KEY, title text NOT NULL, attributes jsonb NOT NULL,"
     " model_version text NOT NULL, embedding vector({dim}) NOT NULL)"
 )
 UPSERT = (
-    "INSERT INTO {table} VALUES (%s, %s, %s, %s, %s) ON CONFLICT (item_key) DO UPDATE SET title = EXCLUDED.title,"
+    "INSERT INTO {table} VALUES (%s, %s, %s, %s, %s) ON CONFLICT ({key}) DO UPDATE SET title = EXCLUDED.title,"
     " attributes = EXCLUDED.attributes, model_version = EXCLUDED.model_version, embedding = EXCLUDED.embedding"
 )
 
@@ -26,8 +26,9 @@ class PgVector:
 
     errors = (psycopg.Error,)
 
-    def __init__(self, location: str, collection: str) -> None:
+    def __init__(self, location: str, collection: str, key: str) -> None:
         self.collection = collection
+        self.key = key
         self.connection = psycopg.connect(location)
 
     def create(self, dim: int) -> None:
@@ -36,12 +37,11 @@ class PgVector:
             self.connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
             self.connection.execute(self._sql(CREATE, dim=sql.Literal(dim)))
         register_vector(self.connection)
-        width = "SELECT atttypmod FROM pg_attribute WHERE attrelid = %s::regclass AND attname = 'embedding'"
-        found = self.connection.execute(width, [f'"{self.collection}"']).fetchone()
-        if found is None or found[0] != dim:
+        columns = self._columns()
+        if columns.get("embedding") != dim or self.key not in columns:
             raise RunError(f"collection '{self.collection}': holds other vectors; give another --collection")
 
-    def upsert(self, batch: ItemBatch) -> None:
+    def upsert(self, batch: StoreRows) -> None:
         """As of `Store`."""
         rows = [
             (key, p["title"], Jsonb(p["attributes"]), p["model_version"], vector)
@@ -53,7 +53,24 @@ class PgVector:
     def delete(self, keys: list[str]) -> None:
         """As of `Store`."""
         with self.connection.transaction():
-            self.connection.execute(self._sql("DELETE FROM {table} WHERE item_key = ANY(%s)"), [keys])
+            self.connection.execute(self._sql("DELETE FROM {table} WHERE {key} = ANY(%s)"), [keys])
+
+    def find(self, keys: list[str]) -> list[str]:
+        """As of `Store`."""
+        columns = self._columns()
+        if not columns:
+            raise RunError(f"collection '{self.collection}': not found; give the --collection of 'flm load'")
+        if self.key not in columns:
+            raise RunError(f"collection '{self.collection}': has no {self.key}; give another --collection")
+        register_vector(self.connection)
+        found = self.connection.execute(self._sql("SELECT {key} FROM {table} WHERE {key} = ANY(%s)"), [keys])
+        return [key for (key,) in found.fetchall()]
+
+    def purge(self) -> None:
+        """As of `Store`. The write-ahead log keeps deleted rows until the server recycles it."""
+        self.connection.commit()
+        self.connection.autocommit = True
+        self.connection.execute(self._sql("VACUUM FULL {table}"))
 
     def count(self) -> int:
         """As of `Store`."""
@@ -62,7 +79,7 @@ class PgVector:
 
     def search(self, vector: np.ndarray, k: int) -> list[tuple[str, float]]:
         """As of `Store`."""
-        best = "SELECT item_key, -(embedding <#> %s) FROM {table} ORDER BY embedding <#> %s LIMIT %s"
+        best = "SELECT {key}, -(embedding <#> %s) FROM {table} ORDER BY embedding <#> %s LIMIT %s"
         return self.connection.execute(self._sql(best), [vector, vector, k]).fetchall()  # <#> is -1 times it
 
     def close(self) -> None:
@@ -70,5 +87,10 @@ class PgVector:
         self.connection.commit()
         self.connection.close()
 
+    def _columns(self) -> dict[str, int]:
+        """By column of the table, the parameter of its type: of a vector the width. Empty where there is no table."""
+        columns = "SELECT attname, atttypmod FROM pg_attribute WHERE attrelid = to_regclass(%s) AND attnum > 0"
+        return dict(self.connection.execute(columns, [f'"{self.collection}"']).fetchall())
+
     def _sql(self, text: str, **values: sql.Composable) -> sql.Composed:
-        return sql.SQL(text).format(table=sql.Identifier(self.collection), **values)  # type: ignore[arg-type]
+        return sql.SQL(text).format(table=sql.Identifier(self.collection), key=sql.Identifier(self.key), **values)  # type: ignore[arg-type]

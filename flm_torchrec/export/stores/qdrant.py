@@ -9,7 +9,7 @@ from qdrant_client import QdrantClient, models
 from qdrant_client.http.exceptions import ApiException
 
 from flm_torchrec.errors import RunError
-from flm_torchrec.export.stores.protocol import ItemBatch
+from flm_torchrec.export.stores.protocol import StoreRows
 
 SPACE = uuid.uuid5(uuid.NAMESPACE_URL, "flm_torchrec")
 """Qdrant has no strings as ids. The id of a point is the UUID of its key in this namespace."""
@@ -20,8 +20,9 @@ class Qdrant:
 
     errors = (ApiException, ValueError, RuntimeError, OSError)
 
-    def __init__(self, location: str, collection: str) -> None:
+    def __init__(self, location: str, collection: str, key: str) -> None:
         self.collection = collection
+        self.key = key
         self.client = QdrantClient(url=location) if "://" in location else QdrantClient(path=location)
 
     def create(self, dim: int) -> None:
@@ -32,16 +33,28 @@ class Qdrant:
         has = self.client.get_collection(self.collection).config.params.vectors
         if not isinstance(has, models.VectorParams) or (has.size, has.distance) != (dim, models.Distance.DOT):
             raise RunError(f"collection '{self.collection}': holds other vectors; give another --collection")
+        self._check_keys()
 
-    def upsert(self, batch: ItemBatch) -> None:
+    def upsert(self, batch: StoreRows) -> None:
         """As of `Store`."""
-        payloads = [{"item_key": key, **p} for key, p in zip(batch.keys, batch.payloads, strict=True)]
+        payloads = [{self.key: key, **p} for key, p in zip(batch.keys, batch.payloads, strict=True)]
         ids = [_point(key) for key in batch.keys]
         self.client.upsert(self.collection, models.Batch(ids=ids, vectors=batch.vectors.tolist(), payloads=payloads))
 
     def delete(self, keys: list[str]) -> None:
         """As of `Store`."""
         self.client.delete(self.collection, models.PointIdsList(points=[_point(key) for key in keys]))
+
+    def find(self, keys: list[str]) -> list[str]:
+        """As of `Store`."""
+        if not self.client.collection_exists(self.collection):
+            raise RunError(f"collection '{self.collection}': not found; give the --collection of 'flm load'")
+        self._check_keys()
+        found = self.client.retrieve(self.collection, [_point(key) for key in keys], with_payload=[self.key])
+        return [p.payload[self.key] for p in found if p.payload]
+
+    def purge(self) -> None:
+        """The embedded mode keeps nothing; a server cleans up by itself."""
 
     def count(self) -> int:
         """As of `Store`."""
@@ -50,11 +63,17 @@ class Qdrant:
     def search(self, vector: np.ndarray, k: int) -> list[tuple[str, float]]:
         """As of `Store`."""
         found = self.client.query_points(self.collection, query=vector.tolist(), limit=k).points
-        return [(p.payload["item_key"], p.score) for p in found if p.payload]
+        return [(p.payload[self.key], p.score) for p in found if p.payload]
 
     def close(self) -> None:
         """As of `Store`."""
         self.client.close()
+
+    def _check_keys(self) -> None:
+        """Raise RunError where the collection has rows without the column of keys."""
+        first, _ = self.client.scroll(self.collection, limit=1)
+        if first and self.key not in (first[0].payload or {}):
+            raise RunError(f"collection '{self.collection}': has no {self.key}; give another --collection")
 
 
 def _point(key: str) -> str:
