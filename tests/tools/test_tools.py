@@ -9,13 +9,16 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TextIO
 
+import numpy as np
 import pytest
 import yaml
 
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.export.tower.reader import TowerQuery
 from tests.conftest import ROOT
 from tests.processes import Forked
 
@@ -164,3 +167,36 @@ def test_commands_of_a_page_are_found_whole() -> None:
     assert found == ["flm a \\\n    --b   # why", heredoc, "flm c", "last"]
     with pytest.raises(SystemExit, match="write ```sh"):
         list(checker["fences"]("```\nflm d\n```\n"))
+
+
+def test_a_membership_test_ranks_events_and_compares_all_pairs(small: PreparedData) -> None:
+    tool = runpy.run_path(str(ROOT / "tools" / "studies" / "membership.py"))
+    assert tool["auc"](np.array([3.0, 2.0]), np.array([1.0, 2.0]))[0] == 0.875
+    rng = np.random.default_rng(1)
+    middle, low, high = tool["auc"](rng.normal(1, 1, 80), rng.normal(0, 1, 80))
+    assert low < 0.76 < high and low < middle < high and high - low < 0.2  # 0.76 = P(N(1, 1) > N(0, 1))
+
+    asked: list[TowerQuery] = []
+    items = small.schema.items
+    by_id = np.arange(items, 0, -1, dtype=np.float32)  # the lower the id, the better
+
+    def represent(queries: list[TowerQuery]) -> list[TowerQuery]:
+        asked.extend(queries)
+        return queries
+
+    loaded = SimpleNamespace(
+        size=items,
+        user_of={"u3": 3},
+        tower=SimpleNamespace(max_history=4),
+        vectors=lambda rows: rows,
+        represent=represent,
+        query=lambda found, head: SimpleNamespace(score=lambda vectors: by_id.copy()),
+    )
+    user = small.user_keys.index("u3")
+    (score,) = tool["scores"](loaded, small, np.array([user]), True)
+    events = small.item[small.offsets[user] : small.offsets[user + 1]].tolist()
+    assert len(asked) == len(events) - 3 and {q.user for q in asked} == {3} and max(len(q.history) for q in asked) == 5
+    ranks = [1 + len(set(range(events[e])) - set(events[:e])) for e in range(1, len(events) - 2)]
+    assert score == pytest.approx(-np.log(ranks).mean())
+    with pytest.raises(SystemExit, match="give at most"):
+        tool["drawn"](small, 100, 1)
