@@ -109,6 +109,15 @@ class Client:
         """Serve another export; needs an admin key."""
         return dict(self.post("/v1/swap", {"export": export}))
 
+    def forget(self, users: Sequence[str], check: bool = False) -> dict[str, Any]:
+        """Remove the live events of users; needs an admin key. "export" is the folder that is served, "in_export" which
+        of the users it has, "live_events" how many were removed of each.
+
+        Args:
+            check: remove nothing, only say what there is.
+        """
+        return dict(self.post("/v1/forget", {"users": list(users), "check": check}))
+
     def get(self, path: str, **parameters: Any) -> Any:
         """The answer to a GET request."""
         return self._ask(urllib.request.Request(f"{self.url.rstrip('/')}{path}?{urlencode(parameters)}"))

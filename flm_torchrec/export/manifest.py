@@ -91,6 +91,8 @@ class Manifest:
     """By head, where vectors are quantised: validation NDCG@10 "before" and "after", and the relative "change"."""
     sha256: dict[str, Sha256] = field(default_factory=dict)
     """By file, with its path relative to the export."""
+    cleaned_of: tuple[Sha256, ...] = ()
+    """`rows_digest` of the exports of which this is a copy without forgotten users: all other rows are the same."""
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` into the folder of the export."""

@@ -1,4 +1,4 @@
-"""Forgetting users: they leave prepared data, and the tables and the vocabulary of runs made with it."""
+"""Forgetting users: they leave prepared data, the tables and the vocabulary of runs made with it, and other places."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 import torch
 
@@ -22,6 +20,7 @@ from flm_torchrec.data.dataset import PreparedData, fingerprint_of, fingerprints
 from flm_torchrec.data.hashing import remap_ids
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.errors import DataError, RunError
+from flm_torchrec.export.forget import AFTERWARDS, AGAIN
 from flm_torchrec.files import leftovers, mend, mend_inside, replacing, replacing_file, telling
 from flm_torchrec.privacy.forget_in_data import (
     forget_rows,
@@ -31,6 +30,8 @@ from flm_torchrec.privacy.forget_in_data import (
     tombstone,
     unused_codes,
 )
+from flm_torchrec.privacy.places import ExportPlace, Place
+from flm_torchrec.privacy.record import Log, Removal
 from flm_torchrec.training.checkpoint import storage
 from flm_torchrec.training.checkpoint.manager import ASIDE, CHECKPOINTS, user_tensors
 from flm_torchrec.training.follow.events import LEARNED
@@ -38,65 +39,83 @@ from flm_torchrec.training.follow.growth import growth_files, publish_vocabulary
 from flm_torchrec.training.identity import FINGERPRINT, made_with
 
 VOCABULARY = "vocabulary"
-AFTERWARDS = "give the same command again afterwards"
-EXPORTED = {".parquet": "parquet", ".arrow": "feather", ".feather": "feather"}
-"""Formats of an export's rows, by suffix."""
 
 
 def forget(
     folder: Path,
     keys: Sequence[str],
     runs: Sequence[Path],
-    exports: Sequence[Path],
-    live: Mapping[Path, Collection[str]] = MappingProxyType({}),
+    places: Sequence[Place] = (),
+    log: Log | None = None,
 ) -> list[str]:
-    """Remove users from prepared data and from runs, and report exports that still have them.
+    """Remove users from prepared data, from runs, and from other places.
 
     Each folder is replaced in one step, and nobody else may write it meanwhile. After an interruption the same call
-    does the rest: a run holds the fingerprint of the data it was made with, and a key counts as known while any of the
-    folders still has it.
+    does the rest: a run holds the fingerprint of the data it was made with, and a key counts as known while any place
+    still has it, or the log says that its forgetting has begun.
 
     Args:
         folder: prepared data.
         keys: of users, as users.parquet has them; none: runs are brought up to date with what the data has forgotten.
-        live: by store of live events, the users who have been forgotten in it already.
 
-    Returns what was done, one line for each folder.
+    Returns what was done, one line for each place.
 
     Raises:
-        DataError: a key that none of the folders has, or data that are incomplete; nothing is changed.
-        RunError: a run of other data, or one whose table cannot be mended: nothing is changed. Or, after all else is
-            done, an export that still has one of the keys.
+        DataError: a key that no place has, or data that are incomplete; nothing is changed.
+        RunError: a run of other data, one whose table cannot be mended, or a place that cannot be reached: nothing is
+            changed. Or, after all else is done, a place that still has one of the keys.
     """
+    log = log or Log(None, keys)
+    exports = [place.folder for place in places if isinstance(place, ExportPlace)]
     with ExitStack() as claims:
-        for each in dict.fromkeys(path.resolve() for path in (folder, *runs)):
-            if each.parent.is_dir():  # else _check says what is not there
+        for each in dict.fromkeys(path.resolve() for path in (folder, *runs, *exports)):
+            if each.parent.is_dir():  # else the checks say what is not there
                 claims.enter_context(claim(each, AFTERWARDS))
         with telling(folder, AFTERWARDS):
             for run in runs:
                 mend(run / VOCABULARY)
                 mend_inside(run / CHECKPOINTS)
                 mend_inside(run / LEARNED)
-        only_live = {key for in_store in live.values() for key in in_store}
-        return _forget(folder, keys, runs, exports, only_live)
+        _check(folder, runs)
+        found = {place: place.find(keys) for place in places}
+        there = _known(folder, keys, runs, set(log.begun()).union(*found.values()))
+        in_runs = [(str(run), "run", len(set(keys) & _keys_of(run))) for run in runs]
+        log.begin([(str(folder), "data", len(there)), *in_runs, *((str(p), p.kind, len(f)) for p, f in found.items())])
+        return _forget(folder, there, keys, runs, places, log)
+
+
+def _known(folder: Path, keys: Sequence[str], runs: Sequence[Path], elsewhere: Collection[str]) -> set[str]:
+    """Those of the keys that the data has.
+
+    Raises:
+        DataError: a key that neither the data, nor a run, nor another place has.
+    """
+    data_keys, _ = keys_and_ids(folder / "users.parquet")
+    known = set(data_keys).union(elsewhere, *(_keys_of(run) for run in runs))
+    for key in keys:
+        if key not in known:
+            raise DataError(f"user '{key}': not in {folder / 'users.parquet'}; {nearest_keys(key, data_keys)}")
+    return set(keys) & set(data_keys)
+
+
+def _keys_of(run: Path) -> set[str]:
+    return set(keys_and_ids(run / VOCABULARY / "users.parquet")[0])
 
 
 def _forget(
-    folder: Path, keys: Sequence[str], runs: Sequence[Path], exports: Sequence[Path], live: Collection[str]
+    folder: Path, there: set[str], keys: Sequence[str], runs: Sequence[Path], places: Sequence[Place], log: Log
 ) -> list[str]:
-    _check(folder, runs, exports)
-    data_keys, _ = keys_and_ids(folder / "users.parquet")
-    there = set(keys) & set(data_keys)
-    elsewhere = {key for run in runs for key in keys_and_ids(run / VOCABULARY / "users.parquet")[0]} | set(live)
-    exported = {export: _exported(export, keys) for export in exports}
-    for key in keys:
-        if key not in there and key not in elsewhere and not any(key in in_export for in_export in exported.values()):
-            raise DataError(f"user '{key}': not in {folder / 'users.parquet'}; {nearest_keys(key, data_keys)}")
-    done = []
+    done: list[str] = []
+
+    def note(removal: Removal) -> None:
+        log.removed(removal)
+        done.append(f"{removal.place}: {removal.line}")
+
     if there:
         counts = forget_rows(folder, there)
         _refuse_leftovers(leftovers(folder.resolve().parent, folder.resolve().name))
-        done.append(f"{folder}: {counts['users']} users and their {counts['events']} events forgotten")
+        line = f"{counts['users']} users and their {counts['events']} events forgotten"
+        note(Removal(str(folder), "data", counts, line))
     if runs:
         data = load_prepared(folder)
         gone = forgotten_users(folder / "users.parquet")
@@ -104,18 +123,25 @@ def _forget(
             warnings.filterwarnings(
                 "ignore", "torch.distributed is disabled"
             )  # rightly: there is one process and no ranks
-            done += [_forget_in_run(run, data, gone, set(keys)) for run in runs]
-    left = [f"{export} ({len(in_export)})" for export, in_export in exported.items() if in_export]
-    if left:
-        report = "; ".join(done) or "nothing else was left"
-        raise RunError(
-            f"exports still hold forgotten users: {', '.join(left)}; write them again with"
-            f" 'flm export --overwrite', or delete them, and load no index from them (done: {report})"
-        )
+            for run in runs:
+                note(_forget_in_run(run, data, gone, set(keys)))
+    for place in places if keys else ():
+        removal = place.forget(keys)
+        if any(removal.counts.values()):
+            note(removal)
+    _refuse_remains({place: place.find(keys) for place in places}, done)
+    log.end()
     return done
 
 
-def _check(folder: Path, runs: Sequence[Path], exports: Sequence[Path]) -> None:
+def _refuse_remains(remains: Mapping[Place, Collection[str]], done: Sequence[str]) -> None:
+    """Raise RunError where a place still has users."""
+    left = [f"{place} still has {len(found)} of the users: {place.mend()}" for place, found in remains.items() if found]
+    if left:
+        raise RunError(f"{'; '.join(left)} (done: {'; '.join(done) or 'nothing else was left'})")
+
+
+def _check(folder: Path, runs: Sequence[Path]) -> None:
     """Raise where a folder is not what it should be, before anything is changed."""
     Schema.load(folder / "schema.yaml")
     fingerprints = (fingerprint_of(folder), *fingerprints_before(folder))
@@ -132,16 +158,13 @@ def _check(folder: Path, runs: Sequence[Path], exports: Sequence[Path]) -> None:
         for checkpoint in _checkpoints(run):
             if wrong := storage.damage(checkpoint):
                 raise RunError(f"{checkpoint}: {'; '.join(wrong)}; delete it, or copy it anew, and start again")
-    for export in exports:
-        if not export.is_dir():
-            raise RunError(f"{export}: not found; --export must name a folder of 'flm export'")
 
 
 def _checkpoints(run: Path) -> list[Path]:
     return [f for f in sorted((run / CHECKPOINTS).glob("*")) if f.is_dir() and not ASIDE.fullmatch(f.name)]
 
 
-def _forget_in_run(run: Path, data: PreparedData, gone: np.ndarray, keys: set[str]) -> str:
+def _forget_in_run(run: Path, data: PreparedData, gone: np.ndarray, keys: set[str]) -> Removal:
     """Remove all users that the data has forgotten, and those with these keys whom a follower took in.
 
     The vocabulary comes last: it shows whether all is done.
@@ -166,12 +189,12 @@ def _forget_in_run(run: Path, data: PreparedData, gone: np.ndarray, keys: set[st
             if growths := len(growth_files(run / LEARNED)):
                 publish_vocabulary(data.path, run / LEARNED, growths, fresh)
     _refuse_leftovers([*leftovers(run), *leftovers(run / CHECKPOINTS), *leftovers(run / LEARNED)])
-    done = f"{run}: {len(gone)} forgotten users' rows set to zero in {len(checkpoints)} checkpoints"
+    line = f"{len(gone)} forgotten users' rows set to zero in {len(checkpoints)} checkpoints"
     kind = data.schema.table("user_id").kind
-    done += "; its user_id table is hashed, so users who share these rows lose them too" if kind == "hash" else ""
+    line += "; its user_id table is hashed, so users who share these rows lose them too" if kind == "hash" else ""
     if load_config(run / "config.yaml").data.split != "leave-one-out":
-        done += "; its split is drawn over all events, so it may change: compare no metrics with those from before"
-    return done
+        line += "; its split is drawn over all events, so it may change: compare no metrics with those from before"
+    return Removal(str(run), "run", {"users": len(gone), "checkpoints": len(checkpoints)}, line)
 
 
 def forget_growth(folder: Path, keys: set[str]) -> np.ndarray:
@@ -200,7 +223,7 @@ def _forget_followed(file: Path, gone: np.ndarray) -> None:
 def _refuse_leftovers(left: Sequence[Path]) -> None:
     """Raise where an old folder could not be removed: it still has the users."""
     if left:
-        raise RunError(f"{left[0]}: was replaced and cannot be removed; remove it, then give the same command again")
+        raise RunError(f"{left[0]}: was replaced and cannot be removed; remove it, then {AGAIN}")
 
 
 def rows_to_reset(data: PreparedData, gone: np.ndarray) -> dict[str, np.ndarray]:
@@ -231,17 +254,3 @@ def _reset(tensors: dict[str, torch.Tensor], rows: dict[str, np.ndarray], schema
             if tensor.ndim:
                 # An older state of a follower may not yet have its newest users.
                 tensor[torch.from_numpy(ids[ids < size])] = 0
-
-
-def _exported(export: Path, keys: Sequence[str]) -> set[str]:
-    """The keys that an export has, in any of its files of users."""
-    in_export: set[str] = set()
-    for file in sorted(f for f in export.rglob("*") if f.suffix in EXPORTED):
-        try:
-            rows = pds.dataset(file, format=EXPORTED[file.suffix])
-            if "user_key" in rows.schema.names:
-                there = pds.field("user_key").isin(list(keys))
-                in_export |= set(rows.to_table(columns=["user_key"], filter=there)["user_key"].to_pylist())
-        except (pa.ArrowInvalid, OSError) as error:
-            raise RunError(f"{file}: not readable ({str(error).splitlines()[0]}); export again") from error
-    return in_export

@@ -16,15 +16,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flm_torchrec.data.dataset import fingerprint_of, read_report
+from flm_torchrec.data.keys import tombstone
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.errors import DataError
 from flm_torchrec.files import replacing, write_text
 from flm_torchrec.names import closest
-
-
-def tombstone(user: int) -> str:
-    """The text that replaces a forgotten user's key."""
-    return f"forgotten-{user}"
 
 
 def keys_and_ids(file: Path) -> tuple[list[str], np.ndarray]:
@@ -73,7 +69,7 @@ def forget_rows(folder: Path, keys: Iterable[str]) -> dict[str, int]:
                 raise DataError(f"{folder}: holds no events but those of these users; delete the folder instead")
             shutil.copy(folder / "items.parquet", fresh)
             used = _copy_users(folder, fresh, schema, users)
-            _copy_vocabularies(folder, fresh, used)
+            _copy_vocabularies(folder, fresh, schema, used)
             counts = {"users": len(users), "events": schema.interactions - kept}
             write_text(fresh / "report.json", json.dumps(_without(report, gone, counts, before), indent=2))
             replace(schema, interactions=kept).save(fresh / "schema.yaml")
@@ -166,19 +162,45 @@ def _codes(column: pa.Array) -> np.ndarray:
     return column.drop_null().to_numpy(zero_copy_only=False)
 
 
-def _copy_vocabularies(folder: Path, fresh: Path, used: Mapping[str, np.ndarray]) -> None:
+def _copy_vocabularies(folder: Path, fresh: Path, schema: Schema, used: Mapping[str, np.ndarray]) -> None:
     if not (folder / "vocab").is_dir():
         return
     shutil.copytree(folder / "vocab", fresh / "vocab")
-    for name, there in used.items():
-        file = fresh / "vocab" / f"user_{name}.parquet"
-        if not file.is_file() or there.all():
+    for feature in schema.of("user", sparse=True):
+        file = fresh / "vocab" / f"user_{feature.name}.parquet"
+        if feature.name not in used or not file.is_file() or used[feature.name].all():
             continue
-        table = pq.read_table(file)
-        codes = table["code"].to_pylist()
-        values = [v if there[c] else tombstone(c) for c, v in zip(codes, table["value"].to_pylist(), strict=True)]
+        table = pq.read_table(file).sort_by("code")
+        values = table["value"].to_pylist()
+        for code in np.flatnonzero(~used[feature.name][: len(values)])[::-1].tolist():
+            values[code] = replacement(feature, code, values)
         position = table.column_names.index("value")
         pq.write_table(table.set_column(position, "value", pa.array(values, table["value"].type)), file)
+
+
+def replacement(feature: Feature, code: int, values: Sequence[str]) -> str:
+    """What takes the place of a value that nobody has any more, where later ones have been replaced already.
+
+    A bucket becomes empty: it begins where the next one does, and its numbers fall into the one before. The first
+    bucket begins at -inf, which says nothing of anybody.
+    """
+    if feature.kind != "quantile":
+        return tombstone(code)
+    if code == 0:
+        return values[0]
+    return values[code + 1] if code + 1 < len(values) else "inf"
+
+
+def replaced_values(folder: Path) -> dict[str, dict[int, str]]:
+    """By feature of users, what has taken the place of values that nobody has any more, by their codes."""
+    found = {}
+    for feature in Schema.load(folder / "schema.yaml").of("user", sparse=True):
+        file = folder / "vocab" / f"user_{feature.name}.parquet"
+        if file.is_file():
+            values = pq.read_table(file).sort_by("code")["value"].to_pylist()
+            now = {code: value for code, value in enumerate(values) if value == replacement(feature, code, values)}
+            found[feature.name] = {c: v for c, v in now.items() if feature.kind != "quantile" or c > 0}
+    return found
 
 
 def _without(report: dict[str, Any], keys: set[str], counts: Mapping[str, int], before: str) -> dict[str, Any]:

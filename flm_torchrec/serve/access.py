@@ -22,7 +22,7 @@ from flm_torchrec.safe_text import visible
 Role = Literal["read", "write", "admin"]
 ROLES: tuple[Role, ...] = get_args(Role)
 """Each role may do what the ones before it may."""
-ADMIN = ("/v1/swap",)
+ADMIN = ("/v1/swap", "/v1/forget")
 """Routes of admins. Without an admin key they are off."""
 READING = ("/v1/recommend", "/v1/recommend/batch", "/v1/similar")
 """Routes that are POST because they take a body, and change nothing."""

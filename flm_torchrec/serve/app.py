@@ -21,6 +21,8 @@ from flm_torchrec.serve.map import MapCache
 from flm_torchrec.serve.messages import (
     Answered,
     EventAdded,
+    Forget,
+    Forgotten,
     Health,
     ItemAdded,
     NewEvent,
@@ -211,6 +213,12 @@ def _admin_routes(app: FastAPI, service: Service, limits: ServerLimits, swapped:
         health = await asyncio.to_thread(service.swap, Path(asked.export))  # requests must not wait for the loading
         swapped(str(service.loaded.folder))
         return health
+
+    @Operation("/v1/forget", "forget", Forgotten).add(app, Forget)
+    async def forget(request: Request) -> dict[str, Any]:
+        asked = parse(Forget, await read_body(request, limits.body_bytes, limits.body_seconds))
+        request.state.audit = {"users": len(asked.users), "check": asked.check}  # never who
+        return await asyncio.to_thread(service.forget, asked)
 
 
 async def _watch(service: Service, seconds: float) -> None:

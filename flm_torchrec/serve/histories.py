@@ -22,7 +22,8 @@ def events_and_seen(loaded: LoadedExport, user: str, live: Sequence[LiveEvent]) 
         history, seen = loaded.tower.known_history(row), loaded.seen[row].values.to_numpy().astype(np.int64)
     last = int(history.timestamp[-1]) if len(history) else -1
     # A newer export may have some of the live events already.
-    later = [e for e in live if e.export == loaded.rows or e.timestamp > last]
+    same = (loaded.rows, *loaded.manifest.cleaned_of)
+    later = [e for e in live if e.export in same or e.timestamp > last]
     known = [(r, e) for r, e in ((loaded.row(e.item), e) for e in later) if r is not None]
     codes = {name: code for code, name in enumerate(loaded.tower.events)}
     events = Events(

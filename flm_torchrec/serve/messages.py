@@ -13,6 +13,8 @@ MOST_HISTORY = 1000
 MOST_K = 1000
 MOST_BATCH = 64
 MOST_VALUES = 100
+MOST_FORGOTTEN = 400
+"""Users of a request to forget: as long keys as may be fit into a request's body."""
 Key = Annotated[str, Field(min_length=1, max_length=512)]
 Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
 Seconds = Annotated[int, Field(ge=0, le=LATEST)]
@@ -122,6 +124,14 @@ class Swap(Message):
     export: Annotated[str, Field(min_length=1, max_length=4096)]
 
 
+class Forget(Message):
+    """Users whose live events to remove."""
+
+    users: Annotated[list[Key], Field(max_length=MOST_FORGOTTEN)]
+    check: bool = False
+    """Only say what there is of them."""
+
+
 class Answered(BaseModel):
     """The body of an answer. It describes answers in the OpenAPI document; the service makes them as plain dicts."""
 
@@ -172,6 +182,17 @@ class EventAdded(Answered):
     known: bool
     live_events: int
     model_version: str
+
+
+class Forgotten(Answered):
+    """Answer of /v1/forget."""
+
+    export: str
+    """Folder of the export that is served."""
+    in_export: list[str]
+    """Those of the users whom this export has: they are known until a cleaned export is swapped in."""
+    live_events: dict[str, int]
+    """By user, the live events that were removed, or that there are; without users who had none."""
 
 
 class Health(Answered):

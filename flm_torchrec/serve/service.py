@@ -23,7 +23,7 @@ from flm_torchrec.serve.event_store import EventStore
 from flm_torchrec.serve.explain import explain
 from flm_torchrec.serve.histories import asked_events, events_and_seen, new_event
 from flm_torchrec.serve.loaded_export import AddedItem, LoadedExport, load_export
-from flm_torchrec.serve.messages import NewEvent, NewItem, Recommend, Similar
+from flm_torchrec.serve.messages import Forget, NewEvent, NewItem, Recommend, Similar
 from flm_torchrec.serve.ranking import alike, check_boost, ranked
 from flm_torchrec.serve.resolve import Refused, check_filter, content_of, item_row
 
@@ -230,6 +230,17 @@ class Service:
         finally:
             self.swapping.release()
         return self.health()
+
+    def forget(self, request: Forget) -> dict[str, Any]:
+        """Remove the live events of users, or only count them; and say which of the users the served export has.
+
+        Raises:
+            StoreError: the events could not be removed.
+        """
+        loaded = self.loaded
+        live = self.store.counts(request.users) if request.check else self.store.forget(request.users)
+        in_export = [user for user in dict.fromkeys(request.users) if user in loaded.user_of]
+        return {"export": str(loaded.folder), "in_export": in_export, "live_events": live}
 
     def follow(self, export: Path) -> None:
         """Swap as another process did; what is wrong is printed, since nobody waits for an answer."""

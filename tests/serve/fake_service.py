@@ -41,6 +41,9 @@ class FakeService:
     def add_item(self, item: Any) -> dict[str, Any]:
         return {"item": item.item, "left_out": []}
 
+    def forget(self, request: Any) -> dict[str, Any]:
+        return {"export": "e", "in_export": [], "live_events": {}}
+
     def swap(self, export: Path) -> dict[str, Any]:
         if export.name == "bad":
             raise Refused(422, "export: bad")

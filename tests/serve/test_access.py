@@ -33,6 +33,7 @@ BODIES = {
     "/v1/events": {"user": "u", "item": "i"},
     "/v1/items": {"item": "i"},
     "/v1/swap": {"export": "e"},
+    "/v1/forget": {"users": ["u"]},
 }
 
 

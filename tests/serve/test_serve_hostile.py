@@ -18,7 +18,7 @@ from flm_torchrec.serve.service import Service
 from tests.serve.serving import AS_ADMIN, KEYS
 
 JSON = {"Content-Type": "application/json"}
-POSTS = ("/v1/recommend", "/v1/recommend/batch", "/v1/items", "/v1/events", "/v1/swap")
+POSTS = ("/v1/recommend", "/v1/recommend/batch", "/v1/items", "/v1/events", "/v1/swap", "/v1/forget")
 
 
 @pytest.fixture(scope="module")
