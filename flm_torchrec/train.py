@@ -1,6 +1,6 @@
 """Pretrain: the script that `torchx run dist.ddp -j 2x8 flm_torchrec/train.py -- --config FILE` launches.
 
-`flm train` calls the same function.
+`flm train` calls the same function. Called in Python, this module is `flm_torchrec.api.run.train`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flm_torchrec.callable_module import make_callable
 from flm_torchrec.cli import main
+
+if __name__ != "__main__":
+    make_callable(__name__, "flm_torchrec.api.run")
 
 
 def script_arguments(argv: Sequence[str]) -> list[str]:

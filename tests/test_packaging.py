@@ -153,7 +153,7 @@ def test_a_set_has_one_build_of_fbgemm_that_fits_torch(file: str, build: str) ->
 
 STAGES = (
     "config", "data", "prepare", "inspection", "model", "distributed", "planner", "evaluation", "training", "export",
-    "serve", "privacy", "report", "cli",
+    "serve", "privacy", "report", "api", "cli",
 )  # fmt: skip
 MAY_IMPORT = {
     "config": set(),
@@ -169,6 +169,7 @@ MAY_IMPORT = {
     "serve": {"config", "data", "export"},
     "privacy": {"config", "data", "training", "export", "serve"},
     "report": {"config", "data", "evaluation", "export"},
+    "api": set(STAGES) - {"api", "cli"},
     "cli": set(STAGES) - {"cli"},
 }
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flm_torchrec.api.evaluation import Evaluated, EvaluateOptions, evaluate_run, write_evaluation
 from flm_torchrec.config import add_data_path, add_overrides, given_options, given_overrides
-from flm_torchrec.documents import Unreadable, read_json
-from flm_torchrec.errors import DataError, RunError
-from flm_torchrec.files import telling, write_text
+from flm_torchrec.errors import RunError
 
 if TYPE_CHECKING:
-    from flm_torchrec.data.dataset import PreparedData
     from flm_torchrec.data.splits import Examples
-    from flm_torchrec.evaluation.evaluate import Evaluation
     from flm_torchrec.evaluation.paired import Comparison
 
 
@@ -70,16 +66,14 @@ def run(args: argparse.Namespace) -> None:
 
     if args.against:
         _check_against(args.run_folder, args.against)
-    found = _evaluated(args, args.run_folder, keep_ranks=bool(args.against))
-    compared = _compared(args, found) if args.against else None
+    options = EvaluateOptions(args.split, args.user, args.sample, given_overrides(args), given_options(args))
+    found = evaluate_run(args.run_folder, options, keep_ranks=bool(args.against))
+    compared = _compared(args.against, found, options) if args.against else None
     if not found.main:
         return
     evaluation = found.evaluation
     if not args.user:
-        file = Path(args.run_folder) / f"evaluation-{args.split}.json"
-        told = evaluation.to_json() | ({} if compared is None else {"comparison": compared.to_json()})
-        with telling(file, "make room"):
-            write_text(file, json.dumps(told, indent=2))
+        write_evaluation(args.run_folder, evaluation, {} if compared is None else {"comparison": compared.to_json()})
     if args.markdown:
         print(markdown(evaluation, found.oracle), end="")
         if compared is not None:
@@ -91,41 +85,6 @@ def run(args: argparse.Namespace) -> None:
     show(evaluation, console, found.oracle)
     if compared is not None:
         show_comparison(compared, console)
-
-
-@dataclass(frozen=True)
-class _Found:
-    """The evaluation of a run, and what it must share with a run that it is compared with."""
-
-    evaluation: Evaluation
-    examples: Examples
-    fingerprint: str
-    oracle: dict[str, dict[str, float]] | None
-    ks: tuple[int, ...]
-    main: bool
-
-
-def _evaluated(args: argparse.Namespace, run_folder: str, keep_ranks: bool, *more: str) -> _Found:
-    """Rank the held-out events of a run; collective.
-
-    Args:
-        more: overrides beside those of the command line.
-    """
-    import numpy as np
-
-    from flm_torchrec.evaluation.evaluate import EvaluationTask, evaluate
-    from flm_torchrec.training.restore import restore
-
-    with restore(run_folder, [*given_overrides(args), *more], args.sample, given_options(args)) as restored:
-        job = restored.job
-        splits = job.events.splits
-        examples = splits.test if args.split == "test" else splits.valid
-        if args.user:
-            examples = examples.take(np.array(_rows_of(args.user, job.data.user_keys, examples.user.tolist())))
-        task = EvaluationTask(job.data, examples, args.split, job.events.seen, splits.cold_items, keep_ranks)
-        evaluation = evaluate(task, job.encoder(examples), job.comm, job.config.eval)
-        oracle = _oracle(job.data, examples)
-        return _Found(evaluation, examples, job.data.fingerprint, oracle, job.config.eval.ks, job.comm.main)
 
 
 def _check_against(run_folder: str, against: str) -> None:
@@ -142,7 +101,7 @@ def _check_against(run_folder: str, against: str) -> None:
         raise RunError(f"--against {against}: was trained on other data than {run_folder}; no events are common")
 
 
-def _compared(args: argparse.Namespace, found: _Found) -> Comparison:
+def _compared(against: str, found: Evaluated, options: EvaluateOptions) -> Comparison:
     """Each row against the row that --against names, or against the same row of the run that it names; collective.
 
     Raises:
@@ -150,13 +109,14 @@ def _compared(args: argparse.Namespace, found: _Found) -> Comparison:
     """
     from flm_torchrec.evaluation.paired import Comparison, differences
 
-    ranks, against = found.evaluation.ranks, args.against
+    ranks = found.evaluation.ranks
     if against in ranks:
         others = {name: ranks[against] for name in ranks if name != against}
     elif not (Path(against) / "config.yaml").is_file():
         raise RunError(f"--against '{against}': this table has no such row; its rows are {', '.join(ranks)}")
     else:
-        other = _evaluated(args, against, True, "eval.baselines=[]")
+        heads_alone = replace(options, overrides=[*options.overrides, "eval.baselines=[]"])
+        other = evaluate_run(against, heads_alone, keep_ranks=True)
         if other.fingerprint != found.fingerprint or not _same(other.examples, found.examples):
             raise RunError(f"--against {against}: its data or held-out events are others; compare runs of one split")
         others = {name: other.evaluation.ranks[name] for name in ranks if name in other.evaluation.ranks}
@@ -171,29 +131,3 @@ def _same(one: Examples, other: Examples) -> bool:
     import numpy as np
 
     return np.array_equal(one.user, other.user) and np.array_equal(one.end, other.end)
-
-
-def _rows_of(keys: list[str], user_keys: list[str], users: list[int]) -> list[int]:
-    """Indices of the examples of the users named."""
-    user_of = {key: user for user, key in enumerate(user_keys)}
-    example_of = {user: row for row, user in enumerate(users)}
-    for key in keys:
-        if key not in user_of:
-            raise RunError(f"--user '{key}': not in users.parquet; ids are those of the source, e.g. '{user_keys[0]}'")
-        if user_of[key] not in example_of:
-            raise RunError(f"--user '{key}': has no held-out event in this split; choose another user")
-    return [example_of[user_of[key]] for key in keys]
-
-
-def _oracle(data: PreparedData, examples: Examples) -> dict[str, dict[str, float]] | None:
-    """Metrics of the best possible ranking, over all examples and by segment; only synthetic data know it.
-
-    It is that of every user's last event: None where other events are ranked, or not all of these.
-    """
-    if len(examples) != data.schema.users or (examples.end != data.offsets[1:] - 1).any():
-        return None
-    file = data.path / "report.json"
-    try:
-        return read_json(file).get("oracle")
-    except (Unreadable, AttributeError) as error:
-        raise DataError(f"{file}: not a report of 'flm prepare' ({error}); prepare the data again") from error

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from flm_torchrec.api.export import ExportChoices, Tower, export_run
 from flm_torchrec.config import add_data_path, given_options, given_overrides
-from flm_torchrec.errors import RunError
-from flm_torchrec.export.manifest import RECALL, IndexKind, Manifest, Quantise, Storage, read_manifest
-
-TOWERS = ("int8", "fp32", "none")
+from flm_torchrec.export.manifest import RECALL, IndexKind, Manifest, Quantise, Storage
 
 if TYPE_CHECKING:
     from flm_torchrec.export.delta import Delta
@@ -55,7 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--tower",
-        choices=TOWERS,
+        choices=get_args(Tower),
         default="int8",
         help="package the user tower beside the vectors, for 'flm serve'; its tables' rows as (default: %(default)s)",
     )
@@ -69,47 +66,12 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         FlmError: an option, the run, its data or the output is wrong.
     """
-    # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
-    from flm_torchrec.data.splits import everyone
-    from flm_torchrec.export.delta import export_delta
-    from flm_torchrec.export.quality import ValidationSet
-    from flm_torchrec.export.tower.writer import write_tower
-    from flm_torchrec.export.write import ExportOptions, ExportSource, check_output, export
-    from flm_torchrec.training.gathered import GatheredModel
-    from flm_torchrec.training.restore import restore
-
-    check_output(args.output, args.overwrite)
-    older = read_manifest(args.since) if args.since else None
-    if older is not None and args.output.resolve() == args.since.resolve():
-        raise RunError(f"{args.output}: is what the delta is to be applied to; give another --output")
-    if older is not None and args.index:
-        raise RunError("--index: a delta has none; 'flm apply-delta' makes one of the kind that the older export has")
-    if args.recall is not None and (older is not None or not 0 < args.recall <= 1):
-        raise RunError(f"--recall {args.recall}: give a number above 0 and up to 1, and not with --since")
-    with restore(args.run_folder, given_overrides(args), options=given_options(args)) as restored:
-        job, valid = restored.job, restored.job.events.splits.valid
-        encoder = job.encoder(everyone(job.data))
-        validation = ValidationSet(job.encoder(valid), valid)
-        source = ExportSource(job.data, encoder, job.train_stats.items > 0, restored.version, validation)
-        if args.tower != "none":
-            model, main = GatheredModel(job), job.comm.rank == 0
-            source = replace(source, beside=lambda folder: write_tower(job.data, model, main, args.tower, folder))
-        options = ExportOptions(
-            storage=args.format or (older.storage if older else "parquet"),
-            quantise=args.quantise or (older.quantise if older else "none"),
-            index=args.index or "flat",
-            recall=RECALL if args.recall is None else args.recall,
-            user_block=job.config.eval.user_block,
-            item_block=job.config.eval.item_block,
-        )
-        if older is not None:
-            delta = export_delta(source, job.comm, args.since, args.output, options, args.overwrite)
-            done = None if delta is None else f"{_changes(delta)}; since model {delta.base_version}"
-        else:
-            manifest = export(source, job.comm, args.output, options, args.overwrite)
-            done = None if manifest is None else summary(manifest)
+    choices = ExportChoices(args.format, args.quantise, args.index, args.recall, args.tower, args.since)
+    options = given_overrides(args), given_options(args)
+    done = export_run(args.run_folder, args.output, choices, args.overwrite, *options)
     if done is not None:
-        print(f"{args.output}: {done}")
+        told = summary(done) if isinstance(done, Manifest) else f"{_changes(done)}; since model {done.base_version}"
+        print(f"{args.output}: {told}")
 
 
 def _changes(delta: Delta) -> str:

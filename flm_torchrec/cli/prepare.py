@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from flm_torchrec.config.options import add_options, options_from
+from flm_torchrec.api import data as api
+from flm_torchrec.config.options import add_options
 from flm_torchrec.errors import DataError
 from flm_torchrec.names import nearest
 from flm_torchrec.prepare.options import LogOptions, MachineOptions, PrepareOptions, Recipe
 from flm_torchrec.safe_text import visible
 
-if TYPE_CHECKING:
-    from flm_torchrec.prepare.sources.source_data import SourceData
-
-SYNTHETIC = "synthetic-"
-"""Before the name of each option of the synthetic source."""
+SOURCES = [name for name in api.SOURCES if name != "table"]
+"""Those that a command can name."""
+OWN = ("command", "run", "input", "output", "overwrite", "version")
+"""Arguments that are no options of a source or of the preparation."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -50,7 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     for options in (MachineOptions, PrepareOptions, LogOptions):
         add_options(parser, options)
-    add_options(parser, Recipe, SYNTHETIC)
+    add_options(parser, Recipe, api.SYNTHETIC)
     parser.set_defaults(run=run)
 
 
@@ -64,27 +62,9 @@ def run(args: argparse.Namespace) -> None:
     started = time.monotonic()
     if args.source not in SOURCES:
         raise DataError(f"--source '{args.source}' is not known; {nearest(args.source, SOURCES)}")
-    options, machine = options_from(PrepareOptions, args), options_from(MachineOptions, args)
-    _check_input(args.source, args.input)
-    # Imported here: a wrong option should be reported at once.
-    from flm_torchrec.prepare.hash_users import read_secret
-    from flm_torchrec.prepare.prepare import check_output, prepare
-
-    check_output(args.output, args.overwrite)
-    secret = read_secret(args.hash_users) if args.hash_users else b""
-    report = prepare(SOURCES[args.source](args), args.output, options, args.overwrite, machine, secret)
-    _print_report(report, args.output, time.monotonic() - started)
-
-
-def _check_input(source: str, path: str | None) -> None:
-    if source == "synthetic":
-        if path is not None:
-            raise DataError(f"--input {path}: the source 'synthetic' reads nothing; name yours with --source")
-        return
-    if path is None:
-        raise DataError(f"--input: name the folder or file of the source '{source}'")
-    if "://" not in path and not Path(path).exists() and path == glob.escape(path):
-        raise DataError(f"{path}: not found; --input must name the folder or file of the source")
+    options = {name: value for name, value in vars(args).items() if name not in OWN}
+    prepared = api.prepare(args.input, args.output, overwrite=args.overwrite, **options)
+    _print_report(prepared.report, args.output, time.monotonic() - started)
 
 
 def _print_report(report: dict[str, Any], output: Path, seconds: float) -> None:
@@ -102,38 +82,3 @@ def _print_report(report: dict[str, Any], output: Path, seconds: float) -> None:
     for line in report["warnings"]:
         print(f"warning: {line}", file=sys.stderr)
     print(f"next: flm train --data.path {output}")
-
-
-def _synthetic(args: argparse.Namespace) -> SourceData:
-    from flm_torchrec.prepare.sources import synthetic
-
-    return synthetic.read(options_from(Recipe, args, SYNTHETIC))
-
-
-def _movielens(args: argparse.Namespace) -> SourceData:
-    from flm_torchrec.prepare.sources import movielens
-
-    return movielens.read(Path(args.input))
-
-
-def _s3rec(args: argparse.Namespace) -> SourceData:
-    from flm_torchrec.prepare.sources import s3rec
-
-    return s3rec.read(Path(args.input))
-
-
-def _logs(args: argparse.Namespace) -> SourceData:
-    from flm_torchrec.prepare.sources import logs
-
-    return logs.read(args.source, args.input, options_from(LogOptions, args))
-
-
-SOURCES: dict[str, Callable[[argparse.Namespace], SourceData]] = {
-    "synthetic": _synthetic,
-    "movielens-100k": _movielens,
-    "amazon-s3rec": _s3rec,
-    "parquet": _logs,
-    "csv": _logs,
-    "jsonl": _logs,
-}
-"""What reads a source."""

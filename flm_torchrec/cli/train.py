@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from flm_torchrec.config import add_config_arguments, config_from_arguments, given_overrides
+from flm_torchrec.api.run import pretrain_run
+from flm_torchrec.config import add_config_arguments, given_overrides
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -28,11 +28,4 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         FlmError: a setting, the data or the run folder is wrong.
     """
-    config = config_from_arguments(args)
-    # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
-    from flm_torchrec.training.trainer import pretrain
-    from flm_torchrec.training.warm_start import warm_config
-
-    if config.train.warm_start and args.config is None:
-        config = warm_config(Path(config.train.warm_start), given_overrides(args))
-    pretrain(config)
+    pretrain_run(args.config, given_overrides(args))

@@ -10,6 +10,7 @@ from flm_torchrec.config.load import (
     given_options,
     given_overrides,
     load_config,
+    overrides_of,
     sections,
     to_yaml,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "given_options",
     "given_overrides",
     "load_config",
+    "overrides_of",
     "sections",
     "to_yaml",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -36,6 +37,25 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             raise ConfigError(f"{path}: '{section}' is not a section; write its fields below it")
         values[section][name] = text if _is_text(section, name) else _value(key, text)
     return from_dict(values, source=str(path or "command line"))
+
+
+def overrides_of(given: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Settings by section and field → overrides in the form of `load_config`.
+
+    Raises:
+        ConfigError: a section is no mapping, or a value is none of YAML's.
+    """
+    overrides = []
+    for section, content in given.items():
+        if not isinstance(content, Mapping):
+            raise ConfigError(f"{section}: give a mapping such as {section}={{'field': value}}, not {content!r:.60}")
+        for name, value in content.items():
+            try:
+                text = str(value) if _is_text(section, name) else json.dumps(value)
+            except TypeError as error:
+                raise ConfigError(f"{section}.{name}: {value!r:.60} is no setting; give a number or a text") from error
+            overrides.append(f"{section}.{name}={text}")
+    return overrides
 
 
 def from_dict(values: dict[str, Any], source: str) -> Config:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -35,7 +35,12 @@ def add_options(parser: argparse.ArgumentParser, kind: type, prefix: str = "") -
 
 
 def options_from(kind: type[Options], args: argparse.Namespace, prefix: str = "") -> Options:
-    """The dataclass filled with what was given of `add_options`; the other fields keep their defaults.
+    """The dataclass filled with what was given of `add_options`; see `options_of`."""
+    return options_of(kind, vars(args), prefix)
+
+
+def options_of(kind: type[Options], given: Mapping[str, Any], prefix: str = "") -> Options:
+    """The dataclass filled with values by name; a field without one, or with None, keeps its default.
 
     Raises:
         ConfigError: a value is out of its range, or two contradict each other.
@@ -43,13 +48,22 @@ def options_from(kind: type[Options], args: argparse.Namespace, prefix: str = ""
     values = {}
     for field, hint in _hints(kind):
         if is_dataclass(_bare(hint)):
-            values[field.name] = options_from(_bare(hint), args, prefix)
-        elif (given := getattr(args, f"{prefix}{field.name}".replace("-", "_"))) is not None:
-            values[field.name] = given
+            values[field.name] = options_of(_bare(hint), given, prefix)
+        elif (value := given.get(f"{prefix}{field.name}".replace("-", "_"))) is not None:
+            values[field.name] = value
     try:
         return kind(**values)
     except ValidationError as error:
         raise ConfigError(_problem(error, kind, prefix)) from error
+
+
+def option_names(kind: Any, prefix: str = "") -> list[str]:
+    """The names that `options_of` reads."""
+    names: list[str] = []
+    for field, hint in _hints(kind):
+        inner = _bare(hint)
+        names += option_names(inner, prefix) if is_dataclass(inner) else [f"{prefix}{field.name}".replace("-", "_")]
+    return names
 
 
 def _argument(field: Field[Any], hint: Any) -> dict[str, Any]:

@@ -233,6 +233,15 @@ def index_of_some(exact: ItemIndex, items: np.ndarray) -> ItemIndex:
     return ItemIndex(flat, replace(groups, first=items[groups.first], members=items[groups.members]))
 
 
+def cosine_index(exact: ItemIndex) -> ItemIndex:
+    """A flat index of the same items by cosine: its vectors have length 1, those without length stay 0."""
+    flat = faiss.IndexFlatIP(exact.index.d)
+    for start in range(0, len(exact.groups), COPIED):
+        vectors = exact.index.reconstruct_n(start, min(COPIED, len(exact.groups) - start))
+        flat.add(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12))
+    return ItemIndex(flat, exact.groups)
+
+
 def brute_force(blocks: Iterator[np.ndarray], queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Scores and ids [q, k] of the k largest inner products with queries [q, D].
 

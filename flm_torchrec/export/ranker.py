@@ -117,19 +117,19 @@ class Ranker:
             users = order[: max(1, min(BLOCK, MOST_RESULTS // (k + int(lengths[order[:BLOCK]].max()))))]
             order = order[len(users) :]
             fast = self.index if among is None and k + int(lengths[users].max()) <= MOST_ASKED else None
-            scores[users], items[users] = _first(fast or among or self.exact, queries, k, left_out, users)
+            scores[users], items[users] = first_left(fast or among or self.exact, queries, k, left_out, users)
             if fast is not None:  # an approximate index may find too few
                 rest = np.minimum(k, self.rows.count - lengths[users])
                 short = users[(items[users] >= 0).sum(1) < rest]
                 if len(short):
-                    scores[short], items[short] = _first(self.exact, queries, k, left_out, short)
+                    scores[short], items[short] = first_left(self.exact, queries, k, left_out, short)
         return scores, items
 
 
-def _first(
+def first_left(
     index: ItemIndex, queries: np.ndarray, k: int, left_out: LeftOut, users: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and items [n, k] of some users [n] of a block, without what is left out for them."""
+    """The best scores and items [n, k] of an index for some users [n] of a block, without what is left out for them."""
     result = _blank(len(users), k)
     asked = k + int(left_out.lengths[users].max())
     scores, items = index.search(queries[users], min(asked, len(index.groups.members)))

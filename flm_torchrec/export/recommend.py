@@ -101,11 +101,13 @@ class ExportRecommender:
         return self._for_many(options, self.among(options), wanted)
 
     def check(self, options: RecommendOptions) -> None:
-        """Raise RunError where the head is unknown, or k is no number of items."""
+        """Raise RunError where the head is unknown, k is no number of items, or the filter is no mapping."""
         if isinstance(options.k, bool) or not isinstance(options.k, int | np.integer) or options.k < 1:
             raise RunError(f"-k {options.k}: ask for at least 1 item")
         if options.head not in self.manifest.heads:
             raise RunError(f"--head '{options.head}': choose one of {', '.join(self.manifest.heads)}")
+        if not isinstance(options.filter, Mapping):
+            raise RunError(f"filter: give lists of values by feature, not {options.filter!r:.60}")
 
     def check_many(self, options: RecommendOptions) -> None:
         """As `check`, and raise RunError where k is more than there are items."""
@@ -127,6 +129,15 @@ class ExportRecommender:
         """An index of the items that the filter allows; None without a filter.
 
         Raises:
+            RunError: as of `allowed`.
+        """
+        items = self.allowed(options)
+        return None if items is None else self.ranker.some(items)
+
+    def allowed(self, options: RecommendOptions) -> np.ndarray | None:
+        """The rows of items that the filter allows, ascending; None without a filter.
+
+        Raises:
             RunError: a name in the filter is unknown, or no item has a value of each feature.
         """
         if not options.filter:
@@ -136,7 +147,7 @@ class ExportRecommender:
             raise RunError(
                 f"filter: no item has a value of each of {', '.join(options.filter)}; ask for fewer features"
             )
-        return self.ranker.some(items)
+        return items
 
     @cached_property
     def shown(self) -> dict[str, pa.Array]:
@@ -167,17 +178,46 @@ class ExportRecommender:
 
     def _ranked(self, users: pa.Table, options: RecommendOptions, among: ItemIndex | None) -> pa.Table:
         """Rows of the users' file → their recommendations, with `COLUMNS`."""
-        seen = single_array(users["seen"])
-        lengths = seen.value_lengths().to_numpy()
-        if options.include_seen:
-            ragged = Ragged(np.zeros(len(users) + 1, np.int64), np.zeros(0, np.int64))
-        else:
-            offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-            ragged = Ragged(offsets, seen.flatten().to_numpy().astype(np.int64))
-        left_out = LeftOut.of(ragged, self.manifest.items)
+        lists = single_array(users["seen"])
+        lengths = lists.value_lengths().to_numpy()
+        seen = Ragged(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), lists.flatten().to_numpy())
         vectors = {head: decode(users[head]) for head in self.ranker.heads(options.head)}
+        return self.ranked(single_array(users["user_key"]), vectors, seen, options, among)
+
+    def ranked(
+        self,
+        users: pa.Array,
+        vectors: Mapping[str, np.ndarray],
+        seen: Ragged,
+        options: RecommendOptions,
+        among: ItemIndex | None,
+    ) -> pa.Table:
+        """Recommendations by vectors of users, with `COLUMNS`.
+
+        Args:
+            users: [q] names of the users.
+            vectors: by each of `Ranker.heads`, [q, D].
+            seen: items of the users' events.
+            among: as of `among`.
+        """
+        if options.include_seen:
+            seen = Ragged(np.zeros(len(users) + 1, np.int64), np.zeros(0, np.int64))
+        left_out = LeftOut.of(seen, self.manifest.items)
         scores, items = self.ranker.best(vectors, min(options.k, self.manifest.items), left_out, among)
-        return self.as_table(single_array(users["user_key"]), scores, items)
+        return self.as_table(users, scores, items)
+
+    def item_rows(self, keys: pa.Array, where: str) -> np.ndarray:
+        """[n] rows of items by their keys.
+
+        Raises:
+            RunError: a key is not that of an item of the export.
+        """
+        rows = pc.index_in(keys, value_set=self.shown["item"])
+        if rows.null_count:
+            key = keys.filter(pc.is_null(rows))[0].as_py()
+            known = self.shown["item"].slice(0, COMPARED).to_pylist()
+            raise RunError(f"{where}: no item '{key}' in {self.folder}; {nearest_key(str(key), known, COMPARED)}")
+        return rows.to_numpy().astype(np.int64)
 
     def as_table(self, users: pa.Array, scores: np.ndarray, items: np.ndarray) -> pa.Table:
         """Keys of users [q], scores and items [q, k] as of `Ranker.best` → rows with `COLUMNS`."""

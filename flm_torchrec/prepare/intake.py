@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from flm_torchrec.documents import read_json
 from flm_torchrec.files import write_text
 from flm_torchrec.prepare.clean import Dropped, drop_bad
-from flm_torchrec.prepare.sources.source_data import Shard, SourceData
+from flm_torchrec.prepare.sources.source_data import IN_MEMORY, Shard, SourceData
 
 NO_ROWS = pl.DataFrame(
     schema={
@@ -34,7 +34,7 @@ class FrameShard:
 
     frame: pl.DataFrame
 
-    identity = "in memory"
+    identity = IN_MEMORY
 
     @property
     def name(self) -> str:

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from pydantic.dataclasses import dataclass
 
 from flm_torchrec.data.schema import Entity, Kind, Table
-from flm_torchrec.prepare.column_options import parse_columns, parse_kinds
+from flm_torchrec.prepare.column_options import check_columns, check_kinds, parse_columns, parse_kinds
 from flm_torchrec.prepare.memory import GIB, memory_bytes
 from flm_torchrec.prepare.table_options import parse_tables
 
@@ -273,7 +273,9 @@ class LogOptions:
 
     @model_validator(mode="after")
     def _check(self) -> LogOptions:
+        check_columns(self.columns)
         for entity, file, kinds in (("item", self.items, self.item_features), ("user", self.users, self.user_features)):
+            check_kinds(kinds, f"--{entity}-features")
             if kinds and not file:
                 raise ValueError(f"--{entity}-features: name the file that has them with --{entity}s")
         if self.title and self.item_features.get(self.title) != "text":

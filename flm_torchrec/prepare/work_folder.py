@@ -14,7 +14,7 @@ from typing import Any
 import duckdb
 
 from flm_torchrec.errors import DataError
-from flm_torchrec.prepare.intake import FrameShard
+from flm_torchrec.prepare.sources.source_data import IN_MEMORY
 from flm_torchrec.safe_text import first_line
 
 FORMAT = 3
@@ -39,7 +39,7 @@ def work_folder(output: Path, made_of: list[Any]) -> Iterator[Path]:
     try:
         _remove_others(output, folder)
         folder.mkdir(mode=0o700, exist_ok=True)  # it holds the keys as they are in the logs
-        _remove_unfinished(folder, resumable=FrameShard.identity not in made_of)
+        _remove_unfinished(folder, resumable=IN_MEMORY not in made_of)
         yield folder
         shutil.rmtree(folder)
     except (OSError, duckdb.IOException) as error:

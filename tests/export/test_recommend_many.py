@@ -168,7 +168,7 @@ def test_users_of_a_file_are_answered_once(mixed: Path, tmp_path: Path, capsys: 
         (["--users", "{d}/ids.csv"], "no column 'user|user_id|user_key'"),
         (["--users", "{d}/gap.txt"], "gap.txt: row 2 has no id"),
         (["--users", "{d}/none.txt"], "none.txt: cannot be read"),
-        (["--users", "{d}/empty.txt"], "empty.txt: names no users"),
+        (["--users", "{d}/empty.txt"], "empty.txt: has no ids"),
         (["--all", "--json"], "--output: name the Parquet file"),
         (["--user", "u1"], "--output: is of --users and --all"),
         (["--all", "--output", "{d}/recs.csv"], "give an --output that ends in .parquet"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 
 from flm_torchrec.data.schema import Kind
 from flm_torchrec.errors import DataError
@@ -15,7 +16,7 @@ from flm_torchrec.prepare.options import EntityTable, NumberForm, TextForm
 from flm_torchrec.prepare.sources.json_lines import JsonShard
 from flm_torchrec.prepare.sources.lists import as_lists, refuse_lists
 from flm_torchrec.prepare.sources.number_text import number_expression, read_numbers
-from flm_torchrec.prepare.sources.shards import ENDINGS, CsvShard, InputFile, ParquetShard, find_files
+from flm_torchrec.prepare.sources.shards import ENDINGS, CsvShard, InputFile, ParquetShard, TableShard, find_files
 from flm_torchrec.prepare.sources.source_data import Shard
 from flm_torchrec.prepare.sources.tables import cast
 from flm_torchrec.safe_text import redact_address
@@ -23,23 +24,23 @@ from flm_torchrec.safe_text import redact_address
 NUMERIC = ("numeric", "quantile")
 
 
-def read_table(table: EntityTable, form: TextForm, dropped: Dropped) -> pl.DataFrame:
+def read_table(table: EntityTable, form: TextForm, dropped: Dropped, in_memory: pa.Table | None = None) -> pl.DataFrame:
     """The key column and the features, as the files have them, under the names that the options give.
 
     Args:
         dropped: takes notes. A row that cannot be read is an error.
+        in_memory: the table itself, in place of its files.
 
     Raises:
         DataError: a file or column is missing, or a row cannot be read.
     """
-    source = _source(table.file)
     columns = (table.key, *table.kinds)
     short = {name: f"c{n}" for n, name in enumerate(dict.fromkeys(columns))}  # a shard adds columns `file` and `row`
-    frames = []
-    for file in find_files(source, table.file, table.option):
-        frames += list(_shard(source, file, table, form, short).batches(dropped))
+    frames: list[pl.DataFrame] = []
+    for name, shard in _shards(table, form, short, in_memory):
+        frames += list(shard.batches(dropped))
         for reason, examples in dropped.examples.items():
-            raise DataError(f"{file.url}: {reason} ({examples[0]}); mend it, every row of this file is needed")
+            raise DataError(f"{name}: {reason} ({examples[0]}); mend it, every row of this file is needed")
     if not frames:
         raise DataError(f"{table.file}: has no rows; give a file with data")
     try:
@@ -93,7 +94,7 @@ def one_row_a_key(
     return described.unique("key", keep="first" if duplicates == "first" else "last", maintain_order=True)
 
 
-def _source(location: str) -> str:
+def source_of(location: str) -> str:
     """The format, by the ending of the name or, in a folder, of the first file with a known ending; else CSV."""
     folder = Path(location)
     names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else [location]
@@ -102,6 +103,18 @@ def _source(location: str) -> str:
             if name.endswith(endings):
                 return source
     return "csv"
+
+
+def _shards(
+    table: EntityTable, form: TextForm, short: dict[str, str], in_memory: pa.Table | None
+) -> Iterator[tuple[str, Shard]]:
+    """Shards with their names in errors."""
+    if in_memory is not None:
+        yield table.file, TableShard.of(table.file, in_memory, tuple(short), lambda frame: frame.rename(short))
+        return
+    source = source_of(table.file)
+    for file in find_files(source, table.file, table.option):
+        yield file.url, _shard(source, file, table, form, short)
 
 
 def _shard(source: str, file: InputFile, table: EntityTable, form: TextForm, short: dict[str, str]) -> Shard:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import PurePosixPath
+from types import MappingProxyType
 
 import polars as pl
+import pyarrow as pa
 
 from flm_torchrec.data.keys import NO_EVENT, keys
+from flm_torchrec.data.schema import Entity
 from flm_torchrec.data.times import check_unit, seconds
 from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.clean import Dropped
@@ -18,19 +22,22 @@ from flm_torchrec.prepare.options import EntityTable, LogOptions, NumberForm
 from flm_torchrec.prepare.sources.entity_tables import as_kind, one_row_a_key, read_table
 from flm_torchrec.prepare.sources.json_lines import JsonShard
 from flm_torchrec.prepare.sources.number_text import read_numbers
-from flm_torchrec.prepare.sources.shards import CsvShard, InputFile, ParquetShard, find_files
+from flm_torchrec.prepare.sources.shards import CsvShard, InputFile, ParquetShard, TableShard, find_files
 from flm_torchrec.prepare.sources.source_data import DeclaredFeature, Shard, SourceData
 from flm_torchrec.prepare.sources.tables import cast
 from flm_torchrec.safe_text import redact_address
 
+NO_TABLES: Mapping[Entity, pa.Table] = MappingProxyType({})
 
-def read(source: str, location: str, options: LogOptions) -> SourceData:
+
+def read(source: str, location: str, options: LogOptions, tables: Mapping[Entity, pa.Table] = NO_TABLES) -> SourceData:
     """A file, all files of a folder, or all that a pattern such as `logs/2024-*.csv` matches, by name.
 
     The logs are read later, shard by shard; the tables of items and users are read here.
 
     Args:
         source: format of the logs: parquet, csv or jsonl.
+        tables: of items and users that are in memory, in place of the files of the options.
 
     Raises:
         DataError: a file or column is missing, a file is corrupt or empty, a key occurs twice.
@@ -38,13 +45,36 @@ def read(source: str, location: str, options: LogOptions) -> SourceData:
     make_shard = _SHARDS[source]
     # Read with other options, a file is another shard.
     files = [replace(file, identity=f"{file.identity} {options}") for file in find_files(source, location)]
-    shards = tuple(make_shard(file, options) for file in files)
+    name = re.sub(r"[*?\[\]]", "", PurePosixPath(redact_address(location)).stem) or source
+    return _with_tables(name, source, [make_shard(file, options) for file in files], (options, tables))
+
+
+def read_table_of_events(
+    name: str, events: pa.Table, options: LogOptions, tables: Mapping[Entity, pa.Table] = NO_TABLES
+) -> SourceData:
+    """Logs that are an Arrow table in memory.
+
+    Args:
+        name: of the data.
+        tables: as of `read`.
+
+    Raises:
+        DataError: as of `read`.
+    """
+    shard = TableShard.of("events", events, _columns(options), partial(_roles, options, "events"))
+    return _with_tables(name, "table", [shard], (options, tables))
+
+
+def _with_tables(
+    name: str, source: str, shards: Sequence[Shard], described: tuple[LogOptions, Mapping[Entity, pa.Table]]
+) -> SourceData:
+    options, in_memory = described
     notes = Dropped()
-    tables = {table.entity: _described(table, options, notes) for table in options.entity_tables}
+    tables = {t.entity: _described(t, options, notes, in_memory.get(t.entity)) for t in options.entity_tables}
     return SourceData(
-        name=re.sub(r"[*?\[\]]", "", PurePosixPath(redact_address(location)).stem) or source,
+        name=name,
         source=source,
-        interactions=shards,
+        interactions=tuple(shards),
         items=tables.get("item"),
         users=tables.get("user"),
         features=tuple(DeclaredFeature(n, t.entity, k) for t in options.entity_tables for n, k in t.kinds.items()),
@@ -101,10 +131,12 @@ def _times(column: pl.Series, unit: str, file: str) -> pl.Series:
     return times
 
 
-def _described(table: EntityTable, options: LogOptions, notes: Dropped) -> pl.DataFrame:
+def _described(
+    table: EntityTable, options: LogOptions, notes: Dropped, in_memory: pa.Table | None = None
+) -> pl.DataFrame:
     """Keys and features of items or users, one row each."""
     file = redact_address(table.file)
-    frame = read_table(table, options.form, notes)
+    frame = read_table(table, options.form, notes, in_memory)
     ids = keys(frame[table.key], file).rename("key")
     columns = [as_kind(frame[name], kind, options.form, file, notes.note) for name, kind in table.kinds.items()]
     if ids.null_count():

@@ -6,7 +6,7 @@ import glob
 import io
 import lzma
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -27,6 +27,7 @@ from flm_torchrec.prepare.clean import Dropped
 from flm_torchrec.prepare.options import TextForm
 from flm_torchrec.prepare.sources import lines
 from flm_torchrec.prepare.sources.columns import find_all
+from flm_torchrec.prepare.sources.source_data import IN_MEMORY
 from flm_torchrec.safe_text import first_line, redact_address
 
 ENDINGS = {"parquet": (".parquet",), "csv": (".csv", ".csv.gz"), "jsonl": (".jsonl", ".jsonl.gz", ".ndjson")}
@@ -141,6 +142,14 @@ class FileShard:
         frame = self.to_roles(frame_of(table))
         return frame.with_columns(pl.lit(self.name).alias("file"), pl.Series("row", rows, dtype=pl.Int64))
 
+    def _numbered(self, batches: Iterable[pa.RecordBatch], wanted: Mapping[str, str]) -> Iterator[pl.DataFrame]:
+        """Batches of typed columns, with the path of each column by its name."""
+        row = 1
+        for batch in batches:
+            table = pa.table({name: _at(batch, path) for name, path in wanted.items()})
+            yield self._rows(table, np.arange(row, row + len(batch)))
+            row += len(batch)
+
     def _drop(self, dropped: Dropped, before: int) -> Callable[[np.ndarray, str], None]:
         """What counts lines by number as dropped for a reason; `before` lines stand before the first row."""
 
@@ -159,20 +168,38 @@ class ParquetShard(FileShard):
         Raises:
             DataError: corrupt, or a column is missing or of a type that cannot be its role's.
         """
-        row = 1
         try:
             with self.file.open() as stream, pq.ParquetFile(stream) as parquet:
                 wanted = find_all(self.columns, _paths(parquet.schema_arrow), self.file.url, dropped.note)
                 if parquet.metadata.num_rows == 0:
                     raise DataError(f"{self.file.url}: has no rows; give a file with data")
-                for batch in parquet.iter_batches(ROWS, columns=list(dict.fromkeys(wanted.values()))):
-                    table = pa.table({name: _at(batch, path) for name, path in wanted.items()})
-                    yield self._rows(table, np.arange(row, row + len(batch)))
-                    row += len(batch)
+                columns = list(dict.fromkeys(wanted.values()))
+                yield from self._numbered(parquet.iter_batches(ROWS, columns=columns), wanted)
         except (pa.ArrowException, OSError) as error:
             raise DataError(
                 f"{self.file.url}: not a readable Parquet file ({first_line(error)}); write it again"
             ) from error
+
+
+@dataclass(frozen=True)
+class TableShard(FileShard):
+    """An Arrow table in memory, under a name in place of a file; rows are numbered from 1."""
+
+    table: pa.Table
+
+    @classmethod
+    def of(cls, name: str, table: pa.Table, columns: tuple[str, ...], to_roles: ToRoles) -> TableShard:
+        """A table that errors and the report call `name`."""
+        return cls(InputFile(name, name, IN_MEMORY), columns, to_roles, table)
+
+    def batches(self, dropped: Dropped) -> Iterator[pl.DataFrame]:
+        """See `Shard`.
+
+        Raises:
+            DataError: a column is missing or of a type that cannot be its role's.
+        """
+        wanted = find_all(self.columns, _paths(self.table.schema), self.file.url, dropped.note)
+        yield from self._numbered(self.table.to_batches(ROWS), wanted)
 
 
 def _paths(fields: Iterable[pa.Field], before: str = "") -> list[str]:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from flm_torchrec.prepare.clean import Dropped
 
 
+IN_MEMORY = "in memory"
+"""`Shard.identity` of what is in memory, and so cannot be found again after a kill."""
+
+
 @dataclass(frozen=True)
 class DeclaredFeature:
     """A feature column of the items or users of a source."""

@@ -41,7 +41,7 @@ def distinct_users(column: pl.Series, where: str) -> pa.Array:
     """
     ids = keys(column, where)
     if not len(ids):
-        raise DataError(f"{where}: names no users; give one at least")
+        raise DataError(f"{where}: has no ids; give one at least")
     if ids.null_count():
         raise DataError(f"{where}: row {ids.is_null().arg_max() + 1} has no id; remove the row")  # type: ignore[operator]
     return ids.unique(maintain_order=True).to_arrow().cast(pa.string())

@@ -1,0 +1,115 @@
+"""The evaluation of a run: `flm evaluate` and `Run.evaluate` call this file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from flm_torchrec.documents import Unreadable, read_json
+from flm_torchrec.errors import DataError, RunError
+from flm_torchrec.files import telling, write_text
+
+if TYPE_CHECKING:
+    from flm_torchrec.data.dataset import PreparedData
+    from flm_torchrec.data.splits import Examples
+    from flm_torchrec.evaluation.evaluate import Evaluation
+
+Split = Literal["test", "valid"]
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What to rank."""
+
+    split: Split = "test"
+    users: Sequence[str] = ()
+    """Ids of the users to rank for; none: all."""
+    sample: bool = False
+    """Load and rank only the users that a run with `data.stream` validated on."""
+    overrides: Sequence[str] = ()
+    """Of the run's settings."""
+    given: Mapping[str, str] | None = None
+    """Options of the command, which all ranks must have been given alike."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The evaluation of a run, and what it must share with a run that it is compared with."""
+
+    evaluation: Evaluation
+    examples: Examples
+    fingerprint: str
+    oracle: dict[str, dict[str, float]] | None
+    ks: tuple[int, ...]
+    main: bool
+    """Whether this is rank 0."""
+
+
+def evaluate_run(run: str | os.PathLike[str], options: EvaluateOptions, keep_ranks: bool = False) -> Evaluated:
+    """Rank the held-out events of a run; collective.
+
+    Args:
+        keep_ranks: give every example's rank too.
+
+    Raises:
+        FlmError: an option, the run or its data is wrong, or the model has diverged.
+    """
+    # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
+    import numpy as np
+
+    from flm_torchrec.evaluation.evaluate import EvaluationTask, evaluate
+    from flm_torchrec.training.restore import restore
+
+    with restore(Path(run), options.overrides, options.sample, options.given) as restored:
+        job = restored.job
+        splits = job.events.splits
+        examples = splits.test if options.split == "test" else splits.valid
+        if options.users:
+            examples = examples.take(np.array(_rows_of(options.users, job.data.user_keys, examples.user.tolist())))
+        task = EvaluationTask(job.data, examples, options.split, job.events.seen, splits.cold_items, keep_ranks)
+        evaluation = evaluate(task, job.encoder(examples), job.comm, job.config.eval)
+        oracle = _oracle(job.data, examples)
+        return Evaluated(evaluation, examples, job.data.fingerprint, oracle, job.config.eval.ks, job.comm.main)
+
+
+def write_evaluation(
+    run: str | os.PathLike[str], evaluation: Evaluation, more: Mapping[str, Any] | None = None
+) -> None:
+    """Write `evaluation-SPLIT.json` into the run's folder, with more entries.
+
+    Raises:
+        RunError: the disk cannot be written.
+    """
+    file = Path(run) / f"evaluation-{evaluation.split}.json"
+    with telling(file, "make room"):
+        write_text(file, json.dumps({**evaluation.to_json(), **(more or {})}, indent=2))
+
+
+def _rows_of(keys: Sequence[str], user_keys: list[str], users: list[int]) -> list[int]:
+    """Indices of the examples of the users named."""
+    user_of = {key: user for user, key in enumerate(user_keys)}
+    example_of = {user: row for row, user in enumerate(users)}
+    for key in keys:
+        if key not in user_of:
+            raise RunError(f"--user '{key}': not in users.parquet; ids are those of the source, e.g. '{user_keys[0]}'")
+        if user_of[key] not in example_of:
+            raise RunError(f"--user '{key}': has no held-out event in this split; choose another user")
+    return [example_of[user_of[key]] for key in keys]
+
+
+def _oracle(data: PreparedData, examples: Examples) -> dict[str, dict[str, float]] | None:
+    """Metrics of the best possible ranking, over all examples and by segment; only synthetic data know it.
+
+    It is that of every user's last event: None where other events are ranked, or not all of these.
+    """
+    if len(examples) != data.schema.users or (examples.end != data.offsets[1:] - 1).any():
+        return None
+    file = data.path / "report.json"
+    try:
+        return read_json(file).get("oracle")
+    except (Unreadable, AttributeError) as error:
+        raise DataError(f"{file}: not a report of 'flm prepare' ({error}); prepare the data again") from error

@@ -1,0 +1,124 @@
+"""The export of a run: `flm export` and `Run.export` call this file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
+
+from flm_torchrec.config import first_problem
+from flm_torchrec.errors import ConfigError, RunError
+from flm_torchrec.export.manifest import RECALL, IndexKind, Manifest, Quantise, Storage, read_manifest
+
+if TYPE_CHECKING:
+    from flm_torchrec.export.delta import Delta
+    from flm_torchrec.export.write import ExportSource
+    from flm_torchrec.training.restore import Restored
+
+Tower = Literal["int8", "fp32", "none"]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class ExportChoices:
+    """How a run is exported; None: as in the export that a delta is made from, or the default."""
+
+    storage: Storage | None = None
+    quantise: Quantise | None = None
+    index: IndexKind | None = None
+    recall: float | None = None
+    tower: Tower = "int8"
+    """How the packaged user tower stores the rows of its tables; none: it is not packaged."""
+    since: Path | None = None
+    """Older export: write only the rows that differ from it."""
+
+    def check(self, output: Path) -> Manifest | None:
+        """The manifest of the older export, if there is one.
+
+        Raises:
+            RunError: choices contradict each other.
+        """
+        older = read_manifest(self.since) if self.since else None
+        if older is not None and self.since is not None and output.resolve() == self.since.resolve():
+            raise RunError(f"{output}: is what the delta is to be applied to; give another --output")
+        if older is not None and self.index:
+            raise RunError(
+                "--index: a delta has none; 'flm apply-delta' makes one of the kind that the older export has"
+            )
+        if self.recall is not None and (older is not None or not 0 < self.recall <= 1):
+            raise RunError(f"--recall {self.recall}: give a number above 0 and up to 1, and not with --since")
+        return older
+
+
+def choices_of(given: Mapping[str, Any]) -> ExportChoices:
+    """Checked choices.
+
+    Raises:
+        ConfigError: there is no such choice, or it makes a delta, from which nothing can be recommended.
+    """
+    if "since" in given:
+        raise ConfigError("export: 'since' writes a delta; make it with 'flm export --since'")
+    try:
+        return ExportChoices(**given)
+    except ValidationError as error:
+        raise ConfigError(f"export: {first_problem(error)}") from error
+
+
+def export_run(
+    run: str | os.PathLike[str],
+    output: Path,
+    choices: ExportChoices,
+    overwrite: bool = False,
+    overrides: Sequence[str] = (),
+    options: Mapping[str, str] | None = None,
+) -> Manifest | Delta | None:
+    """Export the best model of a run, complete or as a delta; collective. None on ranks other than 0.
+
+    Args:
+        overrides: of the run's settings.
+        options: of the command, which all ranks must have been given alike.
+
+    Raises:
+        FlmError: a choice, the run, its data or the output is wrong.
+    """
+    # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
+    from flm_torchrec.export.delta import export_delta
+    from flm_torchrec.export.write import ExportOptions, check_output, export
+    from flm_torchrec.training.restore import restore
+
+    check_output(output, overwrite)
+    older = choices.check(output)
+    with restore(Path(run), overrides, options=options) as restored:
+        job, source = restored.job, _source(restored, choices.tower)
+        how = ExportOptions(
+            storage=choices.storage or (older.storage if older else "parquet"),
+            quantise=choices.quantise or (older.quantise if older else "none"),
+            index=choices.index or "flat",
+            recall=RECALL if choices.recall is None else choices.recall,
+            user_block=job.config.eval.user_block,
+            item_block=job.config.eval.item_block,
+        )
+        if choices.since is not None:
+            return export_delta(source, job.comm, choices.since, output, how, overwrite)
+        return export(source, job.comm, output, how, overwrite)
+
+
+def _source(restored: Restored, tower: Tower) -> ExportSource:
+    from flm_torchrec.data.splits import everyone
+    from flm_torchrec.export.quality import ValidationSet
+    from flm_torchrec.export.tower.writer import write_tower
+    from flm_torchrec.export.write import ExportSource
+    from flm_torchrec.training.gathered import GatheredModel
+
+    job, valid = restored.job, restored.job.events.splits.valid
+    encoder = job.encoder(everyone(job.data))
+    validation = ValidationSet(job.encoder(valid), valid)
+    source = ExportSource(job.data, encoder, job.train_stats.items > 0, restored.version, validation)
+    if tower == "none":
+        return source
+    model, main = GatheredModel(job), job.comm.rank == 0
+    return replace(source, beside=lambda folder: write_tower(job.data, model, main, tower, folder))

@@ -1,0 +1,161 @@
+"""A run: trained, evaluated, exported. `flm train` calls this file too."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flm_torchrec.config import load_config, overrides_of
+from flm_torchrec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flm_torchrec.api.evaluation import Split
+    from flm_torchrec.api.recommender import Recommender
+    from flm_torchrec.config import Config
+    from flm_torchrec.frames import Frame, FrameKind
+
+
+def train(
+    data: str | os.PathLike[str],
+    run: str | os.PathLike[str],
+    /,
+    *,
+    config: str | os.PathLike[str] | None = None,
+    **sections: Mapping[str, Any],
+) -> Run:
+    """Pretrain a model on prepared data, and leave a run folder with config, metrics and the best checkpoint.
+
+    Args:
+        data: folder of prepared data, or what `prepare` returned.
+        run: folder to write.
+        config: YAML file of settings; the sections override it.
+        sections: settings by section, such as `train={"epochs": 10}, model={"dim": 32}`; `flm train --help` lists all.
+
+    Raises:
+        FlmError: a setting, the data or the run folder is wrong.
+        Interrupted: Ctrl-C; the state is saved, and `train={"existing": "resume"}` goes on.
+
+    Example:
+        >>> import flm_torchrec as flm
+        >>> settings = {"train": {"max_steps": 4, "batch_size": 32}, "model": {"dim": 8}, "data": {"max_history": 5}}
+        >>> run = flm.train("data/shop", "runs/shop", **settings)  # doctest: +ELLIPSIS
+        shop: 40 users, 30 items, ...
+        >>> run.path.name, run.config.model.dim
+        ('shop', 8)
+    """
+    given = [*overrides_of(sections), f"data.path={os.fspath(data)}", f"train.run={os.fspath(run)}"]
+    pretrain_run(config, given)
+    return Run.load(run)
+
+
+def pretrain_run(file: str | os.PathLike[str] | None, overrides: Sequence[str]) -> None:
+    """Pretrain the run that a config file and overrides describe; collective.
+
+    Raises:
+        FlmError: a setting, the data or the run folder is wrong.
+    """
+    config = load_config(None if file is None else Path(file), overrides)
+    # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
+    from flm_torchrec.training.trainer import pretrain
+    from flm_torchrec.training.warm_start import warm_config
+
+    if config.train.warm_start and file is None:
+        config = warm_config(Path(config.train.warm_start), overrides)
+    pretrain(config)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run, in its folder."""
+
+    path: Path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Run:
+        """The run of a folder of `flm train`, `flm finetune` or `flm follow`.
+
+        Raises:
+            RunError: the folder is no run, or has no model yet.
+
+        Example:
+            >>> import flm_torchrec as flm
+            >>> flm.Run.load("runs/shop").config.train.batch_size
+            32
+        """
+        from flm_torchrec.training.identity import check_has_model
+
+        check_has_model(Path(path))
+        return cls(Path(path))
+
+    @property
+    def config(self) -> Config:
+        """The settings that the run was made with."""
+        return load_config(self.path / "config.yaml")
+
+    def evaluate(self, split: Split = "test", frame: FrameKind = "polars", **settings: Any) -> Frame:
+        """Rank every item for the held-out event of each user, by each head, their fusion and the baselines.
+
+        Args:
+            split: "test", each user's last event, or "valid".
+            frame: "polars", "pandas" or "arrow".
+            settings: of section `eval`, such as `ks=[10]` or `baselines=[]`.
+
+        Returns:
+            A row for each segment and scorer: `segment` ("all" for all users), `scorer`, and a column for each metric.
+
+        Raises:
+            FlmError: a setting, the run or its data is wrong.
+
+        Example:
+            >>> import flm_torchrec as flm
+            >>> table = flm.Run.load("runs/shop").evaluate(ks=[10], baselines=["popularity"])
+            >>> table.columns
+            ['segment', 'scorer', 'hr@10', 'ndcg@10', 'mrr', 'coverage@10']
+            >>> table["scorer"].to_list()[:2]
+            ['popularity', 'content']
+        """
+        import pyarrow as pa
+
+        from flm_torchrec.api.evaluation import EvaluateOptions, evaluate_run, write_evaluation
+        from flm_torchrec.frames import check_kind, framed
+
+        check_kind(frame)
+        if split not in ("test", "valid"):
+            raise ConfigError(f"split '{split}': choose test or valid")
+        options = EvaluateOptions(split, overrides=overrides_of({"eval": settings}))
+        evaluation = evaluate_run(self.path, options).evaluation
+        write_evaluation(self.path, evaluation)
+        tables = {"all": evaluation.table, **evaluation.segments}
+        rows = [
+            {"segment": segment, "scorer": scorer, **metrics}
+            for segment, table in tables.items()
+            for scorer, metrics in table.items()
+        ]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        return framed(pa.table({name: [row.get(name) for row in rows] for name in names}), frame)
+
+    def export(self, output: str | os.PathLike[str], *, overwrite: bool = False, **choices: Any) -> Recommender:
+        """Write embeddings, an index and the user tower, and open them as a recommender.
+
+        Args:
+            output: folder to write.
+            overwrite: replace an older export; anything else is never replaced.
+            choices: `storage` ("parquet", "arrow"), `quantise` ("none", "fp16", "int8"), `index` ("flat", "hnsw",
+                "ivfpq", "none"), `recall` (what the index must reach), `tower` ("int8", "fp32", "none").
+
+        Raises:
+            FlmError: a choice, the run, its data or the output is wrong.
+
+        Example:
+            >>> import flm_torchrec as flm
+            >>> flm.Run.load("runs/shop").export("exports/shop", tower="none").users  # no histories without the tower
+            40
+        """
+        from flm_torchrec.api.export import choices_of, export_run
+        from flm_torchrec.api.recommender import Recommender
+
+        export_run(self.path, Path(output), choices_of(choices), overwrite=overwrite)
+        return Recommender(output)
