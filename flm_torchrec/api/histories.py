@@ -22,7 +22,7 @@ ENCODED = 256
 """Histories that the tower encodes at once."""
 
 
-class Histories:
+class HistoryTable:
     """Events by user, in the order of the users' first rows; the events of a user in order of time, then of row.
 
     Without timestamps events come in the order of the rows, with the data's usual gap between two.

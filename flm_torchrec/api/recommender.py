@@ -235,12 +235,12 @@ class Recommender:
         return cosine_index(self.export.ranker.exact)
 
     def _by_histories(self, table: pa.Table, options: RecommendOptions) -> pa.Table:
-        from flm_torchrec.api.histories import Histories
+        from flm_torchrec.api.histories import HistoryTable
 
         if "user" not in table.column_names:
             raise DataError("histories: no column 'user'; give each history a name there")
         among = self.export.among(options)
-        histories = Histories(table, self.export, self.tower)
+        histories = HistoryTable(table, self.export, self.tower)
         heads, names = self.export.ranker.heads(options.head), self.export.manifest.heads
         tables = [COLUMNS.empty_table()]
         for some, vectors in histories.blocks():

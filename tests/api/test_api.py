@@ -273,6 +273,7 @@ def test_tables_come_out_as_asked(service: Service, small: PreparedData) -> None
         np.testing.assert_array_equal(np.array([list(row) for row in column], np.float32), vectors)
 
 
+PANDA: Any = "panda"
 HISTORY = {"user": ["a", "a"], "item": ["i1", "i2"]}
 WRONG_QUESTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "user": (lambda r: r.recommend(["u1", "uu"]), "user 'uu': not in"),
@@ -299,7 +300,7 @@ WRONG_QUESTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "vector": (lambda r: r.embeddings("users", "contnt"), "did you mean 'content'?"),
     "of": (lambda r: r.embeddings("user"), "embeddings 'user': choose items or users"),
     "option": (lambda r: r.recommend_to("x.parquet", kk=3), "recommend_to: no option 'kk'"),
-    "frame": (lambda r: flm.Recommender(r.export.folder, *["panda"]), "frame 'panda': did you mean 'pandas'?"),
+    "frame": (lambda r: flm.Recommender(r.export.folder, PANDA), "frame 'panda': did you mean 'pandas'?"),
     "export": (lambda r: flm.Recommender("none"), "manifest.json: not found"),
 }  # fmt: skip
 
