@@ -15,7 +15,7 @@ PIP = $(BIN)/pip install -qq --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 # README.md must work without the extras: in .venv while it has none, else in an environment of its own.
 BASE := $(if $(wildcard $(EXTRAS)),.venv-base,$(VENV))
-CODE = flm_torchrec launch tests tools
+CODE = flm_torchrec launch tests tools examples
 # Folders of tests that run without the extras.
 IN_BASE = tests/training tests/model tests/data tests/evaluation
 # A CUDA driver decides which build of torch and fbgemm can load.
