@@ -26,7 +26,7 @@ class Example:
     items: pl.DataFrame
     prepare: dict[str, Any]
     """Options of `flm.prepare`."""
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     """Sections of `flm.train`."""
 
 
