@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
+import shutil
 import signal
-import tempfile
 import traceback
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +57,18 @@ class Edge:
     def url(self, args: argparse.Namespace) -> str:
         """The address to show."""
         return f"{'https' if self.tls else 'http'}://{args.host}:{args.port}"
+
+
+@dataclass(frozen=True)
+class WorkerStart:
+    """What a worker begins with."""
+
+    link: Link
+    """To the supervisor."""
+    swapped: str | None
+    """The export to serve, where another was swapped in for that of the options."""
+    exports: Path
+    """Folder of the arrays that all workers map."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -169,7 +182,10 @@ def _supervise(args: argparse.Namespace, edge: Edge) -> None:
     Raises:
         SystemExit: a worker could not begin; it has said why.
     """
+    from flm_torchrec.serve.server_folder import EXPORTS, METRICS, server_folder
     from flm_torchrec.serve.supervisor import Supervisor
+
+    supervisor = os.getpid()
 
     def fail(error: BaseException) -> int:
         if isinstance(error, FlmError):
@@ -178,20 +194,39 @@ def _supervise(args: argparse.Namespace, edge: Edge) -> None:
         traceback.print_exception(error)
         return 1
 
-    with tempfile.TemporaryDirectory(prefix="flm-serve-") as metrics:
-        os.environ[SHARED_METRICS] = metrics
+    with server_folder() as folder:
+        os.environ[SHARED_METRICS] = str(folder / METRICS)
+        _import_for_workers()
+
+        def work(link: Link, swapped: str | None) -> None:
+            try:
+                _serve(args, edge, WorkerStart(link, swapped, folder / EXPORTS))
+            finally:
+                if os.getppid() != supervisor:  # it was killed, so nobody else removes the folder
+                    shutil.rmtree(folder, ignore_errors=True)
+
         ready = partial(print, f"{edge.url(args)} from {args.workers} processes", flush=True)
-        code = Supervisor(lambda link, export: _serve(args, edge, link, export), fail, ready).run(args.workers)
+        code = Supervisor(work, fail, ready).run(args.workers)
     if code:
         raise SystemExit(code)
 
 
-def _serve(args: argparse.Namespace, edge: Edge, link: Link | None = None, swapped: str | None = None) -> None:
+def _import_for_workers() -> None:
+    """Import what workers run, so that forks share it in memory, and a crashed worker is back soon."""
+    import pyarrow.dataset  # noqa: F401 (loading an export would import this and the next one, 100 MB of modules)
+    import torch._functorch.aot_autograd  # noqa: F401
+
+    from flm_torchrec.serve import app, server  # noqa: F401
+
+    gc.collect()
+    gc.freeze()  # the collector of a fork would write into the pages of all objects that it has from here
+
+
+def _serve(args: argparse.Namespace, edge: Edge, worker: WorkerStart | None = None) -> None:
     """Serve in this process until SIGTERM or Ctrl-C.
 
     Args:
-        link: to the supervisor; None without one.
-        swapped: the export to serve, where another was swapped in for that of the options.
+        worker: where this process is one of several.
 
     Raises:
         RunError: the export or the store cannot be used.
@@ -201,10 +236,16 @@ def _serve(args: argparse.Namespace, edge: Edge, link: Link | None = None, swapp
     from flm_torchrec.serve.connections import ConnectionLimits
     from flm_torchrec.serve.event_store import EventStore, StoreLimits
     from flm_torchrec.serve.server import serve
+    from flm_torchrec.serve.server_folder import SharedExports
     from flm_torchrec.serve.service import Service
 
     kept = StoreLimits(days=args.keep_days, events=args.keep_events)
-    service = Service(args.export, EventStore(store_file(args), kept), Path(swapped) if swapped else None)
+    store = EventStore(store_file(args), kept)
+    if worker is None:
+        service = Service(args.export, store)
+    else:
+        swapped = Path(worker.swapped) if worker.swapped else None
+        service = Service(args.export, store, swapped, SharedExports(worker.exports))
     limits = ServerLimits(
         threads=args.threads,
         waiting=args.waiting,
@@ -217,12 +258,13 @@ def _serve(args: argparse.Namespace, edge: Edge, link: Link | None = None, swapp
     connections = ConnectionLimits(min(edge.most, args.connections or edge.most))
     folder, manifest = service.loaded.folder, service.loaded.manifest
     told = f"{folder}: {manifest.items} items, {manifest.users} users; model {manifest.model_version}"
-    if link is None:
+    if worker is None:
         print(told)
         serve(
             create_app(service, limits), edge.bound, connections, edge.tls, partial(print, edge.url(args), flush=True)
         )
         return
+    link = worker.link
     link.follow(lambda export: service.follow(Path(export)))
     app = create_app(service, limits, lambda export: link.tell({"swapped": export}))
     serve(app, edge.bound, connections, edge.tls, lambda: link.tell({"ready": True}))

@@ -19,6 +19,7 @@ import numpy as np
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.manifest import RECALL, IndexKind, IndexReport, Manifest
+from flm_torchrec.export.mapped import IN_MEMORY, MappedFiles
 from flm_torchrec.export.parts import ExportRows
 from flm_torchrec.export.vectors import decode
 
@@ -68,6 +69,10 @@ class Groups:
         members = np.argsort(row, kind="stable")
         starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))])
         return cls(row, members[starts[:-1]], starts, members)
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """The fields in order."""
+        return self.row, self.first, self.starts, self.members
 
     def __len__(self) -> int:
         return len(self.first)
@@ -134,6 +139,14 @@ class ItemIndex:
         return np.repeat(scores, lengths), self.groups.members[np.repeat(starts, lengths) + within]
 
 
+def inner(vectors: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """[n, D] and [D] → [n] inner products: equal vectors have equal ones.
+
+    In BLAS, and so with `@`, the order of a sum depends on the position of its row, and so does its rounding.
+    """
+    return np.einsum("nd,d->n", vectors, query)
+
+
 def top(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k largest of scores [n] and their ids, largest first; of equal scores those of the lowest ids, in order."""
     if k < len(scores):
@@ -180,11 +193,14 @@ def build_index(folder: Path, manifest: Manifest, kind: IndexKind, promised: flo
     return IndexReport(kind, parameters, recall, size / manifest.items, len(groups), promised, wanted)
 
 
-def open_index(folder: Path, manifest: Manifest) -> ItemIndex | None:
+def open_index(folder: Path, manifest: Manifest, mapped: MappedFiles = IN_MEMORY) -> ItemIndex | None:
     """The index, set to the search effort of its measured recall; None where all items must be scored.
 
     That is the case where the export has no index, or where an older version indexed equal vectors several times: its
     graph may hide the best items.
+
+    Args:
+        mapped: where the index is mapped from a file, rather than read into the memory of this process.
 
     Raises:
         RunError: faiss cannot read the index, or it has other rows than the manifest says.
@@ -194,7 +210,8 @@ def open_index(folder: Path, manifest: Manifest) -> ItemIndex | None:
         return None
     file = folder / INDEX
     try:
-        index = faiss.read_index(str(file))
+        flags = faiss.IO_FLAG_MMAP_IFC if mapped.folder else 0  # type: ignore[attr-defined]
+        index = faiss.read_index(str(mapped.copy(file)), flags)
         _set(index, {k: v for k, v in report.parameters.items() if k in EFFORT})
     except (RuntimeError, MemoryError) as error:
         reason = (str(error).splitlines() or ["too large"])[0].rpartition("cpp:")[2].partition(": ")[2]
@@ -206,7 +223,8 @@ def open_index(folder: Path, manifest: Manifest) -> ItemIndex | None:
             f"{file}: {type(index).__name__} of {index.ntotal} x {index.d}, and the manifest says {report.kind} of"
             f" {rows} x {manifest.dim}; export again"
         )
-    return ItemIndex(index, _read_groups(folder, manifest.items, rows))
+    groups = mapped.arrays("groups", 4, lambda: _read_groups(folder, manifest.items, rows).arrays())
+    return ItemIndex(index, Groups(*groups))
 
 
 def exact_index(items: ExportRows, index: ItemIndex | None) -> ItemIndex:

@@ -200,7 +200,9 @@ def _check_column(file: Path, column: pa.ChunkedArray, name: str, kind: pa.DataT
 
 
 def single_array(column: pa.ChunkedArray) -> pa.Array:
-    """The column as one array, its chunks combined."""
+    """The column as one array: its only chunk, which is not copied, or its chunks combined."""
+    if column.num_chunks == 1:
+        return column.chunk(0)
     combined = column.combine_chunks()
     return combined if isinstance(combined, pa.Array) else combined.chunk(0)
 

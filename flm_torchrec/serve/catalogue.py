@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flm_torchrec.export.index import ItemIndex, open_index, top
+from flm_torchrec.export.index import ItemIndex, inner, open_index, top
 from flm_torchrec.export.manifest import Manifest
+from flm_torchrec.export.mapped import IN_MEMORY, MappedFiles
 from flm_torchrec.export.parts import ATTRIBUTE, ExportRows, single_array
 from flm_torchrec.serve.key_rows import KeyRows
 
@@ -54,7 +55,6 @@ class Catalogue:
     keys: pa.Array  # [N] strings
     titles: pa.Array  # [N] strings
     row_of: Mapping[str, int]
-    known: np.ndarray  # [N] bool: the id was trained
     distinct: np.ndarray  # [R, D] float32: the distinct vectors that representations are scored against
     vector_of: np.ndarray  # [N] rows of `distinct`
     attributes: Mapping[str, Attribute]
@@ -129,63 +129,83 @@ class Catalogue:
 
 def best_of(h: np.ndarray, vectors: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Scores and rows of the k largest inner products of h [D] and vectors [n, D]; of equals the lower row first."""
-    return top(np.einsum("nd,d->n", vectors, h), rows, k)  # in BLAS, a sum depends on the position of its row
+    return top(inner(vectors, h), rows, k)
 
 
-def load_catalogue(folder: Path, manifest: Manifest) -> Catalogue:
+def load_catalogue(folder: Path, manifest: Manifest, mapped: MappedFiles = IN_MEMORY) -> Catalogue:
     """Read the items of an export whose files have been checked.
 
     Raises:
         RunError: a file cannot be read, or is not what the manifest says.
     """
     rows = ExportRows(folder, manifest, "items")
-    table = rows.table([n for n in _columns(rows) if n in ("item_key", "title", "known") or n.startswith(ATTRIBUTE)])
+    table = mapped.table("items", lambda: _shown(rows))
     keys = single_array(table["item_key"])
-    index = open_index(folder, manifest)
-    distinct, vector_of = _vectors(rows, index, manifest)
-    lists = {n.removeprefix(ATTRIBUTE): single_array(table[n]) for n in table.column_names if n.startswith(ATTRIBUTE)}
+    index = open_index(folder, manifest, mapped)
+    distinct, vector_of = _vectors(rows, index, mapped)
+    names = [name for name in table.column_names if name.startswith(ATTRIBUTE)]
+    attributes = {
+        name.removeprefix(ATTRIBUTE): _attribute(single_array(table[name]), f"attribute-{position}", mapped)
+        for position, name in enumerate(names)  # the name of a feature may be no name of a file
+    }
     return Catalogue(
         keys=keys,
         titles=single_array(table["title"]),
-        row_of=KeyRows(keys),
-        known=single_array(table["known"]).to_numpy(zero_copy_only=False),
+        row_of=KeyRows(keys, "item-keys", mapped),
         distinct=distinct,
         vector_of=vector_of,
-        attributes={name: _attribute(column) for name, column in lists.items()},
+        attributes=attributes,
         index=index,
         kind="none" if manifest.index is None or index is None else manifest.index.kind,
     )
 
 
-def _columns(rows: ExportRows) -> Iterable[str]:
-    return next(rows.parts()).column_names
+def _shown(rows: ExportRows) -> pa.Table:
+    """Keys, titles and attributes of all items."""
+    columns = next(rows.parts()).column_names
+    return rows.table([n for n in columns if n in ("item_key", "title") or n.startswith(ATTRIBUTE)])
 
 
-def _vectors(rows: ExportRows, index: ItemIndex | None, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
+def _vectors(rows: ExportRows, index: ItemIndex | None, mapped: MappedFiles) -> tuple[np.ndarray, np.ndarray]:
     """`distinct` and `vector_of`. Where the index has the full vectors, it shares their memory."""
     flat = None if index is None else index.index
     if isinstance(flat, faiss.IndexHNSWFlat):
         flat = faiss.downcast_index(flat.storage)
     if index is not None and isinstance(flat, faiss.IndexFlat):
         return faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d), index.groups.row
-    vectors = np.empty((manifest.items, manifest.dim), np.float32)
+    vectors = mapped.array("vectors", lambda: _all_vectors(rows))
+    return vectors, mapped.array("vector-of", lambda: np.arange(len(vectors)))
+
+
+def _all_vectors(rows: ExportRows) -> np.ndarray:
+    vectors = np.empty((rows.count, rows.dim), np.float32)
     start = 0
     for part in rows.vectors("embedding"):
         vectors[start : start + len(part)] = part
         start += len(part)
-    return vectors, np.arange(manifest.items)
+    return vectors
 
 
-def _attribute(lists: pa.ListArray) -> Attribute:
+def _attribute(lists: pa.ListArray, name: str, mapped: MappedFiles) -> Attribute:
+    """A feature's values.
+
+    Args:
+        name: of its arrays in `mapped`.
+    """
+    values = single_array(mapped.table(name, lambda: _values(lists))["value"])
+    rows, starts = mapped.arrays(f"{name}-rows", 2, lambda: _by_value(lists))
+    return Attribute(values, KeyRows(values, f"{name}-keys", mapped), lists, rows, starts)
+
+
+def _values(lists: pa.ListArray) -> pa.Table:
+    return pa.table({"value": lists.flatten().dictionary_encode().dictionary})
+
+
+def _by_value(lists: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    """`rows` and `starts` of an attribute; values are in the order in which they come first."""
     encoded = lists.flatten().dictionary_encode()
     codes = encoded.indices.to_numpy(zero_copy_only=False)
     items = np.repeat(np.arange(len(lists)), lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))
     order = np.argsort(codes, kind="stable")
     counts = np.bincount(codes, minlength=len(encoded.dictionary))
-    return Attribute(
-        values=encoded.dictionary,
-        codes={value: code for code, value in enumerate(encoded.dictionary.to_pylist())},
-        lists=lists,
-        rows=items[order],
-        starts=np.concatenate([[0], np.cumsum(counts)]),
-    )
+    return items[order], np.concatenate([[0], np.cumsum(counts)])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import resource
 import socket
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any
 
+import h11
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -23,6 +25,8 @@ BACKLOG = 128
 """Connections that wait in the system until the server accepts them; it may accept all of these at once."""
 SPARE = 128
 """File descriptors kept for files: loading another export opens some."""
+PIECE = 4096
+"""Bytes of a header that are looked at at once."""
 FEWEST = 16
 """Minimum of connections with which the server starts."""
 
@@ -36,6 +40,8 @@ class ConnectionLimits:
     """From the opening of a connection, or the first byte of a later request, to the end of the request's header."""
     taking_seconds: float = 30.0
     """In which a client must take a part of an answer that waits to be sent."""
+    lingering_seconds: float = 2.0
+    """For which a client that was refused may go on sending."""
 
 
 def most_connections() -> int:
@@ -72,43 +78,96 @@ def listening(host: str, port: int) -> socket.socket:
     return bound
 
 
+@dataclass
+class Waiting:
+    """Connections of a server that it waits for: for a request, for the rest of one, or to take an answer."""
+
+    strangers: dict[GuardedProtocol, None] = field(default_factory=dict)
+    """Those without an answer so far, in the order in which the waiting began."""
+    clients: dict[GuardedProtocol, None] = field(default_factory=dict)
+    """The others."""
+
+    def add(self, connection: GuardedProtocol) -> None:
+        """Take it up, unless it is here."""
+        (self.clients if connection.answered else self.strangers).setdefault(connection)
+
+    def drop(self, connection: GuardedProtocol) -> None:
+        """Take it out."""
+        self.strangers.pop(connection, None)
+        self.clients.pop(connection, None)
+
+    def first(self) -> GuardedProtocol | None:
+        """The one to close where there are too many; None: the server waits for none."""
+        return next(iter(self.strangers or self.clients), None)
+
+
 class GuardedProtocol(H11Protocol):
     """uvicorn's protocol that also closes connections beyond a limit, and those that send or take nothing in time.
 
     A client may open thousands of connections and send nothing. Without a limit these use up the file descriptors, and
-    the server can accept no other client. uvicorn itself closes only connections that are idle after an answer.
+    the server can accept no other client. uvicorn itself closes only connections that are idle after an answer. Where
+    there are too many, the one that the server has waited for longest is closed, so that new clients are served.
+
+    Args:
+        waiting: one for all connections of a server.
     """
 
-    def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, limits: ConnectionLimits, waiting: Waiting, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.limits = limits
-        self.refused = False
+        self.waiting = waiting
+        self.refused = self.answered = False
         self.deadline: asyncio.TimerHandle | None = None
         self.taking: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """Accept the connection and wait for a request, or close it where there are too many."""
+        """Accept the connection and wait for a request. Where there are too many, close another one, or this one."""
         if len(self.connections) >= self.limits.most:
-            self.refused = True
-            transport.abort()
-            return
-        super().connection_made(transport)
+            other = self.waiting.first()
+            if other is None:
+                self.refused = True
+                transport.abort()
+                return
+            other.give_way()
+        self.lingering = Lingering(transport, self._linger)
+        super().connection_made(self.lingering)  # type: ignore[arg-type]
         self._await_header()
+        self._note()
+
+    def give_way(self) -> None:
+        """Close this connection at once."""
+        self.waiting.drop(self)
+        self.connections.discard(self)
+        self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Pass the data on; the deadline ends once the header of the request is complete."""
-        if self.refused:
+        if self.refused or self.transport.is_closing():
             return
-        super().data_received(data)
+        rest = memoryview(data)
+        while rest and not self._in_request() and not self.transport.is_closing():
+            super().data_received(bytes(rest[:PIECE]))  # h11 limits a header only as long as it is incomplete
+            rest = rest[PIECE:]
+        if rest and not self.transport.is_closing():
+            super().data_received(bytes(rest))
         if self._in_request():
             self._stop()
         elif self.deadline is None:
             self._await_header()
+        self._note()
+
+    def on_response_complete(self) -> None:
+        """As of uvicorn; the server now waits for the next request."""
+        super().on_response_complete()
+        self.waiting.drop(self)
+        self.answered = True
+        self._note()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the deadlines."""
         self._stop()
         self._taken()
+        self.waiting.drop(self)
         if not self.refused:
             super().connection_lost(exc)
 
@@ -122,11 +181,42 @@ class GuardedProtocol(H11Protocol):
         super().pause_writing()
         if self.taking is None:
             self._await_taking()
+            self._note()
 
     def resume_writing(self) -> None:
         """The client has taken what was waiting."""
         self._taken()
         super().resume_writing()
+        self._note()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP as all other errors are answered."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.abort()  # an answer has begun
+            return
+        body = json.dumps({"detail": msg}).encode()
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
+
+    def _linger(self, transport: Any) -> None:
+        """Close the connection. What the client still sends is read: else the system would throw away the answer."""
+        complete = self.cycle is not None and not self.cycle.more_body
+        if complete or not transport.can_write_eof():
+            transport.close()
+            return
+        transport.write_eof()
+        transport.resume_reading()
+        self.loop.call_later(self.limits.lingering_seconds, transport.abort)
+
+    def _note(self) -> None:
+        """Take the connection up among those that the server waits for, or out of them."""
+        waits = not self._in_request() or self.cycle.more_body or self.taking is not None
+        if waits and not self.lingering.transport.is_closing():
+            self.waiting.add(self)
+        else:
+            self.waiting.drop(self)
 
     def _await_taking(self) -> None:
         waiting = self.transport.get_write_buffer_size()
@@ -158,6 +248,28 @@ class GuardedProtocol(H11Protocol):
         self.deadline = None
         if not self._in_request():
             self.transport.abort()
+
+
+class Lingering:
+    """A transport whose `close` is left to the protocol; it counts as closing from then on."""
+
+    def __init__(self, transport: Any, close: Callable[[Any], None]) -> None:
+        self.transport = transport
+        self.closing = close
+        self.closed = False
+
+    def close(self) -> None:
+        """Once."""
+        if not self.is_closing():
+            self.closed = True
+            self.closing(self.transport)
+
+    def is_closing(self) -> bool:
+        """As of the transport."""
+        return self.closed or bool(self.transport.is_closing())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transport, name)
 
 
 def report_accept_errors_once(loop: asyncio.AbstractEventLoop) -> None:

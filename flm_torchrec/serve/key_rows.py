@@ -1,4 +1,4 @@
-"""Rows by key, for millions of keys: a hash table of numbers beside the Arrow array of the keys."""
+"""Rows by key, for millions of keys: sorted hashes beside the Arrow array of the keys."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from zlib import crc32
 import numpy as np
 import pyarrow as pa
 
+from flm_torchrec.export.mapped import IN_MEMORY, MappedFiles
+
 CHUNK = 65_536
 """Keys that are Python objects at once."""
 
@@ -16,27 +18,31 @@ CHUNK = 65_536
 class KeyRows(Mapping[str, int]):
     """The row of each key of an array of distinct strings. It has 8 bytes a key, a dict has about 148.
 
-    Keys are grouped by the lowest bits of their CRC-32, about one key a group.
+    Args:
+        name: of the array in `mapped`.
     """
 
-    def __init__(self, keys: pa.Array) -> None:
+    def __init__(self, keys: pa.Array, name: str = "keys", mapped: MappedFiles = IN_MEMORY) -> None:
         self.texts = keys
-        groups = 1 << max(0, len(keys) - 1).bit_length()
-        self.mask = groups - 1
-        hashes = np.empty(len(keys), np.uint32)
-        for start in range(0, len(keys), CHUNK):
-            part = keys[start : start + CHUNK].to_pylist()
+        self.hashed = mapped.array(name, self._hashed)  # [keys] uint64, ascending: CRC-32 of a key, then its row
+
+    def _hashed(self) -> np.ndarray:
+        hashes = np.empty(len(self.texts), np.uint64)
+        for start in range(0, len(self.texts), CHUNK):
+            part = self.texts[start : start + CHUNK].to_pylist()
             hashes[start : start + len(part)] = [crc32(key.encode()) for key in part]
-        group = hashes & np.uint32(self.mask)
-        self.rows = np.argsort(group, kind="stable").astype(np.int32)
-        counts = np.bincount(group, minlength=groups)
-        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32)
+        hashed = hashes << np.uint64(32) | np.arange(len(hashes), dtype=np.uint64)
+        hashed.sort()
+        return hashed
 
     def __getitem__(self, key: str) -> int:
-        group = crc32(key.encode("utf-8", "replace")) & self.mask
-        for row in self.rows[self.starts[group] : self.starts[group + 1]].tolist():
+        least = crc32(key.encode("utf-8", "replace")) << 32
+        first = int(np.searchsorted(self.hashed, np.uint64(least)))
+        while first < len(self.hashed) and int(self.hashed[first]) >> 32 == least >> 32:
+            row = int(self.hashed[first]) & 0xFFFFFFFF
             if self.texts[row].as_py() == key:
-                return int(row)
+                return row
+            first += 1
         raise KeyError(key)
 
     def __iter__(self) -> Iterator[str]:

@@ -13,14 +13,16 @@ import pyarrow as pa
 from flm_torchrec.config.heads import FUSED
 from flm_torchrec.data.history import NO_EVENTS
 from flm_torchrec.errors import RunError
-from flm_torchrec.export.index import top
-from flm_torchrec.export.manifest import Manifest, load_manifest
+from flm_torchrec.export.index import inner, top
+from flm_torchrec.export.manifest import FILE, Manifest, check_files, read_manifest
+from flm_torchrec.export.mapped import IN_MEMORY, MappedFiles
 from flm_torchrec.export.parts import ExportRows, single_array
 from flm_torchrec.export.tower.reader import PackagedTower, Represented, TowerQuery
 from flm_torchrec.mixture import Mixture, shortlist
 from flm_torchrec.safe_text import first_line, visible
 from flm_torchrec.serve.catalogue import Catalogue, best_of, load_catalogue
 from flm_torchrec.serve.key_rows import KeyRows
+from flm_torchrec.serve.server_folder import NOT_SHARED, SharedExports
 
 UNSOUND = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, OSError, MemoryError)
 """What a damaged export may raise when it is read, besides RunError."""
@@ -56,8 +58,8 @@ class Query:
     def score(self, items: np.ndarray) -> np.ndarray:
         """[n, S] item vectors → [n] float32."""
         if self.mixture is None:
-            return items @ self.vectors[0]
-        return self.mixture.score(list(self.vectors @ items.T))
+            return inner(items, self.vectors[0])
+        return self.mixture.score([inner(items, h) for h in self.vectors])
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class LoadedExport:
     user_of: Mapping[str, int]
     seen: pa.ListArray  # [users] rows of items
     added: AddedItems
+    mapped: MappedFiles = IN_MEMORY
+    """The files that the arrays are in."""
 
     @property
     def size(self) -> int:
@@ -161,24 +165,29 @@ class LoadedExport:
         return self.added.items[row - len(self.catalogue)]
 
 
-def load_export(folder: Path, number: int) -> LoadedExport:
+def load_export(folder: Path, number: int, shared: SharedExports = NOT_SHARED) -> LoadedExport:
     """Load an export and check every file.
+
+    Args:
+        shared: where other processes of this server have its arrays too.
 
     Raises:
         RunError: the export is missing, incomplete, changed or damaged, or has no tower.
     """
     folder = folder.resolve()
     try:
-        return _loaded(folder, number)
+        manifest = read_manifest(folder)
+        with shared.files(manifest) as mapped:
+            mapped.once("checked", lambda: check_files(folder, manifest.sha256, folder / FILE))
+            return _loaded(folder, number, manifest, mapped)
     except UNSOUND as error:
         # The programs of the tower are compiled code inside the export, which may raise anything.
         reason = f"{type(error).__name__}: {visible(first_line(error))}"
         raise RunError(f"{folder}: is not an export that can be served ({reason}); export again") from error
 
 
-def _loaded(folder: Path, number: int) -> LoadedExport:
-    manifest = load_manifest(folder)
-    tower = PackagedTower(folder)
+def _loaded(folder: Path, number: int, manifest: Manifest, mapped: MappedFiles) -> LoadedExport:
+    tower = PackagedTower(folder, mapped)
     if tower.space != manifest.dim:
         raise RunError(f"{folder}: the tower's vectors are {tower.space} wide, the rows {manifest.dim}; export again")
     if tower.items != manifest.items:
@@ -189,17 +198,18 @@ def _loaded(folder: Path, number: int) -> LoadedExport:
     (represented,) = tower.represent([TowerQuery()], contents)
     if represented.heads.shape != (len(manifest.heads), manifest.dim) or not np.isfinite(represented.heads).all():
         raise RunError(f"{folder}: the tower makes other vectors than the manifest says; export again")
-    users = ExportRows(folder, manifest, "users").table(["user_key", "seen"]).combine_chunks()
+    users = mapped.table("users", lambda: ExportRows(folder, manifest, "users").table(["user_key", "seen"]))
     loaded = LoadedExport(
         number=number,
         rows=manifest.rows_digest,
         folder=folder,
         manifest=manifest,
         tower=tower,
-        catalogue=load_catalogue(folder, manifest),
-        user_of=KeyRows(single_array(users["user_key"])),
+        catalogue=load_catalogue(folder, manifest, mapped),
+        user_of=KeyRows(single_array(users["user_key"]), "user-keys", mapped),
         seen=single_array(users["seen"]),
         added=AddedItems((), contents, vectors),
+        mapped=mapped,
     )
     loaded.best(
         loaded.query(represented, FUSED), 10, NO_EVENTS.item, {}

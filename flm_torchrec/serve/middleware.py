@@ -27,6 +27,9 @@ from flm_torchrec.serve.resolve import Refused
 M = TypeVar("M", bound=BaseModel)
 BROKEN_OFF = 499
 """Status that is counted where the client has closed the connection, as in nginx. No client receives it."""
+UNANSWERED = 500
+"""Status that is counted where there was no answer."""
+STOPPING = "the server is stopping; try again in a second"
 CLOSING = (408, 413)
 """The connection is closed after these, since the rest of the body may still come."""
 PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -140,7 +143,7 @@ class MeasuringMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status, given = time.perf_counter(), 500, request_id(scope)
+        start, status, given = time.perf_counter(), UNANSWERED, request_id(scope)
         scope.setdefault("state", {})["request_id"] = given
 
         async def sending(message: Message) -> None:
@@ -152,6 +155,10 @@ class MeasuringMiddleware:
 
         try:
             await self.app(scope, receive, sending)
+        except asyncio.CancelledError:  # the server stops, and the request has had its time
+            if status == UNANSWERED:
+                stopping = JSONResponse({"detail": STOPPING}, 503, {"Retry-After": "1", "Connection": "close"})
+                await stopping(scope, receive, sending)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             seconds = time.perf_counter() - start

@@ -17,8 +17,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from flm_torchrec.errors import RunError
-from flm_torchrec.serve.connections import BACKLOG, ConnectionLimits, GuardedProtocol
+from flm_torchrec.serve.connections import BACKLOG, ConnectionLimits, GuardedProtocol, Waiting
 
+ACCEPTED = 1
+"""Connections that a process accepts at once. If it took all that wait, another process would be idle."""
 GRACE = 10
 """Seconds that running requests have to end after SIGTERM."""
 IDLE_SECONDS = 5
@@ -64,6 +66,8 @@ class HttpServer(uvicorn.Server):
             patient: Any = partial(loop.create_server, ssl_handshake_timeout=HANDSHAKE_SECONDS)
             loop.create_server = patient  # type: ignore[method-assign]
         await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(BACKLOG)  # asyncio gives the system the number that it accepts at once
         if self.started:
             self.tell()
 
@@ -77,6 +81,13 @@ def serve(
         bound: listens.
         started: called once requests are answered.
     """
+    http_server(app, limits, tls, started).run(sockets=[bound])
+
+
+def http_server(
+    app: FastAPI, limits: ConnectionLimits, tls: Certificate | None, started: Callable[[], None]
+) -> HttpServer:
+    """The server of `serve`, which does not run yet."""
     logging.getLogger("uvicorn.error").addFilter(RareTracebacks())
     config = uvicorn.Config(
         app,
@@ -85,14 +96,14 @@ def serve(
         timeout_graceful_shutdown=GRACE,
         timeout_keep_alive=IDLE_SECONDS,
         h11_max_incomplete_event_size=MOST_HEADER_BYTES,
-        http=partial(GuardedProtocol, limits=limits),  # type: ignore[arg-type]
+        http=partial(GuardedProtocol, limits=limits, waiting=Waiting()),  # type: ignore[arg-type]
         ws="none",
-        backlog=BACKLOG,
+        backlog=ACCEPTED,
         server_header=False,
         ssl_certfile=tls.certificate if tls else None,
         ssl_keyfile=tls.key if tls else None,
     )
-    HttpServer(config, started).run(sockets=[bound])
+    return HttpServer(config, started)
 
 
 class RareTracebacks(logging.Filter):

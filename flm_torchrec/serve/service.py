@@ -26,6 +26,7 @@ from flm_torchrec.serve.loaded_export import AddedItem, LoadedExport, load_expor
 from flm_torchrec.serve.messages import Forget, NewEvent, NewItem, Recommend, Similar
 from flm_torchrec.serve.ranking import alike, check_boost, ranked
 from flm_torchrec.serve.resolve import Refused, check_filter, content_of, item_row
+from flm_torchrec.serve.server_folder import NOT_SHARED, SharedExports
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,23 @@ class Service:
         export: the first one to serve, or a link to it; others are taken from the same folder alone.
         store: of live events and cold items; None: one in memory.
         swapped: the export to serve in place of the first one.
+        shared: where other processes of this server have the arrays of exports too.
 
     Raises:
         RunError: the export cannot be served.
     """
 
-    def __init__(self, export: Path, store: EventStore | None = None, swapped: Path | None = None) -> None:
+    def __init__(
+        self,
+        export: Path,
+        store: EventStore | None = None,
+        swapped: Path | None = None,
+        shared: SharedExports = NOT_SHARED,
+    ) -> None:
         self.export = export
+        self.shared = shared
         self.exports = export.resolve().parent
-        self.loaded = load_export(swapped or export, 1)
+        self.loaded = load_export(swapped or export, 1, shared)
         self.store = store or EventStore(None)
         self.items_seq = 0
         """Number of the last change of cold items in the store that `loaded` has."""
@@ -222,7 +231,7 @@ class Service:
         if not self.swapping.acquire(blocking=False):
             raise Refused(409, "export: another one is being loaded; try again when it is served")
         try:
-            fresh = load_export(target, self.loaded.number + 1)
+            fresh = load_export(target, self.loaded.number + 1, self.shared)
             with self.changing:
                 self.loaded = with_fitting(fresh, self.loaded.added.items)
         except (RunError, OSError) as error:

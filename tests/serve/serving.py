@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
 from flm_torchrec.config import load_config
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import everyone
 from flm_torchrec.export.manifest import IndexKind
+from flm_torchrec.export.tower.reader import TowerQuery
 from flm_torchrec.export.tower.writer import write_tower
 from flm_torchrec.export.write import ExportOptions, ExportSource, export
 from flm_torchrec.serve.access import read_keys
+from flm_torchrec.serve.connections import ConnectionLimits, listening
+from flm_torchrec.serve.server import Certificate, http_server
+from flm_torchrec.serve.service import Service
 from flm_torchrec.training.gathered import GatheredModel
 from flm_torchrec.training.job import open_job
 
@@ -33,3 +45,38 @@ def write_export(data: PreparedData, folder: Path, seed: int = 1, index: IndexKi
             beside=lambda fresh: write_tower(data, model, True, "int8", fresh),
         )
         export(source, job.comm, folder, ExportOptions(index=index))
+
+
+def post(client: TestClient, path: str, **body: Any) -> dict[str, Any]:
+    """The answer to a request that is not refused."""
+    response = client.post(path, json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def known(service: Service, user: str) -> TowerQuery:
+    """What the tower is asked for a known user."""
+    row = service.loaded.user_of[user]
+    return TowerQuery(service.loaded.tower.known_history(row), row)
+
+
+@contextmanager
+def running(app: FastAPI, tls: Certificate | None = None, most: int = 64) -> Iterator[int]:
+    """The port on 127.0.0.1 of a server of the app, over HTTP or HTTPS, as `flm serve` runs it."""
+    bound, ready = listening("127.0.0.1", 0), threading.Event()
+    server = http_server(app, ConnectionLimits(most), tls, ready.set)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    thread.start()
+    assert ready.wait(60)
+    yield bound.getsockname()[1]
+    server.should_exit = True
+    thread.join()
+
+
+def certificate(folder: Path, name: str) -> Certificate:
+    """A certificate of localhost that it signs itself, and its key."""
+    made = Certificate(folder / f"{name}.pem", folder / f"{name}.key")
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    files = ["-keyout", str(made.key), "-out", str(made.certificate), "-days", "1", "-subj", "/CN=localhost"]
+    subprocess.run([*command, *files, "-addext", "subjectAltName=DNS:localhost"], check=True, capture_output=True)
+    return made

@@ -6,7 +6,6 @@ import json
 import logging
 import re
 import socket
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -19,12 +18,13 @@ from hypothesis import strategies as st
 
 from flm_torchrec.cli import main
 from flm_torchrec.errors import RunError
-from flm_torchrec.serve.access import ApiKeys, Rates, read_keys, role_of
+from flm_torchrec.serve.access import CLIENTS, ApiKeys, Rates, read_keys, role_of
 from flm_torchrec.serve.app import ServerLimits, create_app
 from flm_torchrec.serve.server import Certificate, RareTracebacks
 from flm_torchrec.serve.service import Service
 from tests.conftest import ROOT
 from tests.serve.fake_service import FakeService
+from tests.serve.serving import certificate
 
 KEYS = {role: f"{role}-key-of-this-test" for role in ("read", "write", "admin")}
 LINES = "\n".join(["# keys", "", *(f"{role} {key} {role}er" for role, key in KEYS.items())])
@@ -73,7 +73,8 @@ def test_no_key_and_a_wrong_key_open_nothing(given_key: str) -> None:
         assert client.get("/health").status_code == 200 and client.get("/").status_code == 200
 
 
-def test_guessing_keys_is_slow(client: TestClient) -> None:
+def test_guessing_keys_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flm_torchrec.serve.access.WRONG_KEYS", 0.01)
     with client_of(LINES) as client:
         found = [client.get("/v1/users", headers={"X-API-Key": f"guess-{n}"}).status_code for n in range(20)]
         assert found[0] == 401 and found[-1] == 429
@@ -115,6 +116,20 @@ def test_a_client_has_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [rates.take("a") for _ in range(3)] == [True, True, False]
     slow = Rates(0.5)
     assert slow.take("a") and not slow.take("a")
+
+
+def test_clients_and_routes_that_are_counted_are_bounded() -> None:
+    rates = Rates(1)
+    for client in range(CLIENTS + 5):
+        rates.take(str(client))
+    assert len(rates.left) == CLIENTS and "0" not in rates.left
+    with client_of() as client:
+        counted = []
+        for path in range(20):
+            client.get(f"/nothing/{path}")
+            client.request(f"M{path}", "/v1/users")
+            counted.append(client.get("/metrics").text.count("flm_requests_total{"))
+        assert counted[-1] == counted[1]
 
 
 def test_beyond_the_rate_there_is_429_and_the_probes_go_on() -> None:
@@ -202,14 +217,6 @@ def test_keys_of_the_environment_are_read_and_not_shown(
     assert main(["serve", "--export", str(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert "FLM_SERVE_KEYS: line 1: no role 'writ'" in told and "secret-secret" not in told
-
-
-def certificate(folder: Path, name: str) -> Certificate:
-    made = Certificate(folder / f"{name}.pem", folder / f"{name}.key")
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    files = ["-keyout", str(made.key), "-out", str(made.certificate), "-days", "1", "-subj", "/CN=localhost"]
-    subprocess.run([*command, *files], check=True, capture_output=True)
-    return made
 
 
 def test_a_certificate_and_a_key_that_do_not_fit_are_one_line(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from typing import cast
 
 import pytest
-import uvicorn
 
 from flm_torchrec.client import Client, ServiceError
 from flm_torchrec.serve.access import read_keys
 from flm_torchrec.serve.app import ServerLimits, create_app
-from flm_torchrec.serve.connections import listening
 from flm_torchrec.serve.service import Service
 from tests.serve.fake_service import FakeService
+from tests.serve.serving import running
 
 KEY = "write-key-of-this-test"
 
@@ -22,13 +20,8 @@ KEY = "write-key-of-this-test"
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     app = create_app(cast(Service, FakeService()), ServerLimits(keys=read_keys(f"write {KEY}", "test")))
-    bound = listening("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-    thread.start()
-    yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    with running(app) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def test_answers_are_typed(url: str) -> None:

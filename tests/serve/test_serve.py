@@ -26,7 +26,7 @@ from flm_torchrec.serve.app import ServerLimits, create_app
 from flm_torchrec.serve.event_store import EventStore, StoreLimits
 from flm_torchrec.serve.loaded_export import AddedItem, LoadedExport, load_export
 from flm_torchrec.serve.service import Service
-from tests.serve.serving import AS_ADMIN, KEYS, write_export
+from tests.serve.serving import AS_ADMIN, KEYS, known, post, write_export
 
 HOUR = 3600
 
@@ -59,12 +59,6 @@ def client(service: Service) -> Iterator[TestClient]:
         yield client
 
 
-def post(client: TestClient, path: str, **body: Any) -> dict[str, Any]:
-    response = client.post(path, json=body)
-    assert response.status_code == 200, response.text
-    return response.json()
-
-
 def keys(answer: dict[str, Any]) -> list[str]:
     return [item["item"] for item in answer["items"]]
 
@@ -74,11 +68,6 @@ def brute_force(service: Service, query: TowerQuery, head: int, left: np.ndarray
     loaded = service.loaded
     (found,) = loaded.represent([query])
     return sorted((loaded.catalogue.vectors(left) @ found.heads[head]).tolist(), reverse=True)
-
-
-def known(service: Service, user: str) -> TowerQuery:
-    row = service.loaded.user_of[user]
-    return TowerQuery(service.loaded.tower.known_history(row), row)
 
 
 @pytest.mark.parametrize("head", ["content", "collaborative", "sequential", "fused"])
@@ -353,12 +342,13 @@ def test_cold_items_that_fit_no_more_do_not_stop_a_swap(exports: Path) -> None:
 def test_a_value_of_an_item_is_shown_once(values: list[str] | None, shown: list[str]) -> None:
     import pyarrow as pa
 
+    from flm_torchrec.export.mapped import IN_MEMORY
     from flm_torchrec.serve.catalogue import Catalogue, _attribute
 
     lists = pa.array([["b"], values], pa.list_(pa.string()))
-    text, known = pa.array(["x", "y"]), np.ones(2, bool)
+    text = pa.array(["x", "y"])
     catalogue = Catalogue(
-        text, text, {"x": 0, "y": 1}, known, np.ones((1, 1), np.float32), np.zeros(2, np.int64),
-        {"tags": _attribute(lists)}, None, "none",
+        text, text, {"x": 0, "y": 1}, np.ones((1, 1), np.float32), np.zeros(2, np.int64),
+        {"tags": _attribute(lists, "tags", IN_MEMORY)}, None, "none",
     )  # fmt: skip
     assert catalogue.attributes_of(1) == {"tags": shown}

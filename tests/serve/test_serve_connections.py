@@ -17,7 +17,14 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 
 from flm_torchrec.cli import main
-from flm_torchrec.serve.connections import ConnectionLimits, GuardedProtocol, KnownHosts, host_name, listening
+from flm_torchrec.serve.connections import (
+    ConnectionLimits,
+    GuardedProtocol,
+    KnownHosts,
+    Waiting,
+    host_name,
+    listening,
+)
 from flm_torchrec.serve.middleware import MeasuringMiddleware, add_error_handlers, read_body
 
 MOST, SECONDS = 8, 0.5
@@ -62,7 +69,7 @@ def address(counted: Counted) -> Iterator[tuple[str, int]]:
         return Response(b"x" * 50_000_000)
 
     bound = listening("127.0.0.1", 0)
-    guarded = partial(GuardedProtocol, limits=ConnectionLimits(MOST, SECONDS, SECONDS))
+    guarded = partial(GuardedProtocol, limits=ConnectionLimits(MOST, SECONDS, SECONDS), waiting=Waiting())
     server = uvicorn.Server(uvicorn.Config(app, http=guarded, log_level="critical"))  # type: ignore[arg-type]
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
@@ -100,6 +107,29 @@ def test_half_open_connections_give_way(address: tuple[str, int], sent: bytes) -
     held = [opened(address, sent) for _ in range(3 * MOST)]
     assert all(answer(one) == b"" for one in held)  # at once beyond the most, the others when their time is over
     assert answer(opened(address, post(b"{}"))).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"POST / HTTP/1.1\r\nHost: loc", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n1"]
+)
+def test_among_too_many_silent_connections_those_that_ask_are_answered(address: tuple[str, int], sent: bytes) -> None:
+    held = []
+    for _ in range(3):
+        held += [opened(address, sent) for _ in range(2 * MOST)]
+        assert answer(opened(address, post(b"{}"))).startswith(b"HTTP/1.1 200")
+    for one in held:
+        one.close()
+
+
+def test_a_client_that_was_answered_gives_way_after_silent_ones(address: tuple[str, int]) -> None:
+    client = opened(address, post(b"{}").replace(b"Connection: close\r\n", b""))
+    assert client.recv(65536).startswith(b"HTTP/1.1 200")
+    held = [opened(address) for _ in range(3 * MOST)]
+    assert held[0].recv(1) == b""  # so the server has seen more than it may have
+    client.sendall(post(b"{}"))
+    assert answer(client).removeprefix(b"2").startswith(b"HTTP/1.1 200")
+    for one in held:
+        one.close()
 
 
 def test_a_later_request_of_a_connection_has_its_time_too(address: tuple[str, int]) -> None:
@@ -201,11 +231,11 @@ from functools import partial
 import signal, os, uvicorn
 from fastapi import FastAPI
 from flm_torchrec.cli.serve import _stop
-from flm_torchrec.serve.connections import ConnectionLimits, GuardedProtocol, listening
+from flm_torchrec.serve.connections import ConnectionLimits, GuardedProtocol, Waiting, listening
 signal.signal(signal.{name}, _stop)
 app = FastAPI()
 app.router.add_event_handler("startup", lambda: threading.Timer(0.2, os.kill, (os.getpid(), signal.{name})).start())
-guarded = partial(GuardedProtocol, limits=ConnectionLimits(9))
+guarded = partial(GuardedProtocol, limits=ConnectionLimits(9), waiting=Waiting())
 uvicorn.Server(uvicorn.Config(app, http=guarded)).run(sockets=[listening("127.0.0.1", 0)])
 """
 

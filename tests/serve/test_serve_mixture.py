@@ -6,15 +6,17 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
 from flm_torchrec.export.tower.reader import TowerQuery
+from flm_torchrec.mixture import Mixture
 from flm_torchrec.serve.app import create_app
+from flm_torchrec.serve.loaded_export import Query
 from flm_torchrec.serve.service import Service
+from tests.serve.serving import known, post
 
 SCALE, BIAS = [9.0, 14.0, 11.0], [0.5, -1.0, 0.0]
 
@@ -40,23 +42,12 @@ def client(service: Service) -> Iterator[TestClient]:
         yield client
 
 
-def post(client: TestClient, path: str, **body: Any) -> dict[str, Any]:
-    response = client.post(path, json=body)
-    assert response.status_code == 200, response.text
-    return response.json()
-
-
 def brute_force(service: Service, query: TowerQuery) -> np.ndarray:
     """The mixture's score of each item, added ones last."""
     loaded = service.loaded
     (found,) = loaded.represent([query])
     by_head = found.heads[:3].astype(np.float64) @ loaded.vectors(np.arange(loaded.size)).T.astype(np.float64)
     return np.log(np.exp(by_head * np.array(SCALE)[:, None] + np.array(BIAS)[:, None]).sum(0))
-
-
-def known(service: Service, user: str) -> TowerQuery:
-    row = service.loaded.user_of[user]
-    return TowerQuery(service.loaded.tower.known_history(row), row)
 
 
 @pytest.mark.parametrize(("user", "k"), [("u7", 10), ("u0", 1), ("u31", 1000)])
@@ -111,3 +102,13 @@ def test_a_cold_item_is_scored_by_the_mixture(service: Service, client: TestClie
     assert by_key["new"]["score"] == pytest.approx(scores[-1], abs=1e-5)
     assert sum(s["share"] for s in by_key["new"]["why"]["shares"]) == pytest.approx(1)
     assert [i["score"] for i in answer["items"]] == sorted((i["score"] for i in answer["items"]), reverse=True)
+
+
+@pytest.mark.parametrize(("count", "width"), [(7, 16), (50, 64), (129, 33)])
+def test_equal_vectors_have_equal_scores_in_any_batch(count: int, width: int) -> None:
+    rng = np.random.default_rng(count)
+    vectors, heads = rng.standard_normal((count, width), np.float32), rng.standard_normal((3, width), np.float32)
+    vectors[count // 2 :] = vectors[0]
+    for query in (Query(heads[:1]), Query(heads, Mixture(tuple(SCALE), tuple(BIAS)))):
+        alone = query.score(vectors[:1])
+        assert set(query.score(vectors)[count // 2 :]) == set(query.score(vectors[1:])[count // 2 :]) == set(alone)

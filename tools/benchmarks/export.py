@@ -88,8 +88,8 @@ class MadeUp:
         return torch.nn.functional.normalize(centre + noise, dim=1)
 
 
-def made_up_data(folder: Path, items: int, users: int = USERS) -> PreparedData:
-    """Prepared items with a key, a title and a brand each, written a row group at a time; few users."""
+def made_up_data(folder: Path, items: int, users: int = USERS, events: int = 1) -> PreparedData:
+    """Prepared items with a key, a title and a brand each, written a row group at a time; few events of each user."""
     (folder / "vocab").mkdir(parents=True)
     brands = pa.table({"code": pa.array(range(BRANDS), pa.int32()), "value": [f"brand {b}" for b in range(BRANDS)]})
     pq.write_table(brands, folder / "vocab" / "item_brand.parquet")
@@ -109,11 +109,11 @@ def made_up_data(folder: Path, items: int, users: int = USERS) -> PreparedData:
     return PreparedData(
         path=folder,
         schema=Schema("made-up", "made-up", users, items, users, title="title", features=(brand,)),
-        offsets=np.arange(users + 1),
-        item=ids % items,
-        timestamp=ids,
-        event=np.zeros(users, np.int32),
-        value=np.ones(users, np.float32),
+        offsets=np.arange(users + 1) * events,
+        item=np.arange(users * events) * 7919 % items,
+        timestamp=np.tile(np.arange(events), users),
+        event=np.zeros(users * events, np.int32),
+        value=np.ones(users * events, np.float32),
         segment=None,
         items=nothing,
         users=nothing,

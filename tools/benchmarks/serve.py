@@ -3,6 +3,7 @@
     python tools/benchmarks/serve.py --export exports/beauty                        # p50, p99, requests/s
     python tools/benchmarks/serve.py --items 1000000 --cache /tmp/made-up          # of made-up items and a random tower
     python tools/benchmarks/serve.py --export exports/one --next exports/two --minutes 10 --swaps 3  # counts failures
+    python tools/benchmarks/serve.py --export exports/beauty --workers 1 2          # requests/s by processes, in turns
 
 A request is a history of 20 items and asks for the 10 best by the fused head. The server is a process of its own, the
 client this one: keep-alive connections, each of which sends when it has been answered. The floor is what the server
@@ -26,8 +27,9 @@ from typing import Any
 
 import faiss
 import numpy as np
+import psutil
 import torch
-from export import BRANDS, Alone, MadeUp, made_up_data
+from export import BRANDS, USERS, Alone, MadeUp, made_up_data
 from torch import Tensor
 
 from flm_torchrec.config.schema import ModelConfig
@@ -57,6 +59,7 @@ class RandomModel:
         self.user_known = np.ones(data.schema.users, np.float32)
         self.settings: dict[str, Any] = {
             "dim": DIM,
+            "space": 2 * DIM,
             "max_history": MAX_HISTORY,
             "gaps": GAP_ROWS,
             "cosine": True,
@@ -71,13 +74,13 @@ class RandomModel:
         return torch.randn(len(ids), DIM, generator=torch.Generator().manual_seed(first)) * DIM**-0.5
 
 
-def made_up_export(folder: Path, items: int, index: IndexKind) -> Path:
+def made_up_export(folder: Path, items: int, index: IndexKind, users: int = USERS, events: int = 1) -> Path:
     """An export of made-up items, kept for the next run."""
-    target = folder / f"{items}-{index}"
+    target = folder / f"{items}-{users}-{events}-{index}"
     if (target / FILE).is_file():
         return target
     shutil.rmtree(folder / "data", ignore_errors=True)
-    data = made_up_data(folder / "data", items)
+    data = made_up_data(folder / "data", items, users, events)
     brands = Ragged(np.arange(items + 1), np.arange(items) % BRANDS)
     data = replace(
         data,
@@ -87,7 +90,7 @@ def made_up_export(folder: Path, items: int, index: IndexKind) -> Path:
     model = RandomModel(data)
     source = ExportSource(
         data,
-        MadeUp(DIM),
+        MadeUp(2 * DIM),
         np.ones(items, bool),
         f"made-up-{items}",
         beside=lambda fresh: write_tower(data, model, True, "int8", fresh),
@@ -166,15 +169,21 @@ async def ask(port: int, path: str, body: bytes, streams: Any) -> tuple[int, byt
     return int(answer.split(" ", 2)[1]), await reader.readexactly(length)
 
 
-async def load(port: int, bodies: list[bytes], connections: int, seconds: float) -> Tally:
-    """Keep so many connections busy for so long."""
-    tally, end = Tally(), time.monotonic() + seconds
+async def load(port: int, bodies: list[bytes], connections: int, seconds: float, rate: float = 0.0) -> Tally:
+    """Keep so many connections busy for so long.
+
+    Args:
+        rate: requests a second of all connections together, evenly; 0: each sends as soon as it has been answered.
+    """
+    tally, start = Tally(), time.monotonic()
+    end, pause = start + seconds, connections / rate if rate else 0.0
     waiting = iter(range(10**12))
 
-    async def connection() -> None:
-        streams = await asyncio.open_connection(HOST, port)
+    async def connection(number: int) -> None:
+        streams, due = await asyncio.open_connection(HOST, port), start + pause * number / connections
         while time.monotonic() < end:
-            began = time.perf_counter()
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            due, began = due + pause, time.perf_counter()
             try:
                 status, answer = await ask(port, "/v1/recommend", bodies[next(waiting) % len(bodies)], streams)
                 problem = "" if status == 200 and len(json.loads(answer)["items"]) == K else f"{status} {answer!r:.200}"
@@ -186,7 +195,7 @@ async def load(port: int, bodies: list[bytes], connections: int, seconds: float)
         streams[1].close()
 
     wall, busy = time.monotonic(), time.process_time()
-    await asyncio.gather(*(connection() for _ in range(connections)))
+    await asyncio.gather(*(connection(number) for number in range(connections)))
     tally.wall, tally.busy = time.monotonic() - wall, time.process_time() - busy
     return tally
 
@@ -211,10 +220,12 @@ async def soak(
     return tally
 
 
-def serve(folder: Path, port: int) -> subprocess.Popen[bytes]:
+def serve(folder: Path, port: int, workers: int = 1) -> subprocess.Popen[bytes]:
     """The server, once it answers."""
     command = [sys.executable, "-m", "flm_torchrec", "serve", "--export", str(folder), "--port", str(port)]
-    process = subprocess.Popen(command, env={**os.environ, "FLM_SERVE_KEYS": f"admin {KEY}"})
+    process = subprocess.Popen(
+        [*command, "--workers", str(workers)], env={**os.environ, "FLM_SERVE_KEYS": f"admin {KEY}"}
+    )
     for _ in range(600):
         if process.poll() is not None:
             raise SystemExit("the server did not start; see above")
@@ -225,6 +236,45 @@ def serve(folder: Path, port: int) -> subprocess.Popen[bytes]:
             time.sleep(0.2)
     process.terminate()
     raise SystemExit("the server did not answer within two minutes")
+
+
+def by_workers(args: argparse.Namespace, folder: Path, bodies: list[bytes], alone: float) -> None:
+    """Servers of each number of processes, loaded in turns; the best round of each, and p99 at half of its rate.
+
+    Others' load on the machine disturbs single rounds, so the best ones are compared.
+    """
+    servers = [serve(folder, args.port + n, workers) for n, workers in enumerate(args.workers)]
+    try:
+        best = [0.0] * len(servers)
+        used = [_used(server) for server in servers]
+        done = [0] * len(servers)
+        for _ in range(args.rounds):
+            for n in range(len(servers)):
+                tally = asyncio.run(load(args.port + n, bodies, max(args.connections), args.seconds))
+                best[n] = max(best[n], len(tally.seconds) / tally.wall)
+                done[n] += len(tally.seconds)
+        for n, (server, workers) in enumerate(zip(servers, args.workers, strict=True)):
+            cost = (_used(server) - used[n]) / done[n]
+            halves = [
+                asyncio.run(load(args.port + n, bodies, 4, args.seconds, best[n] / 2)) for _ in range(args.rounds)
+            ]
+            p99 = min(float(np.percentile(tally.seconds, 99)) for tally in halves)
+            print(
+                f"{workers} workers: {best[n]:.0f} requests/s, {best[n] / best[0]:.2f} x the first,"
+                f" {best[n] * alone:.2f} x the floor; {cost * 1e3:.2f} ms of processor a request;"
+                f" p99 at half of that rate {p99 * 1e3:.1f} ms",
+                flush=True,
+            )
+    finally:
+        for server in servers:
+            server.terminate()
+            server.wait()
+
+
+def _used(server: subprocess.Popen[bytes]) -> float:
+    """Seconds of processor that a server's processes have used."""
+    own = psutil.Process(server.pid)
+    return sum(sum(one.cpu_times()[:2]) for one in (own, *own.children()))
 
 
 def resident(process: subprocess.Popen[bytes]) -> float:
@@ -246,6 +296,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of load for each number of connections")
     parser.add_argument("--minutes", type=float, default=0.0, help="of load by 4 connections, with swaps")
     parser.add_argument("--swaps", type=int, default=3)
+    parser.add_argument("--workers", type=int, nargs="+", help="compare servers of so many processes, in turns")
+    parser.add_argument("--rounds", type=int, default=5, help="of load for each number of workers")
     parser.add_argument("--requests", type=int, default=1000, help="different ones")
     parser.add_argument("--port", type=int, default=8765)
     args = parser.parse_args()
@@ -253,6 +305,9 @@ def main() -> None:
     bodies, alone = floor(folder, args.requests)
     both = sum(alone.values())
     print(f"{folder}: alone p50, tower {alone['tower'] * 1e3:.2f} ms, index {alone['index'] * 1e3:.2f} ms", flush=True)
+    if args.workers:
+        by_workers(args, folder, bodies, both)
+        return
     process = serve(folder, args.port)
     try:
         asyncio.run(load(args.port, bodies, 2, 1.0))  # caches and allocators

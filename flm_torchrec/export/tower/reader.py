@@ -13,12 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from flm_torchrec.data.feature_values import FeatureValues, codes_of, numbers_of
 from flm_torchrec.data.history import NO_EVENTS, CodedEvents, Events, HistoryCoding, previous_times
 from flm_torchrec.documents import MOST_JSON_BYTES, read_text
 from flm_torchrec.errors import DataError, RunError
+from flm_torchrec.export.mapped import IN_MEMORY, MappedFiles
 from flm_torchrec.export.parts import single_array
 from flm_torchrec.export.tower.layout import DESCRIPTION, FOLDER, HISTORIES, ITEM, PROFILE, USER, Description
 from flm_torchrec.names import nearest
@@ -26,6 +27,8 @@ from flm_torchrec.safe_text import first_line
 
 HISTORY_TYPES = {"item": pa.int32(), "timestamp": pa.int64(), "event": pa.int32(), "value": pa.float32()}
 """Columns of the file of histories: lists of this type."""
+LEAST_MAPPED = 65_536
+"""Bytes of a table from which on a file is made for it."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,14 @@ class Represented:
 class PackagedTower:
     """The user tower of one export. Safe to call from several threads.
 
+    Args:
+        mapped: where its tables and the histories are mapped from files.
+
     Raises:
         RunError: the export has no tower, or it cannot be read.
     """
 
-    def __init__(self, export: Path) -> None:
+    def __init__(self, export: Path, mapped: MappedFiles = IN_MEMORY) -> None:
         folder = export / FOLDER
         if not (folder / DESCRIPTION).is_file():
             raise RunError(f"{folder}: not found; make the export with 'flm export --tower int8'")
@@ -63,13 +69,15 @@ class PackagedTower:
             self.user, self.item, self.profile = (
                 torch.export.load(folder / name).module() for name in (USER, ITEM, PROFILE)
             )
-            self.histories = _histories(folder / HISTORIES)
+            self.histories = mapped.table("histories", lambda: _histories(folder / HISTORIES))
         except ValidationError as error:
             problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
             where = ".".join(map(str, problem["loc"]))
             raise RunError(f"{folder / DESCRIPTION}: {where}: {problem['msg']}; export again") from error
         except (ValueError, RuntimeError, OSError, BadZipFile, pa.ArrowException) as error:
             raise RunError(f"{folder}: cannot be read ({first_line(error)}); export again") from error
+        for name, program in ((USER, self.user), (ITEM, self.item), (PROFILE, self.profile)):
+            _map_tables(program, name, mapped)
         self.dim, self.space, self.items, self.max_history = (
             description.dim,
             description.space or description.dim,
@@ -168,6 +176,17 @@ class PackagedTower:
         """The events `shown`, the last of a history, as the tower takes them."""
         previous = previous_times(history.timestamp)[len(history) - len(shown) :]
         return self.coding.code(shown, previous, shown.timestamp[:1])
+
+
+def _map_tables(program: nn.Module, name: str, mapped: MappedFiles) -> None:
+    """Put arrays in files in place of the program's tables in memory."""
+    if mapped.folder is None:
+        return
+    for inside, module in program.named_modules():
+        for own, table in module.named_buffers(recurse=False):
+            if table.nbytes >= LEAST_MAPPED:
+                array = mapped.array(f"{name}.{inside}.{own}", table.numpy)
+                module.register_buffer(own, torch.from_numpy(array))
 
 
 def _histories(file: Path) -> pa.Table:
