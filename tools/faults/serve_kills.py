@@ -4,8 +4,9 @@
 
 Clients post events of users of their own, one after the other, and ask for these users' events and recommendations.
 Every second kill hits one worker, the others the supervisor and all workers, after which the server is started anew.
-A client that is cut off connects again and posts the next event. At the end each user's events must be those that were
-acknowledged, in order; an event whose answer was cut off may be there or not. Exits 1 if anything is wrong.
+A client that is cut off connects again and posts the next event. Only connections to a killed process may be cut off.
+At the end each user's events must be those that were acknowledged, in order; an event whose answer was cut off may be
+there or not. Exits 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -40,18 +41,22 @@ class ClientsSaw:
     """Items whose answers were cut off, each with the number of acknowledged events before it."""
     answers: int = 0
     cut_off: int = 0
+    dead: set[int] = field(default_factory=set)
+    """Ports of the clients' connections to processes that were killed."""
+    down: bool = False
+    """All processes have been killed, so that any connection may end."""
     wrong: list[str] = field(default_factory=list)
 
 
-async def ask(streams: Any, method: str, path: str, body: Any = None) -> Any:
+async def ask(streams: Any, method: str, path: str, body: Any = None, key: str = "") -> Any:
     """One request on an open connection; its answer, or the reason as a text."""
     reader, writer = streams
     content = json.dumps(body).encode() if body is not None else b""
-    head = f"{method} {path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
+    head = f"{method} {path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\nX-API-Key: {key}\r\n"
     writer.write(head.encode() + f"Content-Length: {len(content)}\r\n\r\n".encode() + content)
     answer = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-    length = int(answer.partition("content-length:")[2].partition("\r\n")[0])
-    content = await reader.readexactly(length)
+    length = answer.partition("content-length:")[2].partition("\r\n")[0].strip()
+    content = await reader.readexactly(int(length)) if length else b"without a length"
     return json.loads(content) if answer.split(" ", 2)[1] == "200" else f"{answer[:15]} {content.decode()}"
 
 
@@ -83,8 +88,11 @@ async def client(port: int, user: str, items: list[str], seen: ClientsSaw, done:
                 continue
             mine.append(item)
             await check(streams, user, mine, unsure, seen)
-        except (OSError, asyncio.IncompleteReadError):
+        except (OSError, asyncio.IncompleteReadError) as error:
             seen.cut_off += 1
+            port_here = streams[1].get_extra_info("sockname")[1]
+            if not seen.down and port_here not in seen.dead:
+                seen.wrong.append(f"{user}: cut off from a process that was not killed: {error!r}")
             streams = None
             if posting:
                 unsure.append(item)
@@ -112,25 +120,32 @@ def start(args: argparse.Namespace, store: Path) -> subprocess.Popen[str]:
     return process
 
 
-async def kill(args: argparse.Namespace, store: Path, done: asyncio.Event) -> None:
-    """Kill as often as asked, alternating between one worker and all processes."""
+def kill_hard(process: psutil.Process, seen: ClientsSaw) -> None:
+    """Kill a process, and note which connections it had: it is stopped before, so that it accepts no more."""
+    process.send_signal(signal.SIGSTOP)
+    seen.dead |= {one.raddr.port for one in process.net_connections("tcp") if one.raddr}
+    process.send_signal(signal.SIGKILL)
+
+
+async def kill(args: argparse.Namespace, store: Path, seen: ClientsSaw) -> subprocess.Popen[str]:
+    """Kill as often as asked, alternating between one worker and all processes; the server that runs at the end."""
     chance = random.Random(args.seed)
     process = await asyncio.to_thread(start, args, store)
     for number in range(args.kills):
         await asyncio.sleep(args.pause * chance.uniform(0.5, 1.5))
         workers = psutil.Process(process.pid).children()
         if number % 2:
+            seen.down = True
             for victim in [psutil.Process(process.pid), *workers]:
                 victim.send_signal(signal.SIGKILL)
             process.wait()
             process = await asyncio.to_thread(start, args, store)
+            seen.down = False
         else:
-            chance.choice(workers).send_signal(signal.SIGKILL)
+            kill_hard(chance.choice(workers), seen)
         print(f"kill {number + 1}: {'all' if number % 2 else 'one worker'}", flush=True)
     await asyncio.sleep(args.pause)
-    done.set()
-    process.terminate()
-    process.wait()
+    return process
 
 
 def lost(store: EventStore, seen: ClientsSaw) -> list[str]:
@@ -151,7 +166,12 @@ async def trial(args: argparse.Namespace, store: Path) -> ClientsSaw:
     items = rows.table(["item_key"])["item_key"].to_pylist()[: args.items]
     seen, done = ClientsSaw(), asyncio.Event()
     clients = [client(args.port, f"kill-test-{n}", items, seen, done) for n in range(args.clients)]
-    await asyncio.gather(kill(args, store, done), *clients)
+    running = [asyncio.create_task(one) for one in clients]
+    process = await kill(args, store, seen)
+    done.set()
+    await asyncio.gather(*running)
+    process.terminate()
+    process.wait()
     return seen
 
 
