@@ -112,12 +112,12 @@ def _source(restored: Restored, tower: Tower) -> ExportSource:
     from flm_torchrec.export.quality import ValidationSet
     from flm_torchrec.export.tower.writer import write_tower
     from flm_torchrec.export.write import ExportSource
-    from flm_torchrec.training.gathered import GatheredModel
+    from flm_torchrec.training.gathered import GatheredModel, items_with_rows
 
     job, valid = restored.job, restored.job.events.splits.valid
     encoder = job.encoder(everyone(job.data))
     validation = ValidationSet(job.encoder(valid), valid)
-    source = ExportSource(job.data, encoder, job.train_stats.items > 0, restored.version, validation)
+    source = ExportSource(job.data, encoder, items_with_rows(job), restored.version, validation)
     if tower == "none":
         return source
     model, main = GatheredModel(job), job.comm.rank == 0

@@ -11,7 +11,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.dataset import EntityFeatures, PreparedData, Ragged, spans
-from flm_torchrec.data.hashing import remap_ids
+from flm_torchrec.data.hashing import item_lookups, remap_ids
 from flm_torchrec.data.history import HISTORY_KEYS, CodedEvents, Events, HistoryCoding
 from flm_torchrec.data.negatives import Candidates
 from flm_torchrec.data.schema import Feature
@@ -137,6 +137,9 @@ class Assembler:
         coded = self._coded(tokens, shown, events)
         ids, index = np.unique(np.concatenate([events.item, targets, candidates]), return_inverse=True)
         item_index, target_index, candidate_index = np.split(index, np.cumsum([len(shown), len(targets)]))
+        seen = np.zeros(len(ids), bool)
+        seen[item_index] = seen[target_index] = True
+        lookups = item_lookups(self.data.schema.table("item_id"), ids, seen)
 
         def at_tokens(values: np.ndarray, at_prefix: int = 0) -> np.ndarray:
             """[shown] values of the events shown → [T], with `at_prefix` at the prefix tokens."""
@@ -146,7 +149,8 @@ class Assembler:
 
         offsets = np.concatenate([[0], np.cumsum(tokens.lengths)])
         return Batch(
-            item_ids=_kjt({"item_id": Ragged(np.arange(len(ids) + 1), ids)}),
+            items=torch.from_numpy(ids),
+            item_ids=_kjt({key: Ragged(np.arange(len(ids) + 1), asked) for key, asked in lookups.items()}),
             item_features=self._item_features(ids),
             item_dense=torch.from_numpy(self.data.items.dense[ids]),
             item_known=torch.from_numpy(self.stats.items[ids]),

@@ -20,6 +20,9 @@ Eviction = Literal["lfu", "lru"]
 
 SPARSE_KINDS: tuple[Kind, ...] = ("categorical", "multi_categorical", "text", "quantile")
 DENSE_KINDS: tuple[Kind, ...] = ("numeric", "dense")
+ITEM_TABLES = ("item_id", "item_source", "item_target", "item_context")
+"""Tables with a row for each item: what it is; for the collaborative head what it says of a user who has it, and what
+is scored; for the sequential head what it says of the events after it. All have the rows chosen for `item_id`."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Table:
     """How ids are mapped to the rows of an embedding table.
 
     direct: each id has its own row. hash: ids share `rows` rows by a fixed hash. zch: the ids seen most often (lfu) or
-    last (lru) have one of `rows` rows each, all others share the last row (TorchRec's managed collision).
+    last (lru) have one of `rows` rows each, all others share the last row (TorchRec's managed collision). That of the
+    tables of items is always zero, so that an item without a row is represented by its content.
     """
 
     kind: TableKind = "direct"
@@ -35,6 +39,11 @@ class Table:
     """For hash and zch; a direct table has as many rows as there are ids."""
     eviction: Eviction = "lfu"
     """For zch."""
+
+    @property
+    def managed(self) -> bool:
+        """Rows pass from id to id."""
+        return self.kind == "zch"
 
     def __post_init__(self) -> None:
         for name, kinds in (("kind", get_args(TableKind)), ("eviction", get_args(Eviction))):
@@ -97,11 +106,11 @@ class Schema:
     """Column of items.parquet to show to people (a string); empty: the item's key."""
     features: tuple[Feature, ...] = field(default=())
     tables: dict[str, Table] = field(default_factory=dict)
-    """By name of the table, "user_id" or a feature's table. Tables that are not named are direct."""
+    """By name of the table: "user_id", "item_id" or a feature's table. Tables that are not named are direct."""
 
     def table(self, name: str) -> Table:
         """How the ids of the table of this name are mapped to its rows."""
-        return self.tables.get(name, Table())
+        return self.tables.get("item_id" if name in ITEM_TABLES else name, Table())
 
     def of(self, entity: Entity, *, sparse: bool) -> tuple[Feature, ...]:
         """The sparse features, or the dense ones, of users or items, in the schema's order."""
@@ -150,7 +159,7 @@ class Schema:
             raise DataError(f"{path}: not a schema ({reason}); prepare the data again") from error
         for feature in schema.features:
             _check(feature, path)
-        present = ["user_id", *(f.table for f in schema.features if f.sparse)]
+        present = ["user_id", "item_id", *(f.table for f in schema.features if f.sparse)]
         for name in tables:
             if name not in present:
                 raise DataError(f"{path}: tables: no table '{name}' to choose rows for; {nearest(name, present)}")

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from flm_torchrec.data.hashing import HeldIds
 from flm_torchrec.data.history import HISTORY_KEYS
-from flm_torchrec.data.schema import Entity, Feature, Schema
+from flm_torchrec.data.schema import ITEM_TABLES, Entity, Feature, Schema
 from flm_torchrec.errors import DataError, RunError
 
-ENTITIES: dict[str, Entity] = {"item_id": "item", "user_id": "user"}
+ENTITIES: dict[str, Entity] = {**dict.fromkeys(ITEM_TABLES, "item"), "user_id": "user"}
 """By the name that a batch looks ids up by, whose ids they are."""
 
 
@@ -96,6 +97,8 @@ class RowMatch:
     """Keys that both have."""
     new: int
     dropped: int
+    held: HeldIds | None = None
+    """Of a managed table: rows move with the ids that hold them, and `origin` is None."""
 
 
 def match_rows(old: RowKeys, new: RowKeys, table: str, looked_up: Sequence[str]) -> RowMatch:
@@ -128,11 +131,15 @@ def match_rows(old: RowKeys, new: RowKeys, table: str, looked_up: Sequence[str])
     pairs = new.keys(table, looked_up).join(old.keys(table, looked_up), "key", "full", suffix="_old", coalesce=True)
     kept = pairs.drop_nulls()
     counts = len(kept), pairs["code_old"].null_count(), pairs["code"].null_count()
-    if other.kind != "direct":
+    if other.managed:
+        held = HeldIds.of(table, *(kept[column].to_numpy() for column in ("code_old", "code")))
+        return RowMatch(None, *counts, held)
+    if other.kind == "hash":
         if (kept["code"] != kept["code_old"]).any():
+            option = "item_id" if table in ITEM_TABLES else table
             raise RunError(
-                f"table '{table}': its rows are shared ({other.kind}) by numbers of ids, which have moved; prepare the"
-                f" data with {table}=direct in --tables, and train anew once"
+                f"table '{table}': its rows are shared (hash) by numbers of ids, which have moved; prepare the data"
+                f" with {option}=direct or {option}=zch:ROWS in --tables, and train anew once"
             )
         return RowMatch(None, *counts)
     origin = np.full(new.rows(table, looked_up), -1)

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torchrec.distributed.mc_embedding import (
+    ManagedCollisionEmbeddingCollectionSharder,
+    ShardedManagedCollisionEmbeddingCollection,
+)
+from torchrec.distributed.mc_embedding_modules import BaseShardedManagedCollisionEmbeddingCollection
 from torchrec.distributed.mc_embeddingbag import (
     ManagedCollisionEmbeddingBagCollectionSharder,
     ShardedManagedCollisionEmbeddingBagCollection,
 )
 from torchrec.distributed.types import ParameterSharding, ShardingEnv
-from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
+from torchrec.modules.mc_embedding_modules import (
+    BaseManagedCollisionEmbeddingCollection,
+    ManagedCollisionEmbeddingBagCollection,
+    ManagedCollisionEmbeddingCollection,
+)
 
 from flm_torchrec.errors import ConfigError
 
 
-class _Sharded(ShardedManagedCollisionEmbeddingBagCollection):
+class _Resets(BaseShardedManagedCollisionEmbeddingCollection):  # type: ignore[type-arg]
     def _evict(self, evictions_per_table: dict[str, Tensor | None]) -> None:
         """Set rows of new ids to zero, weights and optimizer state, as FBGEMM's kernel does on a GPU."""
         if self._device.type != "cpu":
@@ -30,6 +39,22 @@ class _Sharded(ShardedManagedCollisionEmbeddingBagCollection):
                     state[rows] = 0
 
 
+class _ShardedBags(_Resets, ShardedManagedCollisionEmbeddingBagCollection):
+    pass
+
+
+class _ShardedItems(_Resets, ShardedManagedCollisionEmbeddingCollection):
+    """Tables in which ids without a row get zeros: before each look-up, the row that they share is set to zero."""
+
+    def _evict(self, evictions_per_table: dict[str, Tensor | None]) -> None:
+        maps = self._managed_collision_collection._managed_collision_modules
+        reset: dict[str, Tensor | None] = {}
+        for table, rows in evictions_per_table.items():
+            shared = torch.tensor([maps[table].output_size() - 1], device=self._device)  # type: ignore[operator]
+            reset[table] = shared if rows is None else torch.cat([rows, shared])
+        super()._evict(reset)
+
+
 class ManagedBagSharder(ManagedCollisionEmbeddingBagCollectionSharder):
     """Shards managed tables row-wise, the only way that TorchRec offers for them."""
 
@@ -40,13 +65,36 @@ class ManagedBagSharder(ManagedCollisionEmbeddingBagCollectionSharder):
         env: ShardingEnv,
         device: torch.device | None = None,
         module_fqn: str | None = None,
-    ) -> _Sharded:
+    ) -> _ShardedBags:
         """The sharded module; see TorchRec's `ModuleSharder.shard`."""
         assert device is not None
-        return _Sharded(
+        return _ShardedBags(
             module,
             params,
             ebc_sharder=self._e_sharder,  # type: ignore[arg-type]
+            mc_sharder=self._mc_sharder,
+            env=env,
+            device=device,
+        )
+
+
+class ManagedItemSharder(ManagedCollisionEmbeddingCollectionSharder):
+    """The same for the managed tables of items."""
+
+    def shard(
+        self,
+        module: ManagedCollisionEmbeddingCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> _ShardedItems:
+        """The sharded module; see TorchRec's `ModuleSharder.shard`."""
+        assert device is not None
+        return _ShardedItems(
+            module,
+            params,
+            ec_sharder=self._e_sharder,  # type: ignore[arg-type]
             mc_sharder=self._mc_sharder,
             env=env,
             device=device,
@@ -57,16 +105,22 @@ def check_managed(model: nn.Module, ranks: int, sharding: str) -> None:
     """Refuse managed tables that TorchRec cannot shard.
 
     Raises:
-        ConfigError: the rows of a managed table do not divide by the ranks, or the sharding is not row-wise.
+        ConfigError: the rows of a managed table do not divide by the ranks, or leave a rank none to give to an id; or
+            the sharding is not row-wise.
     """
     for module in model.modules():
-        if not isinstance(module, ManagedCollisionEmbeddingBagCollection):
+        if not isinstance(module, BaseManagedCollisionEmbeddingCollection):
             continue
         for table in module._managed_collision_collection.embedding_configs():
             if table.num_embeddings % ranks:
                 raise ConfigError(
                     f"table '{table.name}': its {table.num_embeddings} managed rows do not divide by {ranks} ranks;"
                     " prepare the data with a multiple of them in --tables"
+                )
+            if table.num_embeddings == ranks:
+                raise ConfigError(
+                    f"table '{table.name}': {ranks} ranks would have one managed row each, which ids without a row"
+                    " share; prepare the data with a larger multiple of the ranks in --tables"
                 )
             if sharding not in ("auto", "row_wise"):
                 raise ConfigError(

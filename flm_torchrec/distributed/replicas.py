@@ -14,7 +14,7 @@ from torch.distributed.remote_device import _remote_device
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel, DMPCollection
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, EnumerableShardingSpec, ShardingEnv2D, ShardingPlan
-from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
+from torchrec.modules.mc_embedding_modules import BaseManagedCollisionEmbeddingCollection
 
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.distributed.sharders import sharders
@@ -120,7 +120,7 @@ def check_replicable(model: nn.Module, plan: ShardingPlan, optimizer: str) -> No
             would miss its newest rows), or an optimizer other than Adagrad.
     """
     for module in model.modules():
-        if isinstance(module, ManagedCollisionEmbeddingBagCollection):
+        if isinstance(module, BaseManagedCollisionEmbeddingCollection):
             name = module._managed_collision_collection.embedding_configs()[0].name
             raise ConfigError(
                 f"distributed.replicas: table '{name}' is managed (zch), and replicas would give its rows to different"

@@ -7,7 +7,7 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ModuleSharder, ShardingPlan, ShardingType
 
-from flm_torchrec.distributed.managed import ManagedBagSharder
+from flm_torchrec.distributed.managed import ManagedBagSharder, ManagedItemSharder
 from flm_torchrec.errors import ConfigError
 
 # Two types are left out, each for a reason that tests/distributed/test_sharding.py shows. data_parallel: its optimizer
@@ -49,7 +49,12 @@ class SequenceSharder(EmbeddingCollectionSharder):
 
 def sharders() -> list[ModuleSharder[nn.Module]]:
     """One sharder for each kind of table module."""
-    return [BagSharder(), SequenceSharder(), ManagedBagSharder(BagSharder())]  # type: ignore[list-item]
+    return [  # type: ignore[list-item]
+        BagSharder(),
+        SequenceSharder(),
+        ManagedBagSharder(BagSharder()),
+        ManagedItemSharder(SequenceSharder()),
+    ]
 
 
 def check_whole_rows(plan: ShardingPlan, optimizer: str) -> None:

@@ -37,7 +37,7 @@ class ExportSource:
     data: PreparedData
     encoder: Encoder
     """For the examples of `everyone(data)`: each user after all known events."""
-    item_known: np.ndarray  # [items] bool: the id was trained; the encoder hides other ids
+    item_known: np.ndarray  # [items] bool: the id was trained, and has a row; the encoder hides other ids
     version: str
     """Of the model; in the metadata of every file."""
     validation: ValidationSet | None = None

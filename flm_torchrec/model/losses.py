@@ -102,12 +102,11 @@ class NextItemLoss:
 
     def __call__(self, batch: Batch, encoded: Encoded) -> tuple[Tensor, dict[str, Tensor]]:
         """As of `Loss`."""
-        item_ids = batch.item_ids.values()
         vectors, real = self.gather.concat(encoded.items[batch.candidates])  # [C, S], [C]
-        candidate_ids, _ = self.gather.concat(item_ids[batch.candidates])
+        candidate_ids, _ = self.gather.concat(batch.items[batch.candidates])
         log_not_sampled, _ = self.gather.concat(batch.log_not_sampled)
         targets = self.gather.all_reduce_sum(torch.tensor(float(len(batch.targets)), device=vectors.device))
-        columns, repeated = columns_of(candidate_ids, real, item_ids)
+        columns, repeated = columns_of(candidate_ids, real, batch.items)
         log_q = self._log_q(log_not_sampled, targets).masked_fill(repeated | ~real, math.inf)
         wanted = columns[batch.targets]
 
@@ -149,7 +148,7 @@ class NextItemLoss:
 
 
 class AttributeContrast:
-    """InfoNCE between an item's id and its content, among all ranks' targets.
+    """InfoNCE between an item's id and its content, among all ranks' targets whose ids have a row that is not zero.
 
     Aligns the two views of an item that S3-Rec's item-attribute objective predicts from each other (Zhou et al.,
     CIKM 2020), in both directions as CLIP does (Radford et al., ICML 2021).
@@ -172,16 +171,17 @@ class AttributeContrast:
         contents = F.normalize(used("content", encoded.content_items[mine]), dim=1)
         all_ids, real = self.gather.concat(ids)
         all_contents, _ = self.gather.concat(contents)
-        keys, _ = self.gather.concat(batch.item_ids.values()[mine])
-        position, repeated = columns_of(keys, real, batch.item_ids.values()[mine])
-        log_q = torch.zeros_like(all_ids[:, 0]).masked_fill(repeated | ~real, math.inf)
+        keys, _ = self.gather.concat(batch.items[mine])
+        position, repeated = columns_of(keys, real, batch.items[mine])
+        usable = real & ~repeated & all_ids.any(1)
+        log_q = torch.zeros_like(all_ids[:, 0]).masked_fill(~usable, math.inf)
         # An item that several ranks have is a query on the first of them alone.
         start = self.gather.rank * (len(real) // self.gather.world_size)
-        first = position == start + torch.arange(len(mine), device=mine.device)
+        first = usable[position] & (position == start + torch.arange(len(mine), device=mine.device))
         scale = self.scale.clamp(max=MAX_LOG_SCALE).exp()
         summed = sampled_softmax(ids[first], CandidateVectors(all_contents, log_q), position[first], scale)
         summed = summed + sampled_softmax(contents[first], CandidateVectors(all_ids, log_q), position[first], scale)
-        loss = summed / (2 * (real & ~repeated).sum()).clamp(min=1)
+        loss = summed / (2 * usable.sum()).clamp(min=1)
         return self.weight * loss, {"attribute": loss.detach()}
 
 

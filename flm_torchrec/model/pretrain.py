@@ -20,8 +20,9 @@ from flm_torchrec.model.losses import MAX_LOG_SCALE, Gather, make_losses
 from flm_torchrec.model.tables import (
     history_tables,
     item_feature_tables,
+    item_outputs,
     item_tables,
-    rows_of,
+    item_vectors,
     user_tables,
     user_weight_names,
 )
@@ -47,6 +48,7 @@ class Dense(nn.Module):
     def __init__(self, schema: Schema, model: ModelConfig, loss: LossConfig, max_tokens: int, gather: Gather) -> None:
         super().__init__()
         self.gather = gather
+        self.item_outputs = item_outputs(schema)
         self.item_keys = [f.name for f in schema.of("item", sparse=True)]
         self.user_keys = ["user_id", *(f.name for f in schema.of("user", sparse=True))]
         widths = Widths(
@@ -73,13 +75,11 @@ class Dense(nn.Module):
         history: dict[str, JaggedTensor],
     ) -> tuple[Tensor, Outputs]:
         """What the tables gave for the batch → the loss and what led to it; in evaluation the loss is 0."""
-        ids = items[rows_of("item_id")].values()
+        rows = {table: items[output].values() for table, output in self.item_outputs.items()}
+        ids = rows["item_id"]
         features = _join(item_features, self.item_keys)[: len(ids)] if item_features else ids[:, :0]
         embedded = EmbeddingOutputs(
-            item_id=ids,
-            item_source=items[rows_of("item_source")].values(),
-            item_target=items[rows_of("item_target")].values(),
-            item_context=items[rows_of("item_context")].values(),
+            **rows,
             item_features=features,
             user=_join(users, self.user_keys),
             history=torch.cat([history[key].values() for key in HISTORY_KEYS], 1),
@@ -110,7 +110,7 @@ class PretrainModel(nn.Module):
 
     def __init__(self, schema: Schema, model: ModelConfig, loss: LossConfig, max_tokens: int, gather: Gather) -> None:
         super().__init__()
-        self.item_id = item_tables(schema, model.dim)
+        self.item_id, self.managed_items = item_tables(schema, model.dim), schema.table("item_id").managed
         self.item_features, self.managed_item_features = item_feature_tables(schema, model.dim)
         self.users, self.managed_users = user_tables(schema, model.dim)
         self.history = history_tables(schema, model.dim)
@@ -139,7 +139,7 @@ class PretrainModel(nn.Module):
 
         The loss is scaled such that the mean of its gradients over the ranks is the gradient of the global mean.
         """
-        items = self.item_id(batch.item_ids)
+        items = item_vectors(self.item_id, batch.item_ids, self.managed_items)
         features = pooled(self.item_features, self.managed_item_features, batch.item_features)
         users = pooled(self.users, self.managed_users, batch.users)
         history = self.history(batch.history)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.modules.embedding_configs import (
+    BaseEmbeddingConfig,
+    EmbeddingBagConfig,
+    EmbeddingConfig,
+    PoolingType,
+)
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
-from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
+from torchrec.modules.mc_embedding_modules import (
+    ManagedCollisionEmbeddingBagCollection,
+    ManagedCollisionEmbeddingCollection,
+)
 from torchrec.modules.mc_modules import (
     LFU_EvictionPolicy,
     LRU_EvictionPolicy,
@@ -16,10 +25,11 @@ from torchrec.modules.mc_modules import (
     ManagedCollisionModule,
     MCHManagedCollisionModule,
 )
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from flm_torchrec.data.hashing import MANAGED_IDS
 from flm_torchrec.data.history import table_rows
-from flm_torchrec.data.schema import Feature, Schema
+from flm_torchrec.data.schema import ITEM_TABLES, Feature, Schema
 from flm_torchrec.errors import RunError
 
 # Not a string: TorchRec compares with torch.device("meta") to see that there is nothing to copy.
@@ -33,6 +43,19 @@ Bags = tuple[EmbeddingBagCollection | None, ManagedCollisionEmbeddingBagCollecti
 
 class ManagedIds(MCHManagedCollisionModule):
     """TorchRec's map of ids to rows, with an error message that says what to do."""
+
+    _current_iter: int
+
+    def profile(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
+        """Count ids in training. Ids take rows at multiples of the interval, also where a run goes on in between.
+
+        TorchRec counts the interval from the start of each process: `flm follow`, which builds its model anew for new
+        users and items, would never reach its end.
+        """
+        if self.training and self._current_iter == -1:
+            self._current_iter = int(self._current_iter_tensor.item())  # type: ignore[operator]
+            self._last_eviction_iter = self._current_iter - self._current_iter % self._eviction_interval
+        return super().profile(features)
 
     def validate_state(self) -> None:
         """Check the map after loading: rows may move to fewer ranks, but not be split over more.
@@ -51,31 +74,57 @@ class ManagedIds(MCHManagedCollisionModule):
             ) from error
 
 
-ITEM_TABLES = ("item_id", "item_source", "item_target", "item_context")
-"""Tables with a row for each item: what it is; for the collaborative head what it says of a user who has it, and what
-is scored; for the sequential head what it says of the events after it."""
+class ManagedItems(ManagedIds):
+    """The map of items to rows: of the ids that `data.hashing.managed_items` makes."""
+
+    def profile(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
+        """Count the items that events have, in training → all items, by their ids alone."""
+        if self.training and self._input_history_buffer_size == -1:
+            self._init_history_buffers(features)  # room for every item of a batch, counted or not
+        counted = {name: feature.values()[feature.values() % 2 == 1] // 2 for name, feature in features.items()}
+        super().profile({n: JaggedTensor(ids, lengths=torch.ones_like(ids)) for n, ids in counted.items()})
+        return {
+            name: JaggedTensor(feature.values() // 2, lengths=feature.lengths(), weights=feature.weights_or_none())
+            for name, feature in features.items()
+        }
+
+
 STARTS_AT_ZERO = ("item_source", "item_context")
 """What an item says of others starts from nothing, so that an item that few users have says little."""
 
 
-def item_tables(schema: Schema, dim: int) -> EmbeddingCollection:
-    """The tables of item ids, shared by history, positives and negatives. One feature, `item_id`, looks up all."""
+def item_tables(schema: Schema, dim: int) -> EmbeddingCollection | ManagedCollisionEmbeddingCollection:
+    """The tables of item ids, shared by history, positives and negatives.
+
+    One feature, `item_id`, looks up all. Managed tables cannot share one: each has a feature of its own name. There, a
+    row starts from zero whenever a new item takes it.
+    """
+    managed = schema.table("item_id").managed
     configs = [
         EmbeddingConfig(
             name=name,
             embedding_dim=dim,
-            num_embeddings=schema.items,
-            feature_names=["item_id"],
-            init_fn=nn.init.zeros_ if name in STARTS_AT_ZERO else None,
+            num_embeddings=_rows(schema, name, schema.items),
+            feature_names=[name if managed else "item_id"],
+            init_fn=nn.init.zeros_ if managed or name in STARTS_AT_ZERO else None,
         )
         for name in ITEM_TABLES
     ]
-    return EmbeddingCollection(tables=configs, device=META)
+    tables = EmbeddingCollection(tables=configs, device=META)
+    if not managed:
+        return tables
+    return ManagedCollisionEmbeddingCollection(tables, _maps(tables.embedding_configs(), schema, ManagedItems))
 
 
-def rows_of(table: str) -> str:
-    """Name of a table of `ITEM_TABLES` among the outputs of `item_tables`: the tables share a feature."""
-    return f"item_id@{table}"
+def item_outputs(schema: Schema) -> dict[str, str]:
+    """By name of a table of `ITEM_TABLES`, its name among the outputs of `item_tables`: see there what looks it up."""
+    managed = schema.table("item_id").managed
+    return {table: table if managed else f"item_id@{table}" for table in ITEM_TABLES}
+
+
+def item_vectors(tables: nn.Module, features: KeyedJaggedTensor, managed: bool) -> dict[str, JaggedTensor]:
+    """What `item_tables` gives for items, by the names of `item_outputs`."""
+    return tables(features)[0] if managed else tables(features)
 
 
 def item_feature_tables(schema: Schema, dim: int) -> Bags:
@@ -124,9 +173,16 @@ def _split(configs: list[EmbeddingBagConfig], schema: Schema) -> Bags:
     tables = EmbeddingBagCollection(tables=fixed, device=META) if fixed else None
     if not managed:
         return tables, None
+    collection = EmbeddingBagCollection(tables=managed, device=META)
+    ids = _maps(collection.embedding_bag_configs(), schema, ManagedIds)
+    return tables, ManagedCollisionEmbeddingBagCollection(collection, ids)
+
+
+def _maps(configs: Sequence[BaseEmbeddingConfig], schema: Schema, kind: type[ManagedIds]) -> ManagedCollisionCollection:
+    """The maps of ids to the rows of managed tables."""
     policies = {"lfu": LFU_EvictionPolicy, "lru": LRU_EvictionPolicy}
     modules: dict[str, ManagedCollisionModule] = {
-        c.name: ManagedIds(
+        c.name: kind(
             name=c.name,
             zch_size=c.num_embeddings,
             device=torch.device("cpu"),  # the map of ids must hold values before it is sharded
@@ -135,11 +191,9 @@ def _split(configs: list[EmbeddingBagConfig], schema: Schema) -> Bags:
             input_hash_size=MANAGED_IDS,
             buckets=c.num_embeddings,  # any number of ranks that divides the rows
         )
-        for c in managed
+        for c in configs
     }
-    collection = EmbeddingBagCollection(tables=managed, device=META)
-    ids = ManagedCollisionCollection(modules, collection.embedding_bag_configs())
-    return tables, ManagedCollisionEmbeddingBagCollection(collection, ids)
+    return ManagedCollisionCollection(modules, configs)
 
 
 def _bags(schema: Schema, features: tuple[Feature, ...], dim: int) -> list[EmbeddingBagConfig]:

@@ -10,6 +10,7 @@ from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import Shard, SharderDataMap, ShardingOption, Storage
 from torchrec.distributed.types import ModuleSharder, PipelineType, ShardingType
+from torchrec.modules.mc_embedding_modules import BaseManagedCollisionEmbeddingCollection
 
 from flm_torchrec.distributed.sharders import sharders
 from flm_torchrec.planner.constraints import KERNELS, TableConstraints, offered_types
@@ -22,6 +23,8 @@ DENSE_BYTES = 4 * sum(DENSE_PARTS.values())
 """Bytes of a dense parameter in training."""
 INT8_ROW_BYTES = 8
 """Scale and bias of an int8 row, each float32."""
+MAP_BYTES = 24
+"""Of a row of a managed table: the id that holds it, the row's number, and a count or a time, each int64."""
 LENGTH_BYTES = 8
 """Size of a bag's length, which is int64 in the batches."""
 ID_BYTES = 8
@@ -89,7 +92,7 @@ class StorageEstimator(EmbeddingStorageEstimator):
         for option in sharding_options:
             for shard in option.shards:
                 assert shard.storage is not None
-                extra = self._state(option, shard.size) + self._scales(option, shard.size)
+                extra = self._state(option, shard.size) + self._beside(option, shard.size)
                 shard.storage = shard.storage + extra + self._uncounted(option, shard)
 
     def split(self, option: ShardingOption, data: SharderDataMap) -> list[dict[str, Storage]]:
@@ -102,14 +105,14 @@ class StorageEstimator(EmbeddingStorageEstimator):
         parts = []
         for shard, without, used in zip(option.shards, idle.shards, busy.shards, strict=True):
             assert shard.storage and without.storage and used.storage
-            state, scales = self._state(option, shard.size), self._scales(option, shard.size)
+            state, beside = self._state(option, shard.size), self._beside(option, shard.size)
             more = self._uncounted(option, shard)
             parts.append(
                 {
-                    "weights": without.storage + scales,
+                    "weights": without.storage + beside,
                     "optimizer": state,
                     "input_output": used.storage - without.storage + more,
-                    "pipeline": shard.storage - used.storage - state - scales - more,
+                    "pipeline": shard.storage - used.storage - state - beside - more,
                 }
             )
         return parts
@@ -117,8 +120,11 @@ class StorageEstimator(EmbeddingStorageEstimator):
     def _state(self, option: ShardingOption, size: list[int]) -> Storage:
         return self._placed(option, state_bytes(self.optimizer, size[0], size[1]))
 
-    def _scales(self, option: ShardingOption, size: list[int]) -> Storage:
-        return self._placed(option, INT8_ROW_BYTES * size[0] if option.tensor.dtype == torch.int8 else 0)
+    def _beside(self, option: ShardingOption, size: list[int]) -> Storage:
+        """The scales of int8 rows, and the map of ids to rows of a managed table, which is on the device."""
+        scales = self._placed(option, INT8_ROW_BYTES * size[0] if option.tensor.dtype == torch.int8 else 0)
+        managed = isinstance(option.module[1], BaseManagedCollisionEmbeddingCollection)
+        return scales + self._on_device(MAP_BYTES * size[0] if managed else 0)
 
     def _uncounted(self, option: ShardingOption, shard: Shard) -> Storage:
         """Memory that TorchRec omits: lengths of bags, vectors of empty bags, rows that are looked up more often."""
@@ -137,8 +143,10 @@ class StorageEstimator(EmbeddingStorageEstimator):
             if option.sharding_type == ROW_WISE and share is not None:
                 more = share - 1 / self._topology.world_size
                 amount += more * bags * ids * (ID_BYTES + (0 if option.is_pooled else vector))
-        size = round(amount)
-        return Storage(hbm=size, ddr=0) if self._topology.compute_device == "cuda" else Storage(hbm=0, ddr=size)
+        return self._on_device(round(amount))
+
+    def _on_device(self, amount: int) -> Storage:
+        return Storage(hbm=amount, ddr=0) if self._topology.compute_device == "cuda" else Storage(hbm=0, ddr=amount)
 
     def _placed(self, option: ShardingOption, amount: int) -> Storage:
         on_device = option.compute_kernel == "fused" and self._topology.compute_device == "cuda"

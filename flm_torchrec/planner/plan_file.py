@@ -18,7 +18,7 @@ from torchrec.distributed.types import (
     ShardingType,
     ShardMetadata,
 )
-from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
+from torchrec.modules.mc_embedding_modules import BaseManagedCollisionEmbeddingCollection
 
 from flm_torchrec.config import first_problem
 from flm_torchrec.distributed.comm import Comm
@@ -163,7 +163,7 @@ def _modules(model: nn.Module) -> dict[str, _Home]:
     homes: dict[str, _Home] = {}
     for path, module in model.named_modules():
         if not any(path.startswith(f"{inner}.") for inner, _ in homes.values()):
-            tables = module._embedding_module if isinstance(module, ManagedCollisionEmbeddingBagCollection) else module
+            tables = module._embedding_module if isinstance(module, BaseManagedCollisionEmbeddingCollection) else module
             configs = getattr(tables, "embedding_bag_configs", None) or getattr(tables, "embedding_configs", None)
             homes.update({table.name: (path, module) for table in configs()} if configs else {})
     return homes

@@ -105,8 +105,8 @@ class PrepareOptions:
         _parsed(parse_tables),
         Field(
             title="NAME=KIND:ROWS,…",
-            description="for user_id or a sparse feature with more ids than rows: hash:ROWS, or zch:ROWS[:lfu|lru],"
-            " where the ids seen most or last keep a row each; none: every id has a row",
+            description="for user_id, item_id or a sparse feature with more ids than rows: hash:ROWS, or"
+            " zch:ROWS[:lfu|lru], where the ids seen most or last keep a row each; none: every id has a row",
         ),
     ] = field(default_factory=dict)
 

@@ -31,14 +31,13 @@ def parse_tables(text: str) -> dict[str, Table]:
 
 
 def by_table(chosen: dict[str, Table], features: Sequence[Feature]) -> dict[str, Table]:
-    """What was chosen for "user_id" or for features by their names, by the tables that these name.
+    """What was chosen for "user_id", "item_id" or features by their names, by the tables that these name.
 
     Raises:
         DataError: there is no such feature, or its ids cannot be shared out otherwise.
     """
-    if "item_id" in chosen:
-        raise DataError("--tables: 'item_id' is direct always: negatives, ranking and export go through its rows")
-    names = {"user_id": "user_id", **{n: f.table for f in features if f.sparse for n in (f.name, f.table)}}
+    sparse = {name: f.table for f in features if f.sparse for name in (f.name, f.table)}
+    names = {"user_id": "user_id", "item_id": "item_id", **sparse}
     for name in chosen:
         if name not in names:
             raise DataError(f"--tables: no id or sparse feature '{name}'; {nearest(name, names)}")

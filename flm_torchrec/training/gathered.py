@@ -11,14 +11,29 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from flm_torchrec.data.hashing import remap_ids
+from flm_torchrec.data.hashing import item_lookups, managed_items, remap_ids
 from flm_torchrec.data.history import GAP_ROWS, HISTORY_KEYS
 from flm_torchrec.model.pretrain import pooled
 from flm_torchrec.model.space import width
-from flm_torchrec.model.tables import ITEM_TABLES, rows_of
+from flm_torchrec.model.tables import ITEM_TABLES, item_outputs, item_vectors
 from flm_torchrec.model.tower import Tower
 from flm_torchrec.training.build import make_model
+from flm_torchrec.training.checkpoint.by_key import MANAGED
 from flm_torchrec.training.job import Job
+
+
+def items_with_rows(job: Job) -> np.ndarray:
+    """[items] bool: known items whose ids the model has rows for; all others are represented by their content alone.
+
+    Collective.
+    """
+    known = job.train_stats.items > 0
+    if not job.data.schema.table("item_id").managed:
+        return known
+    held = job.model.state_dict()[f"item_id.{MANAGED}.item_id._mch_sorted_raw_ids"].local_shards()[0].tensor
+    ids = managed_items(np.arange(len(known)), np.zeros(len(known), bool)) // 2
+    here = torch.from_numpy(np.isin(ids, held.cpu().numpy()).astype(np.int32))
+    return known & (job.comm.all_reduce_sum(here).numpy() > 0)
 
 
 class GatheredModel:
@@ -56,7 +71,7 @@ class GatheredModel:
         schema, model = self.job.data.schema, self.model
         with torch.no_grad():
             if name in ITEM_TABLES:
-                return model.item_id(self._jagged(["item_id"], "item_id", ids))[rows_of(name)].values().float().cpu()
+                return self._item_rows(name, ids)
             if name in HISTORY_KEYS:
                 return self._unpooled(model.history, HISTORY_KEYS, name, ids)
             of_item = entity == "item"
@@ -68,6 +83,14 @@ class GatheredModel:
             ids_of_key = self._jagged(keys, name, remap_ids(table, ids))
             vectors = {key: v for outputs in pooled(fixed, managed, ids_of_key) for key, v in outputs.to_dict().items()}
             return vectors[name].float().cpu()
+
+    def _item_rows(self, name: str, ids: np.ndarray) -> Tensor:
+        schema = self.job.data.schema
+        asked = item_lookups(schema.table("item_id"), ids, np.zeros(len(ids), bool))
+        lengths = torch.ones(len(asked) * len(ids), dtype=torch.int64)
+        jagged = KeyedJaggedTensor(list(asked), torch.from_numpy(np.concatenate(list(asked.values()))), lengths=lengths)
+        rows = item_vectors(self.model.item_id, jagged.to(self.job.comm.device), self.model.managed_items)
+        return rows[item_outputs(schema)[name]].values().float().cpu()
 
     def _unpooled(self, tables: Any, keys: Sequence[str], name: str, ids: np.ndarray) -> Tensor:
         return tables(self._jagged(keys, name, ids))[name].values().float().cpu()

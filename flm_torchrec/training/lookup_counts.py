@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flm_torchrec.data.loader import Loader
+from flm_torchrec.data.vocabulary import ENTITIES
 from flm_torchrec.planner.constraints import Lookup
 
 BATCHES = 4
@@ -18,7 +19,7 @@ BATCHES = 4
 
 def lookups_of(loader: Loader) -> dict[str, Lookup]:
     """By feature, the look-ups of one sequence, counted in this rank's first training batches: the same every time."""
-    sequences = 0
+    sequences, managed = 0, _managed(loader)
     bags: Counter[str] = Counter()
     ids_of: defaultdict[str, list[Tensor]] = defaultdict(list)
     for batch in islice(loader.epoch(0), BATCHES):
@@ -28,4 +29,14 @@ def lookups_of(loader: Loader) -> dict[str, Lookup]:
                 ids_of[name].append(ids.values())
                 bags[name] += features.stride()
     rows = {name: np.sort(torch.cat(parts).numpy()) for name, parts in ids_of.items()}
-    return {name: Lookup(len(ids) / max(1, bags[name]), bags[name] / sequences, ids) for name, ids in rows.items()}
+    return {
+        name: Lookup(len(ids) / max(1, bags[name]), bags[name] / sequences, None if name in managed else ids)
+        for name, ids in rows.items()
+    }
+
+
+def _managed(loader: Loader) -> set[str]:
+    """What a batch looks up in managed tables: hashed ids, which are no rows."""
+    schema = loader.assembler.data.schema
+    table_of = {name: name for name in ENTITIES} | {f.name: f.table for f in schema.features if f.sparse}
+    return {name for name, table in table_of.items() if schema.table(table).managed}

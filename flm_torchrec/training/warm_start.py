@@ -11,7 +11,7 @@ import numpy as np
 
 from flm_torchrec.config import Config, load_config
 from flm_torchrec.data.schema import Feature
-from flm_torchrec.data.vocabulary import ENTITIES, RowKeys, RowMatch
+from flm_torchrec.data.vocabulary import RowKeys, RowMatch
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.errors import ConfigError, DataError, RunError
 from flm_torchrec.training.by_key import entity_tables, match_tables, told, vocabularies
@@ -185,15 +185,14 @@ def _form(feature: Feature) -> str:
 
 def _check_keys(old: RowKeys, new: RowKeys) -> None:
     """Raise DataError where the two cannot be of the same users and items."""
-    users = {entity: [v.keys(table, [table])["key"] for v in (old, new)] for table, entity in ENTITIES.items()}
-    before, after = users["user"]
+    before, after = (v.keys("user_id", ["user_id"])["key"] for v in (old, new))
     hashed = [bool(HASHED.fullmatch(keys.first() or "")) for keys in (before, after)]  # type: ignore[arg-type]
     if hashed[0] != hashed[1] or (hashed[0] and not after.is_in(before.implode()).any()):
         raise DataError(
             f"{new.folder}: its keys of users are not hashed under the secret of the run's; prepare the data with the"
             " --hash-users of the run's data"
         )
-    before, after = users["item"]
+    before, after = (v.keys("item_id", ["item_id"])["key"] for v in (old, new))
     if not after.is_in(before.implode()).any():
         raise DataError(
             f"{new.folder}: has none of the run's items (the run has '{before[0]}', the data '{after[0]}'); give data"

@@ -19,7 +19,7 @@ from flm_torchrec.distributed.comm import process_group
 from flm_torchrec.distributed.managed import check_managed
 from flm_torchrec.distributed.shard import make_optimizer, shard
 from flm_torchrec.errors import ConfigError, DataError
-from flm_torchrec.model.tables import EVICTION_INTERVAL, user_tables
+from flm_torchrec.model.tables import EVICTION_INTERVAL, item_tables, user_tables
 from flm_torchrec.planner.plan import make_plan
 from flm_torchrec.prepare.options import PrepareOptions
 from flm_torchrec.prepare.prepare import prepare
@@ -67,7 +67,9 @@ def test_managed_ids_spread_evenly_over_the_ranges_that_ranks_share_out() -> Non
         ("user_id=zch", "is not NAME=direct"),
         ("user_id=hash:9:lru", "is not NAME=direct"),
         ("user_id=zch:1", "at least 2"),
-        ("item_id=hash:9", "direct always"),
+        ("item_id=hash:1", "at least 2"),
+        ("item_id=zch:0", "at least 2"),
+        ("item_source=hash:9", "no id or sparse feature 'item_source'"),
         ("brnd=hash:9", "did you mean 'brand'"),
         ("price=hash:9", "no id or sparse feature 'price'"),
     ],
@@ -206,12 +208,17 @@ def test_sharded_rows_fixed_and_managed_side_by_side_are_pooled_right(ranks, sma
 
 @pytest.mark.parametrize(
     ("ranks", "sharding", "reason"),
-    [(3, "auto", "64 managed rows do not divide by 3"), (2, "table_wise", "does not go with the managed table")],
+    [
+        (3, "auto", "64 managed rows do not divide by 3"),
+        (64, "auto", "64 ranks would have one managed row each"),
+        (2, "table_wise", "does not go with the managed table"),
+    ],
 )
 def test_what_managed_tables_cannot_do_is_told(ranks: int, sharding: str, reason: str) -> None:
-    schema = Schema("s", "s", users=9, items=1, interactions=1, tables={"user_id": Table("zch", 64)})
-    _, managed = user_tables(schema, dim=4)
-    assert managed is not None
-    check_managed(managed, 2, "row_wise")
-    with pytest.raises(ConfigError, match=reason):
-        check_managed(managed, ranks, sharding)
+    chosen = dict.fromkeys(("user_id", "item_id"), Table("zch", 64))
+    schema = Schema("s", "s", users=9, items=1, interactions=1, tables=chosen)
+    for managed in (user_tables(schema, dim=4)[1], item_tables(schema, dim=4)):
+        assert managed is not None
+        check_managed(managed, 2, "row_wise")
+        with pytest.raises(ConfigError, match=reason):
+            check_managed(managed, ranks, sharding)

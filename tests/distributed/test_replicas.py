@@ -17,7 +17,7 @@ from flm_torchrec.data.schema import Schema, Table
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.distributed.replicas import check_replicable, group_of
 from flm_torchrec.errors import ConfigError
-from flm_torchrec.model.tables import user_tables
+from flm_torchrec.model.tables import item_tables, user_tables
 from tests.conftest import ROOT
 from tests.distributed.test_sharding import BAGS
 
@@ -85,11 +85,12 @@ def test_ranks_that_make_no_equal_groups_are_refused(ranks: int, local: int, rea
 
 
 def test_what_cannot_be_averaged_is_refused() -> None:
-    schema = Schema("s", "s", users=9, items=1, interactions=1, tables={"user_id": Table("zch", 64)})
-    _, managed = user_tables(schema, dim=4)
-    assert managed is not None
-    with pytest.raises(ConfigError, match="table 'user_id' is managed"):
-        check_replicable(managed, ShardingPlan({}), "adagrad")
+    chosen = dict.fromkeys(("user_id", "item_id"), Table("zch", 64))
+    schema = Schema("s", "s", users=9, items=1, interactions=1, tables=chosen)
+    for name, managed in (("user_id", user_tables(schema, dim=4)[1]), ("item_id", item_tables(schema, dim=4))):
+        assert managed is not None
+        with pytest.raises(ConfigError, match=f"table '{name}' is managed"):
+            check_replicable(managed, ShardingPlan({}), "adagrad")
     with pytest.raises(ConfigError, match="not that of adam"):
         check_replicable(nn.Linear(1, 1), ShardingPlan({}), "adam")
     cached = EmbeddingModuleShardingPlan(brand=ParameterSharding("row_wise", "fused_uvm_caching"))

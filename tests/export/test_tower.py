@@ -183,7 +183,7 @@ def test_an_added_item_in_a_history_is_its_content(small: PreparedData, tmp_path
 
 def test_hashed_and_managed_rows_are_packaged_too(tmp_path: Path) -> None:
     recipe = synthetic.Recipe(users=60, items=100, events=8, seed=3)
-    tables = parse_tables("user_id=zch:40,brand=hash:7,genre=zch:9")
+    tables = parse_tables("user_id=zch:40,item_id=hash:30,brand=hash:7,genre=zch:9")
     prepare(synthetic.read(recipe), tmp_path / "data", PrepareOptions(tables=tables))
     users = np.arange(60)
     with made(load_prepared(tmp_path / "data")) as job:

@@ -547,7 +547,7 @@ def test_managed_tables_resume_with_the_ids_that_they_hold(tmp_path: Path) -> No
     """At a multiple of the steps between which they take in ids: till then they count, and counts are not saved."""
     data, runs = tmp_path / "data", [tmp_path / "whole", tmp_path / "resumed"]
     recipe = ["--synthetic-users", "100", "--synthetic-items", "160"]
-    tables = ["--tables", "user_id=zch:40"]
+    tables = ["--tables", "user_id=zch:40,item_id=zch:60"]
     assert main(["prepare", "--source", "synthetic", *recipe, *tables, "--output", str(data)]) == 0
     options = [*TRAIN, "--data.path", str(data), "--train.checkpoint_every", "10", "--train.run"]
     for run in runs:

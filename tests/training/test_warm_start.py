@@ -17,6 +17,7 @@ import torch
 
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import load_prepared
+from flm_torchrec.data.hashing import remap_ids
 from flm_torchrec.data.schema import Table
 from flm_torchrec.data.vocabulary import RowKeys, match_rows
 from flm_torchrec.errors import RunError
@@ -284,6 +285,7 @@ BAD: list[tuple[str, Callable[[Days, Path], Path], list[str]]] = [
     ("'price' is item quantile, and item numeric of width 1 in", lambda d, p: d.prepared(p, other_kind(d.raw)), []),
     ("hashed into 10000 rows in the run, and into 500", lambda d, p: d.prepared(p, text_buckets=500), []),
     ("kind direct in", lambda d, p: d.prepared(p, tables="item_brand=hash:8"), []),
+    ("'item_id': has rows of kind direct in", lambda d, p: d.prepared(p, tables="item_id=zch:40"), []),
     ("not hashed under the secret", lambda d, p: d.prepared(p, secret=b"s" * 32), []),
     ("has none of the run's items", lambda d, p: d.prepared(p, renamed(d.raw)), []),
     ("model.dim 8, not 16", lambda d, p: d.today, ["--model.dim", "16"]),
@@ -345,7 +347,7 @@ def test_a_run_without_a_state_or_with_a_damaged_one_is_refused(
 
 
 def test_shared_rows_stay_only_while_their_numbers_do(days: Days, tmp_path: Path) -> None:
-    """Hashed and managed tables: the same keys in the same order, or none."""
+    """Hashed tables: the same keys in the same order, or none. Managed rows go with the keys that hold them."""
     for kind in ("hash:8", "zch:8"):
         tables = f"item_brand={kind}"
         one, same, other = (tmp_path / f"{kind[:3]}-{name}" for name in ("one", "same", "other"))
@@ -359,8 +361,19 @@ def test_shared_rows_stay_only_while_their_numbers_do(days: Days, tmp_path: Path
         )
         old = RowKeys.load(one)
         assert match_rows(old, RowKeys.load(same), "item_brand", ["brand"]).origin is None
-        with pytest.raises(RunError, match="item_brand=direct"):
-            match_rows(old, RowKeys.load(other), "item_brand", ["brand"])
+        if kind == "hash:8":
+            with pytest.raises(RunError, match="item_brand=direct"):
+                match_rows(old, RowKeys.load(other), "item_brand", ["brand"])
+            continue
+        held = match_rows(old, RowKeys.load(other), "item_brand", ["brand"]).held
+        before, after = (pl.read_parquet(folder / "vocab/item_brand.parquet") for folder in (one, other))
+        codes = before.join(after, "value").select("code", "code_right").sort("code").to_numpy().T
+        table = Table("zch", 8)
+        assert held is not None and (codes[0] != codes[1]).any()
+        order = np.argsort(held.before)
+        expected = np.argsort(remap_ids(table, codes[0]))
+        assert held.before[order].tolist() == remap_ids(table, codes[0])[expected].tolist()
+        assert held.after[order].tolist() == remap_ids(table, codes[1])[expected].tolist()
 
 
 def test_a_bucket_of_numbers_comes_from_the_one_that_held_them(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 
 from flm_torchrec.data.vocabulary import RowMatch
 from flm_torchrec.distributed.comm import Comm
-from flm_torchrec.distributed.rows import held_by_rank, move_rows
+from flm_torchrec.distributed.rows import StoredBlock, held_by_rank, move_rows
 from flm_torchrec.training.checkpoint import storage
 from flm_torchrec.training.checkpoint.blocks import stored_blocks
+from flm_torchrec.training.checkpoint.managed import PARTS, SHARING, Dealt, deal
 from flm_torchrec.training.checkpoint.state import leaves, names
 
 MODEL = "model."
@@ -52,14 +53,32 @@ def fill_by_key(folder: Path, state: dict[str, Any], matches: Mapping[str, RowMa
     """
     own = dict(zip(names(state), leaves(state), strict=True))
     wanted = set().union(*comm.gather(list(own)))  # a rank's optimizer has only the tables of which the rank holds rows
+    stored = stored_blocks(folder)
+    dealt = {weight: _deal(stored, weight, match, comm) for weight, match in matches.items() if match.held is not None}
     moved = set()
-    for name, blocks in sorted(stored_blocks(folder).items()):
+    for name, blocks in sorted(stored.items()):
         weight = weight_of(name, matches)
-        origin = None if weight is None else matches[weight].origin
-        if name in wanted and origin is not None and blocks and blocks[0].block.sizes:
+        if weight is None or name not in wanted or not blocks or not blocks[0].block.sizes:
+            continue
+        part = name.rpartition(".")[2]
+        origin = dealt[weight].origin if weight in dealt else matches[weight].origin
+        if weight in dealt and part in dealt[weight].parts:
+            for block, tensor in held_by_rank(own[name]):
+                tensor.copy_(torch.from_numpy(dealt[weight].parts[part][slice(*block.rows)]))
+        elif f".{MANAGED}." not in name and origin is not None:
             move_rows(blocks, origin, held_by_rank(own.get(name)), comm)
-            moved.add(name)
+        elif part != SHARING:
+            continue
+        moved.add(name)
     storage.read(folder, {name: tensor for name, tensor in own.items() if name not in moved}, comm.saving)
+
+
+def _deal(stored: Mapping[str, Sequence[StoredBlock]], weight: str, match: RowMatch, comm: Comm) -> Dealt:
+    assert match.held is not None
+    module, table = weight.partition(".")[0], weight.split(".")[-2]
+    begin = f"{MODEL}{module}.{MANAGED}.{table}."
+    parts = {part: stored[f"{begin}{part}"] for part in PARTS if f"{begin}{part}" in stored}
+    return deal(parts, match.held, comm.world_size)
 
 
 def zero_unlearned(state: dict[str, Any], spared: Mapping[str, np.ndarray]) -> None:
