@@ -6,6 +6,7 @@ A change is on the disk before it is acknowledged (write-ahead log, synchronous=
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -250,8 +251,8 @@ def _opened(file: Path | None) -> sqlite3.Connection:
         sqlite3.Error, OSError: the file cannot be used.
         RunError: it is something else.
     """
-    if file is not None:  # what users did is for the owner alone; SQLite's own files beside get the same mode
-        os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+    if file is not None:
+        _make_file(file)
     connection = sqlite3.connect(file or ":memory:", PATIENCE, isolation_level=None, check_same_thread=False)
     (application,), (tables,) = (
         connection.execute(query).fetchone()
@@ -269,6 +270,18 @@ def _opened(file: Path | None) -> sqlite3.Connection:
     if version != FORMAT:
         raise RunError(f"{file}: is a store of format {version}, this version has {FORMAT}; give another file")
     return connection
+
+
+def _make_file(file: Path) -> None:
+    """Make the file where it is not: what users did is for the owner alone. SQLite's own files get the same mode.
+
+    A file that is there is not opened. Closing it would end all locks of this process on it (POSIX), also those of
+    SQLite's connections; another process would then take itself for the last one and remove the write-ahead log.
+    """
+    if file.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+    with suppress(FileExistsError):
+        os.close(os.open(os.path.realpath(file), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
 
 def _make_tables(connection: sqlite3.Connection) -> None:

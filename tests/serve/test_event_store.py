@@ -26,6 +26,14 @@ from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.service import Service
 from flm_torchrec.training.follow.sources import open_source
 
+READER = """
+import sys
+from pathlib import Path
+from flm_torchrec.serve.event_store import EventStore
+store = EventStore(Path(sys.argv[1]))
+print(*(event.item for event in store.events_of("u", 9)))
+store.close()
+"""
 WRITER = """
 import sys
 from pathlib import Path
@@ -64,6 +72,18 @@ def test_nothing_acknowledged_is_lost_by_a_kill(tmp_path: Path, acknowledged: in
     assert items_of(store, "u1") == [f"i{n}" for n in range(len(kept)) if n % 3 == 1][-100:]
     add(store, "u1", "after")
     assert items_of(store, "u1", 1) == ["after"]
+
+
+def test_a_process_that_ends_leaves_the_log_of_the_others(tmp_path: Path) -> None:
+    store = EventStore(tmp_path / "s")
+    for item in ("a", "b", "c"):
+        with store.writing() as transaction:
+            transaction.add_event("u", LiveEvent(item, "view", 1.0, 1, "e"))
+        seen = subprocess.run(
+            [sys.executable, "-c", READER, tmp_path / "s"], capture_output=True, text=True, check=True
+        ).stdout
+        assert seen.split()[-1] == item
+    assert seen.split() == ["a", "b", "c"] == [event.item for event in store.events_of("u", 9)]
 
 
 def test_a_transaction_with_an_error_leaves_nothing(tmp_path: Path) -> None:

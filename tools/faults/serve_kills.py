@@ -3,8 +3,9 @@
     python tools/faults/serve_kills.py --export exports/synthetic --kills 20
 
 Clients post events of users of their own, one after the other, and ask for these users' events and recommendations.
-Every second kill hits one worker, the others the supervisor and all workers, after which the server is started anew.
-A client that is cut off connects again and posts the next event. Only connections to a killed process may be cut off.
+In turns, one worker is killed, the supervisor and all workers are, after which the server is started anew, and one
+worker is ended with SIGTERM. A client that is cut off connects again and posts the next event. Only connections to such
+a process may be cut off.
 At the end each user's events must be those that were acknowledged, in order; an event whose answer was cut off may be
 there or not. Exits 1 if anything is wrong.
 """
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from flm_torchrec.export.parts import ExportRows
 from flm_torchrec.serve.event_store import EventStore
 
 HOST, K = "127.0.0.1", 5
+KINDS = ("one worker", "all", "one worker, SIGTERM")
 
 
 @dataclass
@@ -120,21 +123,23 @@ def start(args: argparse.Namespace, store: Path) -> subprocess.Popen[str]:
     return process
 
 
-def kill_hard(process: psutil.Process, seen: ClientsSaw) -> None:
-    """Kill a process, and note which connections it had: it is stopped before, so that it accepts no more."""
+def end(process: psutil.Process, seen: ClientsSaw, how: signal.Signals) -> None:
+    """End a process, and note which connections it had: it is stopped before, so that it accepts no more."""
     process.send_signal(signal.SIGSTOP)
     seen.dead |= {one.raddr.port for one in process.net_connections("tcp") if one.raddr}
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(how)
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(signal.SIGCONT)
 
 
 async def kill(args: argparse.Namespace, store: Path, seen: ClientsSaw) -> subprocess.Popen[str]:
-    """Kill as often as asked, alternating between one worker and all processes; the server that runs at the end."""
+    """Kill as often as asked, in turns as in `KINDS`; the server that runs at the end."""
     chance = random.Random(args.seed)
     process = await asyncio.to_thread(start, args, store)
     for number in range(args.kills):
         await asyncio.sleep(args.pause * chance.uniform(0.5, 1.5))
         workers = psutil.Process(process.pid).children()
-        if number % 2:
+        if number % 3 == 1:
             seen.down = True
             for victim in [psutil.Process(process.pid), *workers]:
                 victim.send_signal(signal.SIGKILL)
@@ -142,8 +147,8 @@ async def kill(args: argparse.Namespace, store: Path, seen: ClientsSaw) -> subpr
             process = await asyncio.to_thread(start, args, store)
             seen.down = False
         else:
-            kill_hard(chance.choice(workers), seen)
-        print(f"kill {number + 1}: {'all' if number % 2 else 'one worker'}", flush=True)
+            end(chance.choice(workers), seen, signal.SIGTERM if number % 3 == 2 else signal.SIGKILL)
+        print(f"kill {number + 1}: {KINDS[number % 3]}", flush=True)
     await asyncio.sleep(args.pause)
     return process
 
