@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import inspect
 import json
@@ -40,23 +41,34 @@ EXAMPLES = [
     (recommender_module, "Recommender.similar_items"),
     (recommender_module, "Recommender.embeddings"),
 ]
-"""In this order: the first ones make the data, the run and the export of the others."""
+MAKERS = ("prepare", "train", "Run.export")
+"""Examples that make the data, the run and the export of the others."""
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which the examples run."""
-    return tmp_path_factory.mktemp("shop")
+def run_example(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[int, str]]:
+    """By name of an example: the number of its statements, and what went wrong. Each is run once, in one folder."""
+    shop = tmp_path_factory.mktemp("shop")
+    done: dict[str, tuple[int, str]] = {}
+    finder = doctest.DocTestFinder()
+    tests = {t.name.removeprefix(f"{m.__name__}."): t for m in {m for m, _ in EXAMPLES} for t in finder.find(m)}
+
+    def run(name: str) -> tuple[int, str]:
+        if name not in done:
+            told: list[str] = []
+            with contextlib.chdir(shop):
+                done[name] = doctest.DocTestRunner().run(tests[name], out=told.append).attempted, "".join(told)
+        return done[name]
+
+    return run
 
 
-@pytest.mark.parametrize(("module", "name"), EXAMPLES, ids=[name for _, name in EXAMPLES])
-def test_an_example_is_what_it_says(
-    shop: Path, module: Any, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(shop)
-    tests = {t.name.removeprefix(f"{module.__name__}."): t for t in doctest.DocTestFinder().find(module)}
-    results = doctest.DocTestRunner().run(tests[name])
-    assert results.attempted and not results.failed, capsys.readouterr().out
+@pytest.mark.parametrize("name", [name for _, name in EXAMPLES])
+def test_an_example_is_what_it_says(run_example: Callable[[str], tuple[int, str]], name: str) -> None:
+    for maker in MAKERS[: MAKERS.index(name) if name in MAKERS else None]:
+        run_example(maker)
+    statements, wrong = run_example(name)
+    assert statements and not wrong, wrong
 
 
 def test_every_public_function_has_an_example() -> None:
