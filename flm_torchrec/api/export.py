@@ -35,6 +35,8 @@ class ExportChoices:
     """How the packaged user tower stores the rows of its tables; none: it is not packaged."""
     since: Path | None = None
     """Older export: write only the rows that differ from it."""
+    tolerance: float = 0.0
+    """Of a delta: vectors that moved by at most this part of their length count as equal; 0: every bit counts."""
 
     def check(self, output: Path) -> Manifest | None:
         """The manifest of the older export, if there is one.
@@ -51,6 +53,8 @@ class ExportChoices:
             )
         if self.recall is not None and (older is not None or not 0 < self.recall <= 1):
             raise RunError(f"--recall {self.recall}: give a number above 0 and up to 1, and not with --since")
+        if not 0 <= self.tolerance < 1 or (self.tolerance and older is None):
+            raise RunError(f"--tolerance {self.tolerance}: give a number from 0 to below 1, and only with --since")
         return older
 
 
@@ -101,6 +105,7 @@ def export_run(
             recall=RECALL if choices.recall is None else choices.recall,
             user_block=job.config.eval.user_block,
             item_block=job.config.eval.item_block,
+            tolerance=choices.tolerance,
         )
         if choices.since is not None:
             return export_delta(source, job.comm, choices.since, output, how, overwrite)

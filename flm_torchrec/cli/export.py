@@ -51,6 +51,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="write a delta: only the rows that differ from this older export, in its format",
     )
     parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        metavar="PART",
+        help="with --since: a row whose vectors have each moved by at most this part of their length, and that is the"
+        " same otherwise, is not in the delta (default: 0, every bit counts)",
+    )
+    parser.add_argument(
         "--tower",
         choices=get_args(Tower),
         default="int8",
@@ -66,7 +74,9 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         FlmError: an option, the run, its data or the output is wrong.
     """
-    choices = ExportChoices(args.format, args.quantise, args.index, args.recall, args.tower, args.since)
+    choices = ExportChoices(
+        args.format, args.quantise, args.index, args.recall, args.tower, args.since, args.tolerance
+    )
     options = given_overrides(args), given_options(args)
     done = export_run(args.run_folder, args.output, choices, args.overwrite, *options)
     if done is not None:

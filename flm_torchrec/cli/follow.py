@@ -84,4 +84,5 @@ def run(args: argparse.Namespace) -> None:
     counts = follow(args.run_folder, args.source, args.output, options, given_overrides(args))
     if os.environ.get("RANK", "0") == "0":
         new = f"; {counts['users']} new users, {counts['items']} new items" if counts["users"] + counts["items"] else ""
+        new += f"; {counts['left_out']} values of features without a row" if counts["left_out"] else ""
         print(f"{args.output}: {counts['events']} events learnt from, {counts['refused']} rows refused{new}")

@@ -3,6 +3,9 @@
 Rows of the same id are compared in all columns, bit by bit. Parts are compared one after another, so at most two are in
 memory. The parts of a delta have the rows that are new or changed. `removed/items.parquet` and `removed/users.parquet`
 have the keys that no longer exist, for stores that identify a row by its key.
+
+With a tolerance, a row whose vectors have hardly moved stays the older one. It is compared with the row that was sent
+last, so what is left out does not add up over deltas.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ from flm_torchrec.export.manifest import (
     read_strictly,
 )
 from flm_torchrec.export.parts import ENTITIES, Entity, ExportRows, part_name, read_part, write_part
+from flm_torchrec.export.vectors import decode
 from flm_torchrec.export.write import (
     ExportOptions,
     ExportSource,
@@ -195,8 +199,31 @@ def export_delta(
     check_alike(base, old, blank_manifest(source, options))
     together(comm, base, lambda: check_files(base, old.sha256, base / FILE) if comm.rank == 0 else None)
     with claimed(output, overwrite, comm), fresh_folder(output, comm) as beside:
-        manifest = export(source, comm, beside / "complete", options)
-        return None if manifest is None else write_delta(base, old, beside / "complete", manifest, output)
+        complete = beside / "complete"
+        manifest = export(source, comm, complete, options)
+        if manifest is None:
+            return None
+        if options.tolerance:
+            manifest = _keep_close(base, old, complete, manifest, options.tolerance)
+        return write_delta(base, old, complete, manifest, output)
+
+
+def _keep_close(base: Path, old: Manifest, complete: Path, new: Manifest, tolerance: float) -> Manifest:
+    """Put the older row in place of each row that is the same but for vectors within the tolerance."""
+    files = {name: digest for name, digest in new.sha256.items() if not is_part(name)}
+    for entity in ENTITIES:
+        rows = ExportRows(complete, new, entity)
+        before = {file.name: file for file in ExportRows(base, old, entity).files}
+        for file in rows.files:
+            if file.name not in before:
+                continue
+            table, older = rows.part(file), ExportRows(base, old, entity).part(before[file.name])
+            close = ~_differs(older, table, before[file.name], tolerance)
+            source_row = np.arange(len(older), len(older) + len(table))
+            source_row[close] = np.flatnonzero(close)
+            both = pa.concat_tables([older.replace_schema_metadata(), table.replace_schema_metadata()])
+            write_part(file, both.take(source_row).replace_schema_metadata(table.schema.metadata))
+    return replace(new, sha256=files, tolerance=tolerance).listing(complete)
 
 
 def _copy(name: str, source: Path, target: Path) -> None:
@@ -218,8 +245,12 @@ def _write_changed(old: ExportRows, new: ExportRows, complete: Path, fresh: Path
     return count
 
 
-def _differs(old: pa.Table, new: pa.Table, file: Path) -> np.ndarray:
-    """[rows of new] bool: the row differs from the old row at its position, or there is none."""
+def _differs(old: pa.Table, new: pa.Table, file: Path, tolerance: float = 0.0) -> np.ndarray:
+    """[rows of new] bool: the row differs from the old row at its position, or there is none.
+
+    Args:
+        tolerance: vectors of which none has moved by more than this part of its length count as equal; 0: bit by bit.
+    """
     if not old.schema.equals(new.schema):
         raise RunError(f"{file}: has other columns than the new export; export whole, without --since")
     both = min(len(old), len(new))
@@ -227,12 +258,19 @@ def _differs(old: pa.Table, new: pa.Table, file: Path) -> np.ndarray:
     changed[both:] = True
     for name in new.column_names:
         a, b = old[name].slice(0, both).combine_chunks(), new[name].slice(0, both).combine_chunks()
-        if pa.types.is_fixed_size_list(a.type):
+        if pa.types.is_fixed_size_list(a.type) and tolerance:
+            changed[:both] |= _apart(decode(a), decode(b), tolerance)
+        elif pa.types.is_fixed_size_list(a.type):
             bits = [column.flatten().to_numpy().view(np.uint8).reshape(both, -1) for column in (a, b)]
             changed[:both] |= (bits[0] != bits[1]).any(1)
         else:
             changed[:both] |= pl.Series(a).ne_missing(pl.Series(b)).to_numpy()
     return changed
+
+
+def _apart(old: np.ndarray, new: np.ndarray, tolerance: float) -> np.ndarray:
+    """[n, D] twice → [n] bool: the distance is more than this part of the length of the new vector."""
+    return np.linalg.norm(new - old, axis=1) > tolerance * np.linalg.norm(new, axis=1)
 
 
 def _write_removed(old: ExportRows, new: ExportRows, entity: Entity, fresh: Path) -> int:

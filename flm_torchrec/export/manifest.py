@@ -87,6 +87,8 @@ class Manifest:
     mixture: Mixture | None = None
     """How the heads' scores become the fused one, where that is no dot product with the fused vector."""
     index: IndexReport | None = None
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Rows may be those of an older model, whose vectors are within this part of their length: by `--tolerance`."""
     quality: dict[str, dict[str, Number]] = field(default_factory=dict)
     """By head, where vectors are quantised: validation NDCG@10 "before" and "after", and the relative "change"."""
     sha256: dict[str, Sha256] = field(default_factory=dict)

@@ -60,6 +60,8 @@ class ExportOptions:
     item_block: int = 16_384
     """Items that are encoded at once."""
     part_rows: int = PART_ROWS
+    tolerance: float = 0.0
+    """Of a delta: a row stays the older one if each of its vectors has moved by at most this part of its length."""
 
 
 def check_output(output: Path, overwrite: bool) -> None:

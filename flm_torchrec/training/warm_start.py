@@ -106,6 +106,7 @@ class WarmStart:
         matches = match_tables(old, new, job)
         _check_keys(old, new)
         state = _newest_state(source, job.comm)
+        _check_whole(state, old, job)
         _check_fits(state, job, matches)
         return cls(source, state, matches, _spared(source, matches, job))
 
@@ -198,6 +199,19 @@ def _check_keys(old: RowKeys, new: RowKeys) -> None:
             f"{new.folder}: has none of the run's items (the run has '{before[0]}', the data '{after[0]}'); give data"
             " with the same keys, or train anew"
         )
+
+
+def _check_whole(state: Path, old: RowKeys, job: Job) -> None:
+    """Raise RunError where a state has more users or items than the vocabulary: a follower died between the two."""
+    there = storage.stored(state)
+    for weight, entity in entity_tables(job).items():
+        known = old.schema.items if entity == "item" else old.schema.users
+        size = there.get(f"{MODEL}{weight}")
+        if size is not None and size[0] > known:
+            raise RunError(
+                f"{old.folder.parent}: 'flm follow' was stopped while it saved: its model has {size[0]} {entity}s, its"
+                f" vocabulary {known}; start the same 'flm follow --once' again, then go on from it"
+            )
 
 
 def _check_fits(state: Path, job: Job, matches: dict[str, RowMatch]) -> None:

@@ -21,6 +21,7 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.export.delta import Delta, apply_delta, export_delta, load_delta
 from flm_torchrec.export.manifest import Storage, is_part, load_manifest
 from flm_torchrec.export.recommend import ExportRecommender
+from flm_torchrec.export.vectors import decode
 from flm_torchrec.export.write import ExportOptions, ExportSource, export
 from flm_torchrec.files import sha256
 from tests.evaluation.test_ranking import Alone
@@ -142,6 +143,46 @@ def test_files_beside_the_rows_go_along(older: ExportSource, tmp_path: Path) -> 
     manifest = apply_delta(tmp_path / "base", folder, tmp_path / "merged")
     assert (tmp_path / "merged" / "tower" / "tower.pt2").read_bytes() == b"a package"
     assert "tower/tower.pt2" in manifest.sha256 and delta.whole.rows_digest == manifest.rows_digest
+
+
+class Drifting(MadeUp):
+    """Vectors that all grow by a share, and item 7 and user 11 by ten times that."""
+
+    def __init__(self, data: PreparedData, grown: float) -> None:
+        super().__init__(data)
+        rows = {"item": torch.full((data.schema.items, 1), 1 + grown), "user": torch.full((data.schema.users, 1), 1.0)}
+        rows["user"] += grown
+        rows["item"][7], rows["user"][11] = 1 + 10 * grown, 1 + 10 * grown
+        self.item = self.item * rows["item"]
+        self.user = {head: vectors * rows["user"] for head, vectors in self.user.items()}
+
+
+@pytest.mark.parametrize("quantise", ["none", "int8"])
+def test_what_hardly_moved_stays_behind_and_does_not_add_up(small: PreparedData, tmp_path: Path, quantise: str) -> None:
+    """Each model is 0.4 % away from the one before; 1 % may be left out. So every third delta has all rows."""
+    options = replace(OPTIONS, quantise=quantise, tolerance=0.01, index="none")
+    items, users = small.schema.items, small.schema.users
+    export(ExportSource(small, Drifting(small, 0), np.ones(items, bool), "v0"), Alone(), tmp_path / "0", options)
+    sent = []
+    for number in range(1, 6):
+        known = np.ones(items, bool)
+        known[20] = number != 2  # a row that differs otherwise is always sent
+        model = Drifting(small, 0.004 * number)
+        source = ExportSource(small, model, known, f"v{number}")
+        base, delta, merged = tmp_path / f"{number - 1}", tmp_path / f"d{number}", tmp_path / f"{number}"
+        made = export_delta(source, Alone(), base, delta, options)
+        assert made is not None and made.whole.tolerance == 0.01
+        manifest = apply_delta(base, delta, merged)
+        assert (manifest.tolerance, manifest.model_version) == (0.01, f"v{number}")
+        rows = decode(pq.read_table(merged / "items.parquet").sort_by("item_id")["embedding"])
+        apart = np.linalg.norm(rows - model.item.numpy(), axis=1) / np.linalg.norm(model.item.numpy(), axis=1)
+        assert apart.max() < (0.0101 if quantise == "none" else 0.03)
+        sent.append((made.changed["items"], made.changed["users"]))
+    assert sent == [(1, 1), (2, 1), (items, users), (1, 1), (1, 1)]
+    whole = export_delta(source, Alone(), merged, tmp_path / "exact", replace(options, tolerance=0.0))
+    assert (
+        whole is not None and whole.whole.tolerance == 0 and whole.changed == {"items": items - 1, "users": users - 1}
+    )
 
 
 def test_only_what_fits_is_compared_and_applied(older: ExportSource, tmp_path: Path) -> None:

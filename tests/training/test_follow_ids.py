@@ -173,6 +173,45 @@ def test_rows_of_an_item_file_of_any_kind_are_those_of_the_data(small: PreparedD
     assert rows.table(150, found)["item_id"].to_pylist() == [150, 151, 152, 153]
 
 
+def test_keys_and_features_of_an_item_file_are_those_of_all_its_rows(small: PreparedData, tmp_path: Path) -> None:
+    rows = ItemRows(small.path, tmp_path)
+    file = tmp_path / "items.jsonl"
+    file.write_text("")  # as 'flm export-events' writes it where there are no cold items
+    assert ItemFile(file, "item").read(rows) == []
+    price = next(f for f in small.schema.features if f.entity == "item" and f.kind == "numeric")
+    lines = [{"item": f"x{n}", price.name: n} for n in range(150)]
+    put(file, [*lines, {"item": "last", price.name: 1.5, "brand": features_of(small, 4)["brand"]}])
+    *_, (key, row) = ItemFile(file, "item").read(rows)
+    assert key == "last" and row["brand"] is not None
+    assert row[price.column] == pytest.approx((1.5 - price.mean) / price.deviation)
+    table = tmp_path / "items.csv"
+    table.write_text(f"item,{price.name}\n007,3\n7,4\n1e3,\n")
+    assert [key for key, _ in ItemFile(table, "item").read(rows)] == ["007", "7", "1e3"]
+
+
+def test_values_without_a_row_are_counted_and_told(
+    small: PreparedData, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, file, live = tmp_path / "source", tmp_path / "items.jsonl", tmp_path / "live"
+    source.mkdir()
+    given = features_of(small, 4)
+    other = {**given, "genre": "never heard of", "brand": "acme"}
+    known = {"item": small.item_keys[4], **given}
+    put(file, [known, {"item": "one", **other}, {"item": "two", **given}])
+    events = [one("u3", "three", 1, **other), one("u4", "three", 2, **other), one("u5", "one", 3, **other)]
+    put(source / "a.jsonl", events)
+    assert follow(run, source, live, "--items", str(file)) == 0
+    assert "3 new items; 4 values of features without a row" in capsys.readouterr().out
+    counted = json.loads((live / "follow.json").read_text())["left_out"]
+    assert counted["values"] == 4 and len(counted["examples"]) == 2
+    log = (live / "train.log").read_text()
+    for where in (file, "a.jsonl"):
+        assert f"{where}: 2 values of features have no row and are left out, such as features." in log
+    assert f"--train.warm_start {live}" in log
+    assert follow(run, source, live, "--items", str(file)) == 0  # the file is read again, and counts nothing twice
+    assert json.loads((live / "follow.json").read_text())["left_out"] == counted
+
+
 @pytest.mark.parametrize("after", [0, 1, 2, 3])
 def test_ids_come_in_when_they_are_seen_often_enough(
     small: PreparedData, run: Path, tmp_path: Path, after: int

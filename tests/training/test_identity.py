@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,10 @@ import torch
 
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData, fingerprint_of
+from flm_torchrec.prepare.options import PrepareOptions
+from flm_torchrec.prepare.prepare import prepare
+from flm_torchrec.prepare.sources import synthetic
+from flm_torchrec.prepare.sources.source_data import SourceData
 from flm_torchrec.training.checkpoint.storage import read_all
 
 OPTIONS = ["--train.max_steps", "3", "--train.batch_size", "32", "--model.dim", "8", "--data.max_history", "6"]
@@ -117,6 +122,45 @@ def test_data_prepared_anew_are_refused_by_every_command(
     assert not (project / "out").exists()
     assert main(["report", "runs/one"]) == 0
     assert "missing: data: runs/one: made with other data" in capsys.readouterr().out
+
+
+def without_brand(raw: SourceData) -> SourceData:
+    return replace(raw, features=tuple(f for f in raw.features if f.name != "brand"))
+
+
+def in_another_order(raw: SourceData) -> SourceData:
+    return replace(raw, features=raw.features[::-1])
+
+
+AGAIN: dict[str, tuple[Callable[[SourceData], SourceData], bytes]] = {
+    "without a feature": (without_brand, b""),
+    "features in another order": (in_another_order, b""),
+    "users hashed": (lambda raw: raw, b"s" * 32),
+}
+
+
+@pytest.mark.parametrize("how", AGAIN)
+def test_data_prepared_in_another_way_in_the_same_place_are_refused_by_every_command(
+    project: Path, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    change, secret = AGAIN[how]
+    raw = change(synthetic.read(synthetic.Recipe(users=120, items=150, events=12, seed=1)))
+    prepare(raw, project / "data", PrepareOptions(), overwrite=True, secret=secret)
+    (project / "incoming").mkdir()
+    before = sorted(project.rglob("*"))
+    for command, reason in (
+        (["evaluate", "--run", "runs/one"], "made with other data"),
+        (["export", "--run", "runs/one", "--output", "out"], "made with other data"),
+        (["follow", "--run", "runs/one", "--source", "incoming", "--output", "out", "--once"], "made with other data"),
+        (["forget", "--data", "data", "--user", "u1", "--run", "runs/one"], "runs/one"),
+        (["train", "--config", "runs/one/config.yaml", "--train.existing", "resume"], "runs/one"),
+        (["train", "--train.warm_start", "runs/one", "--data.path", "data", "--train.run", "out"], "data: "),
+    ):
+        capsys.readouterr()
+        assert main(command) == 2, command
+        told = capsys.readouterr().err
+        assert reason in told and told.count("\n") == 1, command
+    assert sorted(project.rglob("*")) == before
 
 
 def test_a_copy_is_as_good_as_the_data_themselves(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,18 +16,23 @@ import pytest
 import torch
 
 from flm_torchrec.cli import main
+from flm_torchrec.config import load_config
 from flm_torchrec.data.dataset import load_prepared
 from flm_torchrec.data.hashing import remap_ids
 from flm_torchrec.data.schema import Table
 from flm_torchrec.data.vocabulary import RowKeys, match_rows
-from flm_torchrec.errors import RunError
+from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.model.tables import ITEM_TABLES
 from flm_torchrec.prepare.options import PrepareOptions
 from flm_torchrec.prepare.prepare import prepare
 from flm_torchrec.prepare.sources import synthetic
 from flm_torchrec.prepare.sources.source_data import SourceData
+from flm_torchrec.training import warm_start
 from flm_torchrec.training.checkpoint import storage
 from flm_torchrec.training.checkpoint.manager import Checkpoints, states_of
+from flm_torchrec.training.follow import follower
+from flm_torchrec.training.follow.events import NewEvents
+from flm_torchrec.training.follow.histories import Histories
 from flm_torchrec.training.guard import Guard
 from flm_torchrec.training.job import Job, open_job
 from flm_torchrec.training.logger import RunLogger
@@ -346,6 +351,17 @@ def test_a_run_without_a_state_or_with_a_damaged_one_is_refused(
     assert "no config.yaml, so no run folder" in error()
 
 
+def test_users_hashed_under_another_secret_are_not_the_same_users(days: Days, tmp_path: Path) -> None:
+    one, same, other = (
+        RowKeys.load(days.prepared(tmp_path / name, secret=secret))
+        for name, secret in (("one", b"a" * 32), ("same", b"a" * 32), ("other", b"b" * 32))
+    )
+    warm_start._check_keys(one, same)
+    for old, new in ((one, other), (RowKeys.load(days.today), one), (one, RowKeys.load(days.today))):
+        with pytest.raises(DataError, match="not hashed under the secret"):
+            warm_start._check_keys(old, new)
+
+
 def test_shared_rows_stay_only_while_their_numbers_do(days: Days, tmp_path: Path) -> None:
     """Hashed tables: the same keys in the same order, or none. Managed rows go with the keys that hold them."""
     for kind in ("hash:8", "zch:8"):
@@ -397,6 +413,68 @@ def test_tables_are_told_apart_by_what_is_looked_up_in_them(days: Days) -> None:
     one, other = (match_rows(old, new, name, ["item_id"]) for name in ("item_id", "item_source"))
     assert one.origin is not None and other.origin is not None and np.array_equal(one.origin, other.origin)
     assert old.schema.table("item_source") == Table()
+
+
+def known_items(job: Job) -> set[str]:
+    return set(np.array(job.data.item_keys)[job.train_stats.items > 0])
+
+
+def test_a_run_that_followed_hands_on_its_settings_and_what_it_knows(days: Days, tmp_path: Path) -> None:
+    """From day to day: warm start, follow, warm start. Rates stay, and so does what has no event today."""
+    few = part_of(days.raw, lambda key: key[0] == "i" and key[-1] in "013")
+    data = days.prepared(tmp_path / "data", few, keep_unseen_items=True)
+    assert warm(days, tmp_path / "second", "--data.path", str(data)) == 0
+    (tmp_path / "source").mkdir()
+    with restore(tmp_path / "second") as restored:
+        before = known_items(restored.job)
+    new = {"user": restored.job.data.user_keys[3], "item": "brand-new", "timestamp": 1_900_000_000}
+    (tmp_path / "source/a.jsonl").write_text(json.dumps(new) + "\n")
+    live = tmp_path / "live"
+    follow = ["follow", "--run", str(tmp_path / "second"), "--source", str(tmp_path / "source"), "--output", str(live)]
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        append = Histories.append
+
+        def watched(self: Histories, events: NewEvents) -> np.ndarray:
+            seen.append(self.train_stats.items.copy())
+            return append(self, events)
+
+        patch.setattr(Histories, "append", watched)
+        assert main([*follow, "--once"]) == 0
+    with restore(live) as restored:
+        assert known_items(restored.job) == before | {"brand-new"}
+        item_keys = np.array(restored.job.data.item_keys)
+    assert set(item_keys[seen[0] > 0]) == before
+    config = load_config(live / "config.yaml")
+    made = load_config(days.run / "config.yaml")
+    assert (config.train.dense_lr, config.train.sparse_lr) == (made.train.dense_lr, made.train.sparse_lr)
+    given = [f"train.warm_start={live}", f"train.run={tmp_path / 'third'}", f"data.path={days.today}"]
+    third = warm_config(live, given)
+    assert (third.train.dense_lr, third.train.sparse_lr) == (made.train.dense_lr, made.train.sparse_lr)
+
+
+def test_a_follower_stopped_between_model_and_vocabulary_is_no_source(
+    days: Days, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, live = tmp_path / "source", tmp_path / "live"
+    source.mkdir()
+    new = {"user": "u4", "item": "brand-new", "timestamp": 1_900_000_000}
+    (source / "a.jsonl").write_text(json.dumps(new) + "\n")
+    follow = ["follow", "--run", str(days.run), "--source", str(source), "--output", str(live), "--once"]
+    with pytest.MonkeyPatch.context() as patch:
+
+        def dies(*args: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(follower, "publish_vocabulary", dies)
+        assert main(follow) != 0
+    start = ["train", "--train.warm_start", str(live), "--data.path", str(days.today), "--train.run"]
+    capsys.readouterr()
+    assert main([*start, str(tmp_path / "next")]) == 2
+    told = capsys.readouterr().err
+    assert "start the same 'flm follow --once' again" in told and told.count("\n") == 1
+    assert not (tmp_path / "next").exists()
+    assert main(follow) == 0 and main([*start, str(tmp_path / "next")]) == 0
 
 
 def test_data_are_those_of_the_run_unless_given(days: Days, tmp_path: Path) -> None:

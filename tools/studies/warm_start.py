@@ -1,9 +1,11 @@
 """Go on with yesterday's run, train anew, or do neither: NDCG@10 of old and new items, and the steps that each needs.
 
     python tools/studies/warm_start.py --input ../shared/data/ml-100k --output runs/warm-start-study
+    python tools/studies/warm_start.py --source amazon-s3rec --input ../shared/data/beauty --output runs/beauty-study
 
 MovieLens 100K by time: yesterday ends when the newest tenth of the users begins, and lacks a random tenth of the items.
-Today has all events. The last event of each user is test, the one before it validation.
+Beauty, which has no times: yesterday lacks a random tenth of the users and of the items. Today has all events. The last
+event of each user is test, the one before it validation.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from flm_torchrec.config import Config, load_config
 from flm_torchrec.evaluation.evaluate import EvaluationTask, evaluate
 from flm_torchrec.prepare.options import PrepareOptions
 from flm_torchrec.prepare.prepare import prepare
-from flm_torchrec.prepare.sources import movielens
+from flm_torchrec.prepare.sources import movielens, s3rec
 from flm_torchrec.prepare.sources.source_data import SourceData
 from flm_torchrec.training.checkpoint.manager import Checkpoints
 from flm_torchrec.training.job import Job, open_job
@@ -30,6 +32,7 @@ from flm_torchrec.training.restore import restore
 from flm_torchrec.training.trainer import pretrain
 from flm_torchrec.training.warm_start import WarmStart, warm_config
 
+SOURCES = {"movielens": movielens.read, "amazon-s3rec": s3rec.read}
 METRIC, HEAD = "ndcg@10", "sequential"
 SETTINGS = (
     "loss.negatives=all",
@@ -80,13 +83,22 @@ def prepare_days(raw: SourceData, share: float, study: WarmStudy) -> None:
     """Prepare the data of yesterday and of today."""
     assert isinstance(raw.interactions, pl.DataFrame)
     events = raw.interactions
-    begins = events.group_by("user").agg(pl.col("timestamp").min()).sort("timestamp")["timestamp"]
-    end = begins[round((1 - share) * len(begins))]
-    items = events["item"].unique().sort()
-    new = items.sample(round(share * len(items)), seed=study.seed)
-    before = events.filter((pl.col("timestamp") < end) & ~pl.col("item").is_in(new.implode()))
+    new = {name: held_out(events[name], share, study.seed) for name in ("user", "item")}
+    there = ~pl.col("item").is_in(new["item"].implode())
+    if raw.timestamps:
+        begins = events.group_by("user").agg(pl.col("timestamp").min()).sort("timestamp")["timestamp"]
+        there &= pl.col("timestamp") < begins[round((1 - share) * len(begins))]
+    else:
+        there &= ~pl.col("user").is_in(new["user"].implode())
+    before = events.filter(there)
     for day, of_day in (("yesterday", before), ("today", events)):
         prepare(replace(raw, interactions=of_day, oracle=None), study.data(day), PrepareOptions(), overwrite=True)
+
+
+def held_out(keys: pl.Series, share: float, seed: int) -> pl.Series:
+    """A random share of the keys."""
+    distinct = keys.unique().sort()
+    return distinct.sample(round(share * len(distinct)), seed=seed)
 
 
 def by_group(job: Job, study: WarmStudy) -> dict[str, float]:
@@ -149,7 +161,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="MovieLens 100K (required)")
+    parser.add_argument("--source", choices=sorted(SOURCES), default="movielens", help="(default: movielens)")
+    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="folder of the data set (required)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of data and runs (required)")
     parser.add_argument("--share", type=float, default=0.1, help="of users and items that are new (default: 0.1)")
     parser.add_argument("--epochs", type=int, default=16, metavar="N", help="trained anew (default: 16)")
@@ -159,7 +172,7 @@ def main() -> int:
     parser.add_argument("settings", nargs="*", metavar="SECTION.FIELD=VALUE", help="settings, such as model.dim=32")
     args = parser.parse_args()
     study = WarmStudy(args.output, args.epochs, args.more, args.every, args.seed, tuple(args.settings))
-    prepare_days(movielens.read(args.input), args.share, study)
+    prepare_days(SOURCES[args.source](args.input), args.share, study)
     pretrain(load_config(None, study.overrides("yesterday", "yesterday", args.epochs)))
     pretrain(load_config(None, study.overrides("today", "anew", args.epochs)))
     pretrain(study.warm("warm"))

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,13 +21,14 @@ from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.loader import Sharing, TrainLoader
 from flm_torchrec.data.negatives import Negatives
 from flm_torchrec.data.vocabulary import ENTITIES, RowMatch
-from flm_torchrec.errors import ConfigError, DataError, Interrupted, RunError
+from flm_torchrec.errors import ConfigError, Interrupted, RunError
 from flm_torchrec.files import ANOTHER, mend_inside, replacing_file, telling, write_text
 from flm_torchrec.training.build import make_model
+from flm_torchrec.training.by_key import know_learned
 from flm_torchrec.training.checkpoint.by_key import table_weights
 from flm_torchrec.training.checkpoint.manager import BEST, Checkpoints, Progress, load_checkpoint, states_of
 from flm_torchrec.training.checkpoint.storage import read_meta
-from flm_torchrec.training.follow.events import FIELDS, LEARNED, EventEncoder, RowForm, new_windows
+from flm_torchrec.training.follow.events import EXAMPLES, FIELDS, LEARNED, EventEncoder, RowForm, new_windows
 from flm_torchrec.training.follow.growth import (
     part_file,
     publish_vocabulary,
@@ -39,7 +39,7 @@ from flm_torchrec.training.follow.growth import (
 )
 from flm_torchrec.training.follow.histories import Histories
 from flm_torchrec.training.follow.ids import IdIntake
-from flm_torchrec.training.follow.item_rows import ItemFile, ItemRows
+from flm_torchrec.training.follow.item_rows import ItemFeed, ItemFile, ItemRows
 from flm_torchrec.training.follow.sources import Chunk, EventSource, open_source
 from flm_torchrec.training.guard import NON_FINITE, Guard
 from flm_torchrec.training.identity import open_run
@@ -84,6 +84,12 @@ class FollowOptions:
         if self.items is not None and not self.admit_after:
             raise ConfigError("--items: new items come in, and --admit-after 0 refuses them; leave out one of the two")
 
+    def feed(self, intake: IdIntake | None) -> ItemFeed:
+        """The item file, as the follower reads it."""
+        if self.items is None or intake is None:
+            return ItemFeed(None, None)
+        return ItemFeed(ItemFile(self.items, self.form.columns.get("item", "item")), intake.rows)
+
     @property
     def lasting(self) -> dict[str, int]:
         """The options that an output keeps."""
@@ -100,7 +106,8 @@ def follow(run: Path, url: str, output: Path, options: FollowOptions, overrides:
     Args:
         overrides: of the run's config: `data.path`, where its data are now.
 
-    Returns the number of events learned from, of rows refused, and of new users and items, since the folder was made.
+    Returns the number of events learned from, of rows refused, of new users and items, and of values of their features
+    that have no row, since the folder was made.
 
     Raises:
         FlmError: run, source, item file or folder is wrong.
@@ -117,10 +124,12 @@ def follow(run: Path, url: str, output: Path, options: FollowOptions, overrides:
         with claimed(output, comm, ANOTHER):
             intake = _intake(options, inputs.data, output)
             encoder = EventEncoder(run / "vocabulary", options.form, intake)
-            new_items = ItemFeed(options, intake)
+            new_items = options.feed(intake)
             new_items.read()  # what contradicts the data is refused before anything is written
-            job = Job(inputs)
+            job = Job(replace(inputs, config=_slower(config)))
             load_checkpoint(run / BEST, job.model, comm)
+            if config.train.warm_start:
+                know_learned(job)
             guard = Guard(comm, "stop", output / NON_FINITE)
             with open_run_folder(config, inputs.data, comm, 0) as logger, guard:
                 follower = _Follower(job, logger, guard, encoder, options)
@@ -141,8 +150,13 @@ def _config_of(run: Path, output: Path, overrides: Sequence[str]) -> Config:
             f"{run}: followed a run and took in users and items, which its data lack; follow the run that it came from,"
             f" with --output {run}, or prepare the data again and train with --train.warm_start {run}"
         )
+    return replace(config, train=replace(config.train, run=str(output)))
+
+
+def _slower(config: Config) -> Config:
+    """The config with the rates of a follower. The run folder keeps those of the run, for what goes on from it."""
     rates = {name: RATE * getattr(config.train, name) for name in ("dense_lr", "sparse_lr")}
-    return replace(config, train=replace(config.train, run=str(output), **rates))
+    return replace(config, train=replace(config.train, **rates))
 
 
 def _intake(options: FollowOptions, data: PreparedData, output: Path) -> IdIntake | None:
@@ -150,38 +164,6 @@ def _intake(options: FollowOptions, data: PreparedData, output: Path) -> IdIntak
         return None
     reserved = [options.form.columns.get(field, field) for field in FIELDS]
     return IdIntake(Admission(options.admit_after), ItemRows(data.path, output / "vocabulary"), reserved)
-
-
-class ItemFeed:
-    """The item file, read again whenever it has changed."""
-
-    def __init__(self, options: FollowOptions, intake: IdIntake | None) -> None:
-        key = options.form.columns.get("item", "item")
-        self.file = ItemFile(options.items, key) if options.items is not None else None
-        self.intake = intake
-        self.status: tuple[int, int] | None = None
-        self.items: list[tuple[str, dict[str, Any]]] = []
-
-    def read(self) -> list[tuple[str, dict[str, Any]]]:
-        """Keys and rows of the items that the run's data lack; empty where the file has not changed since `taken`.
-
-        Raises:
-            DataError: as of `ItemFile.read`.
-        """
-        if self.file is None or self.intake is None:
-            return []
-        try:
-            found = self.file.path.stat()
-        except OSError as error:
-            raise DataError(f"{self.file.path}: not readable ({error.strerror}); put the item file back") from error
-        if (found.st_size, found.st_mtime_ns) != self.status:
-            self.status = found.st_size, found.st_mtime_ns
-            self.items = self.file.read(self.intake.rows)
-        return self.items
-
-    def taken(self) -> None:
-        """The items came in."""
-        self.items = []
 
 
 class _Follower:
@@ -209,7 +191,7 @@ class _Follower:
         self.progress.following["options"] = options.lasting
         # A window may have max_history old events before the new ones, and the first of the old ones needs a gap.
         keep = job.config.data.max_history + 2
-        self.histories = Histories(job.data, job.events, keep, options.expire_after)
+        self.histories = Histories(job, keep, options.expire_after)
         self.published = 0
         """Files of new users and items that the folder's vocabulary has."""
         if self.comm.world_size > 1:
@@ -256,13 +238,14 @@ class _Follower:
         raise Interrupted(f"stopped as asked after step {self.progress.step}, all saved; start it again to go on")
 
     def totals(self) -> dict[str, int]:
-        """Events learned from, rows refused, and new users and items, since the folder was made."""
+        """Events learned from, rows refused, new users and items, and values left out, since the folder was made."""
         state, ids, schema = self.progress.following, self.encoder.ids, self.base.schema
         return {
             "events": state["events"],
             "refused": sum(entry["rows"] for entry in state["refused"].values()),
             "users": len(ids.user) - schema.users,
             "items": len(ids.item) - schema.items,
+            "left_out": state.get("left_out", {"values": 0})["values"],
         }
 
     def _make_folder(self) -> None:
@@ -277,22 +260,37 @@ class _Follower:
 
     def _take_items(self, new_items: ItemFeed) -> None:
         """Take in the items of the item file, and save the state after it."""
-        items = self.comm.on_main(new_items.read)
+        items, left_out = self.comm.on_main(lambda: (new_items.read(), new_items.left_out))
         new_items.taken()
         for key, row in items:
             self.encoder.ids.add_item(key, row)
         if self.encoder.ids.new_items:
             count = len(self.encoder.ids.new_items)
             before = self.histories.data.schema.users, self.histories.data.schema.items
+            self._count_left_out(str(self.options.items), left_out)
             self._grow()
             self._load_rows(before, {})
             self._save()
             self.logger.say(f"{self.options.items}: {count} new items")
 
+    def _count_left_out(self, where: str, lines: list[str]) -> None:
+        """Count and tell values of new items that have no row: tables of features do not grow."""
+        if not lines:
+            return
+        counted = self.progress.following.setdefault("left_out", {"values": 0, "examples": []})
+        counted["values"] += len(lines)
+        counted["examples"] = list(dict.fromkeys([*counted["examples"], *lines]))[:EXAMPLES]
+        self.logger.say(
+            f"{where}: {len(lines)} values of features have no row and are left out, such as {lines[0]}; to learn them,"
+            f" prepare the data again and train with --train.warm_start {self.folder}"
+        )
+
     def _take(self, chunk: Chunk) -> None:
         """Learn from a chunk, and save the state after it."""
         state = self.progress.following
         new = self.encoder.encode(chunk.rows, state["refused"])
+        self._count_left_out(chunk.name, self.encoder.ids.left_out)
+        self.encoder.ids.left_out = []
         if len(new):
             before = self.histories.data.schema.users, self.histories.data.schema.items
             grew = self._grow()

@@ -8,27 +8,27 @@ import numpy as np
 
 from flm_torchrec.data.admission import LastSeen
 from flm_torchrec.data.dataset import PreparedData
-from flm_torchrec.data.train_stats import TrainStats
 from flm_torchrec.training.follow.events import NewEvents, append, newest
 from flm_torchrec.training.follow.growth import DAY
-from flm_torchrec.training.run_events import RunEvents
+from flm_torchrec.training.job import Job
 
 
 class Histories:
     """The newest events of each user, and statistics of all events.
 
     Args:
-        data, events: of the run that is followed.
+        job: of the run that is followed.
         keep: events of each user that are kept.
         expire_after: days without an event after which an id expires; 0: never.
     """
 
-    def __init__(self, data: PreparedData, events: RunEvents, keep: int, expire_after: int) -> None:
-        self.data, self.learned_from = data, events.learned_from
+    def __init__(self, job: Job, keep: int, expire_after: int) -> None:
+        data, stats = job.data, job.train_stats
+        self.data, self.learned_from = data, job.events.learned_from
         self.keep = keep
         self.expire_after = expire_after
-        self.counts = np.bincount(data.item[events.learned_from], minlength=data.schema.items)
-        self.train_stats = TrainStats.of(data, events.seen, values=True)
+        self.counts = np.bincount(data.item[self.learned_from], minlength=data.schema.items)
+        self.train_stats = replace(stats, items=stats.items.copy(), users=stats.users.copy())
         self.users_seen, self.items_seen = LastSeen(data.schema.users), LastSeen(data.schema.items)
         self.users_seen.see(data.event_users(), data.timestamp)
         self.items_seen.see(data.item, data.timestamp)

@@ -34,6 +34,8 @@ class KnownIds:
         """Keys taken in since `settle`, in order of their ids."""
         self.new_items: list[tuple[str, dict[str, Any]]] = []
         """Keys and rows of items.parquet, likewise."""
+        self.left_out: list[str] = []
+        """A line for each value of a new item that has no code; whoever counts them clears the list."""
 
     def add_user(self, key: str) -> None:
         """Take in a user, if the key is new."""
@@ -90,10 +92,12 @@ class IdIntake:
             return "user not seen often enough (--admit-after)"
         if item[0] not in ids.item and not item[1] and not features:
             return "item not seen often enough (--admit-after)"
+        left_out: list[str] = []
         try:
-            row = {} if item[0] in ids.item else self.rows.row(features)
+            row = {} if item[0] in ids.item else self.rows.row(features, left_out)
         except DataError:
             return MISFIT
+        ids.left_out += left_out
         ids.add_item(item[0], row)
         ids.add_user(user[0])
         return None

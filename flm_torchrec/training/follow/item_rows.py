@@ -22,10 +22,24 @@ LISTS = ("multi_categorical", "text")
 CLOSE = 1e-5
 """Numbers that differ by less are the same: preparation standardises them in another order."""
 ITEM_ID = "item_id"
+
+
+def _read_json_lines(file: Path) -> pl.DataFrame:
+    """Types and names are those of all rows. A file of `flm export-events` is empty where there are no cold items."""
+    if not file.read_bytes().strip():
+        return pl.DataFrame(schema={ITEM_ID: pl.String})
+    return pl.read_ndjson(file, infer_schema_length=None)
+
+
+def _read_csv(file: Path) -> pl.DataFrame:
+    """All text: `007` is no number, and the key of another item than `7`."""
+    return pl.read_csv(file, infer_schema=False)
+
+
 READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
     ".parquet": pl.read_parquet,
-    ".jsonl": pl.read_ndjson,
-    ".csv": pl.read_csv,
+    ".jsonl": _read_json_lines,
+    ".csv": _read_csv,
 }
 
 
@@ -54,17 +68,21 @@ class ItemRows:
         """Columns that hold a text as it was given."""
         self.given_names = list(dict.fromkeys([*self.names, *self.texts]))
 
-    def row(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def row(self, given: Mapping[str, Any], left_out: list[str] | None = None) -> dict[str, Any]:
         """The columns of items.parquet for an item, but for id and key; None where nothing is given.
 
         A value without a code is left out, as `flm prepare` leaves out rare values.
+
+        Args:
+            left_out: gets a line for each such value.
 
         Raises:
             DataError: a value does not fit its kind.
         """
         row: dict[str, Any] = {n: given[n] for n in self.texts if isinstance(given.get(n), str)}
         for feature, values in self.features:
-            row[feature.column] = _encoded(feature, values, _as_kind(feature, given.get(feature.name)))
+            value = _as_kind(feature, given.get(feature.name))
+            row[feature.column] = _encoded(feature, values, value, [] if left_out is None else left_out)
         return row
 
     def table(self, first: int, items: list[tuple[str, dict[str, Any]]]) -> pa.Table:
@@ -101,8 +119,11 @@ class ItemFile:
     key: str
     """Column of keys; where the file lacks it, `item_id` is, as `flm export-events` writes it."""
 
-    def read(self, rows: ItemRows) -> list[tuple[str, dict[str, Any]]]:
+    def read(self, rows: ItemRows, left_out: list[str] | None = None) -> list[tuple[str, dict[str, Any]]]:
         """Keys and encoded rows of the items that the data lack, in order of the file.
+
+        Args:
+            left_out: gets a line for each value of these items that has no code.
 
         Raises:
             DataError: the file cannot be read, a row has no key or the key of another row, a value does not fit its
@@ -119,7 +140,7 @@ class ItemFile:
             if key is None or key in new:
                 raise DataError(f"{where}: {'no item' if key is None else f'item {key!r} has two rows'}; mend the row")
             try:
-                row = rows.row(given)
+                row = rows.row(given, left_out if key not in known else None)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
             if key not in known:
@@ -143,6 +164,44 @@ class ItemFile:
         return frame
 
 
+class ItemFeed:
+    """An item file, read again whenever it has changed; without a file nothing ever comes.
+
+    Args:
+        rows: encodes its rows.
+    """
+
+    def __init__(self, file: ItemFile | None, rows: ItemRows | None) -> None:
+        self.file = file
+        self.rows = rows
+        self.status: tuple[int, int] | None = None
+        self.items: list[tuple[str, dict[str, Any]]] = []
+        self.left_out: list[str] = []
+        """A line for each value of `items` that has no code."""
+
+    def read(self) -> list[tuple[str, dict[str, Any]]]:
+        """Keys and rows of the items that the run's data lack; empty where the file has not changed since `taken`.
+
+        Raises:
+            DataError: as of `ItemFile.read`.
+        """
+        if self.file is None or self.rows is None:
+            return []
+        try:
+            found = self.file.path.stat()
+        except OSError as error:
+            raise DataError(f"{self.file.path}: not readable ({error.strerror}); put the item file back") from error
+        if (found.st_size, found.st_mtime_ns) != self.status:
+            self.status = found.st_size, found.st_mtime_ns
+            self.left_out = []
+            self.items = self.file.read(self.rows, self.left_out)
+        return self.items
+
+    def taken(self) -> None:
+        """The items came in."""
+        self.items, self.left_out = [], []
+
+
 def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
@@ -159,11 +218,11 @@ def _as_kind(feature: Feature, value: Any) -> Any:
     return value
 
 
-def _encoded(feature: Feature, values: FeatureValues, given: Any) -> Any:
+def _encoded(feature: Feature, values: FeatureValues, given: Any, left_out: list[str]) -> Any:
     if not feature.sparse:
         numbers = None if given is None else numbers_of(values, given)
         return numbers[0] if numbers and feature.kind == "numeric" else numbers
-    codes = list(codes_of(values, given, []))
+    codes = list(codes_of(values, given, left_out))
     if feature.kind in LISTS:
         return codes
     return codes[0] if codes else None
