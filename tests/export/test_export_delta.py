@@ -19,7 +19,7 @@ from flm_torchrec.claim import InUse, claim
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.delta import Delta, apply_delta, export_delta, load_delta
-from flm_torchrec.export.manifest import Storage, is_part, load_manifest
+from flm_torchrec.export.manifest import Quantise, Storage, is_part, load_manifest
 from flm_torchrec.export.recommend import ExportRecommender
 from flm_torchrec.export.vectors import decode
 from flm_torchrec.export.write import ExportOptions, ExportSource, export
@@ -158,7 +158,9 @@ class Drifting(MadeUp):
 
 
 @pytest.mark.parametrize("quantise", ["none", "int8"])
-def test_what_hardly_moved_stays_behind_and_does_not_add_up(small: PreparedData, tmp_path: Path, quantise: str) -> None:
+def test_what_hardly_moved_stays_behind_and_does_not_add_up(
+    small: PreparedData, tmp_path: Path, quantise: Quantise
+) -> None:
     """Each model is 0.4 % away from the one before; 1 % may be left out. So every third delta has all rows."""
     options = replace(OPTIONS, quantise=quantise, tolerance=0.01, index="none")
     items, users = small.schema.items, small.schema.users
