@@ -25,7 +25,7 @@ from flm_torchrec.prepare.options import PrepareOptions
 from flm_torchrec.prepare.prepare import prepare
 from flm_torchrec.prepare.sources import movielens, s3rec
 from flm_torchrec.prepare.sources.source_data import SourceData
-from flm_torchrec.training.checkpoint.manager import Checkpoints
+from flm_torchrec.training.checkpoint.manager import Checkpoints, states_of
 from flm_torchrec.training.job import Job, open_job
 from flm_torchrec.training.logger import RunLogger
 from flm_torchrec.training.restore import restore
@@ -130,6 +130,15 @@ def trained(study: WarmStudy, run: str) -> dict[str, float]:
         return by_group(restored.job, study)
 
 
+def last(study: WarmStudy, run: str) -> dict[str, float]:
+    """Of a run's last step."""
+    with restore(study.run(run)) as restored:
+        job = restored.job
+        checkpoints = Checkpoints(study.run(run), job.model, job.optimizer, job.comm, job.data.fingerprint)
+        checkpoints.load(states_of(study.run(run))[0])
+        return by_group(job, study)
+
+
 def validations(run: Path) -> list[tuple[int, float]]:
     """Steps and the metric of each validation."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -176,7 +185,9 @@ def main() -> int:
     pretrain(load_config(None, study.overrides("yesterday", "yesterday", args.epochs)))
     pretrain(load_config(None, study.overrides("today", "anew", args.epochs)))
     pretrain(study.warm("warm"))
-    rows = {"not trained": untrained(study), "warm start": trained(study, "warm"), "anew": trained(study, "anew")}
+    rows = {"not trained": untrained(study)}
+    for name, run in (("warm start", "warm"), ("anew", "anew")):
+        rows |= {f"{name}, best on validation": trained(study, run), f"{name}, last step": last(study, run)}
     print(report(rows, study))
     return 0
 
