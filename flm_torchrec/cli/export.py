@@ -74,9 +74,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         FlmError: an option, the run, its data or the output is wrong.
     """
-    choices = ExportChoices(
-        args.format, args.quantise, args.index, args.recall, args.tower, args.since, args.tolerance
-    )
+    choices = ExportChoices(args.format, args.quantise, args.index, args.recall, args.tower, args.since, args.tolerance)
     options = given_overrides(args), given_options(args)
     done = export_run(args.run_folder, args.output, choices, args.overwrite, *options)
     if done is not None:
