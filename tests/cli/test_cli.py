@@ -195,6 +195,7 @@ def test_early_stopping_keeps_the_best(small: PreparedData, tmp_path: Path) -> N
         (["export", "--run", "{d}/none", "--output", "{d}/e"], "no config.yaml"),
         (["export", "--run", "{run}", "--output", "{d}"], "is no export"),
         (["export", "--run", "{run}", "--output", "{d}/e", "--since", "{d}/none"], "manifest.json: not found"),
+        (["export", "--run", "{run}", "--output", "{d}/e", "--tolerance", "0.1"], "--tolerance 0.1: give a number"),
         (["export", "--run", "{run}", "--output", "{d}/e", "--index", "ivfpq"], "trains on 9984 items at least"),
         (["export", "--run", "{run}", "--output", "{d}/e", "--quantise", "int4"], "invalid choice: 'int4'"),
         (["apply-delta", "--base", "{d}/none", "--delta", "{d}/none", "--output", "{d}/e"], "manifest.json: not found"),
