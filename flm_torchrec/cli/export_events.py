@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from flm_torchrec.errors import RunError
-
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add `export-events` to the subcommands."""
@@ -18,7 +16,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         " server may run meanwhile.",
         allow_abbrev=False,
     )
-    parser.add_argument("--events", required=True, type=Path, metavar="FILE", help="file of 'flm serve --events'")
+    parser.add_argument("--events", required=True, metavar="FILE", help="store of 'flm serve --events'")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write into")
     parser.add_argument(
         "--items", type=Path, metavar="FILE", help="also write the cold items as JSON lines, for 'flm prepare --items'"
@@ -32,13 +30,11 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         FlmError: there is no such store, or the output cannot be written.
     """
-    if not args.events.is_file():
-        raise RunError(f"{args.events}: not found; --events must name the file of 'flm serve --events'")
     # Imported here: a wrong option should be reported at once.
     from flm_torchrec.serve.event_log import export_events, export_items
-    from flm_torchrec.serve.event_store import EventStore
+    from flm_torchrec.serve.live_store import existing_store
 
-    store = EventStore(args.events)
+    store = existing_store(args.events)
     written, dropped = export_events(store, args.output)
     lost = f"; {dropped} before them had been dropped by the limits of 'flm serve'" if dropped else ""
     print(f"{args.output}: {written} new events{lost}")

@@ -66,11 +66,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--events",
-        type=Path,
         action="append",
         default=[],
         metavar="FILE",
-        help="live events of 'flm serve --events', which may run meanwhile; may be repeated",
+        help="live events of 'flm serve --events', a file or postgresql://…; it may run meanwhile; may be repeated",
     )
     _add_services(parser)
     _add_record(parser)
@@ -146,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
 
     places: list[Place] = [
         *(ExportPlace(export, args.data) for export in args.exports),
-        *(EventsPlace(file) for file in args.events),
+        *(EventsPlace(address) for address in args.events),
         *(StorePlace(UserCollection.of(store)) for store in args.stores),
         *(ServerPlace(client, tuple(args.exports)) for client in clients),
     ]

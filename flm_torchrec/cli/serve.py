@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from socket import socket
@@ -21,7 +21,8 @@ from flm_torchrec.errors import FlmError, RunError
 if TYPE_CHECKING:
     from flm_torchrec.serve.access import ApiKeys
     from flm_torchrec.serve.server import Certificate
-    from flm_torchrec.serve.supervisor import Link
+    from flm_torchrec.serve.supervisor import Link, Swapped
+    from flm_torchrec.serve.variants import Variants
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MOST_KEY_BYTES = 1 << 20
@@ -36,6 +37,7 @@ RANGES = {
     "waiting": (0, 100_000),
     "watch": (0, 86_400),
     "rate": (0, 1_000_000),
+    "least_recall": (0, 1),
     "connections": (0, 1_000_000),
     "keep_days": (0.01, 36_500),
     "keep_events": (1, 10**12),
@@ -65,8 +67,8 @@ class WorkerStart:
 
     link: Link
     """To the supervisor."""
-    swapped: str | None
-    """The export to serve, where another was swapped in for that of the options."""
+    swapped: Swapped
+    """By name, what was swapped in for the exports of the options."""
     exports: Path
     """Folder of the arrays that all workers map."""
 
@@ -80,7 +82,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         " users, from histories and features; new items, new events and new exports are taken up while it runs.",
         allow_abbrev=False,
     )
-    parser.add_argument("--export", required=True, type=Path, metavar="DIR", help="folder of 'flm export', or a link")
+    _add_exports(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     parser.add_argument(
@@ -100,6 +102,32 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default=128,
         help="requests that may wait for a thread; more get 503 (default: %(default)s)",
     )
+    _add_access(parser)
+    _add_store(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_exports(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--export",
+        required=True,
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="folder of 'flm export', or a link; several: each answers its share of the users",
+    )
+    parser.add_argument(
+        "--split", metavar="PERCENTS", help="shares of several exports, such as 90/10 (default: equal ones)"
+    )
+    parser.add_argument(
+        "--split-salt", default="", metavar="TEXT", help="another text draws other users for each share"
+    )
+    parser.add_argument(
+        "--least-recall",
+        type=float,
+        default=0.9,
+        help="recall@100 against brute force that an export needs to be swapped in; 0: any (default: %(default)s)",
+    )
     parser.add_argument(
         "--watch",
         type=float,
@@ -107,9 +135,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="SECONDS",
         help="look so often whether --export, a link, points to another export, and swap (default: never)",
     )
-    _add_access(parser)
-    _add_store(parser)
-    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--similar-users",
+        action="store_true",
+        help="answer /v1/users/similar, for those who have a key; takes 2 bytes a number of the users' vectors",
+    )
 
 
 def _add_access(parser: argparse.ArgumentParser) -> None:
@@ -136,14 +166,17 @@ def _add_access(parser: argparse.ArgumentParser) -> None:
     )
 
     parser.add_argument("--log-requests", action="store_true", help="print a line of JSON for each request")
+    parser.add_argument(
+        "--traces", metavar="URL", help="of an OpenTelemetry collector: a span for each request (default: none)"
+    )
 
 
 def _add_store(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--events",
         metavar="FILE",
-        help="SQLite file that keeps live events and cold items; 'none': in memory, lost at the end"
-        " (default: beside --export, its name and .events.sqlite)",
+        help="SQLite file that keeps live events and cold items, or postgresql://USER@HOST/DATABASE, which several"
+        " machines share; 'none': in memory, lost at the end (default: beside --export, its name and .events.sqlite)",
     )
     parser.add_argument("--keep-days", type=float, default=90.0, help="that an event is kept (default: %(default)s)")
     parser.add_argument("--keep-events", type=int, default=10_000_000, help="events kept (default: %(default)s)")
@@ -169,7 +202,10 @@ def run(args: argparse.Namespace) -> None:
         raise RunError(
             f"--host {args.host}: others could reach the server; give --keys FILE, or --without-keys to trust them all"
         )
-    read_manifest(args.export)  # no store is made beside what is no export
+    if args.similar_users and not keys:
+        raise RunError("--similar-users: tells of one person from what others did; give --keys FILE")
+    for export in args.export:
+        read_manifest(export)  # no store is made beside what is no export
     if args.workers == 1:
         _serve(args, edge)
     else:
@@ -198,7 +234,7 @@ def _supervise(args: argparse.Namespace, edge: Edge) -> None:
         os.environ[SHARED_METRICS] = str(folder / METRICS)
         _import_for_workers()
 
-        def work(link: Link, swapped: str | None) -> None:
+        def work(link: Link, swapped: Swapped) -> None:
             try:
                 _serve(args, edge, WorkerStart(link, swapped, folder / EXPORTS))
             finally:
@@ -229,23 +265,15 @@ def _serve(args: argparse.Namespace, edge: Edge, worker: WorkerStart | None = No
         worker: where this process is one of several.
 
     Raises:
-        RunError: the export or the store cannot be used.
+        RunError: an export or the store cannot be used.
     """
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     from flm_torchrec.serve.app import ServerLimits, create_app
     from flm_torchrec.serve.connections import ConnectionLimits
-    from flm_torchrec.serve.event_store import EventStore, StoreLimits
     from flm_torchrec.serve.server import serve
-    from flm_torchrec.serve.server_folder import SharedExports
-    from flm_torchrec.serve.service import Service
+    from flm_torchrec.serve.tracing import collector
 
-    kept = StoreLimits(days=args.keep_days, events=args.keep_events)
-    store = EventStore(store_file(args), kept)
-    if worker is None:
-        service = Service(args.export, store)
-    else:
-        swapped = Path(worker.swapped) if worker.swapped else None
-        service = Service(args.export, store, swapped, SharedExports(worker.exports))
+    served = _variants(args, worker)
     limits = ServerLimits(
         threads=args.threads,
         waiting=args.waiting,
@@ -254,20 +282,45 @@ def _serve(args: argparse.Namespace, edge: Edge, worker: WorkerStart | None = No
         keys=edge.keys,
         rate=args.rate / args.workers,
         log_requests=args.log_requests,
+        traces=collector(args.traces) if args.traces else None,
     )
     connections = ConnectionLimits(min(edge.most, args.connections or edge.most))
-    folder, manifest = service.loaded.folder, service.loaded.manifest
-    told = f"{folder}: {manifest.items} items, {manifest.users} users; model {manifest.model_version}"
     if worker is None:
-        print(told)
-        serve(
-            create_app(service, limits), edge.bound, connections, edge.tls, partial(print, edge.url(args), flush=True)
-        )
-        return
-    link = worker.link
-    link.follow(lambda export: service.follow(Path(export)))
-    app = create_app(service, limits, lambda export: link.tell({"swapped": export}))
-    serve(app, edge.bound, connections, edge.tls, lambda: link.tell({"ready": True}))
+        for service, share in zip(served.services, served.split.shares, strict=True):
+            manifest, to = service.loaded.manifest, f"; {share:.4g} of the users" if share < 1 else ""
+            sizes = f"{manifest.items} items, {manifest.users} users; model {manifest.model_version}"
+            print(f"{service.loaded.folder}: {sizes}{to}")
+        started = partial(print, edge.url(args), flush=True)
+    else:
+        worker.link.follow(served.follow)
+        started = partial(worker.link.tell, {"ready": True})
+    serve(create_app(served, limits), edge.bound, connections, edge.tls, started)
+
+
+def _variants(args: argparse.Namespace, worker: WorkerStart | None) -> Variants:
+    """The exports of the options, or what was swapped in for them, loaded.
+
+    Raises:
+        RunError: an export or the store cannot be used.
+    """
+    from flm_torchrec.serve.event_store import StoreLimits
+    from flm_torchrec.serve.live_store import open_store
+    from flm_torchrec.serve.server_folder import SharedExports
+    from flm_torchrec.serve.service import Service, ServiceOptions
+    from flm_torchrec.serve.split import export_name, read_split
+    from flm_torchrec.serve.variants import Variants
+
+    store = open_store(store_address(args), StoreLimits(days=args.keep_days, events=args.keep_events))
+    options = ServiceOptions(args.similar_users, args.least_recall)
+    swapped: Swapped = {}
+    if worker is not None:
+        link, swapped, shared = worker.link, worker.swapped, SharedExports(worker.exports)
+        options = replace(options, shared=shared, announce=lambda name, state: link.tell({"swapped": {name: state}}))
+    before = {name: Path(state["export"]) for name, state in swapped.items()}
+    services = [Service(export, store, before.get(export_name(export)), options) for export in args.export]
+    served = Variants(services, read_split(args.split, len(services), args.split_salt))
+    served.follow(swapped)  # canaries
+    return served
 
 
 def _stop(number: int, frame: object) -> None:
@@ -318,18 +371,26 @@ def _hosts(args: argparse.Namespace) -> tuple[str, ...]:
     return "localhost", "127.0.0.1", "::1", "address" if everywhere else args.host
 
 
-def store_file(args: argparse.Namespace) -> Path | None:
-    """The file of `--events`; by default beside the export, by the name given, so that a link keeps its events."""
+def store_address(args: argparse.Namespace) -> str | None:
+    """The store of `--events`; by default a file beside the first export, by its name, so that a link keeps it."""
     if args.events is not None:
-        return None if args.events == "none" else Path(args.events)
-    export = Path(os.path.abspath(args.export))
-    return export.with_name(f"{export.name}.events.sqlite")
+        return None if args.events == "none" else str(args.events)
+    export = Path(os.path.abspath(args.export[0]))
+    return str(export.with_name(f"{export.name}.events.sqlite"))
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raise RunError where a number is out of its range."""
+    """Raise RunError where an option is out of its range, or does not fit another one."""
     for name, (least, most) in RANGES.items():
         if not least <= getattr(args, name) <= most:
             raise RunError(f"--{name.replace('_', '-')} {getattr(args, name)}: give {least} … {most}")
+    from flm_torchrec.serve.split import check_names, read_split
+
+    check_names(args.export)
+    read_split(args.split, len(args.export))
+    if args.traces is not None:
+        from flm_torchrec.serve.tracing import check_traces
+
+        check_traces(args.traces)
     if args.workers > 1 and args.events == "none":
-        raise RunError(f"--workers {args.workers}: processes share events in a file; give --events FILE")
+        raise RunError(f"--workers {args.workers}: processes share events in a store; give --events FILE")

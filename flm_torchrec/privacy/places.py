@@ -12,13 +12,14 @@ import pyarrow as pa
 import pyarrow.dataset as pds
 
 from flm_torchrec.client import Client, ServiceError
-from flm_torchrec.errors import DataError, RunError
+from flm_torchrec.errors import RunError
 from flm_torchrec.export.forget import AGAIN, forget_in_export, users_with
 from flm_torchrec.export.manifest import FILE, load_manifest
 from flm_torchrec.export.stores.forget import UserCollection
 from flm_torchrec.privacy.forget_in_data import keys_and_ids, replaced_values, tombstone
 from flm_torchrec.privacy.record import Removal
-from flm_torchrec.serve.event_store import EventStore
+from flm_torchrec.safe_text import redact_address
+from flm_torchrec.serve.live_store import existing_store
 from flm_torchrec.serve.messages import MOST_FORGOTTEN
 
 EXPORTED = {".parquet": "parquet", ".arrow": "feather", ".feather": "feather"}
@@ -101,26 +102,24 @@ class ExportPlace:
 
 @dataclass(frozen=True)
 class EventsPlace:
-    """A file of live events of `flm serve`."""
+    """A store of live events of `flm serve`."""
 
-    file: Path
+    address: str
     kind = "events"
 
     def __str__(self) -> str:
-        return str(self.file)
+        return redact_address(self.address)
 
     def find(self, keys: Sequence[str]) -> set[str]:
         """As of `Place`."""
-        if not self.file.is_file():
-            raise DataError(f"{self.file}: not found; --events must name the file of 'flm serve --events'")
-        store = EventStore(self.file)
+        store = existing_store(self.address)
         found = set(store.counts(keys))
         store.close()
         return found
 
     def forget(self, keys: Sequence[str]) -> Removal:
         """As of `Place`."""
-        store = EventStore(self.file)
+        store = existing_store(self.address)
         counts = store.forget(keys)
         store.close()
         return _of_events(self, len(counts), sum(counts.values()))
@@ -172,8 +171,8 @@ class ServerPlace:
         for batch in _batches(keys):
             answer = self._ask(self.client, batch, check=True)
             found |= {*answer["in_export"], *answer["live_events"]}
-            if answer["in_export"]:
-                self._check_cleaned(Path(answer["export"]))
+            for export in answer["exports"].values():
+                self._check_cleaned(Path(export))
         return found
 
     def _check_cleaned(self, export: Path) -> None:
@@ -184,19 +183,21 @@ class ServerPlace:
     def forget(self, keys: Sequence[str]) -> Removal:
         """As of `Place`. Ends when all processes of the server have followed the swap, or after a minute."""
         patient = replace(self.client, timeout=SWAP_SECONDS)
-        users, events, export = set(), 0, ""
+        users, events = set(), 0
+        exports: dict[str, str] = {}
         for batch in _batches(keys):
             answer = self._ask(patient, batch, check=False)
             events += sum(answer["live_events"].values())
             users |= {*answer["in_export"], *answer["live_events"]}
-            export = answer["export"] if answer["in_export"] else export
-        if export:
+            exports |= answer["exports"]
+        for name, export in exports.items():
             try:
-                patient.swap(export)
+                patient.swap(export, replaces=name)
             except ServiceError as error:
                 raise RunError(f"{self}: could not swap to {export}: {error}; {AGAIN}") from error
+        if exports:
             self._wait(keys)
-        return _of_events(self, len(users), events, f"; serves {export} anew" if export else "")
+        return _of_events(self, len(users), events, f"; serves {', '.join(exports.values())} anew" if exports else "")
 
     def _wait(self, keys: Sequence[str]) -> None:
         until = time.monotonic() + FOLLOW_SECONDS

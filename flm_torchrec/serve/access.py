@@ -24,8 +24,10 @@ ROLES: tuple[Role, ...] = get_args(Role)
 """Each role may do what the ones before it may."""
 ADMIN = ("/v1/swap", "/v1/forget")
 """Routes of admins. Without an admin key they are off."""
-READING = ("/v1/recommend", "/v1/recommend/batch", "/v1/similar")
+READING = ("/v1/recommend", "/v1/recommend/batch", "/v1/similar", "/v1/users/similar")
 """Routes that are POST because they take a body, and change nothing."""
+KEYED = ("/v1/users/similar",)
+"""Routes that are off while there are no keys: they tell of one person from what others did."""
 GUARDED = ("/v1/", "/metrics")
 """Beginnings of paths that need a key. The pages, the description and the probes need none: they show no data."""
 SHORTEST = 16
@@ -159,6 +161,8 @@ class AccessGuard:
             return _answer(401, "key: none, or a wrong one; send 'Authorization: Bearer KEY'")
         if needed == "admin" and not any(k.role == "admin" for k in self.keys.keys):
             return _answer(403, f"{scope['path']}: is off; start the server with an admin key (--keys) to use it")
+        if not self.keys and scope["path"].rstrip("/") in KEYED:
+            return _answer(403, f"{scope['path']}: is off; start the server with keys (--keys) to use it")
         if key is not None and ROLES.index(key.role) < ROLES.index(needed):
             return _answer(403, f"key: is for {key.role}, this needs one for {needed}")
         if self.rates and not self.rates.take(key.name if key else address):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from flm_torchrec.serve.messages import (
     EventAdded,
     Forget,
     Forgotten,
+    FoundUsers,
     Health,
     ItemAdded,
     NewEvent,
@@ -32,12 +34,16 @@ from flm_torchrec.serve.messages import (
     Recommended,
     RecommendedBatch,
     Similar,
+    SimilarUsers,
     Swap,
 )
 from flm_torchrec.serve.metrics import ServerMetrics
 from flm_torchrec.serve.middleware import MeasuringMiddleware, add_error_handlers, parse, read_body
 from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.service import Service
+from flm_torchrec.serve.swapping import CanaryTerms
+from flm_torchrec.serve.tracing import telemetry
+from flm_torchrec.serve.variants import Variants
 from flm_torchrec.serve.workers import Workers
 
 PAGE = Path(__file__).parent / "page"
@@ -64,6 +70,8 @@ class ServerLimits:
     """Requests a second for each key or address; 0: any number."""
     log_requests: bool = False
     """Whether each request prints a line of JSON."""
+    traces: Any = None
+    """Provider of tracers; None: the process's own, by default none."""
     watch_seconds: float = 0.0
     """Seconds between checks of where the export's link points to; 0: never."""
 
@@ -85,28 +93,28 @@ class Operation:
         return app.post(self.path, operation_id=self.name, openapi_extra=extra, responses=responses)
 
 
-def create_app(
-    service: Service, limits: ServerLimits = ServerLimits(), swapped: Callable[[str], None] = lambda export: None
-) -> FastAPI:
-    """The HTTP app of a service: its routes, the web page and the metrics.
-
-    Args:
-        swapped: called with the folder of an export after a swap.
-    """
-    workers, measures = Workers(service, limits.threads, limits.waiting), ServerMetrics(service)
+def create_app(service: Service | Variants, limits: ServerLimits = ServerLimits()) -> FastAPI:
+    """The HTTP app of a service, or of several: its routes, the web page and the metrics."""
+    served = service if isinstance(service, Variants) else Variants.alone(service)
+    workers, measures = Workers(served, limits.threads, limits.waiting), ServerMetrics(served)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         report_accept_errors_once(asyncio.get_running_loop())
-        watcher = asyncio.create_task(_watch(service, limits.watch_seconds)) if limits.watch_seconds else None
+        tasks = [asyncio.create_task(_tend(one)) for one in served.services]
+        if limits.watch_seconds:
+            tasks += [asyncio.create_task(_watch(one, limits.watch_seconds)) for one in served.services]
         yield
-        if watcher is not None:
-            watcher.cancel()
+        for task in tasks:
+            task.cancel()
         workers.pool.shutdown()
-        service.store.close()
+        served.store.close()
+        if limits.traces is not None:
+            await asyncio.to_thread(limits.traces.shutdown)  # sends the last spans
 
     app = FastAPI(
         title="flm serve",
+        telemetry=telemetry(limits.traces),
         lifespan=lifespan,
         docs_url=None,  # FastAPI's own page loads scripts from elsewhere
         redoc_url=None,
@@ -116,18 +124,18 @@ def create_app(
     app.add_middleware(AccessGuard, keys=limits.keys or ApiKeys(), rate=limits.rate)
     app.add_middleware(KnownHosts, hosts=limits.hosts)
     app.add_middleware(MeasuringMiddleware, measures=measures, log=limits.log_requests)
-    _read_routes(app, service, workers, measures)
-    _write_routes(app, service, workers, limits)
-    _admin_routes(app, service, limits, swapped)
+    _read_routes(app, served, workers, measures)
+    _write_routes(app, served, workers, limits)
+    _admin_routes(app, served, limits)
     if (PAGE / "index.html").is_file():
         app.mount("/", StaticFiles(directory=PAGE, html=True))
     return app
 
 
-def _read_routes(app: FastAPI, service: Service, workers: Workers, measures: ServerMetrics) -> None:
+def _read_routes(app: FastAPI, served: Variants, workers: Workers, measures: ServerMetrics) -> None:
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return service.health()
+        return served.health()
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> FileResponse:
@@ -139,7 +147,7 @@ def _read_routes(app: FastAPI, service: Service, workers: Workers, measures: Ser
 
     @app.get("/readyz")
     async def ready() -> dict[str, str]:
-        service.store.users()  # 503 where the store cannot be read
+        served.store.users()  # 503 where the store cannot be read
         return {"status": "ok"}
 
     @app.get("/metrics")
@@ -148,25 +156,25 @@ def _read_routes(app: FastAPI, service: Service, workers: Workers, measures: Ser
 
     @app.get("/v1/catalogue")
     async def catalogue() -> dict[str, Any]:
-        return await workers.do(service.vocabulary)
+        return await workers.do(served.first.vocabulary)
 
     @app.get("/v1/items")
     async def items(
         query: Annotated[str, Query(max_length=200)] = "", limit: Annotated[int, Query(ge=1, le=100)] = 20
     ) -> list[dict[str, Any]]:
-        return await workers.do(lambda: service.find_items(query, limit))
+        return await workers.do(lambda: served.first.find_items(query, limit))
 
     @app.get("/v1/users")
     async def users(
         query: Annotated[str, Query(max_length=512)] = "", limit: Annotated[int, Query(ge=1, le=100)] = 20
     ) -> list[str]:
-        return await workers.do(lambda: service.find_users(query, limit))
+        return await workers.do(lambda: served.first.find_users(query, limit))
 
     @app.get("/v1/events")
     async def events(user: Annotated[str, Query(min_length=1, max_length=512)]) -> list[dict[str, Any]]:
-        return await workers.do(lambda: service.events_of(user))
+        return await workers.do(lambda: served.of(user).events_of(user))
 
-    maps = MapCache(service)
+    maps = MapCache(served.first)
 
     @app.get("/v1/map")
     async def item_map() -> Response:
@@ -174,10 +182,11 @@ def _read_routes(app: FastAPI, service: Service, workers: Workers, measures: Ser
         return Response(await asyncio.to_thread(maps.get), media_type="application/json")
 
 
-def _write_routes(app: FastAPI, service: Service, workers: Workers, limits: ServerLimits) -> None:
+def _write_routes(app: FastAPI, served: Variants, workers: Workers, limits: ServerLimits) -> None:
     def post(operation: Operation, message: type[M], answer: Callable[[M], Awaitable[Any]]) -> None:
         async def route(request: Request) -> Response:
             asked = parse(message, await read_body(request, limits.body_bytes, limits.body_seconds))
+            request.state.exports = served.names(asked)
             return JSONResponse(await answer(asked))
 
         operation.add(app, message)(route)
@@ -186,7 +195,7 @@ def _write_routes(app: FastAPI, service: Service, workers: Workers, limits: Serv
         return lambda asked: workers.do(lambda: answer(asked))
 
     async def batch(asked: RecommendBatch) -> dict[str, Any]:
-        answers = await workers.do(lambda: service.recommend(asked.requests))
+        answers = await workers.do(lambda: served.recommend(asked.requests))
         for position, answer in enumerate(answers):
             if isinstance(answer, Refused):
                 raise Refused(answer.status, f"requests.{position}: {answer}")
@@ -197,28 +206,44 @@ def _write_routes(app: FastAPI, service: Service, workers: Workers, limits: Serv
     post(
         Operation("/v1/similar", "similar", Recommended),
         Similar,
-        lambda asked: workers.do(lambda: service.similar(asked)),
+        lambda asked: workers.do(lambda: served.of(asked.unit).similar(asked)),
     )
     post(
-        Operation("/v1/items", "add_item", ItemAdded), NewItem, lambda item: workers.do(lambda: service.add_item(item))
+        Operation("/v1/users/similar", "similar_users", FoundUsers),
+        SimilarUsers,
+        lambda asked: workers.do(lambda: served.of(asked.unit).similar_users(asked)),
+    )
+    post(
+        Operation("/v1/items", "add_item", ItemAdded),
+        NewItem,
+        lambda item: workers.do(lambda: served.first.add_item(item)),
     )
     post(Operation("/v1/events", "add_event", EventAdded), NewEvent, workers.add_event)
 
 
-def _admin_routes(app: FastAPI, service: Service, limits: ServerLimits, swapped: Callable[[str], None]) -> None:
+def _admin_routes(app: FastAPI, served: Variants, limits: ServerLimits) -> None:
     @Operation("/v1/swap", "swap", Health).add(app, Swap)
     async def swap(request: Request) -> dict[str, Any]:
         asked = parse(Swap, await read_body(request, limits.body_bytes, limits.body_seconds))
-        request.state.audit = {"export": asked.export}
-        health = await asyncio.to_thread(service.swap, Path(asked.export))  # requests must not wait for the loading
-        swapped(str(service.loaded.folder))
-        return health
+        request.state.audit = asked.model_dump(exclude_unset=True)
+        terms = None if asked.canary is None else CanaryTerms(asked.canary, time.time() + 60 * asked.minutes)
+        service = served.named(asked.replaces)
+        health = await asyncio.to_thread(service.swap, Path(asked.export), terms)  # requests do not wait for it
+        return {**health, "exports": served.exports()}
 
     @Operation("/v1/forget", "forget", Forgotten).add(app, Forget)
     async def forget(request: Request) -> dict[str, Any]:
         asked = parse(Forget, await read_body(request, limits.body_bytes, limits.body_seconds))
         request.state.audit = {"users": len(asked.users), "check": asked.check}  # never who
-        return await asyncio.to_thread(service.forget, asked)
+        return await asyncio.to_thread(served.forget, asked)
+
+
+async def _tend(service: Service) -> None:
+    """Let a canary take over, or roll it back, when it is time."""
+    while True:
+        await asyncio.sleep(1.0)
+        if service.canary is not None:
+            await asyncio.to_thread(service.swaps.tend)
 
 
 async def _watch(service: Service, seconds: float) -> None:

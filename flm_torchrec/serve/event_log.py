@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from flm_torchrec.claim import claim
 from flm_torchrec.files import replacing_file, telling, write_text
-from flm_torchrec.serve.event_store import EventStore
+from flm_torchrec.serve.live_store import LiveStore
 
 COLUMNS = pa.schema(
     [("user", pa.string()), ("item", pa.string()), ("timestamp", pa.int64()), ("event", pa.string()),
@@ -22,7 +22,7 @@ FILE_EVENTS = 500_000
 """Events of a file: `flm follow` learns from a file at a time."""
 
 
-def export_events(store: EventStore, folder: Path) -> tuple[int, int]:
+def export_events(store: LiveStore, folder: Path) -> tuple[int, int]:
     """Write the events that the folder does not have into new files; their number, and that of events dropped before.
 
     A file is named `events-STORE-FIRST-LAST.parquet` by the store and by the numbers of its events, so the next call
@@ -48,7 +48,7 @@ def export_events(store: EventStore, folder: Path) -> tuple[int, int]:
     return written, dropped
 
 
-def export_items(store: EventStore, file: Path) -> int:
+def export_items(store: LiveStore, file: Path) -> int:
     """Write all cold items as JSON lines for `flm prepare --items`: item_id, features, and title; their number.
 
     Raises:
@@ -69,7 +69,7 @@ def _last(folder: Path, store: str) -> int:
     return max((int(match[1]) for match in found if match), default=0)
 
 
-def _chunks(store: EventStore, after: int) -> Iterator[list[tuple[int, str, str, int, str, float]]]:
+def _chunks(store: LiveStore, after: int) -> Iterator[list[tuple[int, str, str, int, str, float]]]:
     while rows := store.log(after, FILE_EVENTS):
         yield rows
         after = rows[-1][0]

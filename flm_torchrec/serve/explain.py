@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,23 @@ def explain(
         }
         for position, row in enumerate(items)
     ]
+
+
+def common_values(loaded: LoadedExport, row: int, others: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+    """By feature, the values that an item shares with others, and with how many of them."""
+    return _in_common(loaded.attributes(row), _values(loaded, np.array(others, np.int64)))
+
+
+def common_items(loaded: LoadedExport, user: int, seen: np.ndarray) -> dict[str, Any]:
+    """How many items a user of the export has in common with `seen` [n], and `NEAREST` of them.
+
+    Args:
+        user: row of the user.
+        seen: [n] rows of items.
+    """
+    common = np.intersect1d(loaded.seen[user].values.to_numpy(), seen)
+    named = [{"item": loaded.key(row), "title": loaded.title(row)} for row in common[:NEAREST].tolist()]
+    return {"items_in_common": len(common), "items": named}
 
 
 def _weights(represented: Represented) -> np.ndarray | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pyarrow as pa
 
@@ -79,6 +80,9 @@ class LoadedExport:
     added: AddedItems
     mapped: MappedFiles = IN_MEMORY
     """The files that the arrays are in."""
+    users: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))  # [users] their keys
+    user_vectors: faiss.Index | None = None
+    """See `load_user_vectors`; None: users alike are off."""
 
     @property
     def size(self) -> int:
@@ -199,6 +203,7 @@ def _loaded(folder: Path, number: int, manifest: Manifest, mapped: MappedFiles) 
     if represented.heads.shape != (len(manifest.heads), manifest.dim) or not np.isfinite(represented.heads).all():
         raise RunError(f"{folder}: the tower makes other vectors than the manifest says; export again")
     users = mapped.table("users", lambda: ExportRows(folder, manifest, "users").table(["user_key", "seen"]))
+    user_of = KeyRows(single_array(users["user_key"]), "user-keys", mapped)
     loaded = LoadedExport(
         number=number,
         rows=manifest.rows_digest,
@@ -206,7 +211,8 @@ def _loaded(folder: Path, number: int, manifest: Manifest, mapped: MappedFiles) 
         manifest=manifest,
         tower=tower,
         catalogue=load_catalogue(folder, manifest, mapped),
-        user_of=KeyRows(single_array(users["user_key"]), "user-keys", mapped),
+        user_of=user_of,
+        users=user_of.texts,
         seen=single_array(users["seen"]),
         added=AddedItems((), contents, vectors),
         mapped=mapped,

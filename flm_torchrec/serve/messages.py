@@ -16,6 +16,8 @@ MOST_VALUES = 100
 MOST_FORGOTTEN = 400
 """Users of a request to forget: as long keys as may be fit into a request's body."""
 Key = Annotated[str, Field(min_length=1, max_length=512)]
+StoredKey = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^\x00]*$")]
+"""A key that is kept: PostgreSQL's text has no NUL."""
 Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
 Seconds = Annotated[int, Field(ge=0, le=LATEST)]
 Text = Annotated[str, Field(max_length=2000)]
@@ -47,14 +49,26 @@ class Event(Message):
     """Seconds since 1970; without it the usual gap after the event before."""
 
 
-class Recommend(Message):
-    """For whom to recommend, and what."""
+class Whom(Message):
+    """The user of a request: a known one, a history, features, all or none of them."""
 
     user: Key | None = None
     history: Annotated[list[Event], Field(max_length=MOST_HISTORY)] = []
     """Oldest first. The history of a known user follows the events that are known."""
     features: Features | None = None
     """Features of the user, in place of the known user's own."""
+    split_by: Key | None = None
+    """Where several exports are served: what chooses one in place of `user`, such as the id of a session."""
+
+    @property
+    def unit(self) -> str | None:
+        """What chooses one of several exports."""
+        return self.split_by or self.user
+
+
+class Recommend(Whom):
+    """For whom to recommend, and what."""
+
     head: Head = FUSED
     k: Annotated[int, Field(ge=1, le=MOST_K)] = 10
     exclude_seen: bool = True
@@ -90,11 +104,34 @@ class Similar(Message):
     """Items to leave out."""
     filter: Annotated[dict[Key, Values], Field(max_length=20)] = {}
     """As of `Recommend`."""
+    explain: bool = False
+    split_by: Key | None = None
+    """As of `Whom`."""
+
+    @property
+    def unit(self) -> str | None:
+        """As of `Whom`."""
+        return self.split_by
 
     @model_validator(mode="after")
     def _check(self) -> Similar:
         if (self.item is None) == (self.vector is None):
             raise ValueError("give either item or vector")
+        return self
+
+
+class SimilarUsers(Whom):
+    """For which user to give users alike."""
+
+    k: Annotated[int, Field(ge=1, le=MOST_K)] = 10
+    exclude: Annotated[list[Key], Field(max_length=MOST_HISTORY)] = []
+    """Users to leave out."""
+    explain: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> SimilarUsers:
+        if self.user is None and not self.history and self.features is None:
+            raise ValueError("give user, history or features")
         return self
 
 
@@ -107,21 +144,32 @@ class RecommendBatch(Message):
 class NewItem(Message):
     """A cold item, which has features but no trained id."""
 
-    item: Key
-    title: Text = ""
+    item: StoredKey
+    title: Annotated[str, Field(max_length=2000, pattern=r"^[^\x00]*$")] = ""
     features: Features = {}
 
 
 class NewEvent(Event):
     """An event of a user since the export."""
 
-    user: Key
+    user: StoredKey
+
+    @property
+    def unit(self) -> str:
+        """What chooses one of several exports."""
+        return self.user
 
 
 class Swap(Message):
     """The export to serve from now on."""
 
     export: Annotated[str, Field(min_length=1, max_length=4096)]
+    replaces: Key | None = None
+    """Name of the served export whose place it takes; needed where there are several."""
+    canary: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the users that get it first; without it all get it at once."""
+    minutes: Annotated[float, Field(gt=0, le=10_080)] = 10.0
+    """After which it takes over, with `canary`."""
 
 
 class Forget(Message):
@@ -155,6 +203,7 @@ class Recommended(Answered):
     """Answer of /v1/recommend and /v1/similar."""
 
     model_version: str
+    export: str
     items: list[ScoredItem]
     head: str | None = None
     left_out: list[str] | None = None
@@ -164,6 +213,23 @@ class RecommendedBatch(Answered):
     """Answer of /v1/recommend/batch."""
 
     answers: list[Recommended]
+
+
+class SimilarUser(Answered):
+    """A user of an answer."""
+
+    user: str
+    score: float
+    why: dict[str, Any] | None = None
+
+
+class FoundUsers(Answered):
+    """Answer of /v1/users/similar."""
+
+    model_version: str
+    export: str
+    users: list[SimilarUser]
+    left_out: list[str] | None = None
 
 
 class ItemAdded(Answered):
@@ -182,15 +248,37 @@ class EventAdded(Answered):
     known: bool
     live_events: int
     model_version: str
+    export: str
+
+
+class ServedCanary(Answered):
+    """A fresh export that a share of the users gets."""
+
+    model_version: str
+    share: float
+    until: float
+
+
+class ServedExport(Answered):
+    """One of the exports that are served."""
+
+    export: str
+    share: float
+    model_version: str
+    generation: int
+    recall: float | None
+    canary: ServedCanary | None
 
 
 class Forgotten(Answered):
     """Answer of /v1/forget."""
 
     export: str
-    """Folder of the export that is served."""
+    """Folder of the export that is served; of several, of one that has users."""
+    exports: dict[str, str]
+    """By name, the folders of the served exports that have users."""
     in_export: list[str]
-    """Those of the users whom this export has: they are known until a cleaned export is swapped in."""
+    """Those of the users whom these exports have: they are known until a cleaned export is swapped in."""
     live_events: dict[str, int]
     """By user, the live events that were removed, or that there are; without users who had none."""
 
@@ -203,3 +291,4 @@ class Health(Answered):
     users: int
     items: int
     generation: int
+    exports: list[ServedExport]

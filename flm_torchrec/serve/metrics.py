@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
@@ -11,6 +12,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from flm_torchrec.serve.service import Service
+from flm_torchrec.serve.variants import Variants
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
@@ -27,21 +29,54 @@ class Gauges(Collector):
             yield GaugeMetricFamily(name, text, value=read())
 
 
+class ExportGauges(Collector):
+    """Numbers of each export that is served, with its name as the label `export`."""
+
+    def __init__(self, services: Sequence[Service]) -> None:
+        self.services = services
+
+    def collect(self) -> Iterator[Metric]:
+        """As prometheus_client asks."""
+        readers: dict[str, tuple[str, Callable[[Service], float]]] = {
+            "flm_export_generation": ("number of the export, counted by swaps", lambda one: one.loaded.number),
+            "flm_export_items": ("items that can be recommended", lambda one: one.loaded.size),
+            "flm_export_canary": (
+                "share of the users that get a fresh export", lambda one: one.canary.terms.share if one.canary else 0
+            ),
+            "flm_export_recall": (
+                "recall@100 of the export swapped in or tried last", lambda one: one.swaps.recall or math.nan
+            ),
+        }  # fmt: skip
+        for name, (text, read) in readers.items():
+            metric = GaugeMetricFamily(name, text, labels=["export"])
+            for one in self.services:
+                metric.add_metric([one.name], read(one))
+            yield metric
+
+
 class ServerMetrics:
     """The metrics of one app. Apps of one process share nothing; processes of one server share their counts."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, served: Variants) -> None:
+        service = served.first
         self.registry = CollectorRegistry()
         counts = CollectorRegistry()
         self.requests = Counter("flm_requests", "requests answered", ["route", "status"], registry=counts)
         self.seconds = Histogram(
             "flm_request_seconds", "from arrival to answer", ["route"], buckets=SECONDS, registry=counts
         )
+        self.export_requests = Counter(
+            "flm_export_requests", "requests answered by an export", ["export", "route", "status"], registry=counts
+        )
+        self.export_seconds = Histogram(
+            "flm_export_request_seconds", "the same by export", ["export"], buckets=SECONDS, registry=counts
+        )
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             MultiProcessCollector(self.registry)  # type: ignore[no-untyped-call]
         else:
-            self.registry.register(self.requests)
-            self.registry.register(self.seconds)
+            for counted in (self.requests, self.seconds, self.export_requests, self.export_seconds):
+                self.registry.register(counted)
+        self.registry.register(ExportGauges(served.services))
         self.registry.register(
             Gauges(
                 {

@@ -23,6 +23,7 @@ from flm_torchrec.serve.access import address_of, now
 from flm_torchrec.serve.event_store import StoreError
 from flm_torchrec.serve.metrics import ServerMetrics
 from flm_torchrec.serve.resolve import Refused
+from flm_torchrec.serve.tracing import describe
 
 M = TypeVar("M", bound=BaseModel)
 BROKEN_OFF = 499
@@ -143,13 +144,14 @@ class MeasuringMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status, given = time.perf_counter(), UNANSWERED, request_id(scope)
+        start, status, given, traced = time.perf_counter(), UNANSWERED, request_id(scope), ""
         scope.setdefault("state", {})["request_id"] = given
 
         async def sending(message: Message) -> None:
-            nonlocal status
+            nonlocal status, traced
             if message["type"] == "http.response.start":
                 status = message["status"]
+                traced = describe(given, scope)  # the span ends with the answer
                 message["headers"] = [*message.get("headers", ()), *HEADERS, (b"x-request-id", given.encode())]
             await send(message)
 
@@ -164,7 +166,13 @@ class MeasuringMiddleware:
             seconds = time.perf_counter() - start
             self.measures.requests.labels(route, status).inc()
             self.measures.seconds.labels(route).observe(seconds)
+            exports = scope["state"].get("exports", ())
+            for export in exports:
+                self.measures.export_requests.labels(export, route, status).inc()
+                self.measures.export_seconds.labels(export).observe(seconds)
+            traced = traced or describe(given, scope)
             if self.log:
                 line = {"request": given, "time": now(), "method": scope["method"][:20], "route": route}
                 line |= {"status": status, "seconds": round(seconds, 6), "address": address_of(scope)}
+                line |= {"trace": traced} if traced else {}
                 print(visible(json.dumps(line)), flush=True)

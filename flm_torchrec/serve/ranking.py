@@ -98,6 +98,11 @@ def alike(loaded: LoadedExport, request: Similar) -> Ranked:
     return list(zip(order.tolist(), found.tolist(), strict=True))
 
 
+def scores_of(loaded: LoadedExport, query: Query, rows: np.ndarray) -> np.ndarray:
+    """[n] rows → [n] float32 scores, without the index."""
+    return _blocks(lambda some: query.score(loaded.vectors(some)), rows)
+
+
 def unit(vectors: np.ndarray) -> np.ndarray:
     """[n, D] → the same with length 1; zeros stay."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
@@ -112,10 +117,29 @@ def check_boost(loaded: LoadedExport, boost: Mapping[str, Mapping[str, float]]) 
             raise Refused(refused.status, str(refused).replace("filter", "boost", 1)) from refused
 
 
+def pinned_rows(loaded: LoadedExport, request: Recommend) -> list[int]:
+    """Rows of the items that come first.
+
+    Raises:
+        Refused: one is unknown.
+    """
+    return [item_row(loaded, key, f"pinned.{n}") for n, key in enumerate(request.pinned)]
+
+
+def added_by_rules(loaded: LoadedExport, request: Recommend, rows: np.ndarray) -> np.ndarray:
+    """[n] rows → [n] what the rules of a request add to the score of each; 0 for pinned ones, which no rule moves."""
+    added = np.zeros(len(rows))
+    free = ~np.isin(rows, np.array(pinned_rows(loaded, request), np.int64))
+    for name, values in request.boost.items():
+        for value, amount in values.items():
+            added[free & np.isin(rows, _with_value(loaded, name, value))] += amount
+    return added
+
+
 def _boosted(loaded: LoadedExport, request: Recommend, query: Query, excluded: np.ndarray, k: int) -> Ranked:
     """The k best by score and rules. All items are scored: the index knows nothing of rules."""
     rows = _allowed(loaded, excluded, request.filter)
-    scores = _blocks(lambda some: query.score(loaded.vectors(some)), rows)
+    scores = scores_of(loaded, query, rows)
     place = np.full(loaded.size, -1, np.int64)
     place[rows] = np.arange(len(rows))
     for name, values in request.boost.items():

@@ -3,41 +3,48 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from flm_torchrec.data.history import NO_EVENTS, Events
-from flm_torchrec.errors import RunError
-from flm_torchrec.export.tower.reader import Represented, TowerQuery
-from flm_torchrec.names import nearest_key
-from flm_torchrec.safe_text import visible
+from flm_torchrec.export.tower.reader import Represented
+from flm_torchrec.serve.answers import (
+    Asked,
+    asked_user,
+    check_rules,
+    item_of,
+    known_events,
+    recommended,
+    similar_items,
+    similar_users,
+)
 from flm_torchrec.serve.catalogue import TOP_VALUES
 from flm_torchrec.serve.cold_items import cold_item, with_fitting, with_items
-from flm_torchrec.serve.event_store import EventStore
-from flm_torchrec.serve.explain import explain
-from flm_torchrec.serve.histories import asked_events, events_and_seen, new_event
-from flm_torchrec.serve.loaded_export import AddedItem, LoadedExport, load_export
-from flm_torchrec.serve.messages import Forget, NewEvent, NewItem, Recommend, Similar
-from flm_torchrec.serve.ranking import alike, check_boost, ranked
-from flm_torchrec.serve.resolve import Refused, check_filter, content_of, item_row
+from flm_torchrec.serve.histories import new_event
+from flm_torchrec.serve.live_store import LiveStore, open_store
+from flm_torchrec.serve.loaded_export import UNSOUND, AddedItem, LoadedExport, load_export
+from flm_torchrec.serve.messages import Forget, NewEvent, NewItem, Recommend, Similar, SimilarUsers
+from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.server_folder import NOT_SHARED, SharedExports
+from flm_torchrec.serve.split import apart, export_name
+from flm_torchrec.serve.swapping import LEAST_RECALL, Canary, CanaryTerms, Swaps
+from flm_torchrec.serve.user_vectors import load_user_vectors
 
 
 @dataclass(frozen=True)
-class ResolvedRequest:
-    """A request with rows and codes of the loaded export in place of keys and names."""
+class ServiceOptions:
+    """What a service does beside recommending, and what it asks of exports."""
 
-    query: TowerQuery
-    head: str
-    excluded: np.ndarray  # rows
-    pinned: list[int]  # rows
-    left_out: list[str]
+    similar_users: bool = False
+    """Whether the vectors of the export's users are loaded, so that users alike can be found."""
+    least_recall: float = LEAST_RECALL
+    """Recall@100 that an export needs to be swapped in, see `measured_recall`."""
+    shared: SharedExports = NOT_SHARED
+    """Where other processes of this server have the arrays of exports too."""
+    announce: Callable[[str, dict[str, Any]], None] = lambda name, state: None
+    """Called with the service's name and `Swaps.state` when that has changed."""
 
 
 class Service:
@@ -47,7 +54,7 @@ class Service:
         export: the first one to serve, or a link to it; others are taken from the same folder alone.
         store: of live events and cold items; None: one in memory.
         swapped: the export to serve in place of the first one.
-        shared: where other processes of this server have the arrays of exports too.
+        options: what else it does.
 
     Raises:
         RunError: the export cannot be served.
@@ -56,19 +63,21 @@ class Service:
     def __init__(
         self,
         export: Path,
-        store: EventStore | None = None,
+        store: LiveStore | None = None,
         swapped: Path | None = None,
-        shared: SharedExports = NOT_SHARED,
+        options: ServiceOptions = ServiceOptions(),
     ) -> None:
         self.export = export
-        self.shared = shared
         self.exports = export.resolve().parent
-        self.loaded = load_export(swapped or export, 1, shared)
-        self.store = store or EventStore(None)
+        self.name = export_name(export)
+        self.options = options
+        self.loaded = self.load(swapped or export, 1)
+        self.canary: Canary | None = None
+        self.store = store or open_store(None)
         self.items_seq = 0
         """Number of the last change of cold items in the store that `loaded` has."""
         self.changing = threading.Lock()
-        self.swapping = threading.Lock()
+        self.swaps = Swaps(self, options.least_recall, lambda state: options.announce(self.name, state))
         self.current()
 
     def health(self) -> dict[str, Any]:
@@ -99,7 +108,7 @@ class Service:
         rows = loaded.catalogue.search(text, limit)
         names = ((i.title + "\0" + i.key).lower() for i in loaded.added.items)
         added = [len(loaded.catalogue) + position for position, name in enumerate(names) if text.lower() in name]
-        return [_item(loaded, row) for row in [*added, *rows][:limit]]
+        return [item_of(loaded, row) for row in [*added, *rows][:limit]]
 
     def find_users(self, text: str, limit: int) -> list[str]:
         """Keys of known users that start with the text, then those that contain it; the first ones without text."""
@@ -114,11 +123,11 @@ class Service:
         Raises:
             Refused: the user is neither in the export nor has live events.
         """
-        loaded = self.current()
-        history, _ = self._events_and_seen(loaded, user)
+        loaded = self.current(user)
+        history, _ = known_events(loaded, self.store, user)
         timed = loaded.tower.timestamps
         return [
-            {**_item(loaded, int(row)), "event": loaded.tower.events[code], "timestamp": int(at) if timed else None}
+            {**item_of(loaded, int(row)), "event": loaded.tower.events[code], "timestamp": int(at) if timed else None}
             for row, code, at in zip(history.item, history.event, history.timestamp, strict=True)
         ]
 
@@ -127,22 +136,47 @@ class Service:
 
         Requests with unknown users, items, events, features or values are refused.
         """
-        loaded = self.current()
-        asked: list[ResolvedRequest | Refused] = []
+        self.current()
+        canary = self.canary
+        groups = [canary if canary is not None and canary.takes(request.unit) else None for request in requests]
+        return apart(requests, groups, self._answered)
+
+    def _answered(self, canary: Canary | None, requests: Sequence[Recommend]) -> list[dict[str, Any] | Refused]:
+        """Answers from a canary's export, or from that of the others. A canary that fails is rolled back."""
+        if canary is None:
+            return self._recommend(self.loaded, requests)[0]
+        try:
+            answers, found = self._recommend(canary.fresh, requests)
+        except UNSOUND as error:
+            answers, _ = self._recommend(self.loaded, requests)  # raises where the canary is not at fault
+            self.swaps.failed(canary, error)
+            return answers
+        canary.answered.extend(found)
+        return answers
+
+    def _recommend(
+        self, loaded: LoadedExport, requests: Sequence[Recommend]
+    ) -> tuple[list[dict[str, Any] | Refused], list[Represented]]:
+        """Answers from one export, and the tower's output for those that were not refused."""
+        asked: list[Asked | Refused] = []
         for request in requests:
             try:
-                asked.append(self._asked(loaded, request))
+                user = asked_user(loaded, self.store, request)
+                check_rules(loaded, request)
+                asked.append(user)
             except Refused as refused:
                 asked.append(refused)
-        queries = [a.query for a in asked if isinstance(a, ResolvedRequest)]
-        found = iter(loaded.represent(queries) if queries else [])
-        return [
-            a if isinstance(a, Refused) else self._answer(loaded, request, a, next(found))
+        queries = [a.query for a in asked if isinstance(a, Asked)]
+        found = loaded.represent(queries) if queries else []
+        rest = iter(found)
+        answers = [
+            a if isinstance(a, Refused) else self._named(recommended(loaded, request, a, next(rest)))
             for request, a in zip(requests, asked, strict=True)
         ]
+        return answers, found
 
-    def current(self) -> LoadedExport:
-        """The loaded export, with the cold items that the store has of an earlier or of another process.
+    def current(self, unit: str | None = None) -> LoadedExport:
+        """The export that a user gets, with all cold items of the store, also those that another process has taken.
 
         Raises:
             StoreError: the store cannot be read.
@@ -152,8 +186,22 @@ class Service:
                 fresh = self.store.items_after(self.items_seq)  # another thread may have taken them up meanwhile
                 items = [AddedItem(i.key, i.title, i.features, {}) for i in fresh]
                 self.loaded = with_fitting(self.loaded, items)
+                if self.canary is not None:
+                    self.canary.fresh = with_fitting(self.canary.fresh, items)
                 self.items_seq = max([self.items_seq, *(i.seq for i in fresh)])
-        return self.loaded
+        return self._of(unit)
+
+    def _of(self, unit: str | None) -> LoadedExport:
+        canary = self.canary
+        return canary.fresh if canary is not None and canary.takes(unit) else self.loaded
+
+    def label(self, unit: str | None) -> str:
+        """Name of what a user gets, for the metrics: a canary counts apart."""
+        canary = self.canary
+        return f"{self.name}+canary" if canary is not None and canary.takes(unit) else self.name
+
+    def _named(self, answer: dict[str, Any]) -> dict[str, Any]:
+        return {"model_version": answer["model_version"], "export": self.name, **answer}
 
     def similar(self, request: Similar) -> dict[str, Any]:
         """Items like an item or near a vector, by the cosine of item vectors.
@@ -161,9 +209,15 @@ class Service:
         Raises:
             Refused: there is no such item or value of a filter, or the vector does not fit.
         """
-        loaded = self.current()
-        items = [{**_item(loaded, row), "score": score} for row, score in alike(loaded, request)]
-        return {"model_version": loaded.manifest.model_version, "items": items}
+        return self._named(similar_items(self.current(request.unit), request))
+
+    def similar_users(self, request: SimilarUsers) -> dict[str, Any]:
+        """Users of the export like a user, by the cosine of the tower's vectors.
+
+        Raises:
+            Refused: users alike are off, or something in the request is unknown.
+        """
+        return self._named(similar_users(self.current(request.unit), self.store, request))
 
     def add_item(self, item: NewItem) -> dict[str, Any]:
         """Add a cold item beside the catalogue, in place of an earlier added one with its key.
@@ -182,13 +236,10 @@ class Service:
                     409, f"{self.store.limits.added_items} items have been added, which is the most; export anew"
                 )
             fresh = cold_item(loaded, item.item, item.title or item.item, item.features)
-            added, left_out = with_items(loaded, [fresh])
+            _, left_out = with_items(loaded, [fresh])
             with self.store.writing() as transaction:
-                seq = transaction.add_item(fresh.key, fresh.title, fresh.features)
-            if seq == self.items_seq + 1:  # else another process has added items: taken up with the next request
-                self.items_seq = seq
-            self.loaded = replace(loaded, added=added)
-            size = self.loaded.size
+                transaction.add_item(fresh.key, fresh.title, fresh.features)
+        size = self.current().size
         version = loaded.manifest.model_version
         return {"item": item.item, "model_version": version, "items": size, "left_out": left_out}
 
@@ -200,11 +251,12 @@ class Service:
         Raises:
             StoreError: none of them could be stored.
         """
-        loaded = self.current()
-        most = loaded.tower.max_history + 1
+        self.current()
         answers: list[dict[str, Any] | Refused] = []
         with self.store.writing() as transaction:
             for event in events:
+                loaded = self._of(event.unit)
+                most = loaded.tower.max_history + 1
                 live = transaction.events_of(event.user, most)
                 try:
                     transaction.add_event(event.user, new_event(loaded, event, live))
@@ -213,97 +265,45 @@ class Service:
                     continue
                 known, kept = event.user in loaded.user_of, min(len(live) + 1, most)
                 version = loaded.manifest.model_version
-                answers.append({"user": event.user, "known": known, "live_events": kept, "model_version": version})
+                answers.append(
+                    {
+                        "user": event.user,
+                        "known": known,
+                        "live_events": kept,
+                        "model_version": version,
+                        "export": self.name,
+                    }
+                )
         return answers
 
-    def swap(self, export: Path) -> dict[str, Any]:
-        """Load another export beside the one served, then serve it. The old one is freed after its last request.
+    def swap(self, export: Path, terms: CanaryTerms | None = None) -> dict[str, Any]:
+        """As of `Swaps`; the answer is that of `health`.
 
         Raises:
-            Refused: the export is in another folder than the first one, or cannot be served. The old one stays.
+            Refused: the export cannot be served. What was served stays.
         """
-        try:
-            target = export.resolve()
-        except (OSError, ValueError) as error:
-            raise Refused(422, f"export: {error}") from error
-        if not target.is_relative_to(self.exports):
-            raise Refused(403, f"export: '{export}' is not in {self.exports}, the only place exports are taken from")
-        if not self.swapping.acquire(blocking=False):
-            raise Refused(409, "export: another one is being loaded; try again when it is served")
-        try:
-            fresh = load_export(target, self.loaded.number + 1, self.shared)
-            with self.changing:
-                self.loaded = with_fitting(fresh, self.loaded.added.items)
-        except (RunError, OSError) as error:
-            raise Refused(422, f"export: {error}") from error
-        finally:
-            self.swapping.release()
+        self.swaps.swap(export, terms)
         return self.health()
 
     def forget(self, request: Forget) -> dict[str, Any]:
-        """Remove the live events of users, or only count them; and say which of the users the served export has.
+        """Remove the live events of users, or only count them; and say which of the users the served exports have.
 
         Raises:
             StoreError: the events could not be removed.
         """
-        loaded = self.loaded
+        loaded, canary = self.loaded, self.canary
         live = self.store.counts(request.users) if request.check else self.store.forget(request.users)
-        in_export = [user for user in dict.fromkeys(request.users) if user in loaded.user_of]
+        known = [loaded.user_of, *([canary.fresh.user_of] if canary else [])]
+        in_export = [user for user in dict.fromkeys(request.users) if any(user in users for users in known)]
         return {"export": str(loaded.folder), "in_export": in_export, "live_events": live}
 
-    def follow(self, export: Path) -> None:
-        """Swap as another process did; what is wrong is printed, since nobody waits for an answer."""
-        while True:
-            try:
-                self.swap(export)
-                return
-            except Refused as refused:
-                if refused.status != 409:
-                    print(f"not swapped: {visible(str(refused))}", flush=True)
-                    return
-                time.sleep(0.1)  # another one is being loaded
-
-    def _asked(self, loaded: LoadedExport, request: Recommend) -> ResolvedRequest:
-        history, seen, user = NO_EVENTS, NO_EVENTS.item, -1
-        if request.user is not None:
-            history, seen = self._events_and_seen(loaded, request.user)
-            user = loaded.user_of.get(request.user, -1)
-        last = int(history.timestamp[-1]) if len(history) else None
-        history = history + asked_events(loaded, request.history, last)
-        profile: np.ndarray | None = None
-        left_out: list[str] = []
-        if request.features is not None:
-            profile, left_out = content_of(loaded, "user", request.features)
-        check_filter(loaded, request.filter)
-        check_boost(loaded, request.boost)
-        pinned = [item_row(loaded, key, f"pinned.{n}") for n, key in enumerate(request.pinned)]
-        excluded = np.unique(np.concatenate([seen, history.item])) if request.exclude_seen else NO_EVENTS.item
-        return ResolvedRequest(TowerQuery(history, user, profile), request.head, excluded, pinned, left_out)
-
-    def _answer(
-        self, loaded: LoadedExport, request: Recommend, asked: ResolvedRequest, found: Represented
-    ) -> dict[str, Any]:
-        best = ranked(loaded, request, loaded.query(found, asked.head), asked.excluded, asked.pinned)
-        items = [{**_item(loaded, row), "score": score} for row, score in best]
-        if request.explain:
-            reasons = explain(loaded, found, asked.query.history.item, np.array([row for row, _ in best], np.int64))
-            items = [{**item, "why": why} for item, why in zip(items, reasons, strict=True)]
-        answer = {"model_version": loaded.manifest.model_version, "head": request.head, "items": items}
-        if asked.left_out:
-            answer["left_out"] = asked.left_out
-        return answer
-
-    def _events_and_seen(self, loaded: LoadedExport, user: str) -> tuple[Events, np.ndarray]:
-        """The user's last events, exported and live, and rows [n] of all items seen.
+    def load(self, export: Path, number: int) -> LoadedExport:
+        """Load an export, with its users' vectors where they are asked for.
 
         Raises:
-            Refused: the user is neither in the export nor has live events.
+            RunError: it cannot be served.
         """
-        live = self.store.events_of(user, loaded.tower.max_history + 1)
-        if not live and user not in loaded.user_of:
-            raise Refused(404, f"user '{user}': not known; {nearest_key(user, loaded.user_of)}")
-        return events_and_seen(loaded, user, live)
-
-
-def _item(loaded: LoadedExport, row: int) -> dict[str, Any]:
-    return {"item": loaded.key(row), "title": loaded.title(row), "attributes": loaded.attributes(row)}
+        loaded = load_export(export, number, self.options.shared)
+        if not self.options.similar_users:
+            return loaded
+        return replace(loaded, user_vectors=load_user_vectors(loaded.folder, loaded.manifest))

@@ -3,8 +3,9 @@
 The workers accept connections from one listening socket, so a worker that dies takes along only the connections that it
 had. The supervisor loads nothing itself. It has a socket pair to each worker, over which both send lines of JSON:
 
-* worker → supervisor: `{"ready": true}`, `{"swapped": EXPORT}`;
-* supervisor → worker: `{"swap": EXPORT}`. Its end tells a worker that the supervisor is gone.
+* worker → supervisor: `{"ready": true}`, `{"swapped": {NAME: STATE}}`, what is served now under a name;
+* supervisor → all workers: `{"swap": {NAME: STATE}}`, in one order, so that all end in one state. Its end tells a
+  worker that the supervisor is gone.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ PATIENCE = 15.0
 """Seconds after SIGTERM until workers that still run are killed."""
 
 
+Swapped = dict[str, Any]
+"""By name: what is served under it, as `Swaps.state` has it."""
+
+
 class Link:
     """A worker's line to its supervisor."""
 
@@ -42,19 +47,19 @@ class Link:
         except OSError:
             return  # `follow` stops the worker
 
-    def follow(self, swap: Callable[[str], None]) -> None:
+    def follow(self, swap: Callable[[Swapped], None]) -> None:
         """Do in a thread what the supervisor says, and stop this process when the supervisor is gone."""
         threading.Thread(target=self._follow, args=(swap,), daemon=True).start()
 
-    def _follow(self, swap: Callable[[str], None]) -> None:
+    def _follow(self, swap: Callable[[Swapped], None]) -> None:
         with self.end.makefile("rb") as lines:
             for line in lines:
                 swap(json.loads(line)["swap"])
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-Work = Callable[[Link, str | None], None]
-"""What a worker does until it is stopped: its line to the supervisor, and the export swapped to since the start."""
+Work = Callable[[Link, Swapped], None]
+"""What a worker does until it is stopped: its line to the supervisor, and what was swapped in since the start."""
 
 
 @dataclass
@@ -86,8 +91,8 @@ class Supervisor:
     fail: Callable[[BaseException], int]
     ready: Callable[[], None]
     workers: list[Worker] = field(default_factory=list)
-    export: str | None = None
-    """The export that was swapped to last."""
+    swapped: Swapped = field(default_factory=dict)
+    """What was swapped in last under each name."""
     stopping: bool = False
     served: bool = False
     """Whether all workers have been ready once."""
@@ -130,7 +135,7 @@ class Supervisor:
         try:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
             signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
-            self.work(link, self.export)
+            self.work(link, self.swapped)
             return 0
         except SystemExit as error:
             return error.code if isinstance(error.code, int) else 1
@@ -165,10 +170,10 @@ class Supervisor:
         if "ready" in message:
             worker.ready, worker.failures = True, 0
         if "swapped" in message:
-            self.export = message["swapped"]
+            self.swapped |= message["swapped"]
             for other in self.workers:
-                if other is not worker and other.end is not None:
-                    Link(other.end).tell({"swap": self.export})
+                if other.end is not None:
+                    Link(other.end).tell({"swap": message["swapped"]})
 
     def _collect(self) -> Iterator[int]:
         """Take note of workers that have ended; the exit codes of those that end before the first service."""

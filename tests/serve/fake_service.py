@@ -17,11 +17,19 @@ class FakeService:
 
     def __init__(self) -> None:
         self.store = EventStore(None)
-        self.loaded = SimpleNamespace(number=1, size=0, folder=Path("e"), added=SimpleNamespace(items=()))
+        manifest = SimpleNamespace(model_version="fake")
+        added = SimpleNamespace(items=())
+        self.loaded = SimpleNamespace(number=1, size=0, folder=Path("e"), added=added, manifest=manifest)
+        self.name = "fake"
+        self.canary = None
+        self.swaps = SimpleNamespace(recall=None)
         self.swapped: list[str] = []
 
     def health(self) -> dict[str, Any]:
         return {"status": "ok"}
+
+    def label(self, unit: str | None) -> str:
+        return self.name
 
     def find_users(self, text: str, limit: int) -> list[str]:
         return ["u"]
@@ -31,6 +39,9 @@ class FakeService:
 
     def similar(self, request: Any) -> dict[str, Any]:
         return ANSWER
+
+    def similar_users(self, request: Any) -> dict[str, Any]:
+        return {"users": [{"user": "v", "score": 0.5}], "model_version": "fake"}
 
     def find_items(self, text: str, limit: int) -> list[dict[str, Any]]:
         return [{"item": "i1", "title": "One", "attributes": {}}]
@@ -44,7 +55,7 @@ class FakeService:
     def forget(self, request: Any) -> dict[str, Any]:
         return {"export": "e", "in_export": [], "live_events": {}}
 
-    def swap(self, export: Path) -> dict[str, Any]:
+    def swap(self, export: Path, terms: Any = None) -> dict[str, Any]:
         if export.name == "bad":
             raise Refused(422, "export: bad")
         self.swapped.append(str(export))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import sqlite3
 import subprocess
@@ -21,11 +22,13 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.serve.app import create_app
 from flm_torchrec.serve.event_log import export_events
 from flm_torchrec.serve.event_store import EventStore, LiveEvent, StoreError, StoreLimits
+from flm_torchrec.serve.live_store import LiveStore, open_store
 from flm_torchrec.serve.messages import NewEvent, NewItem
 from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.service import Service
 from flm_torchrec.training.follow.sources import open_source
 
+pytestmark = pytest.mark.usefixtures("one_tower")
 READER = """
 import sys
 from pathlib import Path
@@ -36,9 +39,9 @@ store.close()
 """
 WRITER = """
 import sys
-from pathlib import Path
-from flm_torchrec.serve.event_store import EventStore, LiveEvent
-store = EventStore(Path(sys.argv[1]))
+from flm_torchrec.serve.event_store import LiveEvent
+from flm_torchrec.serve.live_store import open_store
+store = open_store(sys.argv[1])
 for n in range(10**9):
     with store.writing() as transaction:
         transaction.add_event(f"u{n % 3}", LiveEvent(f"i{n}", "view", 1.0, n, "x"))
@@ -47,25 +50,37 @@ for n in range(10**9):
 """
 
 
-def add(store: EventStore, user: str, *items: str) -> None:
+@pytest.fixture(params=["sqlite", "postgresql"])
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of a store that nobody has used."""
+    if request.param == "sqlite":
+        return str(tmp_path / "s")
+    psycopg = pytest.importorskip("psycopg", reason="install flm_torchrec[postgresql]")
+    server, name = request.getfixturevalue("postgresql"), f"live_{secrets.token_hex(4)}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"CREATE SCHEMA {name}")
+    return f"{server}{'&' if '?' in server else '?'}options=-csearch_path%3D{name}"
+
+
+def add(store: LiveStore, user: str, *items: str) -> None:
     with store.writing() as transaction:
         for item in items:
             transaction.add_event(user, LiveEvent(item, "view", 1.0, 7, "x"))
 
 
-def items_of(store: EventStore, user: str, most: int = 100) -> list[str]:
+def items_of(store: LiveStore, user: str, most: int = 100) -> list[str]:
     return [event.item for event in store.events_of(user, most)]
 
 
 @pytest.mark.parametrize("acknowledged", [1, 40])
-def test_nothing_acknowledged_is_lost_by_a_kill(tmp_path: Path, acknowledged: int) -> None:
-    process = subprocess.Popen([sys.executable, "-c", WRITER, tmp_path / "s"], stdout=subprocess.PIPE, text=True)
+def test_nothing_acknowledged_is_lost_by_a_kill(address: str, acknowledged: int) -> None:
+    process = subprocess.Popen([sys.executable, "-c", WRITER, address], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     told = [int(process.stdout.readline()) for _ in range(acknowledged)]
     process.kill()
     told += [int(line) for line in process.stdout.read().split()]
     process.wait()
-    store = EventStore(tmp_path / "s")
+    store = open_store(address)
     kept = [item for _, user, item, *_ in store.log(0, 10**9) if user == "both"]
     assert kept[: len(told)] == [f"i{n}" for n in told]
     assert len(store.log(0, 10**9)) == 2 * len(kept)  # both events of a transaction or none
@@ -86,8 +101,8 @@ def test_a_process_that_ends_leaves_the_log_of_the_others(tmp_path: Path) -> Non
     assert seen.split() == ["a", "b", "c"] == [event.item for event in store.events_of("u", 9)]
 
 
-def test_a_transaction_with_an_error_leaves_nothing(tmp_path: Path) -> None:
-    store = EventStore(tmp_path / "s")
+def test_a_transaction_with_an_error_leaves_nothing(address: str) -> None:
+    store = open_store(address)
     with pytest.raises(ZeroDivisionError), store.writing() as transaction:
         transaction.add_event("u", LiveEvent("i", "view", 1.0, 7, "x"))
         raise ZeroDivisionError
@@ -95,8 +110,8 @@ def test_a_transaction_with_an_error_leaves_nothing(tmp_path: Path) -> None:
     assert items_of(store, "u") == [] and store.users() == 1
 
 
-def test_writers_of_several_connections_keep_each_order(tmp_path: Path) -> None:
-    stores = [EventStore(tmp_path / "s") for _ in range(3)]
+def test_writers_of_several_connections_keep_each_order(address: str) -> None:
+    stores = [open_store(address) for _ in range(3)]
     wanted = [f"i{n}" for n in range(30)]
 
     def write(number: int) -> None:
@@ -112,9 +127,9 @@ def test_writers_of_several_connections_keep_each_order(tmp_path: Path) -> None:
     assert stores[1].users() == 3 and len({store.identity() for store in stores}) == 1
 
 
-@pytest.mark.parametrize("file", [None, "s"])
-def test_the_oldest_events_and_the_silent_users_are_dropped(tmp_path: Path, file: str | None) -> None:
-    store = EventStore(tmp_path / file if file else None, StoreLimits(live_users=2, events=4))
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_the_oldest_events_and_the_silent_users_are_dropped(address: str, in_memory: bool) -> None:
+    store = open_store(None if in_memory else address, StoreLimits(live_users=2, events=4))
     for user, *items in (("a", "1", "2"), ("b", "3", "4", "5"), ("c", "6")):
         add(store, user, *items)
     assert [items_of(store, user) for user in "abc"] == [[], ["3", "4", "5"], ["6"]]
@@ -123,8 +138,8 @@ def test_the_oldest_events_and_the_silent_users_are_dropped(tmp_path: Path, file
     assert items_of(store, "c", 2) == ["8", "9"] and store.users() == 1
 
 
-def test_events_are_dropped_when_their_days_are_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = EventStore(tmp_path / "s", StoreLimits(days=2))
+def test_events_are_dropped_when_their_days_are_over(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(address, StoreLimits(days=2))
     now = 1_700_000_000.0
     for hours, item in ((0, "1"), (30, "2"), (49, "3")):
         monkeypatch.setattr("flm_torchrec.serve.event_store.time.time", lambda at=now + hours * 3600: at)
@@ -148,6 +163,92 @@ def test_what_is_no_store_is_refused_and_stays(tmp_path: Path) -> None:
     assert sqlite3.connect(other).execute("SELECT x FROM t").fetchall() == [(1,)]
 
 
+def test_events_of_forgotten_users_are_gone_and_the_count_is_right(address: str) -> None:
+    store = open_store(address)
+    for user in ("a", "b", "a", "c"):
+        add(store, user, "i1", "i2")
+    assert store.forget(["a", "nobody", "a"]) == {"a": 4} and store.users() == 2
+    add(store, "a", "i3")
+    assert items_of(store, "a") == ["i3"] and items_of(store, "b") == ["i1", "i2"] and store.users() == 3
+
+
+def test_keys_of_any_characters_are_kept(address: str) -> None:
+    store = open_store(address)
+    for user in ("it's", 'a "b"', "%s", "c\\", "d\ne", "); DROP TABLE items; --", "日本", "\U0001f600"):
+        add(store, user, user)
+        assert items_of(store, user) == [user]
+    assert items_of(store, "a\0b") == []
+
+
+@pytest.fixture
+def database(address: str) -> str:
+    return address if "://" in address else pytest.skip("of databases")
+
+
+def test_a_connection_that_broke_is_opened_again(database: str) -> None:
+    import psycopg
+
+    store, kept = open_store(database), ["i0"]
+    add(store, "u", "i0")
+    for item in ("i1", "i2"):
+        with psycopg.connect(database, autocommit=True) as other:
+            mine = "application_name = 'flm serve' AND pid <> pg_backend_pid()"
+            other.execute(f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {mine}")
+        for use in (lambda: add(store, "u", "lost"), lambda: store.events_of("u", 1)):
+            with pytest.raises(StoreError, match="cannot be used now"):
+                use()
+        add(store, "u", item)
+        kept.append(item)
+        assert items_of(store, "u") == kept
+
+
+def test_events_become_visible_in_the_order_of_their_numbers(database: str) -> None:
+    one, two = open_store(database), open_store(database)
+    done = threading.Event()
+
+    def write() -> None:
+        add(two, "late", "i2")
+        done.set()
+
+    with one.writing() as transaction:
+        transaction.add_event("early", LiveEvent("i1", "view", 1.0, 7, "x"))
+        thread = threading.Thread(target=write)
+        thread.start()
+        assert not done.wait(0.2) and two.log(0, 9) == []  # else a reader would miss the smaller number
+    thread.join()
+    assert [user for _, user, *_ in two.log(0, 9)] == ["early", "late"]
+
+
+def test_a_database_of_no_use_is_one_line_without_its_password(database: str) -> None:
+    import psycopg
+
+    open_store(database).close()
+    with psycopg.connect(database, autocommit=True) as other:
+        other.execute("UPDATE flm_live_store SET format = 9")
+    for address, reason in (
+        (database, "a store of format 9"),
+        ("postgresql://nobody:hidden@127.0.0.1:1/none", "127.0.0.1"),
+        ("postgresql://nobody:hidden@127.0.0.1:1/none?nonsense=1", "nonsense"),
+        ("redis://nobody:hidden@127.0.0.1", "give a file, or postgresql://"),
+    ):
+        with pytest.raises(RunError, match=reason) as told:
+            open_store(address)
+        assert "hidden" not in str(told.value) and "\n" not in str(told.value)
+
+
+def test_a_hostile_key_spoils_no_other_event(exported: Path, address: str) -> None:
+    service = Service(exported, open_store(address))
+    with TestClient(create_app(service), raise_server_exceptions=False) as client:
+        for body in ({"user": "a\0b", "item": "i1"}, {"user": "a", "item": "i\0"}):
+            assert client.post("/v1/events", json=body).status_code == 422
+        assert client.post("/v1/items", json={"item": "i\0"}).status_code == 422
+        assert client.post("/v1/items", json={"item": "n", "title": "\0"}).status_code == 422
+        for path in ("/v1/events?user=a%00b", "/v1/users?query=%00"):
+            assert client.get(path).status_code in (200, 404)
+        assert client.post("/v1/recommend", json={"user": "a\0b"}).status_code == 404
+        assert client.post("/v1/events", json={"user": "a", "item": "i1"}).status_code == 200
+
+
 def test_only_the_owner_can_read_what_users_did(tmp_path: Path) -> None:
     store = EventStore(tmp_path / "s")
     add(store, "u", "i")
@@ -161,14 +262,14 @@ def ask(service: Service, **request: Any) -> dict[str, Any]:
         return response.json()
 
 
-def test_a_restart_answers_as_before(exported: Path, tmp_path: Path) -> None:
-    first = Service(exported, EventStore(tmp_path / "s"))
+def test_a_restart_answers_as_before(exported: Path, address: str) -> None:
+    first = Service(exported, open_store(address))
     first.add_item(NewItem(item="new", features={"genre": "war"}))
     told = first.add_events([NewEvent(user="u4", item="new"), NewEvent(user="fresh", item="i3", value=2.0)])
     assert [answer["live_events"] for answer in told if isinstance(answer, dict)] == [1, 1]
     before = [first.recommend([request])[0] for request in _requests()]
     first.store.close()
-    second = Service(exported, EventStore(tmp_path / "s"))
+    second = Service(exported, open_store(address))
     assert [second.recommend([request])[0] for request in _requests()] == before
     assert second.events_of("u4")[-1]["item"] == "new" and second.find_items("new", 5)[0]["item"] == "new"
 
@@ -179,8 +280,8 @@ def _requests() -> list[Any]:
     return [Recommend(user="u4", k=1000), Recommend(user="fresh", k=20), Recommend(filter={"genre": ["war"]}, k=1000)]
 
 
-def test_a_server_beside_knows_at_once(exported: Path, tmp_path: Path) -> None:
-    one, two = (Service(exported, EventStore(tmp_path / "s")) for _ in range(2))
+def test_a_server_beside_knows_at_once(exported: Path, address: str) -> None:
+    one, two = (Service(exported, open_store(address)) for _ in range(2))
     before = one.loaded.size
     one.add_item(NewItem(item="a"))
     two.add_item(NewItem(item="b"))
@@ -193,26 +294,27 @@ def test_a_server_beside_knows_at_once(exported: Path, tmp_path: Path) -> None:
 
 
 def test_an_event_that_cannot_be_kept_is_not_acknowledged(exported: Path, tmp_path: Path) -> None:
-    service = Service(exported, EventStore(tmp_path / "s"))
+    store = EventStore(tmp_path / "s")
+    service = Service(exported, store)
     with TestClient(create_app(service)) as client:
-        service.store.writer.execute("PRAGMA query_only = ON")  # as on a full disk
+        store.writer.execute("PRAGMA query_only = ON")  # as on a full disk
         response = client.post("/v1/events", json={"user": "u1", "item": "i1"})
         assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
         assert "nothing was taken" in response.json()["detail"]
-        service.store.writer.execute("PRAGMA query_only = OFF")
+        store.writer.execute("PRAGMA query_only = OFF")
         assert client.post("/v1/events", json={"user": "u1", "item": "i1"}).json()["live_events"] == 1
     with pytest.raises(StoreError):
         service.store.users()
 
 
 def test_the_log_is_exported_once_and_read_by_follow_and_prepare(
-    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    exported: Path, tmp_path: Path, address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    service = Service(exported, EventStore(tmp_path / "s"))
+    service = Service(exported, open_store(address))
     service.add_item(NewItem(item="cold", features={"genre": "war", "price": 3.5}))
     posted = [NewEvent(user=f"u{n % 2}", item=item) for n, item in enumerate(("i1", "i2", "cold", "i4"))]
     service.add_events(posted[:3])
-    command = ["export-events", "--events", str(tmp_path / "s"), "--output", str(tmp_path / "log")]
+    command = ["export-events", "--events", address, "--output", str(tmp_path / "log")]
     assert main(command) == 0 and main(command) == 0
     assert capsys.readouterr().out.splitlines() == [f"{tmp_path / 'log'}: {n} new events" for n in (3, 0)]
     service.add_events(posted[3:])

@@ -25,25 +25,25 @@ from flm_torchrec.serve.supervisor import Supervisor
 
 bound = socket.create_server(("127.0.0.1", 0))
 
-def work(link, export):
+def work(link, swapped):
     if sys.argv[1] == "broken":
         raise ValueError("no export")
-    served = [export]
-    link.follow(lambda fresh: served.__setitem__(0, fresh))
+    served = [swapped.get("e")]
+    link.follow(lambda fresh: served.__setitem__(0, fresh["e"]))
     link.tell({"ready": True})
     while True:
         made, _ = bound.accept()
         asked = made.recv(100).decode()
         if asked.startswith("swap "):
             served[0] = asked[5:]
-            link.tell({"swapped": asked[5:]})
+            link.tell({"swapped": {"e": asked[5:]}})
         if asked == "crash":
             os._exit(7)
         made.sendall(f"{os.getpid()} {served[0]}".encode())
         made.close()
 
 def fail(error):
-    print("failed:", error, flush=True)
+    sys.stdout.write(f"failed: {error}\\n")  # at once: the other worker may be stopped meanwhile
     return 2
 
 sys.exit(Supervisor(work, fail, lambda: print(bound.getsockname()[1], flush=True)).run(2))

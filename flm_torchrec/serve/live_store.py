@@ -1,0 +1,108 @@
+"""What a store of live events and cold items does, and which one an address names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+from flm_torchrec.errors import RunError
+from flm_torchrec.safe_text import redact_address
+from flm_torchrec.serve.event_store import EventStore, LiveEvent, StoredItem, StoreLimits
+from flm_torchrec.serve.postgres_store import PostgresStore
+
+DATABASES = ("postgresql://", "postgres://")
+
+
+class LiveTransaction(Protocol):
+    """As `event_store.Transaction`."""
+
+    def events_of(self, user: str, most: int) -> tuple[LiveEvent, ...]:
+        """The user's last events, oldest first."""
+        ...
+
+    def add_event(self, user: str, event: LiveEvent) -> None:
+        """Add an event behind all others."""
+        ...
+
+    def add_item(self, key: str, title: str, features: Mapping[str, Any]) -> int:
+        """Add a cold item, in place of an earlier one with its key; the number of the change."""
+        ...
+
+
+class LiveStore(Protocol):
+    """As `EventStore`. Each method raises StoreError where the store cannot be used."""
+
+    @property
+    def limits(self) -> StoreLimits:
+        """What is kept."""
+        ...
+
+    def close(self) -> None:
+        """Close all connections."""
+        ...
+
+    def writing(self) -> AbstractContextManager[LiveTransaction]:
+        """One transaction: all of it is kept at the end, or nothing of it."""
+        ...
+
+    def events_of(self, user: str, most: int) -> tuple[LiveEvent, ...]:
+        """The user's last events, oldest first."""
+        ...
+
+    def forget(self, users: Sequence[str]) -> dict[str, int]:
+        """Remove all events of users; the number of events of each user who had any."""
+        ...
+
+    def counts(self, users: Sequence[str]) -> dict[str, int]:
+        """The number of events of each of the users who has any."""
+        ...
+
+    def users(self) -> int:
+        """Number of users with events."""
+        ...
+
+    def items_after(self, seq: int) -> list[StoredItem]:
+        """Cold items posted after change `seq`, in order."""
+        ...
+
+    def log(self, after: int, most: int) -> list[tuple[int, str, str, int, str, float]]:
+        """At most `most` events after number `after`, in order: number, user, item, timestamp, event, value."""
+        ...
+
+    def identity(self) -> str:
+        """Random digits that no other store has."""
+        ...
+
+
+def is_database(address: str) -> bool:
+    """Whether an address names a database, not a file."""
+    return address.startswith(DATABASES)
+
+
+def open_store(address: str | None, limits: StoreLimits | None = None) -> LiveStore:
+    """The store at an address: postgresql://USER@HOST/DATABASE, or a SQLite file; None: one in memory.
+
+    Raises:
+        RunError: there is no such kind of store, or it cannot be used.
+    """
+    limits = limits or StoreLimits()
+    if address is None:
+        return EventStore(None, limits)
+    if is_database(address):
+        return PostgresStore(address, limits)
+    if "://" in address:
+        raise RunError(f"--events {redact_address(address)}: give a file, or postgresql://USER@HOST/DATABASE")
+    return EventStore(Path(address), limits)
+
+
+def existing_store(address: str) -> LiveStore:
+    """As `open_store`, but no file is made.
+
+    Raises:
+        RunError: there is no such store.
+    """
+    if "://" not in address and not Path(address).is_file():
+        raise RunError(f"{address}: not found; --events must name the store of 'flm serve --events'")
+    return open_store(address)
