@@ -90,7 +90,9 @@ class Batches(Generic[Asked]):
         self.make = make
         self.most = most
         self.asked: deque[tuple[Asked, asyncio.Future[Answer | Refused]]] = deque()
+        self.running = 0
         self.tasks: set[asyncio.Task[None]] = set()
+        """Kept from the garbage collector; a task that has ended is here for a moment longer."""
 
     async def answer(self, request: Asked) -> Answer:
         """The answer to one request.
@@ -100,7 +102,8 @@ class Batches(Generic[Asked]):
         """
         future: asyncio.Future[Answer | Refused] = asyncio.get_running_loop().create_future()
         self.asked.append((request, future))
-        if len(self.tasks) < self.most:
+        if self.running < self.most:
+            self.running += 1
             task = asyncio.create_task(self._run())
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
@@ -120,6 +123,7 @@ class Batches(Generic[Asked]):
                 answers = [error] * len(taken)  # type: ignore[list-item]
             for (_, future), answer in zip(taken, answers, strict=True):
                 _settle(future, answer)
+        self.running -= 1  # at once: a request that comes before the task is gone would wait for the next one
 
 
 def _settle(future: asyncio.Future[Any], answer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pyarrow as pa
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 
 from flm_torchrec.cli import main
 from flm_torchrec.serve.key_rows import KeyRows
+from flm_torchrec.serve.workers import Batches
 
 SERVER = """
 import os, socket, sys, threading
@@ -151,3 +154,12 @@ def test_keys_take_few_bytes() -> None:
     rows = KeyRows(keys)
     assert rows.hashed.nbytes / len(keys) == 8
     assert [rows[f"user{n}"] for n in (0, 65_535, 65_536, 199_999)] == [0, 65_535, 65_536, 199_999]
+
+
+def test_a_request_right_after_a_batch_is_answered() -> None:
+    async def ask_in_turn() -> list[dict[str, object]]:
+        batches: Batches[int] = Batches(pool, lambda asked: [{"n": n} for n in asked], 1)
+        return [await asyncio.wait_for(batches.answer(n), 30) for n in range(5)]
+
+    with ThreadPoolExecutor(1) as pool:
+        assert asyncio.run(ask_in_turn()) == [{"n": n} for n in range(5)]
