@@ -17,11 +17,11 @@ unexport PYTHONDONTWRITEBYTECODE
 BASE := $(if $(wildcard $(EXTRAS)),.venv-base,$(VENV))
 CODE = flm_torchrec launch tests tools examples
 # Folders of tests that run without the extras.
-IN_BASE = tests/training tests/model tests/data tests/evaluation
+IN_BASE = tests/training tests/model tests/evaluation
 # A CUDA driver decides which build of torch and fbgemm can load.
 DRIVER := $(shell (ldconfig -p 2>/dev/null | grep -q libcuda.so.1 || command -v nvidia-smi >/dev/null 2>&1) && echo gpu || echo cpu)
 
-.PHONY: help venv extras train test check check-base check-code lint format beauty ml-100k clean
+.PHONY: help venv extras train test check check-base test-base lint format beauty ml-100k clean
 
 help:
 	@echo "make train    set up, then prepare, pretrain, evaluate, export and recommend on synthetic data"
@@ -100,15 +100,15 @@ check-base:
 	$(BASE)/bin/python tools/check_readme.py
 
 # Style, types, and the tests of what every user has, without the extras.
-check-code: lint
+test-base: lint
 	$(MAKE) VENV=$(BASE) venv
 	OMP_NUM_THREADS=1 $(BASE)/bin/pytest $(IN_BASE)
 
-# The commands of README.md run one after the other, so the checks of the code run beside them. Then two processes run
-# a file of the other tests each.
+# The commands of README.md and the base tests run beside each other, one at a time each. Then two processes run a file
+# of the other tests each.
 test: $(STAMP)
 	$(MAKE) VENV=$(BASE) venv
-	$(MAKE) --jobs=2 --output-sync=target check-code check-base
+	$(MAKE) --jobs=2 --output-sync=target check-base test-base
 	$(MAKE) extras
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(addprefix --ignore=,$(IN_BASE))
 

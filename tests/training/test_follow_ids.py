@@ -313,7 +313,9 @@ def test_ids_expire_and_come_back_from_nothing(small: PreparedData, run: Path, t
     (items,) = (n for n in tensors if n.endswith(".item_id.weight"))
     (users,) = (n for n in tensors if n.endswith(".user_id.weight"))
     assert not tensors[items][-1].any() and not tensors[users][-1].any()  # no one came for 40 days
-    assert tensors[items][7].any() and tensors[users][3].any()
+    # Those of the last day alone have learned; training hides an id now and then.
+    learned = tensors[items].any(1).nonzero().flatten().tolist()
+    assert set(learned) <= set(range(3, 9)) and len(learned) > 3 and tensors[users][3].any()
     assert main(["export", "--run", str(live), "--output", str(tmp_path / "e"), "--tower", "none"]) == 0
     known = read_part(tmp_path / "e/items.parquet/part-00000.parquet", ["item_key", "known"]).to_pylist()
     assert [row["item_key"] for row in known if row["known"]] == small.item_keys[3:9]
