@@ -1,12 +1,10 @@
-"""Run by test_continuity as ranks: start a run again, with nothing new, at one number of ranks after the other.
+"""Run by test_continuity as ranks: start a run again, with nothing new.
 
-Arguments: the numbers of ranks, such as 2,4,1, and a command of flm; or `state` and a run of 'flm train', whose newest
-state is loaded and saved again.
+Arguments: a command of flm; or `state` and a run of 'flm train', whose newest state is loaded and saved again.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -17,15 +15,11 @@ from flm_torchrec.training.job import open_job
 from flm_torchrec.training.run_events import ANY_RANKS
 
 
-def main(counts: list[int], command: list[str]) -> None:
-    for count in counts:
-        if int(os.environ["RANK"]) >= count:
-            continue
-        os.environ.update(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
-        if command[0] == "state":
-            save_again(Path(command[1]))
-        else:
-            assert flm(command) == 0
+def main(command: list[str]) -> None:
+    if command[0] == "state":
+        save_again(Path(command[1]))
+    else:
+        assert flm(command) == 0
 
 
 def save_again(run: Path) -> None:
@@ -38,4 +32,4 @@ def save_again(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    main([int(count) for count in sys.argv[1].split(",")], sys.argv[2:])
+    main(sys.argv[1:])

@@ -83,8 +83,9 @@ class Story:
     def tell(self, event: Event) -> None:
         happen: Callable[[], int] = getattr(self, event.what)
         if event.what == "reshard":
-            launch_ranks(max(event.ranks), [JOB, ",".join(map(str, event.ranks)), *self.where_it_is()])
-            assert storage.read_meta(states_of(self.run)[0])["ranks"] == event.ranks[-1]
+            for count in event.ranks:
+                launch_ranks(count, [JOB, *self.where_it_is()])
+                assert storage.read_meta(states_of(self.run)[0])["ranks"] == count
             return
         with pytest.MonkeyPatch.context() as patch:
             self.begin(event.what)
