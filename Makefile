@@ -16,8 +16,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # README.md must work without the extras: in .venv while it has none, else in an environment of its own.
 BASE := $(if $(wildcard $(EXTRAS)),.venv-base,$(VENV))
 CODE = flm_torchrec launch tests tools examples
-# Folders of tests that run without the extras.
-IN_BASE = tests/training tests/model tests/evaluation
+# Tests that run without the extras.
+IN_BASE = tests/training
 # A CUDA driver decides which build of torch and fbgemm can load.
 DRIVER := $(shell (ldconfig -p 2>/dev/null | grep -q libcuda.so.1 || command -v nvidia-smi >/dev/null 2>&1) && echo gpu || echo cpu)
 
