@@ -16,6 +16,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # README.md must work without the extras: in .venv while it has none, else in an environment of its own.
 BASE := $(if $(wildcard $(EXTRAS)),.venv-base,$(VENV))
 CODE = flm_torchrec launch tests tools examples
+# These begin first, so that neither process is left with a long file at the end.
+LONGEST = tests/tools tests/distributed tests/launch
 # Tests that run without the extras.
 IN_BASE = tests/training
 # A CUDA driver decides which build of torch and fbgemm can load.
@@ -110,7 +112,7 @@ test: $(STAMP)
 	$(MAKE) VENV=$(BASE) venv
 	$(MAKE) --jobs=2 --output-sync=target check-base test-base
 	$(MAKE) extras
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(addprefix --ignore=,$(IN_BASE))
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(LONGEST) tests $(addprefix --ignore=,$(IN_BASE))
 
 clean:
 	rm -rf $(VENV) .venv-base .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
