@@ -29,7 +29,7 @@ def markdown(evaluation: Evaluation, oracle: dict[str, Metrics] | None = None) -
     """The table of all examples as Markdown, then a table for each segment; `oracle` as in `show`."""
     tables = {evaluation.split: _with_oracle(evaluation.table, oracle, "all")}
     tables |= {label: _with_oracle(table, oracle, label) for label, table in evaluation.segments.items()}
-    return "\n".join(_markdown(title, rows) for title, rows in tables.items())
+    return "\n".join(_markdown_metrics(title, rows) for title, rows in tables.items())
 
 
 def show_comparison(comparison: Comparison, console: PlainConsole) -> None:
@@ -47,11 +47,11 @@ def show_comparison(comparison: Comparison, console: PlainConsole) -> None:
 def markdown_comparison(comparison: Comparison) -> str:
     """How each row differs, as Markdown, in bold where the interval is on one side of zero."""
     columns = list(next(iter(comparison.rows.values())))
-    lines = [f"| {_title(comparison)} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in comparison.rows.items():
-        cells = [f"**{_interval(row[c])}**" if row[c].clear else _interval(row[c]) for c in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    rows = {
+        name: [f"**{_interval(row[c])}**" if row[c].clear else _interval(row[c]) for c in columns]
+        for name, row in comparison.rows.items()
+    }
+    return _markdown(_title(comparison), columns, rows)
 
 
 def _title(comparison: Comparison) -> str:
@@ -66,12 +66,15 @@ def _with_oracle(table: dict[str, Metrics], oracle: dict[str, Metrics] | None, l
     return {**table, ORACLE: oracle[label]} if oracle and label in oracle else table
 
 
-def _markdown(title: str, rows: dict[str, Metrics]) -> str:
-    columns = list(next(iter(rows.values())))
+def _markdown(title: str, columns: list[str], rows: dict[str, list[str]]) -> str:
     lines = [f"| {title} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, metrics in rows.items():
-        lines.append(f"| {name} | " + " | ".join(_cells(metrics, columns)) + " |")
+    lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()]
     return "\n".join(lines) + "\n"
+
+
+def _markdown_metrics(title: str, rows: dict[str, Metrics]) -> str:
+    columns = list(next(iter(rows.values())))
+    return _markdown(title, columns, {name: _cells(metrics, columns) for name, metrics in rows.items()})
 
 
 def _cells(metrics: Metrics, columns: list[str]) -> list[str]:

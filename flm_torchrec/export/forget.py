@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,14 @@ def forget_in_export(folder: Path, keys: Collection[str], values: Mapping[str, M
         digests = manifest.sha256 | {name: sha256(fresh / name) for name in changed}
         cleaned = (*manifest.cleaned_of, manifest.rows_digest)
         replace(manifest, sha256=digests, cleaned_of=cleaned).save(fresh)
-    if left := leftovers(folder.resolve().parent, folder.resolve().name):
-        raise RunError(f"{left[0]}: was replaced and cannot be removed; remove it, then {AGAIN}")
+    refuse_leftovers(leftovers(folder.resolve().parent, folder.resolve().name))
     return len(rows)
+
+
+def refuse_leftovers(left: Sequence[Path]) -> None:
+    """Raise RunError where an old folder could not be removed: it still has the users."""
+    if left:
+        raise RunError(f"{left[0]}: was replaced and cannot be removed; remove it, then {AGAIN}")
 
 
 def users_with(folder: Path, manifest: Manifest, keys: Collection[str]) -> list[tuple[int, str]]:

@@ -21,7 +21,7 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.export.manifest import RECALL, IndexKind, IndexReport, Manifest
 from flm_torchrec.export.mapped import IN_MEMORY, MappedFiles
 from flm_torchrec.export.parts import ExportRows
-from flm_torchrec.export.vectors import decode
+from flm_torchrec.export.vectors import decode, unit
 
 INDEX, ROWS = "items.faiss", "items.rows.npy"
 
@@ -123,8 +123,7 @@ class ItemIndex:
         """Scores and rows [q, m], each row that of one item → scores and items [q, k or fewer], in order."""
         items = np.where(rows >= 0, self.groups.first[rows], -1)
         scores = np.where(rows >= 0, scores, np.float32(-np.inf))
-        order = np.lexsort((items, -scores), axis=1)[:, :k]
-        return np.take_along_axis(scores, order, 1), np.take_along_axis(items, order, 1)
+        return best_first(scores, items, k)
 
     def _members(self, scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores and items of rows, best first: the k best items or more, and at most k of each row."""
@@ -145,6 +144,12 @@ def inner(vectors: np.ndarray, query: np.ndarray) -> np.ndarray:
     In BLAS, and so with `@`, the order of a sum depends on the position of its row, and so does its rounding.
     """
     return np.einsum("nd,d->n", vectors, query)
+
+
+def best_first(scores: np.ndarray, items: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and items [q, m] → the k largest of each row, or fewer, largest first; equal scores in order of items."""
+    order = np.lexsort((items, -scores), axis=1)[:, :k]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(items, order, 1)
 
 
 def top(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -256,7 +261,7 @@ def cosine_index(exact: ItemIndex) -> ItemIndex:
     flat = faiss.IndexFlatIP(exact.index.d)
     for start in range(0, len(exact.groups), COPIED):
         vectors = exact.index.reconstruct_n(start, min(COPIED, len(exact.groups) - start))
-        flat.add(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12))
+        flat.add(unit(vectors))
     return ItemIndex(flat, exact.groups)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from flm_torchrec.config.heads import FUSED, HEADS
 from flm_torchrec.data.dataset import Ragged
-from flm_torchrec.export.index import ItemIndex, exact_index, index_of_some
+from flm_torchrec.export.index import ItemIndex, best_first, exact_index, index_of_some
 from flm_torchrec.export.parts import ExportRows
 from flm_torchrec.mixture import Mixture, shortlist
 
@@ -101,9 +101,8 @@ class Ranker:
             items = found[some]
             by_head = [self.exact.scores(vectors[head][some], np.maximum(items, 0)) for head in HEADS]
             scores = np.where(items >= 0, self.mixture.score(by_head), np.float32(-np.inf))
-            order = np.lexsort((items, -scores), axis=1)[:, :k]
-            for target, source in zip(result, (scores, items), strict=True):
-                target[some, : order.shape[1]] = np.take_along_axis(source, order, 1)
+            for target, best in zip(result, best_first(scores, items, k), strict=True):
+                target[some, : best.shape[1]] = best
         return result
 
     def _nearest(

@@ -61,3 +61,8 @@ def _quantised(rows: np.ndarray) -> np.ndarray:
     numbers = np.rint((rows - low) * inverse).astype(np.uint8)
     scale = span / np.float32(255)
     return np.concatenate([numbers, scale.view(np.uint8), low.view(np.uint8)], axis=1)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """[n, D] → the same with length 1; zeros stay."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -20,7 +20,7 @@ from flm_torchrec.data.dataset import PreparedData, fingerprint_of, fingerprints
 from flm_torchrec.data.hashing import remap_ids
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.errors import DataError, RunError
-from flm_torchrec.export.forget import AFTERWARDS, AGAIN
+from flm_torchrec.export.forget import AFTERWARDS, refuse_leftovers
 from flm_torchrec.files import leftovers, mend, mend_inside, replacing, replacing_file, telling
 from flm_torchrec.privacy.forget_in_data import (
     forget_rows,
@@ -113,7 +113,7 @@ def _forget(
 
     if there:
         counts = forget_rows(folder, there)
-        _refuse_leftovers(leftovers(folder.resolve().parent, folder.resolve().name))
+        refuse_leftovers(leftovers(folder.resolve().parent, folder.resolve().name))
         line = f"{counts['users']} users and their {counts['events']} events forgotten"
         note(Removal(str(folder), "data", counts, line))
     if runs:
@@ -188,7 +188,7 @@ def _forget_in_run(run: Path, data: PreparedData, gone: np.ndarray, keys: set[st
             (fresh / Path(FINGERPRINT).name).write_text(data.fingerprint, encoding="ascii")
             if growths := len(growth_files(run / LEARNED)):
                 publish_vocabulary(data.path, run / LEARNED, growths, fresh)
-    _refuse_leftovers([*leftovers(run), *leftovers(run / CHECKPOINTS), *leftovers(run / LEARNED)])
+    refuse_leftovers([*leftovers(run), *leftovers(run / CHECKPOINTS), *leftovers(run / LEARNED)])
     line = f"{len(gone)} forgotten users' rows set to zero in {len(checkpoints)} checkpoints"
     kind = data.schema.table("user_id").kind
     line += "; its user_id table is hashed, so users who share these rows lose them too" if kind == "hash" else ""
@@ -218,12 +218,6 @@ def _forget_followed(file: Path, gone: np.ndarray) -> None:
     events = pq.read_table(file)
     with replacing_file(file) as fresh:
         pq.write_table(events.filter(pc.invert(pc.is_in(events["user"], pa.array(gone)))), fresh)
-
-
-def _refuse_leftovers(left: Sequence[Path]) -> None:
-    """Raise where an old folder could not be removed: it still has the users."""
-    if left:
-        raise RunError(f"{left[0]}: was replaced and cannot be removed; remove it, then {AGAIN}")
 
 
 def rows_to_reset(data: PreparedData, gone: np.ndarray) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pds
 
-from flm_torchrec.export.vectors import decode
+from flm_torchrec.export.vectors import decode, unit
 from flm_torchrec.pages import PageTable, Section
 from flm_torchrec.report.pieces import Missing
 
@@ -98,4 +98,4 @@ def _unit(column: pa.FixedSizeListArray) -> np.ndarray:
     vectors = decode(column)
     if not np.isfinite(vectors).all():
         raise Missing("the export's vectors have NaN or infinity; export again")
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return unit(vectors)

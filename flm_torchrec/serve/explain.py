@@ -10,8 +10,8 @@ import numpy as np
 
 from flm_torchrec.export.manifest import Manifest
 from flm_torchrec.export.tower.reader import Represented
+from flm_torchrec.export.vectors import unit
 from flm_torchrec.serve.loaded_export import LoadedExport
-from flm_torchrec.serve.ranking import unit
 
 NEAREST = 3
 """Items of the history that are named for each recommended item."""

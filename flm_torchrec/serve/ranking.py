@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from flm_torchrec.export.index import top
+from flm_torchrec.export.vectors import unit
 from flm_torchrec.serve.loaded_export import LoadedExport, Query
 from flm_torchrec.serve.messages import Recommend, Similar
 from flm_torchrec.serve.resolve import Refused, check_filter, item_row
@@ -101,11 +102,6 @@ def alike(loaded: LoadedExport, request: Similar) -> Ranked:
 def scores_of(loaded: LoadedExport, query: Query, rows: np.ndarray) -> np.ndarray:
     """[n] rows → [n] float32 scores, without the index."""
     return _blocks(lambda some: query.score(loaded.vectors(some)), rows)
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """[n, D] → the same with length 1; zeros stay."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def check_boost(loaded: LoadedExport, boost: Mapping[str, Mapping[str, float]]) -> None:

@@ -12,9 +12,9 @@ from flm_torchrec.config.heads import FUSED, HEADS
 from flm_torchrec.export.manifest import Manifest
 from flm_torchrec.export.parts import ExportRows
 from flm_torchrec.export.tower.reader import Represented
-from flm_torchrec.export.vectors import decode
+from flm_torchrec.export.vectors import decode, unit
 from flm_torchrec.serve.loaded_export import LoadedExport
-from flm_torchrec.serve.ranking import Ranked, unit
+from flm_torchrec.serve.ranking import Ranked
 from flm_torchrec.serve.resolve import Refused
 
 

@@ -112,15 +112,28 @@ async def check(streams: Any, user: str, mine: list[str], unsure: list[str], see
         seen.wrong.append(f"{user}: after {mine[-1]} of {len(mine)} (unsure {len(unsure)}): {last}, {found}")
 
 
-def start(args: argparse.Namespace, store: Path) -> subprocess.Popen[str]:
-    """The server, once it is ready."""
-    options = ["--export", str(args.export), "--port", str(args.port), "--workers", "2", "--events", str(store)]
+def start(args: argparse.Namespace, store: Path, workers: int = 2, **process: Any) -> subprocess.Popen[str]:
+    """The server, once it is ready.
+
+    Args:
+        process: options of its `subprocess.Popen`.
+    """
+    options = [
+        "--export",
+        str(args.export),
+        "--port",
+        str(args.port),
+        "--workers",
+        str(workers),
+        "--events",
+        str(store),
+    ]
     command = [sys.executable, "-m", "flm_torchrec", "serve", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    if not process.stdout.readline():
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **process)
+    assert started.stdout is not None
+    if not started.stdout.readline():
         raise SystemExit("the server did not start; see above")
-    return process
+    return started
 
 
 def end(process: psutil.Process, seen: ClientsSaw, how: signal.Signals) -> None:

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from serve_kills import HOST, K, ask
+from serve_kills import HOST, K, ask, start
 
 from flm_torchrec.export.manifest import read_manifest
 from flm_torchrec.export.parts import ExportRows
@@ -240,26 +240,9 @@ def pss(server: psutil.Process) -> float:
     """MB of the server's processes; pages that several share count once."""
     total = 0
     for one in (server, *server.children()):
-        with suppress(OSError, psutil.Error):  # it has just ended
-            lines = Path(f"/proc/{one.pid}/smaps_rollup").read_text()
-            total += int(lines.partition("\nPss:")[2].split()[0])
-    return total / 1024
-
-
-def start(args: argparse.Namespace, events: Path) -> subprocess.Popen[str]:
-    """The server, once it is ready; it may have few files open."""
-    options = ["--export", str(args.export), "--port", str(args.port), "--workers", str(args.workers)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flm_torchrec", "serve", *options, "--events", str(events)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "FLM_SERVE_KEYS": f"admin {KEY}"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (args.files, args.files)),
-    )
-    assert process.stdout is not None
-    if not process.stdout.readline():
-        raise SystemExit("the server did not start; see above")
-    return process
+        with suppress(psutil.Error):  # it has just ended
+            total += one.memory_full_info().pss
+    return total / 2**20
 
 
 async def soak(args: argparse.Namespace, process: subprocess.Popen[str]) -> SoakSeen:
@@ -295,7 +278,13 @@ def main() -> int:
     args.next = args.next or args.export
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     with tempfile.TemporaryDirectory() as folder:
-        process = start(args, Path(folder) / "events.sqlite")
+        process = start(
+            args,
+            Path(folder) / "events.sqlite",
+            args.workers,
+            env={**os.environ, "FLM_SERVE_KEYS": f"admin {KEY}"},
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (args.files, args.files)),
+        )
         try:
             seen = asyncio.run(soak(args, process))
         finally:

@@ -22,6 +22,7 @@ from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.export.mapped import IN_MEMORY, MappedFiles
 from flm_torchrec.export.parts import single_array
 from flm_torchrec.export.tower.layout import DESCRIPTION, FOLDER, HISTORIES, ITEM, PROFILE, USER, Description
+from flm_torchrec.export.vectors import unit
 from flm_torchrec.names import nearest
 from flm_torchrec.safe_text import first_line
 
@@ -169,7 +170,7 @@ class PackagedTower:
     def scored(self, contents: np.ndarray) -> np.ndarray:
         """[n, D] content vectors of items → [n, S], the vectors that representations are scored against."""
         if self.cosine:
-            contents = contents / np.maximum(np.linalg.norm(contents, axis=1, keepdims=True), 1e-12)
+            contents = unit(contents)
         return np.pad(contents, ((0, 0), (0, self.space - contents.shape[1])))
 
     def _coded(self, history: Events, shown: Events) -> CodedEvents:
