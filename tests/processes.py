@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from subprocess import TimeoutExpired
@@ -21,8 +22,14 @@ from tests.conftest import ROOT
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["torchrec", "tensorboard", "flm_torchrec.training.trainer", "flm_torchrec.export.write", "flm_torchrec.cli.train"]
+    [
+        *("torchrec", "tensorboard", "pandas", "pyarrow.dataset", "torch.distributed.run"),
+        *("flm_torchrec.training.trainer", "flm_torchrec.export.write", "flm_torchrec.prepare.prepare"),
+        *("flm_torchrec.cli.train", "flm_torchrec.cli.evaluate"),
+    ]
 )
+TORCHRUN = str(ROOT / "tests" / "torchrun.py")
+"""A script that is torchrun with forked ranks."""
 POLL = 0.05
 """Seconds between two looks at processes."""
 GRACE = 5.0
@@ -43,7 +50,7 @@ class Forked:
         with mock.patch.dict(os.environ, always):  # libraries read them when they are imported
             forkserver.ensure_running()
         given = {**os.environ, **always, **environment}
-        self._process = FORKS.Process(target=_begin, args=(arguments, given, self._files), daemon=True)
+        self._process = FORKS.Process(target=begin, args=(arguments, given, self._files), daemon=True)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -79,8 +86,8 @@ class Forked:
         return out, err
 
 
-def _begin(arguments: list[str], environment: dict[str, str], files: list[Path]) -> None:
-    """Become what `python ARGUMENTS` would be."""
+def begin(arguments: list[str], environment: dict[str, str], files: Sequence[Path] = ()) -> None:
+    """Become what `python ARGUMENTS` would be, with standard output and standard error into files if they are given."""
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
@@ -95,6 +102,15 @@ def _begin(arguments: list[str], environment: dict[str, str], files: list[Path])
         sys.argv = arguments
         sys.path.insert(0, str(Path(arguments[0]).parent))
         runpy.run_path(arguments[0], run_name="__main__")
+
+
+def forked(command: list[str], **environment: str) -> Forked:
+    """What a tool would start as a command line of Python; torchrun forks its ranks too."""
+    assert command[0] == sys.executable
+    arguments = command[3:] if command[1] == "-W" else command[1:]
+    if arguments[:2] == ["-m", "torch.distributed.run"]:
+        arguments = [TORCHRUN, *arguments[2:]]
+    return Forked(arguments, **environment)
 
 
 def start_ranks(count: int, command: list[str], **environment: str) -> list[Forked]:

@@ -156,7 +156,9 @@ def _initialise(name: str, table: ShardedTensor, seed: int, zero: bool) -> None:
 def _blocks(name: str, seed: int, start: int, end: int, dim: int) -> Iterator[tuple[int, Tensor]]:
     for block in range(start // BLOCK_ROWS, -(-end // BLOCK_ROWS)):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name}/{seed}/{block}".encode()))
-        yield block * BLOCK_ROWS, torch.randn(BLOCK_ROWS, dim, generator=generator) * dim**-0.5
+        # torch.randn draws 16 values at a time: so many rows are the beginning of the whole block, bit for bit.
+        rows = min(BLOCK_ROWS, -(-(end - block * BLOCK_ROWS) // 16) * 16)
+        yield block * BLOCK_ROWS, torch.randn(rows, dim, generator=generator) * dim**-0.5
 
 
 def prepare_state(optimizer: CombinedOptimizer, names: Iterable[str]) -> None:

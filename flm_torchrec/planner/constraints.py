@@ -34,8 +34,9 @@ class Lookup:
     """Ids in a bag, such as the tags of one item."""
     bags: float = 1.0
     """Bags in a sample, such as the items of one sequence."""
-    seen: np.ndarray | None = None
-    """A sorted sample of the ids that are looked up. None: all rows equally often."""
+    seen: np.ndarray | None = field(default=None, repr=False)
+    """A sorted sample of the ids that are looked up. None: all rows equally often. TorchRec's planner writes the text
+    of its arguments for a log that is off; that of these ids takes longer than the plan."""
 
     def share(self, first: int, end: int) -> float | None:
         """Share of the ids that are in rows first … end - 1; None if no sample is known."""

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO
 
 import pytest
 from torchx.specs.finder import ComponentValidationException
@@ -15,7 +19,7 @@ from torchx.specs.finder import ComponentValidationException
 from flm_torchrec.data.dataset import PreparedData
 from launch.components import pretrain
 from tests.conftest import ROOT
-from tests.processes import Forked
+from tests.processes import Forked, forked
 
 
 def torchx(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -29,7 +33,8 @@ def torchx(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_line_of_the_readme_works_as_typed(small: PreparedData, tmp_path: Path, shape: str) -> None:
     """One agent with two ranks, and two agents with one rank each that find each other by rendezvous."""
     options = ["--data.path", str(small.path), "--train.run", str(tmp_path / "run"), "--train.max_steps", "3"]
-    small_model = ["--model.dim", "16", "--train.batch_size", "32", "--data.max_history", "8"]
+    options += ["--train.eval_users", "20"]
+    small_model = ["--model.dim", "16", "--train.batch_size", "32", "--data.max_history", "8", "--model.layers", "1"]
     done = torchx("dist.ddp", "-j", shape, "flm_torchrec/train.py", "--", *options, *small_model)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert "2 ranks on cpu" in (tmp_path / "run" / "train.log").read_text()
@@ -113,22 +118,38 @@ def test_variables_of_ones_own_do_not_lose_the_environment() -> None:
     assert pretrain(env={"BASH_ENV": "mine.sh"}).roles[0].env["BASH_ENV"] == "mine.sh"
 
 
-def test_two_hosts_train_one_job(small: PreparedData, tmp_path: Path) -> None:
+class Agent:
+    """In the place of the `subprocess.Popen` of an agent. It is forked, unless it is to run in a network of its own."""
+
+    def __init__(self, command: list[str], stdout: IO[str], stderr: int, env: dict[str, str], cwd: Path) -> None:
+        assert stderr == subprocess.STDOUT and cwd == ROOT
+        self.log = Path(stdout.name)
+        alone = command[0] == sys.executable
+        start = partial(subprocess.Popen, stdout=stdout, stderr=stderr)
+        self.process = forked(command, **env) if alone else start(command, env=env)
+
+    def wait(self) -> int:
+        out, err = self.process.communicate(timeout=280)
+        if isinstance(self.process, Forked):
+            self.log.write_text(out + err)
+        return self.process.returncode or 0
+
+
+def test_two_hosts_train_one_job(
+    small: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """In network namespaces where this machine allows them, else on two loopback addresses, as the tool then says."""
     options = ["--data.path", str(small.path), "--train.max_steps", "4", "--train.log_every", "4", "--model.dim", "16"]
-    command = [
-        sys.executable,
-        str(ROOT / "tools" / "faults" / "two_hosts.py"),
-        "--output",
-        str(tmp_path),
-        "--",
-        *options,
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    assert re.search("^two (network namespaces|agents on two loopback addresses)", done.stdout, re.MULTILINE)
+    options += ["--train.eval_users", "20"]
+    monkeypatch.setattr(sys, "argv", ["two_hosts.py", "--output", str(tmp_path), "--", *options])
+    tool = runpy.run_path(str(ROOT / "tools" / "faults" / "two_hosts.py"))
+    started = SimpleNamespace(Popen=Agent, STDOUT=subprocess.STDOUT, run=subprocess.run)
+    monkeypatch.setitem(tool["main"].__globals__, "subprocess", started)
+    tool["main"]()
+    told = capsys.readouterr().out
+    assert re.search("^two (network namespaces|agents on two loopback addresses)", told, re.MULTILINE)
     agent = r"agent on (\S+): .*group_rank=(\d), group_world_size=2, .*global_ranks=\[(\d)\]"
-    agents = re.findall(agent, done.stdout)
+    agents = re.findall(agent, told)
     assert len({address for address, _, _ in agents}) == 2
     assert {(group, rank) for _, group, rank in agents} == {("0", "0"), ("1", "1")}
-    assert done.stdout.endswith("equal\n")
+    assert told.endswith("equal\n")

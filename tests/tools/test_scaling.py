@@ -15,19 +15,17 @@ from flm_torchrec.planner.hardware import make_cluster
 from flm_torchrec.planner.plan import pipeline_of
 from flm_torchrec.planner.spec import Spec, TableSpec, workload_of_spec
 from flm_torchrec.planner.volume import sent_bytes
-from tests.conftest import ROOT
-from tests.processes import Forked
+from tests.tools.test_tools import study
 
 
 def test_estimates_are_near_what_is_counted(small: PreparedData, tmp_path: Path) -> None:
     output = tmp_path / "study"
     options = ["--output", str(output), "--ranks", "2", "--steps", "3", "--batch", "32"]
     settings = ["--", f"data.path={small.path}", "model.dim=32"]
-    tool = Forked([str(ROOT / "tools" / "studies" / "scaling_study.py"), *options, *settings])
-    told, error = tool.communicate(timeout=280)
-    assert tool.poll() == 0, error
-    study = json.loads((output / "study.json").read_text())
-    for run in study["runs"]:
+    done = study("scaling_study.py", *options, *settings)
+    assert done.returncode == 0, done.stderr
+    written = json.loads((output / "study.json").read_text())
+    for run in written["runs"]:
         said = found = 0.0
         for planned, counted in zip(run["planned"]["ranks"], run["measured"], strict=True):
             device = planned["device"]
@@ -41,10 +39,10 @@ def test_estimates_are_near_what_is_counted(small: PreparedData, tmp_path: Path)
         collectives = ("alltoall_base_", "_allgather_base_", "_reduce_scatter_base_")
         counted = sum(rank["sent"].get(name, 0) for rank in run["measured"] for name in collectives) / 2
         assert sent["ids"] + sent["vectors"] == pytest.approx(counted, rel=0.1)
-    larger = study["larger"]
+    larger = written["larger"]
     assert [row["ranks"] for row in larger] == [8, 16, 32, 64, 128, 256, 512, 1024]
     assert larger[-1]["sent"]["loss"] == pytest.approx(larger[0]["sent"]["loss"] * 1023 / 7)
-    assert (output / "study.svg").stat().st_size > 1000 and "| 1024 |" in told
+    assert (output / "study.svg").stat().st_size > 1000 and "| 1024 |" in done.stdout
 
 
 @pytest.mark.parametrize(

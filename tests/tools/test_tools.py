@@ -20,7 +20,7 @@ from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.export.tower.reader import TowerQuery
 from tests.conftest import ROOT
-from tests.processes import Forked
+from tests.processes import Forked, forked
 
 QUICK = {"model.dim": 8, "model.layers": 1, "train.batch_size": 32, "train.max_steps": 3, "eval.ks": [10]}
 
@@ -33,21 +33,27 @@ def tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def study(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A tool of tools/studies in this process. The commands that it starts are forked."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", [name, *arguments])
         patch.setattr(subprocess, "run", _run_forked)
-        with pytest.raises(SystemExit) as ended:
+        try:
             runpy.run_path(str(ROOT / "tools" / "studies" / name), run_name="__main__")
-    return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), out.getvalue(), err.getvalue())
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
-def _run_forked(command: list[str], stdout: TextIO, stderr: int) -> subprocess.CompletedProcess[str]:
-    """`subprocess.run` of a `python -m …`, both its streams into one file."""
-    assert command[0] == sys.executable and stderr == subprocess.STDOUT
-    process = Forked(command[1:])
-    stdout.writelines(process.communicate(timeout=240))
-    return subprocess.CompletedProcess(command, process.poll() or 0)
+def _run_forked(
+    command: list[str], stdout: TextIO | None = None, env: dict[str, str] | None = None, **streams: object
+) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` of a `python -m …`: both its streams into one file, or captured."""
+    assert streams == ({"stderr": subprocess.STDOUT} if stdout else {"capture_output": True, "text": True})
+    process = forked(command, **(env or {}))
+    told = process.communicate(timeout=240)
+    if stdout:
+        stdout.writelines(told)
+    return subprocess.CompletedProcess(command, process.poll() or 0, *told)
 
 
 def write_study(file: Path, data: Path, **changes: object) -> None:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -46,8 +45,8 @@ from flm_torchrec.training.run_folder import check_run_folder, open_run_folder
 from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.steps import STEPS as KINDS_OF_STEPS
 from flm_torchrec.training.trainer import pretrain
-from tests.conftest import NO_DROPOUT, ROOT
-from tests.processes import Forked, launch_ranks, start_ranks
+from tests.conftest import NO_DROPOUT
+from tests.processes import TORCHRUN, Forked, launch_ranks, start_ranks
 from tests.training.test_checkpoint import tensors
 from tools.faults.replay import replay
 
@@ -58,7 +57,6 @@ TRAIN = [
     "--data.max_history", "8", "--train.max_steps", str(STEPS), "--train.checkpoint_every", "5",
     "--train.eval_every", "20", "--train.eval_users", "20", "--train.log_every", "5",
 ]  # fmt: skip
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
 
 
 def overrides(data: PreparedData, run: Path, *more: str) -> list[str]:
@@ -82,7 +80,7 @@ def same(one: Path, other: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def wait_for(found: object, process: Forked | subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_for(found: object, process: Forked, seconds: float = 120) -> None:
     """Until `found()` is true; fails if the process ends before."""
     until = time.monotonic() + seconds
     while not found():  # type: ignore[operator]
@@ -236,8 +234,7 @@ def test_a_killed_rank_is_started_anew_and_nothing_is_lost_or_repeated(small: Pr
         ["-m", "flm_torchrec", "--", *TRAIN, "--data.path", str(small.path), "--train.run", str(run)] for run in runs
     )
     launch_ranks(2, calm)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "2"]
-    process = subprocess.Popen([sys.executable, *launcher, *killed], env=ENVIRONMENT, text=True, stderr=subprocess.PIPE)
+    process = Forked([TORCHRUN, "--standalone", "--nproc_per_node", "2", "--max_restarts", "2", *killed])
     wait_for(lambda: any((runs[1] / "checkpoints").glob("step-*5")), process)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
