@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 2**22
-"""Bytes of logits that are held at once: about a CPU's cache, small on a GPU."""
+CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**29}
+"""Bytes of logits that are held at once, by type of device: about a CPU's cache; a GPU needs much work for a kernel."""
+LEAST_ROWS = 128
+"""Minimum of queries in a chunk, however many candidates there are: every chunk reads and writes the gradient of all."""
 TINY = torch.finfo(torch.float32).tiny
 """Minimum of a probability whose logarithm is taken."""
 
@@ -71,6 +73,11 @@ def sampled_softmax(
     return _SampledSoftmax.apply(query, candidates.vectors, scale, fixed)
 
 
+def chunk_rows(candidates: int, precision: torch.dtype, device: torch.device) -> int:
+    """Queries whose logits are held at once."""
+    return max(LEAST_ROWS, CHUNK_BYTES[device.type] // (precision.itemsize * max(1, candidates)))
+
+
 @dataclass(frozen=True)
 class _Fixed:
     """What a softmax has no gradient of."""
@@ -85,6 +92,8 @@ class _Fixed:
         chunks = -(-len(self.target) // chunk)
         if self.hidden is None:
             return [self.target[:0]] * chunks
+        if chunks == 1:
+            return [self.hidden.rows * candidates + self.hidden.columns]
         of_chunk = self.hidden.rows // chunk
         position = (self.hidden.rows - of_chunk * chunk) * candidates + self.hidden.columns
         return list(position.split(torch.bincount(of_chunk, minlength=chunks).tolist()))
@@ -102,7 +111,7 @@ class _SampledSoftmax(torch.autograd.Function):
         query_grad, items_grad = torch.empty_like(query), torch.zeros_like(items)
         scaled = query * scale
         low_items, low_scaled, corrections = (x.to(precision) for x in (items, scaled, -fixed.log_q))
-        chunk = max(1, CHUNK_BYTES // (precision.itemsize * max(1, len(items))))
+        chunk = chunk_rows(len(items), precision, query.device)
         buffer = low_items.new_empty(min(chunk, len(query)), len(items))
         narrow, widened = torch.empty_like(low_items), torch.empty_like(items)  # mixed precisions would make copies
         truth = (scaled * items[target]).sum(1).to(precision)  # [T]

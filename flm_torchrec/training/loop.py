@@ -15,6 +15,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from flm_torchrec.config.schema import TrainConfig
+from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.loader import Loader
 from flm_torchrec.data.prefetch import Prefetch
 from flm_torchrec.distributed.comm import Comm
@@ -75,7 +76,9 @@ def run_loop(parts: TrainingParts, validate: Validate, progress: Progress, valid
     total = parts.total_steps
     every = config.eval_every or len(parts.loader)
     schedule = Schedule(parts.optimizer, config.warmup_steps, total)
-    ahead = Prefetch(islice(parts.loader.after(progress.step), total - progress.step))
+    loaded = islice(parts.loader.after(progress.step), total - progress.step)
+    # Only a copy from pinned memory runs beside a GPU's work.
+    ahead = Prefetch(map(Batch.pin_memory, loaded) if comm.device.type == "cuda" else loaded)
     meter = Meter(comm, ahead)
     parts.model.train()
     with (

@@ -258,7 +258,7 @@ def test_softmax_is_the_same_in_chunks_and_leaves_out_what_it_should(monkeypatch
     log_q[10:] = math.inf
     candidates = CandidateVectors(vectors, log_q)
     whole = sampled_softmax(query, candidates, target, torch.tensor(1.0))
-    monkeypatch.setattr(softmax, "CHUNK_BYTES", 240)
+    monkeypatch.setattr(softmax, "chunk_rows", lambda *_: 3)
     torch.testing.assert_close(sampled_softmax(query, candidates, target, torch.tensor(1.0)), whole)
     torch.testing.assert_close(whole, F.cross_entropy(query @ vectors[:10].T, target, reduction="sum"))
 
@@ -274,7 +274,7 @@ def test_softmax_with_hidden_candidates_is_cross_entropy_without_them(queries: i
     expected = F.cross_entropy((query @ vectors.T).masked_fill(left_out, -math.inf), target, reduction="sum")
     hidden = Hidden(*torch.nonzero(left_out).T)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(softmax, "CHUNK_BYTES", 8 * items * 3)  # several chunks
+        patch.setattr(softmax, "chunk_rows", lambda *_: 3)  # several chunks
         candidates = CandidateVectors(vectors, torch.zeros(items, dtype=torch.double))
         found = sampled_softmax(query, candidates, target, torch.tensor(1.0, dtype=torch.double), hidden)
     torch.testing.assert_close(found, expected)

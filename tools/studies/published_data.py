@@ -1,0 +1,81 @@
+"""Prepare a set of the published tables with all that is known of its items and users, in the published order.
+
+    python tools/studies/published_data.py --input ../shared/data/beauty --output data/beauty-words
+
+Amazon sets in S3-Rec's layout with `item_words.tsv` beside them (attributes and key words of items), and MovieLens 1M as
+`sequences.txt`, `movies.dat` and `users.dat`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+import flm_torchrec as flm
+
+COLUMNS = {"user": "user", "item": "item"}
+
+
+def sequences(file: Path) -> pl.DataFrame:
+    """A row an event, in the order of the file: `user item item …` a line."""
+    lines = [line.split() for line in file.read_text().splitlines()]
+    events = [(user, item) for user, *items in lines for item in items]
+    return pl.DataFrame(events, schema={"user": pl.String, "item": pl.String}, orient="row")
+
+
+def amazon(folder: Path) -> dict[str, Any]:
+    """What `flm.prepare` takes for a set in S3-Rec's layout with key words of items."""
+    (attributes,) = folder.glob("*_item2attributes.json")
+    record = json.loads(attributes.read_text())
+    words = pl.read_csv(folder / "item_words.tsv", separator="\t", quote_char=None, infer_schema=False)
+    items = pl.DataFrame(
+        {"item": list(record), "attributes": [[str(a) for a in found] for found in record.values()]},
+        schema={"item": pl.String, "attributes": pl.List(pl.String)},
+    ).join(words, on="item", how="left")
+    return {
+        "events": sequences(folder / f"{attributes.name.removesuffix('_item2attributes.json')}.txt"),
+        "items": items,
+        "item_key": "item",
+        "item_features": {"attributes": "multi_categorical", "words": "text"},
+    }
+
+
+def movielens(folder: Path) -> dict[str, Any]:
+    """What `flm.prepare` takes for MovieLens 1M: genres and titles of movies; gender, age and occupation of users."""
+    events = sequences(folder / "sequences.txt")
+    movies = _table(folder / "movies.dat", ("item", "title", "genres"))
+    users = _table(folder / "users.dat", ("user", "gender", "age", "occupation", "zip"))
+    return {
+        "events": events,
+        "items": movies.with_columns(pl.col("genres").str.split("|")),
+        "item_key": "item",
+        "item_features": {"title": "text", "genres": "multi_categorical"},
+        "users": users.drop("zip"),
+        "user_key": "user",
+        "user_features": {name: "categorical" for name in ("gender", "age", "occupation")},
+        "title": "title",
+    }
+
+
+def _table(file: Path, names: tuple[str, ...]) -> pl.DataFrame:
+    rows = [line.split("::") for line in file.read_text(encoding="latin-1").splitlines()]
+    return pl.DataFrame(rows, schema=dict.fromkeys(names, pl.String), orient="row")
+
+
+def main() -> None:
+    """Read the set that the folder holds, and prepare it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", required=True, type=Path, help="folder of the set")
+    parser.add_argument("--output", required=True, help="folder to write")
+    args = parser.parse_args()
+    options = movielens(args.input) if (args.input / "movies.dat").is_file() else amazon(args.input)
+    data = flm.prepare(options.pop("events"), args.output, columns=COLUMNS, **options)
+    print(data.path)
+
+
+if __name__ == "__main__":
+    main()
