@@ -10,7 +10,7 @@ from torch import Tensor
 CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**29}
 """Bytes of logits that are held at once, by type of device: about a CPU's cache; a GPU needs much work for a kernel."""
 LEAST_ROWS = 128
-"""Minimum of queries in a chunk, however many candidates there are: every chunk reads and writes the gradient of all."""
+"""Minimum of queries in a chunk, however many candidates: each chunk reads and writes the gradients of all of them."""
 TINY = torch.finfo(torch.float32).tiny
 """Minimum of a probability whose logarithm is taken."""
 

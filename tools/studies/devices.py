@@ -1,4 +1,4 @@
-"""One training on a CPU and on a GPU: the largest differences of losses and validation metrics, and sequences/s of each.
+"""One training on a CPU and on a GPU: the largest differences of losses and metrics, and the sequences/s of each.
 
     python tools/studies/devices.py --config configs/ml_100k.yaml --steps 60 --output runs/devices
 

@@ -1,9 +1,9 @@
-"""Prepare a set of the published tables with all that is known of its items and users, in the published order.
+"""Prepare a set of the published tables, in its order, with all that is known of items and users.
 
     python tools/studies/published_data.py --input ../shared/data/beauty --output data/beauty-words
 
-Amazon sets in S3-Rec's layout with `item_words.tsv` beside them (attributes and key words of items), and MovieLens 1M as
-`sequences.txt`, `movies.dat` and `users.dat`.
+Amazon sets in S3-Rec's layout with `item_words.tsv` beside them (attributes and key words of items), and MovieLens 1M
+as `sequences.txt`, `movies.dat` and `users.dat`.
 """
 
 from __future__ import annotations
