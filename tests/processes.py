@@ -86,10 +86,31 @@ class Forked:
         return out, err
 
 
-def begin(arguments: list[str], environment: dict[str, str], files: Sequence[Path] = ()) -> None:
+class Peer:
+    """`subprocess.Popen` of a `python -m …` that is asked on standard input and answers on standard output; forked."""
+
+    def __init__(self, command: list[str], env: dict[str, str], **_: object) -> None:
+        assert command[:2] == [sys.executable, "-m"]
+        self.args = command
+        self._folder = tempfile.TemporaryDirectory()
+        asked, answers, error = (Path(self._folder.name) / name for name in ("in", "out", "err"))
+        os.mkfifo(asked)
+        os.mkfifo(answers)
+        self._process = FORKS.Process(target=begin, args=(command[1:], env, [answers, error], asked), daemon=True)
+        self._process.start()
+        self.stdout, self.stdin = answers.open(), asked.open("w")  # in the order in which `begin` opens them
+        self.wait = self._process.join
+
+
+def begin(
+    arguments: list[str], environment: dict[str, str], files: Sequence[Path] = (), stdin: Path | None = None
+) -> None:
     """Become what `python ARGUMENTS` would be, with standard output and standard error into files if they are given."""
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    if stdin:
+        os.dup2(os.open(stdin, os.O_RDONLY), 0)
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)

@@ -20,7 +20,7 @@ from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.export.tower.reader import TowerQuery
 from tests.conftest import ROOT
-from tests.processes import Forked, forked
+from tests.processes import Forked, Peer, forked
 
 QUICK = {"model.dim": 8, "model.layers": 1, "train.batch_size": 32, "train.max_steps": 3, "eval.ks": [10]}
 
@@ -129,13 +129,20 @@ def test_fine_tuning_is_studied_by_share(small: PreparedData, tmp_path: Path) ->
     assert wrong.returncode == 1 and "no 'fused/ndgc@10'" in wrong.stderr
 
 
-def test_training_is_timed_beside_plain_pytorch(small: PreparedData) -> None:
+def test_training_is_timed_beside_plain_pytorch(
+    small: PreparedData, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     few = ["--rounds", "1", "--steps", "1", "--threads", "1", "--dim", "8", "--length", "6", "--batch-size", "32"]
-    done = tool("benchmarks/train.py", "--data", str(small.path), *few, "--quality", "--limit", "0.001", "--roofline")
-    assert done.returncode == 0, done.stderr
-    rows = [line.split(" | ")[0] for line in done.stdout.splitlines() if line.startswith(("| ours", "| plain"))]
+    few += ["--quality", "--limit", "0.001", "--validate-every", "2", "--roofline"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(small.path), *few])
+    benchmark = runpy.run_path(str(ROOT / "tools" / "benchmarks" / "train.py"))["main"]
+    streams = {"Popen": Peer, "PIPE": subprocess.PIPE, "DEVNULL": subprocess.DEVNULL}
+    monkeypatch.setitem(benchmark.__globals__, "subprocess", SimpleNamespace(**streams))
+    benchmark()
+    told = capsys.readouterr().out
+    rows = [line.split(" | ")[0] for line in told.splitlines() if line.startswith(("| ours", "| plain"))]
     assert len(rows) == 10 and len(set(rows)) == 5  # speed and quality, of three of ours and two of the others
-    assert done.stdout.count("share of the roofline") == 3
+    assert told.count("share of the roofline") == 3
 
 
 def test_memory_of_tables_is_counted(tmp_path: Path) -> None:
