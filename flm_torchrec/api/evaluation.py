@@ -30,6 +30,8 @@ class EvaluateOptions:
     """Ids of the users to rank for; none: all."""
     sample: bool = False
     """Load and rank only the users that a run with `data.stream` validated on."""
+    by: Sequence[str] = ()
+    """Of "items" and "users": break results down by how popular the item is, and by how much is known of the user."""
     overrides: Sequence[str] = ()
     """Of the run's settings."""
     given: Mapping[str, str] | None = None
@@ -70,7 +72,8 @@ def evaluate_run(run: str | os.PathLike[str], options: EvaluateOptions, keep_ran
         examples = splits.test if options.split == "test" else splits.valid
         if options.users:
             examples = examples.take(np.array(_rows_of(options.users, job.data.user_keys, examples.user.tolist())))
-        task = EvaluationTask(job.data, examples, options.split, job.events.seen, splits.cold_items, keep_ranks)
+        by = tuple(dict.fromkeys(options.by))
+        task = EvaluationTask(job.data, examples, options.split, job.events.seen, splits.cold_items, keep_ranks, by)
         evaluation = evaluate(task, job.encoder(examples), job.comm, job.config.eval)
         oracle = _oracle(job.data, examples)
         return Evaluated(evaluation, examples, job.data.fingerprint, oracle, job.config.eval.ks, job.comm.main)

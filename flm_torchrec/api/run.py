@@ -95,12 +95,15 @@ class Run:
         """The settings that the run was made with."""
         return load_config(self.path / "config.yaml")
 
-    def evaluate(self, split: Split = "test", frame: FrameKind = "polars", **settings: Any) -> Frame:
+    def evaluate(
+        self, split: Split = "test", frame: FrameKind = "polars", by: Sequence[str] = (), **settings: Any
+    ) -> Frame:
         """Rank every item for the held-out event of each user, by each head, their fusion and the baselines.
 
         Args:
             split: "test", each user's last event, or "valid".
             frame: "polars", "pandas" or "arrow".
+            by: segments too: "items" (head, tail, without training events), "users" (new, of few events, of many).
             settings: of section `eval`, such as `ks=[10]` or `baselines=[]`.
 
         Returns:
@@ -112,8 +115,9 @@ class Run:
         Example:
             >>> import flm_torchrec as flm
             >>> table = flm.Run.load("runs/shop").evaluate(ks=[10], baselines=["popularity"])
-            >>> table.columns
-            ['segment', 'scorer', 'hr@10', 'ndcg@10', 'mrr', 'coverage@10']
+            >>> table.columns  # doctest: +NORMALIZE_WHITESPACE
+            ['segment', 'scorer', 'hr@10', 'ndcg@10', 'mrr', 'coverage@10', 'novelty@10', 'diversity@10',
+             'popularity@10', 'gini@10']
             >>> table["scorer"].to_list()[:2]
             ['popularity', 'content']
         """
@@ -125,10 +129,13 @@ class Run:
         check_kind(frame)
         if split not in ("test", "valid"):
             raise ConfigError(f"split '{split}': choose test or valid")
-        options = EvaluateOptions(split, overrides=overrides_of({"eval": settings}))
+        if unknown := [one for one in by if one not in ("items", "users")]:
+            raise ConfigError(f"by '{unknown[0]}': choose items, users or both")
+        options = EvaluateOptions(split, by=by, overrides=overrides_of({"eval": settings}))
         evaluation = evaluate_run(self.path, options).evaluation
         write_evaluation(self.path, evaluation)
-        tables = {"all": evaluation.table, **evaluation.segments}
+        everyone = {name: {**metrics, **evaluation.lists[name]} for name, metrics in evaluation.table.items()}
+        tables = {"all": everyone, **evaluation.segments}
         rows = [
             {"segment": segment, "scorer": scorer, **metrics}
             for segment, table in tables.items()

@@ -42,6 +42,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="of a run with data.stream, load and rank only the users it validated on; baselines then learn from these"
         " alone (default: load all)",
     )
+    parser.add_argument(
+        "--by",
+        action="append",
+        choices=("items", "users"),
+        default=[],
+        help="also a table for each kind of next item (head, tail, without training events) or of user (new, of few"
+        " events, of many); may be repeated (default: none)",
+    )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown (default: a table)")
     parser.add_argument(
         "--against",
@@ -66,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.against:
         _check_against(args.run_folder, args.against)
-    options = EvaluateOptions(args.split, args.user, args.sample, given_overrides(args), given_options(args))
+    options = EvaluateOptions(args.split, args.user, args.sample, args.by, given_overrides(args), given_options(args))
     found = evaluate_run(args.run_folder, options, keep_ranks=bool(args.against))
     compared = _compared(args.against, found, options) if args.against else None
     if not found.main:

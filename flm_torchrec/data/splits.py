@@ -25,13 +25,15 @@ class Examples:
     user: np.ndarray  # [E] int64
     end: np.ndarray  # [E] int64, index into the arrays of interactions
     label: np.ndarray | None = None  # [E] str: kind of prediction, by which results are broken down
+    until: np.ndarray | None = None  # [E] int64: the events `end:until` are held out together; None: `end` alone
 
     def __len__(self) -> int:
         return len(self.user)
 
     def take(self, index: np.ndarray) -> Examples:
         """The examples at an index, in its order."""
-        return Examples(self.user[index], self.end[index], None if self.label is None else self.label[index])
+        label, until = (None if part is None else part[index] for part in (self.label, self.until))
+        return Examples(self.user[index], self.end[index], label, until)
 
 
 @dataclass(frozen=True)
@@ -172,8 +174,8 @@ def _by_time(data: PreparedData, rule: Rule) -> Splits:
     in_valid, in_test = np.flatnonzero(valid_end > train_end), np.flatnonzero(ends > valid_end)
     return Splits(
         train_end=train_end,
-        valid=Examples(in_valid, train_end[in_valid]),
-        test=Examples(in_test, valid_end[in_test]),
+        valid=Examples(in_valid, train_end[in_valid], until=valid_end[in_valid]),
+        test=Examples(in_test, valid_end[in_test], until=ends[in_test]),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from flm_torchrec.config.schema import EvalConfig
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import COLD_ITEM, Examples
 from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Markov, Popularity, Random
+from flm_torchrec.evaluation.lists import ItemFacts, Targets, list_metrics, target_metrics
 from flm_torchrec.evaluation.protocol import Collectives, Encoder, Scorer
 from flm_torchrec.evaluation.ranking import (
     ONE_VECTOR,
@@ -23,6 +25,7 @@ from flm_torchrec.evaluation.ranking import (
     count_ranks,
     rank_targets,
 )
+from flm_torchrec.evaluation.segments import labels_by
 
 COVERAGE_AT = 10
 CONTENT_ALONE, IDS_ALONE = "content alone", "ids alone"
@@ -38,12 +41,15 @@ class Evaluation:
     users: int
     table: dict[str, dict[str, float]]
     segments: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    lists: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Metrics of the lists by scorer; see `evaluation.lists`."""
     ranks: dict[str, np.ndarray] = field(default_factory=dict)
     """[users] by scorer: the rank of each true item, where the task keeps them."""
 
     def to_json(self) -> dict[str, Any]:
         """The content of `evaluation-SPLIT.json`."""
-        return {"split": self.split, "users": self.users, "table": self.table, "segments": self.segments}
+        tables = {"table": self.table, "segments": self.segments, "lists": self.lists}
+        return {"split": self.split, "users": self.users, **tables}
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ class EvaluationTask:
     cold_items: np.ndarray | None = None  # [items] bool: items held out of training
     keep_ranks: bool = False
     """Give every example's rank too, 8 bytes for each example and scorer."""
+    by: tuple[str, ...] = ()
+    """Of `segments.BY`: what else results are broken down by."""
 
 
 def evaluate_heads(
@@ -90,24 +98,42 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
     items = data.schema.items
     problem = RankingProblem(data, examples, blocks_of(config))
     among_cold = replace(problem, among=task.cold_items)
-    labels = examples.label
-    if labels is None and data.segment is not None:
-        labels = data.segment[examples.end]
+    labels = list(labels_by(task.by, data, examples, task.train_mask))
+    targets = Targets.of(data, examples)
     result = Evaluation(task.split, len(examples), {})
-    for scorer in _scorers(task, encoder, comm, config):
-        ranked = rank_targets(problem, scorer, comm, COVERAGE_AT)
+    scorers = _scorers(task, encoder, comm, config)
+    facts = _item_facts(task, scorers)
+    longest = max(COVERAGE_AT, *config.ks) if targets else COVERAGE_AT
+    for scorer in scorers:
+        ranked = rank_targets(problem, scorer, comm, longest)
         ranked_cold = None if task.cold_items is None else rank_targets(among_cold, scorer, comm)
         for name in scorer.names:
             result.table[name] = count_ranks(ranked, name, items, comm, (COVERAGE_AT,)).metrics(config.ks)
+            result.lists[name] = list_metrics(ranked.top[name][:, :COVERAGE_AT], facts, comm)
+            if targets:
+                result.lists[name] |= target_metrics(ranked.top[name], ranked.rows, targets, config.ks, comm)
             if task.keep_ranks:
                 result.ranks[name] = _ranks_of_all(ranked, name, len(examples), comm)
-            for label in [] if labels is None else np.unique(labels):
-                part = count_ranks(_only(ranked, labels == label), name, items, comm)
-                result.segments.setdefault(str(label), {})[name] = part.metrics(config.ks)
-            if ranked_cold is not None and labels is not None:
-                part = count_ranks(_only(ranked_cold, labels == COLD_ITEM), name, items, comm)
+            for label, chosen in _segments(labels):
+                part = count_ranks(_only(ranked, chosen), name, items, comm)
+                result.segments.setdefault(label, {})[name] = part.metrics(config.ks)
+            if ranked_cold is not None and examples.label is not None:
+                part = count_ranks(_only(ranked_cold, examples.label == COLD_ITEM), name, items, comm)
                 result.segments.setdefault(f"{COLD_ITEM}, among those alone", {})[name] = part.metrics(config.ks)
     return result
+
+
+def _segments(labels: list[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """Each label, and the examples [E] bool that have it."""
+    for kind in labels:
+        for label in np.unique(kind):
+            yield str(label), kind == label
+
+
+def _item_facts(task: EvaluationTask, scorers: list[Scorer]) -> ItemFacts:
+    """Items are alike or not by the vectors of the model, whichever scorer made the list."""
+    popularity = np.bincount(task.data.item[task.train_mask], minlength=task.data.schema.items)
+    return ItemFacts(popularity, next(s.vectors for s in scorers if isinstance(s, HeadScorer)))
 
 
 def _scorers(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: EvalConfig) -> list[Scorer]:

@@ -11,6 +11,8 @@ from flm_torchrec.terminal import PlainConsole
 
 Metrics = dict[str, float]
 ORACLE = "oracle of the mixture"
+LISTS = "what is recommended"
+"""Title of the table of lists."""
 
 
 def show(evaluation: Evaluation, console: PlainConsole, oracle: dict[str, Metrics] | None = None) -> None:
@@ -23,12 +25,16 @@ def show(evaluation: Evaluation, console: PlainConsole, oracle: dict[str, Metric
     console.print(_table(title, _with_oracle(evaluation.table, oracle, "all")))
     for label, table in evaluation.segments.items():
         console.print(_table(f"of these, '{label}'", _with_oracle(table, oracle, label)))
+    if evaluation.lists:
+        console.print(_table(LISTS, evaluation.lists, best=False))
 
 
 def markdown(evaluation: Evaluation, oracle: dict[str, Metrics] | None = None) -> str:
     """The table of all examples as Markdown, then a table for each segment; `oracle` as in `show`."""
     tables = {evaluation.split: _with_oracle(evaluation.table, oracle, "all")}
     tables |= {label: _with_oracle(table, oracle, label) for label, table in evaluation.segments.items()}
+    if evaluation.lists:
+        tables[LISTS] = evaluation.lists
     return "\n".join(_markdown_metrics(title, rows) for title, rows in tables.items())
 
 
@@ -81,14 +87,15 @@ def _cells(metrics: Metrics, columns: list[str]) -> list[str]:
     return [f"{metrics[c]:.4f}" if c in metrics else "" for c in columns]
 
 
-def _table(title: str, rows: dict[str, Metrics]) -> Table:
+def _table(title: str, rows: dict[str, Metrics], best: bool = True) -> Table:
+    """A table, with the largest number of each column in bold if that is the best one."""
     columns = list(next(iter(rows.values())))
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    best = {c: max(metrics.get(c, 0.0) for name, metrics in rows.items() if name != ORACLE) for c in columns}
+    largest = {c: max(metrics.get(c, 0.0) for name, metrics in rows.items() if name != ORACLE) for c in columns}
     for column in columns:
         table.add_column(column, justify="right")
     for name, metrics in rows.items():
-        bold = [c in metrics and metrics[c] == best[c] for c in columns]
+        bold = [best and c in metrics and metrics[c] == largest[c] for c in columns]
         table.add_row(name, *(Text(x, "bold") if b else x for x, b in zip(_cells(metrics, columns), bold, strict=True)))
     return table

@@ -95,6 +95,8 @@ def evaluations(run: Path) -> Section:
         content = _json(file, f"'flm evaluate --run {run}' writes it")
         grids.append(_metrics(f"{content['split']}, {content['users']} users", content["table"]))
         grids += [_metrics(f"of {content['split']}, '{label}'", t) for label, t in content.get("segments", {}).items()]
+        if lists := content.get("lists"):
+            grids.append(_metrics(f"what is recommended, {content['split']}", lists))
     return Section("Evaluation", parts=grids)
 
 

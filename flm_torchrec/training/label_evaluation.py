@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.classification import binary_auroc
+from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
 
+from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.collate import Assembler
 from flm_torchrec.data.loader import Sharing, TrainLoader
 from flm_torchrec.data.negatives import Negatives
@@ -18,26 +20,60 @@ from flm_torchrec.data.windows import windows
 from flm_torchrec.training.job import Job
 from flm_torchrec.training.run_events import spans_of
 
+BINS = 15
+"""Of predictions, in the expected calibration error."""
+
 
 def evaluate_labels(job: Job, labels: np.ndarray, check: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """`label/auc`, `label/ne` and `label/events` over the labelled events; collective.
+    """Metrics of the predictions for the labelled events; collective.
 
-    NE, normalized entropy, is the mean log loss divided by that of the events' own positive rate: a model with NE 1
-    is no better than knowing the rate (He et al., ADKDD 2014).
+    * `label/auc`; `label/gauc`, the mean of the users' own AUC, if a user has labels of both kinds; see `gauc`.
+    * `label/ne`, normalized entropy: the mean log loss divided by that of the events' own positive rate. A model with
+      NE 1 is no better than knowing the rate (He et al., ADKDD 2014).
+    * `label/calibration`: the mean prediction divided by the positive rate; 1 is best (the same paper).
+    * `label/ece`, expected calibration error: the mean distance of prediction and rate in 15 bins of predictions of the
+      same width, weighted by their events (Guo et al., ICML 2017).
+    * `label/events`, their number.
 
     Args:
         labels: [interactions] float32, 1 or 0, NaN where there is none.
         check: called on every rank before each batch; it may raise to end the evaluation.
     """
-    logits, truth = _collect(job, _loader(job, labels), check)
+    logits, truth, user = _collect(job, _loader(job, labels), check)
     rate = truth.mean()
     log_loss = F.binary_cross_entropy_with_logits(logits, truth)
     base = -(rate * rate.log() + (1 - rate) * (1 - rate).log())
+    by_user = gauc(logits.numpy(), truth.numpy(), user.numpy())
     return {
         "label/auc": float(binary_auroc(logits, truth.long())),
+        **({} if np.isnan(by_user) else {"label/gauc": by_user}),
         "label/ne": float(log_loss / base),
+        "label/calibration": float(logits.sigmoid().mean() / rate),
+        "label/ece": float(binary_calibration_error(logits, truth.long(), n_bins=BINS)),
         "label/events": float(len(truth)),
     }
+
+
+def gauc(scores: np.ndarray, labels: np.ndarray, users: np.ndarray) -> float:
+    """Mean of the users' AUC, weighted by their events (Zhu et al., KDD 2018); all [events].
+
+    A user whose labels are all alike has no AUC and is left out; NaN where all users are such.
+    """
+    _, user = np.unique(users, return_inverse=True)
+    order = np.lexsort((scores, user))
+    scores, positive, user = scores[order], labels[order] > 0, user[order]
+    events = np.bincount(user)
+    tied = np.r_[False, (np.diff(scores) == 0) & (np.diff(user) == 0)]
+    group = np.cumsum(~tied) - 1
+    inside = np.arange(len(user)) - np.repeat(np.cumsum(events) - events, events) + 1
+    rank = (np.bincount(group, inside) / np.bincount(group))[group]  # from 1; the mean of those that are tied
+    positives = np.bincount(user, positive)
+    pairs = positives * (events - positives)
+    mixed = pairs > 0
+    if not mixed.any():
+        return float("nan")
+    won = np.bincount(user, rank * positive) - positives * (positives + 1) / 2
+    return float(np.average(won[mixed] / pairs[mixed], weights=events[mixed]))
 
 
 def _loader(job: Job, labels: np.ndarray) -> TrainLoader:
@@ -46,26 +82,39 @@ def _loader(job: Job, labels: np.ndarray) -> TrainLoader:
     splits = spans_of(data, labels)
     item_rows = 0 if comm.world_size == 1 else data.schema.items
     stats = TrainStats.of(data, job.events.seen, values=False)
-    assembler = Assembler(data, splits.train_mask(data), stats, labels, item_stride=item_rows)
+    assembler = _UserAssembler(data, splits.train_mask(data), stats, labels, item_stride=item_rows)
     none_drawn = Negatives(np.ones(data.schema.items), 0, 1.0)
     spans = windows(data, splits, config.data.max_history)
     return TrainLoader(spans, assembler, none_drawn, Sharing(config.train.batch_size, 0, comm.rank, comm.world_size))
 
 
-def _collect(job: Job, loader: TrainLoader, check: Callable[[], None]) -> tuple[Tensor, Tensor]:
-    """[events] logits and [events] labels of all ranks, in the same order on each."""
-    logits, truth = [], []
+class _UserAssembler(Assembler):
+    """Remembers the users of the last batch."""
+
+    def training(self, user: np.ndarray, *spans: Any, **more: Any) -> Batch:
+        """As of `Assembler`."""
+        self.users = user
+        return super().training(user, *spans, **more)
+
+
+def _collect(job: Job, loader: TrainLoader, check: Callable[[], None]) -> tuple[Tensor, Tensor, Tensor]:
+    """[events] logits, labels and users of the events of all ranks, in the same order on each."""
+    logits, truth, users = [], [], []
     job.model.eval()
     with torch.no_grad():
         for batch in loader.epoch(0):
             check()
+            assert isinstance(loader.assembler, _UserAssembler)
+            user = torch.from_numpy(loader.assembler.users).to(batch.lengths)
             moved = batch.to(job.comm.device)
             _, outputs = job.model(moved)
             labelled = ~torch.isnan(moved.label)
             assert outputs.logits is not None
             logits.append(outputs.logits[labelled])
             truth.append(moved.label[labelled])
+            users.append(user.repeat_interleave(batch.lengths).to(job.comm.device)[labelled])
     job.model.train()
     gathered, real = job.comm.concat(torch.stack([torch.cat(logits), torch.cat(truth)], 1))
+    of_user, _ = job.comm.concat(torch.cat(users))
     pairs = gathered[real].cpu()
-    return pairs[:, 0], pairs[:, 1]
+    return pairs[:, 0], pairs[:, 1], of_user[real].cpu()

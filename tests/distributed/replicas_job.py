@@ -84,7 +84,7 @@ def parts(model: DistributedModelParallel) -> dict[str, str]:
     for of in model.fused_optimizer.state_dict()["state"].values():
         found |= of
     return {
-        f"{name} {n}": hashlib.sha256(part.tensor.detach().contiguous().numpy()).hexdigest()
+        f"{name} {n}": hashlib.sha256(part.tensor.detach().numpy().tobytes()).hexdigest()
         for name, tensor in found.items()
         if isinstance(tensor, ShardedTensor)
         for n, part in enumerate(tensor.local_shards())

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchmetrics.functional.classification import binary_auroc
 
 from flm_torchrec.cli import main
 from flm_torchrec.config import load_config
@@ -23,6 +24,7 @@ from flm_torchrec.prepare.options import PrepareOptions
 from flm_torchrec.prepare.prepare import prepare
 from flm_torchrec.prepare.sources import synthetic
 from flm_torchrec.training.job import open_job
+from flm_torchrec.training.label_evaluation import gauc
 from flm_torchrec.training.restore import restore
 from flm_torchrec.training.run_events import events_of, load_data
 from tests.conftest import NO_DROPOUT
@@ -165,6 +167,7 @@ def test_labels_are_told_from_pretrained_and_from_new_weights(rated: Path, tmp_p
     assert report["task"] == "label" and set(report["test"]) == {"pretrained", "scratch"}
     for test in report["test"].values():
         assert test["label/auc"] > 0.85 and test["label/ne"] < 0.8 and test["label/events"] == 16 * 12
+        assert test["label/gauc"] > 0.85 and 0.8 < test["label/calibration"] < 1.25 and 0 < test["label/ece"] < 0.2
     assert main(["evaluate", "--run", str(run / "pretrained")]) == 2  # it tells labels, it does not rank
     assert tune(source, run, *task) == 2
     # As if it had been stopped in the midst of the control: the states before are there, the end is not.
@@ -172,6 +175,19 @@ def test_labels_are_told_from_pretrained_and_from_new_weights(rated: Path, tmp_p
     shutil.rmtree(max((run / "scratch" / "checkpoints").glob("step-*")))
     assert tune(source, run, *task, "--train.existing", "resume") == 0
     assert json.loads((run / "finetune.json").read_text()) == report
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5), st.booleans()), min_size=1, max_size=40))
+def test_gauc_is_the_mean_of_the_users_auc_by_events(events: list[tuple[int, int, bool]]) -> None:
+    user, score, label = (np.array(column) for column in zip(*events, strict=True))
+    found: list[float] = []
+    for one in np.unique(user):
+        mine, truth = score[user == one].astype(np.float32), label[user == one]
+        if 0 < truth.sum() < len(truth):
+            found += [float(binary_auroc(torch.from_numpy(mine / 8), torch.from_numpy(truth).long()))] * len(truth)
+    expected = np.mean(found) if found else np.nan
+    assert gauc(score / 8, label.astype(np.float32), user) == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
 
 def test_two_ranks_fine_tune_as_one(ranks, rated: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -1,0 +1,129 @@
+"""Metrics of whole lists: what they are made of, and how many of several true items they hold.
+
+Sums are of integers, so that metrics do not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flm_torchrec.data.dataset import PreparedData, spans
+from flm_torchrec.data.splits import Examples
+from flm_torchrec.evaluation.protocol import Collectives
+
+UNIT = 2**30
+"""A number between 0 and 1 is summed over processes as so many parts."""
+BLOCK = 1024
+"""Lists whose diversity is computed at once; memory is BLOCK x K x D."""
+
+
+@dataclass(frozen=True)
+class ItemFacts:
+    """What lists are judged by."""
+
+    popularity: np.ndarray  # [items] int64: training events
+    vectors: Tensor  # [items, D] float32; two items are alike if the angle between theirs is small
+
+    def novelty(self) -> np.ndarray:
+        """[items] bits: -log2 of the item's share of the training events; an item without events counts as one."""
+        events = np.maximum(self.popularity, 1)
+        return -np.log2(events / max(1, self.popularity.sum()))
+
+
+def list_metrics(top: np.ndarray, facts: ItemFacts, comm: Collectives) -> dict[str, float]:
+    """Novelty, diversity, popularity and Gini of all processes' lists [e, K] of item ids, best first; collective.
+
+    * novelty@K: mean of `ItemFacts.novelty` over the recommended items, in bits (Zhou et al., PNAS 2010).
+    * diversity@K: mean of 1 - cosine over the pairs of a list, then over the lists (Ziegler et al., WWW 2005); 0 where
+      lists have one item.
+    * popularity@K: mean number of training events of the recommended items, ARP (Yin et al., VLDB 2012).
+    * gini@K: how unequally items are recommended; 0: all equally often, near 1: the same few to everyone.
+    """
+    k = top.shape[1]
+    items = len(facts.popularity)
+    counts = comm.all_reduce_sum(torch.from_numpy(np.bincount(top.ravel(), minlength=items))).numpy()
+    spread = comm.all_reduce_sum(torch.tensor([_diversity(top, facts.vectors), len(top)]))
+    return {
+        f"novelty@{k}": float(counts @ facts.novelty() / counts.sum()),
+        f"diversity@{k}": float(spread[0]) / UNIT / float(spread[1]),
+        f"popularity@{k}": float(counts @ facts.popularity / counts.sum()),
+        f"gini@{k}": gini(counts),
+    }
+
+
+def gini(counts: np.ndarray) -> float:
+    """Gini coefficient of how often each of n items [n] is recommended: 0 if all equally, 1 - 1 / n if one alone."""
+    n = len(counts)
+    ascending = np.sort(counts.astype(np.float64))
+    return float((2 * np.arange(1, n + 1) - n - 1) @ ascending / (n * ascending.sum()))
+
+
+def _diversity(top: np.ndarray, vectors: Tensor) -> int:
+    """Sum over the lists [e, K] of the mean of (1 - cosine) / 2 over pairs, doubled, in parts of UNIT."""
+    k, total = top.shape[1], 0
+    if k < 2:
+        return 0
+    for start in range(0, len(top), BLOCK):
+        unit = F.normalize(vectors[torch.from_numpy(top[start : start + BLOCK])].double(), dim=2)  # [b, K, D]
+        pairs = unit.sum(1).square().sum(1) - unit.square().sum((1, 2))  # twice the sum of the cosines of the pairs
+        total += int(((1 - pairs / (k * (k - 1))) * UNIT).round().sum())
+    return total
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Of each example, the different items that are right: those of the events `end:until` but for known items."""
+
+    rows: np.ndarray  # [n] example, ascending
+    items: np.ndarray  # [n] item
+
+    @classmethod
+    def of(cls, data: PreparedData, examples: Examples) -> Targets | None:
+        """None where no example has more than one event to predict.
+
+        An item of the known events is no target: lists leave it out. The next item always is, as in the ranking.
+        """
+        if examples.until is None:
+            return None
+        stride = data.schema.items
+
+        def keys(first: np.ndarray, end: np.ndarray) -> np.ndarray:
+            """Pairs of example and item, as one number each."""
+            rows = np.repeat(np.arange(len(first)), end - first)
+            return rows * stride + data.item[spans(first, end - first)]
+
+        known = keys(data.offsets[examples.user], examples.end)
+        later = np.setdiff1d(keys(examples.end, examples.until), known)
+        right = np.union1d(later, keys(examples.end, examples.end + 1))
+        return cls(right // stride, right % stride)
+
+
+def target_metrics(
+    top: np.ndarray, rows: np.ndarray, targets: Targets, ks: tuple[int, ...], comm: Collectives
+) -> dict[str, float]:
+    """recall@K, precision@K and map@K over several true items, means over all processes' examples; collective.
+
+    AP@K = sum over the hits among the first K of the precision at the hit, divided by min(K, true items) (Manning et
+    al., Introduction to Information Retrieval, 8.4).
+
+    Args:
+        top: [e, K] lists of the examples `rows`, best first.
+    """
+    size = int(targets.rows.max()) + 1
+    count = np.bincount(targets.rows, minlength=size)[rows]  # [e] true items
+    stride = 1 + max(int(targets.items.max()), int(top.max(initial=0)))
+    hit = np.isin(rows[:, None] * stride + top, targets.rows * stride + targets.items)  # [e, K]
+    found: dict[str, np.ndarray] = {}
+    for k in ks:
+        hits, best = hit[:, :k].cumsum(1), np.minimum(count, k)
+        found[f"recall@{k}"] = hits[:, -1] / count
+        found[f"precision@{k}"] = hits[:, -1] / k
+        found[f"map@{k}"] = (hits / np.arange(1, hits.shape[1] + 1) * hit[:, :k]).sum(1) / best
+    sums = [int((values * UNIT).round().sum()) for values in found.values()]
+    total = comm.all_reduce_sum(torch.tensor([*sums, len(rows)], dtype=torch.int64)).tolist()
+    return {name: value / UNIT / total[-1] for name, value in zip(found, total, strict=False)}

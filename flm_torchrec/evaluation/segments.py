@@ -1,0 +1,50 @@
+"""Kinds of examples, by which results are broken down: popular and rare items, new and old users."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.data.splits import Examples
+
+HEAD = 0.2
+"""The share of the items with training events, the most popular ones, that are head items."""
+BY = ("items", "users")
+"""What `flm evaluate --by` can break results down by."""
+
+
+def labels_by(
+    by: Sequence[str], data: PreparedData, examples: Examples, train_mask: np.ndarray
+) -> Iterator[np.ndarray]:
+    """[E] str labels of the examples: those of the split or the data, if there are any, then one array for each `by`.
+
+    Args:
+        train_mask: [interactions] bool, the events that were learned from.
+    """
+    if examples.label is not None:
+        yield examples.label
+    elif data.segment is not None:
+        yield data.segment[examples.end]
+    for one in by:
+        yield {"items": _by_items, "users": _by_users}[one](data, examples, train_mask)
+
+
+def _by_items(data: PreparedData, examples: Examples, train_mask: np.ndarray) -> np.ndarray:
+    """By the training events of the next item. Items with equally many events are in one segment, the head."""
+    events = np.bincount(data.item[train_mask], minlength=data.schema.items)
+    known = np.sort(events[events > 0])[::-1]
+    least = known[max(0, round(HEAD * len(known)) - 1)] if len(known) else 1
+    found = events[data.item[examples.end]]
+    return np.select([found == 0, found >= least], ["items without training events", "head items"], "tail items")
+
+
+def _by_users(data: PreparedData, examples: Examples, train_mask: np.ndarray) -> np.ndarray:
+    """By the training events of the user: none, at most the median of the users who have some, or more."""
+    counted = np.concatenate([[0], np.cumsum(train_mask)])
+    events = counted[data.offsets[1:]] - counted[data.offsets[:-1]]
+    found = events[examples.user]
+    middle = int(np.median(events[events > 0])) if events.any() else 0
+    few, many = f"users of at most {middle} training events", f"users of more than {middle} training events"
+    return np.select([found == 0, found <= middle], ["new users, without training events", few], many)
