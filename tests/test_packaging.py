@@ -148,7 +148,10 @@ def test_the_package_builds_without_a_warning(tmp_path: Path) -> None:
     assert "License-Expression: BSD-3-Clause" in lines and "License-File: LICENSE" in lines
 
 
-@pytest.mark.parametrize(("file", "build"), [("cpu.txt", "fbgemm-gpu-cpu"), ("gpu.txt", "fbgemm-gpu")])
+@pytest.mark.parametrize(
+    ("file", "build"),
+    [("cpu.txt", "fbgemm-gpu-cpu"), ("gpu.txt", "fbgemm-gpu"), ("gpu-torch-2.11.txt", "fbgemm-gpu")],
+)
 def test_a_set_has_one_build_of_fbgemm_that_fits_torch(file: str, build: str) -> None:
     found = pins("base.txt", file)
     assert [p for p in found if p.startswith("fbgemm")] == [build]
