@@ -196,6 +196,9 @@ def silence_warnings() -> None:
     # TorchRec calls deprecated functions of PyTorch, and a schema without features gives a Linear without inputs.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+    # FBGEMM on a GPU tells of a code path; torch 2.11 asks which backend TorchRec means, of a group that has two.
+    warnings.filterwarnings("ignore", message="TBE B200 optimization")
+    warnings.filterwarnings("ignore", message="Multiple backends are registered")
 
 
 def ranks_on_this_host(comm: Comm) -> int:
