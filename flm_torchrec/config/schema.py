@@ -144,6 +144,13 @@ class LossConfig:
         Number | Literal["all"],
         Field(description="items drawn per global batch beside the in-batch ones; 'all': full softmax"),
     ] = 2048
+    candidates: Annotated[
+        Literal["global", "node", "local"],
+        Field(
+            description="whose in-batch targets a softmax runs over, beside the drawn items: of all ranks, of a node's"
+            " ranks, or of the rank alone, so that work and bytes of a step do not grow with the ranks"
+        ),
+    ] = "global"
     negative_power: Annotated[
         float, Field(ge=0, le=1, description="negatives are drawn with probability ~ popularity ** this")
     ] = 0.5

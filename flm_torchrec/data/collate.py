@@ -103,7 +103,8 @@ class Assembler:
             candidates = drawn.items
             log_not_sampled = np.zeros((len(candidates), 2), np.float32)
         else:
-            candidates = np.unique(np.concatenate([targets, drawn.items]))
+            joined = [np.unique(targets), drawn.items]
+            candidates = np.concatenate(joined) if drawn.apart else np.unique(np.concatenate(joined))
             log_not_sampled = drawn.log_not_sampled[candidates]
         return self._batch(TokenSpans(events, user, begin, lengths, positions), targets, candidates, log_not_sampled)
 

@@ -67,9 +67,9 @@ class Comm:
         """The tensors of all ranks, which have one shape, in the order of the ranks. No gradient. Collective."""
         if self.world_size == 1:
             return [tensor]
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor.contiguous(), group=self._group(tensor))
-        return parts
+        gathered = tensor.new_empty(self.world_size, *tensor.shape)
+        dist.all_gather_into_tensor(gathered.view(-1), tensor.contiguous().view(-1), group=self._group(tensor))
+        return list(gathered)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks, in a new tensor. No gradient. Collective."""
@@ -91,14 +91,14 @@ class Comm:
     def concat(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [n, …] of each rank → rows [W n_max, …] of W ranks, padded with zeros, and their mask [W n_max].
 
-        Differentiable: backward gives each rank the gradients for its own rows, summed over all ranks. Collective.
+        No gradient. Collective.
         """
         if self.world_size == 1:
             return rows, torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         counts = torch.stack(self.all_gather(torch.tensor(len(rows), device=rows.device)))
         longest = int(counts.max())
         padding = rows.new_zeros(longest - len(rows), *rows.shape[1:])
-        gathered = _GatherRows.apply(torch.cat([rows, padding]), self)
+        gathered = torch.cat(self.all_gather(torch.cat([rows, padding])))
         real = torch.arange(longest, device=rows.device).unsqueeze(0) < counts.unsqueeze(1)
         return gathered, real.flatten()
 
@@ -141,18 +141,6 @@ class Comm:
         if error is not None:
             raise error
         return result  # type: ignore[return-value]
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows: Tensor, comm: Comm) -> Tensor:  # type: ignore[override]
-        ctx.comm = comm
-        return torch.cat(comm.all_gather(rows))
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        comm: Comm = ctx.comm
-        return comm.all_reduce_sum(grad.contiguous()).chunk(comm.world_size)[comm.rank], None
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from flm_torchrec.config.schema import LossConfig, ModelConfig
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.model.dropout import Dropout
-from flm_torchrec.model.losses import Gather, unused
+from flm_torchrec.model.losses import unused
 from flm_torchrec.model.pretrain import Dense, Outputs, PretrainModel
+from flm_torchrec.model.rows import Gather
 from flm_torchrec.model.space import width
 from flm_torchrec.model.tower import Encoded
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.config.schema import LossConfig
+from flm_torchrec.model.rows import Gather, Rows, Shared, dealt
 from flm_torchrec.model.softmax import CandidateVectors, Hidden, inclusion_log_probability, sampled_softmax
 from flm_torchrec.model.space import used
 from flm_torchrec.model.tower import Encoded
@@ -33,34 +35,16 @@ SHORTEST = 0.1
 """Shorter ids are not made longer than by its inverse."""
 
 
-class Gather(Protocol):
-    """What the losses need of the other ranks."""
-
-    @property
-    def rank(self) -> int:
-        """This rank's number."""
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-
-    def concat(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, …] of each rank → those of all ranks, equally long each, and [ranks * longest] bool: which are real.
-
-        Differentiable: each rank gets back the gradient that all ranks together have for its rows.
-        """
-
-    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks; no gradient."""
-
-
 class Loss(Protocol):
     """A part of L. Its value is this rank's share of the mean over all ranks."""
 
     def learned(self) -> dict[str, nn.Parameter | nn.ParameterDict]:
         """What it learns beside tables and tower, by its name in the state of `Dense`."""
 
-    def __call__(self, batch: Batch, encoded: Encoded) -> tuple[Tensor, dict[str, Tensor]]:
+    def rows(self, batch: Batch, encoded: Encoded) -> Rows | None:
+        """What the same loss of other ranks needs of this rank; None: nothing."""
+
+    def __call__(self, batch: Batch, encoded: Encoded, shared: Shared) -> tuple[Tensor, dict[str, Tensor]]:
         """[] to add to L, weighted; and by name, [] without weight and gradient."""
 
 
@@ -93,6 +77,9 @@ class NextItemLoss:
     def __init__(self, config: LossConfig, gather: Gather) -> None:
         self.config = config
         self.gather = gather
+        self.drawn = 0 if config.negatives == "all" else config.negatives
+        self.apart = gather.alone and config.negatives != "all"
+        """The targets of this rank are candidates here alone. If every item is a candidate, all are shared anyhow."""
         start = -math.log(config.temperature)
         self.log_scale = nn.ParameterDict({name: nn.Parameter(torch.tensor(start)) for name in REPRESENTATIONS})
 
@@ -100,22 +87,28 @@ class NextItemLoss:
         """Log of the inverse temperature of each softmax."""
         return {"log_scale": self.log_scale}
 
-    def __call__(self, batch: Batch, encoded: Encoded) -> tuple[Tensor, dict[str, Tensor]]:
+    def rows(self, batch: Batch, encoded: Encoded) -> Rows:
+        """The candidates of this rank; where each rank has its own targets, its part of the drawn negatives."""
+        vectors, ids = encoded.items[batch.candidates], batch.items[batch.candidates]
+        if not self.apart:
+            return Rows(vectors, ids, batch.log_not_sampled)
+        own = len(ids) - self._drawn_here()
+        return Rows(vectors[own:], ids[own:], batch.log_not_sampled[own:], total=self.drawn)
+
+    def __call__(self, batch: Batch, encoded: Encoded, shared: Shared) -> tuple[Tensor, dict[str, Tensor]]:
         """As of `Loss`."""
-        vectors, real = self.gather.concat(encoded.items[batch.candidates])  # [C, S], [C]
-        candidate_ids, _ = self.gather.concat(batch.items[batch.candidates])
-        log_not_sampled, _ = self.gather.concat(batch.log_not_sampled)
-        targets = self.gather.all_reduce_sum(torch.tensor(float(len(batch.targets)), device=vectors.device))
-        columns, repeated = columns_of(candidate_ids, real, batch.items)
-        log_q = self._log_q(log_not_sampled, targets).masked_fill(repeated | ~real, math.inf)
+        candidates = self._candidates(batch, encoded, shared)
+        columns, repeated = columns_of(candidates.ids, candidates.real, batch.items)
+        log_q = self._log_q(candidates.numbers, shared.near).masked_fill(repeated | ~candidates.real, math.inf)
         wanted = columns[batch.targets]
+        vectors, targets = candidates.vectors, shared.targets
 
         def loss(query: Tensor, name: str, hidden: Hidden | None) -> Tensor:
             """Mean over all ranks' targets, this rank's share."""
             scale = self.log_scale[name].clamp(max=MAX_LOG_SCALE).exp()
-            candidates = CandidateVectors(used(name, vectors), log_q)
+            items = CandidateVectors(used(name, vectors), log_q)
             precision = PRECISIONS[self.config.precision]
-            summed = sampled_softmax(used(name, query), candidates, wanted, scale, hidden, precision)
+            summed = sampled_softmax(used(name, query), items, wanted, scale, hidden, precision)
             return summed / targets.clamp(min=1)
 
         total, losses = vectors.new_zeros(()), {}
@@ -136,6 +129,23 @@ class NextItemLoss:
             total = total + weight * value
         return total, losses
 
+    def _drawn_here(self) -> int:
+        """Drawn negatives that this rank looks up."""
+        return dealt(self.drawn, self.gather.place, self.gather.ranks)
+
+    def _candidates(self, batch: Batch, encoded: Encoded, shared: Shared) -> Shared:
+        """All candidates of this rank's queries."""
+        if not self.apart:
+            return shared
+        own = batch.candidates[: len(batch.candidates) - self._drawn_here()]
+        return replace(
+            shared,
+            vectors=torch.cat([encoded.items[own], shared.vectors]),
+            ids=torch.cat([batch.items[own], shared.ids]),
+            numbers=torch.cat([batch.log_not_sampled[: len(own)], shared.numbers]),
+            real=torch.cat([torch.ones_like(own, dtype=torch.bool), shared.real]),
+        )
+
     def _hidden(self, lengths: Tensor, columns: Tensor, whole: bool) -> Hidden | None:
         """What `hidden_of` gives; None where the items that a user has had are negatives."""
         return None if self.config.seen == "negatives" else hidden_of(lengths, columns, whole)
@@ -148,7 +158,7 @@ class NextItemLoss:
 
 
 class AttributeContrast:
-    """InfoNCE between an item's id and its content, among all ranks' targets whose ids have a row that is not zero.
+    """InfoNCE between an item's id and its content, among the sharing ranks' targets whose ids have a row not zero.
 
     Aligns the two views of an item that S3-Rec's item-attribute objective predicts from each other (Zhou et al.,
     CIKM 2020), in both directions as CLIP does (Radford et al., ICML 2021).
@@ -163,26 +173,37 @@ class AttributeContrast:
         """Log of the inverse temperature."""
         return {"attribute_scale": self.scale}
 
-    def __call__(self, batch: Batch, encoded: Encoded) -> tuple[Tensor, dict[str, Tensor]]:
-        """As of `Loss`."""
+    def rows(self, batch: Batch, encoded: Encoded) -> Rows | None:
+        """Ids and contents of the items that this rank's targets are, one beside the other."""
+        return None if self.gather.alone else self._own(batch, encoded)
+
+    def __call__(self, batch: Batch, encoded: Encoded, shared: Shared) -> tuple[Tensor, dict[str, Tensor]]:
+        """As of `Loss`. The mean over the items of the sharing ranks counts as much as these ranks have targets."""
+        if self.gather.alone:
+            own = self._own(batch, encoded)
+            shared = replace(shared, vectors=own.vectors, ids=own.ids, real=torch.ones_like(own.ids, dtype=torch.bool))
+        all_ids, all_contents = shared.vectors.chunk(2, 1)
+        _, repeated = columns_of(shared.ids, shared.real, shared.ids)
+        usable = shared.real & ~repeated & all_ids.any(1)
+        log_q = torch.zeros_like(all_ids[:, 0]).masked_fill(~usable, math.inf)
+        # An item that several ranks have is a query on the first of them alone.
+        ranks, place = (1, 0) if self.gather.alone else (self.gather.ranks, self.gather.place)
+        here = torch.zeros_like(usable).view(ranks, len(usable) // ranks)
+        here[place] = True
+        position = (usable & here.flatten()).nonzero().flatten()
+        scale = self.scale.clamp(max=MAX_LOG_SCALE).exp()
+        summed = sampled_softmax(all_ids[position], CandidateVectors(all_contents, log_q), position, scale)
+        summed = summed + sampled_softmax(all_contents[position], CandidateVectors(all_ids, log_q), position, scale)
+        mean = summed / (2 * usable.sum()).clamp(min=1)
+        loss = mean * (shared.near / shared.targets.clamp(min=1))
+        return self.weight * loss, {"attribute": loss.detach()}
+
+    def _own(self, batch: Batch, encoded: Encoded) -> Rows:
         mine = torch.unique(batch.targets)
         # An item that came after training has a row of zeros, where the gradient of a unit vector has no bound.
         ids = F.normalize(used("content", encoded.id_items[mine]), dim=1, eps=SHORTEST)
         contents = F.normalize(used("content", encoded.content_items[mine]), dim=1)
-        all_ids, real = self.gather.concat(ids)
-        all_contents, _ = self.gather.concat(contents)
-        keys, _ = self.gather.concat(batch.items[mine])
-        position, repeated = columns_of(keys, real, batch.items[mine])
-        usable = real & ~repeated & all_ids.any(1)
-        log_q = torch.zeros_like(all_ids[:, 0]).masked_fill(~usable, math.inf)
-        # An item that several ranks have is a query on the first of them alone.
-        start = self.gather.rank * (len(real) // self.gather.world_size)
-        first = usable[position] & (position == start + torch.arange(len(mine), device=mine.device))
-        scale = self.scale.clamp(max=MAX_LOG_SCALE).exp()
-        summed = sampled_softmax(ids[first], CandidateVectors(all_contents, log_q), position[first], scale)
-        summed = summed + sampled_softmax(contents[first], CandidateVectors(all_ids, log_q), position[first], scale)
-        loss = summed / (2 * usable.sum()).clamp(min=1)
-        return self.weight * loss, {"attribute": loss.detach()}
+        return Rows(torch.cat([ids, contents], 1), batch.items[mine], ids.new_zeros(len(mine), 0))
 
 
 def hidden_of(lengths: Tensor, columns: Tensor, whole: bool) -> Hidden:

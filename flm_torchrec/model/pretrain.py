@@ -16,7 +16,8 @@ from flm_torchrec.data.history import HISTORY_KEYS
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.mixture import Mixture
 from flm_torchrec.model.fusion import LateFusion, SumFusion
-from flm_torchrec.model.losses import MAX_LOG_SCALE, Gather, make_losses
+from flm_torchrec.model.losses import MAX_LOG_SCALE, make_losses
+from flm_torchrec.model.rows import Gather, share
 from flm_torchrec.model.tables import (
     history_tables,
     item_feature_tables,
@@ -90,8 +91,9 @@ class Dense(nn.Module):
         if not self.training:
             return encoded.items.new_zeros(()), Outputs(encoded, {}, 0)
         total, losses = encoded.items.new_zeros(()), dict[str, Tensor]()
-        for loss in self.losses:
-            weighted, told = loss(batch, encoded)
+        seen = share([loss.rows(batch, encoded) for loss in self.losses], batch.targets, self.gather)
+        for loss, shared in zip(self.losses, seen, strict=True):
+            weighted, told = loss(batch, encoded, shared)
             total, losses = total + weighted, {**losses, **told}
         return total * self.gather.world_size, Outputs(encoded, losses, int((batch.lengths > 0).sum()))
 

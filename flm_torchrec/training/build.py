@@ -10,6 +10,7 @@ from torchrec.distributed.types import ShardingPlan
 
 from flm_torchrec.config import Config
 from flm_torchrec.data.schema import Schema
+from flm_torchrec.distributed.candidates import CandidateRanks
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.distributed.managed import check_managed
 from flm_torchrec.distributed.shard import shard
@@ -40,6 +41,7 @@ def build(
         count_lookups: how often features are looked up; the rank that plans calls it.
         freeze: keep the layers that `finetune.tower` names from learning.
     """
+    _candidate_ranks(config, comm).check()
     model = make_model(schema, config, comm)
     if freeze:
         model.tower.freeze(config.finetune.tower)
@@ -55,4 +57,8 @@ def make_model(schema: Schema, config: Config, comm: Comm) -> PretrainModel:
     torch.manual_seed(config.train.seed)
     label = bool(config.finetune.source) and config.finetune.task == "label"
     kind = LabelModel if label else PretrainModel
-    return kind(schema, config.model, config.loss, config.data.max_history + 1, comm)
+    return kind(schema, config.model, config.loss, config.data.max_history + 1, _candidate_ranks(config, comm))
+
+
+def _candidate_ranks(config: Config, comm: Comm) -> CandidateRanks:
+    return CandidateRanks(comm, config.loss.candidates, config.distributed.timeout)

@@ -9,11 +9,12 @@ from flm_torchrec.data.collate import Assembler
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.lanes import LanePlan
 from flm_torchrec.data.loader import Loader, Sharing, TrainLoader
-from flm_torchrec.data.negatives import Negatives
+from flm_torchrec.data.negatives import DrawnShare, Negatives
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.stream_loader import StreamLoader
 from flm_torchrec.data.survey import EventStream
 from flm_torchrec.data.windows import windows
+from flm_torchrec.distributed.candidates import CandidateRanks
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.training.run_events import RunEvents
 
@@ -34,7 +35,7 @@ def make_loader(data: PreparedData, events: RunEvents, config: Config, comm: Com
         labels=labels,
         item_stride=most_items(data.schema, config, comm, sequences),
     )
-    negatives = Negatives(counts, drawn, config.loss.negative_power)
+    negatives = Negatives(counts, drawn, config.loss.negative_power, drawn_share(config, comm))
     return TrainLoader(windows(data, events.splits, config.data.max_history), assembler, negatives, sharing)
 
 
@@ -44,7 +45,8 @@ def _make_stream_loader(
     plan = LanePlan(stream, config.data.max_history, sharing)
     stride = most_items(data.schema, config, comm, plan.most_sequences(config.train.epochs))
     assembler = Assembler(data, np.zeros(len(data.item), bool), stream.stats, item_stride=stride)
-    negatives = Negatives(stream.counts, config.loss.negatives, config.loss.negative_power)
+    power = config.loss.negative_power
+    negatives = Negatives(stream.counts, config.loss.negatives, power, drawn_share(config, comm))
     return StreamLoader(plan, assembler, negatives)
 
 
@@ -53,4 +55,10 @@ def most_items(schema: Schema, config: Config, comm: Comm, sequences: int) -> in
     if comm.world_size == 1:
         return 0
     drawn = schema.items if config.loss.negatives == "all" else config.loss.negatives
-    return min(schema.items, sequences * (config.data.max_history + 1) + -(-drawn // comm.world_size))
+    return min(schema.items, sequences * (config.data.max_history + 1) + -(-drawn // drawn_share(config, comm).ranks))
+
+
+def drawn_share(config: Config, comm: Comm) -> DrawnShare:
+    """Which of a step's negatives this rank looks up."""
+    ranks = CandidateRanks(comm, config.loss.candidates)
+    return DrawnShare(ranks.place, ranks.ranks, ranks.alone)

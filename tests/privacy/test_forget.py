@@ -21,6 +21,7 @@ from flm_torchrec.config.schema import LossConfig, ModelConfig
 from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.data.hashing import remap_ids
 from flm_torchrec.data.schema import Feature, Schema, Table
+from flm_torchrec.distributed.candidates import CandidateRanks
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.files import temporary
 from flm_torchrec.model.pretrain import PretrainModel, user_weights
@@ -304,7 +305,11 @@ def test_the_tensors_of_users_are_those_of_the_model(tmp_path: Path) -> None:
     features = [Feature(n, "user", "categorical", n, table=n, cardinality=5) for n in ("user_country", "user_age")]
     schema = Schema("made", "up", users=20, items=9, interactions=50, features=tuple(features), tables=kinds)
     model = PretrainModel(
-        schema, ModelConfig(dim=8, attention_heads=1), LossConfig(), 5, Comm(0, 1, 1, torch.device("cpu"))
+        schema,
+        ModelConfig(dim=8, attention_heads=1),
+        LossConfig(),
+        5,
+        CandidateRanks(Comm(0, 1, 1, torch.device("cpu"))),
     )
     weights = {name for name in model.state_dict() if name.startswith("users.")}
     assert set(user_weights(schema).values()) == weights and len(weights) == 2

@@ -12,6 +12,7 @@ from flm_torchrec.distributed.sharders import BagSharder
 from flm_torchrec.planner.capacity import plan_on
 from flm_torchrec.planner.constraints import Rules
 from flm_torchrec.planner.hardware import make_cluster
+from flm_torchrec.planner.loss_work import LossWork
 from flm_torchrec.planner.plan import pipeline_of
 from flm_torchrec.planner.spec import Spec, TableSpec, workload_of_spec
 from flm_torchrec.planner.volume import sent_bytes
@@ -36,12 +37,22 @@ def test_estimates_are_near_what_is_counted(small: PreparedData, tmp_path: Path)
             found += counted["input"] + counted["lengths"] + counted["output"]
         assert said == pytest.approx(found, rel=0.1)
         sent = run["planned"]["sent"]
-        collectives = ("alltoall_base_", "_allgather_base_", "_reduce_scatter_base_")
-        counted = sum(rank["sent"].get(name, 0) for rank in run["measured"] for name in collectives) / 2
-        assert sent["ids"] + sent["vectors"] == pytest.approx(counted, rel=0.1)
+        for expected, part in ((sent["ids"] + sent["vectors"], "tables"), (sent["dense"], "dense")):
+            assert expected == pytest.approx(sum(rank["sent"][part] for rank in run["measured"]) / 2, rel=0.1)
+        for kind, measured in run["by_kind"].items():
+            # Of the losses: counts, which local does not need, rows, gradients. DDP: in the first step two more.
+            assert {rank["calls"]["loss"] for rank in measured} == {2 if kind == "local" else 3}
+            assert max(rank["calls"]["dense"] for rank in measured) <= 2
+            counted = ("targets", "items", "candidates")
+            work = LossWork(32, 2048, *(sum(rank[n] for rank in measured) / 2 for n in counted))
+            assert work.sent(kind, 2, 2) == pytest.approx(sum(rank["sent"]["loss"] for rank in measured) / 2, rel=0.15)
+            assert work.flop(kind, 2, 2) == pytest.approx(sum(rank["loss_flop"] for rank in measured) / 2, rel=0.15)
     larger = written["larger"]
     assert [row["ranks"] for row in larger] == [8, 16, 32, 64, 128, 256, 512, 1024]
-    assert larger[-1]["sent"]["loss"] == pytest.approx(larger[0]["sent"]["loss"] * 1023 / 7)
+    few, many = larger[0]["loss"], larger[-1]["loss"]
+    assert many["global"]["sent"] > 50 * few["global"]["sent"] and many["global"]["flop"] > 10 * few["global"]["flop"]
+    assert many["node"]["flop"] == few["node"]["flop"] and many["local"]["flop"] == few["local"]["flop"]
+    assert many["local"]["sent"] == pytest.approx(few["local"]["sent"] * 8 / 7, rel=0.02)
     assert (output / "study.svg").stat().st_size > 1000 and "| 1024 |" in done.stdout
 
 

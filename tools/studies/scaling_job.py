@@ -8,55 +8,84 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from flm_torchrec.config import load_config
+from flm_torchrec.data.batch import Batch
+from flm_torchrec.distributed.candidates import CandidateRanks
+from flm_torchrec.model.losses import Loss
+from flm_torchrec.model.rows import Shared
+from flm_torchrec.model.tower import Encoded
 from flm_torchrec.training.checkpoint.state import leaves, own_bytes
 from flm_torchrec.training.job import Job, open_inputs
 
 
 class Sent(TorchDispatchMode):
-    """Counts the bytes that this rank gives to each kind of collective, of DDP, of TorchRec and of this project alike.
+    """Counts the collectives of the tables (TorchRec), of the dense part (DDP) and of the losses, and their bytes.
 
     `bytes` are those that leave the rank: of an all-to-all the parts for others, as its split sizes say; of the other
     collectives what a ring sends (docs/scaling.md), from the size of the tensors.
     """
 
+    LOSS = ("all_gather", "gather_flat", "scatter_sum")
+    """Methods of `CandidateRanks` that are collectives."""
+
     def __init__(self, rank: int, ranks: int) -> None:
         super().__init__()
         self.rank, self.ranks = rank, ranks
+        self.in_loss = 0
+        """Ranks that a collective of the losses is among, while it runs; else 0."""
         self.bytes: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
+
+    def watch(self, candidates: CandidateRanks) -> None:
+        """Tell the collectives of the losses from the others."""
+        for name in self.LOSS:
+            ranks = self.ranks if name == "all_gather" else candidates.ranks
+            setattr(candidates, name, partial(self._within, getattr(candidates, name), ranks))
+
+    def _within(self, collective: Callable[[Tensor], Tensor], ranks: int, values: Tensor) -> Tensor:
+        self.in_loss = ranks
+        try:
+            return collective(values)
+        finally:
+            self.in_loss = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func.namespace == "c10d":
             name = func.overloadpacket._qualified_op_name.partition("::")[2]
-            self.calls[name] += 1
-            self.bytes[name] += self._sent(name, args)
+            part = "loss" if self.in_loss else "dense" if name in ("allreduce_", "broadcast_") else "tables"
+            self.calls[part] += 1
+            self.bytes[part] += self._sent(name, args)
         return func(*args, **(kwargs or {}))
 
     def _sent(self, name: str, args: tuple[Any, ...]) -> int:
-        others = self.ranks - 1
+        ranks = self.in_loss or self.ranks
+        others = ranks - 1
         if name == "alltoall_base_":
             payload, splits = args[1], args[4]
-            rows = splits or [len(payload) // self.ranks] * self.ranks
+            rows = splits or [len(payload) // ranks] * ranks
             row = _bytes(payload) // max(1, len(payload))
             return (sum(rows) - rows[self.rank]) * row
         if name == "allreduce_":
-            return 2 * others * _bytes(args[0]) // self.ranks
+            return 2 * others * _bytes(args[0]) // ranks
         if name == "_reduce_scatter_base_":
-            return others * _bytes(args[1]) // self.ranks
+            return others * _bytes(args[1]) // ranks
         if name == "reduce_scatter_":
-            return others * _bytes(args[1]) // self.ranks
+            return others * _bytes(args[1]) // ranks
         if name == "_allgather_base_":
             return others * _bytes(args[1])
         if name == "allgather_":
@@ -64,6 +93,25 @@ class Sent(TorchDispatchMode):
         if name in ("broadcast_", "barrier", "monitored_barrier_"):
             return 0
         raise ValueError(f"no rule for what {name} sends; add one")
+
+
+def in_place_flop(_: Any, left: Sequence[int], right: Sequence[int], **rest: Any) -> int:
+    """FLOP of `addmm_`, which PyTorch does not count, by the shapes of its factors."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+class CountedLoss:
+    """A loss, and the FLOP of its products of matrices: a softmax makes its gradients in its forward."""
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss, self.flop = loss, 0
+        self.learned, self.rows = loss.learned, loss.rows
+
+    def __call__(self, batch: Batch, encoded: Encoded, shared: Shared) -> tuple[Tensor, dict[str, Tensor]]:
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place_flop}) as products:
+            found = self.loss(batch, encoded, shared)
+        self.flop += products.get_total_flops()
+        return found
 
 
 class Passing:
@@ -90,15 +138,17 @@ def main(folder: str, steps: int, overrides: list[str]) -> None:
         job = Job(inputs)
         passing = Passing(job.model)
         job.model.train()
-        sent, candidates, targets = Sent(comm.rank, comm.world_size), 0, 0
+        dense = job.model.module.dense
+        sent, counts = Sent(comm.rank, comm.world_size), np.zeros(3)
+        sent.watch(dense.gather)
+        dense.losses = tuple(map(CountedLoss, dense.losses))
         for batch in islice(job.loader.after(0), steps):
             with sent:
                 job.optimizer.zero_grad()
                 loss, _ = job.model(batch)
                 loss.backward()
                 job.optimizer.step()
-            candidates += len(batch.candidates)
-            targets += len(torch.unique(batch.targets))
+            counts += [len(batch.candidates), len(batch.targets), len(torch.unique(batch.targets))]
         measured = {
             "rank": comm.rank,
             "weights": _local(job.model.state_dict()),
@@ -110,8 +160,8 @@ def main(folder: str, steps: int, overrides: list[str]) -> None:
             "process_growth": psutil.Process().memory_info().rss - before,
             "sent": {name: amount / steps for name, amount in sorted(sent.bytes.items())},
             "calls": {name: amount / steps for name, amount in sorted(sent.calls.items())},
-            "candidates": candidates / steps,
-            "targets": targets / steps,
+            "loss_flop": sum(loss.flop for loss in dense.losses) / steps,
+            **dict(zip(("candidates", "targets", "items"), (counts / steps).tolist(), strict=True)),
         }
         (Path(folder) / f"rank{comm.rank}.json").write_text(json.dumps(measured, indent=2), encoding="utf-8")
 

@@ -3,8 +3,9 @@
     python tools/studies/scaling_study.py --output runs/scaling -- data.path=data/synthetic
 
 Plans as `flm plan` does for each number of ranks, trains some steps by that very plan over gloo, and compares the
-memory and the bytes sent with what the plan said; then plans the same work per rank for larger clusters, where
-nothing is measured. Writes study.json, study.md and study.svg. What stands after `--` are settings.
+memory and the bytes sent with what the plan said. Counts bytes and FLOP of the losses by `loss.candidates`. Then plans
+the same work per rank for larger clusters, where nothing is measured. Writes study.json, study.md and study.svg. What
+stands after `--` are settings.
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from flm_torchrec.config import load_config
+from flm_torchrec.config import Config, load_config
 from flm_torchrec.planner.constraints import read_rules
 from flm_torchrec.planner.hardware import Cluster, make_cluster
+from flm_torchrec.planner.loss_work import KINDS, LossWork
 from flm_torchrec.planner.plan import pipeline_of
 from flm_torchrec.planner.whatif import Question
 from flm_torchrec.training.workload import workload_per_rank
 
 JOB = Path(__file__).with_name("scaling_job.py")
 SHARDINGS = ("auto", "row_wise")
-TABLE_COLLECTIVES = ("alltoall_base_", "_allgather_base_", "_reduce_scatter_base_", "reduce_scatter_")
-LOSS_COLLECTIVES = ("allgather_", "allreduce_")
+COUNTED = ("global", "local")
+"""Settings of `loss.candidates` that are counted; on one machine, node is global."""
 LARGER = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -72,8 +74,10 @@ def measure_and_plan(
     folder.mkdir(parents=True, exist_ok=True)
     plan = folder / "plan.json"
     plan.write_text(json.dumps(made["plan"]), encoding="utf-8")
-    measured = measure(folder, ranks, steps, [*settings, f"distributed.plan={plan}"])
-    return {"ranks": ranks, "sharding": sharding, "planned": made, "measured": measured}
+    planned = [*settings, f"distributed.plan={plan}"]
+    kinds = COUNTED if sharding == "auto" and ranks > 1 else COUNTED[:1]
+    by_kind = {kind: measure(folder, ranks, steps, [*planned, f"loss.candidates={kind}"]) for kind in kinds}
+    return {"ranks": ranks, "sharding": sharding, "planned": made, "measured": by_kind[COUNTED[0]], "by_kind": by_kind}
 
 
 def simulate(last: dict[str, Any], batch: int, given: Sequence[str], hardware: str) -> list[dict[str, Any]]:
@@ -85,21 +89,24 @@ def simulate(last: dict[str, Any], batch: int, given: Sequence[str], hardware: s
     for ranks in LARGER:
         made = question.report(make_cluster(hardware, 1, 0).of_size(ranks))
         sent = {"tables": made["sent"]["ids"] + made["sent"]["vectors"], "dense": made["sent"]["dense"]}
-        sent["loss"] = loss_bytes(last, ranks)
-        simulated.append({"ranks": ranks, "sent": sent, "step_ms": made["step_ms"], "memory_max": made["memory_max"]})
+        work = loss_work(last["measured"], config, as_counted=False)
+        node = min(ranks, make_cluster(hardware, 1, 0).per_node)
+        loss = {kind: {"sent": work.sent(kind, ranks, node), "flop": work.flop(kind, ranks, node)} for kind in KINDS}
+        told = {name: made[name] for name in ("step_ms", "memory_max")}
+        simulated.append({"ranks": ranks, "sent": sent, "loss": loss, **told})
     return simulated
 
 
-def loss_bytes(run: dict[str, Any], ranks: int) -> float:
-    """What a rank sends for the candidates of the softmax and of the contrast, all ranks' being seen by each.
+def loss_work(measured: Sequence[dict[str, Any]], config: Config, as_counted: bool) -> LossWork:
+    """What the losses of a measured run worked on.
 
-    Forward gathers C candidates (vector, id, two log-probabilities) and M targets (two vectors, id) of each rank;
-    backward sums the gradients of all ranks' vectors over the ranks.
+    Args:
+        as_counted: with the candidates that were counted, which in a small catalogue are often the same items.
     """
-    candidates, targets = _mean(run, "candidates"), _mean(run, "targets")
-    vector = 4 * run["planned"]["tables"][0]["dim"]
-    gathered = (ranks - 1) * (candidates * (vector + 16) + targets * (2 * vector + 8))
-    return gathered + 2 * (ranks - 1) * vector * (candidates + 2 * targets)
+    negatives = config.loss.negatives
+    assert negatives != "all"
+    shown = _mean(measured, "candidates") if as_counted else None
+    return LossWork(config.model.dim, negatives, _mean(measured, "targets"), _mean(measured, "items"), shown)
 
 
 def memory_row(run: dict[str, Any]) -> list[str]:
@@ -119,30 +126,49 @@ def memory_row(run: dict[str, Any]) -> list[str]:
 
 
 def sent_row(run: dict[str, Any]) -> list[str]:
-    """Planned and counted bytes that a rank sends in a step, on average."""
+    """Planned and counted bytes that a rank sends in a step for tables and dense part, on average."""
     sent = run["planned"]["sent"]
-    tables = sum(_sent(run, name) for name in TABLE_COLLECTIVES)
-    others = sum(_sent(run, name) for name in LOSS_COLLECTIVES)
     cells = []
-    for planned, counted in (
-        (sent["ids"] + sent["vectors"], tables),
-        (sent["dense"] + loss_bytes(run, run["ranks"]), others),
-    ):
+    for planned, part in ((sent["ids"] + sent["vectors"], "tables"), (sent["dense"], "dense")):
+        counted = _sent(run["measured"], part)
         cells += [f"{planned:,.0f}", f"{counted:,.0f}", f"{planned / counted - 1:+.1%}" if counted else ""]
     return [str(run["ranks"]), run["sharding"], *cells]
 
 
-def markdown(runs: Sequence[dict[str, Any]], larger: Sequence[dict[str, Any]], hardware: str) -> str:
-    """Three tables."""
+def loss_rows(run: dict[str, Any], config: Config) -> list[list[str]]:
+    """By setting that was counted: bytes that a rank sends for the losses in a step, and FLOP, with the formulas'."""
+    ranks, rows = run["ranks"], []
+    for kind, measured in run["by_kind"].items():
+        work = loss_work(measured, config, as_counted=True)
+        cells = [str(ranks), kind]
+        for counted, formula in (
+            (_sent(measured, "loss"), work.sent(kind, ranks, ranks)),
+            (_mean(measured, "loss_flop"), work.flop(kind, ranks, ranks)),
+        ):
+            cells += [f"{counted:,.0f}", f"{formula:,.0f}", f"{formula / counted - 1:+.1%}" if counted else ""]
+        calls = [sum(rank["calls"].values()) for rank in measured]
+        loss_calls = [rank["calls"].get("loss", 0) for rank in measured]
+        rows.append([*cells, f"{max(loss_calls):.0f}", f"{max(calls):.0f}"])
+    return rows
+
+
+def markdown(runs: Sequence[dict[str, Any]], larger: Sequence[dict[str, Any]], hardware: str, config: Config) -> str:
+    """Four tables."""
     memory = ["ranks", "sharding"]
     memory += [f"{part}, {side}" for part in ("weights", "state", "in/out") for side in ("planned", "counted")]
     memory += ["error, all ranks", "error, worst rank", "process grew, MiB"]
-    sent = ["ranks", "sharding", "tables, planned", "counted", "error", "dense and loss, planned", "counted", "error"]
-    simulated = ["ranks", "tables", "dense", "loss", "tables' step, ms", "of it communication", "memory, MiB"]
+    sent = ["ranks", "sharding", "tables, planned", "counted", "error", "dense, planned", "counted", "error"]
+    loss = ["ranks", "candidates", "bytes sent, counted", "formula", "error", "FLOP, counted", "formula", "error"]
+    loss += ["collectives", "of a step"]
+    simulated = ["ranks", "tables", "dense", *(f"loss, {kind}" for kind in KINDS)]
+    simulated += [f"GFLOP, {kind}" for kind in KINDS]
+    simulated += ["tables' step, ms", "of it communication", "memory, MiB"]
     rows = [
         [
             str(row["ranks"]),
-            *(f"{row['sent'][name]:,.0f}" for name in ("tables", "dense", "loss")),
+            *(f"{row['sent'][name]:,.0f}" for name in ("tables", "dense")),
+            *(f"{row['loss'][kind]['sent']:,.0f}" for kind in KINDS),
+            *(f"{row['loss'][kind]['flop'] / 1e9:,.1f}" for kind in KINDS),
             *(f"{row['step_ms'][part]:.3f}" for part in ("total", "communication")),
             f"{row['memory_max'] / 2**20:.1f}",
         ]
@@ -154,6 +180,8 @@ def markdown(runs: Sequence[dict[str, Any]], larger: Sequence[dict[str, Any]], h
             _table(memory, [memory_row(run) for run in runs]),
             "Bytes a rank sends in a step, on average, counted over gloo:",
             _table(sent, [sent_row(run) for run in runs if run["ranks"] > 1]),
+            "Of the losses, a rank's step on average, counted over gloo:",
+            _table(loss, [row for run in runs if run["sharding"] == "auto" for row in loss_rows(run, config)]),
             f"Simulated on the planner's topology of {hardware}, the same work per rank, nothing measured; bytes a rank"
             " sends in a step:",
             _table(simulated, rows),
@@ -166,18 +194,22 @@ def plot(runs: Sequence[dict[str, Any]], larger: Sequence[dict[str, Any]], file:
     plt.rcParams["svg.hashsalt"] = "flm"
     figure, axis = plt.subplots(figsize=(7, 4))
     auto = [run for run in runs if run["sharding"] == "auto" and run["ranks"] > 1]
-    kinds = {"tables": TABLE_COLLECTIVES, "dense and loss": LOSS_COLLECTIVES}
-    for colour, (name, collectives) in zip(("C0", "C1"), kinds.items(), strict=True):
-        points = [sum(_sent(run, kind) for kind in collectives) for run in auto]
-        axis.plot([run["ranks"] for run in auto], points, "o", color=colour, label=f"{name}, counted (CPU, gloo)")
-        parts = ("tables",) if name == "tables" else ("dense", "loss")
-        values = [sum(row["sent"][part] for part in parts) for row in larger]
-        axis.plot([row["ranks"] for row in larger], values, "--", color=colour, label=f"{name}, simulated")
+    lines = {"tables": [row["sent"]["tables"] for row in larger], "dense": [row["sent"]["dense"] for row in larger]}
+    points = {part: [(run["ranks"], _sent(run["measured"], part)) for run in auto] for part in lines}
+    for kind in KINDS:
+        lines[f"loss, {kind}"] = [row["loss"][kind]["sent"] for row in larger]
+        points[f"loss, {kind}"] = [
+            (run["ranks"], _sent(run["by_kind"][kind], "loss")) for run in auto if kind in run["by_kind"]
+        ]
+    for colour, name in enumerate(lines):
+        if points[name]:
+            axis.plot(*zip(*points[name], strict=True), "o", color=f"C{colour}", label=f"{name}, counted (CPU, gloo)")
+        axis.plot([row["ranks"] for row in larger], lines[name], "--", color=f"C{colour}", label=f"{name}, simulated")
     axis.set(xscale="log", yscale="log", xlabel="ranks", ylabel="bytes a rank sends in a step")
     axis.set_xticks([2, 4, *LARGER], [str(n) for n in (2, 4, *LARGER)])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(fontsize="x-small")
     figure.savefig(file, metadata={"Date": None}, bbox_inches="tight")
 
 
@@ -199,18 +231,18 @@ def main() -> None:
             runs.append(measure_and_plan(args.output, ranks, sharding, args.batch, args.steps, args.settings))
     larger = simulate(runs[-1], args.batch, args.settings, args.hardware)
     (args.output / "study.json").write_text(json.dumps({"runs": runs, "larger": larger}, indent=2), encoding="utf-8")
-    text = markdown(runs, larger, args.hardware)
+    text = markdown(runs, larger, args.hardware, load_config(None, args.settings))
     (args.output / "study.md").write_text(text + "\n", encoding="utf-8")
     plot(runs, larger, args.output / "study.svg")
     print(text)
 
 
-def _mean(run: dict[str, Any], name: str) -> float:
-    return sum(rank[name] for rank in run["measured"]) / len(run["measured"])
+def _mean(measured: Sequence[dict[str, Any]], name: str) -> float:
+    return sum(rank[name] for rank in measured) / len(measured)
 
 
-def _sent(run: dict[str, Any], name: str) -> float:
-    return sum(rank["sent"].get(name, 0.0) for rank in run["measured"]) / len(run["measured"])
+def _sent(measured: Sequence[dict[str, Any]], part: str) -> float:
+    return sum(rank["sent"].get(part, 0.0) for rank in measured) / len(measured)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

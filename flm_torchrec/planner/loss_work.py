@@ -1,0 +1,52 @@
+"""Bytes that a rank sends for the losses of a step, and the FLOP of their products, by `loss.candidates`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KINDS = ("global", "node", "local")
+SOFTMAXES = 4
+"""Of the default heads: content, collaborative, the same with an event left out, sequential."""
+
+
+@dataclass(frozen=True)
+class LossWork:
+    """The work of a rank's step; the same on each rank, so that a rank with more rows than others is not seen."""
+
+    dim: int
+    """Width of a head; an item's vector has twice that."""
+    negatives: int
+    """Drawn in a step."""
+    targets: float
+    """Of a rank."""
+    items: float
+    """Different items among them."""
+    shown: float | None = None
+    """Different candidates that a rank shows to others, counted; None: targets and negatives are all different."""
+
+    def sent(self, kind: str, ranks: int, node: int) -> float:
+        """Bytes that leave a rank.
+
+        An all-gather of what R ranks show each sends R - 1 times a rank's part, a reduce-scatter back as much. Of a
+        candidate that is a vector, an id and two log-probabilities, and back the vector; of an item of the contrast
+        two vectors half as wide and an id, and back the vectors.
+
+        Args:
+            node: ranks of a node.
+        """
+        vector, number = 4 * 2 * self.dim, 8
+        others = (node if kind == "node" else ranks) - 1
+        if kind == "local":
+            return others * (self.negatives / ranks * (2 * vector + 2 * number) + number)
+        shown = self.shown or self.items + self.negatives / (others + 1)
+        rows = shown * (2 * vector + 2 * number) + self.items * (2 * vector + number)
+        return others * (rows + number) + (ranks - 1) * 3 * number
+
+    def flop(self, kind: str, ranks: int, node: int) -> float:
+        """Of the products: logits, and the gradients of queries and candidates, two for each number."""
+        near = {"global": ranks, "node": node, "local": 1}[kind]
+        candidates = near * self.items + self.negatives
+        if self.shown and kind != "local":
+            candidates = near * self.shown
+        softmax = self.targets * candidates * SOFTMAXES + self.items * near * self.items * 2
+        return 3 * 2 * self.dim * softmax

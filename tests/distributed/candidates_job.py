@@ -1,0 +1,196 @@
+"""Run by test_candidates as several ranks: losses over the candidates of all, of a node's ranks, of a rank alone.
+
+Arguments: ranks of a node, of which there are more than one in pretence; file for what rank 0 counted. Every rank makes
+up the batches of all ranks, and compares its loss and gradients with those of one process that is written out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flm_torchrec.config.schema import DistributedConfig, LossConfig
+from flm_torchrec.distributed.candidates import CandidateRanks
+from flm_torchrec.distributed.comm import Comm, process_group
+from flm_torchrec.model.losses import SHORTEST, Loss, make_losses
+from flm_torchrec.model.rows import share
+
+ITEMS, DIM = 40, 8
+DRAWN = 21  # divides by no number of ranks here
+
+
+@dataclass
+class Vectors:
+    """What the tower gives; leaves of autograd."""
+
+    items: Tensor
+    id_items: Tensor
+    content_items: Tensor
+    query: Tensor
+    left_out: Tensor
+
+    @property
+    def representations(self) -> dict[str, Tensor]:
+        return {"content": self.query, "collaborative": self.query * 2, "sequential": self.query.flip(1)}
+
+
+def made(rank: int, kind: str, ranks: CandidateRanks, negatives: int) -> tuple[Any, Vectors]:
+    """The batch of a rank, with its part of the negatives; the last rank has no sequences at all."""
+    noise = torch.Generator().manual_seed(100 + rank)
+    last = rank == ranks.world_size - 1
+    lengths = torch.tensor([0, 0] if last else [3 + rank, 2])
+    targets = torch.randint(0, ITEMS, (int(lengths.sum()),), generator=noise)
+    drawn = torch.randint(0, ITEMS, (negatives,), generator=torch.Generator().manual_seed(5))
+    own = drawn[rank % ranks.ranks :: ranks.ranks]
+    candidates = torch.cat([torch.unique(targets), own]) if kind == "local" else torch.cat([targets, own]).unique()
+    items = torch.unique(torch.cat([targets, candidates]))
+    sampled = torch.log1p(-torch.rand(ITEMS, 2, generator=torch.Generator().manual_seed(6)) / 9)
+    batch = SimpleNamespace(
+        items=items, targets=torch.searchsorted(items, targets), candidates=torch.searchsorted(items, candidates),
+        lengths=lengths, log_not_sampled=sampled[candidates],
+    )  # fmt: skip
+    shapes = [len(items), len(items), len(items), len(targets), len(targets)]
+    # Short vectors: the softmax bounds probabilities at the least float32, the loss written out does not.
+    vectors = Vectors(*((torch.randn(n, 2 * DIM, generator=noise) / 4).requires_grad_() for n in shapes))
+    with torch.no_grad():
+        vectors.id_items[0] = 0.0  # an id that says nothing yet
+    return batch, vectors
+
+
+def expected(
+    made_by: list[tuple[Any, Vectors]], rank: int, near: list[int], pool: list[int], negatives: int
+) -> dict[str, Tensor]:
+    """The losses of a rank, written out: targets of the ranks `near` and the drawn items of `pool` are candidates."""
+    batch, own = made_by[rank]
+    total = sum(len(b.targets) for b, _ in made_by)
+    in_batch = sum(len(made_by[r][0].targets) for r in near)
+    known: dict[int, tuple[Tensor, Tensor]] = {}
+    own_targets = {r: len(torch.unique(b.targets)) if near != pool else 0 for r, (b, _) in enumerate(made_by)}
+    parts = [(r, range(own_targets[r])) for r in near]
+    parts += [(r, range(own_targets[r], len(made_by[r][0].candidates))) for r in pool]
+    for r, places in parts:
+        of, vectors = made_by[r]
+        for place in places:
+            at = of.candidates[place]
+            known.setdefault(int(of.items[at]), (vectors.items[at], of.log_not_sampled[place]))
+    ids = list(known)
+    matrix = torch.stack([v for v, _ in known.values()])
+    missing = torch.stack([p for _, p in known.values()])
+    log_q = torch.log(-torch.expm1(in_batch * missing[:, 0] + negatives * missing[:, 1]))
+    found: dict[str, Tensor] = {}
+    sequence = torch.repeat_interleave(torch.arange(len(batch.lengths)), batch.lengths).tolist()
+    wanted = [int(batch.items[t]) for t in batch.targets]
+    queries = {**own.representations, "left_out": own.left_out}
+    for name, whole in queries.items():
+        half = slice(DIM, None) if name in ("collaborative", "left_out") else slice(0, DIM)
+        query, seen = whole[:, half], matrix[:, half]
+        summed = query.sum() * 0
+        for t, item in enumerate(wanted):
+            others = [u for u in range(len(wanted)) if sequence[u] == sequence[t] and (name == "left_out" or u < t)]
+            hidden = {wanted[u] for u in others} - {item}
+            true = torch.tensor([i == item for i in ids])
+            scores = seen @ query[t] / 0.07 - torch.where(true, 0.0, log_q)  # a target is a candidate with certainty
+            kept = torch.tensor([i not in hidden for i in ids])
+            summed = summed - F.log_softmax(scores[kept], 0)[[i for i in ids if i not in hidden].index(item)]
+        found[name] = summed / total
+    found["attribute"] = _contrast(made_by, rank, near) * in_batch / total
+    return found
+
+
+def _contrast(made_by: list[tuple[Any, Vectors]], rank: int, near: list[int]) -> Tensor:
+    pairs: dict[int, tuple[int, Tensor, Tensor]] = {}
+    for r in near:
+        batch, vectors = made_by[r]
+        for at in torch.unique(batch.targets):
+            one = vectors.id_items[at]
+            if bool(one.any()):
+                both = F.normalize(one[:DIM], dim=0, eps=SHORTEST), F.normalize(vectors.content_items[at, :DIM], dim=0)
+                pairs.setdefault(int(batch.items[at]), (r, *both))
+    if not pairs:
+        return made_by[rank][1].items.sum() * 0
+    ids = torch.stack([one for _, one, _ in pairs.values()])
+    contents = torch.stack([one for _, _, one in pairs.values()])
+    scores = math.exp(2.0) * ids @ contents.T
+    mine = torch.tensor([r == rank for r, _, _ in pairs.values()])
+    summed = F.log_softmax(scores, 1).diag()[mine].sum() + F.log_softmax(scores.T, 1).diag()[mine].sum()
+    return -summed / (2 * len(pairs))
+
+
+class Counted(CandidateRanks):
+    """Counts what it exchanges: float32 values that come in, and collectives."""
+
+    values, calls = 0, 0
+
+    def gather_flat(self, values: Tensor) -> Tensor:
+        found = super().gather_flat(values)
+        self.values, self.calls = self.values + found.numel(), self.calls + 1
+        return found
+
+    def scatter_sum(self, values: Tensor) -> Tensor:
+        self.values, self.calls = self.values + values.numel(), self.calls + 1
+        return super().scatter_sum(values)
+
+    def all_gather(self, numbers: Tensor) -> Tensor:
+        found = super().all_gather(numbers)
+        self.values, self.calls = self.values + 2 * found.numel(), self.calls + 1
+        return found
+
+
+def compare(comm: Comm, kind: str, negatives: int) -> Counted:
+    """Loss by loss and gradient by gradient."""
+    config = LossConfig(negatives=negatives, attribute=0.5)
+    ranks = Counted(comm, kind)  # type: ignore[arg-type]
+    ranks.check()
+    losses: tuple[Loss, ...] = make_losses(config, described=True, gather=ranks)
+    batch, vectors = made(comm.rank, kind, ranks, negatives)
+    parts = share([loss.rows(batch, vectors) for loss in losses], batch.targets, ranks)  # type: ignore[arg-type]
+    weighted, told = zip(*(loss(batch, vectors, p) for loss, p in zip(losses, parts, strict=True)), strict=True)  # type: ignore[arg-type]
+    sum(weighted).backward()  # type: ignore[union-attr]
+
+    made_by = [made(rank, kind, ranks, negatives) for rank in range(comm.world_size)]
+    everyone = list(range(comm.world_size))
+
+    def reference(rank: int) -> dict[str, Tensor]:
+        node = [r for r in everyone if r // comm.local_world_size == rank // comm.local_world_size]
+        near, pool = {"global": (everyone, everyone), "node": (node, node), "local": ([rank], everyone)}[kind]
+        return expected(made_by, rank, near, pool, negatives)
+
+    for name, value in reference(comm.rank).items():
+        torch.testing.assert_close(
+            {**told[0], **told[1]}[name], value.detach(), rtol=1e-4, atol=1e-5, msg=f"{kind} {name}"
+        )
+    weight = {"attribute": config.attribute}
+    sum(weight.get(n, 1.0) * v for rank in everyone for n, v in reference(rank).items()).backward()  # type: ignore[union-attr]
+    for field in fields(Vectors):
+        mine, wanted = getattr(vectors, field.name).grad, getattr(made_by[comm.rank][1], field.name).grad
+        nothing = torch.zeros_like(getattr(vectors, field.name))
+        torch.testing.assert_close(
+            nothing if mine is None else mine, nothing if wanted is None else wanted, rtol=1e-3, atol=1e-5,
+            msg=f"{kind}, gradient of {field.name}",
+        )  # fmt: skip
+    return ranks
+
+
+def main(local: int, output: Path) -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = str(local)
+    counted = {}
+    with process_group(DistributedConfig(device="cpu", threads=1)) as comm:
+        for kind, negatives in (("global", DRAWN), ("node", DRAWN), ("local", DRAWN), ("local", 24)):
+            ranks = compare(comm, kind, negatives)
+            counted[f"{kind} {negatives}"] = {"values": ranks.values, "calls": ranks.calls}
+        if comm.main:
+            output.write_text(json.dumps(counted))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
