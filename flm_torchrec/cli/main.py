@@ -109,6 +109,8 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
         load,
         plan,
         prepare,
+        pull,
+        push,
         recommend,
         report,
         serve,
@@ -119,7 +121,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     parser.add_argument("--version", action="store_true", help="print the versions of flm_torchrec and its libraries")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     steps = (prepare, plan, train, finetune, follow, evaluate, export, apply_delta, load, recommend, serve)
-    for command in (*steps, export_events, inspect, report, forget):
+    for command in (*steps, export_events, inspect, report, push, pull, forget):
         command.add_parser(subparsers)
     return parser, subparsers
 

@@ -1,0 +1,124 @@
+"""README.md of a hub folder: what the run itself says of its data, model and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flm_torchrec.config import load_config
+from flm_torchrec.data.schema import Schema
+from flm_torchrec.documents import Unreadable, read_json
+from flm_torchrec.safe_text import visible
+from flm_torchrec.training.identity import VOCABULARY
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CARD = """---
+library_name: flm_torchrec
+license: unknown
+tags: [recommendation, sequential-recommendation]
+---
+
+# {name}
+
+A recommender with a content, a collaborative and a sequential head, and their fusion, made by flm_torchrec. It ranks
+the items of one catalogue for users with a history.
+
+## Data
+
+{source}: {users:,} users, {items:,} items, {interactions:,} events. Item features: {item_features}. User features:
+{user_features}. Split: `{split}`. This folder has the keys of all users and items, and no events.
+
+## Model
+
+{dim} dimensions, {layers} layers. Parameters: {dense:,} in the dense part, {tables:,} in tables. Best of the
+validations by `{select}`, at step {step:,}.
+
+## Metrics
+
+{metrics}
+
+They are those of one training. How much they vary between seeds is not known from one run.
+
+## Intended use
+
+Recommending these items to users of the same service, and fine-tuning on related data (`flm finetune`). Check the
+numbers on events of your own before people see the recommendations.
+
+## Limits
+
+* Offline metrics reward what users found by themselves or were shown at the time. They do not say what users would
+  like.
+* Popular items may be recommended more often than their share of the events. Items without events are represented by
+  their features alone.
+* Vectors of users are made of their events. Treat them, and the keys in `vocabulary/`, as personal data.
+* The licence is for the owner of the data to name: replace `unknown` above.
+
+## Load it
+
+```sh
+flm pull FOLDER runs/{name}
+flm evaluate --run runs/{name} --data.path DATA    # DATA: the data that 'flm prepare' made for this run
+flm export --run runs/{name} --data.path DATA --output exports/{name}
+```
+"""
+
+
+def model_card(run: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """The card as Markdown.
+
+    Args:
+        meta: of the best checkpoint.
+        tensors: of the model, by name.
+    """
+    config = load_config(run / "config.yaml")
+    schema = Schema.load(run / VOCABULARY / "schema.yaml")
+    dense = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("model.dense."))
+    return CARD.format(
+        name=visible(run.resolve().name),
+        source=visible(schema.name),
+        users=schema.users,
+        items=schema.items,
+        interactions=schema.interactions,
+        item_features=_names(schema, "item"),
+        user_features=_names(schema, "user"),
+        split=config.data.split,
+        dim=config.model.dim,
+        layers=config.model.layers,
+        dense=dense,
+        tables=sum(tensor.numel() for tensor in tensors.values()) - dense,
+        select=config.train.select,
+        step=meta["step"],
+        metrics=_metrics(run, meta),
+    )
+
+
+def _names(schema: Schema, entity: str) -> str:
+    return ", ".join(f"`{visible(feature.name)}`" for feature in schema.features if feature.entity == entity) or "none"
+
+
+def _metrics(run: Path, meta: Mapping[str, Any]) -> str:
+    """The table of `flm evaluate` on the test events if there is one, else the validation of the fused head."""
+    file = run / "evaluation-test.json"
+    try:
+        found = read_json(file) if file.is_file() else None
+        if found is not None:
+            rows, users = {visible(name): row for name, row in found["table"].items()}, int(found["users"])
+            return _table(f"test, {users:,} users, every item ranked", rows)
+    except (Unreadable, KeyError, TypeError, ValueError, AttributeError):
+        pass  # the card then has the metrics of the checkpoint, as if nothing had been evaluated
+    rows = {}
+    for name, value in meta["valid"].items():
+        head, metric = name.split("/")
+        rows.setdefault(head, {})[metric] = value
+    return _table("validation", {"fused": rows["fused"]} if "fused" in rows else rows)
+
+
+def _table(title: str, rows: Mapping[str, Mapping[str, float]]) -> str:
+    columns = list(next(iter(rows.values())))
+    lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | " + " | ".join(f"{float(row[c]):.4f}" if c in row else "" for c in columns) + " |")
+    return "\n".join(lines)
