@@ -56,7 +56,7 @@ def label_events(data: PreparedData, cohort: np.ndarray, threshold: float, share
         DataError: the labels of a part are all the same, or a part has none.
     """
     users = np.random.default_rng(0).permutation(np.flatnonzero(cohort))  # the same test users for any seed
-    part = np.full(data.schema.users, -1)
+    part = np.full(data.schema.users, -1, np.int8)
     for number, members in enumerate(np.split(users, [int(0.6 * len(users)), int(0.8 * len(users))])):
         part[members] = number
     of_event = np.repeat(part, np.diff(data.offsets))

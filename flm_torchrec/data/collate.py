@@ -70,7 +70,7 @@ class Assembler:
         self.stats = TrainStats.of(data, train_mask, values=labels is None) if stats is None else stats
         self.coding = HistoryCoding(self.stats.value_mean, self.stats.value_scale, data.schema.timestamps)
         if labels is None:
-            labels = np.full(len(train_mask), np.nan, np.float32)
+            labels = np.broadcast_to(np.float32(np.nan), len(train_mask))
         self.events = TrainEvents(**vars(data.events), learnable=train_mask, label=labels)
         self.item_features = [f for f in data.schema.features if f.entity == "item" and f.sparse]
         self.user_features = [f for f in data.schema.features if f.entity == "user" and f.sparse]

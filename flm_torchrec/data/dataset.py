@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,16 +12,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from flm_torchrec.data.columns import CodedText
+from flm_torchrec.data.event_files import as_data_error, check_columns
 from flm_torchrec.data.history import Events
+from flm_torchrec.data.load_events import load_events
+from flm_torchrec.data.row_groups import RowGroups
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.documents import read_json
 from flm_torchrec.errors import DataError
 from flm_torchrec.files import sha256
 
-EVENT_COLUMNS = ("item_id", "timestamp", "event", "value")
+BLOCK_ROWS = 2**20
+"""Events of a block, unless one user has more: bounds what is made of events beside their columns."""
 
 
 def spans(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -98,20 +101,29 @@ class EntityFeatures:
 
 
 @dataclass(frozen=True)
-class PreparedData:
-    """What `flm prepare` wrote, in memory: 24 bytes per interaction in these arrays, and the strings of `segment`.
+class EventBlock:
+    """Events of neighbouring users."""
 
-    Loading needs more for a time: a process grows by about 80 bytes per interaction.
+    rows: slice
+    """Of the arrays of interactions."""
+    users: np.ndarray  # [n] int64: the user of each event
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What `flm prepare` wrote: 17 bytes an interaction in these arrays, 4 more with `segment`.
+
+    Large columns are mapped from disk, see `columns.new_column`.
     """
 
     path: Path
     schema: Schema
     offsets: np.ndarray  # [users + 1] int64, into the arrays of interactions
-    item: np.ndarray  # [interactions] int64
+    item: np.ndarray  # [interactions] int32, int64 if there are more than 2^31 items
     timestamp: np.ndarray  # [interactions] int64, seconds, ascending in a user
-    event: np.ndarray  # [interactions] int32
+    event: np.ndarray  # [interactions] unsigned, as narrow as the number of kinds allows
     value: np.ndarray  # [interactions] float32
-    segment: np.ndarray | None  # [interactions] str
+    segment: CodedText | None  # [interactions]
     items: EntityFeatures
     users: EntityFeatures
 
@@ -121,8 +133,37 @@ class PreparedData:
         return Events(self.item, self.timestamp, self.event, self.value)
 
     def event_users(self) -> np.ndarray:
-        """[interactions] int64: the user of each event."""
+        """[interactions] int64: the user of each event. Where there may be many events, take `blocks`."""
         return np.repeat(np.arange(self.schema.users), np.diff(self.offsets))
+
+    def blocks(self) -> Iterator[EventBlock]:
+        """All events, about BLOCK_ROWS at a time; a user's are in one block."""
+        rows = int(self.offsets[-1])
+        wanted = np.searchsorted(self.offsets, np.arange(BLOCK_ROWS, rows, BLOCK_ROWS))
+        ends = np.unique(np.append(wanted, self.schema.users))
+        for first, last in zip([0, *ends[:-1]], ends, strict=True):
+            lengths = np.diff(self.offsets[first : last + 1])
+            users = np.repeat(np.arange(first, last), lengths)
+            yield EventBlock(slice(int(self.offsets[first]), int(self.offsets[last])), users)
+
+    @property
+    def no_events(self) -> np.ndarray:
+        """[interactions] bool: an empty choice of events, in no memory."""
+        return np.broadcast_to(np.False_, len(self.item))
+
+    def users_of(self, mask: np.ndarray) -> np.ndarray:
+        """[interactions] bool → [users] bool: users with such an event."""
+        found = np.zeros(self.schema.users, bool)
+        for block in self.blocks():
+            found[block.users[mask[block.rows]]] = True
+        return found
+
+    def item_counts(self, mask: np.ndarray) -> np.ndarray:
+        """[interactions] bool → [items] int64: such events of each item."""
+        counts = np.zeros(self.schema.items, np.int64)
+        for block in self.blocks():
+            np.add.at(counts, self.item[block.rows][mask[block.rows]], 1)
+        return counts
 
     @cached_property
     def fingerprint(self) -> str:
@@ -174,88 +215,25 @@ def load_prepared(
     schema = Schema.load(path / "schema.yaml")
     if features != "all":
         schema = schema.keeping(() if features == "none" else features, path)
-    columns = ["user_id", *EVENT_COLUMNS]
-    only = None if users is None else pc.field("user_id").isin(users)
-    tables = [_read(file, columns, ("segment",), only) for file in interaction_files(path)]
-    table = pa.concat_tables(tables)
-    arrays = {name: table[name].to_numpy() for name in columns}
-    if len(table) == 0:
-        raise DataError(f"{path / 'interactions'}: no rows; check the filters given to 'flm prepare'")
-    check_rows(arrays["user_id"], arrays["item_id"], schema, path)
-    counts = np.bincount(arrays["user_id"], minlength=schema.users)
     return PreparedData(
         path=path,
         schema=schema,
-        offsets=np.concatenate([[0], np.cumsum(counts)]),
-        item=arrays["item_id"],
-        timestamp=arrays["timestamp"],
-        event=arrays["event"],
-        value=arrays["value"],
-        segment=table["segment"].to_numpy() if "segment" in table.column_names else None,
+        **vars(load_events(RowGroups(path), schema, users)),
         items=load_entity(path / "items.parquet", schema, "item", schema.items),
         users=load_entity(path / "users.parquet", schema, "user", schema.users),
     )
 
 
-def interaction_files(path: Path) -> list[Path]:
-    """The files of interactions, in order of `user_id`.
-
-    Raises:
-        DataError: there are none.
-    """
-    files = sorted((path / "interactions").glob("*.parquet"))
-    if not files:
-        raise DataError(f"{path / 'interactions'}: no Parquet file; prepare the data again")
-    return files
-
-
-@contextmanager
-def as_data_error(file: Path) -> Iterator[None]:
-    """Raise what Arrow says about a file that it cannot read as a DataError that names the file."""
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
-
-
-def check_columns(file: Path, columns: Sequence[str], present: Sequence[str]) -> None:
-    """Raise DataError where one of the columns is not among those that the file has."""
-    missing = [c for c in columns if c not in present]
-    if missing:
-        raise DataError(f"{file}: no column '{missing[0]}' (it has {', '.join(present)})")
-
-
-def _read(
-    file: Path, columns: list[str], optional: tuple[str, ...] = (), only: pc.Expression | None = None
-) -> pa.Table:
+def _read(file: Path, columns: list[str]) -> pa.Table:
     if not file.is_file():
         raise DataError(f"{file}: not found; prepare the data again")
     with as_data_error(file):
-        present = pq.read_schema(file).names
-        check_columns(file, columns, present)
-        return pq.read_table(file, columns=columns + [c for c in optional if c in present], filters=only)
+        check_columns(file, columns, pq.read_schema(file).names)
+        return pq.read_table(file, columns=columns)
 
 
 def _keys(file: Path, column: str) -> list[str]:
     return _read(file, [column])[column].to_pylist()
-
-
-def check_rows(user: np.ndarray, item: np.ndarray, schema: Schema, path: Path, first: int = 0, after: int = 0) -> None:
-    """Raise DataError where an id is outside the schema, or users are not in order.
-
-    Args:
-        first: number of the first row, for the message.
-        after: user of the row before the first.
-    """
-    for ids, size, name in ((user, schema.users, "user_id"), (item, schema.items, "item_id")):
-        if ids.min() < 0 or ids.max() >= size:
-            bad = int(np.flatnonzero((ids < 0) | (ids >= size))[0])
-            raise DataError(
-                f"{path / 'interactions'}: row {first + bad} has {name} {ids[bad]}, outside 0 … {size - 1} of"
-                " schema.yaml"
-            )
-    if user[0] < after or np.any(user[1:] < user[:-1]):
-        raise DataError(f"{path / 'interactions'}: rows are not sorted by user_id; prepare the data again")
 
 
 def load_entity(file: Path, schema: Schema, entity: str, rows: int) -> EntityFeatures:

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flm_torchrec.data.dataset import EVENT_COLUMNS, as_data_error, check_columns, interaction_files
+from flm_torchrec.data.event_files import EVENT_COLUMNS, as_data_error, check_columns, interaction_files
+from flm_torchrec.errors import DataError
 
 BATCH = 2**17
 """Rows that `scan` reads at once."""
@@ -42,12 +43,30 @@ class RowGroups:
         """Number of interactions."""
         return int(self.starts[-1])
 
-    def scan(self, columns: Sequence[str]) -> Iterator[tuple[np.ndarray, ...]]:
-        """One pass over all rows, in order: parts of at most BATCH rows, none empty."""
+    def has(self, column: str) -> bool:
+        """Whether a file has the column."""
+        return any(column in meta.schema.names for meta in self.metadata)
+
+    def batches(self, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:
+        """One pass over all rows, in order: parts of at most BATCH rows, none empty.
+
+        Args:
+            optional: columns that are read where a file has them.
+
+        Raises:
+            DataError: a file is broken, or a row has no value in one of the columns.
+        """
         for number, file in enumerate(self.files):
+            wanted = [*columns, *(name for name in optional if name in self.metadata[number].schema.names)]
             with as_data_error(file):
-                batches = self._open(number).iter_batches(BATCH, columns=list(columns))
-                yield from (tuple(batch[name].to_numpy() for name in columns) for batch in batches if len(batch))
+                for batch in filter(len, self._open(number).iter_batches(BATCH, columns=wanted)):
+                    _check_complete(file, batch, columns)
+                    yield batch
+
+    def scan(self, columns: Sequence[str]) -> Iterator[tuple[np.ndarray, ...]]:
+        """As `batches`, as arrays."""
+        for batch in self.batches(columns):
+            yield tuple(batch[name].to_numpy() for name in columns)
 
     def read(self, start: int, stop: int, columns: Sequence[str] = EVENT_COLUMNS) -> dict[str, np.ndarray]:
         """The columns of the rows `start:stop`, all of one file. Reading ends with the last of these rows."""
@@ -70,3 +89,10 @@ class RowGroups:
 
     def _open(self, number: int) -> pq.ParquetFile:
         return pq.ParquetFile(self.files[number], metadata=self.metadata[number], buffer_size=BUFFER)
+
+
+def _check_complete(file: Path, batch: pa.RecordBatch, columns: Sequence[str]) -> None:
+    """Raise DataError where a row has no value in one of the columns."""
+    for name in columns:
+        if batch[name].null_count:
+            raise DataError(f"{file}: a row has no '{name}'; prepare the data again")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flm_torchrec.data.columns import new_column
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.errors import DataError
@@ -47,8 +48,13 @@ class Splits:
 
     def train_mask(self, data: PreparedData) -> np.ndarray:
         """[interactions] bool: the events that may be learnt from."""
-        mask = np.arange(len(data.item)) < np.repeat(self.train_end, np.diff(data.offsets))
-        return mask if self.cold_items is None else mask & ~self.cold_items[data.item]
+        mask = new_column(len(data.item), bool)
+        for block in data.blocks():
+            rows = np.arange(block.rows.start, block.rows.stop)
+            mask[block.rows] = rows < self.train_end[block.users]
+            if self.cold_items is not None:
+                mask[block.rows] &= ~self.cold_items[data.item[block.rows]]
+        return mask
 
 
 def sampled(count: int, most: int, seed: int) -> np.ndarray:
@@ -114,7 +120,8 @@ def rule_of(data: PreparedData, kind: str, holdout: float) -> Rule:
         valid_from, test_from = np.quantile(data.timestamp, [1 - 2 * holdout, 1 - holdout], method="higher")
         return Rule(kind, valid_from, test_from)
     if kind == "cold-start":
-        seen = np.bincount(data.item, minlength=data.schema.items) > 0
+        seen = np.zeros(data.schema.items, bool)
+        seen[data.item] = True
         return cold_rule(seen, np.diff(data.offsets), holdout)
     return Rule(kind)
 
@@ -164,11 +171,12 @@ def _leave_one_out(data: PreparedData, _: Rule) -> Splits:
 
 
 def _by_time(data: PreparedData, rule: Rule) -> Splits:
-    users = data.event_users()
 
     def before(cut: float) -> np.ndarray:
-        counts = np.bincount(users[data.timestamp < cut], minlength=data.schema.users)
-        return data.offsets[:-1] + counts
+        ends = data.offsets[:-1].copy()
+        for block in data.blocks():
+            np.add.at(ends, block.users[data.timestamp[block.rows] < cut], 1)
+        return ends
 
     train_end, valid_end, ends = before(rule.valid_from), before(rule.test_from), data.offsets[1:]
     in_valid, in_test = np.flatnonzero(valid_end > train_end), np.flatnonzero(ends > valid_end)
@@ -183,17 +191,15 @@ def _cold_start(data: PreparedData, rule: Rule) -> Splits:
     cold_item, cold_user = rule.cold_items, rule.cold_users
     assert cold_item is not None and cold_user is not None
     warm = _leave_one_out(data, rule)
-    users = data.event_users()
-    later = np.arange(len(data.item)) > data.offsets[users]  # a user's first event has no history to predict it from
 
     def examples(part: int, last: Examples) -> Examples:
-        events = np.flatnonzero((cold_item[data.item] == part) & later)
+        cold = _cold_events(data, cold_item == part)
         parts = {
             "warm": last.take(np.flatnonzero(cold_user[last.user] == 0)),
             "cold user": warm.test.take(np.flatnonzero(cold_user[warm.test.user] == part)),
         }
         parts = {name: e.take(np.flatnonzero(cold_item[data.item[e.end]] == 0)) for name, e in parts.items()}
-        parts[COLD_ITEM] = Examples(users[events], events)
+        parts[COLD_ITEM] = cold
         return Examples(
             user=np.concatenate([e.user for e in parts.values()]),
             end=np.concatenate([e.end for e in parts.values()]),
@@ -202,6 +208,17 @@ def _cold_start(data: PreparedData, rule: Rule) -> Splits:
 
     train_end = np.where(cold_user > 0, data.offsets[:-1], warm.train_end)
     return Splits(train_end, examples(1, warm.valid), examples(2, warm.test), cold_item > 0)
+
+
+def _cold_events(data: PreparedData, cold: np.ndarray) -> Examples:
+    """All events of the items `cold` [items] bool that have a history to predict them from: not a user's first."""
+    users, ends = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for block in data.blocks():
+        rows = np.arange(block.rows.start, block.rows.stop)
+        found = cold[data.item[block.rows]] & (rows > data.offsets[block.users])
+        users.append(block.users[found])
+        ends.append(rows[found])
+    return Examples(np.concatenate(users), np.concatenate(ends))
 
 
 def _drawn_parts(rng: np.random.Generator, ids: np.ndarray, share: float, size: int) -> np.ndarray:

@@ -8,11 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flm_torchrec.data.dataset import (
-    PreparedData,
-    check_rows,
-    load_prepared,
-)
+from flm_torchrec.data.dataset import PreparedData, load_prepared
+from flm_torchrec.data.event_files import RowChecks
 from flm_torchrec.data.row_groups import RowGroups
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import Rule, check_timestamps, cold_rule, lasting, nothing_left, sampled
@@ -68,7 +65,7 @@ def load_streamed(
 
 def hide_values(data: PreparedData) -> PreparedData:
     """The same data with all values 1, for a model that must not see them."""
-    hidden = replace(data, value=np.ones_like(data.value))
+    hidden = replace(data, value=np.broadcast_to(np.float32(1), data.value.shape))
     if isinstance(hidden, StreamedData):
         stats = replace(hidden.stream.stats, value_scale=0.0)
         hidden = replace(hidden, stream=replace(hidden.stream, stats=stats))
@@ -77,15 +74,11 @@ def hide_values(data: PreparedData) -> PreparedData:
 
 def _users_and_items(groups: RowGroups, schema: Schema) -> tuple[np.ndarray, np.ndarray]:
     """[users + 1] first row of each user, and [items] bool: the items that occur. Checks all ids."""
-    events, seen = np.zeros(schema.users, np.int64), np.zeros(schema.items, bool)
-    row, newest = 0, 0
-    for user, item in groups.scan(["user_id", "item_id"]):
-        check_rows(user, item, schema, groups.path, row, newest)
-        starts = np.flatnonzero(np.concatenate([[True], user[1:] != user[:-1]]))
-        events[user[starts]] += np.diff(np.append(starts, len(user)))
+    checks, seen = RowChecks(groups.path, schema), np.zeros(schema.items, bool)
+    for user, item, event in groups.scan(["user_id", "item_id", "event"]):
+        checks.add(user, item, event)
         seen[item] = True
-        row, newest = row + len(user), int(user[-1])
-    return np.concatenate([[0], np.cumsum(events)]), seen
+    return checks.offsets, seen
 
 
 def _split(

@@ -29,11 +29,12 @@ class TrainStats:
         Args:
             values: False hides the values from the model.
         """
+        shown = data.value[mask]
         return cls(
-            items=(np.bincount(data.item[mask], minlength=data.schema.items) > 0).astype(np.float32),
-            users=(np.bincount(data.event_users()[mask], minlength=data.schema.users) > 0).astype(np.float32),
-            value_mean=float(data.value[mask].mean()),
-            value_scale=scale_of(float(data.value[mask].std())) if values else 0.0,
+            items=(data.item_counts(mask) > 0).astype(np.float32),
+            users=data.users_of(mask).astype(np.float32),
+            value_mean=float(shown.mean()),
+            value_scale=scale_of(float(shown.std())) if values else 0.0,
         )
 
 

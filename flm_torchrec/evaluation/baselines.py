@@ -29,8 +29,7 @@ class Popularity:
     names: tuple[str, ...] = ("popularity",)
 
     def __init__(self, data: PreparedData, train_mask: np.ndarray) -> None:
-        counts = np.bincount(data.item[train_mask], minlength=data.schema.items)
-        self.counts = torch.from_numpy(counts.astype(np.float32))
+        self.counts = torch.from_numpy(data.item_counts(train_mask).astype(np.float32))
 
     def block(self, rows: np.ndarray) -> int:
         """[b] indices of examples → b: all users get the same scores."""
@@ -150,11 +149,9 @@ class EASE(_FromHistory):
 
 def _seen(data: PreparedData, train_mask: np.ndarray) -> sp.csr_matrix:
     """[users, items]: 1 where the user has a training event of the item, however many."""
-    users = data.event_users()
+    items, offsets = _items_by_user(data, train_mask)
     shape = (data.schema.users, data.schema.items)
-    seen = sp.csr_matrix(
-        (np.ones(int(train_mask.sum()), np.float32), (users[train_mask], data.item[train_mask])), shape=shape
-    )
+    seen = sp.csr_matrix((np.ones(len(items), np.float32), items, offsets), shape=shape)
     seen.sum_duplicates()
     seen.data[:] = 1.0
     return seen
@@ -162,11 +159,21 @@ def _seen(data: PreparedData, train_mask: np.ndarray) -> sp.csr_matrix:
 
 def _transitions(data: PreparedData, train_mask: np.ndarray) -> sp.csr_matrix:
     """[items, items] float32: how often a training event of item j is the user's next one after item i."""
-    users, items = data.event_users()[train_mask], data.item[train_mask]
-    same = users[1:] == users[:-1]
+    items, offsets = _items_by_user(data, train_mask)
+    same = np.ones(max(0, len(items) - 1), bool)
+    ends = offsets[1:-1]
+    same[ends[(ends > 0) & (ends < len(items))] - 1] = False  # the last event of a user has none after it
     ones = np.ones(int(same.sum()), np.float32)
     shape = (data.schema.items, data.schema.items)
     return sp.csr_matrix((ones, (items[:-1][same], items[1:][same])), shape=shape)
+
+
+def _items_by_user(data: PreparedData, train_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[n] the items of all training events, and [users + 1] int64 where those of each user begin."""
+    counts = np.zeros(data.schema.users, np.int64)
+    for block in data.blocks():
+        np.add.at(counts, block.users[train_mask[block.rows]], 1)
+    return data.item[train_mask], np.concatenate([[0], np.cumsum(counts)])
 
 
 def _nearest(seen: sp.csr_matrix, neighbours: int, entries: int = BLOCK_ENTRIES) -> sp.csr_matrix:
@@ -177,8 +184,9 @@ def _nearest(seen: sp.csr_matrix, neighbours: int, entries: int = BLOCK_ENTRIES)
     Args:
         entries: maximum of pairs in one block; a block has at least one item.
     """
-    norms = np.sqrt(np.asarray(seen.multiply(seen).sum(0)).ravel())
-    unit = (seen @ sp.diags(1 / np.maximum(norms, 1e-12))).tocsr()
+    norms = np.sqrt(np.bincount(seen.indices, minlength=seen.shape[1]).astype(np.float32))
+    inverse = 1 / np.maximum(norms, np.float32(1e-12))
+    unit = sp.csr_matrix((inverse[seen.indices], seen.indices, seen.indptr), shape=seen.shape)
     by_item = unit.T.tocsr()
     kept = []
     for start, stop in _blocks(seen, entries):

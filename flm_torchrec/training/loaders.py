@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from flm_torchrec.config import Config
 from flm_torchrec.data.collate import Assembler
 from flm_torchrec.data.dataset import PreparedData
@@ -24,7 +22,7 @@ def make_loader(data: PreparedData, events: RunEvents, config: Config, comm: Com
     sharing = Sharing(config.train.batch_size, config.train.seed, comm.rank, comm.world_size)
     if events.stream is not None:
         return _make_stream_loader(data, events.stream, config, comm, sharing)
-    counts = np.bincount(data.item[events.learned_from], minlength=data.schema.items)
+    counts = data.item_counts(events.learned_from)
     labels = events.labels.train if events.labels is not None else None
     drawn = config.loss.negatives if labels is None else 0
     sequences = -(-config.train.batch_size // comm.world_size)
@@ -44,7 +42,7 @@ def _make_stream_loader(
 ) -> StreamLoader:
     plan = LanePlan(stream, config.data.max_history, sharing)
     stride = most_items(data.schema, config, comm, plan.most_sequences(config.train.epochs))
-    assembler = Assembler(data, np.zeros(len(data.item), bool), stream.stats, item_stride=stride)
+    assembler = Assembler(data, data.no_events, stream.stats, item_stride=stride)
     power = config.loss.negative_power
     negatives = Negatives(stream.counts, config.loss.negatives, power, drawn_share(config, comm))
     return StreamLoader(plan, assembler, negatives)

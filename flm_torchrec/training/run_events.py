@@ -83,21 +83,22 @@ def events_of(config: Config, data: PreparedData) -> RunEvents:
     tuning = config.finetune
     if isinstance(data, StreamedData):
         splits = split_by(data, data.stream.rule)
-        return RunEvents(splits, splits.train_mask(data), splits.train_mask(data), stream=data.stream)
+        learned_from = splits.train_mask(data)
+        return RunEvents(splits, learned_from, learned_from, stream=data.stream)
     if isinstance(data, FollowedData):
         own = events_of(config, data.before)
         return RunEvents(data.placed(own.splits), data.placed_mask(own.learned_from), data.placed_mask(own.seen))
     if not tuning.source:
         splits = split(data, config.data.split, config.data.holdout)
-        return RunEvents(splits, splits.train_mask(data), splits.train_mask(data))
-    seen = np.zeros(len(data.item), bool)
+        learned_from = splits.train_mask(data)
+        return RunEvents(splits, learned_from, learned_from)
+    seen = data.no_events
     source = Path(tuning.source)
     if has_ids_of(source, data.path, data.fingerprint):
         seen = events_of(read_config(source), data).seen
-    users = data.event_users()
     cohort = np.ones(data.schema.users, bool)
     if tuning.cohort == "new":
-        cohort[users[seen]] = False
+        cohort = ~data.users_of(seen)
     labels = None
     if tuning.task == "label":
         labels = label_events(data, cohort, tuning.threshold, tuning.share, config.train.seed)
@@ -117,8 +118,7 @@ def spans_of(data: PreparedData, labels: np.ndarray) -> Splits:
     Args:
         labels: [interactions] float32, NaN where there is none.
     """
-    users = data.event_users()
-    labelled = np.isin(np.arange(data.schema.users), users[~np.isnan(labels)])
+    labelled = data.users_of(~np.isnan(labels))
     ends = np.where(labelled, data.offsets[1:], data.offsets[:-1])
     nobody = Examples(np.zeros(0, np.int64), np.zeros(0, np.int64))
     return Splits(ends, nobody, nobody)

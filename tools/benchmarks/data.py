@@ -36,7 +36,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from flm_torchrec.config import load_config
 from flm_torchrec.data.collate import Assembler
-from flm_torchrec.data.dataset import EVENT_COLUMNS, PreparedData, load_prepared
+from flm_torchrec.data.dataset import PreparedData, load_prepared
+from flm_torchrec.data.event_files import EVENT_COLUMNS
 from flm_torchrec.data.lanes import LanePlan
 from flm_torchrec.data.loader import Sharing, TrainLoader
 from flm_torchrec.data.negatives import Negatives
@@ -87,14 +88,14 @@ def from_memory(data: PreparedData) -> TrainLoader:
     """Our loader of data in memory."""
     splits = split(data, "leave-one-out", 0.1)
     fit = splits.train_mask(data)
-    negatives = Negatives(np.bincount(data.item[fit], minlength=data.schema.items), DRAWN, POWER)
+    negatives = Negatives(data.item_counts(fit), DRAWN, POWER)
     return TrainLoader(windows(data, splits, HISTORY), Assembler(data, fit), negatives, Sharing(BATCH, 0))
 
 
 def from_disk(path: Path) -> StreamLoader:
     """Our loader that streams from disk."""
     data = load_streamed(path, "all", "leave-one-out", 0.1, VALIDATED, 0)
-    assembler = Assembler(data, np.zeros(len(data.item), bool), data.stream.stats)
+    assembler = Assembler(data, data.no_events, data.stream.stats)
     plan = LanePlan(data.stream, HISTORY, Sharing(BATCH, 0))
     return StreamLoader(plan, assembler, Negatives(data.stream.counts, DRAWN, POWER))
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from flm_torchrec.data.columns import new_column
 from flm_torchrec.data.dataset import EntityFeatures, PreparedData, spans
 from flm_torchrec.data.feature_values import describe
 from flm_torchrec.data.schema import Feature
@@ -199,10 +200,17 @@ def _write_histories(data: PreparedData, most: int, file: Path) -> None:
 
 def _usual_gap(data: PreparedData) -> int:
     """Median seconds between two events of a user: the gap of an event without a time."""
-    inside = np.ones(len(data.timestamp), bool)
-    inside[data.offsets[:-1][np.diff(data.offsets) > 0]] = False
-    since = np.diff(data.timestamp, prepend=0)[inside]
-    return int(np.median(since)) if len(since) else 0
+    since, count = new_column(len(data.timestamp), np.int64), 0
+    for block in data.blocks():
+        timestamp, same = data.timestamp[block.rows], block.users[1:] == block.users[:-1]
+        gaps = np.diff(timestamp)[same]
+        since[count : count + len(gaps)] = gaps
+        count += len(gaps)
+    if not count:
+        return 0
+    since = since[:count]
+    since.partition([(count - 1) // 2, count // 2])  # in place; numpy.median copies
+    return int(since[(count - 1) // 2 : count // 2 + 1].mean())
 
 
 def _ordered(data: PreparedData, entity: str) -> Iterator[Feature]:

@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flm_torchrec.data.admission import LastSeen
-from flm_torchrec.data.dataset import EntityFeatures, PreparedData, as_data_error, load_entity
+from flm_torchrec.data.columns import CodedText
+from flm_torchrec.data.dataset import EntityFeatures, PreparedData, load_entity
+from flm_torchrec.data.event_files import as_data_error
 from flm_torchrec.data.history import Events
 from flm_torchrec.data.schema import Entity, Schema
 from flm_torchrec.data.splits import Examples, Splits
@@ -147,13 +149,15 @@ def followed_data(run: Path, data: PreparedData, taken: dict[str, int]) -> Follo
         grown, _, is_new = append(before, nothing, NewEvents.concat(parts))
     columns = {f.name: getattr(grown, f.name) for f in fields(PreparedData)}
     if before.segment is not None:
-        columns["segment"] = np.full(len(grown.item), "", object)
-        columns["segment"][~is_new] = before.segment
+        codes = np.full(len(grown.item), len(before.segment.names), np.int32)
+        codes[~is_new] = before.segment.codes
+        columns["segment"] = CodedText(np.append(before.segment.names, ""), codes)
     if taken["growths"]:
         columns["path"] = run / "vocabulary"
     users, items = LastSeen(before.schema.users), LastSeen(before.schema.items)
-    users.see(grown.event_users(), grown.timestamp)
-    items.see(grown.item, grown.timestamp)
+    for block in grown.blocks():
+        users.see(block.users, grown.timestamp[block.rows])
+        items.see(grown.item[block.rows], grown.timestamp[block.rows])
     expired = [np.zeros(len(seen.time), bool) for seen in (users, items)]
     now = int(grown.timestamp[is_new].max(initial=0))
     if taken["expire_after"]:

@@ -27,11 +27,12 @@ class Histories:
         self.data, self.learned_from = data, job.events.learned_from
         self.keep = keep
         self.expire_after = expire_after
-        self.counts = np.bincount(data.item[self.learned_from], minlength=data.schema.items)
+        self.counts = data.item_counts(self.learned_from)
         self.train_stats = replace(stats, items=stats.items.copy(), users=stats.users.copy())
         self.users_seen, self.items_seen = LastSeen(data.schema.users), LastSeen(data.schema.items)
-        self.users_seen.see(data.event_users(), data.timestamp)
-        self.items_seen.see(data.item, data.timestamp)
+        for block in data.blocks():
+            self.users_seen.see(block.users, data.timestamp[block.rows])
+            self.items_seen.see(data.item[block.rows], data.timestamp[block.rows])
         self.now = 0
 
     def take_in(self, grown: PreparedData) -> None:

@@ -13,7 +13,7 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from flm_torchrec.data.admission import Admission
-from flm_torchrec.data.dataset import as_data_error
+from flm_torchrec.data.event_files import as_data_error
 from flm_torchrec.errors import DataError
 from flm_torchrec.training.follow.item_rows import ItemRows
 

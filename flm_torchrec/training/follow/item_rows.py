@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flm_torchrec.data.dataset import as_data_error
+from flm_torchrec.data.event_files import as_data_error
 from flm_torchrec.data.feature_values import FeatureValues, codes_of, describe, numbers_of
 from flm_torchrec.data.keys import json_text, keys
 from flm_torchrec.data.schema import Feature, Schema

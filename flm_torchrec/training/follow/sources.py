@@ -14,7 +14,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flm_torchrec.data.dataset import as_data_error
+from flm_torchrec.data.event_files import as_data_error
 from flm_torchrec.data.keys import as_text, frame_of
 from flm_torchrec.errors import DataError
 from flm_torchrec.safe_text import first_line, redact_address

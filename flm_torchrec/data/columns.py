@@ -1,0 +1,64 @@
+"""Columns of events in as few bytes as they need; large ones are on disk and mapped, so that memory is no limit."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass
+from tempfile import TemporaryFile, gettempdir
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from flm_torchrec.errors import DataError
+
+LARGE = 2**27
+"""Bytes from which on a column is mapped: the system may then take its memory back, and read it again."""
+ON_DISK = "/var/tmp"
+"""Folder of mapped columns unless TMPDIR names one; /tmp is in memory on many systems."""
+
+
+def new_column(rows: int, dtype: DTypeLike) -> np.ndarray:
+    """[rows] to be filled. A large one is a file without a name, which is gone when the process ends, however it ends.
+
+    Raises:
+        DataError: the disk is too small.
+    """
+    size = rows * np.dtype(dtype).itemsize
+    if size < LARGE:
+        return np.empty(rows, dtype)
+    folder = ON_DISK if "TMPDIR" not in os.environ and os.access(ON_DISK, os.W_OK) else gettempdir()
+    try:
+        with TemporaryFile(prefix="flm-events-", dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # else a full disk ends the process while it writes to memory
+            return np.frombuffer(mmap.mmap(file.fileno(), size), dtype)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: {size / 2**30:.1f} GiB for a column of {rows} events do not fit ({error.strerror}); set TMPDIR"
+            " to a folder on a disk with more room"
+        ) from error
+
+
+def event_types(items: int, kinds: int) -> dict[str, np.dtype]:
+    """By column of the interactions, its type in memory: 17 bytes an event in all, where no id needs more."""
+    return {
+        "item_id": np.dtype(np.int32 if items <= 2**31 else np.int64),
+        "timestamp": np.dtype(np.int64),
+        "event": np.min_scalar_type(kinds - 1),
+        "value": np.dtype(np.float32),
+    }
+
+
+@dataclass(frozen=True)
+class CodedText:
+    """A text for each event, of few different ones."""
+
+    names: np.ndarray  # [kinds] str
+    codes: np.ndarray  # [events] int32, index into `names`
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
+        """The texts of the events at an index."""
+        return self.names[self.codes[index]]

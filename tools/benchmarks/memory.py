@@ -1,0 +1,169 @@
+"""Seconds and peak memory of each command, at numbers of events, users and items that you choose.
+
+    python -m tools.benchmarks.memory --events 1000000 --users 100000 --items 100000
+    python -m tools.benchmarks.memory --events 10000000 --users 1000000 --items 100000 --commands prepare train
+
+DuckDB writes made-up logs, items and users as Parquet, in a memory of its own that does not grow with them: an event's
+user is uniform, its item follows Zipf's law. Equal numbers give equal files. Then the commands run one after the other,
+each as a process of its own. The memory of the process and its children is read every 50 ms. "held" is what only these
+processes have (RssAnon): it must be there. "resident" also counts pages of files, which the system takes back when it
+needs them. "CPU s" is time on all cores: it says more than seconds where other work runs beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import duckdb
+import psutil
+
+from flm_torchrec.prepare import sql
+
+PERIOD = 0.05
+"""Seconds between two samples of the memory."""
+ROWS = 10_000_000
+"""Events of a log file."""
+BRANDS, COUNTRIES = 1_000, 50
+COMMANDS = ("prepare", "train", "evaluate --sample", "evaluate --user", "export")
+"""What can be measured: `evaluate --user` ranks for one user, with baselines that learn from the events of all."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much data is made up."""
+
+    events: int
+    users: int
+    items: int
+
+
+@dataclass
+class Peak:
+    """Time and memory of a process and its children."""
+
+    seconds: float = 0.0
+    cpu: float = 0.0
+    held: int = 0
+    """Peak of anonymous memory, bytes."""
+    resident: int = 0
+    """Peak of all resident memory, bytes."""
+
+
+def make(folder: Path, size: Sizes) -> None:
+    """Write `logs/`, `items.parquet` and `users.parquet`."""
+    (folder / "logs").mkdir(parents=True)
+
+    def chance(salt: int) -> str:
+        return f"(hash(n * 4 + {salt})::DOUBLE / 18446744073709551616)"
+
+    with duckdb.connect(config={"memory_limit": "1GiB", "threads": "1"}) as engine:
+        for number, first in enumerate(range(0, size.events, ROWS)):
+            span = f"range({first}, {min(size.events, first + ROWS)})"
+            # pow(count, chance) - 1 has a density that falls as 1 / x.
+            engine.execute(
+                f"COPY (SELECT 'u' || floor({size.users} * {chance(1)})::BIGINT AS user_id,"
+                f" 'i' || (pow({size.items}, {chance(2)}) - 1)::BIGINT AS item_id,"
+                f" 1600000000 + floor({chance(3)} * 31536000)::BIGINT AS timestamp"
+                f" FROM {span} AS t(n)) TO {sql.target(folder / 'logs' / f'part-{number:05d}.parquet')}"
+            )
+        for name, rows, feature, values in (
+            ("item", size.items, "brand", BRANDS),
+            ("user", size.users, "country", COUNTRIES),
+        ):
+            engine.execute(
+                f"COPY (SELECT '{name[0]}' || n AS {name}_id, 'v' || floor({values} * {chance(1)})::INT AS {feature}"
+                f" FROM range({rows}) AS t(n)) TO {sql.target(folder / f'{name}s.parquet')}"
+            )
+
+
+def watch(command: Sequence[str]) -> Peak:
+    """Run a command and sample its memory.
+
+    Raises:
+        SystemExit: the command failed.
+    """
+    cost, began, busy = Peak(), time.monotonic(), {}
+    process = psutil.Popen(command, stdout=sys.stderr)
+    while process.poll() is None:
+        held = resident = 0
+        for one in [process, *process.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):  # ended meanwhile
+                resident += one.memory_info().rss
+                held += _held(one.pid)
+                busy[one.pid] = sum(one.cpu_times()[:2])
+        cost.held, cost.resident = max(cost.held, held), max(cost.resident, resident)
+        time.sleep(PERIOD)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}: ended with {process.returncode}")
+    cost.seconds, cost.cpu = time.monotonic() - began, sum(busy.values())
+    return cost
+
+
+def _held(pid: int) -> int:
+    """Anonymous bytes of a process, resident."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    return 0  # a process that has ended and was not waited for
+
+
+def commands(folder: Path, args: argparse.Namespace) -> dict[str, list[str]]:
+    """Options of `flm` by the name of what they measure."""
+    run = ["--run", str(folder / "run")]
+    return {
+        "prepare": [
+            *("prepare", "--source", "parquet", "--input", str(folder / "logs"), "--output", str(folder / "data")),
+            *("--columns", "user=user_id,item=item_id,timestamp=timestamp", "--memory", args.memory),
+            *("--items", str(folder / "items.parquet"), "--item-features", "brand:categorical"),
+            *("--users", str(folder / "users.parquet"), "--user-features", "country:categorical"),
+        ],
+        "train": [
+            *("train", "--data.path", str(folder / "data"), "--train.run", str(folder / "run")),
+            *("--data.stream", "true", "--train.max_steps", str(args.steps), "--train.eval_every", str(args.steps)),
+            *("--model.dim", str(args.dim), "--train.batch_size", "256", "--train.eval_users", str(args.sample)),
+            *("--train.existing", "replace"),
+        ],
+        "evaluate --sample": ["evaluate", *run, "--sample", "--eval.baselines", "[popularity,item-kNN]"],
+        "evaluate --user": ["evaluate", *run, "--user", "u1", "--eval.baselines", "[popularity,item-kNN]"],
+        "export": ["export", *run, "--output", str(folder / "export"), "--overwrite"],
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make the data, measure and print; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--events", type=int, default=1_000_000, help="number of events (default: 1000000)")
+    parser.add_argument("--users", type=int, default=100_000, help="number of users (default: 100000)")
+    parser.add_argument("--items", type=int, default=100_000, help="number of items (default: 100000)")
+    parser.add_argument("--steps", type=int, default=50, help="of training (default: 50)")
+    parser.add_argument("--dim", type=int, default=32, help="width of the model (default: 32)")
+    parser.add_argument("--sample", type=int, default=1000, help="users that are validated on (default: 1000)")
+    parser.add_argument("--memory", default="2GiB", help="of flm prepare (default: 2GiB)")
+    parser.add_argument("--folder", type=Path, help="keep data, run and export here (default: a temporary folder)")
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS, help="measure only these")
+    args = parser.parse_args(argv)
+    size = Sizes(args.events, args.users, args.items)
+    with TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        if not (folder / "users.parquet").exists():
+            make(folder, size)
+        print(f"{size.events:,} events, {size.users:,} users, {size.items:,} items\n")
+        print("| command | seconds | CPU s | held, MiB | resident, MiB | held, bytes an event |")
+        print("|---|---:|---:|---:|---:|---:|", flush=True)
+        for name in args.commands:
+            own = commands(folder, args)[name]
+            cost = watch([sys.executable, "-m", "flm_torchrec", *own])
+            mib = f"{cost.held / 2**20:,.0f} | {cost.resident / 2**20:,.0f} | {cost.held / size.events:,.0f}"
+            print(f"| {name} | {cost.seconds:,.0f} | {cost.cpu:,.0f} | {mib} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
