@@ -7,12 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.config.schema import EvalConfig
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import COLD_ITEM, Examples
+from flm_torchrec.errors import ConfigError
 from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Markov, Popularity, Random
 from flm_torchrec.evaluation.lists import ItemFacts, Targets, list_metrics, target_metrics
 from flm_torchrec.evaluation.protocol import Collectives, Encoder, Scorer
@@ -43,6 +45,8 @@ class Evaluation:
     segments: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     lists: dict[str, dict[str, float]] = field(default_factory=dict)
     """Metrics of the lists by scorer; see `evaluation.lists`."""
+    notes: list[str] = field(default_factory=list)
+    """What the reader of the table should know of it, a line each."""
     ranks: dict[str, np.ndarray] = field(default_factory=dict)
     """[users] by scorer: the rank of each true item, where the task keeps them."""
 
@@ -93,6 +97,7 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
 
     Raises:
         RunError: a vector or a score is not a number.
+        ConfigError: a baseline needs more memory than there is.
     """
     data, examples = task.data, task.examples
     items = data.schema.items
@@ -100,7 +105,7 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
     among_cold = replace(problem, among=task.cold_items)
     labels = list(labels_by(task.by, data, examples, task.train_mask))
     targets = Targets.of(data, examples)
-    result = Evaluation(task.split, len(examples), {})
+    result = Evaluation(task.split, len(examples), {}, notes=left_out(config, items))
     scorers = _scorers(task, encoder, comm, config)
     facts = _item_facts(task, scorers)
     longest = max(COVERAGE_AT, *config.ks) if targets else COVERAGE_AT
@@ -164,6 +169,26 @@ def _baselines(task: EvaluationTask, config: EvalConfig) -> list[Scorer]:
     if "EASE-R" in config.baselines and data.schema.items <= config.ease_items:
         baselines.append(EASE(data, task.train_mask, examples))
     return baselines
+
+
+def left_out(config: EvalConfig, items: int) -> list[str]:
+    """Why a baseline that is asked for will not be in the table, a line each.
+
+    Raises:
+        ConfigError: EASE-R is allowed so many items, and this machine has not so much memory free.
+    """
+    needed, free = 8 * items**2, psutil.virtual_memory().available
+    size = f"{items:,} items would need {needed / 2**30:,.1f} GiB (8 items^2 bytes)"
+    if "EASE-R" not in config.baselines or config.ease_items == 0:
+        return []
+    if items > config.ease_items:
+        return [f"EASE-R is left out: {size}, and eval.ease_items is {config.ease_items:,}; raise that to rank by it"]
+    if needed > free:
+        raise ConfigError(
+            f"eval.ease_items: {size}, and {free / 2**30:,.1f} GiB are free; leave EASE-R out of eval.baselines, or set"
+            f" eval.ease_items below {items}"
+        )
+    return []
 
 
 def _ranks_of_all(ranked: Ranked, name: str, examples: int, comm: Collectives) -> np.ndarray:

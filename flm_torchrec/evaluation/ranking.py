@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -89,7 +90,9 @@ class HeadScorer:
                 heads |= {FUSED: MIXTURE, ONE_VECTOR: FUSED}
         self.heads = heads
         self.names = tuple(self.heads)
-        self.vectors = torch.cat([v for _, v in item_vectors(encoder, items, block, comm, of)])  # [items, D]
+        self.vectors = _room_for(items, encoder.dim)  # [items, D]
+        for ids, vectors in item_vectors(encoder, items, block, comm, of):
+            self.vectors[ids[0] : ids[-1] + 1] = vectors
         _check_finite(self.vectors, "item vectors")
         self.buffer = self.vectors.new_empty(0, 0)  # of scores: new megabytes each time would cost half a product
 
@@ -246,6 +249,21 @@ def target_and_seen(problem: RankingProblem, indices: np.ndarray) -> tuple[Tenso
         items = np.concatenate([items, np.tile(outside, len(target))])
     kept = items != target[rows]
     return torch.from_numpy(target), Seen(torch.from_numpy(rows[kept]), torch.from_numpy(items[kept]))
+
+
+def _room_for(items: int, dim: int) -> Tensor:
+    """[items, dim] float32, to be filled.
+
+    Raises:
+        RunError: this process has not so much memory left.
+    """
+    needed, free = 4 * items * dim, psutil.virtual_memory().available
+    if needed > free:
+        raise RunError(
+            f"ranking {items:,} items of {dim} numbers needs {needed / 2**30:.1f} GiB on each rank, and"
+            f" {free / 2**30:.1f} GiB are free: run fewer ranks on a machine, or train a narrower model.dim"
+        )
+    return torch.empty(items, dim)
 
 
 def _check_finite(vectors: Tensor, what: str) -> None:

@@ -27,6 +27,8 @@ def show(evaluation: Evaluation, console: PlainConsole, oracle: dict[str, Metric
         console.print(_table(f"of these, '{label}'", _with_oracle(table, oracle, label)))
     if evaluation.lists:
         console.print(_table(LISTS, evaluation.lists, best=False))
+    for note in evaluation.notes:
+        console.print(note)
 
 
 def markdown(evaluation: Evaluation, oracle: dict[str, Metrics] | None = None) -> str:
@@ -35,7 +37,8 @@ def markdown(evaluation: Evaluation, oracle: dict[str, Metrics] | None = None) -
     tables |= {label: _with_oracle(table, oracle, label) for label, table in evaluation.segments.items()}
     if evaluation.lists:
         tables[LISTS] = evaluation.lists
-    return "\n".join(_markdown_metrics(title, rows) for title, rows in tables.items())
+    notes = [f"{note}\n" for note in evaluation.notes]
+    return "\n".join([*(_markdown_metrics(title, rows) for title, rows in tables.items()), *notes])
 
 
 def show_comparison(comparison: Comparison, console: PlainConsole) -> None:

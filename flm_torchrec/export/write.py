@@ -26,6 +26,8 @@ from flm_torchrec.export.quality import Quality, ValidationSet
 from flm_torchrec.export.vectors import encode
 from flm_torchrec.files import new_folder, put_in_place, remove, telling, temporary
 
+MOST_ITEMS = 2**31 - 1
+"""Items of an export: seen items, histories and rows of the index are stored as int32."""
 VIEWS: dict[str, Of] = {"embedding": "all", "content": "content", "id": "id"}
 """By column of the items, the kind of vector that the encoder makes."""
 
@@ -133,6 +135,8 @@ def export(
             No file is left then.
     """
     check_index(options.index, source.data.schema.items)
+    if source.data.schema.items > MOST_ITEMS:
+        raise RunError(f"export: {source.data.schema.items:,} items; an export numbers {MOST_ITEMS:,} at most (int32)")
     manifest = blank_manifest(source, options)
     with claimed(output, overwrite, comm), fresh_folder(output, comm) as fresh:
         quality = None

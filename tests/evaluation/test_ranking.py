@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +23,9 @@ from flm_torchrec.config.schema import EvalConfig
 from flm_torchrec.data.dataset import EntityFeatures, PreparedData
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import COLD_ITEM, Examples, split
-from flm_torchrec.errors import RunError
+from flm_torchrec.errors import ConfigError, RunError
 from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Popularity, Random, _blocks, _nearest, _seen
-from flm_torchrec.evaluation.evaluate import EvaluationTask, evaluate
+from flm_torchrec.evaluation.evaluate import EvaluationTask, evaluate, left_out
 from flm_torchrec.evaluation.metrics import RankCounts
 from flm_torchrec.evaluation.protocol import Of
 from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, RankingProblem, count_ranks, rank_targets
@@ -269,3 +270,18 @@ def test_counts_of_parts_add_up(small: PreparedData) -> None:
     counts = count_ranks(ranked, "fused", small.schema.items, Alone(), (10,))
     assert counts.users == len(examples)
     assert counts.covered[10] == len(np.unique(ranked.top["fused"]))
+
+
+def test_limits_are_told_with_their_numbers_and_the_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = EvalConfig(ease_items=1000)
+    assert left_out(asked, 1000) == left_out(EvalConfig(baselines=("popularity",)), 10**6) == []
+    assert left_out(dataclasses.replace(asked, ease_items=0), 10**6) == []
+    (note,) = left_out(asked, 200_000)
+    assert "200,000 items would need 298.0 GiB (8 items^2 bytes), and eval.ease_items is 1,000; raise" in note
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1_000_000))
+    assert left_out(asked, 353) == []
+    with pytest.raises(ConfigError, match=r"ease_items: 354 items .* set eval\.ease_items below 354"):
+        left_out(asked, 354)
+    HeadScorer(RandomEncoder(2, 100, 0), 100, 7, Alone())
+    with pytest.raises(RunError, match=r"ranking 90,000,000 items of 4 numbers needs 1\.3 GiB on each rank"):
+        HeadScorer(RandomEncoder(2, 100, 0), 90_000_000, 7, Alone())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 from flm_torchrec.evaluation.evaluate import Evaluation
 from flm_torchrec.evaluation.report import markdown, show
@@ -37,3 +38,10 @@ def test_without_an_oracle_no_row_is_added() -> None:
     assert "oracle" not in shown(None) + markdown(FOUND)
     assert "oracle" not in shown({"other": {"hr@10": 1.0}}) + markdown(FOUND, {})
     assert list(FOUND.table) == ["fused"]  # what is written to evaluation-SPLIT.json
+
+
+def test_what_is_left_out_is_told_below_the_tables() -> None:
+    noted = replace(FOUND, notes=["EASE-R is left out"])
+    text = io.StringIO()
+    show(noted, PlainConsole(file=text, width=120))
+    assert text.getvalue().splitlines()[-1] == markdown(noted).splitlines()[-1] == "EASE-R is left out"
