@@ -140,7 +140,7 @@ class PreparedData:
         """All events, about BLOCK_ROWS at a time; a user's are in one block."""
         rows = int(self.offsets[-1])
         wanted = np.searchsorted(self.offsets, np.arange(BLOCK_ROWS, rows, BLOCK_ROWS))
-        ends = np.unique(np.append(wanted, self.schema.users))
+        ends = np.unique(np.append(wanted, len(self.offsets) - 1))
         for first, last in zip([0, *ends[:-1]], ends, strict=True):
             lengths = np.diff(self.offsets[first : last + 1])
             users = np.repeat(np.arange(first, last), lengths)

@@ -137,7 +137,7 @@ def _segments(labels: list[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
 
 def _item_facts(task: EvaluationTask, scorers: list[Scorer]) -> ItemFacts:
     """Items are alike or not by the vectors of the model, whichever scorer made the list."""
-    popularity = np.bincount(task.data.item[task.train_mask], minlength=task.data.schema.items)
+    popularity = task.data.item_counts(task.train_mask)
     return ItemFacts(popularity, next(s.vectors for s in scorers if isinstance(s, HeadScorer)))
 
 

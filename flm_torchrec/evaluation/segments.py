@@ -33,7 +33,7 @@ def labels_by(
 
 def _by_items(data: PreparedData, examples: Examples, train_mask: np.ndarray) -> np.ndarray:
     """By the training events of the next item. Items with equally many events are in one segment, the head."""
-    events = np.bincount(data.item[train_mask], minlength=data.schema.items)
+    events = data.item_counts(train_mask)
     known = np.sort(events[events > 0])[::-1]
     least = known[max(0, round(HEAD * len(known)) - 1)] if len(known) else 1
     found = events[data.item[examples.end]]

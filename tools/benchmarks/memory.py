@@ -2,6 +2,7 @@
 
     python -m tools.benchmarks.memory --events 1000000 --users 100000 --items 100000
     python -m tools.benchmarks.memory --events 10000000 --users 1000000 --items 100000 --commands prepare train
+    python -m tools.benchmarks.memory --load data/logs         # held memory of loading all events, bytes an event
 
 DuckDB writes made-up logs, items and users as Parquet, in a memory of its own that does not grow with them: an event's
 user is uniform, its item follows Zipf's law. Equal numbers give equal files. Then the commands run one after the other,
@@ -13,7 +14,9 @@ needs them. "CPU s" is time on all cores: it says more than seconds where other 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,6 +27,9 @@ from tempfile import TemporaryDirectory
 import duckdb
 import psutil
 
+from flm_torchrec.data.dataset import load_prepared
+from flm_torchrec.data.splits import split
+from flm_torchrec.data.train_stats import TrainStats
 from flm_torchrec.prepare import sql
 
 PERIOD = 0.05
@@ -114,6 +120,28 @@ def _held(pid: int) -> int:
     return 0  # a process that has ended and was not waited for
 
 
+def load(path: Path) -> str:
+    """Load prepared data in this process, split them and take their statistics; the peaks of held memory, in a line."""
+    peaks, stop = [0], threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(PERIOD / 5):
+            peaks[0] = max(peaks[0], _held(os.getpid()))
+
+    before = _held(os.getpid())
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    data = load_prepared(path)
+    events, loading = len(data.item), max(peaks[0], _held(os.getpid()))
+    TrainStats.of(data, split(data, "leave-one-out", 0.1).train_mask(data), values=True)
+    stop.set()
+    sampler.join()
+    parts = [(peak - before) / events for peak in (loading, peaks[0])]
+    return (
+        f"{events:,} events: {parts[0]:.1f} bytes each at the peak of loading, {parts[1]:.1f} with split and statistics"
+    )
+
+
 def commands(folder: Path, args: argparse.Namespace) -> dict[str, list[str]]:
     """Options of `flm` by the name of what they measure."""
     run = ["--run", str(folder / "run")]
@@ -148,7 +176,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--memory", default="2GiB", help="of flm prepare (default: 2GiB)")
     parser.add_argument("--folder", type=Path, help="keep data, run and export here (default: a temporary folder)")
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS, help="measure only these")
+    parser.add_argument("--load", type=Path, metavar="DIR", help="only load these prepared data, in this process")
     args = parser.parse_args(argv)
+    if args.load:
+        print(load(args.load))
+        return 0
     size = Sizes(args.events, args.users, args.items)
     with TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
