@@ -1,6 +1,6 @@
 """Metrics of whole lists: what they are made of, and how many of several true items they hold.
 
-Sums are of integers, so that metrics do not depend on the number of processes.
+Sums are of integers, so that metrics do not depend on the number of processes; the diversity is rounded for that.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from flm_torchrec.evaluation.protocol import Collectives
 
 UNIT = 2**30
 """A number between 0 and 1 is summed over processes as so many parts."""
+DIGITS = 4
+"""Decimals of the diversity, which is of learned vectors."""
 BLOCK = 1024
 """Lists whose diversity is computed at once; memory is BLOCK x K x D."""
 
@@ -50,7 +52,8 @@ def list_metrics(top: np.ndarray, facts: ItemFacts, comm: Collectives) -> dict[s
     spread = comm.all_reduce_sum(torch.tensor([_diversity(top, facts.vectors), len(top)]))
     return {
         f"novelty@{k}": float(counts @ facts.novelty() / counts.sum()),
-        f"diversity@{k}": float(spread[0]) / UNIT / float(spread[1]),
+        # The last bits of the vectors differ between numbers of ranks, and so would further digits.
+        f"diversity@{k}": round(float(spread[0]) / UNIT / float(spread[1]), DIGITS),
         f"popularity@{k}": float(counts @ facts.popularity / counts.sum()),
         f"gini@{k}": gini(counts),
     }

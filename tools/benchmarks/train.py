@@ -110,9 +110,9 @@ def write_for_others(data: PreparedData, length: int, folder: Path) -> None:
     """Write the same training sequences and validation events as arrays, and as an atomic file of RecBole."""
     splits = split(data, "leave-one-out", 0.1)
     spans = windows(data, splits, length)
-    train = np.concatenate([data.item[a:b] for a, b in zip(spans.start, spans.end, strict=True)]) + 1
+    train = np.concatenate([data.item[a:b] for a, b in zip(spans.start, spans.end, strict=True)]) + np.int64(1)
     first = data.offsets[splits.valid.user]
-    valid = np.concatenate([data.item[a : b + 1] for a, b in zip(first, splits.valid.end, strict=True)]) + 1
+    valid = np.concatenate([data.item[a : b + 1] for a, b in zip(first, splits.valid.end, strict=True)]) + np.int64(1)
     np.savez(
         folder / "plain.npz",
         items=data.schema.items,
