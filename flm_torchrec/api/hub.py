@@ -18,7 +18,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from flm_torchrec.api.model_card import model_card
 from flm_torchrec.claim import claim
 from flm_torchrec.config import first_problem, load_config
 from flm_torchrec.data.schema import Schema
@@ -72,6 +71,7 @@ def push(run: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
     Raises:
         RunError: no run, a damaged model, a run of 'flm follow', or a folder that is there already.
     """
+    from flm_torchrec.api.model_card import model_card
     from flm_torchrec.training.checkpoint import storage
     from flm_torchrec.training.checkpoint.manager import BEST
     from flm_torchrec.training.checkpoint.tensor_files import write_tensors

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flm_torchrec.config import load_config
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.documents import Unreadable, read_json
+from flm_torchrec.evaluation.report import markdown_metrics
 from flm_torchrec.safe_text import visible
 from flm_torchrec.training.identity import VOCABULARY
 
@@ -39,7 +40,6 @@ validations by `{select}`, at step {step:,}.
 ## Metrics
 
 {metrics}
-
 They are those of one training. How much they vary between seeds is not known from one run.
 
 ## Intended use
@@ -106,19 +106,11 @@ def _metrics(run: Path, meta: Mapping[str, Any]) -> str:
         found = read_json(file) if file.is_file() else None
         if found is not None:
             rows, users = {visible(name): row for name, row in found["table"].items()}, int(found["users"])
-            return _table(f"test, {users:,} users, every item ranked", rows)
+            return markdown_metrics(f"test, {users:,} users, every item ranked", rows)
     except (Unreadable, KeyError, TypeError, ValueError, AttributeError):
         pass  # the card then has the metrics of the checkpoint, as if nothing had been evaluated
     rows = {}
     for name, value in meta["valid"].items():
         head, metric = name.split("/")
         rows.setdefault(head, {})[metric] = value
-    return _table("validation", {"fused": rows["fused"]} if "fused" in rows else rows)
-
-
-def _table(title: str, rows: Mapping[str, Mapping[str, float]]) -> str:
-    columns = list(next(iter(rows.values())))
-    lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in rows.items():
-        lines.append(f"| {name} | " + " | ".join(f"{float(row[c]):.4f}" if c in row else "" for c in columns) + " |")
-    return "\n".join(lines)
+    return markdown_metrics("validation", {"fused": rows["fused"]} if "fused" in rows else rows)

@@ -124,12 +124,13 @@ class Run:
         import pyarrow as pa
 
         from flm_torchrec.api.evaluation import EvaluateOptions, evaluate_run, write_evaluation
+        from flm_torchrec.evaluation.segments import BY
         from flm_torchrec.frames import check_kind, framed
 
         check_kind(frame)
         if split not in ("test", "valid"):
             raise ConfigError(f"split '{split}': choose test or valid")
-        if unknown := [one for one in by if one not in ("items", "users")]:
+        if unknown := [one for one in by if one not in BY]:
             raise ConfigError(f"by '{unknown[0]}': choose items, users or both")
         options = EvaluateOptions(split, by=by, overrides=overrides_of({"eval": settings}))
         evaluation = evaluate_run(self.path, options).evaluation

@@ -34,9 +34,7 @@ class Batch(Pipelineable):
     tokens: Tensor  # [T] index of the item, or N at the prefix
     targets: Tensor  # [T] index of the next item; empty where there is nothing to learn
     label: Tensor  # [T] float: 1 or 0 for a target that has a label, else NaN
-    candidates: (
-        Tensor  # [C] indices of the items that the softmax runs over; see `DrawnShare.apart`: targets, then drawn
-    )
+    candidates: Tensor  # [C] indices of the items that the softmax runs over; `DrawnShare.apart`: targets, then drawn
     log_not_sampled: Tensor  # [C, 2] log-probability that one in-batch negative, and one drawn, is not this item
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:

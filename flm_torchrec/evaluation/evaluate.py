@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -103,7 +103,7 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
     items = data.schema.items
     problem = RankingProblem(data, examples, blocks_of(config))
     among_cold = replace(problem, among=task.cold_items)
-    labels = list(labels_by(task.by, data, examples, task.train_mask))
+    segments = list(_segments(labels_by(task.by, data, examples, task.train_mask)))
     targets = Targets.of(data, examples)
     result = Evaluation(task.split, len(examples), {}, notes=left_out(config, items))
     scorers = _scorers(task, encoder, comm, config)
@@ -119,7 +119,7 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
                 result.lists[name] |= target_metrics(ranked.top[name], ranked.rows, targets, config.ks, comm)
             if task.keep_ranks:
                 result.ranks[name] = _ranks_of_all(ranked, name, len(examples), comm)
-            for label, chosen in _segments(labels):
+            for label, chosen in segments:
                 part = count_ranks(_only(ranked, chosen), name, items, comm)
                 result.segments.setdefault(label, {})[name] = part.metrics(config.ks)
             if ranked_cold is not None and examples.label is not None:
@@ -128,7 +128,7 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
     return result
 
 
-def _segments(labels: list[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+def _segments(labels: Iterable[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     """Each label, and the examples [E] bool that have it."""
     for kind in labels:
         for label in np.unique(kind):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.table import Table
 from rich.text import Text
 
@@ -38,7 +40,7 @@ def markdown(evaluation: Evaluation, oracle: dict[str, Metrics] | None = None) -
     if evaluation.lists:
         tables[LISTS] = evaluation.lists
     notes = [f"{note}\n" for note in evaluation.notes]
-    return "\n".join([*(_markdown_metrics(title, rows) for title, rows in tables.items()), *notes])
+    return "\n".join([*(markdown_metrics(title, rows) for title, rows in tables.items()), *notes])
 
 
 def show_comparison(comparison: Comparison, console: PlainConsole) -> None:
@@ -81,7 +83,8 @@ def _markdown(title: str, columns: list[str], rows: dict[str, list[str]]) -> str
     return "\n".join(lines) + "\n"
 
 
-def _markdown_metrics(title: str, rows: dict[str, Metrics]) -> str:
+def markdown_metrics(title: str, rows: Mapping[str, Metrics]) -> str:
+    """A table with a row for each name, and the metrics of the first row as columns."""
     columns = list(next(iter(rows.values())))
     return _markdown(title, columns, {name: _cells(metrics, columns) for name, metrics in rows.items()})
 

@@ -11,8 +11,6 @@ from flm_torchrec.data.splits import Examples
 
 HEAD = 0.2
 """The share of the items with training events, the most popular ones, that are head items."""
-BY = ("items", "users")
-"""What `flm evaluate --by` can break results down by."""
 
 
 def labels_by(
@@ -28,7 +26,7 @@ def labels_by(
     elif data.segment is not None:
         yield data.segment[examples.end]
     for one in by:
-        yield {"items": _by_items, "users": _by_users}[one](data, examples, train_mask)
+        yield BY[one](data, examples, train_mask)
 
 
 def _by_items(data: PreparedData, examples: Examples, train_mask: np.ndarray) -> np.ndarray:
@@ -48,3 +46,7 @@ def _by_users(data: PreparedData, examples: Examples, train_mask: np.ndarray) ->
     middle = int(np.median(events[events > 0])) if events.any() else 0
     few, many = f"users of at most {middle} training events", f"users of more than {middle} training events"
     return np.select([found == 0, found <= middle], ["new users, without training events", few], many)
+
+
+BY = {"items": _by_items, "users": _by_users}
+"""What `flm evaluate --by` can break results down by."""

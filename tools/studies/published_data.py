@@ -9,48 +9,36 @@ as `sequences.txt`, `movies.dat` and `users.dat`.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 import flm_torchrec as flm
+from flm_torchrec.prepare.sources import s3rec
 
 COLUMNS = {"user": "user", "item": "item"}
 
 
-def sequences(file: Path) -> pl.DataFrame:
-    """A row an event, in the order of the file: `user item item …` a line."""
-    lines = [line.split() for line in file.read_text().splitlines()]
-    events = [(user, item) for user, *items in lines for item in items]
-    return pl.DataFrame(events, schema={"user": pl.String, "item": pl.String}, orient="row")
-
-
 def amazon(folder: Path) -> dict[str, Any]:
     """What `flm.prepare` takes for a set in S3-Rec's layout with key words of items."""
-    (attributes,) = folder.glob("*_item2attributes.json")
-    record = json.loads(attributes.read_text())
+    source = s3rec.read(folder)
+    assert isinstance(source.interactions, pl.DataFrame) and source.items is not None
     words = pl.read_csv(folder / "item_words.tsv", separator="\t", quote_char=None, infer_schema=False)
-    items = pl.DataFrame(
-        {"item": list(record), "attributes": [[str(a) for a in found] for found in record.values()]},
-        schema={"item": pl.String, "attributes": pl.List(pl.String)},
-    ).join(words, on="item", how="left")
     return {
-        "events": sequences(folder / f"{attributes.name.removesuffix('_item2attributes.json')}.txt"),
-        "items": items,
-        "item_key": "item",
+        "events": source.interactions.select("user", "item"),
+        "items": source.items.join(words, left_on="key", right_on="item", how="left"),
+        "item_key": "key",
         "item_features": {"attributes": "multi_categorical", "words": "text"},
     }
 
 
 def movielens(folder: Path) -> dict[str, Any]:
     """What `flm.prepare` takes for MovieLens 1M: genres and titles of movies; gender, age and occupation of users."""
-    events = sequences(folder / "sequences.txt")
     movies = _table(folder / "movies.dat", ("item", "title", "genres"))
     users = _table(folder / "users.dat", ("user", "gender", "age", "occupation", "zip"))
     return {
-        "events": events,
+        "events": s3rec.sequences(folder / "sequences.txt").select("user", "item"),
         "items": movies.with_columns(pl.col("genres").str.split("|")),
         "item_key": "item",
         "item_features": {"title": "text", "genres": "multi_categorical"},

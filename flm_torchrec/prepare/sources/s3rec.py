@@ -26,14 +26,19 @@ def read(folder: Path) -> SourceData:
     return SourceData(
         name=name.lower(),
         source="amazon-s3rec",
-        interactions=_sequences(folder / f"{name}.txt"),
+        interactions=sequences(folder / f"{name}.txt"),
         items=_attributes(files[0]),
         features=(DeclaredFeature("attributes", "item", "multi_categorical"),),
         timestamps=False,
     )
 
 
-def _sequences(file: Path) -> pl.DataFrame:
+def sequences(file: Path) -> pl.DataFrame:
+    """A row an event, in the order of the file: `user item item …` a line.
+
+    Raises:
+        DataError: the file is missing, or a line is malformed; names the line.
+    """
     if not file.is_file():
         raise DataError(f"{file}: not found; it must stand beside the attributes")
     sequences: dict[str, tuple[int, list[str]]] = {}
