@@ -17,7 +17,8 @@ from pydantic import BaseModel
 
 from flm_torchrec.safe_text import visible
 from flm_torchrec.serve.access import AccessGuard, ApiKeys
-from flm_torchrec.serve.connections import KnownHosts, report_accept_errors_once
+from flm_torchrec.serve.connections import report_accept_errors_once
+from flm_torchrec.serve.hosts import KnownHosts
 from flm_torchrec.serve.map import MapCache
 from flm_torchrec.serve.messages import (
     Answered,
@@ -59,7 +60,7 @@ class ServerLimits:
     body_seconds: float = 30.0
     """Seconds within which a request's body must come; a later one gets 408."""
     hosts: tuple[str, ...] = ("*",)
-    """Host names that requests may name, see `connections.KnownHosts`."""
+    """Host names that requests may name, see `hosts.KnownHosts`."""
     threads: int = 2
     """Threads that answer requests."""
     waiting: int = 128

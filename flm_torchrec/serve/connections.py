@@ -1,4 +1,4 @@
-"""Connections of `flm serve`: how many there may be, how long each may be silent, and the host names served."""
+"""Connections of `flm serve`: how many there may be, how long each may be silent, and how they end with the server."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ import json
 import os
 import resource
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from ipaddress import ip_address
 from typing import Any
 
 import h11
-from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flm_torchrec.errors import RunError
@@ -189,6 +186,20 @@ class GuardedProtocol(H11Protocol):
         super().resume_writing()
         self._note()
 
+    def drain(self) -> None:
+        """The server stops: say so in the answer under way. Those to later requests say it by themselves."""
+        if not self._in_request():
+            return
+        if self.cycle.response_started:
+            self.cycle.keep_alive = False
+        else:
+            self.cycle.default_headers = [*self.cycle.default_headers, CLOSE_HEADER]
+
+    def shutdown(self) -> None:
+        """As of uvicorn, but a request whose header has begun to come has its usual time."""
+        if self._in_request() or not self.conn.trailing_data[0]:
+            super().shutdown()
+
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP as all other errors are answered."""
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
@@ -285,51 +296,3 @@ def report_accept_errors_once(loop: asyncio.AbstractEventLoop) -> None:
             print(f"connections: {visible(str(context.get('exception')))}; told once, tried on", flush=True)
 
     loop.set_exception_handler(handle)
-
-
-class KnownHosts:
-    """Refuses requests for other host names: a web page could have its own name resolve to this server's address.
-
-    Args:
-        hosts: names and addresses without ports. "*" is any name, "*.example.org" any name below it, and "address" any
-            IP address, which nobody can register as a name.
-    """
-
-    def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:
-        self.app = app
-        self.hosts = {host.lower().strip("[]") for host in hosts}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        given = Headers(scope=scope).get("host", "")
-        if self._known(given):
-            await self.app(scope, receive, send)
-            return
-        detail = f"Host: '{visible(given)[:100]}' is not served here; name it with --allowed-hosts"
-        await JSONResponse({"detail": detail}, 400)(scope, receive, send)
-
-    def _known(self, given: str) -> bool:
-        name = host_name(given)
-        if "*" in self.hosts or name in self.hosts:
-            return True
-        if any(host.startswith("*.") and name.endswith(host[1:]) for host in self.hosts):
-            return True
-        return "address" in self.hosts and _is_address(name)
-
-
-def host_name(given: str) -> str:
-    """The host of a Host header, without its port and brackets: `[::1]:8000` → `::1`."""
-    name = given.strip().lower()
-    if name.startswith("["):
-        return name[1:].partition("]")[0]
-    return name.partition(":")[0].removesuffix(".")
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ip_address(name)
-    except ValueError:
-        return False
-    return True

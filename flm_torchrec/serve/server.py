@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import select
 import ssl
 import time
 from collections.abc import Callable
@@ -15,14 +16,19 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 
 from flm_torchrec.errors import RunError
 from flm_torchrec.serve.connections import BACKLOG, ConnectionLimits, GuardedProtocol, Waiting
 
 ACCEPTED = 1
 """Connections that a process accepts at once. If it took all that wait, another process would be idle."""
-GRACE = 10
+GRACE = 20
 """Seconds that running requests have to end after SIGTERM."""
+DRAIN_SECONDS = 2.0
+"""Seconds after SIGTERM in which a connection without a request may still send one; the answer then closes it."""
+STEPS = 4
+"""Turns of the event loop until a connection that was accepted has its protocol."""
 IDLE_SECONDS = 5
 """Seconds that a connection may wait for its next request."""
 HANDSHAKE_SECONDS = 10.0
@@ -52,12 +58,22 @@ class Certificate:
             ) from error
 
 
-class HttpServer(uvicorn.Server):
-    """uvicorn's server, which tells when it answers and limits the time of a TLS handshake."""
+@dataclass(frozen=True)
+class Tell:
+    """What is called as a server begins and ends."""
 
-    def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
+    started: Callable[[], None]
+    """Requests are answered."""
+    stopping: Callable[[], None] = lambda: None
+    """No new connections are accepted; those that there are will be answered."""
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn's server, which tells when it answers, drains its connections, and limits the time of a TLS handshake."""
+
+    def __init__(self, config: uvicorn.Config, tell: Tell) -> None:
         super().__init__(config)
-        self.tell = started
+        self.tell = tell
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         """As of uvicorn, then tell."""
@@ -69,30 +85,53 @@ class HttpServer(uvicorn.Server):
         for listening in sockets or ():
             listening.listen(BACKLOG)  # asyncio gives the system the number that it accepts at once
         if self.started:
-            self.tell()
+            self.tell.started()
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """As of uvicorn, once no client has a reason to send another request here.
+
+        uvicorn alone closes a connection on which the next request is under way, and leaves out one that has just been
+        accepted. Here connections that wait to be accepted are, and for a while each connection may send one request
+        more: its answer has `Connection: close`, so the client opens another one, at another process.
+        """
+        for _ in range(BACKLOG):
+            if not select.select(sockets or (), (), (), 0)[0]:
+                break
+            await asyncio.sleep(0)  # accepts one
+        for listening in sockets or ():
+            asyncio.get_running_loop().remove_reader(listening)
+        for _ in range(STEPS):
+            await asyncio.sleep(0)
+        for server in self.servers:
+            server.close()
+        self.tell.stopping()
+        self.server_state.default_headers = [*self.server_state.default_headers, CLOSE_HEADER]
+        connections: set[GuardedProtocol] = self.server_state.connections  # type: ignore[assignment]
+        for connection in list(connections):
+            connection.drain()
+        end = time.monotonic() + DRAIN_SECONDS  # with TLS, connections that are still being agreed on come later
+        while (connections or self.config.is_ssl) and time.monotonic() < end and not self.force_exit:
+            await asyncio.sleep(0.02)
+        await super().shutdown(sockets)
 
 
-def serve(
-    app: FastAPI, bound: socket, limits: ConnectionLimits, tls: Certificate | None, started: Callable[[], None]
-) -> None:
+def serve(app: FastAPI, bound: socket, limits: ConnectionLimits, tls: Certificate | None, tell: Tell) -> None:
     """Answer requests until SIGTERM or SIGINT; running requests then have `GRACE` seconds to end.
 
     Args:
         bound: listens.
-        started: called once requests are answered.
     """
-    http_server(app, limits, tls, started).run(sockets=[bound])
+    http_server(app, limits, tls, tell).run(sockets=[bound])
 
 
-def http_server(
-    app: FastAPI, limits: ConnectionLimits, tls: Certificate | None, started: Callable[[], None]
-) -> HttpServer:
+def http_server(app: FastAPI, limits: ConnectionLimits, tls: Certificate | None, tell: Tell) -> HttpServer:
     """The server of `serve`, which does not run yet."""
     logging.getLogger("uvicorn.error").addFilter(RareTracebacks())
     config = uvicorn.Config(
         app,
         log_level="error",  # warnings are about what clients send: anyone could fill the log with them
         access_log=False,
+        loop="asyncio",
         timeout_graceful_shutdown=GRACE,
         timeout_keep_alive=IDLE_SECONDS,
         h11_max_incomplete_event_size=MOST_HEADER_BYTES,
@@ -103,7 +142,7 @@ def http_server(
         ssl_certfile=tls.certificate if tls else None,
         ssl_keyfile=tls.key if tls else None,
     )
-    return HttpServer(config, started)
+    return HttpServer(config, tell)
 
 
 class RareTracebacks(logging.Filter):

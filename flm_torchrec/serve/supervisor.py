@@ -3,7 +3,8 @@
 The workers accept connections from one listening socket, so a worker that dies takes along only the connections that it
 had. The supervisor loads nothing itself. It has a socket pair to each worker, over which both send lines of JSON:
 
-* worker → supervisor: `{"ready": true}`, `{"swapped": {NAME: STATE}}`, what is served now under a name;
+* worker → supervisor: `{"ready": true}`; `{"stopping": true}`, it accepts nothing more, so another one is started
+  while it answers what it has; `{"swapped": {NAME: STATE}}`, what is served now under a name;
 * supervisor → all workers: `{"swap": {NAME: STATE}}`, in one order, so that all end in one state. Its end tells a
   worker that the supervisor is gone.
 """
@@ -26,7 +27,7 @@ POLL = 0.1
 """Seconds between two looks at the workers."""
 LONGEST_PAUSE = 30.0
 """Maximum of seconds before a worker that does not become ready is started again; the pause doubles each time."""
-PATIENCE = 15.0
+PATIENCE = 30.0
 """Seconds after SIGTERM until workers that still run are killed."""
 
 
@@ -62,7 +63,7 @@ Work = Callable[[Link, Swapped], None]
 """What a worker does until it is stopped: its line to the supervisor, and what was swapped in since the start."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Worker:
     """One place of a worker, and the process that has it now."""
 
@@ -85,12 +86,16 @@ class Supervisor:
         work: what a worker does. It runs in a fork of this process, so nothing may have used threads before.
         fail: prints why a worker ended, and gives its exit code.
         ready: called when all workers are ready for the first time.
+        stop: called when a signal ends all, before the workers are told.
     """
 
     work: Work
     fail: Callable[[BaseException], int]
     ready: Callable[[], None]
+    stop: Callable[[], None] = lambda: None
     workers: list[Worker] = field(default_factory=list)
+    leaving: list[Worker] = field(default_factory=list)
+    """Those that were told to end and answer what they have; others are in their places."""
     swapped: Swapped = field(default_factory=dict)
     """What was swapped in last under each name."""
     stopping: bool = False
@@ -123,7 +128,7 @@ class Supervisor:
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
-            for end in (mine, *(other.end for other in self.workers)):
+            for end in (mine, *(other.end for other in [*self.workers, *self.leaving])):
                 if end is not None:
                     end.close()  # else a worker would not see the end of the supervisor
             os._exit(self._worked(Link(theirs)))
@@ -147,7 +152,7 @@ class Supervisor:
 
     def _listen(self) -> None:
         """Read what workers say, for a moment at most."""
-        ends = {worker.end: worker for worker in self.workers if worker.end is not None}
+        ends = {worker.end: worker for worker in [*self.workers, *self.leaving] if worker.end is not None}
         try:
             said, _, _ = select.select(list(ends), [], [], POLL)
         except InterruptedError:
@@ -169,6 +174,10 @@ class Supervisor:
     def _heard(self, worker: Worker, message: dict[str, Any]) -> None:
         if "ready" in message:
             worker.ready, worker.failures = True, 0
+        if "stopping" in message and self.served and not self.stopping and worker in self.workers:
+            print(f"worker {worker.pid} ends as it was told; another one is started", flush=True)
+            self.leaving.append(worker)
+            self.workers[self.workers.index(worker)] = Worker()
         if "swapped" in message:
             self.swapped |= message["swapped"]
             for other in self.workers:
@@ -177,6 +186,7 @@ class Supervisor:
 
     def _collect(self) -> Iterator[int]:
         """Take note of workers that have ended; the exit codes of those that end before the first service."""
+        self.leaving = _running(self.leaving)
         for worker in self.workers:
             if not worker.pid:
                 continue
@@ -196,13 +206,19 @@ class Supervisor:
 
     def _end(self) -> None:
         """Stop all workers: SIGTERM, and SIGKILL for those that do not end."""
-        running = [worker.pid for worker in self.workers if worker.pid]
+        self.stop()
+        running = [*self.leaving, *(worker for worker in self.workers if worker.pid)]
         until = time.monotonic() + PATIENCE
-        for pid in running:
-            os.kill(pid, signal.SIGTERM)
+        for worker in running:
+            os.kill(worker.pid, signal.SIGTERM)
         while running and time.monotonic() < until:
-            running = [pid for pid in running if not os.waitpid(pid, os.WNOHANG)[0]]
+            running = _running(running)
             time.sleep(POLL)
-        for pid in running:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+        for worker in running:
+            os.kill(worker.pid, signal.SIGKILL)
+            os.waitpid(worker.pid, 0)
+
+
+def _running(workers: list[Worker]) -> list[Worker]:
+    """Those of these workers whose processes have not ended."""
+    return [worker for worker in workers if not os.waitpid(worker.pid, os.WNOHANG)[0]]

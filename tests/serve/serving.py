@@ -23,7 +23,7 @@ from flm_torchrec.export.tower.writer import write_tower
 from flm_torchrec.export.write import ExportOptions, ExportSource, export
 from flm_torchrec.serve.access import read_keys
 from flm_torchrec.serve.connections import ConnectionLimits, listening
-from flm_torchrec.serve.server import Certificate, http_server
+from flm_torchrec.serve.server import Certificate, Tell, http_server
 from flm_torchrec.serve.service import Service
 from flm_torchrec.training.gathered import GatheredModel
 from flm_torchrec.training.job import open_job
@@ -73,7 +73,7 @@ def known(service: Service, user: str) -> TowerQuery:
 def running(app: FastAPI, tls: Certificate | None = None, most: int = 64) -> Iterator[int]:
     """The port on 127.0.0.1 of a server of the app, over HTTP or HTTPS, as `flm serve` runs it."""
     bound, ready = listening("127.0.0.1", 0), threading.Event()
-    server = http_server(app, ConnectionLimits(most), tls, ready.set)
+    server = http_server(app, ConnectionLimits(most), tls, Tell(ready.set))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     assert ready.wait(60)

@@ -20,11 +20,10 @@ from flm_torchrec.cli import main
 from flm_torchrec.serve.connections import (
     ConnectionLimits,
     GuardedProtocol,
-    KnownHosts,
     Waiting,
-    host_name,
     listening,
 )
+from flm_torchrec.serve.hosts import KnownHosts, host_name
 from flm_torchrec.serve.middleware import MeasuringMiddleware, add_error_handlers, read_body
 
 MOST, SECONDS = 8, 0.5

@@ -40,6 +40,9 @@ def work(link, swapped):
         if asked.startswith("swap "):
             served[0] = asked[5:]
             link.tell({"swapped": {"e": asked[5:]}})
+        if asked == "leave":
+            link.tell({"stopping": True})
+            threading.Event().wait()
         if asked == "crash":
             os._exit(7)
         made.sendall(f"{os.getpid()} {served[0]}".encode())
@@ -98,6 +101,21 @@ def test_a_worker_that_dies_comes_back(server: tuple[subprocess.Popen[str], int]
         os.kill(victim, signal.SIGKILL)
     until(lambda: len(workers(process)) == 2 and workers(process) != before)
     assert all(ask(port)[0] in workers(process) for _ in range(20))
+
+
+def test_another_worker_is_started_while_one_still_answers_what_it_has(
+    server: tuple[subprocess.Popen[str], int],
+) -> None:
+    process, port = server
+    before = workers(process)
+    with socket.create_connection(("127.0.0.1", port)) as made:
+        made.sendall(b"leave")
+        until(lambda: len(workers(process)) == 3)
+        assert before < workers(process)
+        until(lambda: len({ask(port)[0] for _ in range(20)}) == 2)
+        pids = workers(process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0 and not any(runs(pid) for pid in pids)
 
 
 def test_a_swap_reaches_all_and_those_that_come_later(server: tuple[subprocess.Popen[str], int]) -> None:

@@ -44,15 +44,19 @@ class ClientsSaw:
     """Items whose answers were cut off, each with the number of acknowledged events before it."""
     answers: int = 0
     cut_off: int = 0
+    drained: int = 0
+    """Those of them that a worker cut off which was told to end."""
     dead: set[int] = field(default_factory=set)
     """Ports of the clients' connections to processes that were killed."""
+    told: set[int] = field(default_factory=set)
+    """The same to workers that were told to end, by SIGTERM."""
     down: bool = False
     """All processes have been killed, so that any connection may end."""
     wrong: list[str] = field(default_factory=list)
 
 
 async def ask(streams: Any, method: str, path: str, body: Any = None, key: str = "") -> Any:
-    """One request on an open connection; its answer, or the reason as a text."""
+    """One request on an open connection; its answer, or the reason as a text. Closes it where the server says so."""
     reader, writer = streams
     content = json.dumps(body).encode() if body is not None else b""
     head = f"{method} {path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\nX-API-Key: {key}\r\n"
@@ -60,11 +64,15 @@ async def ask(streams: Any, method: str, path: str, body: Any = None, key: str =
     answer = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
     length = answer.partition("content-length:")[2].partition("\r\n")[0].strip()
     content = await reader.readexactly(int(length)) if length else b"without a length"
+    if "connection: close" in answer:
+        writer.close()
     return json.loads(content) if answer.split(" ", 2)[1] == "200" else f"{answer[:15]} {content.decode()}"
 
 
-async def connected(port: int, done: asyncio.Event) -> Any:
-    """A connection, as soon as there is a server."""
+async def connected(port: int, done: asyncio.Event, streams: Any = None) -> Any:
+    """The connection where it may still be used, or else another one as soon as there is a server."""
+    if streams is not None and not streams[1].is_closing():
+        return streams
     while not done.is_set():
         try:
             return await asyncio.open_connection(HOST, port)
@@ -76,9 +84,9 @@ async def connected(port: int, done: asyncio.Event) -> Any:
 async def client(port: int, user: str, items: list[str], seen: ClientsSaw, done: asyncio.Event) -> None:
     """Post, read back and ask, until all is done."""
     mine, unsure = seen.acknowledged.setdefault(user, []), seen.unsure.setdefault(user, [])
-    streams, number = None, 0
+    streams, number, best = None, 0, {"user": user, "k": K}
     while not done.is_set():
-        streams = streams or await connected(port, done)
+        streams = await connected(port, done, streams)
         if streams is None:
             return
         item, number = items[number % len(items)], number + 1
@@ -90,26 +98,32 @@ async def client(port: int, user: str, items: list[str], seen: ClientsSaw, done:
                 seen.wrong.append(told)
                 continue
             mine.append(item)
-            await check(streams, user, mine, unsure, seen)
+            answers = []
+            for method, path, body in (("GET", f"/v1/events?user={user}", None), ("POST", "/v1/recommend", best)):
+                streams = await connected(port, done, streams)
+                if streams is None:
+                    return
+                answers.append(await ask(streams, method, path, body))
+            check(answers[0], answers[1], user, seen)
         except (OSError, asyncio.IncompleteReadError) as error:
             seen.cut_off += 1
             port_here = streams[1].get_extra_info("sockname")[1]
-            if not seen.down and port_here not in seen.dead:
+            seen.drained += not seen.down and port_here in seen.told
+            if not seen.down and port_here not in seen.dead | seen.told:
                 seen.wrong.append(f"{user}: cut off from a process that was not killed: {error!r}")
             streams = None
             if posting:
                 unsure.append(item)
 
 
-async def check(streams: Any, user: str, mine: list[str], unsure: list[str], seen: ClientsSaw) -> None:
-    """Read the user's events back, and ask for recommendations: no item of the last events may come."""
-    events = await ask(streams, "GET", f"/v1/events?user={user}")
+def check(events: Any, answer: Any, user: str, seen: ClientsSaw) -> None:
+    """Note what is wrong: the user's events end with the last one acknowledged, and its item is not recommended."""
+    mine = seen.acknowledged[user]
     last = events[-1]["item"] if isinstance(events, list) else events
-    answer = await ask(streams, "POST", "/v1/recommend", {"user": user, "k": K})
     found = [item["item"] for item in answer["items"]] if isinstance(answer, dict) else [answer]
     seen.answers += 3
     if last != mine[-1] or not found or mine[-1] in found:
-        seen.wrong.append(f"{user}: after {mine[-1]} of {len(mine)} (unsure {len(unsure)}): {last}, {found}")
+        seen.wrong.append(f"{user}: after {mine[-1]} of {len(mine)} (unsure {len(seen.unsure[user])}): {last}, {found}")
 
 
 def start(args: argparse.Namespace, store: Path, workers: int = 2, **process: Any) -> subprocess.Popen[str]:
@@ -139,7 +153,8 @@ def start(args: argparse.Namespace, store: Path, workers: int = 2, **process: An
 def end(process: psutil.Process, seen: ClientsSaw, how: signal.Signals) -> None:
     """End a process, and note which connections it had: it is stopped before, so that it accepts no more."""
     process.send_signal(signal.SIGSTOP)
-    seen.dead |= {one.raddr.port for one in process.net_connections("tcp") if one.raddr}
+    ports = seen.dead if how == signal.SIGKILL else seen.told
+    ports |= {one.raddr.port for one in process.net_connections("tcp") if one.raddr}
     process.send_signal(how)
     with suppress(psutil.NoSuchProcess):
         process.send_signal(signal.SIGCONT)
@@ -210,7 +225,8 @@ def main() -> int:
         problems = lost(EventStore(store), seen)
     events = sum(map(len, seen.acknowledged.values()))
     print(f"{args.kills} kills: {events} events acknowledged, {len(problems)} users with lost events,")
-    print(f"{seen.answers} answers, {len(seen.wrong)} wrong, {seen.cut_off} requests cut off")
+    print(f"{seen.answers} answers, {len(seen.wrong)} wrong, {seen.cut_off} requests cut off,")
+    print(f"{seen.drained} of them by workers that were told to end")
     print(*problems, *seen.wrong[:5], sep="\n")
     return int(bool(problems or seen.wrong or not events))
 

@@ -4,9 +4,9 @@
 
 The server may open few files (`--files`). Against it go, all at once:
 
-* good clients, which ask at a steady rate, post an event now and then, and open a new connection now and then. A client
-  whose connection is closed before any byte of an answer asks once more on a new one, as HTTP clients do (RFC 9110,
-  9.2.2): a server may close an idle connection at any time;
+* good clients, which ask at a steady rate, post an event now and then, and open a new connection now and then, or when
+  an answer says `Connection: close`. A client whose connection is closed before any byte of an answer asks once more on
+  a new one, as HTTP clients do (RFC 9110, 9.2.2): a server may close an idle connection at any time;
 * more silent connections than the server may have, connections that send a header or a body a byte a second, and
   connections that take no answer;
 * swaps to and fro between two exports;
@@ -104,7 +104,7 @@ async def good_client(trial: SoakTrial, number: int) -> None:
     pause = CLIENTS / trial.args.rate
     while not trial.over:
         turn += 1
-        if streams is not None and turn % CONNECT_EVERY == 0:
+        if streams is not None and (turn % CONNECT_EVERY == 0 or streams[1].is_closing()):
             streams[1].close()
             streams = None
         user = chance.choice(trial.users)
