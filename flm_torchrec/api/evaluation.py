@@ -95,13 +95,15 @@ def write_evaluation(
 def _rows_of(keys: Sequence[str], user_keys: list[str], users: list[int]) -> list[int]:
     """Indices of the examples of the users named."""
     user_of = {key: user for user, key in enumerate(user_keys)}
-    example_of = {user: row for row, user in enumerate(users)}
+    examples_of: dict[int, list[int]] = {}
+    for row, user in enumerate(users):
+        examples_of.setdefault(user, []).append(row)
     for key in keys:
         if key not in user_of:
             raise RunError(f"--user '{key}': not in users.parquet; ids are those of the source, e.g. '{user_keys[0]}'")
-        if user_of[key] not in example_of:
+        if user_of[key] not in examples_of:
             raise RunError(f"--user '{key}': has no held-out event in this split; choose another user")
-    return [example_of[user_of[key]] for key in keys]
+    return [row for key in keys for row in examples_of[user_of[key]]]
 
 
 def _oracle(data: PreparedData, examples: Examples) -> dict[str, dict[str, float]] | None:

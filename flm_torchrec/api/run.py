@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    data: str | os.PathLike[str],
+    data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     run: str | os.PathLike[str],
     /,
     *,
@@ -29,7 +29,7 @@ def train(
     """Pretrain a model on prepared data, and leave a run folder with config, metrics and the best checkpoint.
 
     Args:
-        data: folder of prepared data, or what `prepare` returned.
+        data: folder of prepared data, or what `prepare` returned; several are joined into one data set beside the run.
         run: folder to write.
         config: YAML file of settings; the sections override it.
         sections: settings by section, such as `train={"epochs": 10}, model={"dim": 32}`; `flm train --help` lists all.
@@ -46,18 +46,27 @@ def train(
         >>> run.path.name, run.config.model.dim
         ('shop', 8)
     """
-    given = [*overrides_of(sections), f"data.path={os.fspath(data)}", f"train.run={os.fspath(run)}"]
-    pretrain_run(config, given)
+    folders = [os.fspath(data)] if isinstance(data, str | os.PathLike) else [os.fspath(folder) for folder in data]
+    path = [f"data.path={folders[0]}"] if len(folders) == 1 else []
+    pretrain_run(config, [*overrides_of(sections), *path, f"train.run={os.fspath(run)}"], folders)
     return Run.load(run)
 
 
-def pretrain_run(file: str | os.PathLike[str] | None, overrides: Sequence[str]) -> None:
+def pretrain_run(
+    file: str | os.PathLike[str] | None, overrides: Sequence[str], folders: Sequence[str | Path] = ()
+) -> None:
     """Pretrain the run that a config file and overrides describe; collective.
+
+    Args:
+        folders: two or more are joined into `RUN-data` and take the place of `data.path`.
 
     Raises:
         FlmError: a setting, the data or the run folder is wrong.
     """
     config = load_config(None if file is None else Path(file), overrides)
+    if len(folders) > 1:
+        overrides = [*overrides, f"data.path={joined_for(config, folders)}"]
+        config = load_config(None if file is None else Path(file), overrides)
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     from flm_torchrec.training.trainer import pretrain
     from flm_torchrec.training.warm_start import warm_config
@@ -65,6 +74,22 @@ def pretrain_run(file: str | os.PathLike[str] | None, overrides: Sequence[str]) 
     if config.train.warm_start and file is None:
         config = warm_config(Path(config.train.warm_start), overrides)
     pretrain(config)
+
+
+def joined_for(config: Config, folders: Sequence[str | Path]) -> Path:
+    """The joint data of a run, beside its folder; made once, and taken again if the folders have not changed.
+
+    Raises:
+        FlmError: the run would be refused, or the folders cannot be joined or have changed.
+    """
+    from flm_torchrec.prepare.joined import join_once
+    from flm_torchrec.training.run_folder import resumes
+
+    output = Path(f"{config.train.run.rstrip('/')}-data")
+    if not output.exists():
+        resumes(config, restarted=False)  # a run that is refused must not cost a join first
+    join_once(folders, output, replace=config.train.existing == "replace")
+    return output
 
 
 @dataclass(frozen=True)

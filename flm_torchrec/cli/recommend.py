@@ -37,6 +37,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="FEATURE=VALUE",
         help="only items with this value; may be repeated: one value of each feature must fit (default: all items)",
     )
+    parser.add_argument(
+        "--domain",
+        metavar="NAME",
+        help="only items of this domain, of a model of joint data, whatever the user's history is of (default: all)",
+    )
     parser.add_argument("--include-seen", action="store_true", help="also items the user has had (default: without)")
     parser.add_argument("--json", action="store_true", help="of --user: print JSON (default: a table)")
     parser.add_argument(
@@ -60,6 +65,8 @@ def run(args: argparse.Namespace) -> None:
     if args.user is None and (args.output is None or args.json):
         raise ConfigError("--output: name the Parquet file to write for --users and --all, which print no list")
     wanted = _filter(args.filter)
+    if args.domain is not None:
+        wanted.setdefault("domain", []).append(args.domain)
     if args.user is None:
         _write(args, wanted)
         return

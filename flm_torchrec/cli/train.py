@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from flm_torchrec.api.run import pretrain_run
-from flm_torchrec.config import add_config_arguments, given_overrides
+from flm_torchrec.config import add_config_arguments, given_folders, given_overrides
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -18,7 +18,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         " settings are those of RUN unless given.",
         allow_abbrev=False,
     )
-    add_config_arguments(parser)
+    add_config_arguments(parser, several_data=True)
     parser.set_defaults(run=run)
 
 
@@ -28,4 +28,4 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         FlmError: a setting, the data or the run folder is wrong.
     """
-    pretrain_run(args.config, given_overrides(args))
+    pretrain_run(args.config, given_overrides(args), given_folders(args))

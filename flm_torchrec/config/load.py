@@ -113,17 +113,44 @@ def sections() -> dict[str, type]:
     return get_type_hints(Config)
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--config FILE` and one `--section.field VALUE` for every setting of a pretraining."""
+def add_config_arguments(parser: argparse.ArgumentParser, several_data: bool = False) -> None:
+    """Add `--config FILE` and one `--section.field VALUE` for every setting of a pretraining.
+
+    Args:
+        several_data: `--data.path` takes several folders; `given_folders` reads them.
+    """
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; options below override it")
-    add_overrides(parser, [name for name in sections() if name != "finetune"], {})
+    several = {"data.path": {"nargs": "+", "action": _Once}} if several_data else {}
+    add_overrides(parser, [name for name in sections() if name != "finetune"], {}, several)
 
 
-def add_overrides(parser: argparse.ArgumentParser, names: Iterable[str], defaults: Mapping[str, str]) -> None:
+def given_folders(args: argparse.Namespace) -> list[str]:
+    """What was given as `--data.path`: no folder, one, or several."""
+    found = vars(args).get("override:data.path") or []
+    return [found] if isinstance(found, str) else list(found)
+
+
+class _Once(argparse.Action):
+    """Several values after one option, which is given once: a second one would replace the first unseen."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        """Keep the values."""
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "given twice; write all folders behind one")
+        setattr(namespace, self.dest, values)
+
+
+def add_overrides(
+    parser: argparse.ArgumentParser,
+    names: Iterable[str],
+    defaults: Mapping[str, str],
+    more: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
     """Add one `--section.field VALUE` for every setting of the sections named.
 
     Args:
         defaults: defaults for the help, by setting or by section, where they differ from the schema.
+        more: by setting, more keyword arguments of `add_argument`.
     """
     for section in names:
         kind = sections()[section]
@@ -140,6 +167,7 @@ def add_overrides(parser: argparse.ArgumentParser, names: Iterable[str], default
                 dest=f"override:{section}.{field.name}",
                 metavar="VALUE",
                 help=setting_help(description, accepts(hints[field.name]), default),
+                **(more or {}).get(f"{section}.{field.name}", {}),
             )
 
 
@@ -161,6 +189,8 @@ def config_from_arguments(args: argparse.Namespace) -> Config:
 def given_overrides(args: argparse.Namespace) -> list[str]:
     """The given options of `add_overrides`, in the form of `load_config`."""
     given = {k.removeprefix("override:"): v for k, v in vars(args).items() if k.startswith("override:")}
+    if isinstance(given.get("data.path"), list):
+        given["data.path"] = given["data.path"][0] if len(given["data.path"]) == 1 else None
     return [f"{key}={value}" for key, value in given.items() if value is not None]
 
 

@@ -27,7 +27,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 def _several(value: Any) -> Any:
     """Split text at commas into a list, and put a single value into a list."""
-    if isinstance(value, str) and value not in ("all", "none"):
+    if isinstance(value, str) and value not in ("all", "none", "natural"):
         return [part.strip() for part in value.split(",") if part.strip()]
     return [value] if isinstance(value, int) and not isinstance(value, bool) else value
 
@@ -39,7 +39,7 @@ Several = BeforeValidator(_several)
 class DataConfig:
     """What to learn from."""
 
-    path: Annotated[str, Field(description="folder written by 'flm prepare'")] = "data/synthetic"
+    path: Annotated[str, Field(description="folder of 'flm prepare'; 'flm train' joins several")] = "data/synthetic"
     split: Annotated[
         Literal["leave-one-out", "time", "cold-start"],
         Field(
@@ -64,6 +64,14 @@ class DataConfig:
     values: Annotated[
         bool, Field(description="show the model the values (ratings) of past events; false: they will be labels later")
     ] = True
+    domain_weights: Annotated[
+        Literal["natural"] | tuple[str, ...],
+        Several,
+        Field(
+            description="of joint data, how many sequences of each domain an epoch has: NAME=WEIGHT for each; natural:"
+            " each sequence once"
+        ),
+    ] = "natural"
     max_history: Annotated[Count, Field(le=10**6, description="events of a user that the model sees at once")] = 50
     stream: Annotated[
         bool,
@@ -151,6 +159,10 @@ class LossConfig:
             " ranks, or of the rank alone, so that work and bytes of a step do not grow with the ranks"
         ),
     ] = "global"
+    domains: Annotated[
+        Literal["own", "all"],
+        Field(description="of joint data, the items that a target is told from: of its own domain, or of all"),
+    ] = "own"
     negative_power: Annotated[
         float, Field(ge=0, le=1, description="negatives are drawn with probability ~ popularity ** this")
     ] = 0.5
@@ -335,6 +347,8 @@ class Config:
     def _check(self) -> Config:
         if self.data.stream and not self.train.eval_users:
             raise ValueError("data.stream: validation must not load every user; set train.eval_users, such as 10000")
+        if self.data.stream and self.data.domain_weights != "natural":
+            raise ValueError("data.domain_weights: sequences are chosen among all in memory; set data.stream=false")
         if self.data.stream and self.finetune.source:
             raise ValueError("data.stream: a fine-tuning chooses among all events in memory; set data.stream=false")
         return self

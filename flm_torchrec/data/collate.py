@@ -72,6 +72,7 @@ class Assembler:
         if labels is None:
             labels = np.broadcast_to(np.float32(np.nan), len(train_mask))
         self.events = TrainEvents(**vars(data.events), learnable=train_mask, label=labels)
+        self.item_domain = np.zeros(0, np.int64) if data.item_domain is None else data.item_domain.astype(np.int64)
         self.item_features = [f for f in data.schema.features if f.entity == "item" and f.sparse]
         self.user_features = [f for f in data.schema.features if f.entity == "user" and f.sparse]
 
@@ -154,6 +155,7 @@ class Assembler:
             item_ids=_kjt({key: Ragged(np.arange(len(ids) + 1), asked) for key, asked in lookups.items()}),
             item_features=self._item_features(ids),
             item_dense=torch.from_numpy(self.data.items.dense[ids]),
+            item_domain=torch.from_numpy(self.item_domain[ids] if len(self.item_domain) else self.item_domain),
             item_known=torch.from_numpy(self.stats.items[ids]),
             users=self._users(tokens.user),
             user_dense=torch.from_numpy(self.data.users.dense[tokens.user]),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flm_torchrec.data.columns import CodedText
@@ -24,6 +25,8 @@ from flm_torchrec.documents import read_json
 from flm_torchrec.errors import DataError
 from flm_torchrec.files import sha256
 
+DOMAIN = "domain"
+"""Column of items.parquet of joint data; also the attribute of their items in an export."""
 BLOCK_ROWS = 2**20
 """Events of a block, unless one user has more: bounds what is made of events beside their columns."""
 
@@ -191,6 +194,15 @@ class PreparedData:
         return _keys(self.path / "items.parquet", "item_key")
 
     @cached_property
+    def item_domain(self) -> np.ndarray | None:
+        """[items] int16: of a joint data set, the number of each item's domain in `schema.domains`; else None.
+
+        Raises:
+            DataError: an item has no domain, or one that the schema does not name.
+        """
+        return domain_of_items(self.path / "items.parquet", self.schema) if self.schema.domains else None
+
+    @cached_property
     def titles(self) -> list[str]:
         """What people see of each item: the schema's title column, or the item's key where there is no title."""
         if not self.schema.title:
@@ -222,6 +234,19 @@ def load_prepared(
         items=load_entity(path / "items.parquet", schema, "item", schema.items),
         users=load_entity(path / "users.parquet", schema, "user", schema.users),
     )
+
+
+def domain_of_items(file: Path, schema: Schema) -> np.ndarray:
+    """[items] int16: the number in `schema.domains` of what the column `domain` says of each item of a joint data set.
+
+    Raises:
+        DataError: the file is missing or corrupt, or an item has no domain that the schema names.
+    """
+    codes = pc.index_in(_read(file, [DOMAIN])[DOMAIN], value_set=pa.array(schema.domains)).combine_chunks()
+    if codes.null_count:
+        row = int(np.flatnonzero(codes.is_null().to_numpy(zero_copy_only=False))[0])
+        raise DataError(f"{file}: row {row} has no domain of schema.yaml ({', '.join(schema.domains)}); join anew")
+    return codes.to_numpy().astype(np.int16)
 
 
 def _read(file: Path, columns: list[str]) -> pa.Table:

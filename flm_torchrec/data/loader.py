@@ -11,6 +11,7 @@ import numpy as np
 
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.collate import Assembler
+from flm_torchrec.data.domain_shares import DomainShares
 from flm_torchrec.data.negatives import Candidates, Negatives
 from flm_torchrec.data.windows import Windows
 
@@ -63,18 +64,30 @@ class TrainLoader(Loader):
 
     The order depends on seed and epoch alone: a global batch holds the same sequences and drawn negatives
     at any number of ranks, and rank r of W takes every W-th of them. The last batch of an epoch may be short.
+
+    Args:
+        shares: of the domains of joint data; None: an epoch has each window once.
     """
 
-    def __init__(self, windows: Windows, assembler: Assembler, negatives: Negatives, sharing: Sharing) -> None:
+    def __init__(
+        self,
+        windows: Windows,
+        assembler: Assembler,
+        negatives: Negatives,
+        sharing: Sharing,
+        shares: DomainShares | None = None,
+    ) -> None:
         super().__init__(assembler, negatives, sharing)
         self.windows = windows
+        self.shares = shares
 
     def __len__(self) -> int:
         return -(-len(self.windows) // self.sharing.batch_size)
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
         """Batches of an epoch from step `first` on."""
-        order = np.random.default_rng([self.sharing.seed, number]).permutation(len(self.windows))
+        rng = np.random.default_rng([self.sharing.seed, number])
+        order = rng.permutation(len(self.windows)) if self.shares is None else self.shares.order(rng)
         size = self.sharing.batch_size
         for step in range(first, len(self)):
             user, start, end = self._share(order[step * size : (step + 1) * size])

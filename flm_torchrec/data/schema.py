@@ -107,6 +107,8 @@ class Schema:
     features: tuple[Feature, ...] = field(default=())
     tables: dict[str, Table] = field(default_factory=dict)
     """By name of the table: "user_id", "item_id" or a feature's table. Tables that are not named are direct."""
+    domains: tuple[str, ...] = ()
+    """Of a joint data set, the names of its domains; the column `domain` of items.parquet has one of them for each."""
 
     def table(self, name: str) -> Table:
         """How the ids of the table of this name are mapped to its rows."""
@@ -133,8 +135,10 @@ class Schema:
         record = asdict(self)
         record["events"] = list(self.events)
         record["features"] = [{k: v for k, v in asdict(f).items() if v not in ("", 0)} for f in self.features]
-        if not self.tables:
-            del record["tables"]
+        record["domains"] = list(self.domains)
+        for name in ("tables", "domains"):
+            if not record[name]:
+                del record[name]
         path.write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
 
     @classmethod
@@ -153,7 +157,8 @@ class Schema:
             record = read_yaml(path)
             features = tuple(Feature(**f) for f in record.pop("features", ()))
             tables = {name: Table(**t) for name, t in record.pop("tables", {}).items()}
-            schema = cls(**{**record, "events": tuple(record["events"])}, features=features, tables=tables)
+            names = {name: tuple(record.get(name, ())) for name in ("events", "domains")}
+            schema = cls(**{**record, **names}, features=features, tables=tables)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise DataError(f"{path}: not a schema ({reason}); prepare the data again") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,7 @@ class Splits:
     valid: Examples
     test: Examples
     cold_items: np.ndarray | None = None  # [items] bool: held out, for all users
+    held_out: np.ndarray | None = None  # [interactions] bool: of joint data: events to predict
 
     def train_mask(self, data: PreparedData) -> np.ndarray:
         """[interactions] bool: the events that may be learnt from."""
@@ -54,6 +55,8 @@ class Splits:
             mask[block.rows] = rows < self.train_end[block.users]
             if self.cold_items is not None:
                 mask[block.rows] &= ~self.cold_items[data.item[block.rows]]
+            if self.held_out is not None:
+                mask[block.rows] &= ~self.held_out[block.rows]
         return mask
 
 
@@ -75,10 +78,15 @@ class Rule:
     """Of kind time: the first second of test."""
     cold_items: np.ndarray | None = None  # [items] int8: 1 held out for validation, 2 for test
     cold_users: np.ndarray | None = None  # [users] int8: likewise
+    domain: np.ndarray | None = None
+    """[items] of joint data: their domains, each of which is split on its own."""
 
-    def held_out(self, item: np.ndarray) -> np.ndarray:
-        """[n] item ids → [n] bool: items that are never learnt from."""
-        return np.zeros(len(item), bool) if self.cold_items is None else self.cold_items[item] > 0
+    def held_out(self, user: np.ndarray, item: np.ndarray) -> np.ndarray:
+        """[n] users and items of all events of these users, in order → [n] bool: events that are never learnt from."""
+        held = np.zeros(len(item), bool) if self.cold_items is None else self.cold_items[item] > 0
+        if self.domain is None or self.kind == "time":
+            return held
+        return held | (last_of_domain(user, self.domain[item]) > 0)
 
 
 def split(data: PreparedData, kind: str, holdout: float) -> Splits:
@@ -118,12 +126,12 @@ def rule_of(data: PreparedData, kind: str, holdout: float) -> Rule:
     if kind == "time":
         check_timestamps(data.schema, data.path)
         valid_from, test_from = np.quantile(data.timestamp, [1 - 2 * holdout, 1 - holdout], method="higher")
-        return Rule(kind, valid_from, test_from)
+        return Rule(kind, valid_from, test_from, domain=data.item_domain)
     if kind == "cold-start":
         seen = np.zeros(data.schema.items, bool)
         seen[data.item] = True
-        return cold_rule(seen, np.diff(data.offsets), holdout)
-    return Rule(kind)
+        return replace(cold_rule(seen, np.diff(data.offsets), holdout), domain=data.item_domain)
+    return Rule(kind, domain=data.item_domain)
 
 
 def cold_rule(seen: np.ndarray, events: np.ndarray, holdout: float) -> Rule:
@@ -155,12 +163,32 @@ def everyone(data: PreparedData) -> Examples:
     return Examples(np.arange(data.schema.users), data.offsets[1:])
 
 
+def last_of_domain(user: np.ndarray, domain: np.ndarray) -> np.ndarray:
+    """[n] int8: 2 for the last event of a user in a domain, 1 for the one before, 0 for the others; and for all events
+    of a user and a domain with fewer than three.
+
+    Args:
+        user: [n] ascending; all events of each user, in order.
+        domain: [n] of each event's item.
+    """
+    key = user.astype(np.int64) * (1 + int(domain.max(initial=0))) + domain
+    order = np.argsort(key, kind="stable")
+    starts = np.flatnonzero(np.diff(key[order], prepend=-1))
+    sizes = np.diff(np.append(starts, len(key)))
+    ends = (starts + sizes)[sizes >= 3]
+    part = np.zeros(len(key), np.int8)
+    part[order[ends - 1]], part[order[ends - 2]] = 2, 1
+    return part
+
+
 def lasting(offsets: np.ndarray) -> np.ndarray:
     """[users] bool: True for users with three events or more, of which two can be held out."""
     return np.diff(offsets) >= 3
 
 
-def _leave_one_out(data: PreparedData, _: Rule) -> Splits:
+def _leave_one_out(data: PreparedData, rule: Rule) -> Splits:
+    if rule.domain is not None:
+        return _leave_one_out_by_domain(data, rule.domain)
     ends = data.offsets[1:]
     users = np.flatnonzero(lasting(data.offsets))
     return Splits(
@@ -168,6 +196,23 @@ def _leave_one_out(data: PreparedData, _: Rule) -> Splits:
         valid=Examples(users, ends[users] - 2),
         test=Examples(users, ends[users] - 1),
     )
+
+
+def _leave_one_out_by_domain(data: PreparedData, domain: np.ndarray) -> Splits:
+    """As leave-one-out splits each domain alone. What comes before an event in time is known, of all domains."""
+    held = new_column(len(data.item), bool)
+    train_end = data.offsets[:-1].copy()
+    parts: list[list[tuple[np.ndarray, np.ndarray]]] = [[], []]
+    for block in data.blocks():
+        part = last_of_domain(block.users, domain[data.item[block.rows]])
+        held[block.rows] = part > 0
+        learnt = np.flatnonzero(part == 0)
+        train_end[block.users[learnt]] = block.rows.start + learnt + 1  # the last of equal indices counts
+        for number, found in enumerate(parts, start=1):
+            rows = np.flatnonzero(part == number)
+            found.append((block.users[rows], block.rows.start + rows))
+    valid, test = (Examples(*map(np.concatenate, zip(*found, strict=True))) for found in parts)
+    return Splits(train_end, valid, test, held_out=held)
 
 
 def _by_time(data: PreparedData, rule: Rule) -> Splits:
@@ -179,12 +224,30 @@ def _by_time(data: PreparedData, rule: Rule) -> Splits:
         return ends
 
     train_end, valid_end, ends = before(rule.valid_from), before(rule.test_from), data.offsets[1:]
+    if rule.domain is not None:
+        spans_of = ((train_end, valid_end), (valid_end, ends))
+        valid, test = (_first_of_domains(data, rule.domain, *span) for span in spans_of)
+        return Splits(train_end, valid, test)
     in_valid, in_test = np.flatnonzero(valid_end > train_end), np.flatnonzero(ends > valid_end)
     return Splits(
         train_end=train_end,
         valid=Examples(in_valid, train_end[in_valid], until=valid_end[in_valid]),
         test=Examples(in_test, valid_end[in_test], until=ends[in_test]),
     )
+
+
+def _first_of_domains(data: PreparedData, domain: np.ndarray, first: np.ndarray, end: np.ndarray) -> Examples:
+    """The first event of each user and domain among the events `first:end` of each user, [users] each."""
+    found = []
+    for block in data.blocks():
+        rows = np.arange(block.rows.start, block.rows.stop)
+        rows = rows[(rows >= first[block.users]) & (rows < end[block.users])]
+        users = block.users[rows - block.rows.start]
+        kinds = users * (1 + int(domain.max())) + domain[data.item[rows]]
+        found.append(rows[np.sort(np.unique(kinds, return_index=True)[1])])
+    rows = np.concatenate(found)
+    users = np.searchsorted(data.offsets, rows, "right") - 1
+    return Examples(users, rows, until=end[users])
 
 
 def _cold_start(data: PreparedData, rule: Rule) -> Splits:
@@ -207,7 +270,7 @@ def _cold_start(data: PreparedData, rule: Rule) -> Splits:
         )
 
     train_end = np.where(cold_user > 0, data.offsets[:-1], warm.train_end)
-    return Splits(train_end, examples(1, warm.valid), examples(2, warm.test), cold_item > 0)
+    return Splits(train_end, examples(1, warm.valid), examples(2, warm.test), cold_item > 0, warm.held_out)
 
 
 def _cold_events(data: PreparedData, cold: np.ndarray) -> Examples:

@@ -113,6 +113,7 @@ class StreamLoader(Loader):
         users = np.arange(plan.units[unit], plan.units[unit + 1])
         begin, ends = stream.offsets[users], stream.offsets[users + 1]
         columns = stream.groups.read(int(begin[0]), int(ends[-1]))
+        held = stream.rule.held_out(np.repeat(users, ends - begin), columns["item_id"])
         windows = cut(users, begin, stream.train_end[users], plan.max_history)
         order = np.random.default_rng([self.sharing.seed, number, 0, unit]).permutation(len(windows))
         user, start, end = windows.user[order], windows.start[order], windows.end[order]
@@ -129,7 +130,7 @@ class StreamLoader(Loader):
                 timestamp=columns["timestamp"][positions],
                 event=columns["event"][positions],
                 value=columns["value"][positions],
-                learnable=~stream.rule.held_out(item),
+                learnable=~held[positions],
                 label=np.broadcast_to(np.float32(np.nan), len(item)),
             ),
         )

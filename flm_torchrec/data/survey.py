@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from flm_torchrec.data.dataset import PreparedData, load_prepared
+from flm_torchrec.data.dataset import PreparedData, domain_of_items, load_prepared
 from flm_torchrec.data.event_files import RowChecks
 from flm_torchrec.data.row_groups import RowGroups
 from flm_torchrec.data.schema import Schema
-from flm_torchrec.data.splits import Rule, check_timestamps, cold_rule, lasting, nothing_left, sampled
+from flm_torchrec.data.splits import (
+    Rule,
+    check_timestamps,
+    cold_rule,
+    last_of_domain,
+    lasting,
+    nothing_left,
+    sampled,
+)
 from flm_torchrec.data.train_stats import TrainStats, scale_of
 
 BINS = 2**16
@@ -85,12 +93,13 @@ def _split(
     groups: RowGroups, schema: Schema, offsets: np.ndarray, seen: np.ndarray, kind: str, holdout: float
 ) -> tuple[np.ndarray, np.ndarray, Rule]:
     """[users] end of each user's training rows, the users with something to predict in validation, and the rule."""
+    domain = domain_of_items(groups.path / "items.parquet", schema) if schema.domains else None
     if kind == "time":
         check_timestamps(schema, groups.path)
         last = groups.rows - 1  # ranks as numpy.quantile's method "higher" takes them
         ranks = [int(np.ceil(last * q)) for q in (1 - 2 * holdout, 1 - holdout)]
         valid_from, test_from = order_statistics(groups, ranks)
-        rule = Rule(kind, valid_from, test_from)
+        rule = Rule(kind, valid_from, test_from, domain=domain)
         before = np.zeros((2, schema.users), np.int64)
         for user, timestamp in groups.scan(["user_id", "timestamp"]):
             for counts, limit in zip(before, (rule.valid_from, rule.test_from), strict=True):
@@ -98,11 +107,38 @@ def _split(
         return offsets[:-1] + before[0], np.flatnonzero(before[1] > before[0]), rule
     candidates = np.flatnonzero(lasting(offsets))
     train_end = np.where(lasting(offsets), offsets[1:] - 2, offsets[1:])
+    if domain is not None:
+        train_end, candidates = _ends_by_domain(groups, offsets, domain)
     if kind == "cold-start":
-        rule = cold_rule(seen, np.diff(offsets), holdout)
+        rule = replace(cold_rule(seen, np.diff(offsets), holdout), domain=domain)
         assert rule.cold_users is not None
         return np.where(rule.cold_users > 0, offsets[:-1], train_end), candidates, rule
-    return train_end, candidates, Rule(kind)
+    return train_end, candidates, Rule(kind, domain=domain)
+
+
+def _ends_by_domain(groups: RowGroups, offsets: np.ndarray, domain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[users] the end of what each user's training rows reach to, and the users with something to predict."""
+    train_end, tested, row = offsets[:-1].copy(), np.zeros(len(offsets) - 1, bool), 0
+    for user, item in whole_users(groups.scan(["user_id", "item_id"])):
+        held = last_of_domain(user, domain[item]) > 0
+        learnt = np.flatnonzero(~held)
+        train_end[user[learnt]] = row + learnt + 1
+        tested[user[held]] = True
+        row += len(user)
+    return train_end, np.flatnonzero(tested)
+
+
+def whole_users(parts: Iterator[tuple[np.ndarray, ...]]) -> Iterator[tuple[np.ndarray, ...]]:
+    """Parts of columns, of which the first is the user, cut anew so that all rows of a user are in one part."""
+    kept: tuple[np.ndarray, ...] = ()
+    for part in parts:
+        joined = tuple(map(np.concatenate, zip(kept, part, strict=True))) if kept else part
+        cut = int(np.searchsorted(joined[0], joined[0][-1], "left"))
+        if cut:
+            yield tuple(column[:cut] for column in joined)
+        kept = tuple(column[cut:] for column in joined)
+    if kept:
+        yield kept
 
 
 def order_statistics(groups: RowGroups, ranks: Sequence[int]) -> list[int]:
@@ -153,8 +189,9 @@ def _survey(groups: RowGroups, schema: Schema, rule: Rule, offsets: np.ndarray, 
     """One pass over the rows up to `train_end`: counts of items, ids that occur, mean and deviation of values."""
     counts, users, values = np.zeros(schema.items, np.int64), np.zeros(schema.users, np.float32), _Moments()
     row = 0
-    for user, item, value in groups.scan(["user_id", "item_id", "value"]):
-        learnable = (np.arange(row, row + len(user)) < train_end[user]) & ~rule.held_out(item)
+    parts = groups.scan(["user_id", "item_id", "value"])
+    for user, item, value in parts if rule.domain is None else whole_users(parts):
+        learnable = (np.arange(row, row + len(user)) < train_end[user]) & ~rule.held_out(user, item)
         row += len(user)
         if learnable.any():
             np.add.at(counts, item[learnable], 1)

@@ -47,6 +47,8 @@ class Evaluation:
     """Metrics of the lists by scorer; see `evaluation.lists`."""
     notes: list[str] = field(default_factory=list)
     """What the reader of the table should know of it, a line each."""
+    ranked: str = "users, every item ranked"
+    """What the examples are, and what is ranked for them."""
     ranks: dict[str, np.ndarray] = field(default_factory=dict)
     """[users] by scorer: the rank of each true item, where the task keeps them."""
 
@@ -105,7 +107,10 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
     among_cold = replace(problem, among=task.cold_items)
     segments = list(_segments(labels_by(task.by, data, examples, task.train_mask)))
     targets = Targets.of(data, examples)
-    result = Evaluation(task.split, len(examples), {}, notes=left_out(config, items))
+    notes = [*left_out(config, items), *_untested(data, examples)]
+    result = Evaluation(task.split, len(examples), {}, notes=notes)
+    if data.item_domain is not None:
+        result = replace(result, ranked="events, every item of the event's domain ranked")
     scorers = _scorers(task, encoder, comm, config)
     facts = _item_facts(task, scorers)
     longest = max(COVERAGE_AT, *config.ks) if targets else COVERAGE_AT
@@ -126,6 +131,15 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
                 part = count_ranks(_only(ranked_cold, examples.label == COLD_ITEM), name, items, comm)
                 result.segments.setdefault(f"{COLD_ITEM}, among those alone", {})[name] = part.metrics(config.ks)
     return result
+
+
+def _untested(data: PreparedData, examples: Examples) -> list[str]:
+    """A line for each domain of joint data that no example is of."""
+    if data.item_domain is None:
+        return []
+    there = np.bincount(data.item_domain[data.item[examples.end]], minlength=len(data.schema.domains))
+    empty = (name for name, count in zip(data.schema.domains, there, strict=True) if not count)
+    return [f"domain '{name}' has no event to predict in this split, so it has no table" for name in empty]
 
 
 def _segments(labels: Iterable[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:

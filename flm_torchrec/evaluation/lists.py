@@ -103,7 +103,11 @@ class Targets:
         known = keys(data.offsets[examples.user], examples.end)
         later = np.setdiff1d(keys(examples.end, examples.until), known)
         right = np.union1d(later, keys(examples.end, examples.end + 1))
-        return cls(right // stride, right % stride)
+        rows, items = right // stride, right % stride
+        if data.item_domain is None:
+            return cls(rows, items)
+        own = data.item_domain[items] == data.item_domain[data.item[examples.end]][rows]
+        return cls(rows[own], items[own])
 
 
 def target_metrics(

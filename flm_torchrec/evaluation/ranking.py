@@ -53,6 +53,11 @@ class RankingProblem:
     blocks: Blocks = Blocks()
     among: np.ndarray | None = None  # [items] bool: rank only these; None: all
 
+    @property
+    def domain(self) -> Tensor | None:
+        """[items] the domain of each item of joint data, of which only the true item's is ranked; else None."""
+        return None if self.data.item_domain is None else torch.from_numpy(self.data.item_domain)
+
 
 MIXTURE = "mixture"
 """Not a representation: the heads' scores, each by its own vector, as the encoder's `mixture` joins them."""
@@ -145,7 +150,7 @@ def user_blocks(examples: int, block: int, comm: Collectives) -> Iterator[np.nda
 
 
 def rank_targets(problem: RankingProblem, scorer: Scorer, comm: Collectives, top_k: int = 0) -> Ranked:
-    """Rank each example's true item among all items but those of its known events; collective.
+    """Rank each example's true item among all items of its domain but those of its known events; collective.
 
     rank = 1 + the number of other items that score at least as high. A tie counts against the scorer, so a scorer that
     gives every item the same score looks as bad as it is. The true item is ranked even if it occurred before.
@@ -159,11 +164,12 @@ def rank_targets(problem: RankingProblem, scorer: Scorer, comm: Collectives, top
     rows: list[np.ndarray] = []
     ranks: dict[str, list[np.ndarray]] = {n: [] for n in scorer.names}
     top: dict[str, list[np.ndarray]] = {n: [] for n in scorer.names}
+    domain = problem.domain
     for indices in user_blocks(len(problem.examples), problem.blocks.users, comm):
         users = scorer.block(indices)
         if len(indices) == 0:
             continue
-        block = _Block(scorer, users, *target_and_seen(problem, indices))
+        block = _Block(scorer, users, *target_and_seen(problem, indices), domain)
         rows.append(indices)
         for name in scorer.names:
             rank, best = _rank_block(block, name, _item_ranges(problem), top_k)
@@ -196,12 +202,16 @@ class _Block:
     """What the scorer's `block` gave."""
     target: Tensor  # [b] int64: the true items
     seen: Seen
+    domain: Tensor | None
+    """[items] of joint data: only the items of the true item's domain are ranked."""
 
     def scores(self, name: str, start: int, stop: int) -> Tensor:
         """[b, stop - start] scores of the items `start:stop`; -inf for items that are left out."""
         scores = self.scorer.scores(self.users, name, start, stop)
         here = (self.seen.items >= start) & (self.seen.items < stop)
         scores[self.seen.rows[here], self.seen.items[here] - start] = -torch.inf
+        if self.domain is not None:
+            scores.masked_fill_(self.domain[self.target][:, None] != self.domain[start:stop], -torch.inf)
         return scores
 
 

@@ -18,9 +18,13 @@ def labels_by(
 ) -> Iterator[np.ndarray]:
     """[E] str labels of the examples: those of the split or the data, if there are any, then one array for each `by`.
 
+    Of joint data, the domains of the next items come first.
+
     Args:
         train_mask: [interactions] bool, the events that were learned from.
     """
+    if data.item_domain is not None:
+        yield np.array(data.schema.domains)[data.item_domain[data.item[examples.end]]]
     if examples.label is not None:
         yield examples.label
     elif data.segment is not None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.data.dataset import DOMAIN, PreparedData
 from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.export.parts import ATTRIBUTE, ExportRows, single_array
 from flm_torchrec.names import COMPARED, nearest, nearest_key
@@ -31,6 +31,7 @@ class Keys:
         features = [f for f in data.schema.of("item", sparse=True) if f.kind != "text"] if entity == "item" else []
         self.columns = {f.column: ATTRIBUTE + f.name for f in features}
         self.values = {f.column: _vocabulary(data, f.name) for f in features}
+        self.domain = [DOMAIN] if entity == "item" and data.schema.domains else []
         path = data.path / f"{entity}s.parquet"
         try:
             self.file = pq.ParquetFile(path)
@@ -54,11 +55,14 @@ class Keys:
                 columns["title"] = pc.if_else(pc.fill_null(named, False), shown, columns[self.key])
         for column, name in self.columns.items():
             columns[name] = decoded(single_array(table[column]), self.values[column])
+        for name in self.domain:
+            ends = pa.array(np.arange(len(table) + 1, dtype=np.int32))
+            columns[ATTRIBUTE + name] = pa.ListArray.from_arrays(ends, single_array(table[name]).cast(pa.string()))
         return columns
 
     def _piece(self, group: int, start: int, stop: int) -> pa.Table:
         if self.row_group is None or self.row_group[0] != group:
-            wanted = {self.key, *([self.title] if self.title else []), *self.columns}
+            wanted = {self.key, *([self.title] if self.title else []), *self.columns, *self.domain}
             self.row_group = group, self.file.read_row_group(group, columns=sorted(wanted))
         table = self.row_group[1]
         begin = int(self.ends[group]) - len(table)

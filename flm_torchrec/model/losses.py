@@ -48,15 +48,17 @@ class Loss(Protocol):
         """[] to add to L, weighted; and by name, [] without weight and gradient."""
 
 
-def make_losses(config: LossConfig, described: bool, gather: Gather) -> tuple[Loss, ...]:
+def make_losses(config: LossConfig, described: bool, gather: Gather, joint: bool = False) -> tuple[Loss, ...]:
     """The parts of L that a config asks for.
 
     Args:
         described: items have features. Without any, every item has the same content, which says nothing of its id.
+        joint: the data have several domains.
     """
-    losses: list[Loss] = [NextItemLoss(config, gather)]
+    apart = joint and config.domains == "own"
+    losses: list[Loss] = [NextItemLoss(config, gather, apart)]
     if config.attribute > 0 and described:
-        losses.append(AttributeContrast(config.attribute, gather))
+        losses.append(AttributeContrast(config.attribute, gather, apart))
     return tuple(losses)
 
 
@@ -72,11 +74,15 @@ class NextItemLoss:
 
     The collaborative head, which sees no order, also predicts each item from all others of its sequence
     (leave-one-out). The items that a user has had are no negatives (`loss.seen`).
+
+    Args:
+        by_domain: a target's candidates are the items of its own domain.
     """
 
-    def __init__(self, config: LossConfig, gather: Gather) -> None:
+    def __init__(self, config: LossConfig, gather: Gather, by_domain: bool = False) -> None:
         self.config = config
         self.gather = gather
+        self.by_domain = by_domain
         self.drawn = 0 if config.negatives == "all" else config.negatives
         self.apart = gather.alone and config.negatives != "all"
         """The targets of this rank are candidates here alone. If every item is a candidate, all are shared anyhow."""
@@ -90,10 +96,11 @@ class NextItemLoss:
     def rows(self, batch: Batch, encoded: Encoded) -> Rows:
         """The candidates of this rank; where each rank has its own targets, its part of the drawn negatives."""
         vectors, ids = encoded.items[batch.candidates], batch.items[batch.candidates]
+        numbers = self._numbers(batch)
         if not self.apart:
-            return Rows(vectors, ids, batch.log_not_sampled)
+            return Rows(vectors, ids, numbers)
         own = len(ids) - self._drawn_here()
-        return Rows(vectors[own:], ids[own:], batch.log_not_sampled[own:], total=self.drawn)
+        return Rows(vectors[own:], ids[own:], numbers[own:], total=self.drawn)
 
     def __call__(self, batch: Batch, encoded: Encoded, shared: Shared) -> tuple[Tensor, dict[str, Tensor]]:
         """As of `Loss`."""
@@ -101,12 +108,13 @@ class NextItemLoss:
         columns, repeated = columns_of(candidates.ids, candidates.real, batch.items)
         log_q = self._log_q(candidates.numbers, shared.near).masked_fill(repeated | ~candidates.real, math.inf)
         wanted = columns[batch.targets]
+        domain = candidates.numbers[:, -1].contiguous() if self.by_domain else None
         vectors, targets = candidates.vectors, shared.targets
 
         def loss(query: Tensor, name: str, hidden: Hidden | None) -> Tensor:
             """Mean over all ranks' targets, this rank's share."""
             scale = self.log_scale[name].clamp(max=MAX_LOG_SCALE).exp()
-            items = CandidateVectors(used(name, vectors), log_q)
+            items = CandidateVectors(used(name, vectors), log_q, domain)
             precision = PRECISIONS[self.config.precision]
             summed = sampled_softmax(used(name, query), items, wanted, scale, hidden, precision)
             return summed / targets.clamp(min=1)
@@ -129,6 +137,13 @@ class NextItemLoss:
             total = total + weight * value
         return total, losses
 
+    def _numbers(self, batch: Batch) -> Tensor:
+        """[C, 2] `log_not_sampled`; [C, 3] with the candidate's domain last, where that counts."""
+        if not self.by_domain:
+            return batch.log_not_sampled
+        domain = batch.item_domain[batch.candidates].to(batch.log_not_sampled.dtype)
+        return torch.cat([batch.log_not_sampled, domain[:, None]], 1)
+
     def _drawn_here(self) -> int:
         """Drawn negatives that this rank looks up."""
         return dealt(self.drawn, self.gather.place, self.gather.ranks)
@@ -142,7 +157,7 @@ class NextItemLoss:
             shared,
             vectors=torch.cat([encoded.items[own], shared.vectors]),
             ids=torch.cat([batch.items[own], shared.ids]),
-            numbers=torch.cat([batch.log_not_sampled[: len(own)], shared.numbers]),
+            numbers=torch.cat([self._numbers(batch)[: len(own)], shared.numbers]),
             real=torch.cat([torch.ones_like(own, dtype=torch.bool), shared.real]),
         )
 
@@ -162,11 +177,15 @@ class AttributeContrast:
 
     Aligns the two views of an item that S3-Rec's item-attribute objective predicts from each other (Zhou et al.,
     CIKM 2020), in both directions as CLIP does (Radford et al., ICML 2021).
+
+    Args:
+        by_domain: an item is told from those of its own domain alone.
     """
 
-    def __init__(self, weight: float, gather: Gather) -> None:
+    def __init__(self, weight: float, gather: Gather, by_domain: bool = False) -> None:
         self.weight = weight
         self.gather = gather
+        self.by_domain = by_domain
         self.scale = nn.Parameter(torch.tensor(ATTRIBUTE_LOG_SCALE))
 
     def learned(self) -> dict[str, nn.Parameter | nn.ParameterDict]:
@@ -181,7 +200,8 @@ class AttributeContrast:
         """As of `Loss`. The mean over the items of the sharing ranks counts as much as these ranks have targets."""
         if self.gather.alone:
             own = self._own(batch, encoded)
-            shared = replace(shared, vectors=own.vectors, ids=own.ids, real=torch.ones_like(own.ids, dtype=torch.bool))
+            real = torch.ones_like(own.ids, dtype=torch.bool)
+            shared = replace(shared, vectors=own.vectors, ids=own.ids, numbers=own.numbers, real=real)
         all_ids, all_contents = shared.vectors.chunk(2, 1)
         _, repeated = columns_of(shared.ids, shared.real, shared.ids)
         usable = shared.real & ~repeated & all_ids.any(1)
@@ -192,8 +212,10 @@ class AttributeContrast:
         here[place] = True
         position = (usable & here.flatten()).nonzero().flatten()
         scale = self.scale.clamp(max=MAX_LOG_SCALE).exp()
-        summed = sampled_softmax(all_ids[position], CandidateVectors(all_contents, log_q), position, scale)
-        summed = summed + sampled_softmax(all_contents[position], CandidateVectors(all_ids, log_q), position, scale)
+        domain = shared.numbers[:, 0].contiguous() if self.by_domain else None
+        contents, ids = (CandidateVectors(vectors, log_q, domain) for vectors in (all_contents, all_ids))
+        summed = sampled_softmax(all_ids[position], contents, position, scale)
+        summed = summed + sampled_softmax(all_contents[position], ids, position, scale)
         mean = summed / (2 * usable.sum()).clamp(min=1)
         loss = mean * (shared.near / shared.targets.clamp(min=1))
         return self.weight * loss, {"attribute": loss.detach()}
@@ -203,7 +225,8 @@ class AttributeContrast:
         # An item that came after training has a row of zeros, where the gradient of a unit vector has no bound.
         ids = F.normalize(used("content", encoded.id_items[mine]), dim=1, eps=SHORTEST)
         contents = F.normalize(used("content", encoded.content_items[mine]), dim=1)
-        return Rows(torch.cat([ids, contents], 1), batch.items[mine], ids.new_zeros(len(mine), 0))
+        domain = batch.item_domain[mine, None].to(ids.dtype) if self.by_domain else ids.new_zeros(len(mine), 0)
+        return Rows(torch.cat([ids, contents], 1), batch.items[mine], domain)
 
 
 def hidden_of(lengths: Tensor, columns: Tensor, whole: bool) -> Hidden:

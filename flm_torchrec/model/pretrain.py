@@ -61,7 +61,8 @@ class Dense(nn.Module):
             max_tokens=max_tokens,
         )
         self.tower = Tower(widths, model)
-        self.losses = make_losses(loss, widths.item_features + widths.item_dense > 0, gather)
+        described = widths.item_features + widths.item_dense > 0
+        self.losses = make_losses(loss, described, gather, joint=len(schema.domains) > 1)
         # What the losses learn is registered here, so that checkpoints know it by these names.
         for part in self.losses:
             for name, value in part.learned().items():

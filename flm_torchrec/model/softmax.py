@@ -23,6 +23,8 @@ class CandidateVectors:
     log_q: Tensor
     """[C] log-probability of each candidate to be one; +inf takes it out (padding, a repeated item). Zeros for a full
     softmax."""
+    domain: Tensor | None = None
+    """[C] a query is asked only about the candidates of its target's domain; None: about all."""
 
 
 def inclusion_log_probability(log_not_sampled: Tensor, in_batch: Tensor | int, drawn: int) -> Tensor:
@@ -69,7 +71,7 @@ def sampled_softmax(
     Returns:
         [] the summed loss, with gradients for query, items and scale.
     """
-    fixed = _Fixed(target, candidates.log_q, hidden, precision or candidates.vectors.dtype)
+    fixed = _Fixed(target, candidates.log_q, hidden, precision or candidates.vectors.dtype, candidates.domain)
     return _SampledSoftmax.apply(query, candidates.vectors, scale, fixed)
 
 
@@ -86,6 +88,13 @@ class _Fixed:
     log_q: Tensor
     hidden: Hidden | None
     precision: torch.dtype
+    domain: Tensor | None
+
+    def hide_other_domains(self, logits: Tensor, at: int) -> None:
+        """Leave the candidates of other domains out of the logits [t, C] of the queries from `at` on."""
+        if self.domain is not None:
+            wanted = self.domain[self.target[at : at + len(logits)]]
+            logits.masked_fill_(wanted[:, None] != self.domain, -torch.inf)
 
     def hidden_by_chunk(self, chunk: int, candidates: int) -> list[Tensor]:
         """By chunk of queries, [p] positions in its logits that are left out."""
@@ -121,6 +130,7 @@ class _SampledSoftmax(torch.autograd.Function):
             part = low_scaled[at : at + chunk]
             logits = torch.addmm(corrections, part, low_items.T, out=buffer[: len(part)])  # [t, C]
             logits.view(-1).index_fill_(0, hidden[number], -torch.inf)
+            fixed.hide_other_domains(logits, at)
             own = first[: len(part)] + target[at : at + chunk]
             logits.view(-1)[own] = truth[at : at + chunk]  # scatter_ would copy all of the logits
             shares = torch.softmax(logits, 1, out=logits)

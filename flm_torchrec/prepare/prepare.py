@@ -221,10 +221,11 @@ def _entities(described: pl.DataFrame | None, seen: pl.Series, keep_unseen: bool
     rows = pl.DataFrame({"key": seen.unique()}).with_columns(_seen=pl.lit(True))
     if described is not None:
         rows = rows.join(described, "key", "full" if keep_unseen else "left", coalesce=True)
-    return _ordered(rows, "key").with_columns(pl.col("_seen").fill_null(False))
+    return ordered(rows, "key").with_columns(pl.col("_seen").fill_null(False))
 
 
-def _ordered(rows: pl.DataFrame, column: str) -> pl.DataFrame:
+def ordered(rows: pl.DataFrame, column: str) -> pl.DataFrame:
+    """Rows by a column of keys: by the text before the number at a key's end, then by that number."""
     parts = [pl.col(column).str.extract(r"^(.*?)(\d{1,18})$", group) for group in (1, 2)]
     # Two keys such as 7 and 07 tie by number; the key itself decides.
     return rows.sort(pl.coalesce(parts[0], column), parts[1].cast(pl.Int64), column)
@@ -232,7 +233,7 @@ def _ordered(rows: pl.DataFrame, column: str) -> pl.DataFrame:
 
 def _numbered(rows: pl.DataFrame, column: str) -> pl.DataFrame:
     """Rows in the order of a column of keys, with their numbers as `id`."""
-    return _ordered(rows, column).with_columns(id=pl.int_range(pl.len(), dtype=pl.Int64))
+    return ordered(rows, column).with_columns(id=pl.int_range(pl.len(), dtype=pl.Int64))
 
 
 def _new_ids(keys: pl.Series, kept: np.ndarray, entities: pl.DataFrame) -> np.ndarray:

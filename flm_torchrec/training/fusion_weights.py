@@ -91,9 +91,10 @@ class _Shortlists:
             vectors = scorer.vectors[ids]  # [b, C, S]
             scores = torch.stack([torch.einsum("bd,bcd->bc", users[name], vectors) for name in HEADS])
             keys = ids + items * torch.arange(len(rows))[:, None]
-            parts.append(
-                scores.masked_fill(torch.isin(keys, seen.items + items * seen.rows) | _copies(ids), -torch.inf)
-            )
+            out = torch.isin(keys, seen.items + items * seen.rows) | _copies(ids)
+            if problem.domain is not None:
+                out |= problem.domain[ids] != problem.domain[target][:, None]
+            parts.append(scores.masked_fill(out, -torch.inf))
         self.scores = torch.cat(parts, 1)
 
     def ranks(self, fuse: Callable[[Tensor], Tensor]) -> Tensor:

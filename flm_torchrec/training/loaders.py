@@ -5,6 +5,7 @@ from __future__ import annotations
 from flm_torchrec.config import Config
 from flm_torchrec.data.collate import Assembler
 from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.data.domain_shares import DomainShares, check_domains
 from flm_torchrec.data.lanes import LanePlan
 from flm_torchrec.data.loader import Loader, Sharing, TrainLoader
 from flm_torchrec.data.negatives import DrawnShare, Negatives
@@ -22,7 +23,13 @@ def make_loader(data: PreparedData, events: RunEvents, config: Config, comm: Com
     sharing = Sharing(config.train.batch_size, config.train.seed, comm.rank, comm.world_size)
     if events.stream is not None:
         return _make_stream_loader(data, events.stream, config, comm, sharing)
+    spans = windows(data, events.splits, config.data.max_history)
+    shares = DomainShares.of(data, spans, config.data.domain_weights)
+    # How often an item is among the targets of a step follows from how often its events are learnt.
     counts = data.item_counts(events.learned_from)
+    check_domains(data, counts)
+    if shares is not None:
+        counts = shares.item_counts(data, spans, events.learned_from)
     labels = events.labels.train if events.labels is not None else None
     drawn = config.loss.negatives if labels is None else 0
     sequences = -(-config.train.batch_size // comm.world_size)
@@ -34,12 +41,13 @@ def make_loader(data: PreparedData, events: RunEvents, config: Config, comm: Com
         item_stride=most_items(data.schema, config, comm, sequences),
     )
     negatives = Negatives(counts, drawn, config.loss.negative_power, drawn_share(config, comm))
-    return TrainLoader(windows(data, events.splits, config.data.max_history), assembler, negatives, sharing)
+    return TrainLoader(spans, assembler, negatives, sharing, shares)
 
 
 def _make_stream_loader(
     data: PreparedData, stream: EventStream, config: Config, comm: Comm, sharing: Sharing
 ) -> StreamLoader:
+    check_domains(data, stream.counts)
     plan = LanePlan(stream, config.data.max_history, sharing)
     stride = most_items(data.schema, config, comm, plan.most_sequences(config.train.epochs))
     assembler = Assembler(data, data.no_events, stream.stats, item_stride=stride)

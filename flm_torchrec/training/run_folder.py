@@ -50,7 +50,7 @@ def check_run_folder(config: Config, comm: Comm) -> bool:
         RunError: the folder is in use, or holds a run with other settings than those to resume with.
     """
     restarted = comm.has_flag(_opened(config))
-    return comm.on_main(lambda: _resumes(config, restarted))
+    return comm.on_main(lambda: resumes(config, restarted))
 
 
 def _opened(config: Config) -> str:
@@ -58,7 +58,12 @@ def _opened(config: Config) -> str:
     return f"opened {Path(config.train.run).resolve()}"
 
 
-def _resumes(config: Config, restarted: bool) -> bool:
+def resumes(config: Config, restarted: bool) -> bool:
+    """Whether to resume in the run folder, on one process; see `check_run_folder`.
+
+    Args:
+        restarted: the folder is this job's own.
+    """
     folder = Path(config.train.run)
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder}: is a file; give another --train.run")

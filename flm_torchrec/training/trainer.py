@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from flm_torchrec.config import Config
@@ -30,6 +31,8 @@ from flm_torchrec.training.warm_start import WarmStart, check_source
 
 CHOSEN_LATE = ("late", "sum")
 """Fusions that are chosen on validation."""
+DOMAINS = {"own": "its own domain", "all": "all domains"}
+"""By `loss.domains`, whose items are candidates."""
 MOST_USERS = 16_384
 """Maximum of validation users that choose a fusion: 30 MB of scores."""
 
@@ -96,6 +99,10 @@ def train(job: Job, logger: RunLogger, validate: Validate | None = None, start: 
         f" events to learn from; {comm.world_size} {'ranks' if comm.world_size > 1 else 'rank'} on"
         f" {comm.device.type}"
     )
+    if data.item_domain is not None:
+        sizes = zip(data.schema.domains, np.bincount(data.item_domain), strict=True)
+        told = "; ".join(f"{name}: {count} items" for name, count in sizes)
+        logger.say(f"{told}; a target is told from the items of {DOMAINS[config.loss.domains]}")
     torch.manual_seed(config.train.seed + comm.rank)  # from here on dropout, which each rank draws for itself
     checkpoints = Checkpoints(Path(config.train.run), job.model, job.optimizer, comm, data.fingerprint)
     progress = resume(checkpoints, logger) if logger.resumed else Progress()

@@ -224,7 +224,7 @@ def test_a_survey_finds_what_is_known_of_data_in_memory(folder: dict, kind: str,
         np.testing.assert_array_equal(stream.counts, np.bincount(data.item[fit], minlength=ITEMS))
         assert stream.train_rows == fit.sum()
         cold = np.zeros(ITEMS, bool) if splits.cold_items is None else splits.cold_items
-        np.testing.assert_array_equal(stream.rule.held_out(np.arange(ITEMS)), cold)
+        np.testing.assert_array_equal(stream.rule.held_out(np.zeros(ITEMS, int), np.arange(ITEMS)), cold)
         if fit.any():
             stats = TrainStats.of(data, fit, values=True)
             np.testing.assert_array_equal(stream.stats.items, stats.items)

@@ -25,7 +25,7 @@ from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.model.losses import SHORTEST, Loss, make_losses
 from flm_torchrec.model.rows import share
 
-ITEMS, DIM = 40, 8
+ITEMS, DIM, DOMAINS = 40, 8, 3
 DRAWN = 21  # divides by no number of ranks here
 
 
@@ -57,7 +57,7 @@ def made(rank: int, kind: str, ranks: CandidateRanks, negatives: int) -> tuple[A
     sampled = torch.log1p(-torch.rand(ITEMS, 2, generator=torch.Generator().manual_seed(6)) / 9)
     batch = SimpleNamespace(
         items=items, targets=torch.searchsorted(items, targets), candidates=torch.searchsorted(items, candidates),
-        lengths=lengths, log_not_sampled=sampled[candidates],
+        lengths=lengths, log_not_sampled=sampled[candidates], item_domain=items % DOMAINS,
     )  # fmt: skip
     shapes = [len(items), len(items), len(items), len(targets), len(targets)]
     # Short vectors: the softmax bounds probabilities at the least float32, the loss written out does not.
@@ -68,9 +68,13 @@ def made(rank: int, kind: str, ranks: CandidateRanks, negatives: int) -> tuple[A
 
 
 def expected(
-    made_by: list[tuple[Any, Vectors]], rank: int, near: list[int], pool: list[int], negatives: int
+    made_by: list[tuple[Any, Vectors]], rank: int, near: list[int], pool: list[int], negatives: int, joint: bool
 ) -> dict[str, Tensor]:
-    """The losses of a rank, written out: targets of the ranks `near` and the drawn items of `pool` are candidates."""
+    """The losses of a rank, written out: targets of the ranks `near` and the drawn items of `pool` are candidates.
+
+    Args:
+        joint: only those of a target's own domain are.
+    """
     batch, own = made_by[rank]
     total = sum(len(b.targets) for b, _ in made_by)
     in_batch = sum(len(made_by[r][0].targets) for r in near)
@@ -98,16 +102,17 @@ def expected(
         for t, item in enumerate(wanted):
             others = [u for u in range(len(wanted)) if sequence[u] == sequence[t] and (name == "left_out" or u < t)]
             hidden = {wanted[u] for u in others} - {item}
+            hidden |= {i for i in ids if joint and i % DOMAINS != item % DOMAINS}
             true = torch.tensor([i == item for i in ids])
             scores = seen @ query[t] / 0.07 - torch.where(true, 0.0, log_q)  # a target is a candidate with certainty
             kept = torch.tensor([i not in hidden for i in ids])
             summed = summed - F.log_softmax(scores[kept], 0)[[i for i in ids if i not in hidden].index(item)]
         found[name] = summed / total
-    found["attribute"] = _contrast(made_by, rank, near) * in_batch / total
+    found["attribute"] = _contrast(made_by, rank, near, joint) * in_batch / total
     return found
 
 
-def _contrast(made_by: list[tuple[Any, Vectors]], rank: int, near: list[int]) -> Tensor:
+def _contrast(made_by: list[tuple[Any, Vectors]], rank: int, near: list[int], joint: bool) -> Tensor:
     pairs: dict[int, tuple[int, Tensor, Tensor]] = {}
     for r in near:
         batch, vectors = made_by[r]
@@ -121,6 +126,9 @@ def _contrast(made_by: list[tuple[Any, Vectors]], rank: int, near: list[int]) ->
     ids = torch.stack([one for _, one, _ in pairs.values()])
     contents = torch.stack([one for _, _, one in pairs.values()])
     scores = math.exp(2.0) * ids @ contents.T
+    domain = torch.tensor([item % DOMAINS for item in pairs])
+    if joint:
+        scores = scores.masked_fill(domain[:, None] != domain, -math.inf)
     mine = torch.tensor([r == rank for r, _, _ in pairs.values()])
     summed = F.log_softmax(scores, 1).diag()[mine].sum() + F.log_softmax(scores.T, 1).diag()[mine].sum()
     return -summed / (2 * len(pairs))
@@ -146,12 +154,12 @@ class Counted(CandidateRanks):
         return found
 
 
-def compare(comm: Comm, kind: str, negatives: int) -> Counted:
+def compare(comm: Comm, kind: str, negatives: int, joint: bool) -> Counted:
     """Loss by loss and gradient by gradient."""
     config = LossConfig(negatives=negatives, attribute=0.5)
     ranks = Counted(comm, kind)  # type: ignore[arg-type]
     ranks.check()
-    losses: tuple[Loss, ...] = make_losses(config, described=True, gather=ranks)
+    losses: tuple[Loss, ...] = make_losses(config, described=True, gather=ranks, joint=joint)
     batch, vectors = made(comm.rank, kind, ranks, negatives)
     parts = share([loss.rows(batch, vectors) for loss in losses], batch.targets, ranks)  # type: ignore[arg-type]
     weighted, told = zip(*(loss(batch, vectors, p) for loss, p in zip(losses, parts, strict=True)), strict=True)  # type: ignore[arg-type]
@@ -163,7 +171,7 @@ def compare(comm: Comm, kind: str, negatives: int) -> Counted:
     def reference(rank: int) -> dict[str, Tensor]:
         node = [r for r in everyone if r // comm.local_world_size == rank // comm.local_world_size]
         near, pool = {"global": (everyone, everyone), "node": (node, node), "local": ([rank], everyone)}[kind]
-        return expected(made_by, rank, near, pool, negatives)
+        return expected(made_by, rank, near, pool, negatives, joint)
 
     for name, value in reference(comm.rank).items():
         torch.testing.assert_close(
@@ -186,7 +194,8 @@ def main(local: int, output: Path) -> None:
     counted = {}
     with process_group(DistributedConfig(device="cpu", threads=1)) as comm:
         for kind, negatives in (("global", DRAWN), ("node", DRAWN), ("local", DRAWN), ("local", 24)):
-            ranks = compare(comm, kind, negatives)
+            compare(comm, kind, negatives, joint=True)
+            ranks = compare(comm, kind, negatives, joint=False)
             counted[f"{kind} {negatives}"] = {"values": ranks.values, "calls": ranks.calls}
         if comm.main:
             output.write_text(json.dumps(counted))

@@ -282,6 +282,24 @@ def test_softmax_with_hidden_candidates_is_cross_entropy_without_them(queries: i
         torch.testing.assert_close(a, b)
 
 
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 12), st.lists(st.integers(0, 2), min_size=2, max_size=20), st.integers(0, 10_000))
+def test_softmax_by_domain_is_cross_entropy_among_the_targets_own(queries: int, domains: list[int], seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    query, vectors = (torch.randn(n, 5, generator=g, dtype=torch.double) for n in (queries, len(domains)))
+    target, domain = torch.randint(0, len(domains), (queries,), generator=g), torch.tensor(domains)
+    leaves = [x.requires_grad_() for x in (query, vectors)]
+    foreign = domain[target][:, None] != domain
+    expected = F.cross_entropy((query @ vectors.T).masked_fill(foreign, -math.inf), target, reduction="sum")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(softmax, "chunk_rows", lambda *_: 3)  # several chunks
+        candidates = CandidateVectors(vectors, torch.zeros(len(domains), dtype=torch.double), domain)
+        found = sampled_softmax(query, candidates, target, torch.tensor(1.0, dtype=torch.double))
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @given(st.lists(st.lists(st.integers(0, 5), max_size=6), min_size=1, max_size=5), st.booleans())
 def test_hidden_are_the_items_of_the_same_sequence_but_never_the_target(columns: list[list[int]], whole: bool) -> None:
     lengths = torch.tensor([len(c) for c in columns])

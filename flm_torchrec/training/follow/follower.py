@@ -121,6 +121,11 @@ def follow(run: Path, url: str, output: Path, options: FollowOptions, overrides:
         comm = inputs.comm
         if options.expire_after and not inputs.data.schema.timestamps:
             raise ConfigError(f"--expire-after: {inputs.data.path} has no timestamps; leave it out")
+        if inputs.data.schema.domains:
+            raise ConfigError(
+                f"{inputs.data.path}: is joint data, whose new items would have no domain; join the new data, and go on"
+                " with flm train --train.warm_start"
+            )
         with claimed(output, comm, ANOTHER):
             intake = _intake(options, inputs.data, output)
             encoder = EventEncoder(run / "vocabulary", options.form, intake)

@@ -53,7 +53,8 @@ class FollowedData(PreparedData):
         old = np.append(np.flatnonzero(~self.is_new), len(self.item))
         ends = np.where(splits.train_end == self.before.offsets[1:], self.offsets[1:], old[splits.train_end])
         valid, test = (Examples(e.user, old[e.end], e.label) for e in (splits.valid, splits.test))
-        return replace(splits, train_end=ends, valid=valid, test=test)
+        held = None if splits.held_out is None else self.placed_mask(splits.held_out) & ~self.is_new
+        return replace(splits, train_end=ends, valid=valid, test=test, held_out=held)
 
     def placed_mask(self, mask: np.ndarray) -> np.ndarray:
         """A mask of the events of `before` → [interactions] bool, with all that is new."""

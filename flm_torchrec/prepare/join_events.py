@@ -1,0 +1,109 @@
+"""The events of several prepared data sets → one sequence for each user, in time order, a bucket of users at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flm_torchrec.data.event_files import EVENT_COLUMNS, RowChecks
+from flm_torchrec.data.row_groups import RowGroups
+from flm_torchrec.data.schema import Schema
+from flm_torchrec.prepare.interactions import ROWS_PER_BUCKET, ROWS_PER_GROUP, InteractionCounts
+
+
+@dataclass(frozen=True)
+class DomainEvents:
+    """The events of one domain, and what its ids are in the joint data."""
+
+    groups: RowGroups
+    offsets: np.ndarray  # [own users + 1] int64: first row of each user
+    users: np.ndarray  # [own users] int64: id of each in the joint data
+    first_item: int
+    """Id in the joint data of the domain's first item; the others follow in their order."""
+    events: np.ndarray  # [own kinds of events] int32: code of each in the joint data
+
+    @classmethod
+    def first_rows(cls, groups: RowGroups, schema: Schema) -> np.ndarray:
+        """[users + 1] int64: the first row of each user.
+
+        Raises:
+            DataError: an id is outside the schema, or users are not in order.
+        """
+        checks = RowChecks(groups.path, schema)
+        for columns in groups.scan(["user_id", "item_id", "event"]):
+            checks.add(*columns)
+        return checks.offsets
+
+    def parts(self, number: int, timed: bool) -> Iterator[pl.DataFrame]:
+        """The rows with the ids of the joint data, in parts, and by what they are sorted: `at`, `domain` and `row`.
+
+        Args:
+            number: of this domain.
+            timed: `at` is the time; else the place in the user's sequence, as a share of its length.
+        """
+        row = 0
+        for batch in self.groups.batches(["user_id", *EVENT_COLUMNS], ["segment"]):
+            own = batch["user_id"].to_numpy()
+            rows = np.arange(row, row + len(own))
+            row += len(own)
+            time = batch["timestamp"].to_numpy()
+            first, end = self.offsets[own], self.offsets[own + 1]
+            columns = {
+                "user_id": self.users[own],
+                "item_id": batch["item_id"].to_numpy().astype(np.int64) + self.first_item,
+                "timestamp": time.astype(np.int64),
+                "event": self.events[batch["event"].to_numpy()],
+                "value": batch["value"].to_numpy(),
+                "at": time.astype(np.int64) if timed else (rows - first + 1) / (end - first),
+                "domain": np.full(len(own), number, np.int16),
+                "row": rows,
+            }
+            segments = batch["segment"] if "segment" in batch.schema.names else pa.nulls(len(own), pa.string())
+            yield pl.DataFrame(columns).with_columns(pl.Series("segment", segments, dtype=pl.String))
+
+
+def write_joined(
+    domains: Sequence[DomainEvents], users: int, folder: Path, work: Path, *, timed: bool
+) -> InteractionCounts:
+    """Write the events of all domains sorted by user, time, domain and order in the domain; a file a bucket of users.
+
+    Args:
+        users: number of users of the joint data.
+        folder: to write the files to.
+        work: empty folder for intermediate files.
+        timed: all domains have timestamps. Else the timestamp becomes the position in the user's joint sequence.
+    """
+    per_user = np.zeros(users, np.int64)
+    for domain in domains:
+        np.add.at(per_user, domain.users, np.diff(domain.offsets))
+    bucket_of = (np.cumsum(per_user) - per_user) // ROWS_PER_BUCKET  # [users]
+    segments = any(domain.groups.has("segment") for domain in domains)
+    _deal(domains, bucket_of, work, timed)
+    folder.mkdir()
+    pairs = 0
+    for part, bucket in enumerate(sorted(work.iterdir())):
+        frame = pl.read_parquet(sorted(bucket.iterdir()), glob=False).sort("user_id", "at", "domain", "row")
+        if not timed:
+            frame = frame.with_columns(timestamp=pl.int_range(pl.len(), dtype=pl.Int64).over("user_id"))
+        kept = ["user_id", *EVENT_COLUMNS, *(["segment"] if segments else [])]
+        frame = frame.select(kept)
+        pq.write_table(frame.to_arrow(), folder / f"part-{part:05d}.parquet", row_group_size=ROWS_PER_GROUP)
+        pairs += frame.select("user_id", "item_id").n_unique()
+    return InteractionCounts(per_user, 0, pairs)
+
+
+def _deal(domains: Sequence[DomainEvents], bucket_of: np.ndarray, work: Path, timed: bool) -> None:
+    """Write each part's rows of each bucket to a file `work/BUCKET/DOMAIN-PART.parquet`."""
+    for number, domain in enumerate(domains):
+        for part, frame in enumerate(domain.parts(number, timed)):
+            of_row = bucket_of[frame["user_id"].to_numpy()]
+            for bucket in np.unique(of_row).tolist():
+                file = work / f"{bucket:06d}" / f"{number:05d}-{part:07d}.parquet"
+                file.parent.mkdir(exist_ok=True)
+                frame.filter(of_row == bucket).write_parquet(file)
