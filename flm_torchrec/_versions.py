@@ -6,9 +6,27 @@ import ctypes
 import platform
 import re
 from importlib import metadata
+from pathlib import Path
 
-MEND_CPU = "pip install --no-deps -r requirements/cpu.txt"
-MEND_GPU = "pip install --no-deps -r requirements/gpu.txt"
+TORCHREC = "1.8.0"
+"""What requirements/cpu.txt and gpu.txt pin."""
+SOURCE = Path(__file__).resolve().parents[1]
+"""Of a checkout: it has the folder requirements/."""
+
+
+def mend(cuda: bool | None = None) -> str:
+    """The command that installs a set that fits: of a checkout its pins, of an installed wheel its extras.
+
+    torchrec is installed alone for a CPU, as its metadata asks for the CUDA build of fbgemm.
+
+    Args:
+        cuda: of the CUDA build; None: if this machine has a driver.
+    """
+    kind = "gpu" if (_has_driver() if cuda is None else cuda) else "cpu"
+    if (SOURCE / "requirements" / f"{kind}.txt").is_file():
+        return f"pip install --no-deps -r requirements/{kind}.txt"
+    alone = f" && pip install --no-deps torchrec=={TORCHREC}" if kind == "cpu" else ""
+    return f"pip install 'flm_torchrec[{kind}]'{alone}"
 
 
 def check_versions() -> None:
@@ -22,26 +40,26 @@ def check_versions() -> None:
     """
     torch, torchrec = _version("torch"), _version("torchrec")
     cpu, cuda = _version("fbgemm-gpu-cpu"), _version("fbgemm-gpu")
-    mend = MEND_GPU if _has_driver() else MEND_CPU
+    command = mend()
     if cpu and cuda:
         raise ImportError(
             "fbgemm-gpu and fbgemm-gpu-cpu are both installed and overwrite each other;"
-            f" run: pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu && {mend}"
+            f" run: pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu && {command}"
         )
     fbgemm = cpu or cuda
     for name, version in (("torch", torch), ("torchrec", torchrec), ("fbgemm-gpu or fbgemm-gpu-cpu", fbgemm)):
         if version is None:
-            raise ImportError(f"{name} is not installed; run: {mend}")
+            raise ImportError(f"{name} is not installed; run: {command}")
     assert torch and torchrec and fbgemm
     if _minor(torch) != _minor(fbgemm) + 5 or _minor(torchrec) != _minor(fbgemm):
         raise ImportError(
             f"torch {torch}, torchrec {torchrec} and fbgemm {fbgemm} do not fit (fbgemm 1.N goes with torchrec 1.N"
-            f" and torch 2.(N+5)); run: {mend}"
+            f" and torch 2.(N+5)); run: {command}"
         )
     if cuda and not _has_driver():
         raise ImportError(
             "fbgemm-gpu is the CUDA build and this machine has no CUDA driver;"
-            f" run: pip uninstall -y fbgemm-gpu && {MEND_CPU}"
+            f" run: pip uninstall -y fbgemm-gpu && {mend(cuda=False)}"
         )
 
 

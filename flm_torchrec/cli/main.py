@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from flm_torchrec._versions import MEND_CPU, installed
+from flm_torchrec._versions import installed, mend
 from flm_torchrec.cli.error_line import tell
 from flm_torchrec.errors import FlmError, RunError
 from flm_torchrec.names import nearest
@@ -22,8 +22,8 @@ STEPS = ("prepare", "train", "evaluate", "export", "recommend", "serve")
 BROKEN_PIPE = 128 + 13
 """The exit code that a shell shows for a process ended by SIGPIPE."""
 
-TRAINING_STACK = ("torchrec", "fbgemm_gpu")
-"""Packages that recommending, loading and serving do not need."""
+STACK = ("torch", "torchrec", "fbgemm_gpu")
+"""Packages that this one does not declare. Preparing and inspecting need none of them, serving needs torch alone."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,9 +88,9 @@ def _run(argv: Sequence[str] | None) -> int:
             print("error: interrupted; what was not finished is not kept", file=sys.stderr, flush=True)
         return 130  # 128 + SIGINT, as in shells
     except ModuleNotFoundError as error:
-        if error.name not in TRAINING_STACK:
+        if error.name not in STACK:
             raise
-        tell(f"flm {args.command}: needs {error.name}; run: {MEND_CPU} (or gpu.txt)")
+        tell(f"flm {args.command}: needs {error.name}; run: {mend()}")
         return 2
     return 0
 

@@ -41,8 +41,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--allowed-hosts",
         default="",
         metavar="NAMES",
-        help="host names that requests may ask for, with commas; '*.example.org' for all below one, '*' for any"
-        " (default: localhost and the address listened on; listening on all, any IP address)",
+        help="host names that requests may ask for, with commas; '*.example.org' for all below one, 'address' for any"
+        " IP address, '*' for any (default: localhost and the address listened on; listening on all, any IP address)",
     )
     parser.add_argument(
         "--workers", type=int, default=1, help="processes that share the port and the events (default: %(default)s)"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from flm_torchrec._versions import mend
 from flm_torchrec.cli.forget import _lines
 from flm_torchrec.cli.main import BROKEN_PIPE, STEPS, main
 from flm_torchrec.data.dataset import PreparedData
@@ -51,6 +52,16 @@ def test_the_nearest_name_is_told(capsys: pytest.CaptureFixture[str], arguments:
     assert refused(*arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_without_torch_data_is_prepared_and_a_training_names_what_installs_it(tmp_path: Path) -> None:
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('torch', 'torchrec', 'fbgemm_gpu')))"
+    script = f"{blocked}; from flm_torchrec.cli import main; print([main(line.split()) for line in sys.argv[1:]])"
+    sizes = "--synthetic-users 12 --synthetic-items 100 --synthetic-events 4"
+    lines = [f"prepare --source synthetic {sizes} --output d", "train --data.path d --train.run r"]
+    done = subprocess.run([sys.executable, "-c", script, *lines], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["[0, 2]"], done.stderr
+    assert done.stderr.splitlines()[-1:] == [f"error: flm train: needs torch; run: {mend()}"]
 
 
 @pytest.mark.parametrize("arguments", [["train", "--help"], ["--version"]])
