@@ -23,7 +23,7 @@ IN_BASE = tests/training
 # A CUDA driver decides which build of torch and fbgemm can load.
 DRIVER := $(shell (ldconfig -p 2>/dev/null | grep -q libcuda.so.1 || command -v nvidia-smi >/dev/null 2>&1) && echo gpu || echo cpu)
 
-.PHONY: help venv extras train test check check-base test-base lint format beauty ml-100k clean
+.PHONY: help venv extras train test docs check check-base test-base lint format beauty ml-100k clean
 
 help:
 	@echo "make train    set up, then prepare, pretrain, evaluate, export and recommend on synthetic data"
@@ -32,6 +32,7 @@ help:
 	@echo "make ml-100k  the same on MovieLens 100K in FLM_DATA/ml-100k"
 	@echo "make check-base  the commands of README.md alone, without the extras; make lint: style and types alone"
 	@echo "make check T=tests/model/test_model.py   one file of tests; make format formats the code"
+	@echo "make docs     the documentation as a site in site/; dead links fail (make test builds it too)"
 	@echo "make extras   set up the optional parts too: Spark, Kafka, vector databases (make test does this itself)"
 	@echo "make venv     set up only; make clean removes .venv and caches, keeps data and runs"
 
@@ -114,5 +115,9 @@ test: $(STAMP)
 	$(MAKE) extras
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(LONGEST) tests $(addprefix --ignore=,$(IN_BASE))
 
+# NO_MKDOCS_2_WARNING: mkdocs-material announces its successor at each build.
+docs: $(EXTRAS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 clean:
-	rm -rf $(VENV) .venv-base .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf site $(VENV) .venv-base .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

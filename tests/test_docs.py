@@ -27,10 +27,12 @@ FORMER = (
 RECIPES = ("--loss.basket", "loss.basket", "distributed.whole_below", "loss.agreement")
 """Settings that only the recipes of docs/extending.md add."""
 OTHER_PROGRAMS = {
-    "pip": ("--no-deps",),
+    "docker": ("--target", "--rm", "--gpus"),
+    "kubectl": ("--from-literal",),
+    "pip": ("--no-deps", "--wheel-dir", "--extra-index-url"),
     "tensorboard": ("--logdir",),
     "torchrun": ("--max_restarts", "--nproc_per_node", "--nnodes"),
-    "torchx": ("--dryrun", "--env", "--nodes", "--gpu", "--rdzv_port"),
+    "torchx": ("--dryrun", "--image", "--env", "--nodes", "--gpu", "--rdzv_port"),
 }
 """Options of programs that are not ours."""
 
@@ -124,3 +126,26 @@ def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs" / "index.md").read_text()
     pages = [page.name for page in (ROOT / "docs").glob("*.md")]
     assert [name for name in pages if name != "index.md" and f"({name})" not in index] == []
+
+
+def test_errors_of_the_troubleshooting_page_are_errors_of_the_code() -> None:
+    """The fixed parts of each message that a heading shows, though the code may break it over lines."""
+    headings = re.findall(r"^### (.*)$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    sources = "".join(file.read_text() for file in (ROOT / "flm_torchrec").rglob("*.py"))
+    sources = re.sub(r'"\s*\n\s*f?"', "", sources)
+    foreign = ("Gloo connectFullMesh failed", "503", "Retry-After", "report.json", "--columns")
+    parts = [
+        part.strip() for heading in headings for span in re.findall(r"`([^`]+)`", heading) for part in span.split("…")
+    ]
+    wanted = [part for part in parts if len(part) > 2 and part not in foreign]
+    assert len(wanted) >= 14
+    assert [part for part in wanted if part not in sources and part.rstrip("'") not in sources] == []
+
+
+def test_the_metrics_of_a_server_are_listed() -> None:
+    """By the names in Prometheus' text format."""
+    sources = (ROOT / "flm_torchrec" / "serve" / "metrics.py").read_text()
+    made = set(re.findall(r'"(flm_\w+)"', sources))
+    counters = set(re.findall(r'Counter\(\s*"(flm_\w+)"', sources))
+    listed = set(re.findall(r"`(flm_[a-z_]+)`", (ROOT / "docs" / "operating.md").read_text()))
+    assert listed == {f"{name}_total" if name in counters else name for name in made}

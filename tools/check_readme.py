@@ -1,5 +1,8 @@
 """Run the commands of README.md in order, as they are typed there, in a copy of the repository.
 
+That is a new user's first hour, in an environment without extras: data of one's own, the Python API, the code of a
+notebook, serving, fine-tuning.
+
     python tools/check_readme.py             # by the python of an environment without extras, as make check-base does
     python tools/check_readme.py --list      # what would be run, and what would not and why
 
@@ -29,6 +32,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = {
     "make test": "it is what calls this check",
+    "make docs": "tests/test_site.py builds the site: it needs the extras",
     "python tools/faults/two_hosts.py": "tests/launch/test_launch.py runs it",
     "torchx run dist.ddp -j 1x2": "tests/launch/test_launch.py runs it",
     "torchx run dist.ddp -j 2x1": "tests/launch/test_launch.py runs it",
