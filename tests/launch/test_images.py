@@ -20,7 +20,7 @@ from fastapi.testclient import TestClient
 from kubernetes.client import ApiClient
 
 from flm_torchrec.cli.main import _parser
-from flm_torchrec.cli.serve import _hosts
+from flm_torchrec.cli.serve_options import allowed_hosts
 from flm_torchrec.config.load import load_config
 from flm_torchrec.config.options import options_from
 from flm_torchrec.prepare.options import PrepareOptions
@@ -187,7 +187,7 @@ def test_names_of_the_manifests_fit_each_other() -> None:
 def serving(arguments: list[str]) -> TestClient:
     """The app as the command would serve it, with a key, over a service without an export."""
     keys = read_keys("admin 0123456789abcdef me", "test")
-    limits = ServerLimits(keys=keys, hosts=_hosts(_parser()[0].parse_args(arguments)))
+    limits = ServerLimits(keys=keys, hosts=allowed_hosts(_parser()[0].parse_args(arguments)))
     return TestClient(create_app(cast(Service, FakeService()), limits), raise_server_exceptions=False)
 
 

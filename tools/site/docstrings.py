@@ -8,7 +8,7 @@ from typing import Any
 import griffe
 
 
-class Examples(griffe.Extension):
+class ExampleSections(griffe.Extension):
     """Shows the example of a docstring as code."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
