@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 
 from flm_torchrec.data.dataset import PreparedData, load_prepared
+from flm_torchrec.prepare.join import join
 from flm_torchrec.prepare.options import PrepareOptions
 from flm_torchrec.prepare.prepare import prepare
 from flm_torchrec.prepare.sources import synthetic
@@ -41,6 +42,24 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     """Synthetic data of 120 users and 150 items."""
     folder = tmp_path_factory.mktemp("small") / "data"
     prepare(synthetic.read(synthetic.Recipe(users=120, items=150, events=12, seed=1)), folder, PrepareOptions())
+    return load_prepared(folder)
+
+
+@pytest.fixture(scope="session")
+def domain_folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two domains of synthetic data: the users of the smaller one are users of the larger one too."""
+    root = tmp_path_factory.mktemp("domains")
+    for name, users, items, seed in (("books", 50, 100, 1), ("shop", 70, 120, 2)):
+        recipe = synthetic.Recipe(users=users, items=items, events=9, seed=seed)
+        prepare(synthetic.read(recipe), root / name, PrepareOptions())
+    return [root / "books", root / "shop"]
+
+
+@pytest.fixture(scope="session")
+def joint(domain_folders: list[Path]) -> PreparedData:
+    """Both domains as one."""
+    folder = domain_folders[0].parent / "joint"
+    join(domain_folders, folder)
     return load_prepared(folder)
 
 

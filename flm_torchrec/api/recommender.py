@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from flm_torchrec.config.heads import FUSED
 from flm_torchrec.data.dataset import Ragged
 from flm_torchrec.errors import DataError, RunError
+from flm_torchrec.export.hops import Over, check_over, over_items, over_users
 from flm_torchrec.export.index import cosine_index, index_of_some
 from flm_torchrec.export.parts import VIEWS
 from flm_torchrec.export.ranker import LeftOut, first_left
@@ -183,6 +184,54 @@ class Recommender:
         scores, found = first_left(index, queries, k, itself, np.arange(len(rows)))
         table = self.export.as_table(keys, scores, found)
         return framed(table.rename_columns(["item", "rank", "similar", "title", "score"]), self.frame)
+
+    def hops(self, item: str, k: int = 10, *, over: Over = "users", filter: Filter | None = None) -> Frame:
+        """The k items that are two hops from an item, with the path to each.
+
+        Args:
+            item: id of the item that the paths begin at.
+            over: "users": those who had the item, and what else they had; "items": those that are nearest to it, and
+                what is nearest to these.
+            filter: as of `recommend`, of the items that paths end at.
+
+        Returns:
+            Columns `item`, `via` (the user or item in the middle of the strongest path), `reached` (an item), `title`
+            (of that), `rank` (from 1), `score` and `paths` (how many were found). The score over users is the
+            probability of a random walk, over items the product of two cosines. Fewer than k rows where no more are
+            reached.
+
+        Raises:
+            FlmError: the item or a filter is unknown, no path leads on, or k is no number from 1 to the number of
+                items.
+
+        Example:
+            >>> import flm_torchrec as flm
+            >>> flm.Recommender("exports/shop").hops("i3", k=2)["rank"].to_list()
+            [1, 2]
+        """
+        check_over(over)
+        options = RecommendOptions(k, FUSED, filter=filter or {})
+        self.export.check_many(options)
+        row = int(self.export.item_rows(_keys([item], "items"), "items")[0])
+        allowed = self.export.allowed(options)
+        found = (
+            over_users(self.export, row, k, allowed)
+            if over == "users"
+            else over_items(self.export, self._cosines, row, k, allowed)
+        )
+        rows, reached = len(found.items), pa.array(found.items)
+        table = pa.table(
+            {
+                "item": pa.array([item] * rows, pa.string()),
+                "via": pa.array(found.via, pa.string()),
+                "reached": self.export.shown["item"].take(reached),
+                "title": self.export.shown["title"].take(reached),
+                "rank": pa.array(range(1, rows + 1), pa.int32()),
+                "score": pa.array(found.scores, pa.float32()),
+                "paths": pa.array(found.paths, pa.int64()),
+            }
+        )
+        return framed(table, self.frame)
 
     def embeddings(self, of: Literal["items", "users"] = "items", vector: str = "") -> Frame:
         """The vectors of all items, or of all users.

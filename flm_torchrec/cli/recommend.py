@@ -15,8 +15,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add `recommend` to the subcommands."""
     parser = subparsers.add_parser(
         "recommend",
-        help="recommend items to a user or to many, from an export alone",
-        description="Recommend items to a user, or to many users into a Parquet file, from an export alone.",
+        help="recommend items to a user or to many, or by paths from an item, from an export alone",
+        description="Recommend items to a user, or to many users into a Parquet file, or items that are one or two hops"
+        " from an item, from an export alone.",
         allow_abbrev=False,
     )
     parser.add_argument("--export", required=True, metavar="DIR", help="folder of 'flm export'")
@@ -28,6 +29,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="these users: text with an id a line (.txt), or Parquet, CSV or JSON lines with a column user",
     )
     whom.add_argument("--all", action="store_true", help="all users")
+    whom.add_argument("--item", metavar="KEY", help="no user: items that are near this item, or that paths lead to")
+    parser.add_argument(
+        "--hops",
+        type=int,
+        choices=(1, 2),
+        help="of --item: 1: the nearest items (default); 2: items over users or items",
+    )
+    parser.add_argument(
+        "--over", choices=("users", "items"), help="of --hops 2: what paths lead over (default: users who had the item)"
+    )
     parser.add_argument("-k", type=int, default=10, help="number of items (default: %(default)s)")
     parser.add_argument("--head", default="fused", help=f"one of {', '.join(REPRESENTATIONS)} (default: %(default)s)")
     parser.add_argument(
@@ -43,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="only items of this domain, of a model of joint data, whatever the user's history is of (default: all)",
     )
     parser.add_argument("--include-seen", action="store_true", help="also items the user has had (default: without)")
-    parser.add_argument("--json", action="store_true", help="of --user: print JSON (default: a table)")
+    parser.add_argument("--json", action="store_true", help="of --user and --item: print JSON (default: a table)")
     parser.add_argument(
         "--output",
         type=Path,
@@ -60,13 +71,18 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         FlmError: an option, the export or its target is wrong.
     """
-    if args.user is not None and (args.output is not None or args.overwrite):
-        raise ConfigError("--output: is of --users and --all; for one user give --json and redirect the output")
-    if args.user is None and (args.output is None or args.json):
+    single = args.user is not None or args.item is not None
+    if single and (args.output is not None or args.overwrite):
+        raise ConfigError("--output: is of --users and --all; else give --json and redirect the output")
+    _check_hops(args)
+    if not single and (args.output is None or args.json):
         raise ConfigError("--output: name the Parquet file to write for --users and --all, which print no list")
     wanted = _filter(args.filter)
     if args.domain is not None:
         wanted.setdefault("domain", []).append(args.domain)
+    if args.item is not None:
+        _from_item(args, wanted)
+        return
     if args.user is None:
         _write(args, wanted)
         return
@@ -85,6 +101,45 @@ def run(args: argparse.Namespace) -> None:
         table.add_column(column, justify="right" if column in ("", "score") else "left")
     for place, r in enumerate(found, start=1):
         table.add_row(str(place), r.item_key, r.title, f"{r.score:.3f}")
+    PlainConsole().print(table)
+
+
+def _check_hops(args: argparse.Namespace) -> None:
+    """Raise ConfigError where options of --item are given without what they need."""
+    if args.hops is not None and args.item is None:
+        raise ConfigError("--hops: is of --item; name the item that paths begin at")
+    if args.over is not None and args.hops != 2:
+        raise ConfigError("--over: is of --hops 2; give both")
+    if args.item is not None and (args.include_seen or args.head != "fused"):
+        raise ConfigError("--include-seen, --head: are of users; leave them out with --item")
+
+
+def _from_item(args: argparse.Namespace, wanted: dict[str, list[str]]) -> None:
+    """Print the items that are one or two hops from an item, each with its path."""
+    from rich.table import Table
+
+    from flm_torchrec.api.recommender import Recommender
+    from flm_torchrec.terminal import PlainConsole
+
+    recommender = Recommender(args.export, frame="arrow")
+    if args.hops == 2:
+        found = recommender.hops(args.item, args.k, over=args.over or "users", filter=wanted)
+        paths = [[row["item"], row["via"], row["reached"]] for row in found.to_pylist()]
+    else:
+        found = recommender.similar_items([args.item], args.k, filter=wanted)
+        paths = [[row["item"], row["similar"]] for row in found.to_pylist()]
+    rows = [
+        {"item": path[-1], "title": row["title"], "score": row["score"], "path": path}
+        for path, row in zip(paths, found.to_pylist(), strict=True)
+    ]
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table(title=f"from item {args.item}", title_justify="left")
+    for column in ("", "item", "title", "score", "path"):
+        table.add_column(column, justify="right" if column in ("", "score") else "left")
+    for place, row in enumerate(rows, start=1):
+        table.add_row(str(place), row["item"], row["title"], f"{row['score']:.3f}", " → ".join(row["path"]))
     PlainConsole().print(table)
 
 

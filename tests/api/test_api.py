@@ -39,6 +39,7 @@ EXAMPLES = [
     (recommender_module, "Recommender.recommend"),
     (recommender_module, "Recommender.recommend_to"),
     (recommender_module, "Recommender.similar_items"),
+    (recommender_module, "Recommender.hops"),
     (recommender_module, "Recommender.embeddings"),
 ]
 MAKERS = ("prepare", "train", "Run.export")

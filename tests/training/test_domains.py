@@ -17,7 +17,6 @@ from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.data.domain_shares import check_domains
 from flm_torchrec.errors import ConfigError, DataError
 from flm_torchrec.evaluation.ranking import RankingProblem, rank_targets
-from flm_torchrec.prepare.join import join
 from flm_torchrec.prepare.options import PrepareOptions
 from flm_torchrec.prepare.prepare import prepare
 from flm_torchrec.prepare.sources import synthetic
@@ -30,23 +29,6 @@ SMALL = [
     *("distributed.threads=1", "train.max_steps=3", "train.warmup_steps=1", "train.eval_users=20"),
 ]
 OPTIONS = [text for setting in SMALL for text in (f"--{setting.partition('=')[0]}", setting.partition("=")[2])]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two domains of synthetic data: the users u0 … of the smaller one are users of the larger one too."""
-    root = tmp_path_factory.mktemp("domains")
-    for name, users, items, seed in (("books", 50, 100, 1), ("shop", 70, 120, 2)):
-        recipe = synthetic.Recipe(users=users, items=items, events=9, seed=seed)
-        prepare(synthetic.read(recipe), root / name, PrepareOptions())
-    return [root / "books", root / "shop"]
-
-
-@pytest.fixture(scope="module")
-def joint(folders: list[Path]) -> PreparedData:
-    """Both as one."""
-    join(folders, folders[0].parent / "joint")
-    return load_prepared(folders[0].parent / "joint")
 
 
 def batches(data: PreparedData, *overrides: str) -> Iterator[object]:
@@ -79,8 +61,8 @@ def test_own_candidates_are_fewer_so_the_loss_is_lower(joint: PreparedData, nega
     assert own[0] < everything[0] and np.isfinite([*own, *everything]).all()
 
 
-def test_one_domain_is_trained_as_without_domains(folders: list[Path]) -> None:
-    data = load_prepared(folders[0])
+def test_one_domain_is_trained_as_without_domains(domain_folders: list[Path]) -> None:
+    data = load_prepared(domain_folders[0])
     assert data.item_domain is None
     assert losses(data) == losses(data, "loss.domains=all")
 
@@ -120,9 +102,9 @@ def test_wrong_weights_are_told(joint: PreparedData, weights: str, told: str) ->
         next(iter(batches(joint, f"data.domain_weights={weights}")))
 
 
-def test_weights_need_joint_data_in_memory(folders: list[Path]) -> None:
+def test_weights_need_joint_data_in_memory(domain_folders: list[Path]) -> None:
     with pytest.raises(ConfigError, match="has one domain"):
-        next(iter(batches(load_prepared(folders[0]), "data.domain_weights=books=1")))
+        next(iter(batches(load_prepared(domain_folders[0]), "data.domain_weights=books=1")))
     with pytest.raises(ConfigError, match=r"data\.domain_weights: sequences are chosen among all in memory"):
         load_config(None, ["data.stream=true", "train.eval_users=5", "data.domain_weights=books=1"])
 
@@ -175,10 +157,10 @@ def test_only_the_items_of_the_targets_domain_are_ranked(joint: PreparedData, bl
 
 
 def test_from_two_folders_to_a_recommendation_of_the_other_domain(
-    folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    domain_folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, export = tmp_path / "run", tmp_path / "export"
-    given = ["--data.path", *map(str, folders), "--train.run", str(run), *OPTIONS]
+    given = ["--data.path", *map(str, domain_folders), "--train.run", str(run), *OPTIONS]
     assert main(["train", *given]) == 0
     said = capsys.readouterr().out
     assert "; a target is told from the items of its own domain" in said
@@ -202,15 +184,15 @@ def test_from_two_folders_to_a_recommendation_of_the_other_domain(
     other = tmp_path / "shop"
     prepare(synthetic.read(synthetic.Recipe(users=60, items=120, events=9, seed=5)), other, PrepareOptions())
     capsys.readouterr()
-    again = ["--data.path", str(folders[0]), str(other), *given[3:], "--train.existing", "resume"]
+    again = ["--data.path", str(domain_folders[0]), str(other), *given[3:], "--train.existing", "resume"]
     assert main(["train", *again]) == 2
     assert "was not made of what" in capsys.readouterr().err
 
 
-def test_a_path_twice_is_told(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one, run = str(folders[0]), ["--train.run", str(tmp_path / "run")]
+def test_a_path_twice_is_told(domain_folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, run = str(domain_folders[0]), ["--train.run", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as left:
-        main(["train", "--data.path", one, "--data.path", str(folders[1]), *run])
+        main(["train", "--data.path", one, "--data.path", str(domain_folders[1]), *run])
     assert left.value.code == 2 and "given twice" in capsys.readouterr().err
     assert main(["train", "--data.path", one, one, *run]) == 2
     error = capsys.readouterr().err
