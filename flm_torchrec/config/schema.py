@@ -271,6 +271,10 @@ class TrainConfig:
     checkpoint_every: Annotated[
         Number, Field(description="steps between checkpoints to resume from; 0: only when training ends")
     ] = 100
+    profile: Annotated[
+        Number,
+        Field(le=1000, description="trace so many steps, from the sixth on, into RUN/profile-RANK.json; 0: none"),
+    ] = 0
     non_finite: Annotated[
         Literal["stop", "skip"],
         Field(description="a loss of NaN or infinity; skip: leave the batch out, ten in a row stop the run"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from flm_torchrec.mixture import Mixture
@@ -43,6 +44,10 @@ class Collectives(Protocol):
     @property
     def world_size(self) -> int:
         """The number of ranks."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all ranks, in order of rank; all have one shape."""

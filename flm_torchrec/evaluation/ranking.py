@@ -67,7 +67,8 @@ ONE_VECTOR = "fused, one vector"
 class HeadScorer:
     """Scores by the model's heads: the dot product of a representation and an item vector.
 
-    Every process has a vector of each item in memory, items x D x 4 bytes, and encodes its share of the blocks.
+    Every process has a vector of each item in its device's memory, items x D x 4 bytes, and encodes its share of the
+    blocks. A device that is a GPU also scores and ranks.
 
     Args:
         of: which vectors of the items are scored.
@@ -95,7 +96,7 @@ class HeadScorer:
                 heads |= {FUSED: MIXTURE, ONE_VECTOR: FUSED}
         self.heads = heads
         self.names = tuple(self.heads)
-        self.vectors = _room_for(items, encoder.dim)  # [items, D]
+        self.vectors = _room_for(items, encoder.dim, comm.device)  # [items, D]
         for ids, vectors in item_vectors(encoder, items, block, comm, of):
             self.vectors[ids[0] : ids[-1] + 1] = vectors
         _check_finite(self.vectors, "item vectors")
@@ -106,7 +107,7 @@ class HeadScorer:
         users = self.encoder.users(rows)
         for name, vectors in users.items():
             _check_finite(vectors, f"user vectors of the {name} head")
-        return users
+        return {name: vectors.to(self.vectors.device) for name, vectors in users.items()}
 
     def scores(self, users: dict[str, Tensor], name: str, start: int, stop: int) -> Tensor:
         """[b, stop - start] dot products, in a buffer that the next call overwrites."""
@@ -173,8 +174,8 @@ def rank_targets(problem: RankingProblem, scorer: Scorer, comm: Collectives, top
         rows.append(indices)
         for name in scorer.names:
             rank, best = _rank_block(block, name, _item_ranges(problem), top_k)
-            ranks[name].append(rank.numpy())
-            top[name].append(best.numpy())
+            ranks[name].append(rank.cpu().numpy())
+            top[name].append(best.cpu().numpy())
     return Ranked(
         rows=np.concatenate(rows) if rows else np.zeros(0, np.int64),
         ranks={n: np.concatenate(r) if r else np.zeros(0, np.int64) for n, r in ranks.items()},
@@ -209,10 +210,27 @@ class _Block:
         """[b, stop - start] scores of the items `start:stop`; -inf for items that are left out."""
         scores = self.scorer.scores(self.users, name, start, stop)
         here = (self.seen.items >= start) & (self.seen.items < stop)
-        scores[self.seen.rows[here], self.seen.items[here] - start] = -torch.inf
+        left_out = self.seen.rows[here].to(scores.device), (self.seen.items[here] - start).to(scores.device)
+        scores[left_out] = -torch.inf
         if self.domain is not None:
-            scores.masked_fill_(self.domain[self.target][:, None] != self.domain[start:stop], -torch.inf)
+            other = self.domain[self.target][:, None] != self.domain[start:stop]
+            scores.masked_fill_(other.to(scores.device), -torch.inf)
         return scores
+
+    def truth(self, name: str, ranges: list[tuple[int, int]], only: Tensor | None) -> Tensor:
+        """[b] scores of the true items, on the scorer's device.
+
+        Args:
+            only: the scores of the range, if there is only one.
+        """
+        parts = []
+        for start, stop in ranges:
+            scores = only if only is not None else self.scores(name, start, stop)
+            target = self.target.to(scores.device, torch.int64)
+            here = (target >= start) & (target < stop)
+            found = scores.gather(1, (target - start).clamp(0, stop - start - 1)[:, None])[:, 0]
+            parts.append(torch.where(here, found, 0.0))
+        return torch.stack(parts).sum(0)
 
 
 def _item_ranges(problem: RankingProblem) -> list[tuple[int, int]]:
@@ -222,17 +240,12 @@ def _item_ranges(problem: RankingProblem) -> list[tuple[int, int]]:
 
 def _rank_block(block: _Block, name: str, ranges: list[tuple[int, int]], top_k: int) -> tuple[Tensor, Tensor]:
     """Ranks [b] and the ids of the top items [b, K]. Targets are scored by the same product as all others."""
-    target = block.target
     only = block.scores(name, *ranges[0]) if len(ranges) == 1 else None
-    truth = torch.empty(len(target))
-    for start, stop in ranges:
-        here = (target >= start) & (target < stop)
-        scores = only if only is not None else block.scores(name, start, stop)
-        truth[here] = scores[here, target[here] - start]
+    truth = block.truth(name, ranges, only)
     if torch.isnan(truth).any():
         raise RunError(f"{name}: a score is not a number; the model has diverged, train again with a lower rate")
-    rank = torch.zeros(len(target), dtype=torch.int64)
-    best, ids = torch.empty(len(target), 0), torch.empty(len(target), 0, dtype=torch.int64)
+    rank = torch.zeros_like(truth, dtype=torch.int64)
+    best, ids = truth.new_empty(len(truth), 0), rank.new_empty(len(rank), 0)
     for start, stop in ranges:
         scores = only if only is not None else block.scores(name, start, stop)
         # The true item counts itself, which is the 1 of 1 + others. A sum in int32 is three times as fast as in int64.
@@ -261,19 +274,22 @@ def target_and_seen(problem: RankingProblem, indices: np.ndarray) -> tuple[Tenso
     return torch.from_numpy(target), Seen(torch.from_numpy(rows[kept]), torch.from_numpy(items[kept]))
 
 
-def _room_for(items: int, dim: int) -> Tensor:
-    """[items, dim] float32, to be filled.
+def _room_for(items: int, dim: int, device: torch.device) -> Tensor:
+    """[items, dim] float32 on a device, to be filled.
 
     Raises:
-        RunError: this process has not so much memory left.
+        RunError: the device has not so much memory left.
     """
-    needed, free = 4 * items * dim, psutil.virtual_memory().available
+    on_gpu = device.type == "cuda"
+    needed = 4 * items * dim
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     if needed > free:
         raise RunError(
-            f"ranking {items:,} items of {dim} numbers needs {needed / 2**30:.1f} GiB on each rank, and"
-            f" {free / 2**30:.1f} GiB are free: run fewer ranks on a machine, or train a narrower model.dim"
+            f"ranking {items:,} items of {dim} numbers needs {needed / 2**30:.1f} GiB on each"
+            f" {'GPU' if on_gpu else 'rank'}, and {free / 2**30:.1f} GiB are free: run fewer ranks on a machine, or"
+            " train a narrower model.dim"
         )
-    return torch.empty(items, dim)
+    return torch.empty(items, dim, device=device)
 
 
 def _check_finite(vectors: Tensor, what: str) -> None:

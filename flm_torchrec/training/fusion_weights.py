@@ -88,8 +88,8 @@ class _Shortlists:
             done += len(rows)
             target, seen = target_and_seen(problem, rows)
             ids = torch.cat([target[:, None], *(torch.from_numpy(ranked.top[name][here]) for name in HEADS)], 1)
-            vectors = scorer.vectors[ids]  # [b, C, S]
-            scores = torch.stack([torch.einsum("bd,bcd->bc", users[name], vectors) for name in HEADS])
+            vectors = scorer.vectors[ids.to(scorer.vectors.device)]  # [b, C, S]
+            scores = torch.stack([torch.einsum("bd,bcd->bc", users[name], vectors) for name in HEADS]).cpu()
             keys = ids + items * torch.arange(len(rows))[:, None]
             out = torch.isin(keys, seen.items + items * seen.rows) | _copies(ids)
             if problem.domain is not None:

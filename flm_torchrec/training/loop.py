@@ -24,6 +24,7 @@ from flm_torchrec.training.checkpoint.manager import Checkpoints, Progress
 from flm_torchrec.training.guard import NON_FINITE, Guard, NonFinite, Stopped
 from flm_torchrec.training.logger import RunLogger
 from flm_torchrec.training.meter import Meter, status
+from flm_torchrec.training.profile import profiled
 from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.steps import STEPS
 
@@ -85,6 +86,7 @@ def run_loop(parts: TrainingParts, validate: Validate, progress: Progress, valid
         Guard(comm, config.non_finite, Path(config.run) / NON_FINITE) as guard,
         closing(checkpoints),
         closing(iter(ahead)) as batches,
+        profiled(config.profile, Path(config.run), comm) as after_step,
     ):
         best = _BestModel(parts, progress, lambda: validate(guard.check))
         if progress.due or (validate_first and progress.step == 0):
@@ -101,12 +103,11 @@ def run_loop(parts: TrainingParts, validate: Validate, progress: Progress, valid
                 checkpoints.wait()
                 raise
             progress.step += 1
+            after_step()
             if outputs is not None:
                 meter.add(outputs)
             if progress.step % config.log_every == 0 or progress.step == total:
-                values = meter.read()
-                logger.scalars(progress.step, {**values, "lr_factor": schedule.factor})
-                logger.step(progress.step, status(values))
+                _log(logger, progress.step, {**meter.read(), "lr_factor": schedule.factor})
             progress.seconds += time.monotonic() - began
             if progress.step % every == 0 or progress.step == total:
                 steps.release()
@@ -122,6 +123,11 @@ def run_loop(parts: TrainingParts, validate: Validate, progress: Progress, valid
         checkpoints.finish()
     assert progress.best is not None
     return Finished(progress.step, progress.best_step, progress.best, progress.seconds)
+
+
+def _log(logger: RunLogger, step: int, values: dict[str, float]) -> None:
+    logger.scalars(step, values)
+    logger.step(step, status(values))
 
 
 def _save_if_due(parts: TrainingParts, progress: Progress, guard: Guard) -> None:

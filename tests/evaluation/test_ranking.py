@@ -30,6 +30,8 @@ from flm_torchrec.evaluation.metrics import RankCounts
 from flm_torchrec.evaluation.protocol import Of
 from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, RankingProblem, count_ranks, rank_targets
 
+CPU = torch.device("cpu")
+
 
 @dataclasses.dataclass
 class Alone:
@@ -37,6 +39,7 @@ class Alone:
 
     rank: int = 0
     world_size: int = 1
+    device: torch.device = CPU
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         return [tensor]

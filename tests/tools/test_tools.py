@@ -129,6 +129,27 @@ def test_fine_tuning_is_studied_by_share(small: PreparedData, tmp_path: Path) ->
     assert wrong.returncode == 1 and "no 'fused/ndgc@10'" in wrong.stderr
 
 
+def test_transfer_is_studied_beside_the_same_from_scratch(small: PreparedData, tmp_path: Path) -> None:
+    settings = [f"--{key}={value}" for key, value in QUICK.items() if key != "train.max_steps"]
+    output = tmp_path / "study"
+    command = ["--sources", str(small.path), "--target", str(small.path), "--output", str(output)]
+    few = ["--shares", "0.3", "--steps", "2", "--pretrain", "--train.max_steps 2"]
+    refused = study("transfer.py", *command, "--shares", "0.3", "1", "--steps", "2", "--", *settings)
+    assert refused.returncode == 2 and "1 numbers for 2 shares" in refused.stderr and not output.exists()
+    done = study("transfer.py", *command, *few, "--", *settings)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ")[:4] for line in done.stdout.split("\n\n")[0].splitlines()[2:]]
+    kinds = {"all": "fused", "warm": "fused", "cold user": "fused", "cold item": "content alone"}
+    assert rows == [["| 30%", kind, row, "1"] for kind, row in kinds.items()]
+    scratch = json.loads((output / "0.3-0/scratch/evaluation-test.json").read_text())
+    assert f"{scratch['segments']['cold item']['content alone']['ndcg@10']:.4f}" in done.stdout
+    assert (output / "transfer.svg").read_text().startswith("<?xml")
+    # Nothing that is finished is done again.
+    written = (output / "0.3-0/finetune.json").stat().st_mtime_ns
+    assert study("transfer.py", *command, *few, "--", *settings).stdout == done.stdout
+    assert (output / "0.3-0/finetune.json").stat().st_mtime_ns == written
+
+
 def test_training_is_timed_beside_plain_pytorch(
     small: PreparedData, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

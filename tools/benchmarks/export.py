@@ -48,6 +48,7 @@ class Alone:
     """A single process."""
 
     rank, world_size = 0, 1
+    device = torch.device("cpu")
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """As of `Collectives`."""

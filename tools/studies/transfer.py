@@ -1,0 +1,211 @@
+"""Does pretraining on other domains pay? Fine-tune on shares of a target, beside the same from scratch: table and plot.
+
+    python -m tools.studies.transfer --sources data/sports-words --target data/beauty-words \\
+        --output runs/sports-to-beauty --shares 0.01 0.1 1 --steps 100 200 800 --seeds 0 1 2 \\
+        --pretrain "--train.epochs 9" -- --model.dim 128 --model.dropout 0.3 --loss.negatives all
+
+For each seed, one run is pretrained on the sources. For each share of the target's users, `flm finetune` goes on from
+that run and trains its control from new weights with the same steps. The target's split is cold-start, so that warm
+events, held-out items and held-out users have rows of their own. Options after `--` are those of both trainings.
+Finished runs are not trained again. An interval is that of a paired bootstrap over the users of one seed
+(`flm evaluate --against`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from tools.studies.finetune_study import Results, plot
+
+ALL = "all"
+ROWS = {ALL: "fused", "warm": "fused", "cold user": "fused", "cold item": "content alone"}
+"""Kinds of events, as `flm evaluate` names them, with the row of its table that is shown."""
+METRICS = ("hr@10", "ndcg@10")
+PLOTTED = ("warm", "cold user", "cold item")
+
+
+@dataclass(frozen=True)
+class TransferStudy:
+    """Where the study works, and what it compares."""
+
+    folder: Path
+    sources: Sequence[str]
+    target: str
+    steps: dict[float, int]
+    """By share of the target's users, the steps of fine-tuning and of its control."""
+    seeds: Sequence[int]
+    pretrain: Sequence[str]
+    """Options of pretraining alone."""
+    options: Sequence[str]
+    """Options of both trainings."""
+
+    def source(self, seed: int) -> Path:
+        """The run pretrained with a seed."""
+        return self.folder / f"source-{seed}"
+
+    def tuned(self, share: float, seed: int) -> Path:
+        """The folder of a fine-tuning and its control."""
+        return self.folder / f"{share:g}-{seed}"
+
+    def train_source(self, seed: int) -> str | None:
+        """Pretrain with a seed, or go on where that was stopped → what went wrong, or None."""
+        run = self.source(seed)
+        settings = ["--train.run", str(run), "--train.seed", str(seed), "--train.existing", "resume"]
+        return _flm("train", run, "--data.path", *self.sources, *settings, *self.options, *self.pretrain)
+
+    def tune(self, share: float, seed: int) -> str | None:
+        """Fine-tune on a share with a seed, and compare with the control, unless done → what went wrong, or None."""
+        folder = self.tuned(share, seed)
+        if not (folder / "finetune.json").is_file():
+            steps = str(self.steps[share])
+            settings = {
+                "--finetune.source": self.source(seed),
+                "--finetune.share": share,
+                "--data.path": self.target,
+                "--data.split": "cold-start",
+                "--train.run": folder,
+                "--train.seed": seed,
+                "--train.epochs": steps,
+                "--train.max_steps": steps,
+                "--train.existing": "replace",
+            }
+            given = [str(part) for pair in settings.items() for part in pair]
+            if failed := _flm("finetune", folder, *given, *self.options):
+                return failed
+        for start, against in ("scratch", []), ("pretrained", ["--against", str(folder / "scratch")]):
+            run = folder / start
+            if (run / "evaluation-test.json").is_file():
+                continue
+            if failed := _flm("evaluate", run, "--run", str(run), "--eval.baselines", "[]", *against):
+                return failed
+        return None
+
+    def finished(self) -> Iterator[tuple[float, int, Path]]:
+        """Share, seed and folder of each fine-tuning that was compared."""
+        for share in self.steps:
+            for seed in self.seeds:
+                if (self.tuned(share, seed) / "pretrained/evaluation-test.json").is_file():
+                    yield share, seed, self.tuned(share, seed)
+
+
+def _flm(verb: str, log: Path, *arguments: str) -> str | None:
+    """Run a command with its output in LOG.log → what went wrong, or None."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    file = log.parent / f"{log.name}.{verb}.log"
+    with file.open("w", encoding="utf-8") as output:
+        command = [sys.executable, "-m", "flm_torchrec", verb, *arguments]
+        failed = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+    return f"{log}: flm {verb} failed, see {file}" if failed else None
+
+
+def collect(study: TransferStudy) -> Results:
+    """By share, first weights and "KIND METRIC", one value for each finished seed."""
+    results: Results = {}
+    for share, _, folder in study.finished():
+        for start in ("pretrained", "scratch"):
+            for name, value in _metrics(folder / start):
+                results.setdefault((share, start, name), []).append(value)
+    return results
+
+
+def _metrics(run: Path) -> Iterator[tuple[str, float]]:
+    """`KIND METRIC` and value, of each kind of event that the run's test examples have."""
+    found = json.loads((run / "evaluation-test.json").read_text(encoding="utf-8"))
+    tables = {ALL: found["table"], **found["segments"]}
+    for kind, row in ROWS.items():
+        if kind in tables:
+            yield from ((f"{kind} {metric}", tables[kind][row][metric]) for metric in METRICS)
+
+
+def markdown(study: TransferStudy, results: Results) -> str:
+    """A row for each share and kind of event: from the sources, from scratch, how many times as good."""
+    heads = [f"{metric} {start}" for metric in METRICS for start in ("pretrained", "from scratch", "ratio")]
+    lines = [f"| share | events | row | seeds | {' | '.join(heads)} |", "|---" * (4 + len(heads)) + "|"]
+    for share, (kind, row) in product(study.steps, ROWS.items()):
+        cells = [f"{share:.0%}", kind, row]
+        for metric in METRICS:
+            tuned, scratch = (
+                results.get((share, start, f"{kind} {metric}"), []) for start in ("pretrained", "scratch")
+            )
+            if tuned:
+                counted = [] if len(cells) > 3 else [str(len(tuned))]
+                cells += [*counted, _told(tuned), _told(scratch), _ratio(tuned, scratch)]
+        if len(cells) > 3:
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def intervals(study: TransferStudy) -> str:
+    """For each share and seed, how much better the fused row is with the sources than from scratch."""
+    lines = ["| share | seed | fused ndcg@10, pretrained less scratch |", "|---|---|---|"]
+    for share, seed, folder in study.finished():
+        found = json.loads((folder / "pretrained/evaluation-test.json").read_text(encoding="utf-8"))
+        d = found["comparison"]["rows"]["fused"]["ndcg@10"]
+        lines.append(f"| {share:.0%} | {seed} | {d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}] |")
+    return "\n".join(lines)
+
+
+def _told(values: Sequence[float]) -> str:
+    spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{spread}"
+
+
+def _ratio(mine: Sequence[float], others: Sequence[float]) -> str:
+    return f"{np.mean(mine) / np.mean(others):.2f}" if np.mean(others) > 0 else "-"
+
+
+def read_study() -> tuple[TransferStudy, int]:
+    """The study that the command line describes, and how many runs train at once."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--sources", nargs="+", required=True, metavar="DATA", help="prepared data to pretrain on")
+    parser.add_argument("--target", required=True, metavar="DATA", help="prepared data to fine-tune on")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the runs")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.1, 1.0], help="(default: 0.01 0.1 1)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[100, 200, 800], help="one for each share")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="(default: 0)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default: 1)")
+    parser.add_argument("--pretrain", default="", metavar="OPTIONS", help="options of pretraining alone, in one string")
+    parser.add_argument("options", nargs="*", metavar="-- OPTIONS", help="options of both trainings")
+    args = parser.parse_args()
+    if len(args.steps) != len(args.shares):
+        parser.error(f"--steps: {len(args.steps)} numbers for {len(args.shares)} shares; give one for each share")
+    for folder in (*args.sources, args.target):
+        if not (Path(folder) / "schema.yaml").is_file():
+            parser.error(f"{folder}: no schema.yaml; give folders that 'flm prepare --output' wrote")
+    steps = dict(zip(args.shares, args.steps, strict=True))
+    pretrain = shlex.split(args.pretrain)
+    return TransferStudy(args.output, args.sources, args.target, steps, args.seeds, pretrain, args.options), args.jobs
+
+
+def main() -> int:
+    """Train what is missing, print the tables, write the plot; 1 if a run failed."""
+    study, jobs = read_study()
+    with ThreadPoolExecutor(jobs) as pool:
+        failures = [failed for failed in pool.map(study.train_source, study.seeds) if failed]
+        if not failures:
+            tunings = [(share, seed) for share in study.steps for seed in study.seeds]
+            failures = [failed for failed in pool.map(lambda one: study.tune(*one), tunings) if failed]
+    results = collect(study)
+    print(f"{markdown(study, results)}\n\n{intervals(study)}")
+    if results:
+        plot(results, list(study.steps), [f"{kind} ndcg@10" for kind in PLOTTED], study.folder / "transfer.svg")
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
