@@ -211,7 +211,7 @@ def test_a_set_has_one_build_of_fbgemm_that_fits_torch(file: str, build: str) ->
 
 STAGES = (
     "config", "data", "prepare", "inspection", "model", "distributed", "planner", "evaluation", "training", "export",
-    "serve", "privacy", "report", "api", "cli",
+    "serve", "privacy", "report", "tuning", "api", "cli",
 )  # fmt: skip
 MAY_IMPORT = {
     "config": set(),
@@ -227,6 +227,7 @@ MAY_IMPORT = {
     "serve": {"config", "data", "export"},
     "privacy": {"config", "data", "training", "export", "serve"},
     "report": {"config", "data", "evaluation", "export"},
+    "tuning": {"config"},
     "api": set(STAGES) - {"api", "cli"},
     "cli": set(STAGES) - {"cli"},
 }

@@ -116,12 +116,13 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
         report,
         serve,
         train,
+        tune,
     )
 
     parser = _Parser(prog="flm", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="store_true", help="print the versions of flm_torchrec and its libraries")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
-    steps = (prepare, join, plan, train, finetune, follow, evaluate, export, apply_delta, load, recommend, serve)
+    steps = (prepare, join, plan, train, tune, finetune, follow, evaluate, export, apply_delta, load, recommend, serve)
     for command in (*steps, export_events, inspect, report, push, pull, forget):
         command.add_parser(subparsers)
     return parser, subparsers

@@ -268,6 +268,14 @@ class TrainConfig:
     ] = 5
     select: Annotated[str, Field(description="validation metric that chooses the best checkpoint")] = "fused/ndcg@10"
     log_every: Annotated[Count, Field(description="steps between lines of metrics.jsonl")] = 10
+    trackers: Annotated[
+        tuple[Literal["tensorboard", "mlflow", "wandb"], ...],
+        Several,
+        Field(
+            description="where config and metrics are shown; mlflow and wandb (Weights & Biases) are told by their own"
+            " environment variables where; []: nowhere, metrics.jsonl has all"
+        ),
+    ] = ("tensorboard",)
     checkpoint_every: Annotated[
         Number, Field(description="steps between checkpoints to resume from; 0: only when training ends")
     ] = 100

@@ -19,6 +19,7 @@ from flm_torchrec.training.job import Job, JobInputs, open_inputs
 from flm_torchrec.training.label_evaluation import evaluate_labels
 from flm_torchrec.training.run_events import ANY_RANKS, IN_MEMORY
 from flm_torchrec.training.run_folder import ANOTHER_RUN, check_run_folder, claimed, open_run_folder
+from flm_torchrec.training.trackers import check_trackers
 from flm_torchrec.training.trainer import check_select, train
 
 LABEL_SELECT = "label/auc"
@@ -70,6 +71,7 @@ def finetune(config: Config, control: bool) -> dict[str, Any]:
         )
         for start in starts
     ]
+    check_trackers(config.train.trackers)
     for run in runs:
         _check_select(run)
     test: dict[str, Any] = {}

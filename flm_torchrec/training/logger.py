@@ -1,4 +1,4 @@
-"""What rank 0 writes while a run trains: log, metrics.jsonl, TensorBoard curves, progress bar."""
+"""What rank 0 writes while a run trains: log, metrics.jsonl, trackers, progress bar."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ from types import TracebackType
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
+from flm_torchrec.errors import Interrupted, RunError
 from flm_torchrec.files import telling, write_text
 from flm_torchrec.safe_text import redact, visible
 from flm_torchrec.terminal import PlainConsole
+from flm_torchrec.training.trackers import Trackers
 
 
 class RunLogger(AbstractContextManager["RunLogger"]):
     """Writes on rank 0; on the other ranks `folder` is None and every call does nothing."""
 
-    def __init__(self, folder: Path | None, steps: int, resumed: bool = False) -> None:
+    def __init__(
+        self, folder: Path | None, steps: int, resumed: bool = False, trackers: Trackers | None = None
+    ) -> None:
         self.folder = folder
         self.resumed = resumed
         if folder is None:
             return
         self.started = time.monotonic()
         self.metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self.curves = SummaryWriter(str(folder / "tensorboard"))
+        self.trackers = trackers
+        self.summary: dict[str, float] = {}
         self.console = PlainConsole()
         self.log = logging.Logger("flm_torchrec")
         handler = LogFile(folder / "train.log")
@@ -67,19 +71,28 @@ class RunLogger(AbstractContextManager["RunLogger"]):
         write_text(file, "".join(kept))
         self.metrics = file.open("a", encoding="utf-8")
         self.started -= json.loads(kept[-1])["seconds"] if kept else 0.0
-        self.curves.close()
-        self.curves = SummaryWriter(str(file.parent / "tensorboard"), purge_step=step + 1)
+        if self.trackers is not None:
+            self.trackers.rewind(step)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Write a line of metrics.jsonl and a point on each curve."""
+        """Write a line of metrics.jsonl, and tell the trackers."""
         if self.folder is None:
             return
         line = {"step": step, "seconds": round(time.monotonic() - self.started, 3), **values}
         with telling(self.folder, RESUME):
             self.metrics.write(json.dumps(line) + "\n")
             self.metrics.flush()
-            for name, value in values.items():
-                self.curves.add_scalar(name, value, step)
+        if self.trackers is not None:
+            self.trackers.metrics(step, values)
+            self._tell_problems(self.trackers)
+
+    def best(self, step: int, values: dict[str, float]) -> None:
+        """The values that trackers are to know the run by: those of its best model."""
+        self.summary = {"best/step": step, **{f"best/{name}": value for name, value in values.items()}}
+
+    def _tell_problems(self, trackers: Trackers) -> None:
+        for problem in trackers.problems():
+            self.say(problem)
 
     def say(self, text: str) -> None:
         """Write a line to the log and to the terminal."""
@@ -106,10 +119,16 @@ class RunLogger(AbstractContextManager["RunLogger"]):
         self.progress.stop()
         try:
             self.metrics.close()
-            self.curves.close()
-        except OSError:
+            self._finish_trackers(error)
+        except (OSError, RunError):
             if error is None:
                 raise
+
+    def _finish_trackers(self, error: BaseException | None) -> None:
+        if self.trackers is not None:
+            stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+            self.trackers.finish("stopped" if stopped else "finished" if error is None else "failed", self.summary)
+            self._tell_problems(self.trackers)
 
 
 RESUME = "go on with --train.existing resume"

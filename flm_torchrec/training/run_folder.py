@@ -16,6 +16,7 @@ from flm_torchrec.files import replacing, telling, write_text
 from flm_torchrec.training.checkpoint.storage import refuse_other_data
 from flm_torchrec.training.identity import FINGERPRINT, STARTED_IN, made_with, refuse_forgotten
 from flm_torchrec.training.logger import RunLogger
+from flm_torchrec.training.trackers import About, Trackers
 
 ANOTHER_RUN = "give another --train.run"
 FREE = (
@@ -25,6 +26,7 @@ FREE = (
     "train.run",
     "train.existing",
     "train.log_every",
+    "train.trackers",
     "train.checkpoint_every",
     "train.non_finite",
 )
@@ -97,6 +99,11 @@ def _changed(made: Config, config: Config) -> str:
     return ""
 
 
+def _settings(config: Config) -> dict[str, object]:
+    """Every setting by `section.field`."""
+    return {f"{part}.{name}": value for part, content in asdict(config).items() for name, value in content.items()}
+
+
 def open_run_folder(config: Config, data: PreparedData, comm: Comm, steps: int) -> RunLogger:
     """The logger of a run in its folder, which is a new one or the old one as `check_run_folder` says; collective.
 
@@ -127,7 +134,8 @@ def open_run_folder(config: Config, data: PreparedData, comm: Comm, steps: int) 
     def begin() -> None:
         with telling(folder, ANOTHER_RUN):
             make()
-            loggers.append(RunLogger(folder, steps, resumed))
+            about = About(folder.resolve(), _settings(config), resumed)
+            loggers.append(RunLogger(folder, steps, resumed, Trackers(config.train.trackers, about)))
 
     comm.on_main(begin)
     comm.set_flag(_opened(config))

@@ -21,12 +21,14 @@ from flm_torchrec.names import nearest
 from flm_torchrec.planner.plan_file import describe
 from flm_torchrec.training.by_key import know_learned
 from flm_torchrec.training.checkpoint.manager import Checkpoints, Progress, load_checkpoint, states_of
+from flm_torchrec.training.checkpoint.storage import read_meta
 from flm_torchrec.training.encoder import ModelEncoder
 from flm_torchrec.training.fusion_weights import FORMS, choose_fusion
 from flm_torchrec.training.job import Job, open_inputs
 from flm_torchrec.training.logger import RunLogger
 from flm_torchrec.training.loop import Finished, TrainingParts, Validate, run_loop
 from flm_torchrec.training.run_folder import check_run_folder, claimed, open_run_folder
+from flm_torchrec.training.trackers import check_trackers
 from flm_torchrec.training.warm_start import WarmStart, check_source
 
 CHOSEN_LATE = ("late", "sum")
@@ -46,6 +48,7 @@ def pretrain(config: Config) -> Finished:
     if config.finetune.source:
         raise ConfigError("finetune.source: is set; 'flm train' pretrains, fine-tune with 'flm finetune'")
     check_select(config)
+    check_trackers(config.train.trackers)
     if config.train.warm_start:
         check_source(config)
     with open_inputs(config) as inputs, claimed(config.train.run, inputs.comm):
@@ -118,6 +121,9 @@ def train(job: Job, logger: RunLogger, validate: Validate | None = None, start: 
         f"{finished.steps} steps in {finished.seconds:.0f} s;"
         f" best {config.train.select} {finished.best:.4f} at step {finished.best_step}"
     )
+    best = read_meta(checkpoints.best)
+    weights = {f"fusion/{head}": weight for head, weight in best.get("fusion", {}).items()}
+    logger.best(best["step"], {**best["valid"], **weights})
     if validate is None and config.model.fusion in CHOSEN_LATE:
         logger.say(_told_fusion(load_checkpoint(checkpoints.best, job.model, comm), config.train.select))
     return finished

@@ -10,7 +10,6 @@ with more seeds or variants. A run that was made with other settings than the st
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from flm_torchrec.config.schema import EvalConfig, LossConfig
 from flm_torchrec.documents import Unreadable, read_json, read_yaml
 from flm_torchrec.errors import ConfigError, FlmError, RunError
 from flm_torchrec.names import nearest
+from flm_torchrec.tuning.process import FLM, threads_of, train_command
 
 BASELINES = EvalConfig().baselines
 
@@ -40,7 +40,6 @@ class StudyRun:
     variant: str
     seed: int
     config: Config
-    overrides: list[str]
 
     @property
     def folder(self) -> Path:
@@ -77,7 +76,7 @@ def read_study(
                 f"{key}={yaml.safe_dump(value, default_flow_style=True).split(chr(10))[0]}"
                 for key, value in settings.items()
             ]
-            runs.append(StudyRun(name, seed, load_config(start, overrides), [start, *overrides]))
+            runs.append(StudyRun(name, seed, load_config(start, overrides)))
     folders = [run.folder for run in runs]
     if len(set(folders)) < len(folders):
         raise ConfigError(f"{file}: two variants have names that differ in signs alone; rename one")
@@ -108,17 +107,13 @@ def _as_configured(run: StudyRun) -> bool:
 
 def execute(run: StudyRun, split: str, threads: int) -> str | None:
     """Train and evaluate in processes of their own → what went wrong, or None."""
-    start, *overrides = run.overrides
-    settings = [part for o in overrides for part in (f"--{o.partition('=')[0]}", o.partition("=")[2])]
-    flm = [sys.executable, "-m", "flm_torchrec"]
-    steps = [[*flm, "train", "--config", start, *settings]]
-    steps[0] += ["--distributed.threads", str(threads)]
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    steps = [train_command(run.config, run.folder.with_suffix(".yaml"), threads)]
     if (run.folder / "finished").is_file() and _as_configured(run):
         steps = []
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
     log = run.folder.with_suffix(".log")
     with log.open("w", encoding="utf-8") as output:
-        for step in [*steps, [*flm, "evaluate", "--run", str(run.folder), "--split", split]]:
+        for step in [*steps, [*FLM, "evaluate", "--run", str(run.folder), "--split", split]]:
             if subprocess.run(step, stdout=output, stderr=subprocess.STDOUT).returncode:
                 return f"{run.variant}, seed {run.seed}: failed, see {log}"
             if step[3] == "train":
@@ -185,7 +180,7 @@ def main() -> int:
             raise ConfigError(f"--jobs {args.jobs}: must be at least 1")
         runs = read_study(args.study, args.config, args.output, args.seeds, args.only)
         todo = [] if args.table else [run for run in runs if result_of(run, args.split) is None]
-        threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
+        threads = threads_of(args.jobs)
         with ThreadPoolExecutor(args.jobs) as pool:
             failures = [f for f in pool.map(lambda run: execute(run, args.split, threads), todo) if f]
         print(table(runs, args.split, args.metrics))

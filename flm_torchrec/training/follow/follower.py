@@ -50,6 +50,7 @@ from flm_torchrec.training.run_events import ANY_RANKS, IN_MEMORY
 from flm_torchrec.training.run_folder import claimed, open_run_folder
 from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.steps import STEPS
+from flm_torchrec.training.trackers import check_trackers
 from flm_torchrec.training.trainer import resume
 
 RATE = 0.1
@@ -150,6 +151,7 @@ def _config_of(run: Path, output: Path, overrides: Sequence[str]) -> Config:
     config = open_run(run, [*ANY_RANKS, IN_MEMORY, "train.existing=resume", *overrides])
     if config.finetune.source:
         raise RunError(f"{run}: is a fine-tuning; follow the run that it came from")
+    check_trackers(config.train.trackers)
     if read_meta(run / BEST).get("taken", {}).get("growths"):
         raise RunError(
             f"{run}: followed a run and took in users and items, which its data lack; follow the run that it came from,"
