@@ -24,6 +24,7 @@ def train(
     /,
     *,
     config: str | os.PathLike[str] | None = None,
+    preset: str | None = None,
     **sections: Mapping[str, Any],
 ) -> Run:
     """Pretrain a model on prepared data, and leave a run folder with config, metrics and the best checkpoint.
@@ -32,6 +33,7 @@ def train(
         data: folder of prepared data, or what `prepare` returned; several are joined into one data set beside the run.
         run: folder to write.
         config: YAML file of settings; the sections override it.
+        preset: "fast" or "best": other defaults, which the file and the sections override.
         sections: settings by section, such as `train={"epochs": 10}, model={"dim": 32}`; `flm train --help` lists all.
 
     Raises:
@@ -48,25 +50,32 @@ def train(
     """
     folders = [os.fspath(data)] if isinstance(data, str | os.PathLike) else [os.fspath(folder) for folder in data]
     path = [f"data.path={folders[0]}"] if len(folders) == 1 else []
-    pretrain_run(config, [*overrides_of(sections), *path, f"train.run={os.fspath(run)}"], folders)
+    pretrain_run(config, [*overrides_of(sections), *path, f"train.run={os.fspath(run)}"], folders, preset)
     return Run.load(run)
 
 
 def pretrain_run(
-    file: str | os.PathLike[str] | None, overrides: Sequence[str], folders: Sequence[str | Path] = ()
+    file: str | os.PathLike[str] | None,
+    overrides: Sequence[str],
+    folders: Sequence[str | Path] = (),
+    preset: str | None = None,
 ) -> None:
     """Pretrain the run that a config file and overrides describe; collective.
 
     Args:
         folders: two or more are joined into `RUN-data` and take the place of `data.path`.
+        preset: of PRESETS, other defaults.
 
     Raises:
         FlmError: a setting, the data or the run folder is wrong.
     """
-    config = load_config(None if file is None else Path(file), overrides)
+    path = None if file is None else Path(file)
+    config = load_config(path, overrides, preset)
+    if preset is not None and file is None and config.train.warm_start:
+        raise ConfigError(f"preset '{preset}': train.warm_start takes the settings of its run; leave one of them out")
     if len(folders) > 1:
         overrides = [*overrides, f"data.path={joined_for(config, folders)}"]
-        config = load_config(None if file is None else Path(file), overrides)
+        config = load_config(path, overrides, preset)
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     from flm_torchrec.training.trainer import pretrain
     from flm_torchrec.training.warm_start import warm_config

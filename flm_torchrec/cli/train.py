@@ -28,4 +28,4 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         FlmError: a setting, the data or the run folder is wrong.
     """
-    pretrain_run(args.config, given_overrides(args), given_folders(args))
+    pretrain_run(args.config, given_overrides(args), given_folders(args), args.preset)

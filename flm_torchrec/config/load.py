@@ -14,19 +14,25 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from flm_torchrec.config.accepts import accepts, setting_help
+from flm_torchrec.config.presets import PRESETS
 from flm_torchrec.config.schema import Config
 from flm_torchrec.documents import Unreadable, parse_yaml, read_yaml, shortened
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.names import nearest
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), preset: str | None = None) -> Config:
     """Read a config file and apply overrides such as `train.batch_size=512`.
+
+    Args:
+        preset: a name of PRESETS, whose settings take the place of the defaults.
 
     Raises:
         ConfigError: an unreadable file, an unknown key (with the nearest known one), or a value out of range.
     """
     values = _read(Path(path)) if path else {}
+    if preset is not None:
+        values = _under(values, preset, path)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -37,6 +43,14 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             raise ConfigError(f"{path}: '{section}' is not a section; write its fields below it")
         values[section][name] = text if _is_text(section, name) else _value(key, text)
     return from_dict(values, source=str(path or "command line"))
+
+
+def _under(values: dict[str, Any], preset: str, path: str | Path | None) -> dict[str, Any]:
+    """The values of a file, with those of a preset where the file has none."""
+    if preset not in PRESETS:
+        raise ConfigError(f"preset: no preset '{preset}'; {nearest(preset, PRESETS)}")
+    _refuse_unknown(values, str(path))
+    return values | {section: content | values.get(section, {}) for section, content in PRESETS[preset].items()}
 
 
 def overrides_of(given: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -120,6 +134,12 @@ def add_config_arguments(parser: argparse.ArgumentParser, several_data: bool = F
         several_data: `--data.path` takes several folders; `given_folders` reads them.
     """
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; options below override it")
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="other defaults, which --config and options override; fast: for minutes on a CPU; best: wider, against all"
+        " items, for a GPU (default: those of each setting)",
+    )
     several = {"data.path": {"nargs": "+", "action": _Once}} if several_data else {}
     add_overrides(parser, [name for name in sections() if name != "finetune"], {}, several)
 
@@ -183,7 +203,7 @@ def add_data_path(parser: argparse.ArgumentParser) -> None:
 
 def config_from_arguments(args: argparse.Namespace) -> Config:
     """The config of a parser made with `add_config_arguments`."""
-    return load_config(args.config, given_overrides(args))
+    return load_config(args.config, given_overrides(args), args.preset)
 
 
 def given_overrides(args: argparse.Namespace) -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 from flm_torchrec.config import Config, add_config_arguments, config_from_arguments, load_config, to_yaml
 from flm_torchrec.config.accepts import accepts
 from flm_torchrec.config.load import sections
+from flm_torchrec.config.presets import PRESETS
 from flm_torchrec.errors import ConfigError
 from tests.conftest import ROOT
 
@@ -56,6 +57,32 @@ def test_a_wrong_override_is_one_line_that_names_it(override: str, message: str)
     with pytest.raises(ConfigError, match=message) as error:
         load_config(None, [override])
     assert "\n" not in str(error.value)
+
+
+def test_a_preset_is_below_the_file_and_the_file_below_the_options(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("model: {dim: 32}\ntrain: {seed: 3}\n")
+    fast = PRESETS["fast"]
+    alone = load_config(None, [], "fast")
+    assert (alone.model.dim, alone.train.epochs) == (fast["model"]["dim"], fast["train"]["epochs"])
+    found = load_config(file, ["train.epochs=1"], "fast")
+    assert (found.model.dim, found.model.dropout) == (32, fast["model"]["dropout"])
+    assert (found.train.seed, found.train.epochs) == (3, 1)
+    assert load_config(file) == load_config(file, [], None) and load_config(None) == load_config(None, [])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_valid_and_changes_something(name: str) -> None:
+    assert load_config(None, [], name) != load_config(None)
+
+
+def test_a_wrong_preset_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no preset 'fats'.*'fast'"):
+        load_config(None, [], "fats")
+    file = tmp_path / "c.yaml"
+    file.write_text("model: 5\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml: 'model' must hold fields"):
+        load_config(file, [], "fast")
 
 
 def test_all_losses_off_is_refused() -> None:
