@@ -84,7 +84,7 @@ async def connected(port: int, done: asyncio.Event, streams: Any = None) -> Any:
 async def client(port: int, user: str, items: list[str], seen: ClientsSaw, done: asyncio.Event) -> None:
     """Post, read back and ask, until all is done."""
     mine, unsure = seen.acknowledged.setdefault(user, []), seen.unsure.setdefault(user, [])
-    streams, number, best = None, 0, {"user": user, "k": K}
+    streams, number = None, 0
     while not done.is_set():
         streams = await connected(port, done, streams)
         if streams is None:
@@ -98,13 +98,12 @@ async def client(port: int, user: str, items: list[str], seen: ClientsSaw, done:
                 seen.wrong.append(told)
                 continue
             mine.append(item)
-            answers = []
-            for method, path, body in (("GET", f"/v1/events?user={user}", None), ("POST", "/v1/recommend", best)):
-                streams = await connected(port, done, streams)
-                if streams is None:
-                    return
-                answers.append(await ask(streams, method, path, body))
-            check(answers[0], answers[1], user, seen)
+            streams = await connected(port, done, streams)
+            events = await ask(streams, "GET", f"/v1/events?user={user}") if streams else None
+            streams = await connected(port, done, streams)
+            answer = await ask(streams, "POST", "/v1/recommend", {"user": user, "k": K}) if streams else None
+            if streams is not None:
+                check(events, answer, user, seen)
         except (OSError, asyncio.IncompleteReadError) as error:
             seen.cut_off += 1
             port_here = streams[1].get_extra_info("sockname")[1]
