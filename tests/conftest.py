@@ -83,6 +83,15 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Redis of our own that keeps what it acknowledges."""
+    from tests.redis_process import RedisProcess
+
+    with RedisProcess(tmp_path_factory.mktemp("redis")) as running:
+        yield running.address
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder of the real data sets; skips where there is none."""
     folder = Path(os.environ.get("FLM_DATA", ROOT.parent / "shared" / "data"))

@@ -126,8 +126,9 @@ def _add_store(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--events",
         metavar="FILE",
-        help="SQLite file that keeps live events and cold items, or postgresql://USER@HOST/DATABASE, which several"
-        " machines share; 'none': in memory, lost at the end (default: beside --export, its name and .events.sqlite)",
+        help="SQLite file that keeps live events and cold items, or postgresql://USER@HOST/DATABASE or"
+        " redis://HOST:PORT/NUMBER, which several machines share; 'none': in memory, lost at the end"
+        " (default: beside --export, its name and .events.sqlite)",
     )
     parser.add_argument("--keep-days", type=float, default=90.0, help="that an event is kept (default: %(default)s)")
     parser.add_argument("--keep-events", type=int, default=10_000_000, help="events kept (default: %(default)s)")

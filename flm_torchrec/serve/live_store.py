@@ -11,8 +11,10 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.safe_text import redact_address
 from flm_torchrec.serve.event_store import EventStore, LiveEvent, StoredItem, StoreLimits
 from flm_torchrec.serve.postgres_store import PostgresStore
+from flm_torchrec.serve.redis_store import RedisStore
 
-DATABASES = ("postgresql://", "postgres://")
+POSTGRESQL = ("postgresql://", "postgres://")
+REDIS = ("redis://", "rediss://")
 
 
 class LiveTransaction(Protocol):
@@ -76,13 +78,11 @@ class LiveStore(Protocol):
         ...
 
 
-def is_database(address: str) -> bool:
-    """Whether an address names a database, not a file."""
-    return address.startswith(DATABASES)
-
-
 def open_store(address: str | None, limits: StoreLimits | None = None) -> LiveStore:
-    """The store at an address: postgresql://USER@HOST/DATABASE, or a SQLite file; None: one in memory.
+    """The store at an address; None: one in memory.
+
+    Args:
+        address: a SQLite file, postgresql://USER@HOST/DATABASE, or redis://HOST:PORT/NUMBER.
 
     Raises:
         RunError: there is no such kind of store, or it cannot be used.
@@ -90,10 +90,15 @@ def open_store(address: str | None, limits: StoreLimits | None = None) -> LiveSt
     limits = limits or StoreLimits()
     if address is None:
         return EventStore(None, limits)
-    if is_database(address):
+    if address.startswith(POSTGRESQL):
         return PostgresStore(address, limits)
+    if address.startswith(REDIS):
+        return RedisStore(address, limits)
     if "://" in address:
-        raise RunError(f"--events {redact_address(address)}: give a file, or postgresql://USER@HOST/DATABASE")
+        raise RunError(
+            f"--events {redact_address(address)}: give a file, or the address of a database: postgresql://USER@HOST/NAME"
+            " or redis://HOST:PORT/NUMBER"
+        )
     return EventStore(Path(address), limits)
 
 

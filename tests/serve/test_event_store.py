@@ -50,16 +50,26 @@ for n in range(10**9):
 """
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", "postgresql", "redis"])
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The address of a store that nobody has used."""
     if request.param == "sqlite":
         return str(tmp_path / "s")
+    if request.param == "redis":
+        return emptied(request.getfixturevalue("redis_server"))
     psycopg = pytest.importorskip("psycopg", reason="install flm_torchrec[postgresql]")
     server, name = request.getfixturevalue("postgresql"), f"live_{secrets.token_hex(4)}"
     with psycopg.connect(server, autocommit=True) as connection:
         connection.execute(f"CREATE SCHEMA {name}")
     return f"{server}{'&' if '?' in server else '?'}options=-csearch_path%3D{name}"
+
+
+def emptied(address: str) -> str:
+    import redis
+
+    with redis.Redis.from_url(address) as client:
+        client.flushdb()
+    return address
 
 
 def add(store: LiveStore, user: str, *items: str) -> None:
@@ -182,7 +192,7 @@ def test_keys_of_any_characters_are_kept(address: str) -> None:
 
 @pytest.fixture
 def database(address: str) -> str:
-    return address if "://" in address else pytest.skip("of databases")
+    return address if address.startswith("postgresql") else pytest.skip("of PostgreSQL")
 
 
 def test_a_connection_that_broke_is_opened_again(database: str) -> None:
@@ -229,7 +239,7 @@ def test_a_database_of_no_use_is_one_line_without_its_password(database: str) ->
         (database, "a store of format 9"),
         ("postgresql://nobody:hidden@127.0.0.1:1/none", "127.0.0.1"),
         ("postgresql://nobody:hidden@127.0.0.1:1/none?nonsense=1", "nonsense"),
-        ("redis://nobody:hidden@127.0.0.1", "give a file, or postgresql://"),
+        ("mysql://nobody:hidden@127.0.0.1", "give a file, or the address of a database"),
     ):
         with pytest.raises(RunError, match=reason) as told:
             open_store(address)
