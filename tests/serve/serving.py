@@ -77,9 +77,11 @@ def running(app: FastAPI, tls: Certificate | None = None, most: int = 64) -> Ite
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     assert ready.wait(60)
-    yield bound.getsockname()[1]
-    server.should_exit = True
-    thread.join()
+    try:
+        yield bound.getsockname()[1]
+    finally:  # else the thread would keep the process of the tests
+        server.should_exit = True
+        thread.join()
 
 
 def certificate(folder: Path, name: str) -> Certificate:
