@@ -8,6 +8,8 @@ import re
 from importlib import metadata
 from pathlib import Path
 
+from flm_torchrec.errors import InstallError
+
 TORCHREC = "1.8.0"
 """What requirements/cpu.txt and gpu.txt pin."""
 SOURCE = Path(__file__).resolve().parents[1]
@@ -35,29 +37,29 @@ def check_versions() -> None:
     fbgemm 1.N is built against torch 2.(N+5), and torchrec 1.N against fbgemm 1.N.
 
     Raises:
-        ImportError: a package is missing, both builds of fbgemm are installed, versions do not fit, or fbgemm's CUDA
+        InstallError: a package is missing, both builds of fbgemm are installed, versions do not fit, or fbgemm's CUDA
             build is installed on a machine without a driver.
     """
     torch, torchrec = _version("torch"), _version("torchrec")
     cpu, cuda = _version("fbgemm-gpu-cpu"), _version("fbgemm-gpu")
     command = mend()
     if cpu and cuda:
-        raise ImportError(
+        raise InstallError(
             "fbgemm-gpu and fbgemm-gpu-cpu are both installed and overwrite each other;"
             f" run: pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu && {command}"
         )
     fbgemm = cpu or cuda
     for name, version in (("torch", torch), ("torchrec", torchrec), ("fbgemm-gpu or fbgemm-gpu-cpu", fbgemm)):
         if version is None:
-            raise ImportError(f"{name} is not installed; run: {command}")
+            raise InstallError(f"{name} is not installed; run: {command}")
     assert torch and torchrec and fbgemm
     if _minor(torch) != _minor(fbgemm) + 5 or _minor(torchrec) != _minor(fbgemm):
-        raise ImportError(
+        raise InstallError(
             f"torch {torch}, torchrec {torchrec} and fbgemm {fbgemm} do not fit (fbgemm 1.N goes with torchrec 1.N"
             f" and torch 2.(N+5)); run: {command}"
         )
     if cuda and not _has_driver():
-        raise ImportError(
+        raise InstallError(
             "fbgemm-gpu is the CUDA build and this machine has no CUDA driver;"
             f" run: pip uninstall -y fbgemm-gpu && {mend(cuda=False)}"
         )

@@ -19,6 +19,10 @@ class RunError(FlmError):
     """A run folder, checkpoint or export is missing, incomplete or does not fit."""
 
 
+class InstallError(FlmError, ImportError):
+    """Packages are missing or do not fit each other; the message has the command that mends it."""
+
+
 class Interrupted(FlmError):
     """Training stopped on request (SIGTERM, Ctrl-C) and saved its state: start the command again to resume."""
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+import flm_torchrec as flm
 from flm_torchrec import _versions
+from flm_torchrec.errors import FlmError
 
 GOOD = {"torch": "2.13.0+cpu", "torchrec": "1.8.0", "fbgemm-gpu-cpu": "1.8.0"}
 CUDA = {"torch": "2.13.0", "torchrec": "1.8.0", "fbgemm-gpu": "1.8.0"}
@@ -40,3 +44,15 @@ def test_a_wrong_set_names_its_mend(
     with pytest.raises(ImportError, match=message) as error:
         check(monkeypatch, installed, driver)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("missing", ["torchrec", "torch"])
+def test_a_training_without_its_packages_names_what_installs_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: str
+) -> None:
+    """Of an export alone nothing is asked, so the import of the package does not tell."""
+    there = {name: version for name, version in GOOD.items() if name != missing}
+    monkeypatch.setattr(_versions, "_version", there.get)
+    with pytest.raises(FlmError, match=f"^{missing} is not installed; run: pip install"):
+        flm.train(tmp_path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

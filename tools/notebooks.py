@@ -21,9 +21,9 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 LONGEST = 300
 """Seconds for one cell."""
-FORGET = "%reset -f\nimport os, logging\nos.chdir({folder!r})\nlogging.getLogger().handlers.clear()"
+FORGET = "import os\nos.chdir({folder!r})\n%reset -f"
 """What is run between two notebooks, so that nothing of the one before is left."""
-SECONDS = re.compile(r"\b\d+(\.\d+)? s\b|\b\d\d:\d\d:\d\d\b")
+SECONDS = re.compile(r"\b\d+(\.\d+)? s\b")
 """Times, which differ from run to run, and are not stored."""
 
 
@@ -33,7 +33,7 @@ def kernel() -> Iterator[Any]:
     from jupyter_client.manager import KernelManager
 
     environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    manager = KernelManager(kernel_name="python3")
+    manager = KernelManager(kernel_name="python3", transport="ipc")
     manager.start_kernel(env=environment)
     try:
         yield manager
@@ -58,16 +58,20 @@ def execute(path: Path, manager: Any, folder: Path) -> Any:
     return notebook
 
 
-def write(path: Path, notebook: Any) -> None:
-    """Store a notebook with its texts; no pictures, no counts of executions."""
+def write(path: Path, notebook: Any, folder: str) -> None:
+    """Store a notebook with its texts; no pictures, no counts of executions, no name of the folder it ran in."""
     content = json.loads(path.read_text())
     for cell, done in zip(content["cells"], notebook.cells, strict=True):
         if cell["cell_type"] == "code":
-            streams = [output for output in done["outputs"] if output["output_type"] == "stream"]
-            printed = SECONDS.sub("… s", "".join(output["text"] for output in streams))
+            printed = SECONDS.sub("… s", text_of(done["outputs"])).replace(f"{folder}/", "")
             lines = printed.splitlines(keepends=True)
             cell["outputs"] = [{"name": "stdout", "output_type": "stream", "text": lines}] if lines else []
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def text_of(outputs: list[Any]) -> str:
+    """What a cell has printed, and what rich has shown."""
+    return "".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
 
 
 def code_of(path: Path) -> str:
@@ -94,7 +98,7 @@ def main() -> int:
             with tempfile.TemporaryDirectory() as folder:
                 done = execute(path, manager, Path(folder))
             if args.write:
-                write(path, done)
+                write(path, done, folder)
             print(f"done  {path.name}", flush=True)
     return 0
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from flm_torchrec._versions import check_versions
 from flm_torchrec.documents import Unreadable, read_json
 from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.files import telling, write_text
@@ -60,6 +61,7 @@ def evaluate_run(run: str | os.PathLike[str], options: EvaluateOptions, keep_ran
     Raises:
         FlmError: an option, the run or its data is wrong, or the model has diverged.
     """
+    check_versions()
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     import numpy as np
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
+from flm_torchrec._versions import check_versions
 from flm_torchrec.config import first_problem
 from flm_torchrec.errors import ConfigError, RunError
 from flm_torchrec.export.manifest import RECALL, IndexKind, Manifest, Quantise, Storage, read_manifest
@@ -89,6 +90,7 @@ def export_run(
     Raises:
         FlmError: a choice, the run, its data or the output is wrong.
     """
+    check_versions()
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     from flm_torchrec.export.delta import export_delta
     from flm_torchrec.export.write import ExportOptions, check_output, export

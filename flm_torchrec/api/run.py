@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flm_torchrec._versions import check_versions
 from flm_torchrec.config import load_config, overrides_of
 from flm_torchrec.errors import ConfigError
 
@@ -76,6 +77,7 @@ def pretrain_run(
     if len(folders) > 1:
         overrides = [*overrides, f"data.path={joined_for(config, folders)}"]
         config = load_config(path, overrides, preset)
+    check_versions()  # an export alone needs no torchrec, so the import of the package does not ask for it
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     from flm_torchrec.training.trainer import pretrain
     from flm_torchrec.training.warm_start import warm_config

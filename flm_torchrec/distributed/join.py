@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import uuid
 from datetime import timedelta
@@ -27,7 +28,9 @@ def join(backend: str, timeout: timedelta) -> tuple[dist.Store, dist.Store | Non
     """
     if "WORLD_SIZE" not in os.environ:
         store: dist.Store = dist.HashStore()
+        hook = sys.excepthook
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        sys.excepthook = hook  # PyTorch's writes [rank0] before every later traceback of a notebook
         return store, None
     given, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
     store = fresh_store(given, rank, world_size, timeout)

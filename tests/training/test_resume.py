@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,7 @@ from flm_torchrec.data.negatives import Negatives
 from flm_torchrec.data.splits import split
 from flm_torchrec.data.windows import windows
 from flm_torchrec.distributed.comm import Comm, process_group
-from flm_torchrec.distributed.join import fresh_store
+from flm_torchrec.distributed.join import fresh_store, join
 from flm_torchrec.errors import Interrupted, RunError
 from flm_torchrec.training.checkpoint import manager as checkpoint
 from flm_torchrec.training.checkpoint import storage
@@ -101,6 +102,14 @@ def start_flm(count: int, options: list[str]) -> list[Forked]:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     return start_ranks(count, ["-m", "flm_torchrec", *options], MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+
+
+def test_a_process_alone_keeps_its_hook_of_exceptions() -> None:
+    """A notebook that has trained shows later errors as any other."""
+    before = sys.excepthook
+    join("gloo", timedelta(seconds=10))
+    dist.destroy_process_group()
+    assert sys.excepthook is before
 
 
 def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(
