@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,13 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flm_torchrec.claim import claim
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData, fingerprint_of, load_prepared
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.data.splits import Examples, split
 from flm_torchrec.data.survey import load_streamed
 from flm_torchrec.errors import DataError
-from flm_torchrec.prepare.join import join
+from flm_torchrec.prepare.join import Joining, join, made_of
 from flm_torchrec.prepare.joined import join_once
 
 BRANDS = ["acme", "bolt", "crux"]
@@ -280,6 +283,21 @@ def _of_kind(folder: Path, number: int = 0, **changes: object) -> Path:
     features[number] = replace(features[number], **changes)  # type: ignore[arg-type]
     replace(schema, features=tuple(features)).save(folder / "schema.yaml")
     return folder
+
+
+def test_processes_of_one_job_join_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders, output, written = two(tmp_path), tmp_path / "run-data", []
+    monkeypatch.setattr("flm_torchrec.prepare.joined.POLL", 0.01)
+    write_to = Joining.write_to
+    monkeypatch.setattr(Joining, "write_to", lambda self, folder: written.append(folder) or write_to(self, folder))
+    with ThreadPoolExecutor(3) as pool:
+        with claim(output):
+            waiting = [pool.submit(join_once, folders, output) for _ in range(3)]
+            time.sleep(0.05)
+            assert not any(one.done() for one in waiting) and not output.exists()
+        for one in waiting:
+            one.result()
+    assert written == [output] and made_of(output).keys() == {"books", "shop"}
 
 
 def test_values_can_be_kept_apart(tmp_path: Path) -> None:

@@ -179,6 +179,13 @@ def test_from_two_folders_to_a_recommendation_of_the_other_domain(
     assert main(["recommend", "--export", str(export), "--user", alone, "--domain", "books", "-k", "5", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found) == 5 and all(one["item"].startswith("books/") for one in found)
+    assert main(["plan", "--data.path", str(tmp_path / "run-data"), "--per-node", "1", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)["report"]["tables"]
+    assert next(table["rows"] for table in planned if table["name"] == "item_id") == data.schema.items
+    (tmp_path / "events").mkdir()
+    follow = ["follow", "--run", str(run), "--source", str(tmp_path / "events"), "--output", str(tmp_path / "followed")]
+    assert main(follow) == 2
+    assert "is joint data, whose new items would have no domain" in capsys.readouterr().err
     # Again: the joint data are taken as they are; with other data they are refused.
     assert main(["train", *given, "--train.existing", "resume"]) == 0
     other = tmp_path / "shop"
