@@ -213,8 +213,8 @@ class _Block:
         left_out = self.seen.rows[here].to(scores.device), (self.seen.items[here] - start).to(scores.device)
         scores[left_out] = -torch.inf
         if self.domain is not None:
-            other = self.domain[self.target][:, None] != self.domain[start:stop]
-            scores.masked_fill_(other.to(scores.device), -torch.inf)
+            wanted, domain = self.domain[self.target].to(scores.device), self.domain[start:stop].to(scores.device)
+            scores.masked_fill_(wanted[:, None] != domain, -torch.inf)
         return scores
 
     def truth(self, name: str, ranges: list[tuple[int, int]], only: Tensor | None) -> Tensor:

@@ -167,7 +167,7 @@ def test_from_two_folders_to_a_recommendation_of_the_other_domain(
     assert main(["evaluate", "--run", str(run), "--eval.baselines", "popularity"]) == 0
     tables = json.loads((run / "evaluation-test.json").read_text())
     assert {"books", "shop"} <= set(tables["segments"])
-    assert main(["export", "--run", str(run), "--output", str(export), "--index", "flat"]) == 0
+    assert main(["export", "--run", str(run), "--output", str(export), "--index", "flat", "--tower", "none"]) == 0
     capsys.readouterr()
     data = load_prepared(tmp_path / "run-data")
     assert data.item_domain is not None
