@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from flm_torchrec.data.dataset import PreparedData, load_prepared
@@ -35,6 +36,8 @@ def test_amazon_with_key_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     data = prepared(tmp_path, monkeypatch)
     assert events(data) == {"9": ["5", "3", "4"], "2": ["3", "5"]}
     assert [f.name for f in data.schema.of("item", sparse=True)] == ["attributes", "words"]
+    values = pl.read_parquet(data.path / "vocab" / "item_attributes.parquet")["value"].drop_nulls().to_list()
+    assert sorted(value for value in values if value) == [f"{tmp_path.name}/1", f"{tmp_path.name}/2"]
 
 
 def test_movielens_with_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

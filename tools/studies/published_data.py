@@ -35,9 +35,11 @@ def amazon(folder: Path, people: bool = False) -> dict[str, Any]:
         persons = pl.read_csv(folder / "user_person.tsv", separator="\t", infer_schema=False)
         events = events.join(persons, on="user", how="left", maintain_order="left").select("item", user="person")
     words = pl.read_csv(folder / "item_words.tsv", separator="\t", quote_char=None, infer_schema=False)
+    # Each set gave its attributes numbers of its own: 7 must not be one value in two sets.
+    own = pl.col("attributes").list.eval(pl.format("{}/{}", pl.lit(folder.name), pl.element()))
     return {
         "events": events,
-        "items": source.items.join(words, left_on="key", right_on="item", how="left"),
+        "items": source.items.join(words, left_on="key", right_on="item", how="left").with_columns(own),
         "item_key": "key",
         "item_features": {"attributes": "multi_categorical", "words": "text"},
     }
