@@ -260,7 +260,7 @@ class Recommender:
         if name not in known:
             raise RunError(f"embeddings of {of}: no vector '{name}'; {nearest(name, known)}")
         rows = self.export.items if of == "items" else self.export.users
-        table = rows.table([f"{of[:-1]}_key", *(["title"] if of == "items" else []), name])
+        table = pa.concat_tables(rows.known([f"{of[:-1]}_key", *(["title"] if of == "items" else []), name]))
         vectors = decode(table[name])
         columns = {of[:-1]: table[f"{of[:-1]}_key"]}
         if of == "items":

@@ -18,8 +18,6 @@ from flm_torchrec.safe_text import visible
 if TYPE_CHECKING:
     from flm_torchrec.client import Client
 
-MOST_BYTES = 2**30
-"""Maximum size of a file of users."""
 MOST_KEY_BYTES = 4096
 SERVER_KEY = "FLM_ADMIN_KEY"
 """Variable of the environment that may have the admin key of servers."""
@@ -39,7 +37,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--user", action="append", default=[], metavar="KEY", help="id of a user in the source; may be repeated"
     )
-    parser.add_argument("--users", type=Path, metavar="FILE", help="file of such ids, one a line")
+    parser.add_argument(
+        "--users", type=Path, metavar="FILE", help="such ids: text with one a line, or a table with a column user"
+    )
     parser.add_argument(
         "--key-file",
         type=Path,
@@ -69,7 +69,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="live events of 'flm serve --events', a file or postgresql://…; it may run meanwhile; may be repeated",
+        help="live events of 'flm serve --events', a file or a database; it may run meanwhile; may be repeated",
     )
     _add_services(parser)
     _add_record(parser)
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
         FlmError: nobody is named, an id is unknown, a file is unreadable, a place cannot be reached, or a run is being
             written.
     """
-    keys = [*args.user, *(_lines(args.users) if args.users else [])]
+    keys = [*args.user, *(_named(args.users) if args.users else [])]
     if args.key_file:
         keys = hash_keys(keys, read_secret(args.key_file))
     keys = list(dict.fromkeys(keys))
@@ -154,6 +154,12 @@ def run(args: argparse.Namespace) -> None:
         forget(args.data, keys, args.runs, places, Log(record, keys, lambda line: print(visible(line), flush=True)))
         if record is not None:
             print(visible(f"{args.record}: {len(record.lines)} lines, the last signature is {_last(record.lines)}"))
+
+
+def _named(file: Path) -> list[str]:
+    from flm_torchrec.prepare.sources.user_list import read_users  # a wrong option should be reported at once
+
+    return [str(key) for key in read_users(str(file)).to_pylist()]
 
 
 def _verify(args: argparse.Namespace, keys: Sequence[str]) -> None:
@@ -209,14 +215,3 @@ def _clients(args: argparse.Namespace) -> list[Client]:
             f"--server: give --server-key FILE, or {SERVER_KEY}, with an admin key of the server and nothing else"
         )
     return [Client(url, key) for url in args.servers]
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        lines = re.split("\r\n|\r|\n", read_text(file, MOST_BYTES))
-    except Unreadable as error:
-        raise DataError(f"{file}: not readable ({error}); --users must name a text file, one id a line") from error
-    keys = [line for line in lines if line.strip()]
-    if not keys:
-        raise DataError(f"{file}: names nobody; write one id a line")
-    return keys

@@ -6,6 +6,7 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from flm_torchrec.errors import DataError
 
@@ -43,9 +44,18 @@ def keys(column: pl.Series, file: str) -> pl.Series:
     return as_text(column).to_frame().select(pl.when(~plain.is_in(NO_ID)).then(plain)).to_series()
 
 
+TOMBSTONE = "forgotten-"
+"""Beginning of what replaces a forgotten user's key."""
+
+
 def tombstone(user: int) -> str:
     """The text that replaces a forgotten user's key."""
-    return f"forgotten-{user}"
+    return f"{TOMBSTONE}{user}"
+
+
+def are_tombstones(keys: pa.Array | pa.ChunkedArray, ids: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """[n] keys and ids of users → [n] bool: which of them were forgotten."""
+    return pc.equal(keys, pc.binary_join_element_wise(TOMBSTONE, ids.cast(pa.string()), ""))
 
 
 def frame_of(table: pa.Table) -> pl.DataFrame:

@@ -13,9 +13,11 @@ from typing import Literal, get_args
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flm_torchrec.config.heads import REPRESENTATIONS
+from flm_torchrec.data.keys import are_tombstones
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.manifest import Manifest, Storage
 from flm_torchrec.export.vectors import decode, stored_type
@@ -146,6 +148,15 @@ class ExportRows:
         """All parts in order of id, or the named columns of them."""
         for file in self.files:
             yield self.part(file, columns)
+
+    def known(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """As `parts`, without the rows of users who were forgotten: these are there only so that no id shifts."""
+        if self.entity == "items":
+            yield from self.parts(columns)
+            return
+        for part in self.parts(list(dict.fromkeys(("user_id", "user_key", *columns)))):
+            gone = are_tombstones(part["user_key"], part["user_id"])
+            yield part.filter(pc.invert(gone)).select(list(columns))
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows in memory, or the named columns of them."""

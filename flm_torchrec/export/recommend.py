@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,7 @@ class ExportRecommender:
     def check_users(self, wanted: pa.Array) -> None:
         """Raise RunError where a key is not that of a user of the export."""
         unknown = wanted
-        for part in self.users.parts(["user_key"]):
+        for part in self.users.known(["user_key"]):
             unknown = unknown.filter(pc.invert(pc.is_in(unknown, value_set=single_array(part["user_key"]))))
             if not len(unknown):
                 return
@@ -159,7 +160,7 @@ class ExportRecommender:
         self, options: RecommendOptions, among: ItemIndex | None, wanted: pa.Array | None
     ) -> Iterator[pa.Table]:
         step = max(1, min(USERS, MOST_RESULTS // shortlist(options.k)))
-        for part in self.users.parts(self._columns(options)):
+        for part in self.users.known(self._columns(options)):
             if wanted is not None:
                 part = part.filter(pc.is_in(part["user_key"], value_set=wanted))
             for start in range(0, len(part), step):
@@ -170,7 +171,7 @@ class ExportRecommender:
 
     def _row(self, key: str, options: RecommendOptions) -> pa.Table:
         """The user's row."""
-        for part in self.users.parts(self._columns(options)):
+        for part in self.users.known(self._columns(options)):
             row = part.filter(pc.field("user_key") == key)
             if len(row):
                 return row
@@ -233,5 +234,6 @@ class ExportRecommender:
         return pa.table(columns, schema=COLUMNS)
 
     def _unknown(self, what: str, key: str) -> RunError:
-        compared = self.users.table(["user_key"])["user_key"].slice(0, COMPARED).to_pylist()
+        parts = (part["user_key"].to_pylist() for part in self.users.known(["user_key"]))
+        compared = list(islice(chain.from_iterable(parts), COMPARED))
         return RunError(f"{what}: not in {self.folder}; {nearest_key(key, compared, COMPARED)}")

@@ -170,8 +170,8 @@ class ServerPlace:
         found: set[str] = set()
         for batch in _batches(keys):
             answer = self._ask(self.client, batch, check=True)
-            found |= {*answer["in_export"], *answer["live_events"]}
-            for export in answer["exports"].values():
+            found |= _users_of(answer)
+            for export in (*answer["exports"].values(), *answer.get("canaries", {}).values()):
                 self._check_cleaned(Path(export))
         return found
 
@@ -183,21 +183,27 @@ class ServerPlace:
     def forget(self, keys: Sequence[str]) -> Removal:
         """As of `Place`. Ends when all processes of the server have followed the swap, or after a minute."""
         patient = replace(self.client, timeout=SWAP_SECONDS)
-        users, events = set(), 0
+        users: set[str] = set()
         exports: dict[str, str] = {}
+        canaries: dict[str, str] = {}
+        events = 0
         for batch in _batches(keys):
             answer = self._ask(patient, batch, check=False)
             events += sum(answer["live_events"].values())
-            users |= {*answer["in_export"], *answer["live_events"]}
+            users |= _users_of(answer)
             exports |= answer["exports"]
+            canaries |= answer.get("canaries", {})
         for name, export in exports.items():
             try:
                 patient.swap(export, replaces=name)
             except ServiceError as error:
                 raise RunError(f"{self}: could not swap to {export}: {error}; {AGAIN}") from error
-        if exports:
+        more = f"; serves {', '.join(exports.values())} anew" if exports else ""
+        if canaries:
+            more += f"; no longer tries {', '.join(canaries.values())} as a canary"
+        if more:
             self._wait(keys)
-        return _of_events(self, len(users), events, f"; serves {', '.join(exports.values())} anew" if exports else "")
+        return _of_events(self, len(users), events, more)
 
     def _wait(self, keys: Sequence[str]) -> None:
         until = time.monotonic() + FOLLOW_SECONDS
@@ -228,6 +234,11 @@ class ServerPlace:
     def mend(self) -> str:
         """As of `Place`."""
         return f"the export that it serves has them still; name its folder with --export, then {AGAIN}"
+
+
+def _users_of(answer: dict[str, Any]) -> set[str]:
+    """The users whom a server has, by its answer to /v1/forget; an older server tells nothing of canaries."""
+    return {*answer["in_export"], *answer.get("in_canary", ()), *answer["live_events"]}
 
 
 def _of_events(place: Place, users: int, events: int, more: str = "") -> Removal:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from zlib import crc32
 
@@ -20,11 +21,20 @@ class KeyRows(Mapping[str, int]):
 
     Args:
         name: of the array in `mapped`.
+        left_out: rows whose keys are not found.
     """
 
-    def __init__(self, keys: pa.Array, name: str = "keys", mapped: MappedFiles = IN_MEMORY) -> None:
+    def __init__(
+        self,
+        keys: pa.Array,
+        name: str = "keys",
+        mapped: MappedFiles = IN_MEMORY,
+        left_out: Collection[int] = (),
+    ) -> None:
         self.texts = keys
-        self.hashed = mapped.array(name, self._hashed)  # [keys] uint64, ascending: CRC-32 of a key, then its row
+        self.left_out = frozenset(left_out)
+        self.hashed = mapped.array(name, self._hashed)  # [keys to find] uint64, ascending: CRC-32, then the row
+        self.numbers = self.hashed.data  # the same as Python's numbers, for a search of one key
 
     def _hashed(self) -> np.ndarray:
         hashes = np.empty(len(self.texts), np.uint64)
@@ -32,14 +42,15 @@ class KeyRows(Mapping[str, int]):
             part = self.texts[start : start + CHUNK].to_pylist()
             hashes[start : start + len(part)] = [crc32(key.encode()) for key in part]
         hashed = hashes << np.uint64(32) | np.arange(len(hashes), dtype=np.uint64)
+        hashed = np.delete(hashed, sorted(self.left_out))
         hashed.sort()
         return hashed
 
     def __getitem__(self, key: str) -> int:
         least = crc32(key.encode("utf-8", "replace")) << 32
-        first = int(np.searchsorted(self.hashed, np.uint64(least)))
-        while first < len(self.hashed) and int(self.hashed[first]) >> 32 == least >> 32:
-            row = int(self.hashed[first]) & 0xFFFFFFFF
+        first = bisect_left(self.numbers, least)
+        while first < len(self.numbers) and self.numbers[first] >> 32 == least >> 32:
+            row = self.numbers[first] & 0xFFFFFFFF
             if self.texts[row].as_py() == key:
                 return row
             first += 1
@@ -47,7 +58,7 @@ class KeyRows(Mapping[str, int]):
 
     def __iter__(self) -> Iterator[str]:
         parts = (self.texts[start : start + CHUNK].to_pylist() for start in range(0, len(self.texts), CHUNK))
-        return chain.from_iterable(parts)
+        return (key for row, key in enumerate(chain.from_iterable(parts)) if row not in self.left_out)
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.hashed)

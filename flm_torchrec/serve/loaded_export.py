@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from flm_torchrec.config.heads import FUSED
 from flm_torchrec.data.history import NO_EVENTS
+from flm_torchrec.data.keys import are_tombstones
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.index import inner, top
 from flm_torchrec.export.manifest import FILE, Manifest, check_files, read_manifest
@@ -81,6 +82,8 @@ class LoadedExport:
     mapped: MappedFiles = IN_MEMORY
     """The files that the arrays are in."""
     users: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))  # [users] their keys
+    forgotten: frozenset[int] = frozenset()
+    """Rows of users who were forgotten: nobody is answered from them."""
     user_vectors: faiss.Index | None = None
     """See `load_user_vectors`; None: users alike are off."""
 
@@ -203,7 +206,10 @@ def _loaded(folder: Path, number: int, manifest: Manifest, mapped: MappedFiles) 
     if represented.heads.shape != (len(manifest.heads), manifest.dim) or not np.isfinite(represented.heads).all():
         raise RunError(f"{folder}: the tower makes other vectors than the manifest says; export again")
     users = mapped.table("users", lambda: ExportRows(folder, manifest, "users").table(["user_key", "seen"]))
-    user_of = KeyRows(single_array(users["user_key"]), "user-keys", mapped)
+    keys = single_array(users["user_key"])
+    rows = pa.array(np.arange(len(keys)))  # a whole export has all ids in order, so a row is the user's id
+    forgotten = np.flatnonzero(are_tombstones(keys, rows).to_numpy(zero_copy_only=False)).tolist()
+    user_of = KeyRows(keys, "user-keys", mapped, forgotten)
     loaded = LoadedExport(
         number=number,
         rows=manifest.rows_digest,
@@ -212,7 +218,8 @@ def _loaded(folder: Path, number: int, manifest: Manifest, mapped: MappedFiles) 
         tower=tower,
         catalogue=load_catalogue(folder, manifest, mapped),
         user_of=user_of,
-        users=user_of.texts,
+        users=keys,
+        forgotten=user_of.left_out,
         seen=single_array(users["seen"]),
         added=AddedItems((), contents, vectors),
         mapped=mapped,

@@ -277,8 +277,12 @@ class Forgotten(Answered):
     """Folder of the export that is served; of several, of one that has users."""
     exports: dict[str, str]
     """By name, the folders of the served exports that have users."""
+    canaries: dict[str, str] = {}
+    """By name, the folders of the canaries that have users. They are rolled back, unless the request only checks."""
     in_export: list[str]
     """Those of the users whom these exports have: they are known until a cleaned export is swapped in."""
+    in_canary: list[str] = []
+    """Those of the users whom these canaries have."""
     live_events: dict[str, int]
     """By user, the live events that were removed, or that there are; without users who had none."""
 

@@ -288,14 +288,22 @@ class Service:
     def forget(self, request: Forget) -> dict[str, Any]:
         """Remove the live events of users, or only count them; and say which of the users the served exports have.
 
+        A canary that has them is rolled back.
+
         Raises:
             StoreError: the events could not be removed.
         """
         loaded, canary = self.loaded, self.canary
         live = self.store.counts(request.users) if request.check else self.store.forget(request.users)
-        known = [loaded.user_of, *([canary.fresh.user_of] if canary else [])]
-        in_export = [user for user in dict.fromkeys(request.users) if any(user in users for users in known)]
-        return {"export": str(loaded.folder), "in_export": in_export, "live_events": live}
+        users = list(dict.fromkeys(request.users))
+        in_export = [user for user in users if user in loaded.user_of]
+        in_canary = [user for user in users if user in canary.fresh.user_of] if canary else []
+        answer = {"export": str(loaded.folder), "in_export": in_export, "in_canary": in_canary, "live_events": live}
+        if canary is not None and in_canary:
+            answer["canary"] = str(canary.fresh.folder)
+            if not request.check:
+                self.swaps.roll_back(canary, "users of it are forgotten; clean it, then swap to it again")
+        return answer
 
     def load(self, export: Path, number: int) -> LoadedExport:
         """Load an export, with its users' vectors where they are asked for.

@@ -51,6 +51,7 @@ def nearest_users(loaded: LoadedExport, found: Represented, k: int, excluded: Co
         raise Refused(403, "users alike: are off; start the server with --similar-users to use them")
     manifest = loaded.manifest
     rows = [found.heads[manifest.heads.index(head)][None] for head in _heads(manifest)]
+    excluded = loaded.forgotten.union(excluded)
     most = min(k + len(excluded), loaded.user_vectors.ntotal)
     if not most:
         return []

@@ -90,7 +90,7 @@ class Variants:
         return apart(events, groups, lambda service, some: service.add_events(some))
 
     def forget(self, request: Forget) -> dict[str, Any]:
-        """As of `Service`, for all exports: "exports" has by name the folders of those that have the users."""
+        """As of `Service`, for all: "exports" and "canaries" have by name the folders of those that have the users."""
         answers = {service.name: service.forget(request) for service in self.services}
         have = {name: answer["export"] for name, answer in answers.items() if answer["in_export"]}
         live: dict[str, int] = {}
@@ -99,6 +99,8 @@ class Variants:
         return {
             "export": next(iter(have.values()), answers[self.first.name]["export"]),
             "exports": have,
+            "canaries": {name: answer["canary"] for name, answer in answers.items() if "canary" in answer},
             "in_export": list(dict.fromkeys(user for answer in answers.values() for user in answer["in_export"])),
+            "in_canary": list(dict.fromkeys(user for answer in answers.values() for user in answer["in_canary"])),
             "live_events": live,
         }

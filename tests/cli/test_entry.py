@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from flm_torchrec._versions import mend
-from flm_torchrec.cli.forget import _lines
 from flm_torchrec.cli.main import BROKEN_PIPE, STEPS, main
 from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.prepare.sources.user_list import read_users
 
 
 def refused(*arguments: str) -> int:
@@ -122,9 +122,10 @@ def test_missing_data_are_not_to_be_filled_with_made_up_ones(capsys: pytest.Capt
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_a_file_of_users_is_read_however_it_was_saved(tmp_path: Path, encoding: str, end: str) -> None:
-    keys = ["ü1", " 2", "u\u20283"]
-    (tmp_path / "users.txt").write_bytes(end.join([*keys, ""]).encode(encoding))
-    assert _lines(tmp_path / "users.txt") == keys
+    lines = ["ü1", " 2", "", "u\u20283", "ü1", "  "]
+    for name in ("users.txt", "users"):
+        (tmp_path / name).write_bytes(end.join([*lines, ""]).encode(encoding))
+        assert read_users(str(tmp_path / name)).to_pylist() == ["ü1", "2", "u\u20283"]
 
 
 def test_a_file_that_is_no_text_names_nobody(

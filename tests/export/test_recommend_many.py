@@ -141,7 +141,7 @@ def test_left_out_items_are_those_of_the_users_events() -> None:
 
 
 def test_users_of_a_file_are_answered_once(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "ids.txt").write_text("u7\n u3 \nu7\nu110\n")
+    (tmp_path / "ids.txt").write_text("u7\n\n u3 \nu7\nu110\n\n")
     pl.DataFrame({"age": [1, 2, 3], "user_id": ["u110", "u3", "u7"]}).write_csv(tmp_path / "ids.csv")
     pl.DataFrame({"user": ["u110", "u3", "u7"]}).write_parquet(tmp_path / "ids.parquet")
     for kind in ("txt", "csv", "parquet"):
@@ -166,7 +166,7 @@ def test_users_of_a_file_are_answered_once(mixed: Path, tmp_path: Path, capsys: 
         (["--all", "--filter", "genre"], "--filter 'genre': write it as FEATURE=VALUE"),
         (["--users", "{d}/ids.txt"], "user 'uu7' and 1 more: not in"),
         (["--users", "{d}/ids.csv"], "no column 'user|user_id|user_key'"),
-        (["--users", "{d}/gap.txt"], "gap.txt: row 2 has no id"),
+        (["--users", "{d}/gap.txt"], "gap.txt: row 3 has no id"),
         (["--users", "{d}/none.txt"], "none.txt: cannot be read"),
         (["--users", "{d}/empty.txt"], "empty.txt: has no ids"),
         (["--all", "--json"], "--output: name the Parquet file"),
@@ -181,8 +181,8 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
 ) -> None:
     (tmp_path / "ids.txt").write_text("u1\nuu7\nmadam\n")
     (tmp_path / "ids.csv").write_text("person\nu1\n")
-    (tmp_path / "gap.txt").write_text("u1\n\nu2\n")
-    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "gap.txt").write_text("u1\n\nnull\nu2\n")
+    (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "mine.parquet").write_text("mine")
     (tmp_path / "folder.parquet").mkdir()
     before = sorted(tmp_path.iterdir())

@@ -9,22 +9,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import uvicorn
+from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flm_torchrec.api.recommender import Recommender
 from flm_torchrec.cli import main
 from flm_torchrec.client import Client, ServiceError
 from flm_torchrec.data.dataset import PreparedData, fingerprint_of
 from flm_torchrec.data.feature_values import FeatureValues, codes_of
+from flm_torchrec.data.keys import are_tombstones
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.forget import forget_in_export
 from flm_torchrec.export.manifest import load_manifest
 from flm_torchrec.export.parts import ExportRows
 from flm_torchrec.export.stores.load import opened
+from flm_torchrec.export.tower.reader import PackagedTower
 from flm_torchrec.export.vectors import decode
 from flm_torchrec.files import temporary
 from flm_torchrec.privacy import places
@@ -33,9 +38,12 @@ from flm_torchrec.privacy.record import Record, RecordKey, read_record, unfinish
 from flm_torchrec.serve.app import ServerLimits, create_app
 from flm_torchrec.serve.connections import listening
 from flm_torchrec.serve.event_store import EventStore
-from flm_torchrec.serve.service import Service
+from flm_torchrec.serve.loaded_export import LoadedExport, load_export
+from flm_torchrec.serve.service import Service, ServiceOptions
+from flm_torchrec.serve.split import Split
+from flm_torchrec.serve.variants import Variants
 from tests.privacy.test_forget import holders
-from tests.serve.serving import ADMIN_KEY, KEYS
+from tests.serve.serving import ADMIN_KEY, AS_ADMIN, KEYS, copy_export, running
 
 GONE, STAYS = "u17", "u18"
 STORES = {"qdrant": "qdrant_client", "lancedb": "lancedb"}
@@ -167,6 +175,46 @@ def test_an_export_keeps_all_others_bit_for_bit(folder: Path) -> None:
     assert forget_in_export(one, [GONE], {}) == 0 and load_manifest(one) == cleaned
 
 
+def test_the_row_of_a_forgotten_user_answers_nobody(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = folder / "exports/one"
+    load_once(one, monkeypatch)
+    everybody = ExportRows(one, load_manifest(one), "users").table(["user_key"])["user_key"].to_pylist()
+    gone = [everybody.index(GONE), 0, len(everybody) - 1]
+    forget_in_export(one, [everybody[row] for row in gone], {})
+    named, left = [f"forgotten-{row}" for row in gone], [key for n, key in enumerate(everybody) if n not in gone]
+
+    loaded = load_export(one, 1)
+    assert list(loaded.user_of) == left and len(loaded.user_of) == len(left)
+    assert not any(name in loaded.user_of for name in named) and loaded.user_of[STAYS] == everybody.index(STAYS)
+    service = Service(one, options=ServiceOptions(similar_users=True))
+    with TestClient(create_app(service, ServerLimits(keys=KEYS)), headers=AS_ADMIN) as client:
+        for name in named:
+            for path in ("/v1/recommend", "/v1/users/similar"):
+                refused = client.post(path, json={"user": name})
+                assert refused.status_code == 404 and "not known" in refused.json()["detail"]
+            assert client.get("/v1/events", params={"user": name}).status_code == 404
+        assert client.get("/v1/users", params={"query": "forgotten"}).json() == []
+        alike = client.post("/v1/users/similar", json={"user": STAYS, "k": 1000}).json()["users"]
+        assert sorted(user["user"] for user in alike) == sorted(set(left) - {STAYS})
+
+    recommender = Recommender(one, frame="arrow")
+    assert recommender.embeddings("users")["user"].to_pylist() == left
+    written = tmp_path / "all.parquet"
+    assert main(["recommend", "--export", str(one), "--all", "-k", "1", "--output", str(written)]) == 0
+    assert pq.read_table(written)["user"].to_pylist() == left
+    capsys.readouterr()
+    for name in named:
+        assert main(["recommend", "--export", str(one), "--user", name]) == 2
+        assert f"user '{name}': not in" in capsys.readouterr().err
+
+
+def test_only_the_mark_of_the_row_itself_is_one() -> None:
+    keys, rows = ["a", "forgotten-1", "forgotten-1", "forgotten-3x", "forgotten-", "forgotten-05"], range(6)
+    assert are_tombstones(pa.array(keys), pa.array(rows)).to_pylist() == [False, True, False, False, False, False]
+
+
 def test_a_kill_anywhere_is_mended_by_the_same_command(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,6 +245,54 @@ def test_a_kill_anywhere_is_mended_by_the_same_command(
     assert holders(folder, GONE) == [] and not list(folder.glob("**/.*flm-*"))
     capsys.readouterr()
     assert main(whole) == 2 and "nearest" in capsys.readouterr().err  # nobody knows her any more
+
+
+def load_once(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have all exports loaded with the tower of one: reading its programs takes seconds."""
+    tower = PackagedTower(export)
+    monkeypatch.setattr("flm_torchrec.serve.loaded_export.PackagedTower", lambda *_: tower)
+
+
+def test_of_several_exports_and_a_canary_none_knows_the_user(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_once(folder / "exports/one", monkeypatch)
+    for name in ("two", "three"):
+        copy_export(folder / "exports/one", folder / "exports" / name)
+    store = EventStore(folder / "events")
+    services = [Service(folder / "exports" / name, store) for name in ("one", "two")]
+    served = Variants(services, Split((0.5, 0.5)))
+    app = create_app(served, ServerLimits(keys=KEYS))
+    folders = [str(folder / "exports" / name) for name in ("one", "two", "three")]
+    with running(app) as port:
+        url = f"http://127.0.0.1:{port}"
+        client = Client(url, ADMIN_KEY, timeout=120)
+        client.swap(folders[2], canary=0.5, minutes=10, replaces="two")
+        client.add_event(GONE, "i3")
+        at = ["--server", url, "--server-key", str(folder / "admin")]
+        named = [f"--export={export}" for export in folders]
+        for missing in named:
+            assert main(command(folder, *at, *(one for one in named if one != missing))) == 2
+            missing_folder = missing.removeprefix("--export=")
+            assert f"serves {missing_folder}, which has the users; name it" in capsys.readouterr().err
+        assert all(GONE in loaded.user_of for loaded in loaded_by(services))
+
+        assert main(command(folder, *at, *named)) == 0
+
+        told = capsys.readouterr().out
+        assert f"{url}: 1 users and their 1 live events forgotten; serves {folders[0]}, {folders[1]} anew" in told
+        assert f"no longer tries {folders[2]} as a canary" in told and "rolled back: users of it are forgotten" in told
+        assert holders(folder, GONE) == [] and store.counts([GONE]) == {}
+        assert [str(loaded.folder) for loaded in loaded_by(services)] == folders[:2]
+        assert all(GONE not in loaded.user_of and STAYS in loaded.user_of for loaded in loaded_by(services))
+        for unit in {"a", "b", "c", "d", "e"}:
+            with pytest.raises(ServiceError, match="not known"):
+                client.recommend(user=GONE, split_by=unit)
+
+
+def loaded_by(services: list[Service]) -> list[LoadedExport]:
+    canaries = [service.canary.fresh for service in services if service.canary is not None]
+    return [*(service.loaded for service in services), *canaries]
 
 
 def test_what_cannot_be_reached_is_told_before_anything_changes(

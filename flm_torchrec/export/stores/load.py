@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flm_torchrec.config.heads import FUSED, REPRESENTATIONS
-from flm_torchrec.data.keys import tombstone
+from flm_torchrec.data.keys import are_tombstones
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.delta import load_delta
 from flm_torchrec.export.manifest import DELTA, load_manifest
@@ -135,8 +135,7 @@ def _known(part: pa.Table, entity: Entity) -> pa.Table:
     """The part without users who were forgotten."""
     if entity == "items":
         return part
-    marks = pa.array([tombstone(user) for user in part["user_id"].to_pylist()])
-    return part.filter(pc.not_equal(part["user_key"], marks))
+    return part.filter(pc.invert(are_tombstones(part["user_key"], part["user_id"])))
 
 
 def _batch(rows: pa.Table, entity: Entity, column: str, version: str) -> StoreRows:
