@@ -76,10 +76,13 @@ class RedisStore:
                 client_name="flm-serve",
             )
             self.snapshots = check_settings(self.client, f"--events {redact_address(address)}")
-            self._make()
+            found = self._state()["format"]
         except (redis.RedisError, ValueError, TypeError) as error:  # the others are wrong parts of the address
             reason = first_line(error, address)
             raise RunError(f"--events {redact_address(address)}: {reason}; give a server that is there") from error
+        if found != FORMAT:
+            where = f"--events {redact_address(address)}"
+            raise RunError(f"{where}: has a store of format {found}, this version has {FORMAT}; give another number")
         self.read, self.remove = (self.client.register_script(one) for one in (EVENTS_OF, FORGET))
 
     def close(self) -> None:
@@ -94,7 +97,7 @@ class RedisStore:
         with self.writes, self._telling():
             token = self._turn()
             try:
-                transaction = RedisTransaction(self, self.client.hgetall(STORE))
+                transaction = RedisTransaction(self, self._state())
                 yield transaction
                 self._commit(transaction, token)
             except BaseException:
@@ -147,7 +150,7 @@ class RedisStore:
         """As of `EventStore`."""
         rows: list[Row] = []
         with self._telling():
-            store = self.client.hgetall(STORE)
+            store = self._state()
             start, last = max(after + 1, int(store["first"])), int(store["seq"])
             while start <= last and len(rows) < most:
                 numbers = range(start, min(start + 1000, last + 1))
@@ -159,23 +162,17 @@ class RedisStore:
     def identity(self) -> str:
         """As of `EventStore`."""
         with self._telling():
-            return str(self.client.hget(STORE, "id"))
+            return self._state()["id"]
 
-    def _make(self) -> None:
-        """Make the store where it is not: of several processes that start at once, one does.
-
-        Raises:
-            RunError: it is of another format.
-        """
+    def _state(self) -> dict[str, str]:
+        """The hash `store`. It is made where it is not, also after the database was emptied."""
         with self.client.pipeline() as pipe:
             fresh = {"id": secrets.token_hex(4), "format": FORMAT, "seq": 0, "items": 0, "first": 1}
             for name, value in fresh.items():
                 pipe.hsetnx(STORE, name, value)
-            pipe.hget(STORE, "format")
-            found = pipe.execute()[-1]
-        if found != FORMAT:
-            where = f"--events {redact_address(self.address)}"
-            raise RunError(f"{where}: has a store of format {found}, this version has {FORMAT}; give another number")
+            pipe.hgetall(STORE)
+            state: dict[str, str] = pipe.execute()[-1]
+        return state
 
     def _turn(self) -> str:
         """Wait for the turn to write; the token that it has.

@@ -135,6 +135,16 @@ def test_writers_wait_for_their_turn_but_not_for_ever(address: str, monkeypatch:
         assert items_of(store, "u") == ["i1"] and other.get(TURN) == b"of one that never ends"
 
 
+def test_a_database_that_was_emptied_is_a_new_store(address: str) -> None:
+    store = open_store(address)
+    add(store, "u", "i1")
+    before = store.identity()
+    emptied(address)
+    assert store.log(0, 9) == [] and store.users() == 0 and store.identity() != before
+    add(store, "u", "i2")
+    assert items_of(store, "u") == ["i2"] and [n for n, *_ in store.log(0, 9)] == [1]
+
+
 def test_a_reader_sees_a_transaction_as_a_whole(address: str) -> None:
     one, two = open_store(address), open_store(address)
     with one.writing() as transaction:
