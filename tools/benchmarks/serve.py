@@ -3,11 +3,12 @@
     python tools/benchmarks/serve.py --export exports/beauty                        # p50, p99, requests/s
     python tools/benchmarks/serve.py --items 1000000 --cache /tmp/made-up          # of made-up items and a random tower
     python tools/benchmarks/serve.py --export exports/one --next exports/two --minutes 10 --swaps 3  # counts failures
-    python tools/benchmarks/serve.py --export exports/beauty --workers 1 2          # requests/s by processes, in turns
+    python tools/benchmarks/serve.py --items 1000 --index flat --workers 1 2        # by processes, in turns: 4 minutes
 
 A request is a history of 20 items and asks for the 10 best by the fused head. The server is a process of its own, the
 client this one: keep-alive connections, each of which sends when it has been answered. The floor is what the server
 cannot do without, one query after another in one thread: the packaged tower, and the index of the same export.
+With --workers: requests/s of servers of so many processes beside the floor, and p99 at half of each one's peak.
 """
 
 from __future__ import annotations
@@ -243,6 +244,7 @@ def by_workers(args: argparse.Namespace, folder: Path, bodies: list[bytes], alon
 
     Others' load on the machine disturbs single rounds, so the best ones are compared.
     """
+    print(f"floor: {1 / alone:.0f} requests/s, tower + index in one thread", flush=True)
     servers = [serve(folder, args.port + n, workers) for n, workers in enumerate(args.workers)]
     try:
         best = [0.0] * len(servers)
@@ -251,6 +253,7 @@ def by_workers(args: argparse.Namespace, folder: Path, bodies: list[bytes], alon
         for _ in range(args.rounds):
             for n in range(len(servers)):
                 tally = asyncio.run(load(args.port + n, bodies, max(args.connections), args.seconds))
+                _check(tally)
                 best[n] = max(best[n], len(tally.seconds) / tally.wall)
                 done[n] += len(tally.seconds)
         for n, (server, workers) in enumerate(zip(servers, args.workers, strict=True)):
@@ -258,6 +261,8 @@ def by_workers(args: argparse.Namespace, folder: Path, bodies: list[bytes], alon
             halves = [
                 asyncio.run(load(args.port + n, bodies, 4, args.seconds, best[n] / 2)) for _ in range(args.rounds)
             ]
+            for tally in halves:
+                _check(tally)
             p99 = min(float(np.percentile(tally.seconds, 99)) for tally in halves)
             print(
                 f"{workers} workers: {best[n]:.0f} requests/s, {best[n] / best[0]:.2f} x the first,"
@@ -269,6 +274,12 @@ def by_workers(args: argparse.Namespace, folder: Path, bodies: list[bytes], alon
         for server in servers:
             server.terminate()
             server.wait()
+
+
+def _check(tally: Tally) -> None:
+    """Raise SystemExit where a request failed: its time is none of an answer."""
+    if tally.failed:
+        raise SystemExit(f"{len(tally.failed)} of {len(tally.seconds)} requests failed: {tally.failed[0]}")
 
 
 def _used(server: subprocess.Popen[bytes]) -> float:
