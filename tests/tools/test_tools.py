@@ -227,7 +227,7 @@ def test_a_membership_test_ranks_events_and_compares_all_pairs(small: PreparedDa
         query=lambda found, head: SimpleNamespace(score=lambda vectors: by_id.copy()),
     )
     user = small.user_keys.index("u3")
-    (score,) = tool["scores"](loaded, small, np.array([user]), True)
+    (score,) = tool["scores"](loaded, small, tool["Probe"](np.array([user]), "fused", True))
     events = small.item[small.offsets[user] : small.offsets[user + 1]].tolist()
     assert len(asked) == len(events) - 3 and {q.user for q in asked} == {3} and max(len(q.history) for q in asked) == 5
     ranks = [1 + len(set(range(events[e])) - set(events[:e])) for e in range(1, len(events) - 2)]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument("--users", type=int, default=150, help="in each of the two groups (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the drawing of users (default: %(default)s)")
+    parser.add_argument("--head", default=FUSED, help="that ranks (default: %(default)s)")
     parser.add_argument("--retrain", action="store_true", help="also train again without the users: the floor")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="of the training")
     args = parser.parse_args()
@@ -60,7 +62,8 @@ def main() -> None:
 
     def measure(what: str, export: Path, *, known: bool = False) -> None:
         loaded = load_export(export, 1)
-        members, others = scores(loaded, data, forgotten, known), scores(loaded, data, unseen, False)
+        members = scores(loaded, data, Probe(forgotten, args.head, known))
+        others = scores(loaded, data, Probe(unseen, args.head, False))
         print("| {} | {:.3f} ({:.3f} … {:.3f}) |".format(what, *auc(members, others)), flush=True)
 
     trained(place, run, export, args.settings)
@@ -94,12 +97,20 @@ def drawn(data: PreparedData, count: int, seed: int) -> tuple[np.ndarray, np.nda
     return np.sort(chosen[:count]), np.sort(chosen[count:])
 
 
-def scores(loaded: LoadedExport, data: PreparedData, users: np.ndarray, known: bool) -> np.ndarray:
-    """[n] users → [n] mean of -ln(rank) over their last trained events, each ranked after the events before it.
+@dataclass(frozen=True)
+class Probe:
+    """What an outsider asks for."""
 
-    Args:
-        known: ask for the users that the export knows; otherwise for the events of somebody unknown.
-    """
+    users: np.ndarray
+    """[n] ids."""
+    head: str
+    known: bool
+    """As the users that the export knows; otherwise for the events of somebody unknown."""
+
+
+def scores(loaded: LoadedExport, data: PreparedData, probe: Probe) -> np.ndarray:
+    """[n] users → [n] mean of -ln(rank) over their last trained events, each ranked after the events before it."""
+    users, known = probe.users, probe.known
     last = data.offsets[users + 1] - HELD_OUT
     first = np.maximum(data.offsets[users] + 1, last - EVENTS)
     asked = [(u, e) for u, start, stop in zip(users, first, last, strict=True) for e in range(start, stop)]
@@ -113,7 +124,7 @@ def scores(loaded: LoadedExport, data: PreparedData, users: np.ndarray, known: b
             for (u, e), row in batch
         ]
         for ((user, end), _), found in zip(batch, loaded.represent(queries), strict=True):
-            score = loaded.query(found, FUSED).score(items)
+            score = loaded.query(found, probe.head).score(items)
             true = score[data.item[end]]
             score[data.item[data.offsets[user] : end]] = -np.inf  # as the service leaves out what was seen
             ranks.append(1 + int((score > true).sum()))
