@@ -95,6 +95,7 @@ def run(args: argparse.Namespace) -> None:
     for export in args.export:
         read_manifest(export)  # no store is made beside what is no export
     if args.workers == 1:
+        _import_first()
         _serve(args, edge)
     else:
         _supervise(args, edge)
@@ -120,7 +121,7 @@ def _supervise(args: argparse.Namespace, edge: Edge) -> None:
 
     with server_folder() as folder:
         os.environ[SHARED_METRICS] = str(folder / METRICS)
-        _import_for_workers()
+        _import_first()
 
         def work(link: Link, swapped: Swapped) -> None:
             try:
@@ -135,15 +136,17 @@ def _supervise(args: argparse.Namespace, edge: Edge) -> None:
         raise SystemExit(code)
 
 
-def _import_for_workers() -> None:
-    """Import what workers run, so that forks share it in memory, and a crashed worker is back soon."""
+def _import_first() -> None:
+    """Import all that serving runs. Forks share it in memory, and a crashed worker is back soon."""
     import pyarrow.dataset  # noqa: F401 (loading an export would import this and the next one, 100 MB of modules)
     import torch._functorch.aot_autograd  # noqa: F401
 
     from flm_torchrec.serve import app, server  # noqa: F401
 
     gc.collect()
-    gc.freeze()  # the collector of a fork would write into the pages of all objects that it has from here
+    # Garbage is not looked for among all these objects: that would hold up requests, and the collector of a fork would
+    # write into the pages of all of them.
+    gc.freeze()
 
 
 def _serve(args: argparse.Namespace, edge: Edge, worker: WorkerStart | None = None) -> None:
