@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -286,10 +287,17 @@ def _of_kind(folder: Path, number: int = 0, **changes: object) -> Path:
 
 
 def test_processes_of_one_job_join_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders, output, written = two(tmp_path), tmp_path / "run-data", []
+    folders, output = two(tmp_path), tmp_path / "run-data"
+    written: list[Path] = []
     monkeypatch.setattr("flm_torchrec.prepare.joined.POLL", 0.01)
     write_to = Joining.write_to
-    monkeypatch.setattr(Joining, "write_to", lambda self, folder: written.append(folder) or write_to(self, folder))
+
+    def counted(joining: Joining, folder: Path) -> dict[str, Any]:
+        """Write, and note where."""
+        written.append(folder)
+        return write_to(joining, folder)
+
+    monkeypatch.setattr(Joining, "write_to", counted)
     with ThreadPoolExecutor(3) as pool:
         with claim(output):
             waiting = [pool.submit(join_once, folders, output) for _ in range(3)]
