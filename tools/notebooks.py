@@ -25,6 +25,7 @@ FORGET = "import os\nos.chdir({folder!r})\n%reset -f"
 """What is run between two notebooks, so that nothing of the one before is left."""
 SECONDS = re.compile(r"\b\d+(\.\d+)? s\b")
 """Times, which differ from run to run, and are not stored."""
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @contextlib.contextmanager
@@ -70,8 +71,9 @@ def write(path: Path, notebook: Any, folder: str) -> None:
 
 
 def text_of(outputs: list[Any]) -> str:
-    """What a cell has printed, and what rich has shown."""
-    return "".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
+    """What a cell has printed, and what rich has shown, without its colours."""
+    shown = "".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
+    return COLOURS.sub("", shown)
 
 
 def code_of(path: Path) -> str:
