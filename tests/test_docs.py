@@ -27,7 +27,7 @@ FORMER = (
 RECIPES = ("--loss.basket", "loss.basket", "distributed.whole_below", "loss.agreement")
 """Settings that only the recipes of docs/extending.md add."""
 OTHER_PROGRAMS = {
-    "docker": ("--target", "--rm", "--gpus"),
+    "docker": ("--target", "--build-arg", "--rm", "--gpus"),
     "kubectl": ("--from-literal",),
     "pip": ("--no-deps", "--wheel-dir", "--extra-index-url"),
     "tensorboard": ("--logdir",),
