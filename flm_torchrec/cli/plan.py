@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flm_torchrec.config import add_config_arguments, config_from_arguments, given_overrides
+from flm_torchrec.config import add_config_arguments, config_from_arguments, given_overrides, to_yaml
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.files import write_text
 
@@ -57,6 +57,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--output", metavar="DIR", help="write plan.json, report.json, report.txt and report.html there"
     )
+    parser.add_argument(
+        "--price-per-hour",
+        type=float,
+        metavar="PRICE",
+        help="of a node: also tell the price of an epoch (default: none)",
+    )
+    parser.add_argument(
+        "--emit",
+        choices=("torchx", "slurm", "kubernetes"),
+        help="write the launch file of this very plan to --output too: launch.sh, launch.sbatch or launch.yaml, with"
+        " config.yaml",
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--diff", nargs=2, metavar="PLAN", help="only say what differs between two plan.json")
     add_config_arguments(parser)
@@ -69,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: an option is wrong, or the tables do not fit; in the second case after the report.
     """
+    _check(args)
     if args.diff:
         return _diff(Path(args.diff[0]), Path(args.diff[1]))
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
@@ -87,6 +100,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         report["report"] = question.report(cluster)
         lines, tables = summary(report["report"]), tables_of(report["report"])
+        _add_whole_steps(args, question, cluster, report, (lines, tables))
     except Infeasible as error:
         failed, tried = error, [] if error.table == DENSE else remedies(question, cluster)
         report.update(table=error.table, gap=error.gap, error=str(error), remedies=[asdict(r) for r in tried])
@@ -99,8 +113,58 @@ def run(args: argparse.Namespace) -> None:
     if report["sweep"]:
         tables.append(sweep_table(report["sweep"]))
     _print_and_write(args, report, lines, tables)
+    if args.emit and not failed:
+        _emit(args, cluster)
     if failed:
         raise ConfigError(str(failed))
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise ConfigError for options that contradict each other."""
+    price = args.price_per_hour
+    if price is not None and not 0 <= price < float("inf"):
+        raise ConfigError(f"--price-per-hour {price}: give a number from 0")
+    for option, given in (("--price-per-hour", price is not None), ("--emit", bool(args.emit))):
+        if given and (args.spec or args.diff):
+            raise ConfigError(f"{option}: needs a config and its data; leave {'--spec' if args.spec else '--diff'} out")
+    if args.emit and not args.output:
+        raise ConfigError("--emit: writes beside plan.json; name the folder with --output")
+
+
+def _add_whole_steps(
+    args: argparse.Namespace,
+    question: Question,
+    cluster: Cluster,
+    report: dict[str, Any],
+    shown: tuple[list[str], list[TextTable]],
+) -> None:
+    """Add what a step costs beside the tables to the report and to the lines and tables shown, if it is known."""
+    from flm_torchrec.planner.show import epoch_line, weak_table
+    from flm_torchrec.planner.step import epoch_cost, scaling_ends
+    from flm_torchrec.planner.whatif import weak_scaling
+
+    work = question.workload(cluster.world_size).step
+    if work is None:
+        return
+    lines, tables = shown
+    report["epoch"] = epoch_cost(cluster, work, report["report"]["whole_step"]["ms"]["total"], args.price_per_hour)
+    report["weak_scaling"] = weak_scaling(question, cluster)
+    lines.append(epoch_line(report["epoch"]))
+    lines += [f"weak scaling, loss.candidates {line}" for line in scaling_ends(report["weak_scaling"])]
+    tables.append(weak_table(report["weak_scaling"]))
+
+
+def _emit(args: argparse.Namespace, cluster: Cluster) -> None:
+    """Write the config of the plan, and the file that launches it."""
+    from flm_torchrec.planner.launch_files import LAUNCH_FILES
+
+    folder, config = Path(args.output), config_from_arguments(args)
+    own = replace(config.distributed, plan=str(folder / "plan.json"), device=cluster.hardware.device)
+    name, written = LAUNCH_FILES[args.emit]
+    write_text(folder / "config.yaml", to_yaml(replace(config, distributed=own)))
+    write_text(folder / name, written(cluster, folder / "config.yaml"))
+    if not args.json:
+        print(f"{folder / name}: {cluster.nodes} nodes, {cluster.per_node} ranks each, {folder / 'plan.json'}")
 
 
 def _question(args: argparse.Namespace, cluster: Cluster) -> Question:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from torchrec.distributed.planner.types import Perf, Storage
@@ -13,6 +14,7 @@ from flm_torchrec.planner.estimate import DENSE_BYTES, RESERVED
 from flm_torchrec.planner.hardware import Cluster
 from flm_torchrec.planner.plan_file import describe
 from flm_torchrec.planner.solve import PlannedTables, solve
+from flm_torchrec.planner.step import StepWork, step_parts
 from flm_torchrec.planner.volume import sent_bytes
 from flm_torchrec.planner.workload import Workload
 
@@ -36,6 +38,7 @@ def report(workload: Workload, cluster: Cluster, planned: PlannedTables, pipelin
     """All numbers about a plan, as JSON: memory in bytes and times in milliseconds, by table and by rank."""
     ranks = _ranks(workload, cluster, planned)
     critical = max(ranks, key=lambda rank: rank["ms"]["total"])
+    tables_ms = {**critical["ms"], "dense_all_reduce": _dense_all_reduce(workload, cluster)}
     memory = [sum(rank["device"].values()) for rank in ranks]
     times = [rank["ms"]["total"] for rank in ranks]
     return {
@@ -48,7 +51,8 @@ def report(workload: Workload, cluster: Cluster, planned: PlannedTables, pipelin
         "tables": _tables(planned),
         "ranks": ranks,
         "critical_rank": critical["rank"],
-        "step_ms": {**critical["ms"], "dense_all_reduce": _dense_all_reduce(workload, cluster)},
+        "step_ms": tables_ms,
+        "whole_step": None if workload.step is None else _whole_step(workload.step, cluster, tables_ms),
         "sent": {**sent_bytes(planned), "dense": _dense_sent(workload, cluster)},
         "memory_max": max(memory),
         "balance": {
@@ -57,6 +61,11 @@ def report(workload: Workload, cluster: Cluster, planned: PlannedTables, pipelin
         },
         "plan": describe(planned.plan, cluster.world_size),
     }
+
+
+def _whole_step(work: StepWork, cluster: Cluster, tables_ms: dict[str, float]) -> dict[str, Any]:
+    """The work of a rank beside the tables, and the milliseconds of each part of a step."""
+    return {"work": asdict(work), "ms": step_parts(cluster, tables_ms, work)}
 
 
 def _ranks(workload: Workload, cluster: Cluster, planned: PlannedTables) -> list[dict[str, Any]]:

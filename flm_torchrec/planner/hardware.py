@@ -55,32 +55,40 @@ class Hardware:
     """Share of one rank in the bandwidth of its node's network."""
     per_node: Annotated[int, Field(ge=1, le=MOST_RANKS)]
     """Number of ranks on a node."""
+    fp32_tflops: Positive
+    """Peak of float32 products, 10^12 FLOP a second: of one GPU, or of a node's processors, which its ranks share."""
+    tf32_tflops: Positive
+    """The same with inputs rounded to TF32."""
+    bf16_tflops: Positive
+    """The same with bfloat16 inputs."""
 
 
+# Peaks: dense products, without sparsity; of TF32 and bfloat16 in the tensor cores, where there are any. Of processors:
+# cores x float32 operations a cycle (AVX-512: 32 in Zen 4, 64 in Sapphire Rapids) x base frequency; AMX is not counted.
 # The reference node of each GPU is NVIDIA's own DGX, from its data sheet and user guide. The sheets give NVLink and
 # PCIe for both directions together: halved here. Network: the compute ports, divided among the GPUs. Host bandwidth:
 # sockets x memory channels x transfers x 8 bytes, from the processor's page.
 PRESETS: dict[str, Hardware] = {
     # DGX-1 with Tesla V100 SXM2 32 GB: HBM2 900 GB/s, NVLink 300 GB/s, 4 x 100 Gb/s InfiniBand, PCIe 3.0 x16,
     # 512 GB; 2 x Xeon E5-2698 v4 (4 channels, DDR4-2133 there).
-    "v100": Hardware("cuda", 32, 512, 900, 136.5, 16, 150, 6.25, 8),
+    "v100": Hardware("cuda", 32, 512, 900, 136.5, 16, 150, 6.25, 8, 15.7, 15.7, 15.7),
     # DGX A100 640GB: HBM2e 2,039 GB/s, NVLink 600 GB/s, 8 x 200 Gb/s, PCIe 4.0 x16, 2 TB; 2 x EPYC 7742 (8 channels
     # DDR4-3200).
-    "a100-80": Hardware("cuda", 80, 2048, 2039, 409.6, 32, 300, 25, 8),
+    "a100-80": Hardware("cuda", 80, 2048, 2039, 409.6, 32, 300, 25, 8, 19.5, 156, 312),
     # DGX H100: H100 SXM 80 GB HBM3 3.35 TB/s, NVLink 900 GB/s, 8 x 400 Gb/s, PCIe 5.0 x16, 2 TB; 2 x Xeon 8480C
     # (8 channels DDR5-4800).
-    "h100": Hardware("cuda", 80, 2048, 3350, 614.4, 64, 450, 50, 8),
+    "h100": Hardware("cuda", 80, 2048, 3350, 614.4, 64, 450, 50, 8, 67, 495, 989),
     # DGX H200: H200 SXM 141 GB HBM3e 4.8 TB/s; the rest as DGX H100.
-    "h200": Hardware("cuda", 141, 2048, 4800, 614.4, 64, 450, 50, 8),
+    "h200": Hardware("cuda", 141, 2048, 4800, 614.4, 64, 450, 50, 8, 67, 495, 989),
     # DGX B200: 1,440 GB and 64 TB/s of HBM3e over 8 GPUs, NVLink 1.8 TB/s a GPU, 8 x 400 Gb/s, PCIe 5.0 x16,
     # 2 TB (up to 4); 2 x Xeon 8570 (8 channels DDR5-5600).
-    "b200": Hardware("cuda", 180, 2048, 8000, 716.8, 64, 900, 50, 8),
+    "b200": Hardware("cuda", 180, 2048, 8000, 716.8, 64, 900, 50, 8, 75, 1125, 2250),
     # Two sockets EPYC 9654 (12 channels DDR5-4800 each, three of the four xGMI links of 64 GB/s between them), 24
     # DIMMs of 64 GB, 200 Gb/s. A rank a socket. gloo reaches far less than the link between the sockets.
-    "epyc-9654": Hardware("cpu", 0, 1536, 1, 921.6, 1, 192, 12.5, 2),
+    "epyc-9654": Hardware("cpu", 0, 1536, 1, 921.6, 1, 192, 12.5, 2, 14.7, 14.7, 14.7),
     # Two sockets Xeon Platinum 8480+ (8 channels DDR5-4800 each, four UPI 2.0 links of 16 GT/s, 2 bytes wide), 16
     # DIMMs of 64 GB, 200 Gb/s. A rank a socket.
-    "xeon-8480": Hardware("cpu", 0, 1024, 1, 614.4, 1, 128, 12.5, 2),
+    "xeon-8480": Hardware("cpu", 0, 1024, 1, 614.4, 1, 128, 12.5, 2, 14.3, 14.3, 14.3),
 }
 
 
@@ -104,6 +112,11 @@ class Cluster:
         hardware = self.hardware
         own = hardware.hbm_gib if hardware.device == "cuda" else hardware.host_gib / self.per_node
         return int(own * GIB)
+
+    def tflops(self, precision: str) -> float:
+        """Peak of a rank's products in a precision of `loss.precision`, in 10^12 FLOP a second."""
+        peak: float = getattr(self.hardware, f"{precision}_tflops")
+        return peak if self.hardware.device == "cuda" else peak / self.per_node
 
     def of_size(self, world_size: int) -> Cluster:
         """The same hardware with another number of ranks: a part of one node, or complete nodes."""

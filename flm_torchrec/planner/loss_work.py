@@ -23,6 +23,8 @@ class LossWork:
     """Different items among them."""
     shown: float | None = None
     """Different candidates that a rank shows to others, counted; None: targets and negatives are all different."""
+    softmaxes: int = SOFTMAXES
+    """Over all candidates."""
 
     def sent(self, kind: str, ranks: int, node: int) -> float:
         """Bytes that leave a rank.
@@ -48,5 +50,5 @@ class LossWork:
         candidates = near * self.items + self.negatives
         if self.shown and kind != "local":
             candidates = near * self.shown
-        softmax = self.targets * candidates * SOFTMAXES + self.items * near * self.items * 2
+        softmax = self.targets * candidates * self.softmaxes + self.items * near * self.items * 2
         return 3 * 2 * self.dim * softmax

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from flm_torchrec.planner.step import PARTS as PARTS_OF_STEP
 from flm_torchrec.planner.whatif import Remedy
 from flm_torchrec.safe_text import escape
 from flm_torchrec.terminal import PlainConsole
@@ -49,7 +50,32 @@ def summary(made: dict[str, Any]) -> list[str]:
         f"a rank sends in a step, on average: ids {size(sent['ids'])}, vectors and their gradients"
         f" {size(sent['vectors'])}, dense gradients {size(sent['dense'])}",
         f"balance (largest / mean over the ranks): memory {balance['memory']:.2f}, time {balance['time']:.2f}",
+        *([] if made["whole_step"] is None else [_whole_step(made["whole_step"])]),
     ]
+
+
+def _whole_step(whole: dict[str, Any]) -> str:
+    """What a step is made of beside the tables."""
+    ms, work = whole["ms"], whole["work"]
+    parts = ", ".join(f"{PARTS_OF_STEP[name]} {ms[name]:.3f}" for name in PARTS_OF_STEP)
+    return f"a step of all, nothing hidden, loss.candidates {work['candidates']}: {ms['total']:.3f} ms: {parts}"
+
+
+def epoch_line(epoch: dict[str, float]) -> str:
+    """How long an epoch is, and its price if that was asked for."""
+    price = f", price {epoch['price']:,.2f}" if "price" in epoch else ""
+    return f"an epoch: {epoch['steps']:,.0f} steps, {epoch['seconds']:,.1f} s{price}"
+
+
+def weak_table(rows: Sequence[dict[str, Any]]) -> TextTable:
+    """Weak scaling: milliseconds of the parts of a step by setting of `loss.candidates` and number of ranks."""
+    header = ["loss.candidates", "ranks", "efficiency", *PARTS_OF_STEP.values(), "step ms"]
+    cells = [
+        [row["candidates"], f"{row['ranks']:,}", f"{row['efficiency']:.0%}"]
+        + [f"{row['step_ms'][name]:.3f}" for name in (*PARTS_OF_STEP, "total")]
+        for row in rows
+    ]
+    return TextTable("weak scaling: the work of a rank stays the same", header, cells)
 
 
 def tables_of(made: dict[str, Any]) -> list[TextTable]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from flm_torchrec.planner.capacity import plan_on, report
 from flm_torchrec.planner.constraints import Rules
 from flm_torchrec.planner.hardware import Cluster
 from flm_torchrec.planner.solve import Infeasible
+from flm_torchrec.planner.step import efficiencies, weak_sizes
 from flm_torchrec.planner.workload import Workload
 
 MOST_RANKS = 1024
@@ -117,6 +119,22 @@ def sweep(question: Question, cluster: Cluster, sizes: Sequence[int]) -> list[di
             }
         )
     return rows
+
+
+def weak_scaling(question: Question, cluster: Cluster) -> list[dict[str, Any]]:
+    """Steps of clusters from one node up, with the work of a rank as on the given cluster; see `step.weak_scaling`.
+
+    Empty where the work beside the tables is not known. Clusters that the tables do not fit on are left out.
+    """
+    workload = question.workload(cluster.world_size)
+    if workload.step is None:
+        return []
+    same, steps = replace(question, workload=lambda _: workload), []
+    for ranks in weak_sizes(cluster):
+        at = cluster.of_size(ranks)
+        with suppress(Infeasible):
+            steps.append((at, same.report(at)["step_ms"]))
+    return efficiencies(workload.step, steps)
 
 
 def with_precision(workload: Workload, precision: str) -> Workload:

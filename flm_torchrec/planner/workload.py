@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from flm_torchrec.planner.constraints import Lookup
+from flm_torchrec.planner.step import StepWork
 
 
 @dataclass(frozen=True)
@@ -24,3 +25,5 @@ class Workload:
     """Of the tables, by its name in the config."""
     dense_bytes: int
     """Memory of a rank that the dense part takes in training."""
+    step: StepWork | None = None
+    """What a step does beside the tables; None: not known, as of a spec."""

@@ -14,6 +14,7 @@ from flm_torchrec.training.build import make_model
 from flm_torchrec.training.loaders import make_loader
 from flm_torchrec.training.lookup_counts import lookups_of
 from flm_torchrec.training.run_events import events_of, load_data
+from flm_torchrec.training.step_work import small_config, step_work
 
 
 def workload_per_rank(config: Config) -> Callable[[int], Workload]:
@@ -28,12 +29,15 @@ def workload_per_rank(config: Config) -> Callable[[int], Workload]:
     def on_ranks(world_size: int) -> Workload:
         comm = Comm(0, world_size, world_size, torch.device("cpu"))
         model = make_model(data.schema, config, comm)
+        loader = make_loader(data, events, config, comm)
+        small = make_loader(data, events, small_config(config, world_size), comm)
         return Workload(
             model=model,
             batch_size=-(-config.train.batch_size // world_size),
-            lookups=lookups_of(make_loader(data, events, config, comm)),
+            lookups=lookups_of(loader),
             optimizer=config.train.sparse_optimizer,
             dense_bytes=dense_bytes(model),
+            step=step_work(model, config, loader, small),
         )
 
     return on_ranks
