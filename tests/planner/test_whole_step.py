@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def test_launch_files_name_the_numbers_of_the_plan(tmp_path: Path) -> None:
         app = materialize_appdef(pretrain, words[5:])
         (role,) = app.roles
         command = shlex.split(role.args[-1])  # of a shell
-        given = dict(zip(command, command[1:], strict=False))
+        given = dict(pairwise(command))
         assert (given["--nnodes"], given["--nproc_per_node"]) == (str(nodes), str(ranks))
         assert given["--config"] == str(config)
         assert (role.num_replicas, role.resource.gpu) == (nodes, gpus)
