@@ -6,7 +6,6 @@ Keys and features of users and items are in memory, events a bucket of users at 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import polars as pl
 
 from flm_torchrec.claim import claim
 from flm_torchrec.data.dataset import DOMAIN, fingerprint_of, read_report
-from flm_torchrec.data.keys import tombstone
+from flm_torchrec.data.keys import TOMBSTONE
 from flm_torchrec.data.row_groups import RowGroups
 from flm_torchrec.data.schema import Entity, Feature, Schema, sparsity
 from flm_torchrec.errors import DataError
@@ -30,8 +29,8 @@ from flm_torchrec.prepare.prepare import check_output, ordered
 
 SOURCE = "join"
 """`source` in the schema of joint data."""
-FORGOTTEN = re.escape(tombstone(0)).replace("0", r"\d+")
-"""Key of a user who was forgotten: it names nobody, so it is not shared."""
+FORGOTTEN = "\0"
+"""Before the key of a forgotten user while domains are joined; no key begins so."""
 
 
 def read_domains(folders: Sequence[str | Path]) -> list[Domain]:
@@ -149,7 +148,9 @@ class Joining:
                 found = own if found is None else _first_known(found, own)
             assert found is not None
             users = users.hstack(_complete(joint, found))
-        return users, ids
+        forgotten = pl.col("user_key").str.starts_with(FORGOTTEN)
+        names_nobody = pl.lit(TOMBSTONE) + pl.col("user_id").cast(pl.String)
+        return users.with_columns(user_key=pl.when(forgotten).then(names_nobody).otherwise("user_key")), ids
 
     def _items(self, rows: Sequence[pl.DataFrame]) -> pl.DataFrame:
         """The items of each domain, one after the other; a key has the name of its domain before it."""
@@ -276,9 +277,9 @@ def _several(users: Sequence[pl.DataFrame], domains: Sequence[Domain]) -> int:
 
 
 def _shared_keys(domain: Domain, users: pl.DataFrame) -> pl.Series:
-    """Keys of a domain's users; those who were forgotten are users of their domain alone."""
-    gone = pl.col("user_key").str.contains(f"^{FORGOTTEN}$")
-    own = pl.when(gone).then(domain.name + "/" + pl.col("user_key")).otherwise("user_key")
+    """Keys of a domain's users; one who was forgotten names nobody, and is a user of this domain alone."""
+    gone = pl.col("user_key") == pl.lit(TOMBSTONE) + pl.col("user_id").cast(pl.String)
+    own = pl.when(gone).then(pl.lit(f"{FORGOTTEN}{domain.name}/") + pl.col("user_key")).otherwise("user_key")
     return users.select(own.alias("user_key"))["user_key"]
 
 
