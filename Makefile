@@ -107,13 +107,13 @@ test-base: lint
 	$(MAKE) VENV=$(BASE) venv
 	OMP_NUM_THREADS=1 $(BASE)/bin/pytest $(IN_BASE)
 
-# The commands of README.md and the base tests run beside each other, one at a time each. Then two processes run a file
-# of the other tests each.
+# The commands of README.md and the base tests run beside each other, one at a time each. Then three processes run a file
+# of the other tests each: with two, the two cores wait a third of the time for ranks and servers that start or end.
 test: $(STAMP)
 	$(MAKE) VENV=$(BASE) venv
 	$(MAKE) --jobs=2 --output-sync=target check-base test-base
 	$(MAKE) extras
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(LONGEST) tests $(addprefix --ignore=,$(IN_BASE))
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder $(LONGEST) tests $(addprefix --ignore=,$(IN_BASE))
 
 # NO_MKDOCS_2_WARNING: mkdocs-material announces its successor at each build.
 docs: $(EXTRAS)
