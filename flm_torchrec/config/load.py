@@ -138,7 +138,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, several_data: bool = F
         "--preset",
         choices=tuple(PRESETS),
         help="other defaults, which --config and options override; fast: for minutes on a CPU; best: wider, against all"
-        " items, for a GPU (default: those of each setting)",
+        " items, for a GPU",
     )
     several = {"data.path": {"nargs": "+", "action": _Once}} if several_data else {}
     add_overrides(parser, [name for name in sections() if name != "finetune"], {}, several)
