@@ -34,6 +34,8 @@ class ExportChoices:
     recall: float | None = None
     tower: Tower = "int8"
     """How the packaged user tower stores the rows of its tables; none: it is not packaged."""
+    onnx: bool = False
+    """Write the packaged user tower as ONNX too."""
     since: Path | None = None
     """Older export: write only the rows that differ from it."""
     tolerance: float = 0.0
@@ -46,6 +48,8 @@ class ExportChoices:
             RunError: choices contradict each other.
         """
         older = read_manifest(self.since) if self.since else None
+        if self.onnx and self.tower == "none":
+            raise RunError("--onnx: is made of the packaged tower; leave out --tower none")
         if older is not None and self.since is not None and output.resolve() == self.since.resolve():
             raise RunError(f"{output}: is what the delta is to be applied to; give another --output")
         if older is not None and self.index:
@@ -93,13 +97,16 @@ def export_run(
     check_versions()
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     from flm_torchrec.export.delta import export_delta
+    from flm_torchrec.export.tower.onnx import check_onnx
     from flm_torchrec.export.write import ExportOptions, check_output, export
     from flm_torchrec.training.restore import restore
 
+    if choices.onnx:
+        check_onnx()
     check_output(output, overwrite)
     older = choices.check(output)
     with restore(Path(run), overrides, options=options) as restored:
-        job, source = restored.job, _source(restored, choices.tower)
+        job, source = restored.job, _source(restored, choices.tower, choices.onnx)
         how = ExportOptions(
             storage=choices.storage or (older.storage if older else "parquet"),
             quantise=choices.quantise or (older.quantise if older else "none"),
@@ -114,9 +121,11 @@ def export_run(
         return export(source, job.comm, output, how, overwrite)
 
 
-def _source(restored: Restored, tower: Tower) -> ExportSource:
+def _source(restored: Restored, tower: Tower, onnx: bool) -> ExportSource:
     from flm_torchrec.data.splits import everyone
     from flm_torchrec.export.quality import ValidationSet
+    from flm_torchrec.export.tower.layout import FOLDER
+    from flm_torchrec.export.tower.onnx import write_onnx
     from flm_torchrec.export.tower.writer import write_tower
     from flm_torchrec.export.write import ExportSource
     from flm_torchrec.training.gathered import GatheredModel, items_with_rows
@@ -128,4 +137,10 @@ def _source(restored: Restored, tower: Tower) -> ExportSource:
     if tower == "none":
         return source
     model, main = GatheredModel(job), job.comm.rank == 0
-    return replace(source, beside=lambda folder: write_tower(job.data, model, main, tower, folder))
+
+    def beside(folder: Path) -> None:
+        write_tower(job.data, model, main, tower, folder)
+        if onnx and main:
+            write_onnx(folder / FOLDER)
+
+    return replace(source, beside=beside)

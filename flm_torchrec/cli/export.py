@@ -64,6 +64,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default="int8",
         help="package the user tower beside the vectors, for 'flm serve'; its tables' rows as (default: %(default)s)",
     )
+    parser.add_argument(
+        "--onnx", action="store_true", help="write the packaged user tower as ONNX too, tower/user.onnx (default: no)"
+    )
     add_data_path(parser)
     parser.set_defaults(run=run)
 
@@ -74,7 +77,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         FlmError: an option, the run, its data or the output is wrong.
     """
-    choices = ExportChoices(args.format, args.quantise, args.index, args.recall, args.tower, args.since, args.tolerance)
+    how = args.format, args.quantise, args.index, args.recall, args.tower, args.onnx
+    choices = ExportChoices(*how, args.since, args.tolerance)
     options = given_overrides(args), given_options(args)
     done = export_run(args.run_folder, args.output, choices, args.overwrite, *options)
     if done is not None:

@@ -21,7 +21,7 @@ from flm_torchrec.documents import MOST_JSON_BYTES, read_text
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.manifest import Manifest, load_manifest
 from flm_torchrec.export.parts import ExportRows, write_part
-from flm_torchrec.export.tower.layout import DESCRIPTION, FOLDER, HISTORIES, PROFILE, USER
+from flm_torchrec.export.tower.layout import DESCRIPTION, FOLDER, HISTORIES, ONNX, PROFILE, USER
 from flm_torchrec.export.vectors import encode
 from flm_torchrec.files import leftovers, replacing, sha256, telling
 
@@ -115,6 +115,10 @@ def _rewrite_tower(tower: Path, users: np.ndarray, values: Mapping[str, Mapping[
     pq.write_table(_exchanged(histories, users, none), tower / HISTORIES, row_group_size=BLOCK)
     _reset(tower / USER, USER_TABLES, users)
     changed = {HISTORIES, USER}
+    if (tower / ONNX).is_file():
+        from flm_torchrec.export.tower.onnx import write_onnx  # imports the model
+
+        changed |= set(write_onnx(tower))
     description = json.loads(read_text(tower / DESCRIPTION, MOST_JSON_BYTES))
     of_user = [f for f in description["features"] if f["entity"] == "user"]
     gone = [

@@ -18,7 +18,10 @@ from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.data.history import Events
 from flm_torchrec.data.splits import everyone
-from flm_torchrec.errors import DataError, RunError
+from flm_torchrec.errors import ConfigError, DataError, RunError
+from flm_torchrec.export.tower import onnx
+from flm_torchrec.export.tower.onnx import write_onnx
+from flm_torchrec.export.tower.programs import UserInputs
 from flm_torchrec.export.tower.reader import PackagedTower, TowerQuery
 from flm_torchrec.export.tower.writer import Precision, write_tower
 from flm_torchrec.prepare.options import PrepareOptions
@@ -89,6 +92,54 @@ def test_known_users_are_as_the_model_has_them(case: Case) -> None:
     np.testing.assert_allclose(packaged(case.exact, users), case.users, atol=1e-5 * size)
     one_by_one = np.concatenate([packaged(case.exact, users[i : i + 1]) for i in range(3)])
     np.testing.assert_allclose(one_by_one, case.users[:3], atol=1e-5 * size)
+
+
+def test_onnx_gives_the_vectors_of_the_program_at_any_size(case: Case) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    name = "fp32" if case.rounded is None else "int8"
+    tower = case.exact if case.rounded is None else case.rounded
+    folder = case.folder / name / "tower"
+    assert write_onnx(folder) == ["user.onnx"]
+    session = onnxruntime.InferenceSession(str(folder / "user.onnx"), providers=["CPUExecutionProvider"])
+    assert [one.name for one in session.get_inputs()] == list(UserInputs._fields)
+    assert [one.name for one in session.get_outputs()] == ["representations", "weights"]
+    rng = np.random.default_rng(0)
+    for batch, length, added in ((1, 1, 1), (5, tower.max_history, 2), (2, 3, 4)):
+        given = {
+            "items": rng.integers(0, tower.items + added, (batch, length)),
+            "event": rng.integers(0, 2, (batch, length)),
+            "gap": rng.integers(0, 5, (batch, length)),
+            "value": rng.normal(size=(batch, length)).astype(np.float32),
+            "time": rng.integers(0, 10**6, (batch, length)).cumsum(1),
+            "lengths": rng.integers(0, length + 1, batch),
+            "added": rng.normal(size=(added, tower.dim)).astype(np.float32),
+            "user": rng.integers(-1, len(case.users), batch),
+            "profile": rng.normal(size=(batch, tower.dim)).astype(np.float32),
+            "given": rng.random(batch) < 0.5,
+        }
+        wanted = tower.user(*(torch.from_numpy(array) for array in given.values()))
+        for one, other in zip(session.run(None, given), wanted, strict=True):
+            np.testing.assert_allclose(one, other.numpy(), atol=2e-5 * max(1.0, float(other.abs().max())))
+
+
+@pytest.mark.parametrize("case", ["default"], indirect=True)
+def test_what_onnx_cannot_hold_or_write_is_one_line(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript")
+    (tmp_path / "user.pt2").write_bytes((case.folder / "fp32" / "tower" / "user.pt2").read_bytes())
+
+    def refuse(*_: object, **__: object) -> None:
+        raise torch.onnx.errors.OnnxExporterError("no operator\nfor it")
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(RunError, match=r"user.onnx: ONNX does not hold the tower \(.*; export without --onnx"):
+        write_onnx(tmp_path)
+    assert not (tmp_path / "user.onnx").exists()
+    monkeypatch.setattr(onnx, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="onnx is not installed; run: pip install onnx, or export without --onnx"):
+        write_onnx(tmp_path)
 
 
 @pytest.mark.parametrize("case", ["default"], indirect=True)

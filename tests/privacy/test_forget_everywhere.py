@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -213,6 +214,29 @@ def test_the_row_of_a_forgotten_user_answers_nobody(
 def test_only_the_mark_of_the_row_itself_is_one() -> None:
     keys, rows = ["a", "forgotten-1", "forgotten-1", "forgotten-3x", "forgotten-", "forgotten-05"], range(6)
     assert are_tombstones(pa.array(keys), pa.array(rows)).to_pylist() == [False, True, False, False, False, False]
+
+
+def test_the_tower_as_onnx_forgets_too(folder: Path) -> None:
+    """To the new file the user is like one that it does not know."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    one = folder / "exports/one"
+    keys = ExportRows(one, load_manifest(one), "users").table(["user_key"])["user_key"].to_pylist()
+    (one / "tower/user.onnx").write_bytes(b"as it was")
+    assert forget_in_export(one, [GONE], {}) == 1
+    assert "tower/user.onnx" in load_manifest(one).sha256
+    session = onnxruntime.InferenceSession(str(one / "tower/user.onnx"), providers=["CPUExecutionProvider"])
+    kinds: dict[str, Any] = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(bool)": np.bool_}
+    dim = session.get_inputs()[6].shape[1]
+    shapes: dict[str, tuple[int, ...]] = {"added": (1, dim), "profile": (3, dim)}
+    shapes |= {name: (3,) for name in ("lengths", "user", "given")}
+    given: dict[str, np.ndarray] = {
+        i.name: np.ones(shapes.get(i.name, (3, 1)), kinds[i.type]) for i in session.get_inputs()
+    }
+    given["user"] = np.array([keys.index(GONE), -1, keys.index(STAYS)])
+    gone, nobody, stays = session.run(["representations"], given)[0]
+    np.testing.assert_allclose(gone, nobody, atol=1e-6)
+    assert np.abs(stays - nobody).max() > 1e-4
 
 
 def test_a_kill_anywhere_is_mended_by_the_same_command(

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 FOLDER = "tower"
 USER, ITEM, PROFILE = "user.pt2", "item.pt2", "profile.pt2"
+ONNX = "user.onnx"
+"""The user program once more, if it was asked for."""
 DESCRIPTION, HISTORIES = "tower.json", "histories.parquet"
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
