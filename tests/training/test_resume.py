@@ -421,7 +421,6 @@ def test_a_full_disk_at_the_start_names_the_run(
     places = {
         "pyarrow.parquet.write_table": full,
         f"{record}.LogFile._open": lambda _: Path("/dev/full").open("a"),  # noqa: SIM115
-        f"{record}.SummaryWriter": full,
         f"{record}.write_text": full,
     }
     for number, (place, found) in enumerate(places.items()):
