@@ -23,11 +23,12 @@ IN_BASE = tests/training
 # A CUDA driver decides which build of torch and fbgemm can load.
 DRIVER := $(shell (ldconfig -p 2>/dev/null | grep -q libcuda.so.1 || command -v nvidia-smi >/dev/null 2>&1) && echo gpu || echo cpu)
 
-.PHONY: help venv extras train test docs check check-base test-base lint format beauty ml-100k clean
+.PHONY: help venv extras train test test-slow docs check check-base test-base lint format beauty ml-100k clean
 
 help:
 	@echo "make train    set up, then prepare, pretrain, evaluate, export and recommend on synthetic data"
 	@echo "make test     set up, then style, types, the commands of README.md and all tests"
+	@echo "make test-slow  the slow tests besides: tools of studies, plans on repeat"
 	@echo "make beauty   the same as train on Amazon Beauty in FLM_DATA/beauty  (FLM_DATA=$(FLM_DATA))"
 	@echo "make ml-100k  the same on MovieLens 100K in FLM_DATA/ml-100k"
 	@echo "make check-base  the commands of README.md alone, without the extras; make lint: style and types alone"
@@ -113,7 +114,11 @@ test: $(STAMP)
 	$(MAKE) VENV=$(BASE) venv
 	$(MAKE) --jobs=2 --output-sync=target check-base test-base
 	$(MAKE) extras
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder $(LONGEST) tests $(addprefix --ignore=,$(IN_BASE))
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow" $(LONGEST) tests \
+		$(addprefix --ignore=,$(IN_BASE))
+
+test-slow: $(EXTRAS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 
 # NO_MKDOCS_2_WARNING: mkdocs-material announces its successor at each build.
 docs: $(EXTRAS)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torchrec.distributed.types import PipelineType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.mc_modules import ManagedCollisionModule
 
 from flm_torchrec.distributed.sharders import AUTO_TYPES
 from flm_torchrec.planner.capacity import plan_on, report
@@ -124,13 +125,17 @@ def sweep(question: Question, cluster: Cluster, sizes: Sequence[int]) -> list[di
 def weak_scaling(question: Question, cluster: Cluster) -> list[dict[str, Any]]:
     """Steps of clusters from one node up, with the work of a rank as on the given cluster; see `step.weak_scaling`.
 
-    Empty where the work beside the tables is not known. Clusters that the tables do not fit on are left out.
+    Empty where the work beside the tables is not known. Clusters that the tables do not fit on are left out, and so are
+    those whose ranks do not share the buckets of a managed table evenly.
     """
     workload = question.workload(cluster.world_size)
     if workload.step is None:
         return []
     same, steps = replace(question, workload=lambda _: workload), []
+    buckets = [m.buckets() for m in workload.model.modules() if isinstance(m, ManagedCollisionModule)]
     for ranks in weak_sizes(cluster):
+        if any(count % ranks for count in buckets):
+            continue
         at = cluster.of_size(ranks)
         with suppress(Infeasible):
             steps.append((at, same.report(at)["step_ms"]))

@@ -173,6 +173,7 @@ def test_a_row_that_a_new_id_takes_starts_from_nothing() -> None:
         assert state().count_nonzero() == 7
 
 
+@pytest.mark.slow
 def test_a_churn_of_new_ids_stays_in_its_memory_and_spares_the_regular_ones() -> None:
     options = ["--ids", "200000", "--rows", "10000", "--regulars", "5000", "--batch", "2048"]
     churn = Forked([str(ROOT / "tools" / "faults" / "churn.py"), *options])

@@ -189,6 +189,7 @@ def flm(*arguments: str, seed: int = 0) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.slow
 def test_plans_are_the_same_bytes_on_repeat(small: PreparedData, tmp_path: Path) -> None:
     """Another seed of Python's string hashes: TorchRec would then list a table's options in another order."""
     found = []

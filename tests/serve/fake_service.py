@@ -53,7 +53,7 @@ class FakeService:
         return {"item": item.item, "left_out": []}
 
     def forget(self, request: Any) -> dict[str, Any]:
-        return {"export": "e", "in_export": [], "live_events": {}}
+        return {"export": "e", "in_export": [], "in_canary": [], "live_events": {}}
 
     def swap(self, export: Path, terms: Any = None) -> dict[str, Any]:
         if export.name == "bad":

@@ -19,6 +19,7 @@ from flm_torchrec.planner.volume import sent_bytes
 from tests.tools.test_tools import study
 
 
+@pytest.mark.slow
 def test_estimates_are_near_what_is_counted(small: PreparedData, tmp_path: Path) -> None:
     output = tmp_path / "study"
     options = ["--output", str(output), "--ranks", "2", "--steps", "3", "--batch", "32"]

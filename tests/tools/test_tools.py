@@ -64,6 +64,7 @@ def write_study(file: Path, data: Path, **changes: object) -> None:
     file.write_text(yaml.safe_dump({"config": str(config), "settings": {**QUICK, **changes}, "variants": variants}))
 
 
+@pytest.mark.slow
 def test_a_study_is_run_once_and_told_in_markdown(small: PreparedData, tmp_path: Path) -> None:
     file, runs = tmp_path / "study.yaml", tmp_path / "runs"
     write_study(file, small.path)
@@ -111,6 +112,7 @@ def test_a_wrong_study_is_refused_before_anything_runs(
     assert done.returncode == 2 and told in done.stderr and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_studied_by_share(small: PreparedData, tmp_path: Path) -> None:
     source = tmp_path / "source"
     settings = [part for key, value in QUICK.items() for part in (f"--{key}", str(value))]
@@ -129,6 +131,7 @@ def test_fine_tuning_is_studied_by_share(small: PreparedData, tmp_path: Path) ->
     assert wrong.returncode == 1 and "no 'fused/ndgc@10'" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_transfer_is_studied_beside_the_same_from_scratch(small: PreparedData, tmp_path: Path) -> None:
     settings = [f"--{key}={value}" for key, value in QUICK.items() if key != "train.max_steps"]
     output = tmp_path / "study"
@@ -150,6 +153,7 @@ def test_transfer_is_studied_beside_the_same_from_scratch(small: PreparedData, t
     assert (output / "0.3-0/finetune.json").stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 def test_training_is_timed_beside_plain_pytorch(
     small: PreparedData, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,6 +170,7 @@ def test_training_is_timed_beside_plain_pytorch(
     assert told.count("share of the roofline") == 3
 
 
+@pytest.mark.slow
 def test_memory_of_tables_is_counted(tmp_path: Path) -> None:
     counted = tool("benchmarks/tables.py", "--memory", "20000", "--dim", "8")
     assert counted.returncode == 0, counted.stderr
@@ -177,7 +182,7 @@ def test_memory_of_tables_is_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "file",
-    sorted((ROOT / "tools").rglob("*.py")),
+    sorted(file for file in (ROOT / "tools").rglob("*.py") if file.parent.name != "site"),
     ids=lambda file: "-".join(file.relative_to(ROOT / "tools").with_suffix("").parts),
 )
 def test_every_tool_has_a_help(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
