@@ -293,3 +293,10 @@ def test_an_export_without_a_tower_or_with_a_broken_one_is_refused(case: Case, t
         (tmp_path / "tower" / file.name).write_bytes(file.read_bytes()[: 100 if file.name == "user.pt2" else None])
     with pytest.raises(RunError, match="cannot be read"):
         PackagedTower(tmp_path)
+
+
+def test_a_model_that_sees_one_event_is_packaged_too(small: PreparedData, tmp_path: Path) -> None:
+    users = np.arange(9)
+    with made(small, "data.max_history=1") as job:
+        exact = package(job, tmp_path / "tower")
+        np.testing.assert_allclose(packaged(exact, users), trained(job, users), atol=2e-5)

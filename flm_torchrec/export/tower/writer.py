@@ -142,8 +142,10 @@ def _padded_codes(source: EntityFeatures, features: tuple[Feature, ...], rows: n
 
 
 def _export_user(program: UserProgram, dim: int, max_history: int, file: Path) -> None:
-    batch, length, added = Dim("batch", min=1), Dim("length", min=1, max=max_history), Dim("added", min=1)
-    sequence, one = {0: batch, 1: length}, {0: batch}
+    batch, added = Dim("batch", min=1), Dim("added", min=1)
+    # A length that can only be 1 is no dimension of its own.
+    lengths = {1: Dim("length", min=1, max=max_history)} if max_history > 1 else {}
+    sequence, one = {0: batch, **lengths}, {0: batch}
     b, n, m = 3, min(5, max_history), 2
     items, event, gap, time = (torch.zeros(b, n, dtype=torch.int64) for _ in range(4))
     arguments = UserInputs(
