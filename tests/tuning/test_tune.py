@@ -135,10 +135,11 @@ def test_a_search_that_is_asked_to_stop_goes_on_later(space: Path, tmp_path: Pat
         if len(training.file.read_text().splitlines()) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    before = signal.getsignal(signal.SIGTERM)
     stopping = options(tmp_path / "out", 3, launch=lambda command, log: FakeTraining(command, log, seen))
     with pytest.raises(Interrupted, match="goes on with what is in"):
         tune(read_space(space), stopping, quiet)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
     said: list[str] = []
     found = tune(read_space(space), options(tmp_path / "out", 3), said.append)
     assert said[0] == "1 unfinished trials go on" and [t.state.name for t in found.trials] == ["COMPLETE"] * 3
