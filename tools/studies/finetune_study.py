@@ -19,24 +19,28 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
+from flm_torchrec.tuning.process import FLM
+
 STARTS = {"pretrained": "pretrained, tuned", "found": "pretrained, as it is", "scratch": "from scratch"}
 
 Results = dict[tuple[float, str, str], list[float]]
 """By share, first weights and metric, one value for each seed."""
 
 
+def run_flm(arguments: Sequence[str], log: Path) -> bool:
+    """Run an `flm` command with its output in a file → whether it succeeded."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as output:
+        return subprocess.run([*FLM, *arguments], stdout=output, stderr=subprocess.STDOUT).returncode == 0
+
+
 def execute(folder: Path, arguments: Sequence[str]) -> str | None:
     """One `flm finetune`, unless it is finished → what went wrong, or None."""
     if (folder / "finetune.json").is_file():
         return None
-    folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.parent / f"{folder.name}.log"
-    flm = [sys.executable, "-m", "flm_torchrec", "finetune"]
-    command = [*flm, "--train.run", str(folder), "--train.existing", "replace", *arguments]
-    with log.open("w", encoding="utf-8") as output:
-        if subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode:
-            return f"{folder}: failed, see {log}"
-    return None
+    command = ["finetune", "--train.run", str(folder), "--train.existing", "replace", *arguments]
+    return None if run_flm(command, log) else f"{folder}: failed, see {log}"
 
 
 def collect(folders: dict[tuple[float, int], Path], metrics: Sequence[str]) -> Results:
@@ -63,7 +67,7 @@ def table(results: Results, shares: Sequence[float], metrics: Sequence[str]) -> 
         for start, name in STARTS.items():
             values = [results.get((share, start, metric), []) for metric in metrics]
             if values[0]:
-                cells = " | ".join(f"{np.mean(v):.4f}{_spread(v, ' ± {:.4f}')}" for v in values)
+                cells = " | ".join(map(told, values))
                 lines.append(f"| {share:.0%} | {name} | {len(values[0])} | {cells} |")
     return "\n".join(lines)
 
@@ -84,8 +88,10 @@ def plot(results: Results, shares: Sequence[float], metrics: Sequence[str], file
     figure.savefig(file)
 
 
-def _spread(values: Sequence[float], text: str) -> str:
-    return text.format(np.std(values, ddof=1)) if len(values) > 1 else ""
+def told(values: Sequence[float]) -> str:
+    """Mean over the seeds and, of several, ± the sample standard deviation."""
+    spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{spread}"
 
 
 def main() -> int:

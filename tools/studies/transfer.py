@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.studies.finetune_study import Results, plot
+from tools.studies.finetune_study import Results, plot, run_flm, told
 
 ALL = "all"
 ROWS = {ALL: "fused", "warm": "fused", "cold user": "fused", "cold item": "content alone"}
@@ -99,14 +98,10 @@ class TransferStudy:
                     yield share, seed, self.tuned(share, seed)
 
 
-def _flm(verb: str, log: Path, *arguments: str) -> str | None:
-    """Run a command with its output in LOG.log → what went wrong, or None."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    file = log.parent / f"{log.name}.{verb}.log"
-    with file.open("w", encoding="utf-8") as output:
-        command = [sys.executable, "-m", "flm_torchrec", verb, *arguments]
-        failed = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
-    return f"{log}: flm {verb} failed, see {file}" if failed else None
+def _flm(verb: str, run: Path, *arguments: str) -> str | None:
+    """Run a command with its output in RUN.VERB.log → what went wrong, or None."""
+    log = run.parent / f"{run.name}.{verb}.log"
+    return None if run_flm([verb, *arguments], log) else f"{run}: flm {verb} failed, see {log}"
 
 
 def collect(study: TransferStudy) -> Results:
@@ -140,7 +135,7 @@ def markdown(study: TransferStudy, results: Results) -> str:
             )
             if tuned:
                 counted = [] if len(cells) > 3 else [str(len(tuned))]
-                cells += [*counted, _told(tuned), _told(scratch), _ratio(tuned, scratch)]
+                cells += [*counted, told(tuned), told(scratch), _ratio(tuned, scratch)]
         if len(cells) > 3:
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -154,11 +149,6 @@ def intervals(study: TransferStudy) -> str:
         d = found["comparison"]["rows"]["fused"]["ndcg@10"]
         lines.append(f"| {share:.0%} | {seed} | {d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}] |")
     return "\n".join(lines)
-
-
-def _told(values: Sequence[float]) -> str:
-    spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4f}{spread}"
 
 
 def _ratio(mine: Sequence[float], others: Sequence[float]) -> str:
