@@ -101,20 +101,20 @@ check: $(STAMP)
 check-base:
 	$(MAKE) VENV=$(BASE) venv
 	$(BASE)/bin/pytest tests/test_packaging.py tests/test_versions.py
-	$(BASE)/bin/python tools/check_readme.py
+	OMP_NUM_THREADS=1 $(BASE)/bin/python tools/check_readme.py
 
 # Style, types, and the tests of what every user has, without the extras.
 test-base: lint
 	$(MAKE) VENV=$(BASE) venv
 	OMP_NUM_THREADS=1 $(BASE)/bin/pytest $(IN_BASE)
 
-# The commands of README.md and the base tests run beside each other, one at a time each. Then three processes run a file
-# of the other tests each: with two, the two cores wait a third of the time for ranks and servers that start or end.
+# The commands of README.md and the base tests run beside each other, one at a time each. Then four processes run a file
+# of the other tests each: with three, the two cores wait a third of the time for ranks and servers that start or end.
 test: $(STAMP)
 	$(MAKE) VENV=$(BASE) venv
 	$(MAKE) --jobs=2 --output-sync=target check-base test-base
 	$(MAKE) extras
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow" $(LONGEST) tests \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not slow" $(LONGEST) tests \
 		$(addprefix --ignore=,$(IN_BASE))
 
 test-slow: $(EXTRAS)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from hypothesis import settings
 
 from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.prepare.join import join
@@ -17,6 +18,8 @@ from flm_torchrec.prepare.sources import synthetic
 from flm_torchrec.prepare.sources.source_data import Shard, SourceData
 
 ROOT = Path(__file__).resolve().parents[1]
+settings.register_profile("default", max_examples=40)  # of a property test that names no number
+settings.load_profile("default")
 NO_DROPOUT = [
     *("--model.dropout", "0", "--model.embedding_dropout", "0"),
     *("--model.id_dropout", "0", "--model.user_id_dropout", "0"),

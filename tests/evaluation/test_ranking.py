@@ -83,7 +83,7 @@ def make_data(histories: list[list[int]], items: int) -> PreparedData:
 HISTORIES = st.lists(st.lists(st.integers(0, 11), min_size=3, max_size=8), min_size=1, max_size=9)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(HISTORIES, st.integers(1, 5), st.integers(1, 15), st.integers(0, 99))
 def test_ranks_are_those_of_brute_force(histories: list[list[int]], users: int, items: int, seed: int) -> None:
     data = make_data(histories, 12)

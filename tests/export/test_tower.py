@@ -94,6 +94,11 @@ def test_known_users_are_as_the_model_has_them(case: Case) -> None:
     np.testing.assert_allclose(one_by_one, case.users[:3], atol=1e-5 * size)
 
 
+@pytest.mark.parametrize(
+    "case",
+    ["default", *(pytest.param(model, marks=pytest.mark.slow) for model in MODELS if model != "default")],
+    indirect=True,
+)
 def test_onnx_gives_the_vectors_of_the_program_at_any_size(case: Case) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

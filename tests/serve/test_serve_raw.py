@@ -132,4 +132,5 @@ def test_a_client_over_https_asks_the_real_service(exported: Path, tmp_path: Pat
         asked.request("POST", "/v1/recommend", b"{", {"X-API-Key": ADMIN_KEY, "Content-Type": "application/json"})
         found = asked.getresponse()
         assert found.status == 400 and "Invalid JSON" in json.loads(found.read())["detail"]
+        asked.close()  # the server would wait for the end of its TLS session
         assert client.health()["status"] == "ok"
