@@ -131,7 +131,7 @@ def test_the_oracle_ranks_by_the_probability_that_draws() -> None:
             left[earlier] = 0
             p += left / left.sum() / 3
         expected.append(np.sort(p)[-10:].sum())
-    found = synthetic._oracle(world, drawn)["all"]["hr@10"]
+    found = synthetic._oracle(synthetic._truth(world, drawn))["all"]["hr@10"]
     assert found == pytest.approx(np.mean(expected), abs=4 * 0.5 / np.sqrt(recipe.users))
 
 

@@ -74,6 +74,10 @@ START = 1_600_000_000
 DAY = 86_400
 BLOCK = 256
 """Users drawn together: bounds the memory to a few tables of BLOCK x items."""
+MIXTURE = "all"
+"""The oracle that knows the mixture of the mechanisms, not which of them drew an event."""
+TOP = 10
+"""Length of the oracles' lists, and the cut-off of their metrics."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,28 @@ class Drawn:
     lengths: np.ndarray  # [users]
 
 
+@dataclass(frozen=True)
+class Truth:
+    """What is known of each user's last event; the oracles are `MIXTURE` and each of MECHANISMS alone."""
+
+    mechanism: np.ndarray  # [users] index into MECHANISMS: what drew the event
+    ranks: dict[str, np.ndarray]
+    """[users] by oracle: the rank of the event's item, 1 is best, among the items not met before."""
+    best: dict[str, np.ndarray]
+    """[users, TOP] by oracle: the best items, best first."""
+
+
 def read(recipe: Recipe) -> SourceData:
     """Draw the logs; the same for the same recipe.
+
+    Raises:
+        DataError: as of `read_with_truth`.
+    """
+    return read_with_truth(recipe)[0]
+
+
+def read_with_truth(recipe: Recipe) -> tuple[SourceData, Truth]:
+    """Draw the logs, and tell what an oracle knows of them; the same for the same recipe.
 
     Raises:
         DataError: sizes or strengths that leave nothing to draw.
@@ -126,7 +150,8 @@ def read(recipe: Recipe) -> SourceData:
     rng = np.random.default_rng(recipe.seed)
     world = _world(recipe, strengths / strengths.sum(), rng)
     drawn = _draw(recipe, world, rng)
-    return SourceData(
+    truth = _truth(world, drawn)
+    source = SourceData(
         name="synthetic",
         source="synthetic",
         interactions=_frame(drawn, rng),
@@ -142,8 +167,9 @@ def read(recipe: Recipe) -> SourceData:
         ),
         title="title",
         notes={"synthetic": "made up from a seed; not data about people", "recipe": asdict(recipe)},
-        oracle=_oracle(world, drawn),
+        oracle=_oracle(truth),
     )
+    return source, truth
 
 
 def _world(recipe: Recipe, share: np.ndarray, rng: np.random.Generator) -> World:
@@ -270,25 +296,40 @@ def _users(world: World, rng: np.random.Generator) -> pl.DataFrame:
     return pl.DataFrame({"key": [f"u{u}" for u in range(count)], "interests": interests, "spending": spending})
 
 
-def _oracle(world: World, drawn: Drawn) -> dict[str, dict[str, float]]:
+def _oracle(truth: Truth) -> dict[str, dict[str, float]]:
     """HR@10 and NDCG@10 of ranking each user's last item by its true probability: by segment and over all.
 
     The oracle knows the mixture, not which mechanism drew the event. `only_X` ranks by mechanism X alone, on the
     events that X drew: what a head that knows all of this signal and nothing else scores there.
     """
-    blocks = [_ranks(world, drawn, users) for users in _blocks(len(drawn.item))]
-    ranks = {name: np.concatenate([block[name] for block in blocks]) for name in ("all", *MECHANISMS)}
-    by = drawn.mechanism[np.arange(len(drawn.item)), drawn.lengths - 1]
-    scores = {"all": _scores(ranks["all"])}
+    scores = {"all": _scores(truth.ranks[MIXTURE])}
     for index, name in enumerate(MECHANISMS):
-        if (by == index).any():
-            scores[name] = _scores(ranks["all"][by == index])
-            scores[f"only_{name}"] = _scores(ranks[name][by == index])
+        drawn = truth.mechanism == index
+        if drawn.any():
+            scores[name] = _scores(truth.ranks[MIXTURE][drawn])
+            scores[f"only_{name}"] = _scores(truth.ranks[name][drawn])
     return scores
 
 
-def _ranks(world: World, drawn: Drawn, users: np.ndarray) -> dict[str, np.ndarray]:
-    """Rank of each user's last item among those not met before, by scorer; ties count against."""
+def _truth(world: World, drawn: Drawn) -> Truth:
+    ranks: dict[str, list[np.ndarray]] = {name: [] for name in (MIXTURE, *MECHANISMS)}
+    best: dict[str, list[np.ndarray]] = {name: [] for name in ranks}
+    last = drawn.lengths - 1
+    for users in _blocks(len(drawn.item)):
+        true = drawn.item[users, last[users]]
+        for name, chances in _chances(world, drawn, users).items():
+            # Ties count against the oracle, as against every scorer.
+            ranks[name].append((chances >= chances[np.arange(len(users)), true, None]).sum(1))
+            best[name].append(_best(chances))
+    return Truth(
+        mechanism=drawn.mechanism[np.arange(len(last)), last],
+        ranks={name: np.concatenate(found) for name, found in ranks.items()},
+        best={name: np.concatenate(found) for name, found in best.items()},
+    )
+
+
+def _chances(world: World, drawn: Drawn, users: np.ndarray) -> dict[str, np.ndarray]:
+    """[users, items] by oracle: the true chance of each item to be the user's last one; 0 if met before."""
     item, last = drawn.item[users], drawn.lengths[users] - 1
     rows = np.arange(len(users))
     unseen = np.ones((len(users), len(world.price)))
@@ -297,12 +338,18 @@ def _ranks(world: World, drawn: Drawn, users: np.ndarray) -> dict[str, np.ndarra
     tables = (_content(world, users), _collaborative(world, users), _sequential(world, item[rows, last - 1]))
     # Each mechanism spreads its share over the items not met: to mix before would favour the one most used up.
     chances = dict(zip(MECHANISMS, (_rows_to_one(table * unseen) for table in tables), strict=True))
-    chances["all"] = np.einsum("m,mui->ui", world.share, np.stack([chances[m] for m in MECHANISMS]))
-    return {name: (p >= p[rows, item[rows, last], None]).sum(1) for name, p in chances.items()}
+    return chances | {MIXTURE: np.einsum("m,mui->ui", world.share, np.stack([chances[m] for m in MECHANISMS]))}
+
+
+def _best(chances: np.ndarray) -> np.ndarray:
+    """[users, items] chances → [users, TOP] the items of the largest, largest first."""
+    some = np.argpartition(-chances, TOP, axis=1)[:, :TOP]
+    order = np.argsort(-np.take_along_axis(chances, some, axis=1), axis=1)
+    return np.take_along_axis(some, order, axis=1)
 
 
 def _scores(ranks: np.ndarray) -> dict[str, float]:
-    hit = ranks <= 10
+    hit = ranks <= TOP
     return {"hr@10": float(hit.mean()), "ndcg@10": float((hit / np.log2(ranks + 1)).mean())}
 
 
