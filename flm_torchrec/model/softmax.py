@@ -7,12 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flm_torchrec.model.softmax_tiles import TINY, Scored, Tiles, tiled_softmax
+
 CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**29}
 """Bytes of logits that are held at once, by type of device: about a CPU's cache; a GPU needs much work for a kernel."""
 LEAST_ROWS = 128
 """Minimum of queries in a chunk, however many candidates: each chunk reads and writes the gradients of all of them."""
-TINY = torch.finfo(torch.float32).tiny
-"""Minimum of a probability whose logarithm is taken."""
+MOST_BYTES = {"cpu": 2**27, "cuda": 2**30}
+"""Where the logits of so few queries take more, they are made twice, in tiles of `TILE_ROWS` queries."""
+TILE_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,14 @@ def chunk_rows(candidates: int, precision: torch.dtype, device: torch.device) ->
     return max(LEAST_ROWS, CHUNK_BYTES[device.type] // (precision.itemsize * max(1, candidates)))
 
 
+def tile_shape(queries: int, candidates: int, precision: torch.dtype, device: torch.device) -> tuple[int, int] | None:
+    """Queries and candidates of a tile; None where a chunk of queries' logits can be held."""
+    if LEAST_ROWS * candidates * precision.itemsize <= MOST_BYTES[device.type]:
+        return None
+    rows = max(1, min(TILE_ROWS, queries))
+    return rows, CHUNK_BYTES[device.type] // (precision.itemsize * rows)
+
+
 @dataclass(frozen=True)
 class _Fixed:
     """What a softmax has no gradient of."""
@@ -109,39 +120,20 @@ class _Fixed:
 
 
 class _SampledSoftmax(torch.autograd.Function):
-    """Computes gradients together with the loss, chunk by chunk of queries: one pass over the logits, none is kept."""
+    """Computes gradients together with the loss, so that no logits are kept."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx, query: Tensor, items: Tensor, scale: Tensor, fixed: _Fixed
     ) -> Tensor:
-        target, precision = fixed.target, fixed.precision
-        loss = query.new_zeros(())
-        query_grad, items_grad = torch.empty_like(query), torch.zeros_like(items)
         scaled = query * scale
-        low_items, low_scaled, corrections = (x.to(precision) for x in (items, scaled, -fixed.log_q))
-        chunk = chunk_rows(len(items), precision, query.device)
-        buffer = low_items.new_empty(min(chunk, len(query)), len(items))
-        narrow, widened = torch.empty_like(low_items), torch.empty_like(items)  # mixed precisions would make copies
-        truth = (scaled * items[target]).sum(1).to(precision)  # [T]
-        first = torch.arange(len(buffer), device=query.device) * len(items)
-        hidden = fixed.hidden_by_chunk(chunk, len(items))
-        for number, at in enumerate(range(0, len(query), chunk)):
-            part = low_scaled[at : at + chunk]
-            logits = torch.addmm(corrections, part, low_items.T, out=buffer[: len(part)])  # [t, C]
-            logits.view(-1).index_fill_(0, hidden[number], -torch.inf)
-            fixed.hide_other_domains(logits, at)
-            own = first[: len(part)] + target[at : at + chunk]
-            logits.view(-1)[own] = truth[at : at + chunk]  # scatter_ would copy all of the logits
-            shares = torch.softmax(logits, 1, out=logits)
-            loss -= shares.view(-1)[own].to(items.dtype).clamp(min=TINY).log().sum()
-            query_grad[at : at + chunk] = shares @ low_items
-            if precision == items.dtype:
-                items_grad.addmm_(shares.T, part)
-            else:
-                items_grad += widened.copy_(torch.mm(shares.T, part, out=narrow))
-        query_grad -= items[target]
-        items_grad.index_add_(0, target, scaled, alpha=-1.0)
+        shape = tile_shape(len(query), len(items), fixed.precision, query.device)
+        if shape is None:
+            loss, query_grad, items_grad = _in_chunks(scaled, items, fixed)
+        else:
+            loss, query_grad, items_grad = _in_tiles(scaled, items, fixed, shape)
+        query_grad -= items[fixed.target]
+        items_grad.index_add_(0, fixed.target, scaled, alpha=-1.0)
         scale_grad = (query_grad * query).sum()
         ctx.save_for_backward(query_grad.mul_(scale), items_grad, scale_grad)
         return loss
@@ -150,3 +142,40 @@ class _SampledSoftmax(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         query_grad, items_grad, scale_grad = ctx.saved_tensors
         return query_grad * grad, items_grad * grad, scale_grad * grad, None
+
+
+def _in_chunks(scaled: Tensor, items: Tensor, fixed: _Fixed) -> tuple[Tensor, Tensor, Tensor]:
+    """What `tiled_softmax` gives, chunk by chunk of queries: one pass over the logits."""
+    target, precision = fixed.target, fixed.precision
+    loss = scaled.new_zeros(())
+    query_grad, items_grad = torch.empty_like(scaled), torch.zeros_like(items)
+    low_items, low_scaled, corrections = (x.to(precision) for x in (items, scaled, -fixed.log_q))
+    chunk = chunk_rows(len(items), precision, scaled.device)
+    buffer = low_items.new_empty(min(chunk, len(scaled)), len(items))
+    narrow, widened = torch.empty_like(low_items), torch.empty_like(items)  # mixed precisions would make copies
+    truth = (scaled * items[target]).sum(1).to(precision)  # [T]
+    first = torch.arange(len(buffer), device=scaled.device) * len(items)
+    hidden = fixed.hidden_by_chunk(chunk, len(items))
+    for number, at in enumerate(range(0, len(scaled), chunk)):
+        part = low_scaled[at : at + chunk]
+        logits = torch.addmm(corrections, part, low_items.T, out=buffer[: len(part)])  # [t, C]
+        logits.view(-1).index_fill_(0, hidden[number], -torch.inf)
+        fixed.hide_other_domains(logits, at)
+        own = first[: len(part)] + target[at : at + chunk]
+        logits.view(-1)[own] = truth[at : at + chunk]  # scatter_ would copy all of the logits
+        shares = torch.softmax(logits, 1, out=logits)
+        loss -= shares.view(-1)[own].to(items.dtype).clamp(min=TINY).log().sum()
+        query_grad[at : at + chunk] = shares @ low_items
+        if precision == items.dtype:
+            items_grad.addmm_(shares.T, part)
+        else:
+            items_grad += widened.copy_(torch.mm(shares.T, part, out=narrow))
+    return loss, query_grad, items_grad
+
+
+def _in_tiles(scaled: Tensor, items: Tensor, fixed: _Fixed, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    target, none = fixed.target, fixed.target[:0]
+    made_of = (scaled, items, -fixed.log_q, (scaled * items[target]).sum(1))
+    scored = Scored(*(x.to(fixed.precision) for x in made_of), fixed.domain)
+    hidden = (none, none) if fixed.hidden is None else (fixed.hidden.rows, fixed.hidden.columns)
+    return tiled_softmax(scored, Tiles(target, hidden, len(items), shape), items.dtype)

@@ -235,9 +235,15 @@ def test_an_item_without_a_known_id_is_its_content() -> None:
     assert not torch.allclose(out.items[2], out.content_items[2])
 
 
+def in_parts(patch: pytest.MonkeyPatch, tiled: bool) -> None:
+    """A softmax of several chunks or of several tiles, which divide neither queries nor candidates."""
+    patch.setattr(softmax, "tile_shape", lambda *_: (3, 7) if tiled else None)
+    patch.setattr(softmax, "chunk_rows", lambda *_: 3)
+
+
 @settings(deadline=None, max_examples=30)
-@given(st.integers(1, 20), st.integers(2, 30), st.integers(0, 10_000))
-def test_softmax_and_its_gradients_are_those_of_cross_entropy(queries: int, items: int, seed: int) -> None:
+@given(st.integers(0, 20), st.integers(2, 30), st.integers(0, 10_000), st.booleans())
+def test_softmax_and_its_gradients_are_those_of_cross_entropy(queries: int, items: int, seed: int, tiled: bool) -> None:
     g = torch.Generator().manual_seed(seed)
     query, vectors = (torch.randn(n, 5, generator=g, dtype=torch.double) for n in (queries, items))
     log_q, scale = -torch.rand(items, generator=g, dtype=torch.double), torch.tensor(0.7, dtype=torch.double)
@@ -245,7 +251,10 @@ def test_softmax_and_its_gradients_are_those_of_cross_entropy(queries: int, item
     leaves = [x.requires_grad_() for x in (query, vectors, scale)]
     logits = scale * query @ vectors.T - log_q + F.one_hot(target, items) * log_q
     expected = F.cross_entropy(logits, target, reduction="sum")
-    found = sampled_softmax(query, CandidateVectors(vectors, log_q), target, scale)
+    with pytest.MonkeyPatch.context() as patch:
+        if tiled:
+            in_parts(patch, tiled)
+        found = sampled_softmax(query, CandidateVectors(vectors, log_q), target, scale)
     torch.testing.assert_close(found, expected)
     for a, b in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(a, b)
@@ -263,9 +272,33 @@ def test_softmax_is_the_same_in_chunks_and_leaves_out_what_it_should(monkeypatch
     torch.testing.assert_close(whole, F.cross_entropy(query @ vectors[:10].T, target, reduction="sum"))
 
 
+@pytest.mark.parametrize(("precision", "close"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_softmax_over_many_candidates_is_that_of_chunks_and_holds_no_block_of_them(
+    monkeypatch: pytest.MonkeyPatch, precision: torch.dtype, close: float
+) -> None:
+    """Vectors, scale and corrections as in training; the bounds are lower."""
+    g = torch.Generator().manual_seed(1)
+    query, vectors = (F.normalize(torch.randn(n, 32, generator=g), dim=1) for n in (300, 4_000))
+    candidates = CandidateVectors(vectors.requires_grad_(), -8 * torch.rand(4_000, generator=g))
+    leaves = [query.requires_grad_(), vectors, torch.tensor(14.0, requires_grad=True)]
+    target = torch.randint(0, 4_000, (300,), generator=g)
+    found = []
+    monkeypatch.setattr(softmax, "CHUNK_BYTES", {"cpu": 2**19})
+    for most in (softmax.MOST_BYTES["cpu"], 2**19):
+        monkeypatch.setattr(softmax, "MOST_BYTES", {"cpu": most})
+        loss = sampled_softmax(query, candidates, target, leaves[2], precision=precision)
+        found.append([loss, *torch.autograd.grad(loss, leaves)])
+    rows, columns = softmax.tile_shape(300, 4_000, precision, query.device) or (0, 0)
+    assert rows >= 128 and rows * columns * precision.itemsize <= 2**19
+    for chunked, tiled in zip(*found, strict=True):
+        assert (chunked - tiled).abs().max() <= close * chunked.abs().max()
+
+
 @settings(deadline=None, max_examples=30)
-@given(st.integers(1, 20), st.integers(2, 30), st.integers(0, 10_000))
-def test_softmax_with_hidden_candidates_is_cross_entropy_without_them(queries: int, items: int, seed: int) -> None:
+@given(st.integers(1, 20), st.integers(2, 30), st.integers(0, 10_000), st.booleans())
+def test_softmax_with_hidden_candidates_is_cross_entropy_without_them(
+    queries: int, items: int, seed: int, tiled: bool
+) -> None:
     g = torch.Generator().manual_seed(seed)
     query, vectors = (torch.randn(n, 5, generator=g, dtype=torch.double) for n in (queries, items))
     target = torch.randint(0, items, (queries,), generator=g)
@@ -274,7 +307,7 @@ def test_softmax_with_hidden_candidates_is_cross_entropy_without_them(queries: i
     expected = F.cross_entropy((query @ vectors.T).masked_fill(left_out, -math.inf), target, reduction="sum")
     hidden = Hidden(*torch.nonzero(left_out).T)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(softmax, "chunk_rows", lambda *_: 3)  # several chunks
+        in_parts(patch, tiled)
         candidates = CandidateVectors(vectors, torch.zeros(items, dtype=torch.double))
         found = sampled_softmax(query, candidates, target, torch.tensor(1.0, dtype=torch.double), hidden)
     torch.testing.assert_close(found, expected)
@@ -283,8 +316,10 @@ def test_softmax_with_hidden_candidates_is_cross_entropy_without_them(queries: i
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.integers(1, 12), st.lists(st.integers(0, 2), min_size=2, max_size=20), st.integers(0, 10_000))
-def test_softmax_by_domain_is_cross_entropy_among_the_targets_own(queries: int, domains: list[int], seed: int) -> None:
+@given(st.integers(1, 12), st.lists(st.integers(0, 2), min_size=2, max_size=20), st.integers(0, 10_000), st.booleans())
+def test_softmax_by_domain_is_cross_entropy_among_the_targets_own(
+    queries: int, domains: list[int], seed: int, tiled: bool
+) -> None:
     g = torch.Generator().manual_seed(seed)
     query, vectors = (torch.randn(n, 5, generator=g, dtype=torch.double) for n in (queries, len(domains)))
     target, domain = torch.randint(0, len(domains), (queries,), generator=g), torch.tensor(domains)
@@ -292,7 +327,7 @@ def test_softmax_by_domain_is_cross_entropy_among_the_targets_own(queries: int, 
     foreign = domain[target][:, None] != domain
     expected = F.cross_entropy((query @ vectors.T).masked_fill(foreign, -math.inf), target, reduction="sum")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(softmax, "chunk_rows", lambda *_: 3)  # several chunks
+        in_parts(patch, tiled)
         candidates = CandidateVectors(vectors, torch.zeros(len(domains), dtype=torch.double), domain)
         found = sampled_softmax(query, candidates, target, torch.tensor(1.0, dtype=torch.double))
     torch.testing.assert_close(found, expected)

@@ -1,6 +1,6 @@
-"""Our chunked sampled softmax beside plain cross-entropy over a [T, C] matrix, interleaved in one run.
+"""Our sampled softmax, in chunks and in tiles, beside plain cross-entropy over a [T, C] matrix, in turn in one run.
 
-Prints the time of forward and backward of each and their ratio. `python tools/benchmarks/softmax.py --help`
+Prints processor time of forward and backward of each, and ratios. `python tools/benchmarks/softmax.py --help`
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flm_torchrec.model import softmax
 from flm_torchrec.model.softmax import CandidateVectors, sampled_softmax
+
+Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def plain(query: Tensor, items: Tensor, target: Tensor) -> Tensor:
@@ -22,37 +26,52 @@ def plain(query: Tensor, items: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(query @ items.T, target, reduction="sum")
 
 
-def chunked(query: Tensor, items: Tensor, target: Tensor) -> Tensor:
-    """The same loss by our softmax, which never holds that matrix."""
-    return sampled_softmax(query, CandidateVectors(items, items.new_zeros(len(items))), target, items.new_ones(()))
+def ours(most_bytes: int, precision: torch.dtype) -> Way:
+    """The same loss by our softmax, in chunks where the logits of 128 queries take no more, else in tiles."""
+
+    def loss(query: Tensor, items: Tensor, target: Tensor) -> Tensor:
+        candidates = CandidateVectors(items, items.new_zeros(len(items)))
+        with mock.patch.object(softmax, "MOST_BYTES", {"cpu": most_bytes}):
+            return sampled_softmax(query, candidates, target, items.new_ones(()), precision=precision)
+
+    return loss
 
 
-def seconds(loss: Callable[[Tensor, Tensor, Tensor], Tensor], *inputs: Tensor) -> float:
-    """Time of a forward and a backward pass."""
-    started = time.perf_counter()
+def seconds(loss: Way, *inputs: Tensor) -> float:
+    """Processor time of a forward and a backward pass."""
+    started = time.process_time()
     loss(*inputs).backward()
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def main() -> None:
-    """Measure both in turn and print."""
+    """Measure all in turn and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=1700, help="queries of a step (default: %(default)s, Beauty's)")
     parser.add_argument("--items", type=int, default=12101, help="candidates (default: %(default)s, Beauty's)")
     parser.add_argument("--dim", type=int, default=64, help="width of the space (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=9, help="runs of each, in turn (default: %(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of ours (default: %(default)s)")
+    parser.add_argument("--ways", nargs="+", default=["plain", "chunks", "tiles"], help="default: %(default)s")
     args = parser.parse_args()
+    precision = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    known = {"plain": plain, "chunks": ours(2**62, precision), "tiles": ours(0, precision)}
     query = torch.randn(args.tokens, args.dim, requires_grad=True)
     items = torch.randn(args.items, args.dim, requires_grad=True)
     target = torch.randint(0, args.items, (args.tokens,))
-    for loss in (plain, chunked):
-        seconds(loss, query, items, target)
-    pairs = [
-        (seconds(plain, query, items, target), seconds(chunked, query, items, target)) for _ in range(args.repeats)
-    ]
-    for name, times in zip(("plain", "chunked"), zip(*pairs, strict=True), strict=True):
-        print(f"{name}: median {statistics.median(times) * 1e3:.1f} ms")
-    print(f"plain / chunked: median {statistics.median(a / b for a, b in pairs):.2f}")
+    times: dict[str, list[float]] = {way: [] for way in args.ways}
+    for repeat in range(args.repeats + 1):
+        for way in args.ways:
+            taken = seconds(known[way], query, items, target)
+            if repeat:  # the first is to warm up
+                times[way].append(taken)
+    first, *others = args.ways
+    for way in args.ways:
+        middle = statistics.median(times[way])
+        print(f"{way}: median {middle * 1e3:.1f} ms, {middle / args.tokens / args.items * 1e9:.2f} ns a pair")
+    for way in others:
+        ratios = [a / b for a, b in zip(times[first], times[way], strict=True)]
+        print(f"{first} / {way}: median {statistics.median(ratios):.2f}")
 
 
 if __name__ == "__main__":
