@@ -21,7 +21,7 @@ class Batch(Pipelineable):
 
     items: Tensor  # [N] int64: the items
     item_ids: KeyedJaggedTensor  # what to look up in the tables of items, see `item_lookups`; stride N, every length 1
-    item_features: KeyedJaggedTensor  # one key per sparse item feature, stride N or more (empty rows at the end)
+    item_features: KeyedJaggedTensor  # one key per sparse item feature, stride N
     item_dense: Tensor  # [N, F_item]
     item_domain: Tensor  # [N] int64: number of the item's domain in joint data; [0] in other data
     item_known: Tensor  # [N] float: 1 where a training event has the item, else 0: then its id says nothing

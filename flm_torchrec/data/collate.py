@@ -53,8 +53,6 @@ class Assembler:
         stats: of the training events; None: those of `train_mask`. The model knows no id outside of them.
         labels: [interactions] float32, 1 or 0, NaN where there is none. With labels, `stats` should hide the values,
             which the labels come from.
-        item_stride: minimum stride of `item_features`. Ranks that must agree on the stride over gloo (reduce-scatter
-            of row-wise tables) set it to the largest N that can occur.
     """
 
     def __init__(
@@ -63,10 +61,8 @@ class Assembler:
         train_mask: np.ndarray,
         stats: TrainStats | None = None,
         labels: np.ndarray | None = None,
-        item_stride: int = 0,
     ) -> None:
         self.data = data
-        self.item_stride = item_stride
         self.stats = TrainStats.of(data, train_mask, values=labels is None) if stats is None else stats
         self.coding = HistoryCoding(self.stats.value_mean, self.stats.value_scale, data.schema.timestamps)
         if labels is None:
@@ -181,15 +177,8 @@ class Assembler:
         return self.coding.code(events, previous, events.timestamp[starts])
 
     def _item_features(self, ids: np.ndarray) -> KeyedJaggedTensor:
-        """Sparse features of the items, with empty rows at the end up to the stride that ranks agree on."""
-        missing = max(0, self.item_stride - len(ids))
-        features = {f.name: self._remapped(self.data.items, f, ids) for f in self.item_features}
-        return _kjt(
-            {
-                name: Ragged(np.concatenate([r.offsets, np.full(missing, r.offsets[-1])]), r.values)
-                for name, r in features.items()
-            }
-        )
+        """Sparse features of the items."""
+        return _kjt({f.name: self._remapped(self.data.items, f, ids) for f in self.item_features})
 
     def _users(self, user: np.ndarray) -> KeyedJaggedTensor:
         """The ids of the users that training events hold, and the sparse features of all."""

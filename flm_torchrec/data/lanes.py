@@ -95,17 +95,6 @@ class LanePlan:
         ends = [np.cumsum(self.windows[lane]) for lane in units]
         return Deal(units, ends, np.array([end[-1] for end in ends]))
 
-    def most_sequences(self, epochs: int) -> int:
-        """An upper bound, not the smallest one, of the sequences of a rank in a step of the first epochs."""
-        ranks, most = self.sharing.world_size, 0.0
-        for number in range(epochs):
-            sizes = self.deal(number).sizes
-            # A step moves the position by no more than this, as counts are within 1/2 of position x size each.
-            move = (self.sharing.batch_size + self.lanes) / sizes.sum()
-            of_lane = np.floor(sizes * move) + 1
-            most = max(most, *(of_lane[rank::ranks].sum() for rank in range(ranks)))
-        return min(self.sharing.batch_size, int(most))
-
     def check_ranks(self) -> None:
         """Raise DataError where some ranks would have no lane, and so nothing to learn from, in any epoch."""
         if self.sharing.world_size > self.lanes:

@@ -24,6 +24,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from flm_torchrec.config.schema import TrainConfig
 from flm_torchrec.distributed.comm import Comm
+from flm_torchrec.distributed.lookups import JointLookup
 from flm_torchrec.distributed.replicas import Replicated, check_replicable, group_of
 from flm_torchrec.distributed.sharders import check_whole_rows, sharders
 from flm_torchrec.errors import ConfigError
@@ -80,6 +81,9 @@ def shard(
             data_parallel_wrapper=wrapper,
         )
     _hold_empty_shards(sharded)
+    # On a GPU, TorchRec's pipeline traces the model and starts the look-ups of the next batch by itself.
+    if comm.device.type == "cpu" and comm.world_size > replicas:
+        sharded.module.look_up = JointLookup(comm)
     for name, tensor in sharded.state_dict().items():
         if (
             isinstance(tensor, ShardedTensor) and tensor.dtype.is_floating_point

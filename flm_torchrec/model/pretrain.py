@@ -19,13 +19,15 @@ from flm_torchrec.model.fusion import LateFusion, SumFusion
 from flm_torchrec.model.losses import MAX_LOG_SCALE, make_losses
 from flm_torchrec.model.rows import Gather, share
 from flm_torchrec.model.tables import (
+    LookUp,
     history_tables,
     item_feature_tables,
     item_outputs,
     item_tables,
-    item_vectors,
+    look_up_in_turn,
     user_tables,
     user_weight_names,
+    vectors,
 )
 from flm_torchrec.model.tower import EmbeddingOutputs, Encoded, Tower, Widths
 
@@ -83,7 +85,7 @@ class Dense(nn.Module):
         embedded = EmbeddingOutputs(
             **rows,
             item_features=features,
-            user=_join(users, self.user_keys),
+            user=_join(users, self.user_keys)[: len(batch.lengths)],
             history=torch.cat([history[key].values() for key in HISTORY_KEYS], 1),
         )
         return self._result(batch, self.tower(embedded, batch))
@@ -117,6 +119,8 @@ class PretrainModel(nn.Module):
         self.item_features, self.managed_item_features = item_feature_tables(schema, model.dim)
         self.users, self.managed_users = user_tables(schema, model.dim)
         self.history = history_tables(schema, model.dim)
+        self.look_up: LookUp = look_up_in_turn
+        """`distributed/` may put another in its place."""
         self.dense = self.dense_kind(schema, model, loss, max_tokens, gather)
 
     @property
@@ -142,11 +146,22 @@ class PretrainModel(nn.Module):
 
         The loss is scaled such that the mean of its gradients over the ranks is the gradient of the global mean.
         """
-        items = item_vectors(self.item_id, batch.item_ids, self.managed_items)
-        features = pooled(self.item_features, self.managed_item_features, batch.item_features)
-        users = pooled(self.users, self.managed_users, batch.users)
-        history = self.history(batch.history)
-        return self.dense(batch, items, features, users, history)
+        asked = {
+            "item_id": batch.item_ids,
+            "history": batch.history,
+            "item_features": batch.item_features,
+            "managed_item_features": batch.item_features,
+            "users": batch.users,
+            "managed_users": batch.users,
+        }
+        held = [name for name in asked if getattr(self, name) is not None]
+        found = dict(zip(held, self.look_up([(getattr(self, name), asked[name]) for name in held]), strict=True))
+        items = vectors(found["item_id"], self.managed_items)
+        features, users = (
+            [vectors(found[name], name.startswith("managed_")) for name in names if name in found]
+            for names in (("item_features", "managed_item_features"), ("users", "managed_users"))
+        )
+        return self.dense(batch, items, features, users, found["history"])
 
 
 def user_weights(schema: Schema) -> dict[str, str]:
@@ -155,9 +170,9 @@ def user_weights(schema: Schema) -> dict[str, str]:
 
 
 def pooled(fixed: nn.Module | None, managed: nn.Module | None, features: KeyedJaggedTensor) -> list[KeyedTensor]:
-    """Outputs of the tables for their keys. A managed table also returns the rows of the ids, which are not used."""
+    """Outputs of the tables for their keys."""
     outputs = [] if fixed is None else [fixed(features)]
-    return outputs if managed is None else [*outputs, managed(features)[0]]
+    return outputs if managed is None else [*outputs, vectors(managed(features), managed=True)]
 
 
 def _join(features: list[KeyedTensor], keys: list[str]) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -124,7 +125,22 @@ def item_outputs(schema: Schema) -> dict[str, str]:
 
 def item_vectors(tables: nn.Module, features: KeyedJaggedTensor, managed: bool) -> dict[str, JaggedTensor]:
     """What `item_tables` gives for items, by the names of `item_outputs`."""
-    return tables(features)[0] if managed else tables(features)
+    found: dict[str, JaggedTensor] = vectors(tables(features), managed)
+    return found
+
+
+def vectors(found: Any, managed: bool) -> Any:
+    """Of what tables give: managed ones give their vectors and also the rows of the ids, which are not used."""
+    return found[0] if managed else found
+
+
+LookUp = Callable[[Sequence[tuple[nn.Module, KeyedJaggedTensor]]], list[Any]]
+"""Modules that hold tables, and the features to look up in each → their outputs."""
+
+
+def look_up_in_turn(asked: Sequence[tuple[nn.Module, KeyedJaggedTensor]]) -> list[Any]:
+    """The output of each module for its features."""
+    return [module(features) for module, features in asked]
 
 
 def item_feature_tables(schema: Schema, dim: int) -> Bags:

@@ -44,10 +44,7 @@ class ModelEncoder:
     ) -> None:
         self.dim = width(config.model.dim)
         self.max_history = config.data.max_history
-        # A block of items is a batch of as many candidates; a block of users has up to max_history items each.
-        sequences = max(config.eval.user_block, -(-config.eval.item_block // self.max_history))
-        rows = 0 if comm.world_size == 1 else min(data.schema.items, sequences * self.max_history)
-        self.assembler = Assembler(data, data.no_events, train_stats, item_stride=rows)
+        self.assembler = Assembler(data, data.no_events, train_stats)
         self.model = model
         self.data = data
         self.examples = examples

@@ -80,9 +80,8 @@ def _loader(job: Job, labels: np.ndarray) -> TrainLoader:
     """All events of the users who have a label, without negatives."""
     data, comm, config = job.data, job.comm, job.config
     splits = spans_of(data, labels)
-    item_rows = 0 if comm.world_size == 1 else data.schema.items
     stats = TrainStats.of(data, job.events.seen, values=False)
-    assembler = _UserAssembler(data, splits.train_mask(data), stats, labels, item_stride=item_rows)
+    assembler = _UserAssembler(data, splits.train_mask(data), stats, labels)
     none_drawn = Negatives(np.ones(data.schema.items), 0, 1.0)
     spans = windows(data, splits, config.data.max_history)
     return TrainLoader(spans, assembler, none_drawn, Sharing(config.train.batch_size, 0, comm.rank, comm.world_size))

@@ -9,7 +9,6 @@ from flm_torchrec.data.domain_shares import DomainShares, check_domains
 from flm_torchrec.data.lanes import LanePlan
 from flm_torchrec.data.loader import Loader, Sharing, TrainLoader
 from flm_torchrec.data.negatives import DrawnShare, Negatives
-from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.stream_loader import StreamLoader
 from flm_torchrec.data.survey import EventStream
 from flm_torchrec.data.windows import windows
@@ -32,14 +31,8 @@ def make_loader(data: PreparedData, events: RunEvents, config: Config, comm: Com
         counts = shares.item_counts(data, spans, events.learned_from)
     labels = events.labels.train if events.labels is not None else None
     drawn = config.loss.negatives if labels is None else 0
-    sequences = -(-config.train.batch_size // comm.world_size)
-    assembler = Assembler(
-        data,
-        events.learned_from,
-        stats=events.stats(data, values=labels is None),
-        labels=labels,
-        item_stride=most_items(data.schema, config, comm, sequences),
-    )
+    stats = events.stats(data, values=labels is None)
+    assembler = Assembler(data, events.learned_from, stats=stats, labels=labels)
     negatives = Negatives(counts, drawn, config.loss.negative_power, drawn_share(config, comm))
     return TrainLoader(spans, assembler, negatives, sharing, shares)
 
@@ -49,19 +42,10 @@ def _make_stream_loader(
 ) -> StreamLoader:
     check_domains(data, stream.counts)
     plan = LanePlan(stream, config.data.max_history, sharing)
-    stride = most_items(data.schema, config, comm, plan.most_sequences(config.train.epochs))
-    assembler = Assembler(data, data.no_events, stream.stats, item_stride=stride)
+    assembler = Assembler(data, data.no_events, stream.stats)
     power = config.loss.negative_power
     negatives = Negatives(stream.counts, config.loss.negatives, power, drawn_share(config, comm))
     return StreamLoader(plan, assembler, negatives)
-
-
-def most_items(schema: Schema, config: Config, comm: Comm, sequences: int) -> int:
-    """Maximum of different items in a rank's batch of so many sequences; 0 on one rank, where none must agree."""
-    if comm.world_size == 1:
-        return 0
-    drawn = schema.items if config.loss.negatives == "all" else config.loss.negatives
-    return min(schema.items, sequences * (config.data.max_history + 1) + -(-drawn // drawn_share(config, comm).ranks))
 
 
 def drawn_share(config: Config, comm: Comm) -> DrawnShare:

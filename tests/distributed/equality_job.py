@@ -31,6 +31,7 @@ from flm_torchrec.distributed.comm import Comm, process_group, ranks_on_this_hos
 from flm_torchrec.distributed.shard import kernels, make_optimizer, set_step, shard
 from flm_torchrec.distributed.sharders import BAG_TYPES, SHARDING_TYPES, BagSharder, SequenceSharder
 from flm_torchrec.errors import ConfigError
+from flm_torchrec.model.tables import LookUp, look_up_in_turn
 
 ROWS = {"odd": 13, "few": 7}  # neither divides by the ranks
 FEWER_THAN_RANKS = {"odd": 3, "few": 1}  # by rows, the last rank of four has none, and the others not of both
@@ -48,10 +49,13 @@ class Holder(nn.Module):
         super().__init__()
         self.tables = tables
         self.bags = bags
+        self.look_up: LookUp = look_up_in_turn
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
-        found = self.tables(features)
-        return found.to_dict() if self.bags else {k: v.values() for k, v in found.items()}
+        [found] = self.look_up([(self.tables, features)])
+        if self.bags:  # empty bags may stand at the end, where ranks sum vectors
+            return {k: v[: features.stride()] for k, v in found.to_dict().items()}
+        return {k: v.values() for k, v in found.items()}
 
 
 def new_tables(bags: bool, dim: int) -> nn.Module:
@@ -90,9 +94,9 @@ def plan_of(tables: nn.Module, kind: str, world: int, local: int) -> ShardingPla
 
 
 def batch_of(step: int, rank: int) -> KeyedJaggedTensor:
-    """Repeated rows, empty bags and a last row of each table among them."""
+    """Repeated rows, empty bags and a last row of each table among them; more bags on later ranks."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
-    lengths = torch.randint(0, 4, (len(FEATURES), BATCH), generator=generator)
+    lengths = torch.randint(0, 4, (len(FEATURES), BATCH + rank), generator=generator)
     values = [torch.randint(0, ROWS[t], (int(n.sum()),), generator=generator)
               for t, n in zip(FEATURES.values(), lengths, strict=True)]  # fmt: skip
     return KeyedJaggedTensor(keys=list(FEATURES), values=torch.cat(values), lengths=lengths.flatten())
@@ -119,8 +123,8 @@ class Reference:
             one = features[name]
             rows = self.weights[table][one.values()]
             if self.bags:
-                bag = torch.repeat_interleave(torch.arange(BATCH), one.lengths())
-                rows = torch.zeros(BATCH, rows.shape[1]).index_add(0, bag, rows)
+                bag = torch.repeat_interleave(torch.arange(features.stride()), one.lengths())
+                rows = torch.zeros(features.stride(), rows.shape[1]).index_add(0, bag, rows)
                 if POOLING[table] is PoolingType.MEAN:
                     rows = rows / one.lengths().clamp(min=1)[:, None]
             found[name] = rows

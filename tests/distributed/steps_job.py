@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from itertools import islice
 
 import numpy as np
@@ -16,6 +17,7 @@ from flm_torchrec.config import load_config
 from flm_torchrec.data.dataset import load_prepared
 from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, RankingProblem, rank_targets
 from flm_torchrec.training.job import open_job
+from tools.studies.scaling_job import Sent
 
 STEPS = 20
 
@@ -29,12 +31,15 @@ def main(path: str, output: str, overrides: list[str]) -> None:
     with open_job(config, data) as job:
         comm, model, plan, optimizer, loader = job.comm, job.model, job.plan, job.optimizer, job.loader
         losses = []
+        sent = Sent(comm.rank, comm.world_size)
+        sent.watch(model.module.dense.gather)
         model.train()
-        for batch in islice(loader.after(0), STEPS):
-            optimizer.zero_grad()
-            loss, outputs = model(batch)
-            loss.backward()
-            optimizer.step()
+        for step, batch in enumerate(islice(loader.after(0), STEPS)):
+            with sent if step == STEPS - 1 else nullcontext():
+                optimizer.zero_grad()
+                loss, outputs = model(batch)
+                loss.backward()
+                optimizer.step()
             shares = torch.stack(list(outputs.losses.values()))
             losses.append(comm.all_reduce_sum(shares).tolist())
         test = job.events.splits.test
@@ -46,7 +51,7 @@ def main(path: str, output: str, overrides: list[str]) -> None:
         total = comm.all_reduce_sum(torch.from_numpy(everyone))
         if comm.main:
             types = sorted({c.sharding_type for m in plan.plan.values() for c in m.values()})
-            result = {"losses": losses, "ranks": total.tolist(), "sharding": types}
+            result = {"losses": losses, "ranks": total.tolist(), "sharding": types, "collectives": dict(sent.calls)}
             with open(output, "w", encoding="utf-8") as file:
                 json.dump(result, file)
 

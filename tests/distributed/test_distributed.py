@@ -57,6 +57,12 @@ def test_losses_and_ranks_do_not_depend_on_ranks_or_sharding(  # type: ignore[no
     # The fusion learns a few held-out events a step: too few for its loss to fall surely in 20 steps.
     assert losses.shape == (20, 6) and losses[0, :3].sum() > losses[-1, :3].sum()
     np.testing.assert_allclose(losses, alone, rtol=1e-4)
+    # Sizes and ids of all tables; vectors and gradients of four modules; the number of bags where ranks sum vectors; of
+    # the losses three; the dense gradients. The guard has one more.
+    collectives = 2 + 8 + (sharding == "row_wise") + 3 + 1
+    if sharding != "auto":  # which may give one module tables of two types: vectors and gradients of each
+        assert sum(many["collectives"].values()) == collectives
+    assert 0 < sum(many["collectives"].values()) + 1 < 20
     # The weights differ in their last bits after 20 steps, so a near tie may fall the other way.
     assert np.mean(np.array(many["ranks"]) == np.array(one[negatives]["ranks"])) > 0.95
 

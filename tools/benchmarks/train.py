@@ -207,17 +207,7 @@ def inside(args: argparse.Namespace, running: list[TrainerProcess]) -> None:
 
 
 def growth(args: argparse.Namespace, path: str) -> None:
-    """Print the time of our step, three heads, as length and batch grow; then the speed of one rank and of two."""
-    _growth_of_a_step(args, path)
-    for ranks in (1, 2):
-        settings = our_settings(args, path, "loss.precision=bf16", "distributed.threads=1")
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "-m", OURS]
-        command = [*launcher, json.dumps({"config": "", "settings": settings}), "20"]
-        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-        print(f"{ranks} ranks of one thread, sequences/s and stages in ms: {done.stdout.strip()}", flush=True)
-
-
-def _growth_of_a_step(args: argparse.Namespace, path: str) -> None:
+    """Print the time of our step, three heads, as length and batch grow."""
     cases = [f"data.max_history={n}" for n in (12, 25, 50, 100, 200)]
     cases += [f"train.batch_size={n}" for n in (64, 128, 256, 512)]
     with ExitStack() as stack:
@@ -256,7 +246,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=120, help="most seconds to it (default: %(default)s)")
     parser.add_argument("--validate-every", type=int, default=40, help="steps between (default: %(default)s)")
     parser.add_argument("--roofline", action="store_true", help="stages and roofline of our steps too")
-    parser.add_argument("--growth", action="store_true", help="cost by length, batch and ranks too")
+    parser.add_argument("--growth", action="store_true", help="cost by length and batch too")
     args = parser.parse_args()
     for path in args.data:
         with tempfile.TemporaryDirectory() as name, ExitStack() as stack:

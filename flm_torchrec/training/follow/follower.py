@@ -44,7 +44,7 @@ from flm_torchrec.training.follow.sources import Chunk, EventSource, open_source
 from flm_torchrec.training.guard import NON_FINITE, Guard
 from flm_torchrec.training.identity import open_run
 from flm_torchrec.training.job import Job, JobInputs, open_inputs
-from flm_torchrec.training.loaders import drawn_share, most_items
+from flm_torchrec.training.loaders import drawn_share
 from flm_torchrec.training.logger import RunLogger
 from flm_torchrec.training.run_events import ANY_RANKS, IN_MEMORY
 from flm_torchrec.training.run_folder import claimed, open_run_folder
@@ -393,11 +393,9 @@ class _Follower:
 
     def _loader(self, is_new: np.ndarray) -> TrainLoader:
         config, known, comm = self.config, self.histories, self.comm
-        sequences = -(-config.train.batch_size // comm.world_size)
-        stride = most_items(known.data.schema, config, comm, sequences)
         return TrainLoader(
             new_windows(known.data, is_new, config.data.max_history),
-            Assembler(known.data, known.learnable, known.train_stats, item_stride=stride),
+            Assembler(known.data, known.learnable, known.train_stats),
             Negatives(known.counts, config.loss.negatives, config.loss.negative_power, drawn_share(config, comm)),
             Sharing(config.train.batch_size, config.train.seed, comm.rank, comm.world_size),
         )
