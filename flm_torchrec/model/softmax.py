@@ -175,7 +175,9 @@ def _in_chunks(scaled: Tensor, items: Tensor, fixed: _Fixed) -> tuple[Tensor, Te
 
 def _in_tiles(scaled: Tensor, items: Tensor, fixed: _Fixed, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     target, none = fixed.target, fixed.target[:0]
-    made_of = (scaled, items, -fixed.log_q, (scaled * items[target]).sum(1))
-    scored = Scored(*(x.to(fixed.precision) for x in made_of), fixed.domain)
+    query, low_items, correction, truth = (
+        x.to(fixed.precision) for x in (scaled, items, -fixed.log_q, (scaled * items[target]).sum(1))
+    )
+    scored = Scored(query, low_items, correction, truth, fixed.domain)
     hidden = (none, none) if fixed.hidden is None else (fixed.hidden.rows, fixed.hidden.columns)
     return tiled_softmax(scored, Tiles(target, hidden, len(items), shape), items.dtype)
