@@ -35,18 +35,25 @@ SUMMED_OVER_RANKS = {
 class JointLookup:
     """Looks up in several sharded modules, where each module alone would exchange sizes, lengths and ids by itself.
 
-    The parts are TorchRec's: its input pipeline for GPUs shares the exchange of sizes in the same way, but not that of
-    lengths and ids. Results are those of the modules called in turn.
+    The parts are TorchRec's: its input pipeline, which GPUs train with, shares the exchange of sizes in the same way,
+    but not that of lengths and ids. Outside of that pipeline, modules on a GPU look up in turn. Results are those of
+    the modules called in turn, with empty bags at the end where ranks sum vectors.
     """
 
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
+        self.together = comm.device.type == "cpu"
         self.begun = False
+        """TorchRec makes what distributes the ids of a module at its first call."""
 
     def __call__(self, asked: Sequence[tuple[nn.Module, KeyedJaggedTensor]]) -> list[Any]:
         """The output of each module for its features, as if it were called. Collective."""
-        given = self._as_long_on_each_rank(asked)
-        if not self.begun:  # TorchRec makes what distributes the ids of a module at its first call
+        summed = [features for module, features in asked if sums_over_ranks(module)]
+        padded = iter(as_long_on_each_rank(summed, self.comm))
+        given: list[tuple[Any, KeyedJaggedTensor]] = [
+            (module, next(padded) if sums_over_ranks(module) else features) for module, features in asked
+        ]
+        if not self.together or not self.begun:
             self.begun = True
             return [module(features) for module, features in given]
         contexts = [module.create_context() for module, _ in given]
@@ -63,27 +70,25 @@ class JointLookup:
             found.append(module.compute_and_output_dist(context, KJTListAwaitable(parts, context).wait()))
         return found
 
-    def _as_long_on_each_rank(
-        self, asked: Sequence[tuple[nn.Module, KeyedJaggedTensor]]
-    ) -> list[tuple[nn.Module, KeyedJaggedTensor]]:
-        """Empty rows at the end of features whose vectors ranks sum: gloo has no reduce-scatter of unequal parts."""
-        summed = [_is_summed(module) for module, _ in asked]
-        if not any(summed):
-            return list(asked)
-        own = torch.tensor([features.stride() for _, features in asked])
-        most = torch.stack(self.comm.all_gather(own)).amax(0).tolist()
-        return [
-            (module, _padded(features, stride) if of_sums else features)
-            for (module, features), stride, of_sums in zip(asked, most, summed, strict=True)
-        ]
 
-
-def _is_summed(module: nn.Module) -> bool:
+def sums_over_ranks(module: nn.Module) -> bool:
+    """Whether ranks sum parts of the vectors that a sharded module gives."""
     return any(
         not SUMMED_OVER_RANKS.isdisjoint(bags._sharding_types)
         for bags in module.modules()
         if isinstance(bags, ShardedEmbeddingBagCollection)
     )
+
+
+def as_long_on_each_rank(features: Sequence[KeyedJaggedTensor], comm: Comm) -> list[KeyedJaggedTensor]:
+    """With empty bags at the end, up to the largest number on any rank: a reduce-scatter over gloo needs equal parts.
+
+    Collective, unless there are no features.
+    """
+    if not features:
+        return []
+    most = torch.stack(comm.all_gather(torch.tensor([part.stride() for part in features]))).amax(0).tolist()
+    return [_padded(part, stride) for part, stride in zip(features, most, strict=True)]
 
 
 def _padded(features: KeyedJaggedTensor, stride: int) -> KeyedJaggedTensor:

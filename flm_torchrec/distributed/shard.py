@@ -81,8 +81,7 @@ def shard(
             data_parallel_wrapper=wrapper,
         )
     _hold_empty_shards(sharded)
-    # On a GPU, TorchRec's pipeline traces the model and starts the look-ups of the next batch by itself.
-    if comm.device.type == "cpu" and comm.world_size > replicas:
+    if comm.world_size > replicas:
         sharded.module.look_up = JointLookup(comm)
     for name, tensor in sharded.state_dict().items():
         if (

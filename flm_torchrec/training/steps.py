@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from flm_torchrec.data.batch import Batch
+from flm_torchrec.distributed.lookups import as_long_on_each_rank, sums_over_ranks
 from flm_torchrec.distributed.replicas import average_replicas
 from flm_torchrec.model.pretrain import Outputs
+from flm_torchrec.model.tables import look_up_in_turn
 from flm_torchrec.training.guard import Guard
 from flm_torchrec.training.schedule import Schedule
 
@@ -71,11 +74,15 @@ class PipelinedSteps(TrainPipelineSparseDist[Batch, Outputs]):
         self.guard = guard
         self.number = 0
         self.learns = True
+        self.tables = model.module
+        self.look_up = self.tables.look_up
+        self.summed = [name for name in ("item_features", "users") if any(map(sums_over_ranks, self._bags(name)))]
 
     def take(self, batches: Iterator[Batch], step: int) -> Outputs | None:
         """As `PlainSteps.take`."""
         self.schedule.set(step)
         self.number = step + 1
+        self.tables.look_up = look_up_in_turn  # of what the pipeline has distributed
         outputs = self.progress(batches)
         return outputs if self.learns else None
 
@@ -83,6 +90,19 @@ class PipelinedSteps(TrainPipelineSparseDist[Batch, Outputs]):
         """Leave the model to others until the next step. Attached modules would give them inputs of the next batch."""
         if self._model_attached:
             self.detach()
+        self.tables.look_up = self.look_up
+
+    def _bags(self, name: str) -> list[nn.Module]:
+        """The modules that look up in the field `name` of a batch."""
+        fixed, managed = getattr(self.tables, name), getattr(self.tables, f"managed_{name}")
+        return [module for module in (fixed, managed) if module is not None]
+
+    def _next_batch(self, dataloader_iter: Iterator[Batch]) -> Batch | None:
+        batch = super()._next_batch(dataloader_iter)
+        if batch is None or not self.summed:
+            return batch
+        padded = as_long_on_each_rank([getattr(batch, name) for name in self.summed], self.guard.comm)
+        return replace(batch, **dict(zip(self.summed, padded, strict=True)))
 
     def _forward(self, batch: Batch | None) -> tuple[Tensor, Outputs]:
         loss, outputs = self._model(batch)
