@@ -61,12 +61,14 @@ OURS = "make venv"
 ADAPTERS = {
     "baselines": Adapter("run_baselines", ("flm_torchrec",), OURS, seeded=False),
     "flm": Adapter("run_flm", ("flm_torchrec", "torch", "torchrec"), OURS),
-    "implicit": Adapter("run_implicit", ("implicit", "pyarrow"), "pip install implicit==0.7.3 pyarrow"),
+    "implicit": Adapter("run_implicit", ("implicit", "pyarrow"), "pip install implicit==0.7.3 pyarrow==21.0.0"),
     "rectools": Adapter(
-        "run_rectools", ("rectools", "torch", "pyarrow"), "pip install 'rectools[torch]==0.19.0' pyarrow torch"
+        "run_rectools", ("rectools", "torch", "pyarrow"), "pip install 'rectools[torch]==0.19.0' pyarrow==21.0.0"
     ),
     "recbole": Adapter(
-        "run_recbole", ("recbole", "torch", "pyarrow"), "see the commands at the top of tools/benchmarks/train.py"
+        "run_recbole",
+        ("recbole", "torch", "pyarrow"),
+        "install it by the commands at the top of tools/benchmarks/train.py, and pip install pyarrow==21.0.0",
     ),
 }
 
@@ -241,9 +243,10 @@ def _run(args: argparse.Namespace) -> None:
     elif args.verb == "table":
         show(suite, args.share)
     else:
+        python = os.path.abspath(shutil.which(args.python) or args.python)  # adapters run in another folder
         for name in args.adapters:
             for seed in args.seeds if ADAPTERS[name].seeded else args.seeds[:1]:
-                AdapterRun(suite, name, seed, args.python, args.minutes).execute()
+                AdapterRun(suite, name, seed, python, args.minutes).execute()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
