@@ -74,6 +74,8 @@ class Feature:
     """Numbers per entity (dense kinds; 1 for numeric)."""
     ngrams: int = 0
     """A text is hashed by runs of up to so many words; 0: data of an older version, which has single words."""
+    encoder: str = ""
+    """Of a dense feature: the digest of the text encoder that made its vectors; empty: vectors as they were given."""
     mean: float = 0.0
     """Mean of a numeric feature before it was standardised."""
     deviation: float = 0.0

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import get_args
 
 from flm_torchrec.data.schema import Kind
 from flm_torchrec.errors import DataError
 from flm_torchrec.names import nearest
+from flm_torchrec.prepare.text_encoder import encoder_kind
 
 ROLES = ("user", "item", "timestamp", "event", "value")
 RESERVED = ("key", "id", "item_id", "user_id", "item_key", "user_key")
@@ -41,27 +43,43 @@ def check_columns(columns: Mapping[str, str]) -> None:
             raise DataError(f"--columns: name the column of the {role}, e.g. {role}={role}_id")
 
 
-def parse_kinds(text: str, option: str) -> dict[str, Kind]:
-    """`brand:categorical,price:numeric` → kind by column.
+def parse_kinds(text: str, option: str) -> dict[str, str]:
+    """`brand:categorical,price:numeric,title:text@FOLDER` → kind by column, as it is written.
 
     Raises:
-        DataError: not of that form, an unknown kind, or a name that cannot be a feature's.
+        DataError: not of that form, an unknown kind, a name that cannot be a feature's, or a folder without an encoder.
     """
-    kinds: dict[str, Kind] = {}
+    kinds: dict[str, str] = {}
     for part in filter(None, map(str.strip, text.split(","))):
-        name, _, kind = map(str.strip, part.rpartition(":"))
-        if not name or kind not in get_args(Kind):
+        name, _, kind = map(str.strip, part.partition(":") if "@" in part else part.rpartition(":"))
+        if not name:
             raise DataError(f"{option}: '{part}' is not COLUMN:KIND; {nearest(kind, get_args(Kind))}")
-        kinds[name] = kind  # type: ignore[assignment]
+        kinds[name] = kind
     check_kinds(kinds, option)
     return kinds
 
 
-def check_kinds(kinds: Mapping[str, Kind], option: str) -> None:
-    """Raise DataError where a name cannot be a feature's."""
-    for name, kind in kinds.items():
+def check_kinds(kinds: Mapping[str, str], option: str) -> None:
+    """Raise DataError where a name or a kind cannot be a feature's."""
+    for name, given in kinds.items():
+        kind, folder = kind_and_encoder(given)
+        if kind not in get_args(Kind):
+            raise DataError(f"{option}: '{name}:{given}' is not COLUMN:KIND; {nearest(kind, get_args(Kind))}")
         # The name becomes that of a file and of a module of the model.
         if not re.fullmatch(r"\w+", name) or name in RESERVED:
             raise DataError(f"{option}: '{name}' cannot name a feature; rename the column, in letters, digits and _")
-        if kind == "text" and f"{name}_tokens" in kinds:
-            raise DataError(f"{option}: '{name}_tokens' is where the words of '{name}' go; rename the column")
+        made = [(f"{name}_tokens", "words")] if kind == "text" else []
+        made += [(f"{name}_vector", "vectors")] if folder is not None else []
+        for other, what in made:
+            if other in kinds:
+                raise DataError(f"{option}: '{other}' is where the {what} of '{name}' go; rename the column")
+        if folder is not None:
+            if kind != "text":
+                raise DataError(f"{option}: '{name}:{given}': only a text has an encoder; write {name}:text@FOLDER")
+            encoder_kind(folder, f"{option}: '{name}:{given}'")
+
+
+def kind_and_encoder(given: str) -> tuple[str, Path | None]:
+    """`text@FOLDER` → the kind and the folder of its encoder, None where no encoder is named."""
+    kind, at, folder = given.partition("@")
+    return kind, Path(folder) if at else None

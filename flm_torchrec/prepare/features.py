@@ -163,4 +163,5 @@ def _sparse(declared: DeclaredFeature, column: str, cardinality: int) -> Feature
 
 
 def _dense(declared: DeclaredFeature, width: int) -> Feature:
-    return Feature(declared.name, declared.entity, declared.kind, declared.name, width=width)
+    encoder = declared.encoder
+    return Feature(declared.name, declared.entity, declared.kind, declared.name, width=width, encoder=encoder)

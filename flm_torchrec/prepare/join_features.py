@@ -147,7 +147,7 @@ def _joint(feature: Feature, domains: Sequence[Domain], apart: Sequence[str]) ->
 def _check_alike(one: Domain, feature: Feature, other: Domain, same: Feature) -> None:
     """Raise DataError where two domains have one feature in two ways; the message names both folders."""
     compared = ["kind", "table", "column"]
-    compared += {"text": ["cardinality", "ngrams"], "dense": ["width"]}.get(feature.kind, [])
+    compared += {"text": ["cardinality", "ngrams"], "dense": ["width", "encoder"]}.get(feature.kind, [])
     for name in compared:
         before, now = getattr(feature, name), getattr(same, name)
         if before != now:

@@ -10,13 +10,14 @@ import codecs
 import re
 from collections.abc import Callable
 from dataclasses import field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from flm_torchrec.data.schema import Entity, Kind, Table
-from flm_torchrec.prepare.column_options import check_columns, check_kinds, parse_columns, parse_kinds
+from flm_torchrec.prepare.column_options import check_columns, check_kinds, kind_and_encoder, parse_columns, parse_kinds
 from flm_torchrec.prepare.memory import GIB, memory_bytes
 from flm_torchrec.prepare.table_options import parse_tables
 
@@ -215,8 +216,19 @@ class EntityTable:
     """A file, a folder, a pattern or an address."""
     key: str
     """Column of the ids."""
-    kinds: dict[str, Kind]
-    """Kind by column, of its features."""
+    given: dict[str, str]
+    """Kind by column, of its features, as it was given: with the encoder of a text."""
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """Kind by column."""
+        return {name: kind_and_encoder(given)[0] for name, given in self.given.items()}  # type: ignore[misc]
+
+    @property
+    def encoders(self) -> dict[str, Path]:
+        """Folder of the text encoder by column, of the columns that have one."""
+        folders = {name: kind_and_encoder(given)[1] for name, given in self.given.items()}
+        return {name: folder for name, folder in folders.items() if folder is not None}
 
     @property
     def option(self) -> str:
@@ -246,11 +258,12 @@ class LogOptions:
     ] = ""
     item_key: Annotated[str, Field(title="COLUMN", description="id column of --items")] = "item_id"
     item_features: Annotated[
-        dict[str, Kind],
+        dict[str, str],
         _parsed(lambda text: parse_kinds(text, "--item-features")),
         Field(
             title="COLUMN:KIND,…",
-            description="columns of --items; kinds: categorical, multi_categorical, text, numeric, quantile, dense",
+            description="columns of --items; kinds: categorical, multi_categorical, text, numeric, quantile, dense;"
+            " text@FOLDER: by its words, and by vectors of the text encoder in the folder",
         ),
     ] = field(default_factory=dict)
     users: Annotated[
@@ -258,7 +271,7 @@ class LogOptions:
     ] = ""
     user_key: Annotated[str, Field(title="COLUMN", description="id column of --users")] = "user_id"
     user_features: Annotated[
-        dict[str, Kind],
+        dict[str, str],
         _parsed(lambda text: parse_kinds(text, "--user-features")),
         Field(title="COLUMN:KIND,…", description="columns of --users; kinds as of --item-features"),
     ] = field(default_factory=dict)
@@ -269,6 +282,10 @@ class LogOptions:
     title: Annotated[
         str, Field(title="COLUMN", description="text feature of --items to show to people; none: the id")
     ] = ""
+    text_cache: Annotated[
+        str,
+        Field(title="FOLDER", description="keeps vectors of text@FOLDER for the next preparation; none: encode again"),
+    ] = ""
     form: TextForm = field(default_factory=TextForm)
 
     @model_validator(mode="after")
@@ -278,7 +295,7 @@ class LogOptions:
             check_kinds(kinds, f"--{entity}-features")
             if kinds and not file:
                 raise ValueError(f"--{entity}-features: name the file that has them with --{entity}s")
-        if self.title and self.item_features.get(self.title) != "text":
+        if self.title and kind_and_encoder(self.item_features.get(self.title, ""))[0] != "text":
             raise ValueError(f"--title '{self.title}': declare it in --item-features as {self.title}:text")
         return self
 

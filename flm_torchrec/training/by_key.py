@@ -11,7 +11,7 @@ import torch
 from flm_torchrec.data.schema import Entity
 from flm_torchrec.data.vocabulary import ENTITIES, RowKeys, RowMatch, match_rows
 from flm_torchrec.distributed.rows import held_by_rank
-from flm_torchrec.errors import FlmError, RunError
+from flm_torchrec.errors import DataError, FlmError, RunError
 from flm_torchrec.training.build import make_model
 from flm_torchrec.training.checkpoint import storage
 from flm_torchrec.training.checkpoint.by_key import MODEL, fill_by_key, table_weights, weight_of
@@ -82,12 +82,14 @@ def load_source(job: Job) -> str | None:
 
     Raises:
         RunError: the source's best model is damaged, or shares nothing with this model.
+        DataError: the vectors of a feature are of another text encoder than the source's.
     """
     tuning = job.config.finetune
     if tuning.start != "pretrained":
         return None
     source = Path(tuning.source)
     old, new = vocabularies(source, job)
+    _refuse_other_encoders(old, new)
     matches: dict[str, RowMatch] = {}
     reasons = []
     for weight, table, keys in _tables(job):
@@ -107,6 +109,23 @@ def load_source(job: Job) -> str | None:
             f" {old.schema.source}: another domain, so users and items begin anew"
         )
     return "\n".join([*lines, *told(matches)])
+
+
+def _refuse_other_encoders(old: RowKeys, new: RowKeys) -> None:
+    """Vectors of two encoders have nothing in common, even where they are equally wide."""
+    before = {(f.entity, f.name): f.encoder for f in old.schema.features}
+    for feature in new.schema.features:
+        known = before.get((feature.entity, feature.name), feature.encoder)
+        if known != feature.encoder:
+            raise DataError(
+                f"{new.folder}: feature '{feature.name}' has vectors of {_encoder(feature.encoder)}, and those of the"
+                f" source are of {_encoder(known)}; prepare both with one encoder, or leave the feature out with"
+                " --data.features"
+            )
+
+
+def _encoder(digest: str) -> str:
+    return f"the text encoder {digest}" if digest else "no text encoder"
 
 
 def told(matches: dict[str, RowMatch]) -> list[str]:

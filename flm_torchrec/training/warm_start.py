@@ -176,9 +176,10 @@ def _check_features(old: RowKeys, new: RowKeys) -> None:
 
 
 def _form(feature: Feature) -> str:
-    """Entity, kind and width of a feature, and the table of its values."""
+    """Entity, kind, width and text encoder of a feature, and the table of its values."""
     parts: list[str] = [feature.entity, feature.kind]
     parts += [f"of width {feature.width}"] if feature.width else []
+    parts += [f"of text encoder {feature.encoder}"] if feature.encoder else []
     parts += [f"of runs of up to {feature.ngrams} words"] if feature.ngrams > 1 else []
     parts += [f"with table {feature.table}"] if feature.table not in ("", f"{feature.entity}_{feature.name}") else []
     return " ".join(parts)

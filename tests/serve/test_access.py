@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
-import httpx
+import httpx2
 import pytest
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
@@ -120,8 +120,8 @@ def test_a_client_has_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_clients_and_routes_that_are_counted_are_bounded() -> None:
     rates = Rates(1)
-    for client in range(CLIENTS + 5):
-        rates.take(str(client))
+    for number in range(CLIENTS + 5):
+        rates.take(str(number))
     assert len(rates.left) == CLIENTS and "0" not in rates.left
     with client_of() as client:
         counted = []
@@ -190,7 +190,7 @@ def test_no_header_opens_or_breaks_the_server(
     named = [(name.encode(), value) for name, value in headers.items()]
     try:
         response = client.request(method, path, headers=named, content=body, follow_redirects=False)
-    except (ValueError, UnicodeError, httpx.InvalidURL):
+    except (ValueError, UnicodeError, httpx2.InvalidURL):
         return  # the client itself refuses to send it
     assert response.status_code < 500
     if path.startswith("/v1/"):
@@ -249,7 +249,7 @@ def test_one_traceback_a_minute_is_printed() -> None:
 def test_every_request_has_an_id(
     client: TestClient, given_id: str, kept: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    headers = {"X-Request-ID": given_id.encode("latin-1"), "X-API-Key": KEYS["admin"].encode()}
+    headers = {b"X-Request-ID": given_id.encode("latin-1"), b"X-API-Key": KEYS["admin"].encode()}
     answer = client.post("/v1/swap", json={"export": "e"}, headers=headers)
     found = answer.headers["X-Request-ID"]
     assert (found == given_id) == kept and 0 < len(found) <= 64

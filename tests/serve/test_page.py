@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import httpx
+import httpx2
 import pytest
 import uvicorn
 
@@ -95,7 +95,7 @@ def add(page: sync_api.Page, text: str) -> None:
 def test_a_user_is_picked_and_each_head_answers(page: sync_api.Page, server: str) -> None:
     pick(page, "u7")
     for head in ("fused", "content", "collaborative", "sequential"):
-        answer = httpx.post(f"{server}/v1/recommend", json={"user": "u7", "head": head}).json()
+        answer = httpx2.post(f"{server}/v1/recommend", json={"user": "u7", "head": head}).json()
         assert titles(page, head) == [item["title"] for item in answer["items"]]
 
 
@@ -127,7 +127,7 @@ def test_why_opens(page: sync_api.Page) -> None:
 
 
 def test_the_map_is_drawn_and_tells_titles(page: sync_api.Page, server: str) -> None:
-    items = httpx.get(f"{server}/v1/map").json()["of"]
+    items = httpx2.get(f"{server}/v1/map").json()["of"]
     expect(page.locator("#map-note")).to_contain_text(f"{items} items; 0 of 0 of the history")
     coloured = """canvas => {
         const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
@@ -152,8 +152,8 @@ def test_the_map_is_drawn_and_tells_titles(page: sync_api.Page, server: str) -> 
 
 
 def test_titles_are_text_whatever_they_hold(page: sync_api.Page, server: str) -> None:
-    genre = httpx.get(f"{server}/v1/catalogue").json()["features"]["genre"][0]
-    added = httpx.post(f"{server}/v1/items", json={"item": "<b>", "title": HOSTILE, "features": {"genre": genre}})
+    genre = httpx2.get(f"{server}/v1/catalogue").json()["features"]["genre"][0]
+    added = httpx2.post(f"{server}/v1/items", json={"item": "<b>", "title": HOSTILE, "features": {"genre": genre}})
     assert added.status_code == 200
     page.get_by_label("Items", exact=True).fill("100")
     page.locator("#filters select[name=genre]").select_option(genre)

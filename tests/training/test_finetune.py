@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +225,20 @@ def test_wrong_requests_end_in_one_line(source: Path, tmp_path: Path, capsys: py
     assert main(["train", "--config", str(config)]) == 2 and "flm finetune" in capsys.readouterr().err
     label = ["--finetune.source", str(source), "--train.run", str(tmp_path / "t"), "--finetune.task", "label"]
     assert "label/auc" in error(*label, "--train.select", "label/auk")
+
+
+def test_vectors_of_another_encoder_are_refused(
+    small: PreparedData, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here the source's data name no encoder, and the new data name one."""
+    shutil.copytree(small.path, tmp_path / "data")
+    schema = small.schema
+    features = [replace(f, encoder="0123456789abcdef") if not f.sparse else f for f in schema.features]
+    replace(schema, features=tuple(features)).save(tmp_path / "data" / "schema.yaml")
+    assert tune(source, tmp_path / "run", f"--data.path={tmp_path / 'data'}") == 2
+    told = capsys.readouterr().err
+    assert "feature 'price' has vectors of the text encoder 0123456789abcdef, and those of the source are of no" in told
+    assert told.count("\n") == 1 and not (tmp_path / "run" / "pretrained").exists()
 
 
 def test_values_that_will_be_labels_are_hidden_from_pretraining(rated: Path, source: Path) -> None:

@@ -25,6 +25,8 @@ from flm_torchrec.prepare.sources.number_text import read_numbers
 from flm_torchrec.prepare.sources.shards import CsvShard, InputFile, ParquetShard, TableShard, find_files
 from flm_torchrec.prepare.sources.source_data import DeclaredFeature, Shard, SourceData
 from flm_torchrec.prepare.sources.tables import cast
+from flm_torchrec.prepare.text_encoder import encoder_digest
+from flm_torchrec.prepare.text_vectors import ENDING, text_vectors
 from flm_torchrec.safe_text import redact_address
 
 NO_TABLES: Mapping[Entity, pa.Table] = MappingProxyType({})
@@ -70,14 +72,20 @@ def _with_tables(
 ) -> SourceData:
     options, in_memory = described
     notes = Dropped()
-    tables = {t.entity: _described(t, options, notes, in_memory.get(t.entity)) for t in options.entity_tables}
+    tables, features = {}, []
+    for table in options.entity_tables:
+        digests = {name: encoder_digest(folder) for name, folder in table.encoders.items()}
+        rows = _described(table, options, notes, in_memory.get(table.entity))
+        tables[table.entity] = _with_vectors(rows, table, digests, options.text_cache)
+        features += [DeclaredFeature(name, table.entity, kind) for name, kind in table.kinds.items()]
+        features += [DeclaredFeature(name + ENDING, table.entity, "dense", of) for name, of in digests.items()]
     return SourceData(
         name=name,
         source=source,
         interactions=tuple(shards),
         items=tables.get("item"),
         users=tables.get("user"),
-        features=tuple(DeclaredFeature(n, t.entity, k) for t in options.entity_tables for n, k in t.kinds.items()),
+        features=tuple(features),
         title=options.title,
         timestamps="timestamp" in options.columns,
         warnings=tuple(notes.notes),
@@ -143,3 +151,10 @@ def _described(
         notes.note(f"{table.option} {file}: {ids.null_count()} rows have no id in '{table.key}' and are left out")
     described = pl.DataFrame([ids, *columns]).filter(pl.col("key").is_not_null())
     return one_row_a_key(described, table, options.duplicates, notes.note)
+
+
+def _with_vectors(described: pl.DataFrame, table: EntityTable, digests: Mapping[str, str], cache: str) -> pl.DataFrame:
+    """With a column of vectors for each text that has an encoder."""
+    return described.with_columns(
+        text_vectors(described[name], folder, digests[name], cache) for name, folder in table.encoders.items()
+    )

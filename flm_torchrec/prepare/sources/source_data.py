@@ -25,6 +25,8 @@ class DeclaredFeature:
     name: str
     entity: Entity
     kind: Kind
+    encoder: str = ""
+    """Digest of the text encoder that made its vectors."""
 
 
 class Shard(Protocol):
