@@ -32,7 +32,8 @@ class EvaluateOptions:
     sample: bool = False
     """Load and rank only the users that a run with `data.stream` validated on."""
     by: Sequence[str] = ()
-    """Of "items" and "users": break results down by how popular the item is, and by how much is known of the user."""
+    """Of "items", "users" and "events": break results down by how popular the item is, how much is known of the user,
+    and the kind of the next event."""
     overrides: Sequence[str] = ()
     """Of the run's settings."""
     given: Mapping[str, str] | None = None

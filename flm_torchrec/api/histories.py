@@ -52,6 +52,13 @@ class HistoryTable:
         self.times, self.codes = times[chosen], _codes(frame, tower)[chosen]
         self.values = _values(frame)[chosen]
 
+    def had(self, some: slice) -> Ragged:
+        """The items that recommendations leave out, for a range of users."""
+        users = self.seen.take(np.arange(some.start, some.stop))
+        first = int(self.seen.offsets[some.start])
+        kept = self.tower.predicted[self.codes[first : first + len(users.values)]]
+        return Ragged(np.concatenate([[0], np.cumsum(kept)])[users.offsets], users.values[kept])
+
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Ranges of users, and their vectors [q, heads + 1, D], fused last."""
         nothing = np.zeros((0, self.tower.dim), np.float32)

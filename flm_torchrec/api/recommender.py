@@ -294,7 +294,7 @@ class Recommender:
         tables = [COLUMNS.empty_table()]
         for some, vectors in histories.blocks():
             by_head = {head: np.ascontiguousarray(vectors[:, names.index(head)]) for head in heads}
-            seen = histories.seen.take(np.arange(some.start, some.stop))
+            seen = histories.had(some)
             tables.append(self.export.ranked(histories.users[some], by_head, seen, options, among))
         return pa.concat_tables(tables)
 

@@ -45,10 +45,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--by",
         action="append",
-        choices=("items", "users"),
+        choices=("items", "users", "events"),
         default=[],
-        help="also a table for each kind of next item (head, tail, without training events) or of user (new, of few"
-        " events, of many); may be repeated (default: none)",
+        help="also a table for each kind of next item (head, tail, without training events) of user (new, of few"
+        " events, of many), or of next event; may be repeated (default: none)",
     )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown (default: a table)")
     parser.add_argument(

@@ -27,7 +27,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 def _several(value: Any) -> Any:
     """Split text at commas into a list, and put a single value into a list."""
-    if isinstance(value, str) and value not in ("all", "none", "natural"):
+    if isinstance(value, str) and value not in ("all", "none", "natural", "equal"):
         return [part.strip() for part in value.split(",") if part.strip()]
     return [value] if isinstance(value, int) and not isinstance(value, bool) else value
 
@@ -60,6 +60,14 @@ class DataConfig:
         Literal["all", "none"] | tuple[str, ...],
         Several,
         Field(description="features of users and items to use: all, none (ids alone), or a list of names"),
+    ] = "all"
+    target_events: Annotated[
+        Literal["all"] | tuple[str, ...],
+        Several,
+        Field(
+            description="kinds of events to predict, in training and in evaluation; events of other kinds are history"
+            " alone"
+        ),
     ] = "all"
     values: Annotated[
         bool, Field(description="show the model the values (ratings) of past events; false: they will be labels later")
@@ -148,6 +156,11 @@ class LossConfig:
         ),
     ] = "hidden"
     attribute: Annotated[Weight, Field(description="weight of the contrast between an item's id and its content")] = 0.1
+    event_weights: Annotated[
+        Literal["equal"] | tuple[str, ...],
+        Several,
+        Field(description="what a target counts, by its kind of event: KIND=WEIGHT; kinds that are not named count 1"),
+    ] = "equal"
     negatives: Annotated[
         Number | Literal["all"],
         Field(description="items drawn per global batch beside the in-batch ones; 'all': full softmax"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,16 +39,22 @@ class Batch(Pipelineable):
     label: Tensor  # [T] float: 1 or 0 for a target that has a label, else NaN
     candidates: Tensor  # [C] indices of the items that the softmax runs over; `DrawnShare.apart`: targets, then drawn
     log_not_sampled: Tensor  # [C, 2] log-probability that one in-batch negative, and one drawn, is not this item
+    weight: Tensor | None = None  # [T] what each target counts in the losses; None: all count 1
+    predicted: Tensor | None = None  # [T] bool: the target is of a kind that is predicted; None: all are
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """A copy of the batch on the device."""
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)})
+        return Batch(**{name: part.to(device, non_blocking=non_blocking) for name, part in self.parts()})
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tell the allocator that `stream` uses the tensors, so that their memory is not reused too early."""
-        for f in fields(self):
-            getattr(self, f.name).record_stream(stream)
+        for _, part in self.parts():
+            part.record_stream(stream)
 
     def pin_memory(self) -> Batch:
         """A copy in pinned memory, which copies to a GPU without blocking."""
-        return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+        return Batch(**{name: part.pin_memory() for name, part in self.parts()})
+
+    def parts(self) -> Iterator[tuple[str, Any]]:
+        """Names and contents of the fields that the batch has."""
+        return ((f.name, part) for f in fields(self) if (part := getattr(self, f.name)) is not None)

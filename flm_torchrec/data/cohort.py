@@ -49,6 +49,8 @@ def of_cohort(splits: Splits, data: PreparedData, cohort: np.ndarray, share: flo
 def label_events(data: PreparedData, cohort: np.ndarray, threshold: float, share: float, seed: int) -> Labels:
     """Label events by value >= threshold: of the cohort's users, 60 % to train, 20 % to validate, 20 % to test.
 
+    Events of a kind that is not predicted have no label.
+
     Args:
         share: of the training users' events, the share that is labelled, drawn once.
 
@@ -59,7 +61,7 @@ def label_events(data: PreparedData, cohort: np.ndarray, threshold: float, share
     part = np.full(data.schema.users, -1, np.int8)
     for number, members in enumerate(np.split(users, [int(0.6 * len(users)), int(0.8 * len(users))])):
         part[members] = number
-    of_event = np.repeat(part, np.diff(data.offsets))
+    of_event = np.where(data.of_targets(np.ones(len(data.item), bool)), np.repeat(part, np.diff(data.offsets)), -1)
     label = (data.value >= threshold).astype(np.float32)
     parts = [np.where(of_event == number, label, np.nan).astype(np.float32) for number in range(3)]
     learnable = np.random.default_rng(seed).permutation(np.flatnonzero(of_event == 0))

@@ -24,6 +24,7 @@ class TrainEvents(Events):
 
     learnable: np.ndarray  # [n] bool: a training event
     label: np.ndarray  # [n] float32: 1 or 0, NaN where there is none
+    weight: np.ndarray  # [n] float32: what an event counts as a target, of its kind
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Assembler:
         stats: of the training events; None: those of `train_mask`. The model knows no id outside of them.
         labels: [interactions] float32, 1 or 0, NaN where there is none. With labels, `stats` should hide the values,
             which the labels come from.
+        kind_weights: [kinds of events] float32: what a target of each counts; None: 1, of every kind.
     """
 
     def __init__(
@@ -61,13 +63,18 @@ class Assembler:
         train_mask: np.ndarray,
         stats: TrainStats | None = None,
         labels: np.ndarray | None = None,
+        kind_weights: np.ndarray | None = None,
     ) -> None:
         self.data = data
         self.stats = TrainStats.of(data, train_mask, values=labels is None) if stats is None else stats
         self.coding = HistoryCoding(self.stats.value_mean, self.stats.value_scale, data.schema.timestamps)
         if labels is None:
             labels = np.broadcast_to(np.float32(np.nan), len(train_mask))
-        self.events = TrainEvents(**vars(data.events), learnable=train_mask, label=labels)
+        if kind_weights is None and data.targets is not None:
+            kind_weights = data.targets.astype(np.float32)
+        self.kind_weights = kind_weights
+        weight = np.broadcast_to(np.float32(1), len(train_mask)) if data.weight is None else data.weight
+        self.events = TrainEvents(**vars(data.events), learnable=train_mask, label=labels, weight=weight)
         self.item_domain = np.zeros(0, np.int64) if data.item_domain is None else data.item_domain.astype(np.int64)
         self.item_features = [f for f in data.schema.features if f.entity == "item" and f.sparse]
         self.user_features = [f for f in data.schema.features if f.entity == "user" and f.sparse]
@@ -146,6 +153,7 @@ class Assembler:
             return filled
 
         offsets = np.concatenate([[0], np.cumsum(tokens.lengths)])
+        weight, predicted = self._weights(tokens, len(targets))
         return Batch(
             items=torch.from_numpy(ids),
             item_ids=_kjt({key: Ragged(np.arange(len(ids) + 1), asked) for key, asked in lookups.items()}),
@@ -165,7 +173,20 @@ class Assembler:
             label=torch.from_numpy(tokens.events.label[tokens.positions[: len(targets)]]),
             candidates=torch.from_numpy(candidate_index),
             log_not_sampled=torch.from_numpy(log_not_sampled),
+            weight=weight,
+            predicted=predicted,
         )
+
+    def _weights(self, tokens: TokenSpans, targets: int) -> tuple[Tensor | None, Tensor | None]:
+        """[T] `weight` and `predicted` of `Batch`: the event's own weight times that of its kind."""
+        if not self.data.schema.weights and self.kind_weights is None:
+            return None, None
+        positions = tokens.positions[:targets]
+        weight, kind = tokens.events.weight[positions], tokens.events.event[positions]
+        if self.kind_weights is not None:
+            weight = weight * self.kind_weights[kind]
+        predicted = None if self.data.targets is None else torch.from_numpy(self.data.targets[kind])
+        return torch.from_numpy(weight), predicted
 
     def _coded(self, tokens: TokenSpans, shown: np.ndarray, events: Events) -> CodedEvents:
         """The n events at the positions `shown` [n], each but the last of every sequence, as the model takes them."""

@@ -40,7 +40,7 @@ def new_column(rows: int, dtype: DTypeLike) -> np.ndarray:
 
 
 def event_types(items: int, kinds: int) -> dict[str, np.dtype]:
-    """By column of the interactions, its type in memory: 17 bytes an event in all, where no id needs more."""
+    """By column that all interactions have, its type in memory: 17 bytes an event, where no id needs more."""
     return {
         "item_id": np.dtype(np.int32 if items <= 2**31 else np.int64),
         "timestamp": np.dtype(np.int64),

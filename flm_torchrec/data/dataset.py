@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ class EventBlock:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What `flm prepare` wrote: 17 bytes an interaction in these arrays, 4 more with `segment`.
+    """What `flm prepare` wrote: 17 bytes an interaction in these arrays, 4 more with `segment`, 4 with `weight`.
 
     Large columns are mapped from disk, see `columns.new_column`.
     """
@@ -129,6 +129,10 @@ class PreparedData:
     segment: CodedText | None  # [interactions]
     items: EntityFeatures
     users: EntityFeatures
+    weight: np.ndarray | None = field(default=None, kw_only=True)
+    """[interactions] float32: what each counts as a target; None: all count 1."""
+    targets: np.ndarray | None = field(default=None, kw_only=True)
+    """[kinds of events] bool: those to predict, by `data.target_events`; None: all."""
 
     @property
     def events(self) -> Events:
@@ -153,6 +157,10 @@ class PreparedData:
     def no_events(self) -> np.ndarray:
         """[interactions] bool: an empty choice of events, in no memory."""
         return np.broadcast_to(np.False_, len(self.item))
+
+    def of_targets(self, mask: np.ndarray) -> np.ndarray:
+        """[interactions] bool → those of them that are of a kind to predict."""
+        return mask if self.targets is None else mask & self.targets[self.event]
 
     def users_of(self, mask: np.ndarray) -> np.ndarray:
         """[interactions] bool → [users] bool: users with such an event."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from flm_torchrec.data.dataset import PreparedData, spans
+from flm_torchrec.data.weights import parse_weights
 from flm_torchrec.data.windows import Windows
 from flm_torchrec.errors import ConfigError, DataError
 
@@ -37,7 +37,9 @@ class DomainShares:
             raise ConfigError(
                 f"data.domain_weights: {data.path} has one domain; leave it out, or give several data.path"
             )
-        parsed = parse_weights(weights)
+        parsed = parse_weights(weights, "data.domain_weights")
+        if not sum(parsed.values()) > 0:
+            raise ConfigError("data.domain_weights: all weights are 0; give one domain more")
         names = list(data.schema.domains)
         if sorted(parsed) != sorted(names):
             raise ConfigError(f"data.domain_weights: name each of {', '.join(names)} once, not {', '.join(parsed)}")
@@ -90,24 +92,3 @@ def check_domains(data: PreparedData, counts: np.ndarray) -> None:
                 f"{data.path}: domain '{name}' is left with {known} items that have training events, so a target has no"
                 " other candidate; leave the domain out, or take another data.split"
             )
-
-
-def parse_weights(weights: Sequence[str]) -> dict[str, float]:
-    """`NAME=WEIGHT` of several domains → weight by name.
-
-    Raises:
-        ConfigError: a part is not written so, is named twice, or all weights are 0.
-    """
-    found: dict[str, float] = {}
-    for part in weights:
-        name, equals, text = part.rpartition("=")
-        try:
-            value = float(text)
-        except ValueError:
-            value = -1.0
-        if not equals or not name or name in found or not 0 <= value < float("inf"):
-            raise ConfigError(f"data.domain_weights: '{part}' is not NAME=WEIGHT, once for each domain, at least 0")
-        found[name] = value
-    if not sum(found.values()) > 0:
-        raise ConfigError("data.domain_weights: all weights are 0; give one domain more")
-    return found

@@ -13,6 +13,13 @@ from flm_torchrec.data.schema import Schema
 from flm_torchrec.errors import DataError
 
 EVENT_COLUMNS = ("item_id", "timestamp", "event", "value")
+WEIGHT = "weight"
+"""Column of the interactions where the schema has `weights`."""
+
+
+def event_columns(schema: Schema) -> tuple[str, ...]:
+    """The columns of interactions that training reads beside the user."""
+    return (*EVENT_COLUMNS, WEIGHT) if schema.weights else EVENT_COLUMNS
 
 
 def interaction_files(path: Path) -> list[Path]:
@@ -73,6 +80,13 @@ class RowChecks:
         starts = np.flatnonzero(np.concatenate([[True], user[1:] != user[:-1]]))
         self.counts[user[starts]] += np.diff(np.append(starts, len(user)))
         self.rows, self.newest = self.rows + len(user), int(user[-1])
+
+    def check_weights(self, weight: np.ndarray) -> None:
+        """Raise DataError where one of the next rows has a weight that is negative or not finite."""
+        bad = np.flatnonzero(~((weight >= 0) & (weight < np.inf)))
+        if len(bad):
+            row = self.rows + int(bad[0])
+            raise DataError(f"{self.path}: row {row} has weight {weight[bad[0]]:g}; prepare the data again")
 
     @property
     def offsets(self) -> np.ndarray:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flm_torchrec.data.columns import CodedText, event_types, new_column
-from flm_torchrec.data.event_files import EVENT_COLUMNS, RowChecks
+from flm_torchrec.data.event_files import EVENT_COLUMNS, WEIGHT, RowChecks, event_columns
 from flm_torchrec.data.row_groups import RowGroups
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.errors import DataError
@@ -26,6 +26,7 @@ class LoadedEvents:
     event: np.ndarray
     value: np.ndarray
     segment: CodedText | None
+    weight: np.ndarray | None
 
 
 def load_events(groups: RowGroups, schema: Schema, users: np.ndarray | None) -> LoadedEvents:
@@ -34,13 +35,15 @@ def load_events(groups: RowGroups, schema: Schema, users: np.ndarray | None) -> 
     Raises:
         DataError: there are none, an id is outside the schema, users are not in order, or the disk is too small.
     """
-    parts, rows = groups.batches(["user_id", *EVENT_COLUMNS], ["segment"]), groups.rows
+    parts, rows = groups.batches(["user_id", *event_columns(schema)], ["segment"]), groups.rows
     if users is not None:  # how many events these have is not known before; they are few
         kept = list(_only(parts, users))
         parts, rows = iter(kept), sum(map(len, kept))
     if rows == 0:
         raise DataError(f"{groups.path / 'interactions'}: no rows; check the filters given to 'flm prepare'")
     types = event_types(schema.items, len(schema.events))
+    if schema.weights:
+        types[WEIGHT] = np.dtype(np.float32)
     columns = {name: new_column(rows, kind) for name, kind in types.items()}
     codes = new_column(rows, np.int32) if groups.has("segment") else None
     names: dict[str, int] = {}
@@ -48,14 +51,16 @@ def load_events(groups: RowGroups, schema: Schema, users: np.ndarray | None) -> 
     for part in filter(len, parts):
         here = slice(checks.rows, checks.rows + len(part))
         arrays = {name: part[name].to_numpy() for name in ("user_id", *types)}
+        if schema.weights:
+            checks.check_weights(arrays[WEIGHT])
         checks.add(arrays["user_id"], arrays["item_id"], arrays["event"])
         for name, column in columns.items():
             column[here] = arrays[name]
         if codes is not None:
             codes[here] = _codes(part, names)
-    item, timestamp, event, value = columns.values()
+    item, timestamp, event, value = (columns[name] for name in EVENT_COLUMNS)
     segment = None if codes is None else CodedText(np.array(list(names), object), codes)
-    return LoadedEvents(checks.offsets, item, timestamp, event, value, segment)
+    return LoadedEvents(checks.offsets, item, timestamp, event, value, segment, columns.get(WEIGHT))
 
 
 def _only(parts: Iterator[pa.RecordBatch], users: np.ndarray) -> Iterator[pa.RecordBatch]:

@@ -111,6 +111,8 @@ class Schema:
     """By name of the table: "user_id", "item_id" or a feature's table. Tables that are not named are direct."""
     domains: tuple[str, ...] = ()
     """Of a joint data set, the names of its domains; the column `domain` of items.parquet has one of them for each."""
+    weights: bool = False
+    """The interactions have a column `weight`: what each counts as a target."""
 
     def table(self, name: str) -> Table:
         """How the ids of the table of this name are mapped to its rows."""
@@ -138,7 +140,7 @@ class Schema:
         record["events"] = list(self.events)
         record["features"] = [{k: v for k, v in asdict(f).items() if v not in ("", 0)} for f in self.features]
         record["domains"] = list(self.domains)
-        for name in ("tables", "domains"):
+        for name in ("tables", "domains", "weights"):
             if not record[name]:
                 del record[name]
         path.write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")

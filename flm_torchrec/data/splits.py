@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class Splits:
     valid: Examples
     test: Examples
     cold_items: np.ndarray | None = None  # [items] bool: held out, for all users
-    held_out: np.ndarray | None = None  # [interactions] bool: of joint data: events to predict
+    held_out: np.ndarray | None = None  # [interactions] bool: of joint data, or of some kinds of events
 
     def train_mask(self, data: PreparedData) -> np.ndarray:
         """[interactions] bool: the events that may be learnt from."""
@@ -68,6 +69,15 @@ def sampled(count: int, most: int, seed: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class SplitSettings:
+    """The settings that choose a split."""
+
+    kind: str
+    holdout: float
+    target_events: Literal["all"] | tuple[str, ...] = "all"
+
+
+@dataclass(frozen=True)
 class Rule:
     """What a split needs to know about all of the data. With a rule, some users are split as all users would be."""
 
@@ -80,13 +90,29 @@ class Rule:
     cold_users: np.ndarray | None = None  # [users] int8: likewise
     domain: np.ndarray | None = None
     """[items] of joint data: their domains, each of which is split on its own."""
+    targets: np.ndarray | None = None
+    """[kinds of events] bool: those to predict; None: all."""
 
-    def held_out(self, user: np.ndarray, item: np.ndarray) -> np.ndarray:
-        """[n] users and items of all events of these users, in order → [n] bool: events that are never learnt from."""
+    def held_out(self, user: np.ndarray, item: np.ndarray, event: np.ndarray) -> np.ndarray:
+        """[n] users, items and kinds of all events of these users, in order → [n] bool: those never learnt from."""
         held = np.zeros(len(item), bool) if self.cold_items is None else self.cold_items[item] > 0
-        if self.domain is None or self.kind == "time":
+        if not self.groups or self.kind == "time":
             return held
-        return held | (last_of_domain(user, self.domain[item]) > 0)
+        return held | (self.part(user, item, event) > 0)
+
+    @property
+    def groups(self) -> bool:
+        """Whether what is held out depends on more than the place in a user's sequence."""
+        return self.domain is not None or self.targets is not None
+
+    def part(self, user: np.ndarray, item: np.ndarray, event: np.ndarray) -> np.ndarray:
+        """As `last_of_domain`, of all events of these users, in order."""
+        domain = np.zeros(len(item), np.int64) if self.domain is None else self.domain[item]
+        return last_of_domain(user, domain, self.is_target(event))
+
+    def is_target(self, event: np.ndarray) -> np.ndarray:
+        """[n] kinds of events → [n] bool: those to predict."""
+        return np.ones(len(event), bool) if self.targets is None else self.targets[event]
 
 
 def split(data: PreparedData, kind: str, holdout: float) -> Splits:
@@ -99,21 +125,29 @@ def split(data: PreparedData, kind: str, holdout: float) -> Splits:
     validation and half for test. Predicted are every event of such an item, the last event of such a user, and the
     events that leave-one-out predicts of the other users; labels tell these apart. The same for any seed.
 
+    With `data.targets`, only events of these kinds are predicted and counted: leave-one-out takes the last two of a
+    user who has three of them, and nothing after the first of the two is learnt from.
+
     Raises:
         DataError: nothing is left to validate or test on, or a time split of data without timestamps.
     """
     splits = split_by(data, rule_of(data, kind, holdout))
     for name, examples in (("validation", splits.valid), ("test", splits.test)):
         if len(examples) == 0:
-            raise nothing_left(data.path, kind, name)
+            raise nothing_left(data.path, kind, name, data.targets is not None)
     return splits
 
 
-def nothing_left(path: Path, kind: str, name: str) -> DataError:
-    """The error of a split that leaves no examples for validation or test."""
+def nothing_left(path: Path, kind: str, name: str, chosen: bool = False) -> DataError:
+    """The error of a split that leaves no examples for validation or test.
+
+    Args:
+        chosen: only some kinds of events are predicted.
+    """
+    events = "events of data.target_events" if chosen else "events"
     return DataError(
-        f"{path}: no {name} example in a {kind} split; users need three events"
-        " (leave-one-out) or events after the cut (time)"
+        f"{path}: no {name} example in a {kind} split; users need three {events}"
+        f" (leave-one-out) or {events} after the cut (time)"
     )
 
 
@@ -126,12 +160,13 @@ def rule_of(data: PreparedData, kind: str, holdout: float) -> Rule:
     if kind == "time":
         check_timestamps(data.schema, data.path)
         valid_from, test_from = np.quantile(data.timestamp, [1 - 2 * holdout, 1 - holdout], method="higher")
-        return Rule(kind, valid_from, test_from, domain=data.item_domain)
+        return Rule(kind, valid_from, test_from, domain=data.item_domain, targets=data.targets)
     if kind == "cold-start":
         seen = np.zeros(data.schema.items, bool)
         seen[data.item] = True
-        return replace(cold_rule(seen, np.diff(data.offsets), holdout), domain=data.item_domain)
-    return Rule(kind, domain=data.item_domain)
+        rule = cold_rule(seen, np.diff(data.offsets), holdout)
+        return replace(rule, domain=data.item_domain, targets=data.targets)
+    return Rule(kind, domain=data.item_domain, targets=data.targets)
 
 
 def cold_rule(seen: np.ndarray, events: np.ndarray, holdout: float) -> Rule:
@@ -163,21 +198,35 @@ def everyone(data: PreparedData) -> Examples:
     return Examples(np.arange(data.schema.users), data.offsets[1:])
 
 
-def last_of_domain(user: np.ndarray, domain: np.ndarray) -> np.ndarray:
-    """[n] int8: 2 for the last event of a user in a domain, 1 for the one before, 0 for the others; and for all events
-    of a user and a domain with fewer than three.
+NOT_LEARNT = 3
+"""Part of an event that is not predicted and comes after one that is held out, see `last_of_domain`."""
+
+
+def last_of_domain(user: np.ndarray, domain: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """[n] int8: 2 for the last target of a user in a domain, 1 for the one before, NOT_LEARNT for other events after
+    that one, 0 for the rest; and for all events of a user and a domain with fewer than three targets.
 
     Args:
         user: [n] ascending; all events of each user, in order.
         domain: [n] of each event's item.
+        target: [n] bool, of a kind that is predicted.
     """
     key = user.astype(np.int64) * (1 + int(domain.max(initial=0))) + domain
     order = np.argsort(key, kind="stable")
-    starts = np.flatnonzero(np.diff(key[order], prepend=-1))
-    sizes = np.diff(np.append(starts, len(key)))
+    rows = order[target[order]]
+    starts = np.flatnonzero(np.diff(key[rows], prepend=-1))
+    sizes = np.diff(np.append(starts, len(rows)))
     ends = (starts + sizes)[sizes >= 3]
     part = np.zeros(len(key), np.int8)
-    part[order[ends - 1]], part[order[ends - 2]] = 2, 1
+    part[rows[ends - 1]], part[rows[ends - 2]] = 2, 1
+    if not target.all():
+        after = np.zeros(len(key), np.int64)  # held out so far of the user and the domain, in `order`
+        counted = np.cumsum(part[order] > 0)
+        first = np.flatnonzero(np.diff(key[order], prepend=-1))
+        after[order] = counted - np.repeat(
+            counted[first] - (part[order][first] > 0), np.diff(np.append(first, len(key)))
+        )
+        part[(after > 0) & (part == 0)] = NOT_LEARNT
     return part
 
 
@@ -187,8 +236,8 @@ def lasting(offsets: np.ndarray) -> np.ndarray:
 
 
 def _leave_one_out(data: PreparedData, rule: Rule) -> Splits:
-    if rule.domain is not None:
-        return _leave_one_out_by_domain(data, rule.domain)
+    if rule.groups:
+        return _leave_one_out_by_group(data, rule)
     ends = data.offsets[1:]
     users = np.flatnonzero(lasting(data.offsets))
     return Splits(
@@ -198,13 +247,16 @@ def _leave_one_out(data: PreparedData, rule: Rule) -> Splits:
     )
 
 
-def _leave_one_out_by_domain(data: PreparedData, domain: np.ndarray) -> Splits:
-    """As leave-one-out splits each domain alone. What comes before an event in time is known, of all domains."""
+def _leave_one_out_by_group(data: PreparedData, rule: Rule) -> Splits:
+    """As leave-one-out splits the targets of each domain alone.
+
+    What comes before an event in time is known, of all domains and kinds.
+    """
     held = new_column(len(data.item), bool)
     train_end = data.offsets[:-1].copy()
     parts: list[list[tuple[np.ndarray, np.ndarray]]] = [[], []]
     for block in data.blocks():
-        part = last_of_domain(block.users, domain[data.item[block.rows]])
+        part = rule.part(block.users, data.item[block.rows], data.event[block.rows])
         held[block.rows] = part > 0
         learnt = np.flatnonzero(part == 0)
         train_end[block.users[learnt]] = block.rows.start + learnt + 1  # the last of equal indices counts
@@ -224,9 +276,9 @@ def _by_time(data: PreparedData, rule: Rule) -> Splits:
         return ends
 
     train_end, valid_end, ends = before(rule.valid_from), before(rule.test_from), data.offsets[1:]
-    if rule.domain is not None:
+    if rule.groups:
         spans_of = ((train_end, valid_end), (valid_end, ends))
-        valid, test = (_first_of_domains(data, rule.domain, *span) for span in spans_of)
+        valid, test = (_first_of_groups(data, rule, *span) for span in spans_of)
         return Splits(train_end, valid, test)
     in_valid, in_test = np.flatnonzero(valid_end > train_end), np.flatnonzero(ends > valid_end)
     return Splits(
@@ -236,15 +288,17 @@ def _by_time(data: PreparedData, rule: Rule) -> Splits:
     )
 
 
-def _first_of_domains(data: PreparedData, domain: np.ndarray, first: np.ndarray, end: np.ndarray) -> Examples:
-    """The first event of each user and domain among the events `first:end` of each user, [users] each."""
+def _first_of_groups(data: PreparedData, rule: Rule, first: np.ndarray, end: np.ndarray) -> Examples:
+    """The first target of each user and domain among the events `first:end` of each user, [users] each."""
     found = []
     for block in data.blocks():
         rows = np.arange(block.rows.start, block.rows.stop)
         rows = rows[(rows >= first[block.users]) & (rows < end[block.users])]
-        users = block.users[rows - block.rows.start]
-        kinds = users * (1 + int(domain.max())) + domain[data.item[rows]]
-        found.append(rows[np.sort(np.unique(kinds, return_index=True)[1])])
+        rows = rows[rule.is_target(data.event[rows])]
+        groups = block.users[rows - block.rows.start]
+        if rule.domain is not None:
+            groups = groups * (1 + int(rule.domain.max())) + rule.domain[data.item[rows]]
+        found.append(rows[np.sort(np.unique(groups, return_index=True)[1])])
     rows = np.concatenate(found)
     users = np.searchsorted(data.offsets, rows, "right") - 1
     return Examples(users, rows, until=end[users])
@@ -256,7 +310,7 @@ def _cold_start(data: PreparedData, rule: Rule) -> Splits:
     warm = _leave_one_out(data, rule)
 
     def examples(part: int, last: Examples) -> Examples:
-        cold = _cold_events(data, cold_item == part)
+        cold = _cold_events(data, cold_item == part, rule)
         parts = {
             "warm": last.take(np.flatnonzero(cold_user[last.user] == 0)),
             "cold user": warm.test.take(np.flatnonzero(cold_user[warm.test.user] == part)),
@@ -273,12 +327,13 @@ def _cold_start(data: PreparedData, rule: Rule) -> Splits:
     return Splits(train_end, examples(1, warm.valid), examples(2, warm.test), cold_item > 0, warm.held_out)
 
 
-def _cold_events(data: PreparedData, cold: np.ndarray) -> Examples:
-    """All events of the items `cold` [items] bool that have a history to predict them from: not a user's first."""
+def _cold_events(data: PreparedData, cold: np.ndarray, rule: Rule) -> Examples:
+    """All targets of the items `cold` [items] bool that have a history to predict them from, so no first events."""
     users, ends = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for block in data.blocks():
         rows = np.arange(block.rows.start, block.rows.stop)
         found = cold[data.item[block.rows]] & (rows > data.offsets[block.users])
+        found &= rule.is_target(data.event[block.rows])
         users.append(block.users[found])
         ends.append(rows[found])
     return Examples(np.concatenate(users), np.concatenate(ends))

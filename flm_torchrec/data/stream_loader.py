@@ -12,6 +12,7 @@ import numpy as np
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.collate import Assembler, TrainEvents
 from flm_torchrec.data.dataset import spans
+from flm_torchrec.data.event_files import WEIGHT
 from flm_torchrec.data.lanes import Deal, LanePlan, merged
 from flm_torchrec.data.loader import Loader
 from flm_torchrec.data.negatives import Candidates, Negatives
@@ -50,7 +51,7 @@ def joined(parts: list[LoadedWindows]) -> LoadedWindows:
     if not parts:
         none = np.zeros(0, np.int64)
         number = none.astype(np.float32)
-        events = TrainEvents(none, none, none.astype(np.int32), number, learnable=none > 0, label=number)
+        events = TrainEvents(none, none, none.astype(np.int32), number, learnable=none > 0, label=number, weight=number)
         return LoadedWindows(none, none, np.zeros(1, np.int64), events)
     ends = np.cumsum([0, *(p.offsets[-1] for p in parts)])
     return LoadedWindows(
@@ -112,8 +113,8 @@ class StreamLoader(Loader):
         plan, stream = self.plan, self.plan.stream
         users = np.arange(plan.units[unit], plan.units[unit + 1])
         begin, ends = stream.offsets[users], stream.offsets[users + 1]
-        columns = stream.groups.read(int(begin[0]), int(ends[-1]))
-        held = stream.rule.held_out(np.repeat(users, ends - begin), columns["item_id"])
+        columns = stream.groups.read(int(begin[0]), int(ends[-1]), stream.columns)
+        held = stream.rule.held_out(np.repeat(users, ends - begin), columns["item_id"], columns["event"])
         windows = cut(users, begin, stream.train_end[users], plan.max_history)
         order = np.random.default_rng([self.sharing.seed, number, 0, unit]).permutation(len(windows))
         user, start, end = windows.user[order], windows.start[order], windows.end[order]
@@ -121,6 +122,7 @@ class StreamLoader(Loader):
         lengths = end - start + before
         positions = spans(start - before - begin[0], lengths)
         item = columns["item_id"][positions]
+        weight = np.broadcast_to(np.float32(1), len(held)) if WEIGHT not in columns else columns[WEIGHT]
         return LoadedWindows(
             user=user,
             before=before,
@@ -132,6 +134,7 @@ class StreamLoader(Loader):
                 value=columns["value"][positions],
                 learnable=~held[positions],
                 label=np.broadcast_to(np.float32(np.nan), len(item)),
+                weight=weight[positions],
             ),
         )
 

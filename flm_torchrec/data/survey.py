@@ -9,19 +9,20 @@ from pathlib import Path
 import numpy as np
 
 from flm_torchrec.data.dataset import PreparedData, domain_of_items, load_prepared
-from flm_torchrec.data.event_files import RowChecks
+from flm_torchrec.data.event_files import RowChecks, event_columns
 from flm_torchrec.data.row_groups import RowGroups
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import (
     Rule,
+    SplitSettings,
     check_timestamps,
     cold_rule,
-    last_of_domain,
     lasting,
     nothing_left,
     sampled,
 )
 from flm_torchrec.data.train_stats import TrainStats, scale_of
+from flm_torchrec.data.weights import target_kinds
 
 BINS = 2**16
 """Bins of a histogram of timestamps: two passes find one second in 136 years."""
@@ -39,6 +40,8 @@ class EventStream:
     stats: TrainStats
     train_rows: int
     """Number of training events."""
+    columns: tuple[str, ...]
+    """Columns of the interactions to train on."""
 
 
 @dataclass(frozen=True)
@@ -49,25 +52,28 @@ class StreamedData(PreparedData):
 
 
 def load_streamed(
-    path: Path, features: str | Sequence[str], kind: str, holdout: float, sample: int, seed: int
+    path: Path, features: str | Sequence[str], how: SplitSettings, sample: int, seed: int
 ) -> StreamedData:
     """Survey all interactions, and load those of the users to validate on: two passes, or six for a time split.
 
     Args:
-        kind: of the split, and `holdout`: as for `split`.
+        how: as for `split`; `target_events` as of the config.
         sample: number of users to load, drawn by `seed` from those with something to predict in validation.
 
     Raises:
         DataError: as `load_prepared` and `split`.
+        ConfigError: an event to predict is none of the data.
     """
     schema = Schema.load(path / "schema.yaml")
+    targets = target_kinds(schema, how.target_events)
     groups = RowGroups(path)
     offsets, seen = _users_and_items(groups, schema)
-    train_end, candidates, rule = _split(groups, schema, offsets, seen, kind, holdout)
+    train_end, candidates, rule = _Splitting(groups, schema, offsets, targets).split(how, seen)
     if not len(candidates):
-        raise nothing_left(path, kind, "validation")
+        raise nothing_left(path, how.kind, "validation", targets is not None)
     stream = _survey(groups, schema, rule, offsets, train_end)
     loaded = load_prepared(path, features, candidates[sampled(len(candidates), sample, seed)])
+    loaded = replace(loaded, targets=targets)
     return StreamedData(**{name: getattr(loaded, name) for name in PreparedData.__dataclass_fields__}, stream=stream)
 
 
@@ -89,43 +95,60 @@ def _users_and_items(groups: RowGroups, schema: Schema) -> tuple[np.ndarray, np.
     return checks.offsets, seen
 
 
-def _split(
-    groups: RowGroups, schema: Schema, offsets: np.ndarray, seen: np.ndarray, kind: str, holdout: float
-) -> tuple[np.ndarray, np.ndarray, Rule]:
-    """[users] end of each user's training rows, the users with something to predict in validation, and the rule."""
-    domain = domain_of_items(groups.path / "items.parquet", schema) if schema.domains else None
-    if kind == "time":
-        check_timestamps(schema, groups.path)
-        last = groups.rows - 1  # ranks as numpy.quantile's method "higher" takes them
+@dataclass(frozen=True)
+class _Splitting:
+    """Interactions on disk, to be split."""
+
+    groups: RowGroups
+    schema: Schema
+    offsets: np.ndarray  # [users + 1]
+    targets: np.ndarray | None
+    """[kinds of events] bool: those to predict; None: all."""
+
+    def split(self, how: SplitSettings, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray, Rule]:
+        """[users] end of each user's training rows, the users with something to predict in validation, and the rule.
+
+        Args:
+            seen: [items] bool: the items that occur.
+        """
+        file, schema = self.groups.path / "items.parquet", self.schema
+        rule = Rule(how.kind, domain=domain_of_items(file, schema) if schema.domains else None, targets=self.targets)
+        if how.kind == "time":
+            return self._by_time(rule, how.holdout)
+        ends, three = self.offsets[1:], lasting(self.offsets)
+        candidates, train_end = np.flatnonzero(three), np.where(three, ends - 2, ends)
+        if rule.groups:
+            train_end, candidates = self._by_group(rule)
+        if how.kind == "cold-start":
+            cold = cold_rule(seen, np.diff(self.offsets), how.holdout)
+            assert cold.cold_users is not None
+            train_end = np.where(cold.cold_users > 0, self.offsets[:-1], train_end)
+            rule = replace(rule, cold_items=cold.cold_items, cold_users=cold.cold_users)
+        return train_end, candidates, rule
+
+    def _by_time(self, rule: Rule, holdout: float) -> tuple[np.ndarray, np.ndarray, Rule]:
+        check_timestamps(self.schema, self.groups.path)
+        last = self.groups.rows - 1  # ranks as numpy.quantile's method "higher" takes them
         ranks = [int(np.ceil(last * q)) for q in (1 - 2 * holdout, 1 - holdout)]
-        valid_from, test_from = order_statistics(groups, ranks)
-        rule = Rule(kind, valid_from, test_from, domain=domain)
-        before = np.zeros((2, schema.users), np.int64)
-        for user, timestamp in groups.scan(["user_id", "timestamp"]):
-            for counts, limit in zip(before, (rule.valid_from, rule.test_from), strict=True):
-                np.add.at(counts, user[timestamp < limit], 1)
-        return offsets[:-1] + before[0], np.flatnonzero(before[1] > before[0]), rule
-    candidates = np.flatnonzero(lasting(offsets))
-    train_end = np.where(lasting(offsets), offsets[1:] - 2, offsets[1:])
-    if domain is not None:
-        train_end, candidates = _ends_by_domain(groups, offsets, domain)
-    if kind == "cold-start":
-        rule = replace(cold_rule(seen, np.diff(offsets), holdout), domain=domain)
-        assert rule.cold_users is not None
-        return np.where(rule.cold_users > 0, offsets[:-1], train_end), candidates, rule
-    return train_end, candidates, Rule(kind, domain=domain)
+        valid_from, test_from = order_statistics(self.groups, ranks)
+        before, in_valid = np.zeros(self.schema.users, np.int64), np.zeros(self.schema.users, bool)
+        for user, timestamp, event in self.groups.scan(["user_id", "timestamp", "event"]):
+            np.add.at(before, user[timestamp < valid_from], 1)
+            inside = (timestamp >= valid_from) & (timestamp < test_from)
+            in_valid[user[inside & rule.is_target(event)]] = True
+        rule = replace(rule, valid_from=valid_from, test_from=test_from)
+        return self.offsets[:-1] + before, np.flatnonzero(in_valid), rule
 
-
-def _ends_by_domain(groups: RowGroups, offsets: np.ndarray, domain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[users] the end of what each user's training rows reach to, and the users with something to predict."""
-    train_end, tested, row = offsets[:-1].copy(), np.zeros(len(offsets) - 1, bool), 0
-    for user, item in whole_users(groups.scan(["user_id", "item_id"])):
-        held = last_of_domain(user, domain[item]) > 0
-        learnt = np.flatnonzero(~held)
-        train_end[user[learnt]] = row + learnt + 1
-        tested[user[held]] = True
-        row += len(user)
-    return train_end, np.flatnonzero(tested)
+    def _by_group(self, rule: Rule) -> tuple[np.ndarray, np.ndarray]:
+        """[users] the end of what each user's training rows reach to, and the users with something to predict."""
+        train_end, tested, row = self.offsets[:-1].copy(), np.zeros(len(self.offsets) - 1, bool), 0
+        for user, item, event in whole_users(self.groups.scan(["user_id", "item_id", "event"])):
+            held = rule.part(user, item, event) > 0
+            learnt = np.flatnonzero(~held)
+            train_end[user[learnt]] = row + learnt + 1
+            tested[user[held]] = True
+            row += len(user)
+        return train_end, np.flatnonzero(tested)
 
 
 def whole_users(parts: Iterator[tuple[np.ndarray, ...]]) -> Iterator[tuple[np.ndarray, ...]]:
@@ -188,14 +211,18 @@ class _Moments:
 def _survey(groups: RowGroups, schema: Schema, rule: Rule, offsets: np.ndarray, train_end: np.ndarray) -> EventStream:
     """One pass over the rows up to `train_end`: counts of items, ids that occur, mean and deviation of values."""
     counts, users, values = np.zeros(schema.items, np.int64), np.zeros(schema.users, np.float32), _Moments()
-    row = 0
-    parts = groups.scan(["user_id", "item_id", "value"])
-    for user, item, value in parts if rule.domain is None else whole_users(parts):
-        learnable = (np.arange(row, row + len(user)) < train_end[user]) & ~rule.held_out(user, item)
+    row, checks = 0, RowChecks(groups.path, schema)
+    columns = event_columns(schema)
+    parts = groups.scan(["user_id", *(name for name in columns if name != "timestamp")])
+    for user, item, event, value, *weight in whole_users(parts) if rule.groups else parts:
+        if weight:
+            checks.rows = row
+            checks.check_weights(weight[0])
+        learnable = (np.arange(row, row + len(user)) < train_end[user]) & ~rule.held_out(user, item, event)
         row += len(user)
         if learnable.any():
             np.add.at(counts, item[learnable], 1)
             users[user[learnable]] = 1.0
             values.add(value[learnable])
     stats = TrainStats((counts > 0).astype(np.float32), users, float(values.mean), scale_of(values.spread))
-    return EventStream(groups, rule, offsets, train_end, counts, stats, values.count)
+    return EventStream(groups, rule, offsets, train_end, counts, stats, values.count, columns)

@@ -175,7 +175,7 @@ def _baselines(task: EvaluationTask, config: EvalConfig) -> list[Scorer]:
     data, examples = task.data, task.examples
     baselines: list[Scorer] = []
     if "popularity" in config.baselines:
-        baselines.append(Popularity(data, task.train_mask))
+        baselines.append(Popularity(data, data.of_targets(task.train_mask)))
     if "item-kNN" in config.baselines:
         baselines.append(ItemKNN(data, task.train_mask, examples, config.neighbours))
     if "Markov" in config.baselines:

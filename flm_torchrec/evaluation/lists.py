@@ -80,7 +80,10 @@ def _diversity(top: np.ndarray, vectors: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Targets:
-    """Of each example, the different items that are right: those of the events `end:until` but for known items."""
+    """Of each example, the different items that are right: those of the events `end:until` but for known items.
+
+    Events of a kind that is not predicted count neither as right nor as known.
+    """
 
     rows: np.ndarray  # [n] example, ascending
     items: np.ndarray  # [n] item
@@ -98,7 +101,9 @@ class Targets:
         def keys(first: np.ndarray, end: np.ndarray) -> np.ndarray:
             """Pairs of example and item, as one number each."""
             rows = np.repeat(np.arange(len(first)), end - first)
-            return rows * stride + data.item[spans(first, end - first)]
+            events = spans(first, end - first)
+            found = rows * stride + data.item[events]
+            return found if data.targets is None else found[data.targets[data.event[events]]]
 
         known = keys(data.offsets[examples.user], examples.end)
         later = np.setdiff1d(keys(examples.end, examples.until), known)

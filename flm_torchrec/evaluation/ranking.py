@@ -259,13 +259,20 @@ def _rank_block(block: _Block, name: str, ranges: list[tuple[int, int]], top_k: 
 
 
 def target_and_seen(problem: RankingProblem, indices: np.ndarray) -> tuple[Tensor, Seen]:
-    """True items [b], and the items to leave out: those of the known events, but never the true item."""
+    """True items [b], and the items to leave out: those of the known events, but never the true item.
+
+    Events of a kind that is not predicted leave no item out.
+    """
     data, examples = problem.data, problem.examples.take(indices)
     target = data.item[examples.end]
     start = data.offsets[examples.user]
     lengths = examples.end - start
     rows = np.repeat(np.arange(len(target)), lengths)
-    items = data.item[spans(start, lengths)]
+    known = spans(start, lengths)
+    if data.targets is not None:
+        had = data.targets[data.event[known]]
+        rows, known = rows[had], known[had]
+    items = data.item[known]
     if problem.among is not None:
         outside = np.flatnonzero(~problem.among)
         rows = np.concatenate([rows, np.repeat(np.arange(len(target)), len(outside))])

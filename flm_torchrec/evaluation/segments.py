@@ -52,5 +52,10 @@ def _by_users(data: PreparedData, examples: Examples, train_mask: np.ndarray) ->
     return np.select([found == 0, found <= middle], ["new users, without training events", few], many)
 
 
-BY = {"items": _by_items, "users": _by_users}
+def _by_events(data: PreparedData, examples: Examples, train_mask: np.ndarray) -> np.ndarray:
+    """By the kind of the next event."""
+    return np.array(data.schema.events)[data.event[examples.end]]
+
+
+BY = {"items": _by_items, "users": _by_users, "events": _by_events}
 """What `flm evaluate --by` can break results down by."""

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from flm_torchrec.config.heads import REPRESENTATIONS
-from flm_torchrec.data.dataset import PreparedData, spans
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.evaluation.metrics import RankCounts
 from flm_torchrec.evaluation.protocol import Collectives, Encoder
-from flm_torchrec.evaluation.ranking import user_blocks
+from flm_torchrec.evaluation.ranking import RankingProblem, target_and_seen, user_blocks
 from flm_torchrec.export.manifest import Quantise
 from flm_torchrec.export.parts import spread
 from flm_torchrec.export.vectors import decode, encode
@@ -59,10 +59,9 @@ class Quality:
         self.truth = {"before": truth, "after": self._stored(truth)}
         none = torch.zeros(len(rows), dtype=torch.int64)
         self.above = {when: {head: none.clone() for head in REPRESENTATIONS} for when in self.users}
-        starts = data.offsets[examples.user]
-        order = np.argsort(data.item[spans(starts, examples.end - starts)], kind="stable")
-        self.seen_rows = np.repeat(np.arange(len(rows)), examples.end - starts)[order]
-        self.seen_items = data.item[spans(starts, examples.end - starts)][order]
+        _, seen = target_and_seen(RankingProblem(data, examples), np.arange(len(rows)))
+        order = np.argsort(seen.items.numpy(), kind="stable")
+        self.seen_rows, self.seen_items = seen.rows.numpy()[order], seen.items.numpy()[order]
 
     def add(self, ids: np.ndarray, vectors: Tensor) -> None:
         """Count the items `ids` [n], an ascending range, with vectors [n, D]."""

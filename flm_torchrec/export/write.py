@@ -234,13 +234,22 @@ def _write_users(writer: _PartWriter) -> None:
 
         def table_of(ids: np.ndarray, by_head: dict[str, Tensor]) -> pa.Table:
             offsets = data.offsets[ids[0] : ids[-1] + 2]
-            items = pa.array(data.item[offsets[0] : offsets[-1]].astype(np.int32))
-            seen = pa.ListArray.from_arrays(pa.array((offsets - offsets[0]).astype(np.int32)), items)
+            seen = seen_items(data, offsets)
             vectors = {head: encode(by_head[head].numpy(), options.quantise) for head in REPRESENTATIONS}
             return pa.table({"user_id": ids, **keys.rows(int(ids[0]), int(ids[-1]) + 1), "seen": seen, **vectors})
 
         tables = (table_of(ids, by_head) for ids, by_head in zip(blocks, encoded, strict=True) if len(ids))
         writer.write("users", part, tables)
+
+
+def seen_items(data: PreparedData, offsets: np.ndarray) -> pa.ListArray:
+    """[n] the items of the events `offsets[u]:offsets[u + 1]` that are of a kind to predict; offsets [n + 1]."""
+    rows = slice(int(offsets[0]), int(offsets[-1]))
+    items, ends = data.item[rows], offsets - offsets[0]
+    if data.targets is not None:
+        had = data.targets[data.event[rows]]
+        items, ends = items[had], np.concatenate([[0], np.cumsum(had)])[ends]
+    return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(items.astype(np.int32)))
 
 
 def rounds(rows: int, part_rows: int, block: int, comm: Collectives) -> Iterator[tuple[int, list[np.ndarray]]]:

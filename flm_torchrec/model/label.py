@@ -38,8 +38,12 @@ class LabelDense(Dense):
         joint = torch.cat([*(h * items for h in representations.values()), representations["fused"], items], 1)
         logits = self.label_head(joint).squeeze(1)  # [T]
         labelled = ~torch.isnan(batch.label)
-        count = self.gather.all_reduce_sum(labelled.sum().float()).clamp(min=1)
-        summed = F.binary_cross_entropy_with_logits(logits[labelled], batch.label[labelled], reduction="sum")
+        weight = torch.ones_like(logits) if batch.weight is None else batch.weight
+        count = self.gather.all_reduce_sum(weight[labelled].sum())
+        count = torch.where(count > 0, count, 1.0)
+        summed = F.binary_cross_entropy_with_logits(
+            logits[labelled], batch.label[labelled], weight[labelled], reduction="sum"
+        )
         loss = summed / count + unused(self.losses)
         outputs = Outputs(encoded, {"label": (summed / count).detach()}, int(labelled.sum()), logits.detach())
         return loss * self.gather.world_size, outputs

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -75,6 +75,9 @@ class NextItemLoss:
     The collaborative head, which sees no order, also predicts each item from all others of its sequence
     (leave-one-out). The items that a user has had are no negatives (`loss.seen`).
 
+    Each L_k is a mean over the targets by their weights: sum of weight x loss, divided by the sum of weights. Targets
+    of weight 0 are candidates and history alone; an item of a kind of event that is not predicted has not been had.
+
     Args:
         by_domain: a target's candidates are the items of its own domain.
     """
@@ -108,19 +111,20 @@ class NextItemLoss:
         columns, repeated = columns_of(candidates.ids, candidates.real, batch.items)
         log_q = self._log_q(candidates.numbers, shared.near).masked_fill(repeated | ~candidates.real, math.inf)
         wanted = columns[batch.targets]
+        counted = _Counted.of(batch.weight)
+        count = torch.where(shared.weight > 0, shared.weight, 1.0)
         domain = candidates.numbers[:, -1].contiguous() if self.by_domain else None
-        vectors, targets = candidates.vectors, shared.targets
+        vectors = candidates.vectors
 
         def loss(query: Tensor, name: str, hidden: Hidden | None) -> Tensor:
             """Mean over all ranks' targets, this rank's share."""
             scale = self.log_scale[name].clamp(max=MAX_LOG_SCALE).exp()
-            items = CandidateVectors(used(name, vectors), log_q, domain)
-            precision = PRECISIONS[self.config.precision]
-            summed = sampled_softmax(used(name, query), items, wanted, scale, hidden, precision)
-            return summed / targets.clamp(min=1)
+            items = CandidateVectors(used(name, vectors), log_q, domain, PRECISIONS[self.config.precision])
+            query, target, hidden = counted.only(used(name, query), wanted, hidden)
+            return sampled_softmax(query, items, target, scale, hidden, counted.weight) / count
 
         total, losses = vectors.new_zeros(()), {}
-        before = self._hidden(batch.lengths, wanted, whole=False)
+        before = self._hidden(batch, wanted, whole=False)
         for name, query in encoded.representations.items():
             weight = getattr(self.config, name)
             if weight == 0:
@@ -131,7 +135,7 @@ class NextItemLoss:
             total = total + weight * value
         weight = self.config.collaborative * self.config.left_out
         if weight > 0 and encoded.left_out is not None:
-            others = self._hidden(batch.lengths, wanted, whole=True)
+            others = self._hidden(batch, wanted, whole=True)
             value = loss(encoded.left_out, "collaborative", others)
             losses["left_out"] = value.detach()
             total = total + weight * value
@@ -161,9 +165,9 @@ class NextItemLoss:
             real=torch.cat([torch.ones_like(own, dtype=torch.bool), shared.real]),
         )
 
-    def _hidden(self, lengths: Tensor, columns: Tensor, whole: bool) -> Hidden | None:
+    def _hidden(self, batch: Batch, columns: Tensor, whole: bool) -> Hidden | None:
         """What `hidden_of` gives; None where the items that a user has had are negatives."""
-        return None if self.config.seen == "negatives" else hidden_of(lengths, columns, whole)
+        return None if self.config.seen == "negatives" else hidden_of(batch.lengths, columns, whole, batch.predicted)
 
     def _log_q(self, log_not_sampled: Tensor, in_batch: Tensor) -> Tensor:
         """[C]; zero where every item is a candidate."""
@@ -229,11 +233,39 @@ class AttributeContrast:
         return Rows(torch.cat([ids, contents], 1), batch.items[mine], domain)
 
 
-def hidden_of(lengths: Tensor, columns: Tensor, whole: bool) -> Hidden:
+@dataclass(frozen=True)
+class _Counted:
+    """The targets that count in the losses."""
+
+    rows: Tensor | None  # [t] int64; None: all T
+    weight: Tensor | None  # [t]; None: all count 1
+
+    @classmethod
+    def of(cls, weight: Tensor | None) -> _Counted:
+        """Args: [T] weights of all targets."""
+        if weight is None:
+            return cls(None, None)
+        rows = weight.nonzero().flatten()
+        return cls(None, weight) if len(rows) == len(weight) else cls(rows, weight[rows])
+
+    def only(self, query: Tensor, target: Tensor, hidden: Hidden | None) -> tuple[Tensor, Tensor, Hidden | None]:
+        """[T, D] queries, [T] targets and what is hidden of them → those that count, [t, D] and [t]."""
+        if self.rows is None:
+            return query, target, hidden
+        if hidden is not None:
+            place = torch.full_like(target, -1)
+            place[self.rows] = torch.arange(len(self.rows), device=place.device)
+            kept = place[hidden.rows] >= 0
+            hidden = Hidden(place[hidden.rows][kept], hidden.columns[kept])
+        return query[self.rows], target[self.rows], hidden
+
+
+def hidden_of(lengths: Tensor, columns: Tensor, whole: bool, had: Tensor | None = None) -> Hidden:
     """[B] lengths, [T] columns of the targets → the candidates that the query of each target leaves out.
 
     Args:
         whole: all items of the target's sequence but the target; else those before it.
+        had: [T] bool, the targets whose items count as had by the user; None: all.
     """
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)  # [T]
     first = (torch.cumsum(lengths, 0) - lengths)[sequence]
@@ -241,8 +273,11 @@ def hidden_of(lengths: Tensor, columns: Tensor, whole: bool) -> Hidden:
     count = lengths[sequence] if whole else token - first
     row = torch.repeat_interleave(token, count)  # [P]
     nth = torch.arange(len(row), device=lengths.device) - (torch.cumsum(count, 0) - count)[row]
-    column = columns[first[row] + nth]
+    other = first[row] + nth
+    column = columns[other]
     kept = column != columns[row]
+    if had is not None:
+        kept &= had[other]
     return Hidden(row[kept], column[kept])
 
 

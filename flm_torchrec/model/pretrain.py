@@ -94,7 +94,7 @@ class Dense(nn.Module):
         if not self.training:
             return encoded.items.new_zeros(()), Outputs(encoded, {}, 0)
         total, losses = encoded.items.new_zeros(()), dict[str, Tensor]()
-        seen = share([loss.rows(batch, encoded) for loss in self.losses], batch.targets, self.gather)
+        seen = share([loss.rows(batch, encoded) for loss in self.losses], batch.targets, self.gather, batch.weight)
         for loss, shared in zip(self.losses, seen, strict=True):
             weighted, told = loss(batch, encoded, shared)
             total, losses = total + weighted, {**losses, **told}

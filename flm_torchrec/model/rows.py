@@ -66,18 +66,21 @@ class Shared:
     """[] float: targets of all ranks."""
     near: Tensor
     """[] float: targets of the ranks whose targets are candidates here."""
+    weight: Tensor
+    """[] float: sum of the weights of all ranks' targets; their number where all count alike."""
     vectors: Tensor  # [R n, S]; as long for each of R ranks, padded with zeros
     ids: Tensor  # [R n]
     numbers: Tensor  # [R n, k]
     real: Tensor  # [R n] bool: no padding
 
 
-def share(parts: Sequence[Rows | None], targets: Tensor, gather: Gather) -> list[Shared]:
+def share(parts: Sequence[Rows | None], targets: Tensor, gather: Gather, weights: Tensor | None = None) -> list[Shared]:
     """What the ranks show each other in a step, by loss; None shows nothing, and gets no rows. Collective.
 
     Args:
         parts: by loss, the rows of this rank.
         targets: [T] of this rank; their number is exchanged.
+        weights: [T] what each counts, on all ranks or on none; None: 1.
     """
     own = torch.tensor([len(targets)], device=targets.device)
     shown = [part for part in parts if part is not None]
@@ -97,7 +100,8 @@ def share(parts: Sequence[Rows | None], targets: Tensor, gather: Gather) -> list
         total, near = told[:, 0].sum().float(), told[sharing, 0].sum().float()
     rows = iter(found)
     none = (targets.new_zeros(0, 0, dtype=torch.float32), targets[:0], targets.new_zeros(0, 0), targets[:0].bool())
-    return [Shared(total, near, *(none if part is None else next(rows))) for part in parts]
+    weight = total if weights is None else gather.all_reduce_sum(weights.sum())
+    return [Shared(total, near, weight, *(none if part is None else next(rows))) for part in parts]
 
 
 def dealt(total: int, rank: int, ranks: int) -> int:

@@ -28,6 +28,8 @@ class CandidateVectors:
     softmax."""
     domain: Tensor | None = None
     """[C] a query is asked only about the candidates of its target's domain; None: about all."""
+    precision: torch.dtype | None = None
+    """Of the logits and of products with them; None: that of the vectors. Sums keep that of the vectors."""
 
 
 def inclusion_log_probability(log_not_sampled: Tensor, in_batch: Tensor | int, drawn: int) -> Tensor:
@@ -54,9 +56,9 @@ def sampled_softmax(
     target: Tensor,
     scale: Tensor,
     hidden: Hidden | None = None,
-    precision: torch.dtype | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
-    """Sum over T queries of -log softmax(scale * query . items)[target], Z estimated from the candidates.
+    """Sum over T queries of -weight log softmax(scale * query . items)[target], Z estimated from the candidates.
 
     Each candidate but the target stands for 1 / pi items like it, so its logit is lowered by log_q = log pi
     (Bengio & Senecal 2008; Yi et al., RecSys 2019). The target is a candidate with certainty, so its logit is not
@@ -69,12 +71,13 @@ def sampled_softmax(
         target: [T] index of each query's true item among the candidates.
         scale: [] inverse temperature.
         hidden: what to leave out of the softmax of single queries; a query's target stays.
-        precision: of the logits and of products with them; None: that of `items`. Sums keep that of `items`.
+        weight: [T] of each query's loss; None: 1.
 
     Returns:
         [] the summed loss, with gradients for query, items and scale.
     """
-    fixed = _Fixed(target, candidates.log_q, hidden, precision or candidates.vectors.dtype, candidates.domain)
+    precision = candidates.precision or candidates.vectors.dtype
+    fixed = _Fixed(target, candidates.log_q, hidden, precision, candidates.domain, weight)
     return _SampledSoftmax.apply(query, candidates.vectors, scale, fixed)
 
 
@@ -100,6 +103,14 @@ class _Fixed:
     hidden: Hidden | None
     precision: torch.dtype
     domain: Tensor | None
+    weight: Tensor | None
+
+    def weighted(self, values: Tensor, at: int = 0) -> Tensor:
+        """[n] or [n, D] values of the queries from `at` on, times their weights."""
+        if self.weight is None:
+            return values
+        weight = self.weight[at : at + len(values)]
+        return values * (weight if values.dim() == 1 else weight[:, None])
 
     def hide_other_domains(self, logits: Tensor, at: int) -> None:
         """Leave the candidates of other domains out of the logits [t, C] of the queries from `at` on."""
@@ -127,13 +138,15 @@ class _SampledSoftmax(torch.autograd.Function):
         ctx, query: Tensor, items: Tensor, scale: Tensor, fixed: _Fixed
     ) -> Tensor:
         scaled = query * scale
+        weighted = fixed.weighted(scaled)
         shape = tile_shape(len(query), len(items), fixed.precision, query.device)
         if shape is None:
-            loss, query_grad, items_grad = _in_chunks(scaled, items, fixed)
+            loss, query_grad, items_grad = _in_chunks(scaled, weighted, items, fixed)
         else:
-            loss, query_grad, items_grad = _in_tiles(scaled, items, fixed, shape)
+            loss, query_grad, items_grad = _in_tiles(scaled, weighted, items, fixed, shape)
         query_grad -= items[fixed.target]
-        items_grad.index_add_(0, fixed.target, scaled, alpha=-1.0)
+        query_grad = fixed.weighted(query_grad)
+        items_grad.index_add_(0, fixed.target, weighted, alpha=-1.0)
         scale_grad = (query_grad * query).sum()
         ctx.save_for_backward(query_grad.mul_(scale), items_grad, scale_grad)
         return loss
@@ -144,12 +157,14 @@ class _SampledSoftmax(torch.autograd.Function):
         return query_grad * grad, items_grad * grad, scale_grad * grad, None
 
 
-def _in_chunks(scaled: Tensor, items: Tensor, fixed: _Fixed) -> tuple[Tensor, Tensor, Tensor]:
+def _in_chunks(scaled: Tensor, weighted: Tensor, items: Tensor, fixed: _Fixed) -> tuple[Tensor, Tensor, Tensor]:
     """What `tiled_softmax` gives, chunk by chunk of queries: one pass over the logits."""
     target, precision = fixed.target, fixed.precision
     loss = scaled.new_zeros(())
     query_grad, items_grad = torch.empty_like(scaled), torch.zeros_like(items)
-    low_items, low_scaled, corrections = (x.to(precision) for x in (items, scaled, -fixed.log_q))
+    low_items, low_scaled, low_weighted, corrections = (
+        x.to(precision) for x in (items, scaled, weighted, -fixed.log_q)
+    )
     chunk = chunk_rows(len(items), precision, scaled.device)
     buffer = low_items.new_empty(min(chunk, len(scaled)), len(items))
     narrow, widened = torch.empty_like(low_items), torch.empty_like(items)  # mixed precisions would make copies
@@ -164,20 +179,22 @@ def _in_chunks(scaled: Tensor, items: Tensor, fixed: _Fixed) -> tuple[Tensor, Te
         own = first[: len(part)] + target[at : at + chunk]
         logits.view(-1)[own] = truth[at : at + chunk]  # scatter_ would copy all of the logits
         shares = torch.softmax(logits, 1, out=logits)
-        loss -= shares.view(-1)[own].to(items.dtype).clamp(min=TINY).log().sum()
+        loss -= fixed.weighted(shares.view(-1)[own].to(items.dtype).clamp(min=TINY).log(), at).sum()
         query_grad[at : at + chunk] = shares @ low_items
         if precision == items.dtype:
-            items_grad.addmm_(shares.T, part)
+            items_grad.addmm_(shares.T, low_weighted[at : at + chunk])
         else:
-            items_grad += widened.copy_(torch.mm(shares.T, part, out=narrow))
+            items_grad += widened.copy_(torch.mm(shares.T, low_weighted[at : at + chunk], out=narrow))
     return loss, query_grad, items_grad
 
 
-def _in_tiles(scaled: Tensor, items: Tensor, fixed: _Fixed, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def _in_tiles(
+    scaled: Tensor, weighted: Tensor, items: Tensor, fixed: _Fixed, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
     target, none = fixed.target, fixed.target[:0]
-    query, low_items, correction, truth = (
-        x.to(fixed.precision) for x in (scaled, items, -fixed.log_q, (scaled * items[target]).sum(1))
+    query, low_weighted, low_items, correction, truth = (
+        x.to(fixed.precision) for x in (scaled, weighted, items, -fixed.log_q, (scaled * items[target]).sum(1))
     )
-    scored = Scored(query, low_items, correction, truth, fixed.domain)
+    scored = Scored(query, low_weighted, low_items, correction, truth, fixed.domain)
     hidden = (none, none) if fixed.hidden is None else (fixed.hidden.rows, fixed.hidden.columns)
-    return tiled_softmax(scored, Tiles(target, hidden, len(items), shape), items.dtype)
+    return tiled_softmax(scored, Tiles(target, hidden, len(items), shape), fixed.weight, items.dtype)

@@ -83,6 +83,7 @@ class Scored:
     """What logits are made of, in the precision of the products."""
 
     query: Tensor  # [T, D] scaled
+    weighted: Tensor  # [T, D] the same, times the queries' weights
     items: Tensor  # [C, D]
     correction: Tensor  # [C] added to the logits
     truth: Tensor  # [T] logit of the target
@@ -101,10 +102,13 @@ class Scored:
         return logits
 
 
-def tiled_softmax(scored: Scored, tiles: Tiles, precision: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """[] the summed loss; [T, D] sum of the items by their shares, [C, D] sum of the queries by theirs.
+def tiled_softmax(
+    scored: Scored, tiles: Tiles, weight: Tensor | None, precision: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[] the summed loss; [T, D] sum of the items by their shares, [C, D] sum of the weighted queries by theirs.
 
     Args:
+        weight: [T] of each query's loss; None: 1.
         precision: of the sums; that of the products is in `scored`.
     """
     low = scored.query.new_empty(tiles.shape[0] * tiles.shape[1])
@@ -120,13 +124,14 @@ def tiled_softmax(scored: Scored, tiles: Tiles, precision: torch.dtype) -> tuple
         top = part.amax(1).clamp_(min=torch.finfo(precision).min)
         sum_of_part = part.sub_(top[:, None]).exp_().sum(1).log_().add_(top)
         sums[tile.rows] = torch.logaddexp(sums[tile.rows], sum_of_part)
-    loss = (sums - scored.truth).clamp(max=-math.log(TINY)).sum()
+    losses = (sums - scored.truth).clamp(max=-math.log(TINY))
+    loss = (losses if weight is None else losses * weight).sum()
     of_query = torch.zeros_like(scored.query, dtype=precision)
     of_items = torch.zeros_like(scored.items, dtype=precision)
     for tile in tiles.all:
         shares = logits(tile).sub_(sums[tile.rows, None]).exp_().to(low.dtype)
         _add_product(of_query[tile.rows], shares, scored.items[tile.columns])
-        _add_product(of_items[tile.columns], shares.T, scored.query[tile.rows])
+        _add_product(of_items[tile.columns], shares.T, scored.weighted[tile.rows])
     return loss, of_query, of_items
 
 

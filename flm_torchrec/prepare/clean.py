@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 
 from flm_torchrec.data.times import LATEST, TOO_LATE
+from flm_torchrec.data.weights import MOST
 from flm_torchrec.prepare.options import PrepareOptions
 
 EXAMPLES = 5
@@ -69,9 +70,18 @@ def _finite(value: pl.Expr) -> pl.Expr:
     return value.cast(pl.Float32).is_finite().fill_null(False)
 
 
+WEIGHT_RULES = (
+    (
+        f"weight missing, no number, negative or above {MOST:,.0f}",
+        ~pl.col("weight").is_between(0, MOST).fill_null(False),
+    ),
+)
+"""As `rules`, of the weights of events."""
+
+
 def drop_bad(frame: pl.DataFrame, dropped: Dropped, min_value: float | None) -> pl.DataFrame:
     """Take out rows that no model can learn from, and those below `min_value`."""
-    for reason, bad in rules(min_value):
+    for reason, bad in [*rules(min_value), *(WEIGHT_RULES if "weight" in frame.columns else ())]:
         frame = dropped.take(frame, bad, reason)
     return frame
 

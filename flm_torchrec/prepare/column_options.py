@@ -12,7 +12,7 @@ from flm_torchrec.errors import DataError
 from flm_torchrec.names import nearest
 from flm_torchrec.prepare.text_encoder import encoder_kind
 
-ROLES = ("user", "item", "timestamp", "event", "value")
+ROLES = ("user", "item", "timestamp", "event", "value", "weight")
 RESERVED = ("key", "id", "item_id", "user_id", "item_key", "user_key")
 """Names of columns and tables that the layout and the model use themselves."""
 

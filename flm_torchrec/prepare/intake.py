@@ -126,5 +126,6 @@ def _stored(frame: pl.DataFrame, number: int, first: int) -> pl.DataFrame:
         pl.col("timestamp").cast(pl.Int64).alias("event_time"),
         pl.col("event").alias("event_name"),
         pl.col("value").cast(pl.Float32).alias("event_value"),
+        *([pl.col("weight").cast(pl.Float32).alias("event_weight")] if "weight" in frame.columns else []),
         *(["segment"] if "segment" in frame.columns else []),
     )

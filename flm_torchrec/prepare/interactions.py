@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 
+from flm_torchrec.data.event_files import WEIGHT
 from flm_torchrec.prepare.clean import EXAMPLES, Dropped, mark_sql
 from flm_torchrec.prepare.engine import Engine, buckets
 from flm_torchrec.prepare.options import PrepareOptions
@@ -29,6 +30,8 @@ class InteractionCounts:
     sessions: int
     pairs: int
     """Pairs of a user and an item that meet at least once."""
+    weight: float | None = None
+    """Sum of the events' weights; None: they have none."""
 
 
 class Interactions:
@@ -49,7 +52,9 @@ class Interactions:
         self.folder = folder
         self.timestamps = timestamps
         engine.files("taken", files)
-        self.segments = "segment" in pq.read_schema(files[0]).names
+        stored = pq.read_schema(files[0]).names
+        self.extra = [name for name in ("segment", "event_weight") if name in stored]
+        """Columns that not every source has."""
 
     def keys(self) -> tuple[pl.DataFrame, pl.DataFrame, list[str]]:
         """Users and items, each with columns `key` and `events` (their number of rows), and the names of events."""
@@ -85,7 +90,7 @@ class Interactions:
         self.engine.frame("users", users.select("id", "key", (begin // ROWS_PER_BUCKET).alias("bucket")))
         self.engine.frame("items", items.select("id", "key"))
         self.engine.frame("events", pl.DataFrame({"id": np.arange(len(events)), "name": events}))
-        extra = ", segment" if self.segments else ""
+        extra = "".join(f", {name}" for name in self.extra)
         needs_marks = options.dedup != "none" or options.session_gap > 0 or not self.timestamps
         times = "event_time" if needs_marks else "event_time AS seconds, 0 AS duplicate"
         coded, marked = self.folder / "coded", self.folder / "marked"
@@ -153,17 +158,20 @@ class Interactions:
         folder.mkdir()
         per_user = np.zeros(user_ids.max() + 1, np.int64)
         part = sessions = pairs = 0
+        weight = 0.0
         for bucket in buckets(self.marked):
             frame = self._final_rows(bucket, user_ids, item_ids)
             if len(frame) == 0:
                 continue
             pq.write_table(frame.to_arrow(), folder / f"part-{part:05d}.parquet", row_group_size=ROWS_PER_GROUP)
             part += 1
+            if WEIGHT in frame.columns:
+                weight += float(frame[WEIGHT].sum())
             per_user += np.bincount(frame["user_id"].to_numpy(), minlength=len(per_user))
             if "session" in frame.columns:
                 sessions += frame.select("user_id", "session").n_unique()
             pairs += frame.select("user_id", "item_id").n_unique()  # a bucket has all rows of a user
-        return InteractionCounts(per_user, sessions, pairs)
+        return InteractionCounts(per_user, sessions, pairs, weight if "event_weight" in self.extra else None)
 
     def _final_rows(self, bucket: Path, user_ids: np.ndarray, item_ids: np.ndarray) -> pl.DataFrame:
         files = sorted(bucket.glob("*.parquet"))
@@ -178,5 +186,6 @@ class Interactions:
             pl.col("seconds").alias("timestamp"),
             "event",
             pl.col("event_value").alias("value"),
+            *(pl.col(name).alias("weight") for name in ("event_weight",) if name in frame.columns),
             *(name for name in ("segment", "session") if name in frame.columns),
         )

@@ -207,6 +207,7 @@ class Joining:
             tuple(features),
             tables,
             names,
+            any(domain.schema.weights for domain in self.domains),
         )
 
     def _tables(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flm_torchrec.data.event_files import EVENT_COLUMNS, RowChecks
+from flm_torchrec.data.event_files import EVENT_COLUMNS, WEIGHT, RowChecks
 from flm_torchrec.data.row_groups import RowGroups
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.prepare.interactions import ROWS_PER_BUCKET, ROWS_PER_GROUP, InteractionCounts
@@ -48,7 +48,7 @@ class DomainEvents:
             timed: `at` is the time; else the place in the user's sequence, as a share of its length.
         """
         row = 0
-        for batch in self.groups.batches(["user_id", *EVENT_COLUMNS], ["segment"]):
+        for batch in self.groups.batches(["user_id", *EVENT_COLUMNS], ["segment", WEIGHT]):
             own = batch["user_id"].to_numpy()
             rows = np.arange(row, row + len(own))
             row += len(own)
@@ -60,6 +60,7 @@ class DomainEvents:
                 "timestamp": time.astype(np.int64),
                 "event": self.events[batch["event"].to_numpy()],
                 "value": batch["value"].to_numpy(),
+                WEIGHT: batch[WEIGHT].to_numpy() if WEIGHT in batch.schema.names else np.ones(len(own), np.float32),
                 "at": time.astype(np.int64) if timed else (rows - first + 1) / (end - first),
                 "domain": np.full(len(own), number, np.int16),
                 "row": rows,
@@ -83,7 +84,7 @@ def write_joined(
     for domain in domains:
         np.add.at(per_user, domain.users, np.diff(domain.offsets))
     bucket_of = (np.cumsum(per_user) - per_user) // ROWS_PER_BUCKET  # [users]
-    segments = any(domain.groups.has("segment") for domain in domains)
+    more = [name for name in ("segment", WEIGHT) if any(domain.groups.has(name) for domain in domains)]
     _deal(domains, bucket_of, work, timed)
     folder.mkdir()
     pairs = 0
@@ -91,8 +92,7 @@ def write_joined(
         frame = pl.read_parquet(sorted(bucket.iterdir()), glob=False).sort("user_id", "at", "domain", "row")
         if not timed:
             frame = frame.with_columns(timestamp=pl.int_range(pl.len(), dtype=pl.Int64).over("user_id"))
-        kept = ["user_id", *EVENT_COLUMNS, *(["segment"] if segments else [])]
-        frame = frame.select(kept)
+        frame = frame.select("user_id", *EVENT_COLUMNS, *more)
         pq.write_table(frame.to_arrow(), folder / f"part-{part:05d}.parquet", row_group_size=ROWS_PER_GROUP)
         pairs += frame.select("user_id", "item_id").n_unique()
     return InteractionCounts(per_user, 0, pairs)

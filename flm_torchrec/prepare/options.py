@@ -245,7 +245,8 @@ class LogOptions:
         _parsed(parse_columns),
         Field(
             title="ROLE=COLUMN,…",
-            description="roles: user, item, timestamp, event, value; without a timestamp the order of the rows counts."
+            description="roles: user, item, timestamp, event, value, weight; without a timestamp the order of the rows"
+            " counts; weight: what an event counts as a target, at least 0."
             " COLUMN may be a path into objects (user.id), or several names of which a file has one (uid|user_id)",
         ),
     ] = field(default_factory=lambda: {"user": "user_id", "item": "item_id", "timestamp": "timestamp"})

@@ -108,6 +108,8 @@ class Preparation:
         vocabulary, events = self._vocabulary(interactions, read)
         folder.mkdir()
         counts = interactions.write(folder / "interactions", vocabulary.new_user_ids, vocabulary.new_item_ids)
+        if counts.weight == 0:
+            raise DataError(f"{source.name}: the weight of every event is 0, so nothing counts; name another column")
         rows = {"user": vocabulary.users, "item": vocabulary.items}
         encoded = [encode(feature, rows[feature.entity][feature.name], options) for feature in source.features]
         features = tuple(one.feature for one in encoded)
@@ -122,6 +124,7 @@ class Preparation:
             title=source.title,
             features=features,
             tables=by_table(options.tables, features),
+            weights=counts.weight is not None,
         )
         _write_entity(folder, "item", vocabulary.items, encoded)
         _write_entity(folder, "user", vocabulary.users, encoded)

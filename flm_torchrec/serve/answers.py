@@ -25,7 +25,7 @@ class Asked:
     """The user of a request."""
 
     query: TowerQuery
-    seen: np.ndarray  # [n] rows of all items of the user's events and of the history
+    seen: np.ndarray  # [n] rows of all items that the user has had, by events and the history
     left_out: list[str]
     """Values of features that were not in training."""
 
@@ -41,12 +41,13 @@ def asked_user(loaded: LoadedExport, store: LiveStore, request: Whom) -> Asked:
         history, seen = known_events(loaded, store, request.user)
         user = loaded.user_of.get(request.user, -1)
     last = int(history.timestamp[-1]) if len(history) else None
-    history = history + asked_events(loaded, request.history, last)
+    asked = asked_events(loaded, request.history, last)
+    history, seen = history + asked, np.concatenate([seen, loaded.tower.had(asked)])
     profile: np.ndarray | None = None
     left_out: list[str] = []
     if request.features is not None:
         profile, left_out = content_of(loaded, "user", request.features)
-    return Asked(TowerQuery(history, user, profile), np.unique(np.concatenate([seen, history.item])), left_out)
+    return Asked(TowerQuery(history, user, profile), np.unique(seen), left_out)
 
 
 def known_events(loaded: LoadedExport, store: LiveStore, user: str) -> tuple[Events, np.ndarray]:

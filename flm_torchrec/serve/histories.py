@@ -15,7 +15,7 @@ from flm_torchrec.serve.resolve import Refused, event_code, item_row
 
 
 def events_and_seen(loaded: LoadedExport, user: str, live: Sequence[LiveEvent]) -> tuple[Events, np.ndarray]:
-    """The user's last events, exported and live, and rows [n] of all items seen."""
+    """The user's last events, exported and live, and rows [n] of all items that the user has had."""
     row = loaded.user_of.get(user)
     history, seen = NO_EVENTS, NO_EVENTS.item
     if row is not None:
@@ -32,7 +32,7 @@ def events_and_seen(loaded: LoadedExport, user: str, live: Sequence[LiveEvent]) 
         event=np.array([codes.get(e.event, 0) for _, e in known], np.int64),
         value=np.array([e.value for _, e in known], np.float32),
     )
-    return history + events, np.concatenate([seen, events.item])
+    return history + events, np.concatenate([seen, loaded.tower.had(events)])
 
 
 def new_event(loaded: LoadedExport, event: NewEvent, live: Sequence[LiveEvent]) -> LiveEvent:

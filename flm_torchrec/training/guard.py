@@ -132,14 +132,13 @@ class Guard(AbstractContextManager["Guard"]):
 def as_arrays(batch: Batch) -> dict[str, np.ndarray]:
     """A batch as plain arrays, for an archive that holds no code; `from_arrays` reads it."""
     arrays = {}
-    for field in fields(batch):
-        value = getattr(batch, field.name)
+    for name, value in batch.parts():
         if isinstance(value, KeyedJaggedTensor):
-            arrays[f"{field.name}.keys"] = np.array(value.keys(), np.str_)
-            arrays[f"{field.name}.values"] = value.values().cpu().numpy()
-            arrays[f"{field.name}.lengths"] = value.lengths().cpu().numpy()
+            arrays[f"{name}.keys"] = np.array(value.keys(), np.str_)
+            arrays[f"{name}.values"] = value.values().cpu().numpy()
+            arrays[f"{name}.lengths"] = value.lengths().cpu().numpy()
         else:
-            arrays[field.name] = value.cpu().numpy()
+            arrays[name] = value.cpu().numpy()
     return arrays
 
 
@@ -149,6 +148,8 @@ def from_arrays(arrays: Any) -> Batch:
     for field in fields(Batch):
         if field.name in arrays:
             values_by_field[field.name] = torch.from_numpy(arrays[field.name])
+            continue
+        if f"{field.name}.keys" not in arrays:
             continue
         values, lengths = (torch.from_numpy(arrays[f"{field.name}.{part}"]) for part in ("values", "lengths"))
         values_by_field[field.name] = KeyedJaggedTensor(arrays[f"{field.name}.keys"].tolist(), values, lengths=lengths)

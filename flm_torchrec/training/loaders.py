@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from flm_torchrec.config import Config
 from flm_torchrec.data.collate import Assembler
 from flm_torchrec.data.dataset import PreparedData
@@ -11,6 +13,7 @@ from flm_torchrec.data.loader import Loader, Sharing, TrainLoader
 from flm_torchrec.data.negatives import DrawnShare, Negatives
 from flm_torchrec.data.stream_loader import StreamLoader
 from flm_torchrec.data.survey import EventStream
+from flm_torchrec.data.weights import kind_weights
 from flm_torchrec.data.windows import windows
 from flm_torchrec.distributed.candidates import CandidateRanks
 from flm_torchrec.distributed.comm import Comm
@@ -31,8 +34,13 @@ def make_loader(data: PreparedData, events: RunEvents, config: Config, comm: Com
         counts = shares.item_counts(data, spans, events.learned_from)
     labels = events.labels.train if events.labels is not None else None
     drawn = config.loss.negatives if labels is None else 0
-    stats = events.stats(data, values=labels is None)
-    assembler = Assembler(data, events.learned_from, stats=stats, labels=labels)
+    assembler = Assembler(
+        data,
+        events.learned_from,
+        stats=events.stats(data, values=labels is None),
+        labels=labels,
+        kind_weights=weights_of(data, config),
+    )
     negatives = Negatives(counts, drawn, config.loss.negative_power, drawn_share(config, comm))
     return TrainLoader(spans, assembler, negatives, sharing, shares)
 
@@ -42,10 +50,19 @@ def _make_stream_loader(
 ) -> StreamLoader:
     check_domains(data, stream.counts)
     plan = LanePlan(stream, config.data.max_history, sharing)
-    assembler = Assembler(data, data.no_events, stream.stats)
+    assembler = Assembler(data, data.no_events, stream.stats, kind_weights=weights_of(data, config))
     power = config.loss.negative_power
     negatives = Negatives(stream.counts, config.loss.negatives, power, drawn_share(config, comm))
     return StreamLoader(plan, assembler, negatives)
+
+
+def weights_of(data: PreparedData, config: Config) -> np.ndarray | None:
+    """[kinds of events] float32: what a target of each counts; None: 1.
+
+    Raises:
+        ConfigError: `loss.event_weights` does not fit the data.
+    """
+    return kind_weights(data.schema, config.loss.event_weights, data.targets)
 
 
 def drawn_share(config: Config, comm: Comm) -> DrawnShare:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,11 @@ import numpy as np
 from flm_torchrec.config import Config
 from flm_torchrec.data.cohort import Labels, label_events, of_cohort
 from flm_torchrec.data.dataset import PreparedData, load_prepared
-from flm_torchrec.data.splits import Examples, Splits, split, split_by
+from flm_torchrec.data.splits import Examples, Splits, SplitSettings, split, split_by
 from flm_torchrec.data.survey import EventStream, StreamedData, hide_values, load_streamed
 from flm_torchrec.data.train_stats import TrainStats
+from flm_torchrec.data.weights import target_kinds
+from flm_torchrec.errors import ConfigError
 from flm_torchrec.training.follow.growth import FollowedData
 from flm_torchrec.training.identity import has_ids_of, read_config
 
@@ -62,16 +64,25 @@ def load_data(config: Config) -> PreparedData:
         data = load_streamed(
             Path(settings.path),
             settings.features,
-            settings.split,
-            settings.holdout,
+            SplitSettings(settings.split, settings.holdout, settings.target_events),
             config.train.eval_users,
             config.train.seed,
         )
     else:
-        data = load_prepared(settings.path, settings.features)
+        data = with_targets(load_prepared(settings.path, settings.features), config)
     learns_labels = config.finetune.source and config.finetune.task == "label"
     # Labels are made of the values. Fine-tuning for labels hides the values from the model itself.
     return data if settings.values or learns_labels else hide_values(data)
+
+
+def with_targets(data: PreparedData, config: Config) -> PreparedData:
+    """The data with the kinds of events that the config predicts.
+
+    Raises:
+        ConfigError: the data have no such kind.
+    """
+    targets = target_kinds(data.schema, config.data.target_events)
+    return data if targets is data.targets else replace(data, targets=targets)  # a copy has to be digested anew
 
 
 def events_of(config: Config, data: PreparedData) -> RunEvents:
@@ -92,10 +103,12 @@ def events_of(config: Config, data: PreparedData) -> RunEvents:
         splits = split(data, config.data.split, config.data.holdout)
         learned_from = splits.train_mask(data)
         return RunEvents(splits, learned_from, learned_from)
-    seen = data.no_events
+    seen, same_targets = data.no_events, True
     source = Path(tuning.source)
     if has_ids_of(source, data.path, data.fingerprint):
-        seen = events_of(read_config(source), data).seen
+        made = read_config(source)
+        seen = events_of(made, with_targets(data, made)).seen
+        same_targets = made.data.target_events == config.data.target_events
     cohort = np.ones(data.schema.users, bool)
     if tuning.cohort == "new":
         cohort = ~data.users_of(seen)
@@ -106,6 +119,11 @@ def events_of(config: Config, data: PreparedData) -> RunEvents:
     else:
         of_everyone = split(data, config.data.split, config.data.holdout)
         splits = of_cohort(of_everyone, data, cohort, tuning.share, config.train.seed)
+        if not same_targets and any(seen[examples.end].any() for examples in (splits.valid, splits.test)):
+            raise ConfigError(
+                f"data.target_events: {source} has learned from events to predict, as it predicts others; pretrain and"
+                " fine-tune with the same ones, or both with data.split=time"
+            )
     learned_from = splits.train_mask(data)
     return RunEvents(
         splits, learned_from, learned_from | seen if tuning.start == "pretrained" else learned_from, labels

@@ -72,7 +72,7 @@ def check_source(config: Config) -> None:
         raise RunError(f"{source}: has no state to go on from (checkpoints/step-...); train it again")
     for section, names in (
         ("model", [name for name in asdict(made.model) if name not in FREE]),
-        ("data", ["max_history"]),
+        ("data", ["max_history", "target_events"]),
         ("train", ["sparse_optimizer"]),
     ):
         for name in names:

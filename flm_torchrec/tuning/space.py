@@ -20,7 +20,7 @@ RANGE_KEYS = ("low", "high", "step", "log")
 OWN = ("train.run", "train.existing")
 """Settings that each trial is given by the search."""
 COMPARED = (
-    *("data.path", "data.split", "data.holdout", "data.stream"),
+    *("data.path", "data.split", "data.holdout", "data.target_events", "data.stream"),
     *("train.select", "train.eval_users", "train.eval_every", "train.seed", "train.warm_start"),
 )
 COMPARED_SECTIONS = ("eval", "finetune", "distributed")

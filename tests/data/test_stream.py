@@ -30,7 +30,7 @@ from flm_torchrec.data.loader import Sharing, TrainLoader
 from flm_torchrec.data.negatives import Negatives
 from flm_torchrec.data.row_groups import RowGroups
 from flm_torchrec.data.schema import Schema
-from flm_torchrec.data.splits import split
+from flm_torchrec.data.splits import SplitSettings, split
 from flm_torchrec.data.stream_loader import StreamLoader
 from flm_torchrec.data.survey import StreamedData, load_streamed, order_statistics
 from flm_torchrec.data.train_stats import TrainStats
@@ -92,7 +92,7 @@ def folders(draw: st.DrawFn) -> dict:
 
 
 def stream_loader(path: Path, kind: str, batch_size: int, rank: int = 0, ranks: int = 1) -> StreamLoader:
-    data = load_streamed(path, "all", kind, 0.2, 5, 0)
+    data = load_streamed(path, "all", SplitSettings(kind, 0.2), 5, 0)
     assembler = Assembler(data, np.zeros(len(data.item), bool), data.stream.stats)
     plan = LanePlan(data.stream, 4, Sharing(batch_size, 7, rank, ranks))
     return StreamLoader(plan, assembler, Negatives(data.stream.counts, 3, 0.5))
@@ -217,14 +217,16 @@ def test_a_survey_finds_what_is_known_of_data_in_memory(folder: dict, kind: str,
             splits = split(data, kind, holdout)
         except DataError:
             return
-        streamed = load_streamed(path, "all", kind, holdout, sample, 3)
+        streamed = load_streamed(path, "all", SplitSettings(kind, holdout), sample, 3)
         stream, fit = streamed.stream, splits.train_mask(data)
         np.testing.assert_array_equal(stream.offsets, data.offsets)
         np.testing.assert_array_equal(stream.train_end, splits.train_end)
         np.testing.assert_array_equal(stream.counts, np.bincount(data.item[fit], minlength=ITEMS))
         assert stream.train_rows == fit.sum()
         cold = np.zeros(ITEMS, bool) if splits.cold_items is None else splits.cold_items
-        np.testing.assert_array_equal(stream.rule.held_out(np.zeros(ITEMS, int), np.arange(ITEMS)), cold)
+        np.testing.assert_array_equal(
+            stream.rule.held_out(*np.stack([np.zeros(ITEMS, int), np.arange(ITEMS), np.zeros(ITEMS, int)])), cold
+        )
         if fit.any():
             stats = TrainStats.of(data, fit, values=True)
             np.testing.assert_array_equal(stream.stats.items, stats.items)

@@ -44,8 +44,12 @@ class Vectors:
         return {"content": self.query, "collaborative": self.query * 2, "sequential": self.query.flip(1)}
 
 
-def made(rank: int, kind: str, ranks: CandidateRanks, negatives: int) -> tuple[Any, Vectors]:
-    """The batch of a rank, with its part of the negatives; the last rank has no sequences at all."""
+def made(rank: int, kind: str, ranks: CandidateRanks, negatives: int, weighted: bool) -> tuple[Any, Vectors]:
+    """The batch of a rank, with its part of the negatives; the last rank has no sequences at all.
+
+    Args:
+        weighted: targets have weights, and some are not predicted.
+    """
     noise = torch.Generator().manual_seed(100 + rank)
     last = rank == ranks.world_size - 1
     lengths = torch.tensor([0, 0] if last else [3 + rank, 2])
@@ -55,7 +59,10 @@ def made(rank: int, kind: str, ranks: CandidateRanks, negatives: int) -> tuple[A
     candidates = torch.cat([torch.unique(targets), own]) if kind == "local" else torch.cat([targets, own]).unique()
     items = torch.unique(torch.cat([targets, candidates]))
     sampled = torch.log1p(-torch.rand(ITEMS, 2, generator=torch.Generator().manual_seed(6)) / 9)
+    predicted = torch.rand(len(targets), generator=noise) > 0.3
+    weight = 3 * torch.rand(len(targets), generator=noise) * predicted
     batch = SimpleNamespace(
+        weight=weight if weighted else None, predicted=predicted if weighted else None,
         items=items, targets=torch.searchsorted(items, targets), candidates=torch.searchsorted(items, candidates),
         lengths=lengths, log_not_sampled=sampled[candidates], item_domain=items % DOMAINS,
     )  # fmt: skip
@@ -76,7 +83,10 @@ def expected(
         joint: only those of a target's own domain are.
     """
     batch, own = made_by[rank]
-    total = sum(len(b.targets) for b, _ in made_by)
+    targets = sum(len(b.targets) for b, _ in made_by)
+    total = targets if batch.weight is None else sum(b.weight.sum() for b, _ in made_by)
+    weight = torch.ones(len(batch.targets)) if batch.weight is None else batch.weight
+    had = torch.ones(len(batch.targets), dtype=torch.bool) if batch.predicted is None else batch.predicted
     in_batch = sum(len(made_by[r][0].targets) for r in near)
     known: dict[int, tuple[Tensor, Tensor]] = {}
     own_targets = {r: len(torch.unique(b.targets)) if near != pool else 0 for r, (b, _) in enumerate(made_by)}
@@ -101,14 +111,16 @@ def expected(
         summed = query.sum() * 0
         for t, item in enumerate(wanted):
             others = [u for u in range(len(wanted)) if sequence[u] == sequence[t] and (name == "left_out" or u < t)]
-            hidden = {wanted[u] for u in others} - {item}
+            hidden = {wanted[u] for u in others if had[u]} - {item}
             hidden |= {i for i in ids if joint and i % DOMAINS != item % DOMAINS}
             true = torch.tensor([i == item for i in ids])
             scores = seen @ query[t] / 0.07 - torch.where(true, 0.0, log_q)  # a target is a candidate with certainty
             kept = torch.tensor([i not in hidden for i in ids])
-            summed = summed - F.log_softmax(scores[kept], 0)[[i for i in ids if i not in hidden].index(item)]
+            summed = (
+                summed - weight[t] * F.log_softmax(scores[kept], 0)[[i for i in ids if i not in hidden].index(item)]
+            )
         found[name] = summed / total
-    found["attribute"] = _contrast(made_by, rank, near, joint) * in_batch / total
+    found["attribute"] = _contrast(made_by, rank, near, joint) * in_batch / targets
     return found
 
 
@@ -155,17 +167,17 @@ class Counted(CandidateRanks):
 
 
 def compare(comm: Comm, kind: str, negatives: int, joint: bool) -> Counted:
-    """Loss by loss and gradient by gradient."""
+    """Loss by loss and gradient by gradient; of joint data, the targets have weights too."""
     config = LossConfig(negatives=negatives, attribute=0.5)
     ranks = Counted(comm, kind)  # type: ignore[arg-type]
     ranks.check()
     losses: tuple[Loss, ...] = make_losses(config, described=True, gather=ranks, joint=joint)
-    batch, vectors = made(comm.rank, kind, ranks, negatives)
-    parts = share([loss.rows(batch, vectors) for loss in losses], batch.targets, ranks)  # type: ignore[arg-type]
+    batch, vectors = made(comm.rank, kind, ranks, negatives, joint)
+    parts = share([loss.rows(batch, vectors) for loss in losses], batch.targets, ranks, batch.weight)  # type: ignore[arg-type]
     weighted, told = zip(*(loss(batch, vectors, p) for loss, p in zip(losses, parts, strict=True)), strict=True)  # type: ignore[arg-type]
     sum(weighted).backward()  # type: ignore[union-attr]
 
-    made_by = [made(rank, kind, ranks, negatives) for rank in range(comm.world_size)]
+    made_by = [made(rank, kind, ranks, negatives, joint) for rank in range(comm.world_size)]
     everyone = list(range(comm.world_size))
 
     def reference(rank: int) -> dict[str, Tensor]:

@@ -279,14 +279,15 @@ def test_softmax_over_many_candidates_is_that_of_chunks_and_holds_no_block_of_th
     """Vectors, scale and corrections as in training; the bounds are lower."""
     g = torch.Generator().manual_seed(1)
     query, vectors = (F.normalize(torch.randn(n, 32, generator=g), dim=1) for n in (300, 4_000))
-    candidates = CandidateVectors(vectors.requires_grad_(), -8 * torch.rand(4_000, generator=g))
+    log_q, weight = -8 * torch.rand(4_000, generator=g), 2 * torch.rand(300, generator=g)
+    candidates = CandidateVectors(vectors.requires_grad_(), log_q, precision=precision)
     leaves = [query.requires_grad_(), vectors, torch.tensor(14.0, requires_grad=True)]
     target = torch.randint(0, 4_000, (300,), generator=g)
     found = []
     monkeypatch.setattr(softmax, "CHUNK_BYTES", {"cpu": 2**19})
     for most in (softmax.MOST_BYTES["cpu"], 2**19):
         monkeypatch.setattr(softmax, "MOST_BYTES", {"cpu": most})
-        loss = sampled_softmax(query, candidates, target, leaves[2], precision=precision)
+        loss = sampled_softmax(query, candidates, target, leaves[2], weight=weight)
         found.append([loss, *torch.autograd.grad(loss, leaves)])
     rows, columns = softmax.tile_shape(300, 4_000, precision, query.device) or (0, 0)
     assert rows >= 128 and rows * columns * precision.itemsize <= 2**19
@@ -296,7 +297,7 @@ def test_softmax_over_many_candidates_is_that_of_chunks_and_holds_no_block_of_th
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 20), st.integers(2, 30), st.integers(0, 10_000), st.booleans())
-def test_softmax_with_hidden_candidates_is_cross_entropy_without_them(
+def test_weighted_softmax_with_hidden_candidates_is_cross_entropy_without_them(
     queries: int, items: int, seed: int, tiled: bool
 ) -> None:
     g = torch.Generator().manual_seed(seed)
@@ -304,12 +305,14 @@ def test_softmax_with_hidden_candidates_is_cross_entropy_without_them(
     target = torch.randint(0, items, (queries,), generator=g)
     left_out = (torch.rand(queries, items, generator=g) < 0.4).scatter(1, target[:, None], False)
     leaves = [x.requires_grad_() for x in (query, vectors)]
-    expected = F.cross_entropy((query @ vectors.T).masked_fill(left_out, -math.inf), target, reduction="sum")
+    weight = 3 * torch.rand(queries, generator=g, dtype=torch.double)
+    by_query = F.cross_entropy((query @ vectors.T).masked_fill(left_out, -math.inf), target, reduction="none")
+    expected = (weight * by_query).sum()
     hidden = Hidden(*torch.nonzero(left_out).T)
     with pytest.MonkeyPatch.context() as patch:
         in_parts(patch, tiled)
         candidates = CandidateVectors(vectors, torch.zeros(items, dtype=torch.double))
-        found = sampled_softmax(query, candidates, target, torch.tensor(1.0, dtype=torch.double), hidden)
+        found = sampled_softmax(query, candidates, target, torch.tensor(1.0, dtype=torch.double), hidden, weight)
     torch.testing.assert_close(found, expected)
     for a, b in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(a, b)

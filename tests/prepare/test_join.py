@@ -22,7 +22,7 @@ from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData, fingerprint_of, load_prepared
 from flm_torchrec.data.keys import tombstone
 from flm_torchrec.data.schema import Feature, Schema
-from flm_torchrec.data.splits import Examples, split
+from flm_torchrec.data.splits import Examples, SplitSettings, split
 from flm_torchrec.data.survey import load_streamed
 from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.join import Joining, join, made_of
@@ -238,11 +238,13 @@ def test_streamed_joint_data_are_split_as_in_memory(tmp_path: Path) -> None:
     whole = load_prepared(tmp_path / "joint")
     for kind in ("leave-one-out", "cold-start", "time"):
         splits = split(whole, kind, 0.3)
-        streamed = load_streamed(tmp_path / "joint", "all", kind, 0.3, 10, 0)
+        streamed = load_streamed(tmp_path / "joint", "all", SplitSettings(kind, 0.3), 10, 0)
         np.testing.assert_array_equal(streamed.stream.train_end, splits.train_end)
         np.testing.assert_array_equal(streamed.stream.counts, whole.item_counts(splits.train_mask(whole)))
         user = whole.event_users()
-        mask = (np.arange(len(user)) < splits.train_end[user]) & ~streamed.stream.rule.held_out(user, whole.item)
+        mask = (np.arange(len(user)) < splits.train_end[user]) & ~streamed.stream.rule.held_out(
+            user, whole.item, whole.event
+        )
         np.testing.assert_array_equal(mask, splits.train_mask(whole))
 
 

@@ -42,7 +42,7 @@ from flm_torchrec.data.lanes import LanePlan
 from flm_torchrec.data.loader import Sharing, TrainLoader
 from flm_torchrec.data.negatives import Negatives
 from flm_torchrec.data.schema import Schema
-from flm_torchrec.data.splits import split
+from flm_torchrec.data.splits import SplitSettings, split
 from flm_torchrec.data.stream_loader import StreamLoader
 from flm_torchrec.data.survey import load_streamed
 from flm_torchrec.data.windows import windows
@@ -94,7 +94,7 @@ def from_memory(data: PreparedData) -> TrainLoader:
 
 def from_disk(path: Path) -> StreamLoader:
     """Our loader that streams from disk."""
-    data = load_streamed(path, "all", "leave-one-out", 0.1, VALIDATED, 0)
+    data = load_streamed(path, "all", SplitSettings("leave-one-out", 0.1), VALIDATED, 0)
     assembler = Assembler(data, data.no_events, data.stream.stats)
     plan = LanePlan(data.stream, HISTORY, Sharing(BATCH, 0))
     return StreamLoader(plan, assembler, Negatives(data.stream.counts, DRAWN, POWER))

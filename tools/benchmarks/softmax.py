@@ -30,9 +30,9 @@ def ours(most_bytes: int, precision: torch.dtype) -> Way:
     """The same loss by our softmax, in chunks where the logits of 128 queries take no more, else in tiles."""
 
     def loss(query: Tensor, items: Tensor, target: Tensor) -> Tensor:
-        candidates = CandidateVectors(items, items.new_zeros(len(items)))
+        candidates = CandidateVectors(items, items.new_zeros(len(items)), precision=precision)
         with mock.patch.object(softmax, "MOST_BYTES", {"cpu": most_bytes}):
-            return sampled_softmax(query, candidates, target, items.new_ones(()), precision=precision)
+            return sampled_softmax(query, candidates, target, items.new_ones(()))
 
     return loss
 

@@ -46,6 +46,8 @@ class Description(BaseModel):
     cosine: bool
     fusion: str
     events: Annotated[list[str], Field(min_length=1)]
+    targets: list[str] | None = None
+    """Kinds of events that the model predicts, whose items are left out of recommendations; None: all."""
     timestamps: bool
     usual_gap: Annotated[int, Field(ge=0, le=1 << 40)]
     value_mean: Number

@@ -86,6 +86,9 @@ class PackagedTower:
             description.max_history,
         )
         self.cosine, self.fusion, self.events = description.cosine, description.fusion, description.events
+        targets = self.events if description.targets is None else description.targets
+        self.predicted = np.isin(self.events, targets)
+        """[kinds of events] bool: events of these kinds say that the user has had the item."""
         self.timestamps, self.usual_gap = description.timestamps, description.usual_gap
         self.coding = HistoryCoding(
             description.value_mean, description.value_scale, description.timestamps, description.gaps
@@ -112,6 +115,10 @@ class PackagedTower:
         """The last events of a known user, one more than the tower reads, so that the first gap is known."""
         columns = {name: self.histories[name].chunk(0)[user].values.to_numpy() for name in HISTORY_TYPES}
         return Events(**{**columns, "item": columns["item"].astype(np.int64)})
+
+    def had(self, events: Events) -> np.ndarray:
+        """[n] rows of the items that recommendations leave out after these events."""
+        return events.item[self.predicted[events.event]]
 
     def represent(self, queries: Sequence[TowerQuery], added: np.ndarray) -> list[Represented]:
         """The representations for each query, by each head and by fusion.

@@ -101,6 +101,7 @@ def write_tower(data: PreparedData, model: TowerSource, main: bool, precision: P
         "precision": precision,
         "items": schema.items,
         "events": list(schema.events),
+        **({} if data.targets is None else {"targets": np.array(schema.events)[data.targets].tolist()}),
         "timestamps": schema.timestamps,
         "usual_gap": _usual_gap(data),
         "features": [describe(data.path, f) for f in (*_ordered(data, "item"), *_ordered(data, "user"))],

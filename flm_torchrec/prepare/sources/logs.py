@@ -101,7 +101,7 @@ def _csv(file: InputFile, options: LogOptions) -> Shard:
 
 
 def _jsonl(file: InputFile, options: LogOptions) -> Shard:
-    numbers = (options.columns["value"],) if "value" in options.columns else ()
+    numbers = tuple(options.columns[role] for role in ("value", "weight") if role in options.columns)
     return JsonShard(file, _columns(options), partial(_roles, options, file.url), options.form, numbers)
 
 
@@ -113,7 +113,10 @@ def _columns(options: LogOptions) -> tuple[str, ...]:
 
 
 def _roles(options: LogOptions, file: str, frame: pl.DataFrame) -> pl.DataFrame:
-    """Columns user, item, timestamp, event and value; a role without a column has what the layout says of that."""
+    """Columns user, item, timestamp, event and value; a role without a column has what the layout says of that.
+
+    And weight, where that has a column.
+    """
     given = {role: frame[column] for role, column in options.columns.items()}
     columns = [
         keys(given["user"], file).rename("user"),
@@ -123,7 +126,9 @@ def _roles(options: LogOptions, file: str, frame: pl.DataFrame) -> pl.DataFrame:
         keys(given["event"], file).fill_null(NO_EVENT) if "event" in given else pl.lit("interaction"),
         _values(given["value"], options.form.numbers, file) if "value" in given else pl.lit(1.0),
     ]
-    return frame.select(c.alias(role) for c, role in zip(columns, ROLES, strict=True))
+    if "weight" in given:
+        columns.append(_values(given["weight"], options.form.numbers, file))
+    return frame.select(c.alias(role) for c, role in zip(columns, ROLES, strict=False))
 
 
 def _values(column: pl.Series, form: NumberForm, file: str) -> pl.Series:

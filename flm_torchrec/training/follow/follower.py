@@ -44,7 +44,7 @@ from flm_torchrec.training.follow.sources import Chunk, EventSource, open_source
 from flm_torchrec.training.guard import NON_FINITE, Guard
 from flm_torchrec.training.identity import open_run
 from flm_torchrec.training.job import Job, JobInputs, open_inputs
-from flm_torchrec.training.loaders import drawn_share
+from flm_torchrec.training.loaders import drawn_share, weights_of
 from flm_torchrec.training.logger import RunLogger
 from flm_torchrec.training.run_events import ANY_RANKS, IN_MEMORY
 from flm_torchrec.training.run_folder import claimed, open_run_folder
@@ -122,6 +122,11 @@ def follow(run: Path, url: str, output: Path, options: FollowOptions, overrides:
         comm = inputs.comm
         if options.expire_after and not inputs.data.schema.timestamps:
             raise ConfigError(f"--expire-after: {inputs.data.path} has no timestamps; leave it out")
+        if inputs.data.schema.weights:
+            raise ConfigError(
+                f"{inputs.data.path}: its events have weights, and those of a source have none; prepare the new events"
+                " too, and go on with flm train --train.warm_start"
+            )
         if inputs.data.schema.domains:
             raise ConfigError(
                 f"{inputs.data.path}: is joint data, whose new items would have no domain; join the new data, and go on"
@@ -395,7 +400,7 @@ class _Follower:
         config, known, comm = self.config, self.histories, self.comm
         return TrainLoader(
             new_windows(known.data, is_new, config.data.max_history),
-            Assembler(known.data, known.learnable, known.train_stats),
+            Assembler(known.data, known.learnable, known.train_stats, kind_weights=weights_of(known.data, config)),
             Negatives(known.counts, config.loss.negatives, config.loss.negative_power, drawn_share(config, comm)),
             Sharing(config.train.batch_size, config.train.seed, comm.rank, comm.world_size),
         )
