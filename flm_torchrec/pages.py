@@ -1,94 +1,154 @@
-"""Findings, tables and plots: as one self-contained HTML page, and without the plots on a terminal."""
+"""Findings, tables and charts: as one self-contained HTML page, and without the charts on a terminal."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
 
-import matplotlib
-from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table as RichTable
 
-from flm_torchrec.safe_text import escape, visible
+from flm_torchrec.charts import Curves, Histogram, draw
+from flm_torchrec.safe_text import escape
 from flm_torchrec.terminal import PlainConsole
 
-INK = "#010203"
-"""The colour that matplotlib draws in. The page replaces it by its colour of text, light or dark."""
-COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#eab308", "#14b8a6", "#94a3b8")
+TEXT = ' class="text"'
+LONG = 20
+"""Rows above which a table opens on demand."""
+CONTENTS = 4
+"""Sections from which the page begins with links to them."""
 STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
-  background: light-dark(#fff, #15181c); color: light-dark(#1b1f24, #dfe3e8); }
-h2 { margin-top: 2.5rem; border-bottom: 1px solid light-dark(#d5d9de, #3a4048); }
-table { border-collapse: collapse; margin: .5rem 0 1.5rem; display: block; overflow-x: auto; }
-caption { text-align: left; font-weight: 600; padding: .3rem 0; }
-th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid light-dark(#e6e9ed, #2a3037); }
-th:first-child, td:first-child { text-align: left; }
-ul.findings { background: light-dark(#fff4e5, #3a2a12); padding: .8rem 2rem; border-radius: .4rem; }
-svg { width: min(100%, 32rem); height: auto; margin: .5rem 1rem .5rem 0; }
+:root { color-scheme: light dark; --ink: light-dark(#1b1f24, #dfe3e8); --muted: light-dark(#57606a, #9aa4af);
+  --paper: light-dark(#fff, #15181c); --soft: light-dark(#f3f5f8, #1e2329); --line: light-dark(#d5d9de, #3a4048);
+  --accent: light-dark(#1d4ed8, #93b4ff); }
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 4rem;
+  background: var(--paper); color: var(--ink); overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 1rem; }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; padding-bottom: .2rem; border-bottom: 1px solid var(--line); }
+p { margin: .5rem 0; max-width: 65ch; } .muted { color: var(--muted); font-size: .85rem; }
+a { color: var(--accent); } :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: 1rem 0; font-size: .9rem; }
+.scroll { overflow-x: auto; margin: .6rem 0 1.5rem; max-width: 100%; width: fit-content; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+caption, figcaption { text-align: left; font-weight: 600; padding: .3rem 0; }
+th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid var(--line); font-weight: normal;
+  overflow-wrap: break-word; max-width: 26rem; vertical-align: top; }
+thead th { color: var(--muted); font-size: .85rem; vertical-align: bottom; }
+th:first-child, .text { text-align: left; } th:first-child { padding-left: 0; min-width: 7rem; }
+td b { font-weight: 700; } td.text { min-width: 5.5rem; }
+.tables { display: flex; flex-wrap: wrap; gap: 0 2.5rem; align-items: flex-start; } details { margin: .6rem 0; }
+summary { cursor: pointer; font-weight: 600; } details, .scroll { min-width: 0; }
+.findings { background: light-dark(#fff4e5, #3a2a12); padding: .8rem 1rem .8rem 2rem; border-radius: .5rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: .8rem;
+  margin: 1rem 0; }
+.figures div { background: var(--soft); border-radius: .6rem; padding: .8rem 1rem; }
+.figures dt { color: var(--muted); font-size: .85rem; } .figures dd { margin: 0; }
+.figures dd:nth-of-type(1) { font-size: 1.7rem; line-height: 1.3; font-weight: 650;
+  font-variant-numeric: tabular-nums; }
+.figures dd:nth-of-type(2) { color: var(--muted); font-size: .85rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.2rem;
+  align-items: start; }
+figure { margin: 0; min-width: 0; } svg { width: 100%; max-width: 34rem; height: auto; display: block; }
+figure ul { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem .9rem; margin: .2rem 0 0; padding: 0;
+  font-size: .85rem; }
+figure i { display: inline-block; width: .7rem; height: .7rem; border-radius: 50%; margin-right: .35rem; }
+.bars { width: 100%; max-width: 34rem; } .bars th, .bars td { border: 0; padding: .12rem .6rem .12rem 0; }
+.bars td:nth-child(2) { width: 45%; } .bars th:first-child { max-width: 14rem; overflow-wrap: anywhere; }
+.bars i { display: block; height: .8rem; margin-top: .35rem; border-radius: 2px; background: #3b82f6; min-width: 1px; }
 """
 
 
 @dataclass(frozen=True)
 class PageTable:
-    """A table of text cells [rows, columns] under a header [columns]."""
+    """A table of text cells [rows, columns] under a header [columns]. The first column names the row."""
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Curves:
-    """Lines over x: by name, x values [n] and y values [n]."""
-
-    title: str
-    x: str
-    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    strong: Collection[tuple[int, int]] = ()
+    """Row and column of each cell in bold."""
 
 
 @dataclass(frozen=True)
 class Bars:
-    """A bar chart: labels [n] and heights [n]."""
+    """A bar for each label [n], as long as its height [n] is large: for names, of which any number may be long."""
 
     title: str
     labels: Sequence[str]
     heights: Sequence[float]
+    x: str = ""
+    """What the labels are."""
+    y: str = "events"
+    """What is counted."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One large number: what it is, the number, and what else is to know of it."""
+
+    name: str
+    number: str
+    note: str = ""
+
+
+Part = PageTable | Curves | Histogram | Bars
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: notes, then tables and plots."""
+    """A part of the page: notes, then large numbers, then tables and charts."""
 
     title: str
     notes: Sequence[str] = ()
-    parts: Sequence[PageTable | Curves | Bars] = ()
+    parts: Sequence[Part] = ()
+    figures: Sequence[Figure] = ()
 
 
-def html(title: str, findings: Sequence[str], sections: Sequence[Section], none: str = "") -> str:
+def html(title: str, findings: Sequence[str], sections: Sequence[Section], none: str = "", first: int = 0) -> str:
     """The page as HTML, with no script and no other file.
 
     Args:
-        findings: problems, one line each, shown first.
+        findings: problems, one line each.
         none: the text where there are no findings.
+        first: number of sections before the findings, which otherwise are first.
     """
-    top = "".join(f"<li>{escape(line)}</li>" for line in findings)
-    top = f'<ul class="findings">{top}</ul>' if top else f"<p>{escape(none)}</p>"
-    body = "".join(
-        f"<h2>{escape(s.title)}</h2>"
-        + "".join(f"<p>{escape(note)}</p>" for note in s.notes)
-        + "".join(_table(part) if isinstance(part, PageTable) else _plot(part) for part in s.parts)
-        for s in sections
-    )
+    problems = "".join(f"<li>{escape(line)}</li>" for line in findings)
+    problems = f'<ul class="findings">{problems}</ul>' if problems else f"<p>{escape(none)}</p>" if none else ""
+    links = "".join(f'<a href="#{_anchor(n)}">{escape(s.title)}</a>' for n, s in enumerate(sections))
+    links = f'<nav aria-label="Contents">{links}</nav>' if len(sections) >= CONTENTS else ""
+    made = [_section(n, section) for n, section in enumerate(sections)]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><h1>{escape(title)}</h1>{top}{body}"
-        "</body></html>\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><h1><bdi>{escape(title)}</bdi></h1>"
+        f"{links}<main>{''.join(made[:first])}{problems}{''.join(made[first:])}</main></body></html>\n"
     )
+
+
+def _anchor(number: int) -> str:
+    return f"section-{number + 1}"
+
+
+def _section(number: int, section: Section) -> str:
+    notes = "".join(f"<p>{escape(note)}</p>" for note in section.notes)
+    figures = "".join(
+        f"<div><dt>{escape(f.name)}</dt><dd><bdi>{escape(f.number)}</bdi></dd><dd>{escape(f.note)}</dd></div>"
+        for f in section.figures
+    )
+    figures = f'<dl class="figures">{figures}</dl>' if figures else ""
+    body = [_group(kind, list(parts)) for kind, parts in groupby(section.parts, lambda part: type(part) is PageTable)]
+    return f'<section id="{_anchor(number)}"><h2>{escape(section.title)}</h2>{figures}{notes}{"".join(body)}</section>'
+
+
+def _group(tables: bool, parts: Sequence[Part]) -> str:
+    """Tables or charts that follow each other, side by side where there is room."""
+    if tables:
+        return f'<div class="tables">{"".join(_table(part) for part in parts if isinstance(part, PageTable))}</div>'
+    made = [_bars(p) if isinstance(p, Bars) else draw(p) for p in parts if not isinstance(p, PageTable)]
+    return f'<div class="charts">{"".join(made)}</div>'
 
 
 def show(findings: Sequence[str], sections: Sequence[Section], console: PlainConsole) -> None:
@@ -114,43 +174,47 @@ def _rich(grid: PageTable) -> RichTable:
 
 
 def _table(grid: PageTable) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in grid.header)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in grid.rows)
-    caption = f"<caption>{escape(grid.title)}</caption>" if grid.title else ""
-    head = f"<tr>{head}</tr>" if any(grid.header) else ""
-    return f"<table>{caption}{head}{rows}</table>"
+    columns = [[row[n] for row in grid.rows] for n in range(len(grid.header))]
+    named = any(grid.header)
+    text = [n == 0 or not named or not all(map(_is_number, column)) for n, column in enumerate(columns)]
+    head = "".join(
+        f'<th scope="col"{TEXT if left else ""}>{escape(name)}</th>'
+        for name, left in zip(grid.header, text, strict=True)
+    )
+    head = f"<thead><tr>{head}</tr></thead>" if named else ""
+    rows = "".join(f"<tr>{_cells(n, row, text, grid.strong)}</tr>" for n, row in enumerate(grid.rows))
+    name = escape(grid.title)
+    long = len(grid.rows) > LONG
+    caption = f"<caption>{name}</caption>" if grid.title and not long else ""
+    made = (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{name or "table"}">'
+        f"<table>{caption}{head}<tbody>{rows}</tbody></table></div>"
+    )
+    return f"<details><summary>{name or 'table'} ({len(grid.rows)} rows)</summary>{made}</details>" if long else made
 
 
-def _plot(plot: Curves | Bars) -> str:
-    """The plot as inline SVG."""
-    colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), INK)
-    settings: Any = {
-        "text.parse_math": False,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "flm",
-        "font.family": "sans-serif",
-        "font.size": 9,
-        **colours,
-    }
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(5.6, 2.8), layout="constrained")
-        axes = figure.subplots()
-        axes.set_facecolor("none")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(visible(plot.title), loc="left")
-        if isinstance(plot, Bars):
-            axes.bar(range(len(plot.labels)), plot.heights, color=COLOURS[0])
-            turned = 60 if max(map(len, plot.labels), default=0) > 4 else 0
-            axes.set_xticks(range(len(plot.labels)), [visible(label) for label in plot.labels], rotation=turned)
-        else:
-            for number, (name, (x, y)) in enumerate(plot.lines.items()):
-                colour, marker = COLOURS[number % len(COLOURS)], "o" if len(x) < 3 else None
-                axes.plot(x, y, marker=marker, linewidth=1.4, color=colour, label=visible(name))
-            axes.set_xlabel(plot.x)
-            if len(plot.lines) > 1:
-                axes.legend(frameon=False, fontsize=8)
-        text = io.StringIO()
-        left_out = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(text, format="svg", transparent=True, metadata=left_out)
-    drawn = text.getvalue()
-    return drawn[drawn.index("<svg") :].replace(INK, "currentColor")
+def _cells(number: int, row: Sequence[str], text: Sequence[bool], strong: Collection[tuple[int, int]]) -> str:
+    first = "".join(f'<th scope="row"><bdi>{escape(cell)}</bdi></th>' for cell in row[:1])
+    for n, cell in enumerate(row[1:], 1):
+        shown = f"<b>{escape(cell)}</b>" if (number, n) in strong else escape(cell)
+        first += f"<td{TEXT}><bdi>{shown}</bdi></td>" if text[n] else f"<td>{shown}</td>"
+    return first
+
+
+def _is_number(cell: str) -> bool:
+    return re.fullmatch(r"([-+]?\d[\d,.]*( ?%| ?\w?i?B| \(.*\))?)?", cell) is not None
+
+
+def _bars(bars: Bars) -> str:
+    """The chart as a table, in which a bar stands beside each label: text of any script wraps as it should."""
+    most = max(bars.heights, default=0) or 1
+    rows = "".join(
+        f'<tr><th scope="row"><bdi>{escape(label)}</bdi></th><td><i style="width:{100 * height / most:.1f}%"></i></td>'
+        f"<td>{height:,.10g}</td></tr>"
+        for label, height in zip(bars.labels, bars.heights, strict=True)
+    )
+    head = (
+        f'<thead><tr><th scope="col">{escape(bars.x)}</th><td></td><th scope="col">{escape(bars.y)}</th></tr></thead>'
+    )
+    caption = f"<caption>{escape(bars.title)}</caption>"
+    return f'<figure><table class="bars">{caption}{head}<tbody>{rows}</tbody></table></figure>'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,10 @@ from flm_torchrec.config import Config, add_data_path, given_overrides, load_con
 from flm_torchrec.errors import FlmError, RunError
 from flm_torchrec.files import telling, write_text
 from flm_torchrec.safe_text import visible
-from flm_torchrec.training.identity import own_data
+from flm_torchrec.training.identity import made_with, own_data
+
+OF_A_RUN = ("data.path", "train.run", "train.seed", "train.existing")
+"""Settings in which the runs of several seeds may differ."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -25,6 +29,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder of 'flm train'")
     parser.add_argument("--output", type=Path, metavar="FILE", help="page to write (default: RUN/report.html)")
     parser.add_argument("--export", type=Path, metavar="DIR", help="export of the run, for nearest items")
+    parser.add_argument(
+        "--seeds",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="runs of the same settings with other seeds, for means and deviations in the headline",
+    )
     add_data_path(parser)
     parser.set_defaults(run=run)
 
@@ -45,29 +57,61 @@ def run(args: argparse.Namespace) -> None:
         raise RunError(f"{output.parent}: not found; --output must be in a folder that is there")
     overrides = given_overrides(args)
     config = load_config(folder / "config.yaml", overrides)
+    for other in args.seeds:
+        _check_seed(folder, config, other)
     # Imported here: a wrong option should be reported at once.
     from flm_torchrec import pages
     from flm_torchrec.report import pieces
+    from flm_torchrec.report.headline import headline
     from flm_torchrec.report.neighbours import neighbours
 
     data = _own_data(folder, config, bool(overrides))
+    metric = config.train.select.rpartition("/")[2]
+    no_result, result = pieces.sections_of({"result": partial(headline, folder, metric, args.seeds)})
     missing, sections = pieces.sections_of(
         {
-            "settings": partial(pieces.settings, config),
-            "curves": partial(pieces.curves, folder),
             "evaluation": partial(pieces.evaluations, folder),
             "best checkpoint": partial(pieces.best, folder),
+            "curves": partial(pieces.curves, folder),
+            "settings": partial(pieces.settings, config),
             "plan": partial(pieces.plan, folder),
             "nearest items": partial(neighbours, args.export, data),
             "data": partial(pieces.data_report, data),
             "versions": pieces.versions,
         }
     )
+    if not any(line.startswith("evaluation: ") for line in missing):  # which says what the result lacks too
+        missing = no_result + missing
+    absent = [f"missing: {line}" for line in missing]
     with telling(output):
-        write_text(output, pages.html(f"Run {folder.name}", [f"missing: {line}" for line in missing], sections))
+        write_text(output, pages.html(f"Run {folder.name}", absent, result + sections, first=len(result)))
     for line in missing:
         print(f"missing: {visible(line)}")
     print(f"page: {output}")
+
+
+def _check_seed(run: Path, config: Config, other: Path) -> None:
+    """Raise RunError where another run differs in more than its seed and its folder."""
+    if not (other / "config.yaml").is_file():
+        raise RunError(f"--seeds {other}: no config.yaml, so no run folder")
+    theirs = asdict(load_config(other / "config.yaml", []))
+    ours = asdict(config)
+    apart = [
+        f"{section}.{name}"
+        for section, content in ours.items()
+        for name, value in content.items()
+        if theirs[section][name] != value and f"{section}.{name}" not in OF_A_RUN
+    ]
+    if apart:
+        raise RunError(
+            f"--seeds {other}: also differs from {run} in {', '.join(apart)}; give runs of the same settings"
+        )
+    if made_with(other) != made_with(run):
+        raise RunError(f"--seeds {other}: was trained with other data than {run}; give runs of the same data")
+    if theirs["train"]["seed"] == ours["train"]["seed"]:
+        raise RunError(
+            f"--seeds {other}: has the same seed as {run}, {ours['train']['seed']}; give runs of other seeds"
+        )
 
 
 def _own_data(folder: Path, config: Config, given: bool) -> Path | str:

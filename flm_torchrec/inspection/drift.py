@@ -6,10 +6,14 @@ import math
 
 import numpy as np
 
+from flm_torchrec.charts import Curves
 from flm_torchrec.inspection.inspect import Inspection
-from flm_torchrec.pages import Bars, Curves, PageTable, Section
+from flm_torchrec.pages import PageTable, Part, Section
 
 DAY = 86400
+LAST_DAY = 2_932_897
+"""Days from 1970 to the year 10,000, which charts of dates do not reach."""
+WHOSE = {"user": "by a user", "item": "of an item"}
 PERIODS = 60
 """At most; in a longer log a period has several days."""
 SHIFTED = 0.25
@@ -52,21 +56,27 @@ def look_at_drift(data: Inspection) -> None:
     }
     labels = [str(np.datetime64(int(first + p * days), "D")) for p in range(count)]
     _find_shifts(data, labels, events, popularity, types)
-    x = list(range(count))
-    lines = {"item popularity (Jensen-Shannon, bits)": (x[1:], popularity[1:].tolist())}
-    lines |= {"event types (stability index)": (x[1:], types[1:].tolist())} if len(data.schema.events) > 1 else {}
+    x = np.array([first + period * days for period in range(count)])
+    dated = x[-1] < LAST_DAY  # times in milliseconds are years that no date can name
+    x = x.astype("datetime64[D]") if dated else np.arange(count)
+    lines: dict[str, tuple[np.ndarray, list[float]]] = {
+        "item popularity (Jensen-Shannon, bits)": (x[1:], popularity[1:].tolist())
+    }
+    if len(data.schema.events) > 1:
+        lines["event types (population stability index)"] = (x[1:], types[1:].tolist())
     length = "day" if days == 1 else f"{days} days"
-    after = f"period of {length} from {labels[0]}"
+    began = ("date, UTC" if days == 1 else f"first of {length}, UTC") if dated else f"number of the {length}"
     rows = [
         (label, f"{n:,.0f}", f"{d:.3f}", f"{t:.3f}", f"{u:.1%}", f"{i:.1%}")
         for label, n, d, t, u, i in zip(labels, events, popularity, types, new["user"], new["item"], strict=True)
     ]
     header = ("from", "events", "item popularity", "event types", "by new users", "of new items")
     note = "Each period beside all before it: 0 is the same, 1 shares nothing. Few events diverge by chance alone."
-    parts: list[PageTable | Curves | Bars] = [
-        Curves("events a period", after, {"events": (x, events.tolist())}),
-        Curves("divergence from all before", after, lines),
-        Curves("share of events", after, {f"by a {e} not met before": (x, v.tolist()) for e, v in new.items()}),
+    first_met = {f"{WHOSE[entity]} not met before": (x, share.tolist()) for entity, share in new.items()}
+    parts: list[Part] = [
+        Curves(f"events, by {length}", began, "events", {"events": (x, events.tolist())}),
+        Curves("divergence from all before", began, "divergence", lines),
+        Curves("share of events", began, "share of events", first_met),
         PageTable(f"by {length}", header, rows),
     ]
     data.sections.append(Section("Drift", [note], parts))

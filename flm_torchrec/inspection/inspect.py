@@ -15,13 +15,17 @@ from typing import Any
 import duckdb
 import numpy as np
 
+from flm_torchrec.charts import Curves, Histogram, wide
 from flm_torchrec.data.schema import Schema, sparsity
 from flm_torchrec.data.times import LATEST, year
 from flm_torchrec.errors import DataError
-from flm_torchrec.pages import Bars, Curves, PageTable, Section
+from flm_torchrec.inspection.bins import fitting
+from flm_torchrec.pages import Bars, PageTable, Part, Section
 from flm_torchrec.prepare import sql
 
 TOP = 10
+FEW = 20
+"""Different values up to which each has a bar of its own."""
 GREEDY = 0.01
 """Share of all events above which one user is taken for no person."""
 GREEDY_EVENTS = 1000
@@ -126,7 +130,7 @@ def look_at_counts(data: Inspection) -> None:
 
 def look_at_distributions(data: Inspection) -> None:
     """Events a user and an item, event types, values, gaps."""
-    parts: list[PageTable | Curves | Bars] = []
+    parts: list[Part] = []
     quantiles = []
     for entity in ("user", "item"):
         histogram = data.rows(
@@ -134,7 +138,7 @@ def look_at_distributions(data: Inspection) -> None:
         )
         counts, holders = (np.array(column, float) for column in zip(*histogram, strict=True))
         quantiles.append([f"events of {'a user' if entity == 'user' else 'an item'}", *_quantiles(counts, holders)])
-        parts.append(_by_powers(f"{entity}s, by number of events", counts, holders))
+        parts.append(_by_count(entity, counts, holders))
         if entity == "user":
             short = holders[counts < 3].sum()
             if short > holders.sum() / 2:
@@ -152,8 +156,7 @@ def look_at_distributions(data: Inspection) -> None:
             " lag(timestamp) OVER (PARTITION BY user_id ORDER BY row_index) AS gap FROM events) WHERE gap IS NOT NULL"
             " GROUP BY power ORDER BY power"
         )
-        labels = [_seconds(2 ** int(power - 1)) if power else "0 s" for power, _ in gaps]
-        parts.append(Bars("events, by time since the user's last (from)", labels, [n for _, n in gaps]))
+        parts += _gaps({int(power): n for power, n in gaps})
         if gaps and gaps[0][0] == 0 and gaps[0][1] > sum(n for _, n in gaps) / 2:
             data.findings.append(
                 "most events of a user share their timestamp with the one before, so their order is not known:"
@@ -186,28 +189,53 @@ def look_at_top(data: Inspection) -> None:
     data.sections.append(Section("Top ids", parts=grids))
 
 
-def _events(data: Inspection) -> list[PageTable | Curves | Bars]:
+def _events(data: Inspection) -> list[Part]:
     counts = data.counts("SELECT event, count(*) FROM events GROUP BY event")
     names = data.schema.events
     for code in counts:
         if not 0 <= code < len(names):
             data.findings.append(f"event code {code} is none of schema.yaml: prepare the data again")
     heights = [counts.get(code, 0) for code in range(len(names))]
-    return [Bars("events, by type", names, heights)] if len(names) > 1 else []
+    return [Bars("events, by type", names, heights, "type of event")] if len(names) > 1 else []
 
 
-def _values(data: Inspection) -> list[PageTable | Curves | Bars]:
+def _values(data: Inspection) -> list[Part]:
     least, most, broken = data.one("SELECT min(value), max(value), count(*) FILTER (NOT isfinite(value)) FROM events")
     if broken:
         data.findings.append(f"{broken} events have a value that is no number: clean them and prepare again")
         return []
     if least == most:
         return []
-    width = (most - least) / 20
-    bins = f"SELECT least(19, floor((value - {least}) / {width}))::INT AS bin, count(*) FROM events GROUP BY bin"
-    heights = data.counts(bins)
-    labels = [f"{least + width * edge:.3g}" for edge in range(20)]
-    return [Bars("events, by value (from)", labels, [heights.get(edge, 0) for edge in range(20)])]
+    # One more than is shown tells that there are more.
+    few = data.rows(f"SELECT value, count(*) FROM events GROUP BY value ORDER BY value LIMIT {FEW + 1}")
+    if len(few) <= FEW:
+        return [Bars("events, by value", [f"{value:g}" for value, _ in few], [n for _, n in few], "value of the event")]
+    whole, smallest, zeros = data.one(
+        "SELECT bool_and(value = floor(value)), min(value) FILTER (value > 0), count(*) FILTER (value = 0) FROM events"
+    )
+    title, begin = "events, by value", least
+    if least == 0 and wide([smallest, most]):  # 0 is on no logarithmic axis
+        title, begin = f"{title}; {zeros:,} events of value 0 are left out", smallest
+    bins = fitting(begin, most, whole)
+    counts = ", ".join(f"count(*) FILTER (value::DOUBLE < {edge!r}::DOUBLE)" for edge in bins.edges.tolist())
+    below = data.one(f"SELECT {counts} FROM events")
+    return [Histogram(title, "value of the event", "events", bins.edges, np.diff(below), bins.log)]
+
+
+def _gaps(by_power: dict[int, int]) -> list[Part]:
+    """Time between a user's events: by power p, the events after 2^(p - 1) to below 2^p seconds; 0 of none at all."""
+    apart = [power for power in by_power if power > 0]
+    if not apart:
+        return []
+    powers = np.arange(min(apart), max(apart) + 1)
+    heights = [by_power.get(power, 0) for power in powers.tolist()]
+    edges = 2.0 ** np.append(powers - 1, powers[-1])
+    title = "events, by time since the user's last"
+    if by_power.get(0):
+        title += f"; {by_power[0]:,} in the same second are left out"
+    log = wide(edges)
+    name = "time since the event before" if log else "seconds since the event before"
+    return [Histogram(title, name, "events", edges, heights, log, seconds=log)]
 
 
 def _quantiles(counts: np.ndarray, holders: np.ndarray) -> list[str]:
@@ -217,26 +245,21 @@ def _quantiles(counts: np.ndarray, holders: np.ndarray) -> list[str]:
     return [*(f"{counts[min(p, len(counts) - 1)]:.0f}" for p in positions), f"{mean:.1f}"]
 
 
-def _by_powers(title: str, counts: np.ndarray, holders: np.ndarray) -> Bars:
-    power = np.floor(np.log2(counts)).astype(int)
-    heights = np.bincount(power, holders)
-    labels = [str(2**p) if p == 0 else f"{2**p}–{2 ** (p + 1) - 1}" for p in range(len(heights))]
-    return Bars(title, labels, heights.tolist())
+def _by_count(entity: str, counts: np.ndarray, holders: np.ndarray) -> Histogram:
+    """How many users or items have how many events: `holders` [n] of them have `counts` [n] events each."""
+    bins = fitting(counts[0], counts[-1], whole=True)
+    heights = np.histogram(counts, bins.edges, weights=holders)[0]
+    title, name = f"{entity}s, by number of events", f"events of the {entity}"
+    return Histogram(title, name, f"{entity}s", bins.edges, heights, bins.log)
 
 
 def _lorenz(counts: np.ndarray, holders: np.ndarray) -> Curves:
     x = np.concatenate([[0], np.cumsum(holders) / holders.sum()])
     y = np.concatenate([[0], np.cumsum(counts * holders) / (counts * holders).sum()])
     gini = 1 - (np.diff(x) * (y[1:] + y[:-1])).sum()
-    lines = {"items": (x.tolist(), y.tolist()), "all alike": ([0, 1], [0, 1])}
-    return Curves(f"share of events (Lorenz), Gini {gini:.2f}", "share of items, least popular first", lines)
-
-
-def _seconds(amount: int) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if amount >= size:
-            return f"{amount / size:.3g} {unit}"
-    return f"{amount} s"
+    lines = {"items": (x.tolist(), y.tolist()), "if all were alike": ([0, 1], [0, 1])}
+    title = f"how unequal items are (Lorenz), Gini {gini:.2f}"
+    return Curves(title, "share of items, least popular first", "share of events", lines)
 
 
 def _date(seconds: int) -> str:

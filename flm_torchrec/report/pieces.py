@@ -9,13 +9,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from flm_torchrec.charts import Curves
 from flm_torchrec.config import Config
 from flm_torchrec.config.heads import HEADS
 from flm_torchrec.documents import Unreadable, read_json
-from flm_torchrec.pages import Curves, PageTable, Section
+from flm_torchrec.pages import PageTable, Section
 
 NUMBER = 4
 """Bytes of a float32 weight."""
+UNITS = {"input_wait": "share of the time", "lr_factor": "part of the learning rate"}
+"""By metric, what its axis counts where the name does not say it."""
 PACKAGES = ("flm_torchrec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "faiss-cpu")
 
 
@@ -40,7 +43,7 @@ def settings(config: Config) -> Section:
     """The settings that differ from the defaults."""
     made, default = asdict(config), asdict(Config())
     rows = [
-        (f"{section}.{name}", str(value), str(default[section][name]))
+        (f"{section}.{name}", plain(value), plain(default[section][name]))
         for section, content in made.items()
         for name, value in content.items()
         if value != default[section][name]
@@ -78,7 +81,7 @@ def curves(run: Path) -> Section:
         title, line = _plot_and_line(name)
         plots.setdefault(title, {})[line] = points
     notes = [f"{broken} lines of metrics.jsonl are no records and left out"] if broken else []
-    return Section("Curves", notes, [Curves(title, "step", lines) for title, lines in plots.items()])
+    return Section("Curves", notes, [Curves(*_named(title), lines) for title, lines in plots.items()])
 
 
 def evaluations(run: Path) -> Section:
@@ -92,11 +95,11 @@ def evaluations(run: Path) -> Section:
         raise Missing(f"no evaluation-*.json; 'flm evaluate --run {run}' writes one")
     grids = []
     for file in files:
-        content = _json(file, f"'flm evaluate --run {run}' writes it")
+        content = record_of(file, f"'flm evaluate --run {run}' writes it")
         grids.append(_metrics(f"{content['split']}, {content['users']} users", content["table"]))
         grids += [_metrics(f"of {content['split']}, '{label}'", t) for label, t in content.get("segments", {}).items()]
         if lists := content.get("lists"):
-            grids.append(_metrics(f"what is recommended, {content['split']}", lists))
+            grids.append(_metrics(f"what is recommended, {content['split']}", lists, best=False))
     return Section("Evaluation", parts=grids)
 
 
@@ -106,18 +109,22 @@ def best(run: Path) -> Section:
     Raises:
         Missing: there is none.
     """
-    content = _json(run / "checkpoints/best/meta.json", "training has not come to its first validation, or failed")
-    rows = [("step", str(content["step"]))]
+    content = record_of(run / "checkpoints/best/meta.json", "training has not come to its first validation, or failed")
+    rows = [("step", f"{content['step']:,}")]
     rows += [(f"weight of {head}", f"{weight:.3g}") for head, weight in content.get("fusion", {}).items()]
     rows += [
         (f"{part} of {head} in the mixture", f"{value:.3g}")
         for part, values in content.get("mixture", {}).items()
         for head, value in zip(HEADS, values, strict=True)
     ]
-    rows += [(f"validation {name}", f"{value:.4f}") for name, value in content.get("valid", {}).items()]
+    valid: dict[str, dict[str, float]] = {}
+    for name, value in content.get("valid", {}).items():
+        head, _, metric = name.rpartition("/")
+        valid.setdefault(head, {})[metric] = value
     unweighted = "no fusion weights: model.fusion late and sum have them, where validation ranks items"
     notes = () if "fusion" in content else (unweighted,)
-    return Section("Best checkpoint and fusion", notes, [PageTable("", ("", ""), rows)])
+    grids = [PageTable("", ("", ""), rows), *([_metrics("validation", valid)] if valid else [])]
+    return Section("Best checkpoint and fusion", notes, grids)
 
 
 def plan(run: Path) -> Section:
@@ -126,7 +133,7 @@ def plan(run: Path) -> Section:
     Raises:
         Missing: there is none.
     """
-    content = _json(run / "plan.json", "'flm train' writes it")
+    content = record_of(run / "plan.json", "'flm train' writes it")
     rows, held = [], dict.fromkeys(range(content["world_size"]), 0)
     for name, table in content["tables"].items():
         shards = table["shards"]
@@ -155,13 +162,14 @@ def data_report(folder: Path | str) -> Section:
     """
     if isinstance(folder, str):
         raise Missing(folder)
-    content = _json(folder / "report.json", "'flm prepare' writes it")
+    content = record_of(folder / "report.json", "'flm prepare' writes it")
     dropped = content.pop("dropped", {})
-    rows = [(name, json.dumps(v) if isinstance(v, dict | list) else str(v)) for name, v in content.items()]
+    rows = [(_words(name), plain(value)) for name, value in content.items() if not isinstance(value, dict)]
     parts = [PageTable(str(folder), ("", ""), rows)]
     if dropped:
-        lines = [(why, str(d["rows"]), "; ".join(map(str, d["examples"][:2]))) for why, d in dropped.items()]
+        lines = [(why, plain(d["rows"]), "; ".join(map(str, d["examples"][:2]))) for why, d in dropped.items()]
         parts.append(PageTable("rows dropped", ("why", "rows", "for example"), lines))
+    parts += [_nested(_words(name), value) for name, value in content.items() if value and isinstance(value, dict)]
     return Section("Data", parts=parts)
 
 
@@ -186,10 +194,51 @@ def _plot_and_line(name: str) -> tuple[str, str]:
     return (first, rest) if rest else (name, name)
 
 
-def _metrics(title: str, table: dict[str, dict[str, Any]]) -> PageTable:
+def _named(title: str) -> tuple[str, str, str]:
+    """Title of a plot, and the names of its axes."""
+    first, _, metric = title.partition(" ")
+    if first == "valid" and metric:
+        return f"{metric} on validation", "training step", metric
+    return _words(title), "training step", UNITS.get(title, _words(metric or first))
+
+
+def _metrics(title: str, table: dict[str, dict[str, Any]], best: bool = True) -> PageTable:
+    """A row for each scorer and a column for each metric, the largest number of each column in bold if `best`."""
     columns = list(dict.fromkeys(column for metrics in table.values() for column in metrics))
     rows = [(name, *(_number(metrics.get(column, "")) for column in columns)) for name, metrics in table.items()]
-    return PageTable(title, ("", *columns), rows)
+    strong = set()
+    for n, column in enumerate(columns, 1):
+        values = [metrics.get(column) for metrics in table.values()]
+        most = max((value for value in values if isinstance(value, float)), default=None)
+        strong |= {(row, n) for row, value in enumerate(values) if value == most and most is not None}
+    return PageTable(title, ("", *columns), rows, strong if best and len(rows) > 1 else ())
+
+
+def _nested(title: str, content: dict[str, Any]) -> PageTable:
+    """A record as a table; a record of records with a row for each, and a column for each of their names."""
+    inner = [value for value in content.values() if isinstance(value, dict)]
+    if not inner or len(inner) < len(content):
+        return PageTable(title, ("", ""), [(_words(name), plain(value)) for name, value in content.items()])
+    columns = list(dict.fromkeys(name for value in inner for name in value))
+    rows = [(_words(name), *(plain(value.get(c, "")) for c in columns)) for name, value in content.items()]
+    return PageTable(title, ("", *map(_words, columns)), rows)
+
+
+def plain(value: Any) -> str:
+    """A value of a document or a setting as a reader writes it: no brackets, quotes or braces."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {plain(one)}" for name, one in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value)) or "none"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _number(value: Any) -> str:
@@ -209,7 +258,15 @@ def _text(file: Path, otherwise: str) -> str:
         raise Missing(f"{file} is not readable ({error})") from error
 
 
-def _json(file: Path, otherwise: str) -> dict[str, Any]:
+def record_of(file: Path, otherwise: str) -> dict[str, Any]:
+    """A file of one JSON record.
+
+    Args:
+        otherwise: what writes the file.
+
+    Raises:
+        Missing: there is none, or it holds something else.
+    """
     if not file.exists():
         raise Missing(f"{file} is not there; {otherwise}")
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flm_torchrec.charts import Histogram
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.data.splits import split
+from flm_torchrec.inspection.bins import fitting
 from flm_torchrec.inspection.drift import _by_period, _divergence, _stability
-from flm_torchrec.inspection.inspect import opened
+from flm_torchrec.inspection.inspect import Inspection, _values, opened
 from flm_torchrec.inspection.leakage import look_at_splits
+from flm_torchrec.pages import Bars
 
 DAY = 86400
 
@@ -252,3 +256,78 @@ def test_a_page_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytes
         assert error.startswith(f"error: {place}: ") and error.count("\n") == 1
     assert stat.S_ISCHR(Path("/dev/full").stat().st_mode)
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(-500, 500), st.integers(0, 10**7))
+def test_bins_of_whole_numbers_hold_each_once(least: int, span: int) -> None:
+    most = least + span
+    bins = fitting(least, most, whole=True)
+    assert (
+        (np.diff(bins.edges) > 0).all() and bins.edges[0] <= least and most < bins.edges[-1] and len(bins.edges) <= 32
+    )
+    assert bins.log == (least > 0 and most > 100 * least)
+    # No bin is without a whole number: otherwise the chart has gaps that the data do not have.
+    assert (np.ceil(bins.edges[1:]) - np.ceil(bins.edges[:-1]) >= 1).all()
+    if span < 30 and not bins.log:
+        assert np.diff(bins.edges).tolist() == [1.0] * (span + 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(-1e6, 1e6, width=32), st.floats(2**-10, 1e9, width=32))
+def test_bins_of_other_numbers_hold_least_and_most(least: float, span: float) -> None:
+    most = least + span
+    bins = fitting(least, most, whole=False)
+    heights = np.histogram([least, most, (least + most) / 2], bins.edges)[0]
+    assert heights.sum() == 3 and (np.diff(bins.edges) >= 0).all()
+    assert bins.log == (least > 0 and most > 100 * least)
+
+
+def values(folder: Path, numbers: Sequence[float]) -> AbstractContextManager[Inspection]:
+    """Prepared data in which event n has the value `numbers[n]`."""
+    data = write(folder, [(n % 7, n % 5, n * DAY, 0) for n in range(len(numbers))])
+    file = data / "interactions/part-00000.parquet"
+    table = pq.read_table(file)
+    pq.write_table(table.set_column(4, "value", pa.array(numbers, pa.float32())), file)
+    return opened(data, 2**30)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "kind", "log"),
+    [
+        ([0.5 * (n % 9) for n in range(90)], Bars, False),
+        ([float(n % 70 + 10) for n in range(700)], Histogram, False),
+        ([1.5 ** (n % 40) for n in range(400)], Histogram, True),
+        ([n % 3 and 1.5 ** (n % 40) for n in range(400)], Histogram, True),
+        ([-5.0 + 0.11 * n for n in range(100)], Histogram, False),
+    ],
+)
+def test_the_chart_of_values_fits_them(tmp_path: Path, numbers: list[float], kind: type, log: bool) -> None:
+    with values(tmp_path / "data", numbers) as data:
+        (chart,) = _values(data)
+    assert isinstance(chart, kind)
+    if isinstance(chart, Histogram):
+        assert chart.log == log
+        zeros = sum(number == 0 for number in numbers)
+        assert sum(chart.heights) == len(numbers) - (zeros if log else 0)
+        assert (f"{zeros} events of value 0" in chart.title) == (log and zeros > 0)
+    else:
+        assert chart.labels == [f"{0.5 * n:g}" for n in range(9)] and sum(chart.heights) == len(numbers)
+
+
+def test_charts_have_names_units_and_the_scale_that_the_data_need(tmp_path: Path) -> None:
+    events = [*steady(), *((60, n % 30, n * DAY // 40, 0) for n in range(1100))]
+    page = tmp_path / "page.html"
+    assert main(["inspect", str(write(tmp_path / "data", events)), "--output", str(page)]) == 0
+    html = page.read_text()
+    names = (
+        "events of the user (log scale)",
+        "users",
+        "share of events",
+        "date, UTC",
+        "divergence",
+        "events of the item",
+    )
+    for name in (*names, "time since the event before (log scale)", ">1 h<", ">1 d<"):
+        assert name in html, name
+    assert "10^" not in html and "mathdefault" not in html

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -96,11 +97,11 @@ def test_neighbours_are_the_same_in_every_format_of_an_export(run: Path) -> None
     near = vectors[0] @ vectors.T / np.linalg.norm(vectors, axis=1) / np.linalg.norm(vectors[0])
     best = np.argsort(-near)[1:6]
     row = found[0][found[0].index("(k0)") :].split("</tr>")[0]
-    assert [int(cell.split("&lt;i&gt;")[1].split("&")[0]) for cell in row.split("<td>")[2:]] == best.tolist()
+    assert [int(cell.split("&lt;i&gt;")[1].split("&")[0]) for cell in re.split("<td[^>]*>", row)[2:]] == best.tolist()
     assert found[0] == found[1]
 
     def titles(part: str) -> list[str]:
-        return [cell.rsplit(" ", 1)[0] for cell in part.split("<td>")]
+        return [cell.rsplit(" ", 1)[0] for cell in re.split("<t[hd]", part)]
 
     assert titles(found[0]) == titles(found[2])
 
@@ -169,3 +170,92 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
+
+
+def with_seed(run: Path, seed: int, fused: float, **also: str) -> Path:
+    """A copy of a run's settings and evaluation, with another seed and another result of the fused head."""
+    other = run.parent / f"seed{seed}"
+    (other / "vocabulary").mkdir(parents=True)
+    changed = [f"train.seed={seed}", f"train.run={other}", *(f"{name}={value}" for name, value in also.items())]
+    (other / "config.yaml").write_text(to_yaml(load_config(run / "config.yaml", changed)))
+    record = json.loads((run / "evaluation-test.json").read_text())
+    record["table"]["fused"]["hr@10"] = fused
+    (other / "evaluation-test.json").write_text(json.dumps(record))
+    (other / "vocabulary/fingerprint").write_text((run / "vocabulary/fingerprint").read_text())
+    return other
+
+
+def figures(page: str) -> list[str]:
+    """Text of the large numbers, in order."""
+    found = re.findall(r"<dt>(.*?)</dt><dd><bdi>(.*?)</bdi></dd><dd>(.*?)</dd>", page)
+    return [text for figure in found for text in figure]
+
+
+def test_the_headline_is_the_best_head_beside_the_best_baseline(run: Path) -> None:
+    record = json.loads((run / "evaluation-test.json").read_text())
+    record["table"] |= {"Markov": {"hr@10": 0.2}, "content": {"hr@10": 0.1}, "oracle": {"hr@10": 0.9}}
+    (run / "evaluation-test.json").write_text(json.dumps(record))
+    page = made(run)
+    one = "HR@10, test, one seed"
+    assert figures(page) == ["best head: fused", "0.2500", one, "best baseline: Markov", "0.2000", one,
+                             "difference", "+25.0%", "of fused from Markov"]  # fmt: skip
+    assert page.index("best head") < page.index("missing: ") < page.index("Evaluation</h2>")
+    assert "<b>0.9000</b>" in page
+
+
+def test_several_seeds_give_means_and_deviations(run: Path) -> None:
+    others = [with_seed(run, 1, 0.35), with_seed(run, 2, 0.15)]
+    shown = figures(made(run, "--seeds", *map(str, others)))
+    assert shown[1:3] == ["0.2500 ± 0.1000", "HR@10, test, mean and deviation of 3 seeds"]
+    assert shown[4] == "0.1250" and shown[7] == "+100.0%"  # the baseline is the same in all
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("folder", "no run folder"),
+        ("settings", "also differs"),
+        ("seed", "the same seed"),
+        ("evaluation", "is not there"),
+        ("rows", "other rows"),
+        ("data", "other data"),
+    ],
+)
+def test_a_run_that_is_no_other_seed_is_refused(
+    run: Path, fault: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = with_seed(run, 0 if fault == "seed" else 3, 0.1, **({"model.dim": "16"} if fault == "settings" else {}))
+    if fault == "evaluation":
+        (other / "evaluation-test.json").unlink()
+    if fault == "rows":
+        (other / "evaluation-test.json").write_text(json.dumps({"table": {"fused": {"mrr": 0.5}}}))
+    if fault == "data":
+        (other / "vocabulary/fingerprint").write_text("x")
+    assert main(["report", str(run), "--seeds", str(other / "none" if fault == "folder" else other)]) == 2
+    said = capsys.readouterr().err
+    assert told in said and "--seeds" in said and said.count("\n") == 1
+    assert not (run / "report.html").exists()
+
+
+def test_the_validation_of_the_best_checkpoint_is_a_table_of_heads_and_metrics(run: Path) -> None:
+    heads, metrics = ("content", "collaborative", "sequential", "fused"), ("hr@5", "hr@10", "mrr")
+    valid = {f"{head}/{metric}": 0.01 * (h + 4 * m) for h, head in enumerate(heads) for m, metric in enumerate(metrics)}
+    meta = json.loads((run / "checkpoints/best/meta.json").read_text())
+    (run / "checkpoints/best/meta.json").write_text(json.dumps({**meta, "valid": valid}))
+    page = made(run)
+    table = page[page.index("<caption>validation") :].split("</table>")[0]
+    assert re.findall(r'<th scope="col"[^>]*>(.*?)</th>', table) == ["", *metrics]
+    rows = [re.findall(r"<td>(?:<b>)?([\d.]+)", row) for row in table.split("<tr>")[2:]]
+    assert rows == [[f"{0.01 * (h + 4 * m):.4f}" for m in range(3)] for h in range(4)]
+
+
+def test_records_of_the_data_are_shown_as_tables_not_as_json(run: Path) -> None:
+    nested = {"warnings": ["a", "b"], "options": {"k_core": 0, "min_value": None, "tables": {}, "keep": True},
+              "oracle": {"all": {"hr@10": 0.5}, "content": {"ndcg@10": 0.25}}, "dropped": {}}  # fmt: skip
+    (run.parent / "data/report.json").write_text(json.dumps(nested))
+    page = made(run)
+    data = page[page.index("<h2>Data") : page.index("<h2>Versions")]
+    text = re.sub("<[^>]+>", "|", data)
+    assert not re.search(r"[{}\[\]]|&quot;|None|True", text)
+    for told in ("a, b", "k core", "none", "yes", "hr@10", "0.25"):
+        assert told in text, told

@@ -1,0 +1,82 @@
+"""What a run is worth in three numbers: its best head, the best baseline, and how far they are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from flm_torchrec.config.heads import REPRESENTATIONS
+from flm_torchrec.config.schema import EvalConfig
+from flm_torchrec.errors import RunError
+from flm_torchrec.pages import Figure, Section
+from flm_torchrec.report.pieces import Missing, record_of
+
+Table = dict[str, dict[str, float]]
+SPLITS = ("test", "valid")
+"""The first of these that was evaluated counts."""
+
+
+def headline(run: Path, metric: str, seeds: Sequence[Path] = ()) -> Section:
+    """The best head beside the best baseline, by one metric.
+
+    Args:
+        metric: such as ndcg@10; another one if the evaluation does not have it.
+        seeds: runs of the same settings with other seeds; the numbers are then means, with their sample standard
+            deviation.
+
+    Raises:
+        Missing: the run was not evaluated, or has no head's row.
+        RunError: a run of another seed was not evaluated in the same way.
+    """
+    split = next((split for split in SPLITS if _file(run, split).is_file()), SPLITS[0])
+    found = record_of(_file(run, split), f"'flm evaluate --run {run}' writes it")
+    tables = [found["table"], *(_table_of(other, split, found) for other in seeds)]
+    scorers = {name: row for name, row in tables[0].items() if row}
+    heads = [name for name in REPRESENTATIONS if name in scorers]
+    if not heads:
+        raise Missing(f"{_file(run, split)} has no row of a head")
+    metric = metric if metric in scorers[heads[0]] else next(iter(scorers[heads[0]]))
+    head = _best(heads, tables, metric)
+    kind = f"{metric.upper()}, {'test' if split == 'test' else 'validation'}"
+    kind += f", mean and deviation of {len(tables)} seeds" if seeds else ", one seed"
+    figures = [Figure(f"best head: {head}", _number([table[head][metric] for table in tables]), kind)]
+    names = [name for name in EvalConfig().baselines if metric in scorers.get(name, {})]
+    if names:
+        baseline = _best(names, tables, metric)
+        values = [[table[name][metric] for table in tables] for name in (head, baseline)]
+        figures.append(Figure(f"best baseline: {baseline}", _number(values[1]), kind))
+        ahead, behind = map(mean, values)
+        part = f"{ahead / behind - 1:+.1%}" if behind else f"{ahead - behind:+.4f}"
+        figures.append(Figure("difference", part, f"of {head} from {baseline}"))
+    users = f"{found['users']:,} {'users' if found['users'] != 1 else 'user'}"
+    notes = () if names else ("No baseline was ranked beside the heads: eval.baselines names those to rank.",)
+    return Section("Result", [f"Every item ranked for {users}.", *notes], figures=figures)
+
+
+def _file(run: Path, split: str) -> Path:
+    return run / f"evaluation-{split}.json"
+
+
+def _table_of(run: Path, split: str, first: dict[str, Any]) -> Table:
+    try:
+        found = record_of(_file(run, split), f"'flm evaluate --run {run} --split {split}' writes it")
+    except Missing as error:
+        raise RunError(f"--seeds: {error}") from error
+    table = found.get("table")
+    if not isinstance(table, dict) or {n: list(row) for n, row in table.items()} != {
+        n: list(row) for n, row in first["table"].items()
+    }:
+        raise RunError(f"--seeds: {_file(run, split)} has other rows or metrics; evaluate both runs in the same way")
+    return table
+
+
+def _best(names: Sequence[str], tables: Sequence[Table], metric: str) -> str:
+    return max(names, key=lambda name: mean(table[name][metric] for table in tables))
+
+
+def _number(values: Sequence[float]) -> str:
+    """Mean and, of several values that differ, ± the sample standard deviation."""
+    spread = f" ± {stdev(values):.4f}" if len(set(values)) > 1 else ""
+    return f"{mean(values):.4f}{spread}"
