@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from flm_torchrec._versions import check_versions
 from flm_torchrec.config import first_problem
 from flm_torchrec.errors import ConfigError, RunError
+from flm_torchrec.export.item_map import Method, method_of
 from flm_torchrec.export.manifest import RECALL, IndexKind, Manifest, Quantise, Storage, read_manifest
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class ExportChoices:
     """How the packaged user tower stores the rows of its tables; none: it is not packaged."""
     onnx: bool = False
     """Write the packaged user tower as ONNX too."""
+    item_map: Method | None = None
+    """How the map of the web page is drawn; None: by UMAP where umap-learn is installed, and by PCA elsewhere."""
     since: Path | None = None
     """Older export: write only the rows that differ from it."""
     tolerance: float = 0.0
@@ -103,6 +106,7 @@ def export_run(
 
     if choices.onnx:
         check_onnx()
+    item_map = method_of(choices.item_map)
     check_output(output, overwrite)
     older = choices.check(output)
     with restore(Path(run), overrides, options=options) as restored:
@@ -114,6 +118,7 @@ def export_run(
             recall=RECALL if choices.recall is None else choices.recall,
             user_block=job.config.eval.user_block,
             item_block=job.config.eval.item_block,
+            item_map=item_map,
             tolerance=choices.tolerance,
         )
         if choices.since is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 from flm_torchrec.api.export import ExportChoices, Tower, export_run
 from flm_torchrec.config import add_data_path, given_options, given_overrides
+from flm_torchrec.export.item_map import Method, method_of, method_used
 from flm_torchrec.export.manifest import RECALL, IndexKind, Manifest, Quantise, Storage
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--onnx", action="store_true", help="write the packaged user tower as ONNX too, tower/user.onnx (default: no)"
     )
+    drawn = "how the web page's map is drawn (default: umap where umap-learn is installed, pca elsewhere)"
+    parser.add_argument("--map", choices=get_args(Method), dest="item_map", help=drawn)
     add_data_path(parser)
     parser.set_defaults(run=run)
 
@@ -77,13 +80,15 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         FlmError: an option, the run, its data or the output is wrong.
     """
-    how = args.format, args.quantise, args.index, args.recall, args.tower, args.onnx
+    how = args.format, args.quantise, args.index, args.recall, args.tower, args.onnx, args.item_map
     choices = ExportChoices(*how, args.since, args.tolerance)
     options = given_overrides(args), given_options(args)
     done = export_run(args.run_folder, args.output, choices, args.overwrite, *options)
     if done is not None:
         told = summary(done) if isinstance(done, Manifest) else f"{_changes(done)}; since model {done.base_version}"
-        print(f"{args.output}: {told}")
+        used = method_used(args.output)
+        why = " (UMAP needs umap-learn)" if args.item_map is None and used == method_of(None) == "pca" else ""
+        print(f"{args.output}: {told}; map by {used.upper()}{why}")
 
 
 def _changes(delta: Delta) -> str:

@@ -20,6 +20,7 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.protocol import Collectives, Encoder, Of
 from flm_torchrec.export.attributes import Keys
 from flm_torchrec.export.index import build_index, check_index
+from flm_torchrec.export.item_map import Method, write_map
 from flm_torchrec.export.manifest import DELTA, FILE, FORMAT, RECALL, IndexKind, Manifest, Quantise, Storage
 from flm_torchrec.export.parts import PART_ROWS, Entity, part_name, write_part
 from flm_torchrec.export.quality import Quality, ValidationSet
@@ -62,6 +63,8 @@ class ExportOptions:
     item_block: int = 16_384
     """Items that are encoded at once."""
     part_rows: int = PART_ROWS
+    item_map: Method = "pca"
+    """How the map of the web page is drawn."""
     tolerance: float = 0.0
     """Of a delta: a row stays the older one if each of its vectors has moved by at most this part of its length."""
 
@@ -178,6 +181,7 @@ def _finish(manifest: Manifest, fresh: Path, output: Path, options: ExportOption
             name = part_name(entity, options.storage, part)  # type: ignore[arg-type]
             if name not in manifest.sha256:
                 raise RunError(f"{fresh / name}: is not there; all ranks must write to one disk that they share")
+    write_map(fresh, manifest, options.item_map)
     manifest = replace(manifest, index=build_index(fresh, manifest, options.index, options.recall)).listing(fresh)
     manifest.save(fresh)
     put_in_place(fresh, output)

@@ -16,6 +16,7 @@ from flm_torchrec.data.history import NO_EVENTS
 from flm_torchrec.data.keys import are_tombstones
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.index import inner, top
+from flm_torchrec.export.item_map import ItemMap, read_map
 from flm_torchrec.export.manifest import FILE, Manifest, check_files, read_manifest
 from flm_torchrec.export.mapped import IN_MEMORY, MappedFiles
 from flm_torchrec.export.parts import ExportRows, single_array
@@ -84,6 +85,8 @@ class LoadedExport:
     users: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))  # [users] their keys
     forgotten: frozenset[int] = frozenset()
     """Rows of users who were forgotten: nobody is answered from them."""
+    item_map: ItemMap | None = None
+    """The map that the export holds; None: it is older than these."""
     user_vectors: faiss.Index | None = None
     """See `load_user_vectors`; None: users alike are off."""
 
@@ -223,6 +226,7 @@ def _loaded(folder: Path, number: int, manifest: Manifest, mapped: MappedFiles) 
         seen=single_array(users["seen"]),
         added=AddedItems((), contents, vectors),
         mapped=mapped,
+        item_map=read_map(folder, manifest),
     )
     loaded.best(
         loaded.query(represented, FUSED), 10, NO_EVENTS.item, {}

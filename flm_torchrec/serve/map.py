@@ -1,4 +1,4 @@
-"""A map of the items' vectors: the two directions in which the vectors vary most (PCA)."""
+"""The map of items as the web page gets it. An export holds the positions; those of an older one are computed here."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from flm_torchrec.export.item_map import place, shown_rows
 from flm_torchrec.serve.loaded_export import LoadedExport
 from flm_torchrec.serve.service import Service
 
-MOST_ITEMS = 20_000
-"""Maximum of items on the map; of a larger catalogue it shows a sample with a fixed seed."""
 MOST_VALUES = 10
 """Values of a feature that have their own colour: those of the most items."""
 
@@ -50,36 +49,30 @@ def draw(loaded: LoadedExport) -> dict[str, Any]:
     """Columns of the shown items.
 
     `items` has their keys, `titles` their titles, `x` and `y` their positions (-1 … 1, one scale for both). `features`
-    is {name: {values, codes}}: the most common values, and for each item the index of one, or -1. `variance` is the
-    share (0 … 1) of the vectors' variance along the two directions, `of` the number of items of the catalogue.
+    is {name: {values, codes}}: the most common values, and for each item the index of one, or -1. `method` is "umap" or
+    "pca", `variance` the share (0 … 1) of the vectors' variance along the two directions of PCA, and None of UMAP. `of`
+    is the number of items of the catalogue.
     """
-    catalogue = loaded.catalogue
-    rows = np.arange(len(catalogue))
-    if len(rows) > MOST_ITEMS:
-        rows = np.sort(np.random.default_rng(0).choice(len(rows), MOST_ITEMS, replace=False))
-    positions, variance = flatten(catalogue.vectors(rows))
+    catalogue, shown = loaded.catalogue, loaded.item_map
+    if shown is None:
+        rows = shown_rows(len(catalogue))
+        shown = place(rows, catalogue.vectors(rows), "pca")
+    rows = shown.rows
     return {
         "model_version": loaded.manifest.model_version,
         "of": len(catalogue),
-        "variance": variance,
+        "method": shown.method,
+        "variance": shown.variance,
         "items": catalogue.keys.take(rows).to_pylist(),
         "titles": catalogue.titles.take(rows).to_pylist(),
-        "x": positions[:, 0].round(4).tolist(),
-        "y": positions[:, 1].round(4).tolist(),
+        "x": _rounded(shown.positions[:, 0]),
+        "y": _rounded(shown.positions[:, 1]),
         "features": {name: _codes(loaded, name, rows) for name in catalogue.attributes},
     }
 
 
-def flatten(vectors: np.ndarray) -> tuple[np.ndarray, float]:
-    """[N, D] → [N, 2] by PCA, scaled to -1 … 1, and the share of the variance that is kept."""
-    centred = vectors.astype(np.float64) - vectors.mean(0, dtype=np.float64)
-    variances, axes = np.linalg.eigh(centred.T @ centred)
-    first = axes[:, ::-1][:, :2]
-    first = first * np.where(first[np.abs(first).argmax(0), [0, 1]] < 0, -1, 1)  # the sign of an axis is arbitrary
-    positions = centred @ first
-    total = float(variances.sum())
-    kept = float(variances[-2:].sum()) / total if total > 0 else 0.0
-    return (positions / max(float(np.abs(positions).max()), 1e-12)).astype(np.float64), kept
+def _rounded(positions: np.ndarray) -> list[float]:
+    return positions.astype(np.float64).round(4).tolist()
 
 
 def _codes(loaded: LoadedExport, name: str, rows: np.ndarray) -> dict[str, Any]:

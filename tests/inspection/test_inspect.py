@@ -312,6 +312,7 @@ def test_the_chart_of_values_fits_them(tmp_path: Path, numbers: list[float], kin
         assert sum(chart.heights) == len(numbers) - (zeros if log else 0)
         assert (f"{zeros} events of value 0" in chart.title) == (log and zeros > 0)
     else:
+        assert isinstance(chart, Bars)
         assert chart.labels == [f"{0.5 * n:g}" for n in range(9)] and sum(chart.heights) == len(numbers)
 
 

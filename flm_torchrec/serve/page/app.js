@@ -5,6 +5,7 @@ import { combobox, find, make } from "./elements.js";
 import { History } from "./history.js";
 import { list, waiting } from "./lists.js";
 import { ItemMap } from "./map.js";
+import { arrange, narrow } from "./tabs.js";
 
 const latest = new Latest();
 const map = new ItemMap();
@@ -38,6 +39,11 @@ function chosen() {
 // fused first, then the heads it is made of
 const heads = () => [...catalogue.heads].sort((a, b) => (b === "fused") - (a === "fused"));
 
+function fill(columns) {
+  find("lists").replaceChildren(...columns);
+  arrange();
+}
+
 // Ask all heads in one request, so that all lists are of one state of one model.
 async function refresh() {
   const signal = latest.next();
@@ -47,7 +53,7 @@ async function refresh() {
   try {
     if (!find("k").checkValidity()) throw new Error(`Items: give 1 … ${find("k").max}.`);
     if (!catalogue) await start();
-    if (!find("lists").childElementCount) find("lists").replaceChildren(...heads().map(waiting));
+    if (!find("lists").childElementCount) fill(heads().map(waiting));
     const common = { history: history.asked(), k: find("k").valueAsNumber, exclude_seen: find("exclude").checked, filter: chosen(), explain: true, ...(user && { user }) };
     const [answer, known] = await Promise.all([
       post("/v1/recommend/batch", { requests: heads().map((head) => ({ ...common, head })) }, signal),
@@ -59,7 +65,7 @@ async function refresh() {
     show(answer.answers, known);
   } catch (error) {
     if (signal.aborted) return;
-    find("lists").replaceChildren();
+    fill([]);
     map.highlight([], []);
     find("status").textContent = "";
     say(error.message);
@@ -69,11 +75,11 @@ async function refresh() {
 }
 
 function show(answers, known) {
-  find("lists").replaceChildren(...answers.map((answer) => list(answer, user ? (item) => did(item) : null)));
+  fill(answers.map((answer) => list(answer, user ? (item) => did(item) : null)));
   find("known").hidden = !user;
   find("known-title").textContent = `${known.length} last ${known.length === 1 ? "event" : "events"} of ${user}`;
   find("known-events").replaceChildren(...[...known].reverse().map((event) =>
-    make("li", {}, make("span", { textContent: event.title, title: event.item }), make("span", { className: "muted", textContent: event.event }))));
+    make("li", {}, make("span", { dir: "auto", textContent: event.title, title: event.item }), make("span", { className: "muted", textContent: event.event }))));
   const seen = [...known.map((event) => event.item), ...history.events.map((event) => event.key)];
   map.highlight(seen, answers[0].items.map((item) => item.item));
   find("status").textContent = user ? `For ${user}` : history.events.length ? "For someone new with this history" : "For someone nothing is known of";
@@ -124,5 +130,9 @@ find("clear").addEventListener("click", () => {
   history.clear();
   pick("");
 });
+// On a narrow screen the lists come sooner.
+const fold = () => { for (const part of document.querySelectorAll("details.part")) part.open = !narrow.matches; };
+if (narrow.matches) fold();
+narrow.addEventListener("change", () => { if (!narrow.matches) fold(); });
 find("asked").addEventListener("submit", (event) => event.preventDefault());
 refresh();

@@ -18,7 +18,7 @@ export const tags = (attributes) => {
   for (const [name, values] of Object.entries(attributes))
     for (const value of values) names.set(value, [...(names.get(value) ?? []), name]);
   return make("p", { className: "tags" }, ...[...names].map(([value, from]) =>
-    make("span", { className: "tag", title: from.join(", "), textContent: value })));
+    make("span", { className: "tag", dir: "auto", title: from.join(", "), textContent: value })));
 };
 
 // A text box with a list of what the server finds, after the ARIA pattern of a combobox.
@@ -58,8 +58,8 @@ export function combobox(input, list, search, choose) {
     active = -1;
     list.replaceChildren(...shown.map((one, place) => {
       const option = make("li", { id: `${list.id}-${place}`, role: "option", "aria-selected": "false" },
-        make("span", { textContent: one.title }));
-      if (one.key !== one.title) option.append(make("span", { className: "muted", textContent: one.key }));
+        make("span", { dir: "auto", textContent: one.title }));
+      if (one.key !== one.title) option.append(make("span", { className: "muted", dir: "auto", textContent: one.key }));
       option.addEventListener("pointerdown", (event) => { event.preventDefault(); take(one); });
       return option;
     }));

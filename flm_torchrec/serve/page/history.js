@@ -50,7 +50,7 @@ export class History {
     time.addEventListener("change", () => { event.time = time.value; this.changed(); });
     const last = this.events.length - 1;
     return make("li", {},
-      make("span", { className: "title", textContent: event.title, title: event.key }),
+      make("span", { className: "title", dir: "auto", textContent: event.title, title: event.key }),
       make("span", { className: "moves" },
         button("↑", "Move up", place > 0, () => this.#swap(place, place - 1)),
         button("↓", "Move down", place < last, () => this.#swap(place, place + 1)),

@@ -11,10 +11,13 @@ const SAYS = {
 };
 export const headName = (head) => NAMES[head] ?? head;
 
-export const column = (head, ...children) =>
-  make("article", { className: `panel list head-${head}`, "aria-label": `${headName(head)} head` },
-    make("h2", { textContent: headName(head) }), make("p", { className: "muted small", textContent: SAYS[head] ?? "" }),
+export function column(head, ...children) {
+  const made = make("article", { id: `list-${head}`, className: `panel list head-${head}`, "aria-label": `${headName(head)} head` },
+    make("header", {}, make("h2", { textContent: headName(head) }), make("p", { className: "muted small", textContent: SAYS[head] ?? "" })),
     ...children);
+  made.dataset.head = head;
+  return made;
+}
 
 export const waiting = (head) =>
   column(head, make("div", { className: "bones", "aria-label": "Loading" }, ...Array.from({ length: 5 }, () => make("i"))));
@@ -41,7 +44,7 @@ export function list(answer, did) {
     }
     const bar = make("meter", { min: 0, max: 1, value: top > low ? 0.15 + (0.85 * (item.score - low)) / (top - low) : 1, "aria-label": "Score within this list" });
     return make("li", {},
-      make("div", { className: "head" }, make("span", { className: "title", textContent: item.title, title: item.item }), make("span", { className: "score", textContent: item.score.toFixed(3) })),
+      make("div", { className: "head" }, make("span", { className: "title", dir: "auto", textContent: item.title, title: item.item }), make("span", { className: "score", textContent: item.score.toFixed(3) })),
       bar, make("div", { className: "foot" }, tags(item.attributes), buttons), reasons);
   });
   return column(answer.head, make("ol", {}, ...rows));
@@ -64,11 +67,11 @@ function why(reason) {
   }
   if (reason.history.length)
     parts.push(make("h3", { textContent: "Nearest in the history" }), make("ul", { className: "plain" }, ...reason.history.map((near) =>
-      make("li", {}, make("span", { textContent: near.title, title: near.item }), make("span", { className: "score", textContent: near.similarity.toFixed(2), title: "cosine of the two items' vectors" })))));
+      make("li", {}, make("span", { dir: "auto", textContent: near.title, title: near.item }), make("span", { className: "score", textContent: near.similarity.toFixed(2), title: "cosine of the two items' vectors" })))));
   else parts.push(make("p", { className: "muted small", textContent: "There is no history: this is what the model says of someone it knows nothing of." }));
   const common = Object.entries(reason.in_common);
   if (common.length)
     parts.push(make("h3", { textContent: "In common with the history" }), make("p", { className: "tags" }, ...common.flatMap(([name, values]) =>
-      values.map((v) => make("span", { className: "tag", title: name, textContent: `${v.value} × ${v.items}` })))));
+      values.map((v) => make("span", { className: "tag", dir: "auto", title: name, textContent: `${v.value} × ${v.items}` })))));
   return parts;
 }

@@ -4,6 +4,10 @@ import { find, make } from "./elements.js";
 
 const COLOURS = ["#4f46e5", "#0d9488", "#d97706", "#db2777", "#0284c7", "#65a30d", "#9333ea", "#dc2626", "#0891b2", "#a16207"];
 const OTHER = "#94a3b8";
+const PLACED = {
+  pca: ({ variance }) => `Placed by PCA: the two directions hold ${Math.round(100 * variance)} % of how the vectors differ.`,
+  umap: () => "Placed by UMAP: items that are near are alike; how far apart groups are says little.",
+};
 const NEAR = 12; // pixels within which the pointer finds an item
 
 export class ItemMap {
@@ -88,7 +92,7 @@ export class ItemMap {
     const shown = (keys) => [...keys].filter((key) => this.place.has(key)).length;
     const some = this.data.items.length < this.data.of ? `${this.data.items.length} of ${this.data.of} items, drawn at random` : `${this.data.of} items`;
     const text = `${some}; ${shown(this.history)} of ${this.history.size} of the history (filled) and ${shown(this.recommended)} of ${this.recommended.size} recommended by fusion (ringed). ` +
-      `The two directions hold ${Math.round(100 * this.data.variance)} % of how the vectors differ.`;
+      PLACED[this.data.method](this.data);
     find("map-note").textContent = text;
     this.canvas.setAttribute("aria-label", `Map of items: ${text}`);
   }
