@@ -337,9 +337,20 @@ class FinetuneConfig:
     ] = "pretrained"
     task: Annotated[
         Literal["next-item", "label"],
-        Field(description="next-item: as in pretraining; label: is the value of an event at least the threshold"),
+        Field(description="next-item: as in pretraining; label: tell finetune.labels of each event"),
     ] = "next-item"
-    threshold: Annotated[float, Field(ge=-1e30, le=1e30, description="label: least value of a positive event")] = 4.0
+    labels: Annotated[
+        tuple[str, ...],
+        Several,
+        Field(
+            min_length=1,
+            description="label: what to tell of an event, a head each: value (is it at least the threshold), or a kind"
+            " of events (is it of that kind); NAME=WEIGHT weighs the loss of one",
+        ),
+    ] = ("value",)
+    threshold: Annotated[
+        float, Field(ge=-1e30, le=1e30, description="least value of a positive event of the label value")
+    ] = 4.0
     cohort: Annotated[
         Literal["all", "new"], Field(description="users to learn from and predict for; new: those the source never saw")
     ] = "all"

@@ -36,7 +36,7 @@ class Batch(Pipelineable):
     lengths: Tensor  # [B] tokens of each sequence; their sum is T
     tokens: Tensor  # [T] index of the item, or N at the prefix
     targets: Tensor  # [T] index of the next item; empty where there is nothing to learn
-    label: Tensor  # [T] float: 1 or 0 for a target that has a label, else NaN
+    label: Tensor  # [T, labels] float: 1 or 0 for a target that has a label, else NaN; no labels in pretraining
     candidates: Tensor  # [C] indices of the items that the softmax runs over; `DrawnShare.apart`: targets, then drawn
     log_not_sampled: Tensor  # [C, 2] log-probability that one in-batch negative, and one drawn, is not this item
     weight: Tensor | None = None  # [T] what each target counts in the losses; None: all count 1

@@ -23,7 +23,7 @@ class TrainEvents(Events):
     """Events that spans point into: all of a data set, or those of one batch of a stream."""
 
     learnable: np.ndarray  # [n] bool: a training event
-    label: np.ndarray  # [n] float32: 1 or 0, NaN where there is none
+    label: np.ndarray  # [n, labels] float32: 1 or 0, NaN where there is none
     weight: np.ndarray  # [n] float32: what an event counts as a target, of its kind
 
 
@@ -52,8 +52,8 @@ class Assembler:
         data: the data set.
         train_mask: [interactions] bool, the training events.
         stats: of the training events; None: those of `train_mask`. The model knows no id outside of them.
-        labels: [interactions] float32, 1 or 0, NaN where there is none. With labels, `stats` should hide the values,
-            which the labels come from.
+        labels: [interactions, labels] float32, 1 or 0, NaN where there is none. With labels, `stats` should hide the
+            values, which the labels come from.
         kind_weights: [kinds of events] float32: what a target of each counts; None: 1, of every kind.
     """
 
@@ -69,7 +69,7 @@ class Assembler:
         self.stats = TrainStats.of(data, train_mask, values=labels is None) if stats is None else stats
         self.coding = HistoryCoding(self.stats.value_mean, self.stats.value_scale, data.schema.timestamps)
         if labels is None:
-            labels = np.broadcast_to(np.float32(np.nan), len(train_mask))
+            labels = np.zeros((len(train_mask), 0), np.float32)
         if kind_weights is None and data.targets is not None:
             kind_weights = data.targets.astype(np.float32)
         self.kind_weights = kind_weights

@@ -51,7 +51,8 @@ def joined(parts: list[LoadedWindows]) -> LoadedWindows:
     if not parts:
         none = np.zeros(0, np.int64)
         number = none.astype(np.float32)
-        events = TrainEvents(none, none, none.astype(np.int32), number, learnable=none > 0, label=number, weight=number)
+        label = number.reshape(0, 0)
+        events = TrainEvents(none, none, none.astype(np.int32), number, learnable=none > 0, label=label, weight=number)
         return LoadedWindows(none, none, np.zeros(1, np.int64), events)
     ends = np.cumsum([0, *(p.offsets[-1] for p in parts)])
     return LoadedWindows(
@@ -133,7 +134,7 @@ class StreamLoader(Loader):
                 event=columns["event"][positions],
                 value=columns["value"][positions],
                 learnable=~held[positions],
-                label=np.broadcast_to(np.float32(np.nan), len(item)),
+                label=np.zeros((len(item), 0), np.float32),
                 weight=weight[positions],
             ),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -79,6 +79,31 @@ def kind_weights(
     if not counts.any():
         raise ConfigError("loss.event_weights: every target counts 0; give one kind more")
     return None if (counts == 1).all() else counts
+
+
+VALUE = "value"
+"""The label of `finetune.labels` that is told by the value of an event; each other one is a kind of events."""
+
+
+def label_weights(labels: Sequence[str]) -> dict[str, float]:
+    """`finetune.labels` → by name, the weight of its loss.
+
+    Raises:
+        ConfigError: a part is neither NAME nor NAME=WEIGHT, a name comes twice, or a weight is not above 0.
+    """
+    found = parse_weights([part if "=" in part else f"{part}=1" for part in labels], "finetune.labels")
+    for name, weight in found.items():
+        if not 0 < weight <= MOST:
+            raise ConfigError(f"finetune.labels: '{name}' has the weight {weight:g}; give one above 0, or leave it out")
+    return found
+
+
+def check_labels(schema: Schema, names: Iterable[str]) -> None:
+    """Raise ConfigError where a label is neither the value nor a kind of events of the data."""
+    for name in names:
+        if name != VALUE and name not in schema.events:
+            hint = nearest(name, [VALUE, *schema.events])
+            raise ConfigError(f"finetune.labels: the data have no event '{name}'; {hint}")
 
 
 def _check_kind(schema: Schema, name: str, setting: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,7 @@ class Outputs:
     sequences: int
     """Sequences of this rank that had something to learn."""
     logits: Tensor | None = None
-    """[T] of the label task."""
+    """[T, labels] of the label task."""
 
 
 class Dense(nn.Module):
@@ -109,11 +109,18 @@ class PretrainModel(nn.Module):
         model, loss: settings.
         max_tokens: longest sequence, prefix included.
         gather: access to the other ranks' candidates.
+        dense: makes everything after the look-ups, of the arguments before.
     """
 
-    dense_kind: type[Dense] = Dense
-
-    def __init__(self, schema: Schema, model: ModelConfig, loss: LossConfig, max_tokens: int, gather: Gather) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        model: ModelConfig,
+        loss: LossConfig,
+        max_tokens: int,
+        gather: Gather,
+        dense: Callable[..., Dense] = Dense,
+    ) -> None:
         super().__init__()
         self.item_id, self.managed_items = item_tables(schema, model.dim), schema.table("item_id").managed
         self.item_features, self.managed_item_features = item_feature_tables(schema, model.dim)
@@ -121,7 +128,7 @@ class PretrainModel(nn.Module):
         self.history = history_tables(schema, model.dim)
         self.look_up: LookUp = look_up_in_turn
         """`distributed/` may put another in its place."""
-        self.dense = self.dense_kind(schema, model, loss, max_tokens, gather)
+        self.dense = dense(schema, model, loss, max_tokens, gather)
 
     @property
     def tower(self) -> Tower:

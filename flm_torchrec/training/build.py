@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -10,13 +11,14 @@ from torchrec.distributed.types import ShardingPlan
 
 from flm_torchrec.config import Config
 from flm_torchrec.data.schema import Schema
+from flm_torchrec.data.weights import label_weights
 from flm_torchrec.distributed.candidates import CandidateRanks
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.distributed.managed import check_managed
 from flm_torchrec.distributed.shard import shard
 from flm_torchrec.errors import ConfigError
-from flm_torchrec.model.label import LabelModel
-from flm_torchrec.model.pretrain import PretrainModel
+from flm_torchrec.model.label import LabelDense
+from flm_torchrec.model.pretrain import Dense, PretrainModel
 from flm_torchrec.planner.constraints import Lookup
 from flm_torchrec.planner.plan import make_plan
 
@@ -55,9 +57,11 @@ def build(
 def make_model(schema: Schema, config: Config, comm: Comm) -> PretrainModel:
     """The model with its first dense weights; its tables are on the meta device."""
     torch.manual_seed(config.train.seed)
-    label = bool(config.finetune.source) and config.finetune.task == "label"
-    kind = LabelModel if label else PretrainModel
-    return kind(schema, config.model, config.loss, config.data.max_history + 1, _candidate_ranks(config, comm))
+    dense: Callable[..., Dense] = Dense
+    if config.finetune.source and config.finetune.task == "label":
+        dense = partial(LabelDense, labels=label_weights(config.finetune.labels))
+    longest = config.data.max_history + 1
+    return PretrainModel(schema, config.model, config.loss, longest, _candidate_ranks(config, comm), dense)
 
 
 def _candidate_ranks(config: Config, comm: Comm) -> CandidateRanks:

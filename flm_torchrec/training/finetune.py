@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flm_torchrec.config import Config, load_config
+from flm_torchrec.data.weights import label_weights
 from flm_torchrec.errors import ConfigError, RunError
 from flm_torchrec.evaluation.evaluate import evaluate_heads
 from flm_torchrec.files import telling, write_text
@@ -81,7 +82,9 @@ def finetune(config: Config, control: bool) -> dict[str, Any]:
         for run in runs:
             test |= _finetune_once(JobInputs.of(run, inputs.data, inputs.comm))
         if inputs.comm.main:
-            report = {"task": config.finetune.task, "share": config.finetune.share, "test": test}
+            tuning = config.finetune
+            labels = {"labels": list(label_weights(tuning.labels))} if tuning.task == "label" else {}
+            report = {"task": tuning.task, **labels, "share": tuning.share, "test": test}
             with telling(root, ANOTHER_RUN):
                 write_text(root / "finetune.json", json.dumps(report, indent=2))
     return test if inputs.comm.main else {}
@@ -90,8 +93,11 @@ def finetune(config: Config, control: bool) -> dict[str, Any]:
 def _check_select(config: Config) -> None:
     if config.finetune.task == "next-item":
         check_select(config)
-    elif config.train.select != LABEL_SELECT:
-        raise ConfigError(f"train.select: no label metric '{config.train.select}'; the one there is: {LABEL_SELECT}")
+        return
+    names = list(label_weights(config.finetune.labels))
+    known = [LABEL_SELECT, *(f"label/{name}/auc" for name in names if len(names) > 1)]
+    if config.train.select not in known:
+        raise ConfigError(f"train.select: no label metric '{config.train.select}'; choose of {', '.join(known)}")
 
 
 def _finetune_once(inputs: JobInputs) -> dict[str, dict[str, float]]:

@@ -16,6 +16,7 @@ from flm_torchrec.data.collate import Assembler
 from flm_torchrec.data.loader import Sharing, TrainLoader
 from flm_torchrec.data.negatives import Negatives
 from flm_torchrec.data.train_stats import TrainStats
+from flm_torchrec.data.weights import label_weights
 from flm_torchrec.data.windows import windows
 from flm_torchrec.training.job import Job
 from flm_torchrec.training.run_events import spans_of
@@ -35,22 +36,35 @@ def evaluate_labels(job: Job, labels: np.ndarray, check: Callable[[], None] = la
       same width, weighted by their events (Guo et al., ICML 2017).
     * `label/events`, their number.
 
+    Of several labels, each has these as `label/NAME/…`, and `label/auc` is the mean of their AUC.
+
     Args:
-        labels: [interactions] float32, 1 or 0, NaN where there is none.
+        labels: [interactions, labels] float32, 1 or 0, NaN where there is none.
         check: called on every rank before each batch; it may raise to end the evaluation.
     """
+    names = list(label_weights(job.config.finetune.labels))
     logits, truth, user = _collect(job, _loader(job, labels), check)
+    found = [_metrics(logits[:, number], truth[:, number], user) for number in range(len(names))]
+    if len(names) == 1:
+        return {f"label/{metric}": value for metric, value in found[0].items()}
+    mean = {"label/auc": sum(one["auc"] for one in found) / len(found), "label/events": float(len(truth))}
+    by_name = zip(names, found, strict=True)
+    return mean | {f"label/{name}/{metric}": value for name, one in by_name for metric, value in one.items()}
+
+
+def _metrics(logits: Tensor, truth: Tensor, user: Tensor) -> dict[str, float]:
+    """By name, the metrics of a label; all [events]."""
     rate = truth.mean()
     log_loss = F.binary_cross_entropy_with_logits(logits, truth)
     base = -(rate * rate.log() + (1 - rate) * (1 - rate).log())
     by_user = gauc(logits.numpy(), truth.numpy(), user.numpy())
     return {
-        "label/auc": float(binary_auroc(logits, truth.long())),
-        **({} if np.isnan(by_user) else {"label/gauc": by_user}),
-        "label/ne": float(log_loss / base),
-        "label/calibration": float(logits.sigmoid().mean() / rate),
-        "label/ece": float(binary_calibration_error(logits, truth.long(), n_bins=BINS)),
-        "label/events": float(len(truth)),
+        "auc": float(binary_auroc(logits, truth.long())),
+        **({} if np.isnan(by_user) else {"gauc": by_user}),
+        "ne": float(log_loss / base),
+        "calibration": float(logits.sigmoid().mean() / rate),
+        "ece": float(binary_calibration_error(logits, truth.long(), n_bins=BINS)),
+        "events": float(len(truth)),
     }
 
 
@@ -97,7 +111,7 @@ class _UserAssembler(Assembler):
 
 
 def _collect(job: Job, loader: TrainLoader, check: Callable[[], None]) -> tuple[Tensor, Tensor, Tensor]:
-    """[events] logits, labels and users of the events of all ranks, in the same order on each."""
+    """[events, labels] logits and labels, [events] users of the events of all ranks, in the same order on each."""
     logits, truth, users = [], [], []
     job.model.eval()
     with torch.no_grad():
@@ -107,13 +121,14 @@ def _collect(job: Job, loader: TrainLoader, check: Callable[[], None]) -> tuple[
             user = torch.from_numpy(loader.assembler.users).to(batch.lengths)
             moved = batch.to(job.comm.device)
             _, outputs = job.model(moved)
-            labelled = ~torch.isnan(moved.label)
+            labelled = ~torch.isnan(moved.label).any(1)  # an event has all labels or none
             assert outputs.logits is not None
             logits.append(outputs.logits[labelled])
             truth.append(moved.label[labelled])
             users.append(user.repeat_interleave(batch.lengths).to(job.comm.device)[labelled])
     job.model.train()
-    gathered, real = job.comm.concat(torch.stack([torch.cat(logits), torch.cat(truth)], 1))
+    gathered, real = job.comm.concat(torch.cat([torch.cat(logits), torch.cat(truth)], 1))
     of_user, _ = job.comm.concat(torch.cat(users))
     pairs = gathered[real].cpu()
-    return pairs[:, 0], pairs[:, 1], of_user[real].cpu()
+    count = pairs.shape[1] // 2
+    return pairs[:, :count].contiguous(), pairs[:, count:].contiguous(), of_user[real].cpu()

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from flm_torchrec.config import Config
-from flm_torchrec.data.cohort import Labels, label_events, of_cohort
+from flm_torchrec.data.cohort import LabelRule, Labels, label_events, of_cohort
 from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.data.splits import Examples, Splits, SplitSettings, split, split_by
 from flm_torchrec.data.survey import EventStream, StreamedData, hide_values, load_streamed
 from flm_torchrec.data.train_stats import TrainStats
-from flm_torchrec.data.weights import target_kinds
+from flm_torchrec.data.weights import check_labels, label_weights, target_kinds
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.training.follow.growth import FollowedData
 from flm_torchrec.training.identity import has_ids_of, read_config
@@ -114,7 +114,10 @@ def events_of(config: Config, data: PreparedData) -> RunEvents:
         cohort = ~data.users_of(seen)
     labels = None
     if tuning.task == "label":
-        labels = label_events(data, cohort, tuning.threshold, tuning.share, config.train.seed)
+        names = tuple(label_weights(tuning.labels))
+        check_labels(data.schema, names)
+        rule = LabelRule(names, tuning.threshold)
+        labels = label_events(data, cohort, rule, tuning.share, config.train.seed)
         splits = spans_of(data, labels.train)
     else:
         of_everyone = split(data, config.data.split, config.data.holdout)
@@ -134,9 +137,9 @@ def spans_of(data: PreparedData, labels: np.ndarray) -> Splits:
     """All events of the users who have a label, to learn from; nothing to predict by rank.
 
     Args:
-        labels: [interactions] float32, NaN where there is none.
+        labels: [interactions, labels] float32, NaN where there is none.
     """
-    labelled = data.users_of(~np.isnan(labels))
+    labelled = data.users_of(~np.isnan(labels).all(1))
     ends = np.where(labelled, data.offsets[1:], data.offsets[:-1])
     nobody = Examples(np.zeros(0, np.int64), np.zeros(0, np.int64))
     return Splits(ends, nobody, nobody)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -16,20 +17,27 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 import flm_torchrec as flm
 from flm_torchrec.cli import main
 from flm_torchrec.config import load_config
-from flm_torchrec.data.cohort import label_events
+from flm_torchrec.config.heads import REPRESENTATIONS
+from flm_torchrec.config.schema import LossConfig, ModelConfig
+from flm_torchrec.data.cohort import LabelRule, label_events
 from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.data.history import Events
+from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import NOT_LEARNT, SplitSettings, last_of_domain, split
 from flm_torchrec.data.survey import load_streamed
+from flm_torchrec.distributed.candidates import CandidateRanks
+from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.errors import ConfigError, DataError
 from flm_torchrec.evaluation.lists import Targets
 from flm_torchrec.evaluation.ranking import RankingProblem, target_and_seen
 from flm_torchrec.export.tower.reader import PackagedTower
 from flm_torchrec.export.write import seen_items
+from flm_torchrec.model.label import LabelDense
 from flm_torchrec.training.job import open_job
 from flm_torchrec.training.run_events import with_targets
 from tests.conftest import NO_DROPOUT
@@ -128,8 +136,8 @@ def test_views_leave_no_item_out_and_are_not_right(plain: PreparedData) -> None:
 def test_events_that_are_not_predicted_have_no_label(plain: PreparedData) -> None:
     values = np.arange(len(plain.value)) % 2
     data = targets_of(replace(plain, value=values.astype(np.float32)), "buy")
-    labels = label_events(data, np.ones(USERS, bool), 1.0, 1.0, 0)
-    labelled = ~np.isnan(np.stack([labels.train, labels.valid, labels.test])).all(0)
+    labels = label_events(data, np.ones(USERS, bool), LabelRule(("value",), 1.0), 1.0, 0)
+    labelled = ~np.isnan(np.hstack([labels.train, labels.valid, labels.test])).all(1)
     np.testing.assert_array_equal(labelled, data.event == data.schema.events.index("buy"))
 
 
@@ -275,3 +283,55 @@ def test_an_export_leaves_out_what_was_had(plain: PreparedData, exported: Path, 
     for targets, had in (({}, [0, 1, 2, 3]), ({"targets": kinds[1:]}, [1, 2])):
         file.write_text(json.dumps({**description, "events": kinds, **targets}))
         assert PackagedTower(tmp_path / "export").had(events).tolist() == had
+
+
+def test_labels_have_a_head_a_loss_and_metrics_each(
+    plain: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    assert main(["train", "--data.path", str(plain.path), "--train.run", str(source), *OPTIONS]) == 0
+
+    def tune(name: str, *given: str) -> int:
+        tuned = ["--finetune.source", str(source), "--train.run", str(tmp_path / name), "--finetune.task", "label"]
+        return main(["finetune", *tuned, "--no-control", *OPTIONS, *given])
+
+    assert tune("two", "--finetune.labels", "buy,click=0.5", "--train.select", "label/click/auc") == 0
+    report = json.loads((tmp_path / "two" / "finetune.json").read_text())
+    found = report["test"]["pretrained"]
+    assert report["labels"] == ["buy", "click"] and found["label/events"] == USERS // 5 * 12
+    assert found["label/auc"] == pytest.approx((found["label/buy/auc"] + found["label/click/auc"]) / 2)
+    for name in ("buy", "click"):
+        assert {"auc", "gauc", "ne", "calibration", "ece"} <= {m.split("/")[2] for m in found if f"/{name}/" in m}
+    metrics = [json.loads(line) for line in (tmp_path / "two/pretrained/metrics.jsonl").read_text().splitlines()]
+    assert {"loss/label/buy", "loss/label/click"} <= set().union(*metrics)
+    assert "label/click/auc" in capsys.readouterr().out
+    for labels, told in (
+        ("buy,buy", "'buy=1' is not NAME=WEIGHT, once for each name"),
+        ("buy=0", "'buy' has the weight 0"),
+        ("clik,buy", "no event 'clik'; did you mean 'click'"),
+        ("value,buy", "the labels 'value' to learn from are not of both kinds at finetune.threshold=4.0"),
+    ):
+        assert tune("wrong", "--finetune.labels", labels) == 2
+        assert told in capsys.readouterr().err and not (tmp_path / "wrong").exists()
+    assert tune("wrong", "--finetune.labels", "buy,click", "--train.select", "label/view/auc") == 2
+    assert "choose of label/auc, label/buy/auc, label/click/auc" in capsys.readouterr().err
+
+
+def test_the_loss_of_labels_is_the_weighted_sum_of_their_means() -> None:
+    torch.manual_seed(0)
+    schema, model = Schema("t", "t", 3, 4, 5), ModelConfig(dim=4, attention_heads=1, dropout=0.0)
+    one = CandidateRanks(Comm(0, 1, 1, torch.device("cpu")), "global")
+    dense = LabelDense(schema, model, LossConfig(), 3, one, {"buy": 1.0, "like": 0.25})
+    encoded = SimpleNamespace(
+        items=torch.randn(4, 8), representations={name: torch.randn(5, 8) for name in REPRESENTATIONS}
+    )
+    weight = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0])
+    label = torch.tensor([[1, 0], [0, 1], [1, 1], [torch.nan, torch.nan], [0, 0]])
+    batch = SimpleNamespace(targets=torch.tensor([0, 1, 2, 3, 0]), label=label, weight=weight)
+    loss, outputs = dense._result(batch, encoded)  # type: ignore[arg-type]
+    assert outputs.logits is not None and outputs.logits.shape == (5, 2) and outputs.sequences == 4
+    kept = [0, 1, 2, 4]
+    each = F.binary_cross_entropy_with_logits(outputs.logits[kept], label[kept], reduction="none")
+    means = (each * weight[kept, None]).sum(0) / weight[kept].sum()
+    torch.testing.assert_close(loss, means[0] + 0.25 * means[1])
+    torch.testing.assert_close(outputs.losses["label/like"], means[1])

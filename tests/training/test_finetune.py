@@ -17,7 +17,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 from flm_torchrec.cli import main
 from flm_torchrec.config import load_config
-from flm_torchrec.data.cohort import label_events, of_cohort
+from flm_torchrec.data.cohort import LabelRule, label_events, of_cohort
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import split
 from flm_torchrec.errors import DataError
@@ -65,20 +65,21 @@ def test_labels_of_one_user_are_in_one_part(small: PreparedData, share: float, s
     values = np.where(np.arange(len(small.value)) % 2, threshold, threshold - 1).astype(np.float32)
     data = dataclasses.replace(small, value=values)
     everyone = np.ones(small.schema.users, bool)
-    labels = label_events(data, everyone, threshold, share, seed)
+    rule = LabelRule(("value",), threshold)
+    labels = label_events(data, everyone, rule, share, seed)
     users = np.repeat(np.arange(small.schema.users), np.diff(small.offsets))
-    parts = [set(users[~np.isnan(p)]) for p in (labels.train, labels.valid, labels.test)]
+    parts = [set(users[~np.isnan(p[:, 0])]) for p in (labels.train, labels.valid, labels.test)]
     assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
     assert len(parts[1] | parts[2]) == small.schema.users - int(0.6 * small.schema.users)
-    known = ~np.isnan(labels.test)
-    assert ((values >= threshold)[known] == labels.test[known].astype(bool)).all()
-    whole = label_events(data, everyone, threshold, 1.0, seed)
+    known = ~np.isnan(labels.test[:, 0])
+    assert ((values >= threshold)[known] == labels.test[known, 0].astype(bool)).all()
+    whole = label_events(data, everyone, rule, 1.0, seed)
     assert (~np.isnan(labels.train)).sum() == max(1, round(share * (~np.isnan(whole.train)).sum()))
 
 
 def test_labels_of_one_kind_are_refused(small: PreparedData) -> None:
     with pytest.raises(DataError, match=r"finetune\.threshold=99"):
-        label_events(small, np.ones(small.schema.users, bool), 99.0, 1.0, 0)
+        label_events(small, np.ones(small.schema.users, bool), LabelRule(("value",), 99.0), 1.0, 0)
 
 
 def test_new_users_are_those_the_source_never_saw(source: Path, small: PreparedData) -> None:
