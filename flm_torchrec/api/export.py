@@ -39,6 +39,8 @@ class ExportChoices:
     """Write the packaged user tower as ONNX too."""
     item_map: Method | None = None
     """How the map of the web page is drawn; None: by UMAP where umap-learn is installed, and by PCA elsewhere."""
+    compile: bool = False
+    """Compile the packaged user tower for this machine, into the user's cache."""
     since: Path | None = None
     """Older export: write only the rows that differ from it."""
     tolerance: float = 0.0
@@ -53,6 +55,8 @@ class ExportChoices:
         older = read_manifest(self.since) if self.since else None
         if self.onnx and self.tower == "none":
             raise RunError("--onnx: is made of the packaged tower; leave out --tower none")
+        if self.compile and (self.tower == "none" or self.since):
+            raise RunError("--compile: compiles the tower of a complete export; leave out --tower none and --since")
         if older is not None and self.since is not None and output.resolve() == self.since.resolve():
             raise RunError(f"{output}: is what the delta is to be applied to; give another --output")
         if older is not None and self.index:
@@ -100,6 +104,7 @@ def export_run(
     check_versions()
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     from flm_torchrec.export.delta import export_delta
+    from flm_torchrec.export.tower.compiled import compile_tower
     from flm_torchrec.export.tower.onnx import check_onnx
     from flm_torchrec.export.write import ExportOptions, check_output, export
     from flm_torchrec.training.restore import restore
@@ -123,7 +128,10 @@ def export_run(
         )
         if choices.since is not None:
             return export_delta(source, job.comm, choices.since, output, how, overwrite)
-        return export(source, job.comm, output, how, overwrite)
+        manifest = export(source, job.comm, output, how, overwrite)
+    if choices.compile and manifest is not None:
+        print(compile_tower(output), flush=True)
+    return manifest
 
 
 def _source(restored: Restored, tower: Tower, onnx: bool) -> ExportSource:

@@ -59,6 +59,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="with --since: a row whose vectors have each moved by at most this part of their length, and that is the"
         " same otherwise, is not in the delta (default: 0, every bit counts)",
     )
+    _add_tower(parser)
+    add_data_path(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_tower(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tower",
         choices=get_args(Tower),
@@ -70,8 +76,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     drawn = "how the web page's map is drawn (default: umap where umap-learn is installed, pca elsewhere)"
     parser.add_argument("--map", choices=get_args(Method), dest="item_map", help=drawn)
-    add_data_path(parser)
-    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the packaged user tower for this machine, into your cache; takes about a minute, once for all"
+        " exports of a model's shape (default: no)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -80,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         FlmError: an option, the run, its data or the output is wrong.
     """
-    how = args.format, args.quantise, args.index, args.recall, args.tower, args.onnx, args.item_map
+    how = args.format, args.quantise, args.index, args.recall, args.tower, args.onnx, args.item_map, args.compile
     choices = ExportChoices(*how, args.since, args.tolerance)
     options = given_overrides(args), given_options(args)
     done = export_run(args.run_folder, args.output, choices, args.overwrite, *options)

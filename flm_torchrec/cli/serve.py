@@ -8,8 +8,10 @@ import os
 import shutil
 import signal
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from socket import socket
 from typing import TYPE_CHECKING
@@ -94,11 +96,37 @@ def run(args: argparse.Namespace) -> None:
         raise RunError("--similar-users: tells of one person from what others did; give --keys FILE")
     for export in args.export:
         read_manifest(export)  # no store is made beside what is no export
+    if args.compile:
+        _compile(args.export)
     if args.workers == 1:
         _import_first()
         _serve(args, edge)
     else:
         _supervise(args, edge)
+
+
+def _compile(exports: Sequence[Path]) -> None:
+    """Compile towers in a process of its own: workers are forked from this one, which must not have used threads.
+
+    Raises:
+        SystemExit: that process failed; it has said why.
+    """
+    process = get_context("spawn").Process(target=_compile_all, args=(exports,))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(2)
+
+
+def _compile_all(exports: Sequence[Path]) -> None:
+    from flm_torchrec.export.tower.compiled import compile_tower
+
+    try:
+        for export in exports:
+            print(compile_tower(export), flush=True)
+    except FlmError as error:
+        tell(str(error))
+        raise SystemExit(error.exit_code) from error
 
 
 def _supervise(args: argparse.Namespace, edge: Edge) -> None:
@@ -180,7 +208,8 @@ def _serve(args: argparse.Namespace, edge: Edge, worker: WorkerStart | None = No
         for service, share in zip(served.services, served.split.shares, strict=True):
             manifest, to = service.loaded.manifest, f"; {share:.4g} of the users" if share < 1 else ""
             sizes = f"{manifest.items} items, {manifest.users} users; model {manifest.model_version}"
-            print(f"{service.loaded.folder}: {sizes}{to}")
+            how = "; compiled tower" if service.loaded.tower.compiled else ""
+            print(f"{service.loaded.folder}: {sizes}{how}{to}")
         tell_all = Tell(partial(print, edge.url(args), flush=True))
     else:
         worker.link.follow(served.follow)

@@ -87,6 +87,12 @@ def _add_exports(parser: argparse.ArgumentParser) -> None:
         help="look so often whether --export, a link, points to another export, and swap (default: never)",
     )
     parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the user tower for this machine before the start, unless that was done; takes about a minute"
+        " (default: use it if it is compiled, else the portable program)",
+    )
+    parser.add_argument(
         "--similar-users",
         action="store_true",
         help="answer /v1/users/similar, for those who have a key; takes 2 bytes a number of the users' vectors",

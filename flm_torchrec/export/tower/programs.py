@@ -109,11 +109,13 @@ class UserInputs(NamedTuple):
 class UserProgram(nn.Module):
     """Histories → the representations after the last event, by each head and by fusion, with the model's own tower."""
 
+    size: Tensor
+
     def __init__(self, tower: Tower, tables: dict[str, PackagedTable], items: int) -> None:
         super().__init__()
         self.tables = nn.ModuleDict(tables)
         self.tower = tower
-        self.items = items
+        self.register_buffer("size", torch.tensor(items))  # no constant: catalogues of other sizes have one program
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The fields of `UserInputs` → [B, heads + 1, S] in the order of REPRESENTATIONS, and the heads' weights in the
@@ -121,9 +123,9 @@ class UserProgram(nn.Module):
         given = UserInputs(*inputs)
         count, longest = given.items.shape
         shown = (torch.arange(longest)[None, :] < given.lengths.unsqueeze(1)).unsqueeze(2)  # [B, L, 1]
-        known = (given.items < self.items).unsqueeze(2)
-        rows = given.items.clamp(max=self.items - 1)
-        other = given.added[(given.items - self.items).clamp(min=0)]
+        known = (given.items < self.size).unsqueeze(2)
+        rows = torch.minimum(given.items, self.size - 1)
+        other = given.added[(given.items - self.size).clamp(min=0)]
         user = given.user.clamp(min=0)
         event, gap = self.tables["event"](given.event), self.tables["gap"](given.gap)
         seen = Sequences(

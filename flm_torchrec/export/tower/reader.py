@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from flm_torchrec.documents import MOST_JSON_BYTES, read_text
 from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.export.mapped import IN_MEMORY, MappedFiles
 from flm_torchrec.export.parts import single_array
+from flm_torchrec.export.tower.compiled import UserFunction, load_compiled
 from flm_torchrec.export.tower.layout import DESCRIPTION, FOLDER, HISTORIES, ITEM, PROFILE, USER, Description
 from flm_torchrec.export.vectors import unit
 from flm_torchrec.names import nearest
@@ -28,6 +30,8 @@ from flm_torchrec.safe_text import first_line
 
 HISTORY_TYPES = {"item": pa.int32(), "timestamp": pa.int64(), "event": pa.int32(), "value": pa.float32()}
 """Columns of the file of histories: lists of this type."""
+MOST_APART = 1e-4
+"""Absolute and relative difference of compiled code and program from which on the code is not trusted."""
 LEAST_MAPPED = 65_536
 """Bytes of a table from which on a file is made for it."""
 
@@ -67,8 +71,10 @@ class PackagedTower:
             raise RunError(f"{folder}: not found; make the export with 'flm export --tower int8'")
         try:
             description = Description.model_validate_json(read_text(folder / DESCRIPTION, MOST_JSON_BYTES))
-            self.user, self.item, self.profile = (
-                torch.export.load(folder / name).module() for name in (USER, ITEM, PROFILE)
+            program = torch.export.load(folder / USER)
+            user, self.item, self.profile = (
+                program.module(),
+                *(torch.export.load(folder / name).module() for name in (ITEM, PROFILE)),
             )
             self.histories = mapped.table("histories", lambda: _histories(folder / HISTORIES))
         except ValidationError as error:
@@ -77,8 +83,8 @@ class PackagedTower:
             raise RunError(f"{folder / DESCRIPTION}: {where}: {problem['msg']}; export again") from error
         except (ValueError, RuntimeError, OSError, BadZipFile, pa.ArrowException) as error:
             raise RunError(f"{folder}: cannot be read ({first_line(error)}); export again") from error
-        for name, program in ((USER, self.user), (ITEM, self.item), (PROFILE, self.profile)):
-            _map_tables(program, name, mapped)
+        for name, module in ((USER, user), (ITEM, self.item), (PROFILE, self.profile)):
+            _map_tables(module, name, mapped)
         self.dim, self.space, self.items, self.max_history = (
             description.dim,
             description.space or description.dim,
@@ -96,6 +102,48 @@ class PackagedTower:
         self.features = [FeatureValues.described(f.model_dump()) for f in description.features]
         self._check_histories(folder / HISTORIES)
         self.nobody, _ = self._contents_of_nothing(folder)
+        self.user: UserFunction = user
+        self.compiled = False
+        """Whether the user program runs as native code."""
+        compiled, reason = load_compiled(program, user)
+        if compiled is not None:
+            reason = self._use(compiled)
+        if reason:
+            line = f"{folder / USER}: the compiled program is not used ({reason}); the portable one is, which is slower"
+            mapped.once("tower-told", lambda: print(f"note: {line}", file=sys.stderr, flush=True))
+
+    def _use(self, compiled: UserFunction) -> str:
+        """Use compiled code if it gives what the program gives; else say why not."""
+        rng = np.random.default_rng(0)
+        for count, longest in ((1, 1), (1, self.max_history), (3, max(1, self.max_history // 2))):
+            given = self._made_up(rng, count, longest)
+            try:
+                with torch.inference_mode():
+                    pairs = list(zip(compiled(*given), self.user(*given), strict=True))
+            except (RuntimeError, ValueError) as error:
+                return f"it fails: {first_line(error)}"
+            for one, other in pairs:
+                if one.shape != other.shape or not torch.allclose(one, other, rtol=MOST_APART, atol=MOST_APART):
+                    return "it gives other vectors"
+        self.user, self.compiled = compiled, True
+        return ""
+
+    def _made_up(self, rng: np.random.Generator, count: int, longest: int) -> list[Tensor]:
+        """Inputs of the user program with all that may come: known and added items, and cold users."""
+        shape = count, longest
+        arrays = (
+            rng.integers(0, self.items + 1, shape),
+            rng.integers(0, len(self.events) + 1, shape),
+            rng.integers(0, self.coding.gap_rows, shape),
+            rng.normal(size=shape).astype(np.float32),
+            rng.integers(0, 10**6, shape).cumsum(1),
+            rng.integers(0, longest + 1, count),
+            rng.normal(size=(1, self.dim)).astype(np.float32),
+            rng.integers(-1, max(1, len(self.histories)), count),
+            rng.normal(size=(count, self.dim)).astype(np.float32),
+            rng.random(count) < 0.5,
+        )
+        return [torch.from_numpy(array) for array in arrays]
 
     def _check_histories(self, file: Path) -> None:
         item, event = (single_array(self.histories[name]).flatten().to_numpy() for name in ("item", "event"))
