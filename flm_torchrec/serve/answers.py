@@ -131,6 +131,8 @@ def similar_users(loaded: LoadedExport, store: LiveStore, request: SimilarUsers)
 
 def item_of(loaded: LoadedExport, row: int) -> dict[str, Any]:
     """An item as answers show it."""
+    if row < len(loaded.catalogue):
+        return loaded.catalogue.item(row)
     return {"item": loaded.key(row), "title": loaded.title(row), "attributes": loaded.attributes(row)}
 
 

@@ -14,6 +14,8 @@ from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
+from starlette.routing import Match, Route
+from starlette.types import Scope
 
 from flm_torchrec.safe_text import visible
 from flm_torchrec.serve.access import AccessGuard, ApiKeys
@@ -45,7 +47,7 @@ from flm_torchrec.serve.service import Service
 from flm_torchrec.serve.swapping import CanaryTerms
 from flm_torchrec.serve.tracing import telemetry
 from flm_torchrec.serve.variants import Variants
-from flm_torchrec.serve.workers import Workers
+from flm_torchrec.serve.workers import Workers, one_thread
 
 PAGE = Path(__file__).parent / "page"
 M = TypeVar("M", bound=BaseModel)
@@ -94,6 +96,15 @@ class Operation:
         return app.post(self.path, operation_id=self.name, openapi_extra=extra, responses=responses)
 
 
+class DirectRoute(Route):
+    """A route that reads its body itself, and needs nothing of what FastAPI does for a route, which takes long."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """As of Starlette; the metrics find the route in the scope."""
+        match, found = super().matches(scope)
+        return match, {**found, "route": self}
+
+
 def create_app(service: Service | Variants, limits: ServerLimits = ServerLimits()) -> FastAPI:
     """The HTTP app of a service, or of several: its routes, the web page and the metrics."""
     served = service if isinstance(service, Variants) else Variants.alone(service)
@@ -102,6 +113,7 @@ def create_app(service: Service | Variants, limits: ServerLimits = ServerLimits(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         report_accept_errors_once(asyncio.get_running_loop())
+        one_thread()
         tasks = [asyncio.create_task(_tend(one)) for one in served.services]
         if limits.watch_seconds:
             tasks += [asyncio.create_task(_watch(one, limits.watch_seconds)) for one in served.services]
@@ -190,7 +202,8 @@ def _write_routes(app: FastAPI, served: Variants, workers: Workers, limits: Serv
             request.state.exports = served.names(asked)
             return JSONResponse(await answer(asked))
 
-        operation.add(app, message)(route)
+        operation.add(app, message)(route)  # for the description
+        app.router.routes.insert(0, DirectRoute(operation.path, route, methods=["POST"]))
 
     def in_thread(answer: Callable[[M], Any]) -> Callable[[M], Awaitable[Any]]:
         return lambda asked: workers.do(lambda: answer(asked))

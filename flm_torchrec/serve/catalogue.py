@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -19,6 +20,8 @@ from flm_torchrec.serve.key_rows import KeyRows
 
 TOP_VALUES = 100
 """Values of a feature that `GET /v1/catalogue` lists."""
+MOST_SHOWN = 10_000
+"""Items that are kept as answers show them."""
 MOST_ASKED = 4096
 """Maximum of results of the index: a graph takes as long for more of them as the scores of all items."""
 
@@ -60,6 +63,8 @@ class Catalogue:
     attributes: Mapping[str, Attribute]
     index: ItemIndex | None
     kind: str
+    shown: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Items that answers have shown, by row: reading one from Arrow takes as long as finding it."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -67,6 +72,17 @@ class Catalogue:
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """[n] rows of items → their vectors [n, D]."""
         return self.distinct[self.vector_of[rows]]
+
+    def item(self, row: int) -> dict[str, Any]:
+        """An item as answers show it; not to be changed."""
+        found = self.shown.get(row)
+        if found is None:
+            if len(self.shown) >= MOST_SHOWN:
+                self.shown.clear()
+            attributes = self.attributes_of(row)
+            found = {"item": self.keys[row].as_py(), "title": self.titles[row].as_py(), "attributes": attributes}
+            self.shown[row] = found
+        return found
 
     def attributes_of(self, row: int) -> dict[str, list[str]]:
         """By feature, the distinct values of the item."""

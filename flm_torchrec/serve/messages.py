@@ -12,6 +12,8 @@ from flm_torchrec.data.times import LATEST
 MOST_HISTORY = 1000
 MOST_K = 1000
 MOST_BATCH = 64
+MOST_PLAIN = 100
+"""Items of an answer, and events of a history, of a plain request."""
 MOST_VALUES = 100
 MOST_FORGOTTEN = 400
 """Users of a request to forget: as long keys as may be fit into a request's body."""
@@ -83,6 +85,12 @@ class Recommend(Whom):
     """By feature and value: what is added to the score of an item that has the value; negative buries it."""
     pinned: Annotated[list[Key], Field(max_length=MOST_VALUES)] = []
     """Items that come first, in this order."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it takes about as long as other plain requests: few items, by score alone."""
+        rules = self.explain or self.diversity or self.boost or self.filter or self.pinned or self.features
+        return not rules and self.offset + self.k <= MOST_PLAIN and len(self.history) <= MOST_PLAIN
 
     @model_validator(mode="after")
     def _check(self) -> Recommend:

@@ -1,8 +1,9 @@
-"""A few threads that answer requests from a bounded queue."""
+"""A few threads that answer requests from a bounded queue; quick requests are answered in the event loop itself."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import Any, Generic, TypeVar
 import faiss
 import torch
 
+from flm_torchrec.serve.event_store import EventStore
 from flm_torchrec.serve.messages import MOST_BATCH, NewEvent, Recommend
 from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.variants import Variants
@@ -19,16 +21,24 @@ from flm_torchrec.serve.variants import Variants
 Result = TypeVar("Result")
 Asked = TypeVar("Asked")
 Answer = dict[str, Any]
+LONGEST_TURN = 0.004
+"""Seconds of processor time for which answers may hold up the event loop, which also accepts and reads."""
+MEASURED = 20
+"""Batches after which it is known how long a request takes."""
+WEIGHT = 0.1
+"""Of the last batch in the mean."""
 
 
 class Workers:
     """A few threads with a bounded queue. Waiting requests of one kind are answered in one batch."""
 
     def __init__(self, served: Variants, threads: int, waiting: int) -> None:
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="flm", initializer=_one_thread)
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="flm", initializer=one_thread)
         self.most = threads + waiting
         self.running = 0
-        self.recommending: Batches[Recommend] = Batches(self.pool, served.recommend, threads)
+        # Another machine that holds the store may be slow: the event loop never waits for it.
+        pace = Pace() if isinstance(served.store, EventStore) else None
+        self.recommending: Batches[Recommend] = Batches(self.pool, served.recommend, threads, pace)
         self.taking: Batches[NewEvent] = Batches(self.pool, served.add_events, 1)  # the store has one writer
 
     async def do(self, call: Callable[[], Result]) -> Result:
@@ -75,20 +85,47 @@ class Workers:
             self.running -= 1
 
 
+class Pace:
+    """The processor time of a plain request: where it is short, a thread costs more than it gives.
+
+    Passing a request to a thread and back takes two wake-ups, and both threads want the one lock of the interpreter.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.batches = 0
+
+    def note(self, seconds: float, requests: int) -> None:
+        """A batch has taken so long."""
+        self.batches += 1
+        weight = max(WEIGHT, 1 / self.batches)
+        self.seconds += weight * (seconds / requests - self.seconds)
+
+    def turn(self) -> int:
+        """Plain requests that may be answered in the event loop at once; 0: none."""
+        return int(LONGEST_TURN / max(self.seconds, 1e-6)) if self.batches >= MEASURED else 0
+
+
 class Batches(Generic[Asked]):
-    """Requests of one kind, answered together as threads become free.
+    """Requests of one kind, answered together as threads become free, or in the event loop where they are quick.
 
     Args:
         make: requests → an answer for each, or why it is refused.
         most: batches that are under way at once.
+        pace: of requests with a true `plain`; None: all are answered by threads.
     """
 
     def __init__(
-        self, pool: ThreadPoolExecutor, make: Callable[[Sequence[Asked]], Sequence[Answer | Refused]], most: int
+        self,
+        pool: ThreadPoolExecutor,
+        make: Callable[[Sequence[Asked]], Sequence[Answer | Refused]],
+        most: int,
+        pace: Pace | None = None,
     ) -> None:
         self.pool = pool
         self.make = make
         self.most = most
+        self.pace = pace
         self.asked: deque[tuple[Asked, asyncio.Future[Answer | Refused]]] = deque()
         self.running = 0
         self.tasks: set[asyncio.Task[None]] = set()
@@ -113,17 +150,32 @@ class Batches(Generic[Asked]):
         return answer
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         while self.asked:
             taken = [self.asked.popleft() for _ in range(min(len(self.asked), MOST_BATCH))]
             taken = [(request, future) for request, future in taken if not future.done()]
             try:
-                answers = await loop.run_in_executor(self.pool, self.make, [r for r, _ in taken])
+                answers = await self._answers([r for r, _ in taken])
             except Exception as error:  # each request gets the error: none may stay without an answer
                 answers = [error] * len(taken)  # type: ignore[list-item]
             for (_, future), answer in zip(taken, answers, strict=True):
                 _settle(future, answer)
         self.running -= 1  # at once: a request that comes before the task is gone would wait for the next one
+
+    async def _answers(self, requests: list[Asked]) -> Sequence[Answer | Refused]:
+        loop = asyncio.get_running_loop()
+        if self.pace is None or not all(getattr(request, "plain", False) for request in requests):
+            return await loop.run_in_executor(self.pool, self.make, requests)
+        if not 0 < len(requests) <= self.pace.turn():
+            answers, seconds = await loop.run_in_executor(self.pool, self._timed, requests)
+        else:
+            answers, seconds = self._timed(requests)
+        self.pace.note(seconds, max(1, len(requests)))
+        return answers
+
+    def _timed(self, requests: list[Asked]) -> tuple[Sequence[Answer | Refused], float]:
+        """The answers, and the seconds of processor time that they took."""
+        begin = time.thread_time()
+        return self.make(requests), time.thread_time() - begin
 
 
 def _settle(future: asyncio.Future[Any], answer: Any) -> None:
@@ -135,7 +187,7 @@ def _settle(future: asyncio.Future[Any], answer: Any) -> None:
         future.set_result(answer)
 
 
-def _one_thread() -> None:
-    """One thread for each request: requests already run in parallel."""
+def one_thread() -> None:
+    """Compute in the calling thread alone: requests already run in parallel."""
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
