@@ -22,6 +22,8 @@ TOP_VALUES = 100
 """Values of a feature that `GET /v1/catalogue` lists."""
 MOST_SHOWN = 10_000
 """Items that are kept as answers show them."""
+MOST_COMPARED = 16_384
+"""Pairs of rows that are compared one by one."""
 MOST_ASKED = 4096
 """Maximum of results of the index: a graph takes as long for more of them as the scores of all items."""
 
@@ -118,7 +120,7 @@ class Catalogue:
         wanted = k + len(excluded) if allowed is None else int(2 * (k + len(excluded)) * len(self) / max(rest, 1))
         if self.index is not None and wanted <= MOST_ASKED and wanted < len(self):
             scores, rows = self.index.search(h[None], wanted)
-            left = (rows[0] >= 0) & ~np.isin(rows[0], excluded)
+            left = (rows[0] >= 0) & ~_among(rows[0], excluded)
             left[left] &= True if allowed is None else allowed[rows[0][left]]
             if int(left.sum()) >= k:
                 return scores[0][left][:k], rows[0][left][:k]
@@ -146,6 +148,13 @@ class Catalogue:
 def best_of(h: np.ndarray, vectors: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Scores and rows of the k largest inner products of h [D] and vectors [n, D]; of equals the lower row first."""
     return top(inner(vectors, h), rows, k)
+
+
+def _among(rows: np.ndarray, some: np.ndarray) -> np.ndarray:
+    """[n] bool: which rows are among `some` [m]. numpy.isin sorts, which takes longer where both are few."""
+    if len(rows) * len(some) > MOST_COMPARED:
+        return np.isin(rows, some)
+    return (rows[:, None] == some).any(1)
 
 
 def load_catalogue(folder: Path, manifest: Manifest, mapped: MappedFiles = IN_MEMORY) -> Catalogue:

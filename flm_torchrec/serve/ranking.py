@@ -27,14 +27,14 @@ def ranked(
 
     Args:
         query: what items are scored by.
-        excluded: [n] rows to leave out.
+        excluded: [n] distinct rows to leave out.
         pinned: rows that come first all the same.
     """
     wanted = request.offset + request.k
     rest = wanted - len(pinned)
     chosen: Ranked = []
     if rest > 0:
-        left_out = np.unique(np.concatenate([excluded, np.array(pinned, np.int64)]))
+        left_out = np.unique(np.concatenate([excluded, np.array(pinned, np.int64)])) if pinned else excluded
         pool = rest if not request.diversity else min(MOST_POOL, POOL * rest)
         if request.boost:
             chosen = _boosted(loaded, request, query, left_out, pool)
