@@ -31,6 +31,8 @@ from flm_torchrec.export.tower.reader import PackagedTower, TowerQuery
 class Small(nn.Module):
     """Rows of a table through a layer: what a user program is made of."""
 
+    size: Tensor
+
     def __init__(self, rows: int, seed: int, factor: float = 2.0) -> None:
         super().__init__()
         torch.manual_seed(seed)

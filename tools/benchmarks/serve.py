@@ -37,6 +37,7 @@ from flm_torchrec.config.schema import ModelConfig
 from flm_torchrec.data.dataset import EntityFeatures, PreparedData, Ragged
 from flm_torchrec.data.history import GAP_ROWS, Events
 from flm_torchrec.export.manifest import FILE, IndexKind
+from flm_torchrec.export.tower.compiled import compile_tower
 from flm_torchrec.export.tower.reader import TowerQuery
 from flm_torchrec.export.tower.writer import write_tower
 from flm_torchrec.export.write import ExportOptions, ExportSource, export
@@ -307,12 +308,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of load for each number of connections")
     parser.add_argument("--minutes", type=float, default=0.0, help="of load by 4 connections, with swaps")
     parser.add_argument("--swaps", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="compile the tower for this machine first")
     parser.add_argument("--workers", type=int, nargs="+", help="compare servers of so many processes, in turns")
     parser.add_argument("--rounds", type=int, default=5, help="of load for each number of workers")
     parser.add_argument("--requests", type=int, default=1000, help="different ones")
     parser.add_argument("--port", type=int, default=8765)
     args = parser.parse_args()
     folder = args.export or made_up_export(args.cache, args.items, args.index)
+    if args.compile:
+        print(compile_tower(folder), flush=True)
     bodies, alone = floor(folder, args.requests)
     both = sum(alone.values())
     print(f"{folder}: alone p50, tower {alone['tower'] * 1e3:.2f} ms, index {alone['index'] * 1e3:.2f} ms", flush=True)
