@@ -88,12 +88,13 @@ def as_long_on_each_rank(features: Sequence[KeyedJaggedTensor], comm: Comm) -> l
     if not features:
         return []
     most = torch.stack(comm.all_gather(torch.tensor([part.stride() for part in features]))).amax(0).tolist()
-    return [_padded(part, stride) for part, stride in zip(features, most, strict=True)]
+    return [with_empty_bags(part, stride) for part, stride in zip(features, most, strict=True)]
 
 
-def _padded(features: KeyedJaggedTensor, stride: int) -> KeyedJaggedTensor:
+def with_empty_bags(features: KeyedJaggedTensor, stride: int) -> KeyedJaggedTensor:
+    """With empty bags at the end of each key, up to `stride` bags."""
     keys, missing = features.keys(), stride - features.stride()
-    if not missing:
+    if missing <= 0:
         return features
     lengths = F.pad(features.lengths().view(len(keys), -1), (0, missing)).flatten()
     return KeyedJaggedTensor(keys, features.values(), lengths=lengths)
