@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 SHORT = 8
 """Sequences up to this length are padded together; so are those up to twice it, up to four times it, and so on."""
+FEW = 4
+"""Rows below which a product of matrices is rounded in another way on CPUs."""
 
 Attend = Callable[[Tensor, Tensor], Tensor]
 """[b, L, parts * D] projections and [b, L] times of padded sequences → [b, L, D]."""
@@ -189,3 +191,41 @@ class Jagged:
         count, longest = self.shapes[bucket]
         empty = part.new_zeros(count * longest, part.shape[1])
         return empty.index_copy(0, self.slots[bucket], part).unflatten(0, (count, longest))
+
+
+class Ends(Jagged):
+    """As `Jagged`, but only the last token of each sequence that has tokens is represented.
+
+    Fewer than FEW tokens are filled up with copies of the last one, so that a representation has the same bits as among
+    all tokens.
+    """
+
+    def __init__(self, lengths: Tensor, time: Tensor) -> None:
+        super().__init__(lengths, time)
+        self.ends = (torch.cumsum(lengths, 0) - 1)[lengths > 0]  # [R] token
+        copies = min(FEW, len(time)) - len(self.ends)
+        if copies > 0:
+            self.ends = F.pad(self.ends, (0, copies), value=len(time) - 1)
+
+    @property
+    def count(self) -> Tensor:
+        """As of `Layout`, [R, 1]."""
+        return super().count[self.ends]
+
+    def each(self, x: Tensor) -> Tensor:
+        """As of `Layout`, [R, D]."""
+        return x[self.sequence[self.ends]]
+
+    def mean(self, items: Tensor) -> Tensor:
+        """As of `Layout`; items [T, D] are zero at a prefix."""
+        total = torch.cumsum(items, 0)
+        before = F.pad(total, (0, 0, 1, 0))[self.first[self.sequence[self.ends]]]
+        return (total[self.ends] - before) / self.position[self.ends].clamp(min=1).unsqueeze(1)
+
+    def begin(self, prefix: Tensor, events: Tensor) -> Tensor:
+        """As of `Layout`; prefix [R, D], events [T, D]."""
+        return events.index_copy(0, self.first[self.sequence[self.ends]], prefix)
+
+    def represented(self, x: Tensor) -> Tensor:
+        """As of `Layout`, [R, D]."""
+        return x.index_select(0, self.back[self.ends])

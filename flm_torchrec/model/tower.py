@@ -13,7 +13,7 @@ from flm_torchrec.config.heads import FUSED, HEADS
 from flm_torchrec.config.schema import ModelConfig
 from flm_torchrec.model.fusion import FUSIONS
 from flm_torchrec.model.heads import CollaborativeHead, Head, mlp
-from flm_torchrec.model.layout import Jagged, Layout
+from flm_torchrec.model.layout import Ends, Jagged, Layout
 from flm_torchrec.model.space import place, width
 from flm_torchrec.model.transformer import CausalTransformer
 
@@ -86,7 +86,9 @@ class Encoded:
     items: Tensor  # [N, S]
     id_items: Tensor  # [N, S]: from ids alone
     content_items: Tensor  # [N, S]: from features alone, as an item without a known id has
-    representations: dict[str, Tensor]  # by name of REPRESENTATIONS, [T, S]
+    representations: dict[str, Tensor]
+    """By name of REPRESENTATIONS, [T, S] at each token; where there is nothing to predict, [R, S] at the last token of
+    each of the R sequences that have tokens."""
     left_out: Tensor | None = None  # [T, S] in training: the collaborative head of all items but the target
 
 
@@ -135,7 +137,8 @@ class Tower(nn.Module):
             item_content=_gather(content, batch.tokens),
             event=torch.cat([embedded.history, batch.value.unsqueeze(1)], 1),
         )
-        layout = Jagged(batch.lengths, batch.time)
+        learns = self.training or len(batch.targets) > 0
+        layout = Jagged(batch.lengths, batch.time) if learns else Ends(batch.lengths, batch.time)
         return Encoded(
             items=torch.cat([self._unit(vectors), self._scored(target)], 1),
             id_items=torch.cat([embedded.item_id, self._scored(target)], 1),

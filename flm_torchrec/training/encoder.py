@@ -75,9 +75,8 @@ class ModelEncoder:
         examples = self.examples.take(self._padded(rows))
         start = np.maximum(self.data.offsets[examples.user], examples.end - self.max_history)
         batch = self.assembler.encoding(examples.user, start, examples.end)
-        last = torch.cumsum(batch.lengths, 0)[: len(rows)] - 1
         encoded = self._encode(batch)
-        return {name: h[last.to(h.device)].cpu() for name, h in encoded.representations.items()}
+        return {name: h[: len(rows)].cpu() for name, h in encoded.representations.items()}
 
     def items(self, ids: np.ndarray, of: Of = "all") -> Tensor:
         """[n] item ids → [n, D] float32; of "content": as for an item never seen; of "id": the row of the table."""

@@ -78,7 +78,7 @@ def inputs(items: int = 7, lengths: tuple[int, ...] = (3, 1, 4), seed: int = 1) 
         "looked": looked, "item_dense": torch.randn(items, 1, generator=g), "item_known": torch.ones(items),
         "user_dense": torch.randn(users, 2, generator=g), "user_known": torch.ones(users),
         "value": torch.zeros(count), "time": torch.arange(count), "lengths": torch.tensor(lengths), "tokens": tokens,
-        "targets": torch.zeros(0, dtype=torch.int64),
+        "targets": torch.zeros(count, dtype=torch.int64),
     }  # fmt: skip
 
 
@@ -88,6 +88,20 @@ def test_every_head_gives_a_vector_in_the_one_space(fusion: str) -> None:
     assert out.items.shape == out.content_items.shape == (7, 2 * DIM)
     assert tuple(out.representations) == REPRESENTATIONS
     assert all(h.shape == (8, 2 * DIM) for h in out.representations.values())
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.sampled_from(sorted(BLOCKS)), st.booleans())
+def test_the_last_tokens_alone_have_the_same_bits_as_among_all(lengths: list[int], block: str, relative: bool) -> None:
+    """Where nothing is to be predicted. Also of one sequence alone."""
+    batch = inputs(lengths=tuple(lengths))
+    tower = make_tower(block=block, relative=relative)
+    every = tower(**batch).representations
+    last = batch["lengths"].cumsum(0) - 1
+    batch["targets"] = batch["targets"][:0]
+    for name, found in tower(**batch).representations.items():
+        assert len(found) == max(len(last), min(4, len(batch["time"])))
+        assert torch.equal(found[: len(last)], every[name][last])
 
 
 @pytest.mark.parametrize(("block", "relative"), [(b, r) for b in BLOCKS for r in (False, True)])
