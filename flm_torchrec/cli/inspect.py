@@ -7,10 +7,7 @@ from pathlib import Path
 
 from flm_torchrec.errors import DataError
 from flm_torchrec.files import telling, write_text
-from flm_torchrec.prepare.memory import MIB, memory_bytes
-
-LEAST_MEMORY = 100 * MIB
-"""Bytes below which DuckDB cannot work."""
+from flm_torchrec.prepare.memory import LEAST, duckdb_bytes, memory_bytes
 
 
 class Problems(DataError):
@@ -34,7 +31,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--split", choices=("leave-one-out", "time"), default="leave-one-out", help=split)
     holdout = "time: share of events to test on (default: %(default)s)"
     parser.add_argument("--holdout", type=float, default=0.1, metavar="X", help=holdout)
-    memory = "of DuckDB, such as 2GiB or 500MB, at least 100MiB; what does not fit goes to disk (default: %(default)s)"
+    memory = (
+        "of the whole command, such as 2GiB or 500MB, at least 100MiB; DuckDB gets half of it, what does not fit goes"
+        " to disk (default: %(default)s)"
+    )
     parser.add_argument("--memory", default="2GiB", metavar="SIZE", help=memory)
     parser.add_argument(
         "--strict", action="store_true", help="exit with 1 where there are problems: a gate (default: 0)"
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     """
     if not 0 < args.holdout < 0.5:
         raise DataError(f"--holdout {args.holdout}: must be between 0 and 0.5")
-    memory = memory_bytes(args.memory, LEAST_MEMORY)
+    memory = duckdb_bytes(memory_bytes(args.memory, LEAST))
     if args.output and not args.output.parent.is_dir():
         raise DataError(f"{args.output.parent}: not found; --output must be in a folder that is there")
     # Imported here: a wrong option should be reported at once.

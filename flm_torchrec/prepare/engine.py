@@ -11,10 +11,8 @@ import duckdb
 import polars as pl
 
 from flm_torchrec.prepare import sql
+from flm_torchrec.prepare.memory import duckdb_bytes
 from flm_torchrec.prepare.sources.source_data import Shard
-
-SHARE = 0.5
-"""Of the given memory, for DuckDB's buffers; the rest is for Python, Polars, Arrow and what DuckDB does not count."""
 
 
 class Engine(Protocol):
@@ -54,7 +52,7 @@ class DuckEngine:
     def __init__(self, memory: int, threads: int, spill: Path) -> None:
         settings: dict[str, str | bool | int | float | list[str]]
         settings = {"temp_directory": sql.checked(spill), "preserve_insertion_order": "false"}
-        settings["memory_limit"] = f"{int(memory * SHARE)}B"
+        settings["memory_limit"] = f"{duckdb_bytes(memory)}B"
         if threads:
             settings["threads"] = str(threads)
         self.connection = duckdb.connect(config=settings)

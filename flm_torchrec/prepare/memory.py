@@ -10,6 +10,15 @@ from flm_torchrec.errors import DataError
 
 GIB = 2**30
 MIB = 2**20
+SHARE = 0.5
+"""Of a command's memory, for DuckDB's buffers; the rest is for Python, Polars, Arrow and what DuckDB does not count."""
+LEAST = 100 * MIB
+"""Bytes below which DuckDB cannot work."""
+
+
+def duckdb_bytes(memory: int) -> int:
+    """Bytes that DuckDB may fill before it goes to disk, of the memory of a whole command."""
+    return max(LEAST, int(memory * SHARE))
 
 
 def memory_bytes(text: str, least: int = 0) -> int:
