@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flm_torchrec.data.columns import new_column
 from flm_torchrec.data.dataset import PreparedData
 
 MIN_SPREAD = 1e-6
@@ -29,12 +30,20 @@ class TrainStats:
         Args:
             values: False hides the values from the model.
         """
-        shown = data.value[mask]
+        shown, done = new_column(int(np.count_nonzero(mask)), np.float32), 0
+        for block in data.blocks():
+            part = data.value[block.rows][mask[block.rows]]
+            shown[done : done + len(part)] = part
+            done += len(part)
+        mean = shown.mean()
+        # As numpy.std, but the column, which may be on disk, is not copied.
+        np.subtract(shown, mean, out=shown)
+        np.square(shown, out=shown)
         return cls(
             items=(data.item_counts(mask) > 0).astype(np.float32),
             users=data.users_of(mask).astype(np.float32),
-            value_mean=float(shown.mean()),
-            value_scale=scale_of(float(shown.std())) if values else 0.0,
+            value_mean=float(mean),
+            value_scale=scale_of(float(np.sqrt(shown.mean()))) if values else 0.0,
         )
 
 
