@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -15,11 +16,25 @@ from flm_torchrec.data.splits import Examples
 
 EASE_L2 = 100.0
 """Regularisation of EASE-R. Fixed, so that every table of this project has the same baseline to compare with."""
+USERS = 2**16
+"""Examples whose known items are looked up at once."""
 BLOCK_ENTRIES = 2**24
 """Pairs of items that item-kNN has in memory at once, beside the pairs that it keeps: 200 MB with their indices."""
 
 
-class Popularity:
+class _Local:
+    """A scorer that needs nothing of other processes: each makes what it needs of all blocks that it scores."""
+
+    def block(self, rows: np.ndarray) -> Any:
+        """[b] indices of examples → what `scores` needs of their users."""
+        raise NotImplementedError
+
+    def blocks(self, own: np.ndarray, scored: list[np.ndarray]) -> list[Any]:
+        """As of `Scorer`."""
+        return [self.block(rows) for rows in scored]
+
+
+class Popularity(_Local):
     """Scores an item by the number of its training events.
 
     Args:
@@ -39,8 +54,12 @@ class Popularity:
         """[b, stop - start]: the items' training events."""
         return self.counts[start:stop].repeat(users, 1)
 
+    def scores_of(self, users: int, name: str, items: Tensor) -> Tensor:
+        """As of `Scorer`."""
+        return self.counts[items]
 
-class Random:
+
+class Random(_Local):
     """Scores at random: the result of chance."""
 
     names: tuple[str, ...] = ("random",)
@@ -52,11 +71,15 @@ class Random:
     def scores(self, users: np.ndarray, name: str, start: int, stop: int) -> Tensor:
         """[b, stop - start], uniform in 0 … 1."""
         # Ranking asks twice for the same block, and must get the same scores.
-        generator = torch.Generator().manual_seed(int(users[0]) * 1_000_003 + start)
+        generator = torch.Generator().manual_seed(int(users[:1].sum()) * 1_000_003 + start)
         return torch.rand(len(users), stop - start, generator=generator)
 
+    def scores_of(self, users: np.ndarray, name: str, items: Tensor) -> Tensor:
+        """As of `Scorer`; not known here, so that ranking asks `scores` twice."""
+        return torch.zeros(len(users))
 
-class _FromHistory:
+
+class _FromHistory(_Local):
     """Scores an item by a sum over the user's known items: of the weights from these to the item."""
 
     def __init__(self, data: PreparedData, examples: Examples) -> None:
@@ -78,21 +101,39 @@ class ItemKNN(_FromHistory):
     """Scores an item by its summed cosine similarity to the items of the user's known events.
 
     The cosine is over the binary user x item matrix of training events. Each item keeps its `neighbours` most similar
-    items (Sarwar et al., WWW 2001; Deshpande & Karypis, ACM TOIS 2004). Memory grows with items x neighbours.
+    items (Sarwar et al., WWW 2001; Deshpande & Karypis, ACM TOIS 2004). Memory grows with neighbours x items that the
+    ranked users know.
     """
 
     names: tuple[str, ...] = ("item-kNN",)
 
     def __init__(self, data: PreparedData, train_mask: np.ndarray, examples: Examples, neighbours: int) -> None:
         super().__init__(data, examples)
-        self.similar = _nearest(_seen(data, train_mask), neighbours).tocsc()
+        self.similar = _nearest(_seen(data, train_mask), neighbours, self._known_items())
+
+    def block(self, rows: np.ndarray) -> sp.csr_matrix:
+        """[b] indices of examples → [b, items]: sums of cosines, where they are not 0."""
+        return super().block(rows) @ self.similar
+
+    def _known_items(self) -> np.ndarray:
+        """[items] bool: those of the users' known events; the neighbours of no other item are asked for."""
+        known = np.zeros(self.data.schema.items, bool)
+        for first in range(0, len(self.examples), USERS):
+            part = self.examples.take(np.arange(first, min(first + USERS, len(self.examples))))
+            start = self.data.offsets[part.user]
+            known[self.data.item[spans(start, part.end - start)]] = True
+        return known
 
     def scores(self, users: sp.csr_matrix, name: str, start: int, stop: int) -> Tensor:
         """[b, stop - start]: sums of cosines."""
-        return torch.from_numpy((users @ self.similar[:, start:stop]).toarray())
+        return torch.from_numpy(users[:, start:stop].toarray())
+
+    def scores_of(self, users: sp.csr_matrix, name: str, items: Tensor) -> Tensor:
+        """As of `Scorer`."""
+        return torch.from_numpy(users[:, items.numpy()].diagonal())
 
 
-class Markov:
+class Markov(_Local):
     """Scores an item by the number of training transitions to it from the user's last known item.
 
     A transition is two consecutive training events of one user: a first-order Markov chain (Rendle et al., WWW 2010,
@@ -123,6 +164,10 @@ class Markov:
         """[b, stop - start]: numbers of transitions, plus less than 1 for popularity."""
         return torch.from_numpy(users[:, start:stop].toarray()) + self.popularity[start:stop]
 
+    def scores_of(self, users: sp.csr_matrix, name: str, items: Tensor) -> Tensor:
+        """As of `Scorer`."""
+        return torch.from_numpy(users[:, items.numpy()].diagonal()) + self.popularity[items]
+
 
 class EASE(_FromHistory):
     """Scores by the closed-form linear autoencoder without self-weights, EASE-R (Steck, WWW 2019).
@@ -145,6 +190,10 @@ class EASE(_FromHistory):
     def scores(self, users: sp.csr_matrix, name: str, start: int, stop: int) -> Tensor:
         """[b, stop - start]: sums of weights."""
         return torch.from_numpy(users @ self.weights[:, start:stop])
+
+    def scores_of(self, users: sp.csr_matrix, name: str, items: Tensor) -> Tensor:
+        """As of `Scorer`."""
+        return torch.from_numpy(users @ self.weights[:, items.numpy()]).diagonal()
 
 
 def _seen(data: PreparedData, train_mask: np.ndarray) -> sp.csr_matrix:
@@ -176,30 +225,34 @@ def _items_by_user(data: PreparedData, train_mask: np.ndarray) -> tuple[np.ndarr
     return data.item[train_mask], np.concatenate([[0], np.cumsum(counts)])
 
 
-def _nearest(seen: sp.csr_matrix, neighbours: int, entries: int = BLOCK_ENTRIES) -> sp.csr_matrix:
+def _nearest(seen: sp.csr_matrix, neighbours: int, wanted: np.ndarray, entries: int = BLOCK_ENTRIES) -> sp.csr_matrix:
     """[items, items]: row i has the cosines of item i to its nearest items without itself; ties with the last stay too.
 
     Works on blocks of items. Only pairs of items that one user has both of are ever in memory.
 
     Args:
+        wanted: [items] bool: rows of other items are empty.
         entries: maximum of pairs in one block; a block has at least one item.
     """
     norms = np.sqrt(np.bincount(seen.indices, minlength=seen.shape[1]).astype(np.float32))
     inverse = 1 / np.maximum(norms, np.float32(1e-12))
     unit = sp.csr_matrix((inverse[seen.indices], seen.indices, seen.indptr), shape=seen.shape)
-    by_item = unit.T.tocsr()
+    asked = wanted[seen.indices]
+    offsets = np.concatenate([[0], np.cumsum(asked)])[seen.indptr]
+    items = seen.indices[asked]
+    by_item = sp.csr_matrix((inverse[items], items, offsets), shape=seen.shape).T.tocsr()
     kept = []
-    for start, stop in _blocks(seen, entries):
+    for start, stop in _blocks(seen, wanted, entries):
         cosine = by_item[start:stop] @ unit
         kept.append(_without_far(cosine, start, neighbours))
     return sp.vstack(kept).tocsr()
 
 
-def _blocks(seen: sp.csr_matrix, entries: int) -> Iterator[tuple[int, int]]:
-    """Start and stop of blocks of items, whose rows of the item x item matrix have at most `entries` entries."""
+def _blocks(seen: sp.csr_matrix, wanted: np.ndarray, entries: int) -> Iterator[tuple[int, int]]:
+    """Start and stop of blocks of items, whose wanted rows of the item x item matrix have at most `entries` entries."""
     items = seen.shape[1]
     # An item's row has at most one entry for each item of each of its users.
-    most = np.minimum(seen.T @ np.diff(seen.indptr), items)
+    most = np.where(wanted, np.minimum(seen.T @ np.diff(seen.indptr), items), 0)
     ends = np.cumsum(most)
     start = 0
     while start < items:

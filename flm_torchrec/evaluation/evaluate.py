@@ -16,21 +16,16 @@ from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import COLD_ITEM, Examples
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Markov, Popularity, Random
+from flm_torchrec.evaluation.head_scorer import ONE_VECTOR, HeadScorer
 from flm_torchrec.evaluation.lists import ItemFacts, Targets, list_metrics, target_metrics
 from flm_torchrec.evaluation.protocol import Collectives, Encoder, Scorer
-from flm_torchrec.evaluation.ranking import (
-    ONE_VECTOR,
-    Blocks,
-    HeadScorer,
-    Ranked,
-    RankingProblem,
-    count_ranks,
-    rank_targets,
-)
+from flm_torchrec.evaluation.ranking import Blocks, Ranked, RankingProblem, count_ranks, rank_targets
 from flm_torchrec.evaluation.segments import labels_by
 
 COVERAGE_AT = 10
 CONTENT_ALONE, IDS_ALONE = "content alone", "ids alone"
+EVENT_BYTES = 24
+"""Bytes of a training event in item-kNN and in Markov, while they are made."""
 ROWS = (*EvalConfig().baselines, *REPRESENTATIONS, ONE_VECTOR, CONTENT_ALONE, IDS_ALONE)
 """Rows that a table can have."""
 
@@ -108,6 +103,7 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
     segments = list(_segments(labels_by(task.by, data, examples, task.train_mask)))
     targets = Targets.of(data, examples)
     notes = [*left_out(config, items), *_untested(data, examples)]
+    check_memory(config, int(np.count_nonzero(task.train_mask)))
     result = Evaluation(task.split, len(examples), {}, notes=notes)
     if data.item_domain is not None:
         result = replace(result, ranked="events, every item of the event's domain ranked")
@@ -152,7 +148,7 @@ def _segments(labels: Iterable[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
 def _item_facts(task: EvaluationTask, scorers: list[Scorer]) -> ItemFacts:
     """Items are alike or not by the vectors of the model, whichever scorer made the list."""
     popularity = task.data.item_counts(task.train_mask)
-    return ItemFacts(popularity, next(s.vectors for s in scorers if isinstance(s, HeadScorer)))
+    return ItemFacts(popularity, next(s.fetch for s in scorers if isinstance(s, HeadScorer)))
 
 
 def _scorers(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: EvalConfig) -> list[Scorer]:
@@ -183,6 +179,21 @@ def _baselines(task: EvaluationTask, config: EvalConfig) -> list[Scorer]:
     if "EASE-R" in config.baselines and data.schema.items <= config.ease_items:
         baselines.append(EASE(data, task.train_mask, examples))
     return baselines
+
+
+def check_memory(config: EvalConfig, events: int) -> None:
+    """Check that the baselines that keep something of each training event fit into the free memory.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    free = psutil.virtual_memory().available
+    for name in ("item-kNN", "Markov"):
+        if name in config.baselines and EVENT_BYTES * events > free:
+            raise ConfigError(
+                f"eval.baselines: {name} needs {EVENT_BYTES * events / 2**30:,.1f} GiB for {events:,} training events"
+                f" ({EVENT_BYTES} bytes each), and {free / 2**30:,.1f} GiB are free; leave it out of eval.baselines"
+            )
 
 
 def left_out(config: EvalConfig, items: int) -> list[str]:

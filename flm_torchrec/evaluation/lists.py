@@ -5,6 +5,7 @@ Sums are of integers, so that metrics do not depend on the number of processes; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,8 @@ class ItemFacts:
     """What lists are judged by."""
 
     popularity: np.ndarray  # [items] int64: training events
-    vectors: Tensor  # [items, D] float32; two items are alike if the angle between theirs is small
+    fetch: Callable[[Tensor], Tensor]
+    """[b, K] ids → [b, K, D] float32 vectors; two items are alike if the angle between theirs is small. Collective."""
 
     def novelty(self) -> np.ndarray:
         """[items] bits: -log2 of the item's share of the training events; an item without events counts as one."""
@@ -49,7 +51,7 @@ def list_metrics(top: np.ndarray, facts: ItemFacts, comm: Collectives) -> dict[s
     k = top.shape[1]
     items = len(facts.popularity)
     counts = comm.all_reduce_sum(torch.from_numpy(np.bincount(top.ravel(), minlength=items))).numpy()
-    spread = comm.all_reduce_sum(torch.tensor([_diversity(top, facts.vectors), len(top)]))
+    spread = comm.all_reduce_sum(torch.tensor([_diversity(top, facts.fetch, comm), len(top)]))
     return {
         f"novelty@{k}": float(counts @ facts.novelty() / counts.sum()),
         # The last bits of the vectors differ between numbers of ranks, and so would further digits.
@@ -66,13 +68,14 @@ def gini(counts: np.ndarray) -> float:
     return float((2 * np.arange(1, n + 1) - n - 1) @ ascending / (n * ascending.sum()))
 
 
-def _diversity(top: np.ndarray, vectors: Tensor) -> int:
-    """Sum over the lists [e, K] of the mean of (1 - cosine) / 2 over pairs, doubled, in parts of UNIT."""
+def _diversity(top: np.ndarray, fetch: Callable[[Tensor], Tensor], comm: Collectives) -> int:
+    """Sum over the lists [e, K] of the mean of (1 - cosine) / 2 over pairs, doubled, in parts of UNIT; collective."""
     k, total = top.shape[1], 0
     if k < 2:
         return 0
-    for start in range(0, len(top), BLOCK):
-        unit = F.normalize(vectors[torch.from_numpy(top[start : start + BLOCK])].double(), dim=2)  # [b, K, D]
+    most = max(int(lists) for lists in comm.all_gather(torch.tensor(len(top), device=comm.device)))
+    for start in range(0, most, BLOCK):
+        unit = F.normalize(fetch(torch.from_numpy(top[start : start + BLOCK])).double(), dim=2)  # [b, K, D]
         pairs = unit.sum(1).square().sum(1) - unit.square().sum((1, 2))  # twice the sum of the cosines of the pairs
         total += int(((1 - pairs / (k * (k - 1))) * UNIT).round().sum())
     return total

@@ -55,6 +55,9 @@ class Collectives(Protocol):
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in a new tensor."""
 
+    def exchange(self, parts: list[Tensor], sizes: list[int]) -> list[Tensor]:
+        """Send `parts[r]` to rank r, and receive `sizes[r]` values from it: [n] tensors in host memory."""
+
 
 class Scorer(Protocol):
     """Scores items for users, in one way or in several."""
@@ -62,8 +65,15 @@ class Scorer(Protocol):
     names: tuple[str, ...]
     """The ways, as the table of results names them."""
 
-    def block(self, rows: np.ndarray) -> Any:
-        """[b] indices of examples → what `scores` needs of their users. Collective, as an `Encoder`."""
+    def blocks(self, own: np.ndarray, scored: list[np.ndarray]) -> list[Any]:
+        """Indices of examples of blocks of users → for each block of `scored` what `scores` needs of its users.
+
+        Collective, as an `Encoder`. Where the processes share the items, a process scores the blocks of all, of which
+        `own` is one; else its own alone.
+        """
 
     def scores(self, users: Any, name: str, start: int, stop: int) -> Tensor:
         """[b, stop - start] float32 scores of the items `start:stop`. The next call may reuse the tensor."""
+
+    def scores_of(self, users: Any, name: str, items: Tensor) -> Tensor:
+        """[b] ids → [b] float32, the score of an item for each user: that of `scores`, perhaps with other last bits."""

@@ -1,4 +1,4 @@
-"""The true item's rank among all items, block by block. The processes share the examples."""
+"""The true item's rank among all items, block by block. The processes share the examples, and large catalogues."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
-from flm_torchrec.config.heads import FUSED, HEADS, REPRESENTATIONS
 from flm_torchrec.data.dataset import PreparedData, spans
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.errors import RunError
+from flm_torchrec.evaluation.head_scorer import ItemShares, Range
 from flm_torchrec.evaluation.metrics import RankCounts
-from flm_torchrec.evaluation.protocol import Collectives, Encoder, Of, Scorer
+from flm_torchrec.evaluation.protocol import Collectives, Scorer
 
 
 @dataclass(frozen=True)
@@ -59,95 +58,20 @@ class RankingProblem:
         return None if self.data.item_domain is None else torch.from_numpy(self.data.item_domain)
 
 
-MIXTURE = "mixture"
-"""Not a representation: the heads' scores, each by its own vector, as the encoder's `mixture` joins them."""
-ONE_VECTOR = "fused, one vector"
+def block_rounds(examples: int, block: int, comm: Collectives) -> Iterator[list[np.ndarray]]:
+    """By process, a block of indices of examples, round after round. Blocks of the last round may be empty.
 
-
-class HeadScorer:
-    """Scores by the model's heads: the dot product of a representation and an item vector.
-
-    Every process has a vector of each item in its device's memory, items x D x 4 bytes, and encodes its share of the
-    blocks. A device that is a GPU also scores and ranks.
-
-    Args:
-        of: which vectors of the items are scored.
-        heads: by name in the table of results, the head to score with; None: every head and their fusion, and where
-            that is a mixture, also the one vector that stacks for dot products get.
-
-    Raises:
-        RunError: a vector is not finite; also from `block`.
+    The blocks are the same at any number of processes, so the products and their rounding are the same.
     """
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        items: int,
-        block: int,
-        comm: Collectives,
-        of: Of = "all",
-        heads: dict[str, str] | None = None,
-    ) -> None:
-        self.encoder = encoder
-        self.mixture = encoder.mixture
-        if heads is None:
-            heads = {head: head for head in REPRESENTATIONS}
-            if self.mixture is not None:
-                heads |= {FUSED: MIXTURE, ONE_VECTOR: FUSED}
-        self.heads = heads
-        self.names = tuple(self.heads)
-        self.vectors = _room_for(items, encoder.dim, comm.device)  # [items, D]
-        for ids, vectors in item_vectors(encoder, items, block, comm, of):
-            self.vectors[ids[0] : ids[-1] + 1] = vectors
-        _check_finite(self.vectors, "item vectors")
-        self.buffer = self.vectors.new_empty(0, 0)  # of scores: new megabytes each time would cost half a product
-
-    def block(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """[b] indices of examples → by head, [b, D]; collective."""
-        users = self.encoder.users(rows)
-        for name, vectors in users.items():
-            _check_finite(vectors, f"user vectors of the {name} head")
-        return {name: vectors.to(self.vectors.device) for name, vectors in users.items()}
-
-    def scores(self, users: dict[str, Tensor], name: str, start: int, stop: int) -> Tensor:
-        """[b, stop - start] dot products, in a buffer that the next call overwrites."""
-        items = self.vectors[start:stop]
-        if self.heads[name] == MIXTURE:
-            assert self.mixture is not None
-            parts = [
-                torch.mm(users[head] * scale, items.T).add_(bias)
-                for head, scale, bias in zip(HEADS, self.mixture.scale, self.mixture.bias, strict=True)
-            ]
-            return torch.logsumexp(torch.stack(parts), 0)
-        query = users[self.heads[name]]
-        if self.buffer.shape != (len(query), len(items)):
-            self.buffer = query.new_empty(len(query), len(items))
-        return torch.mm(query, items.T, out=self.buffer)
-
-
-def item_vectors(
-    encoder: Encoder, items: int, block: int, comm: Collectives, of: Of = "all"
-) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Blocks of item ids with their vectors [n, D], the same on each of W ranks; a rank encodes every W-th block."""
-    starts = range(0, items, block)
+    starts = range(0, examples, block)
     for first in range(0, len(starts), comm.world_size):
-        ids = [np.arange(s, min(s + block, items)) for s in starts[first : first + comm.world_size]]
-        mine = ids[comm.rank] if comm.rank < len(ids) else np.zeros(0, np.int64)
-        vectors = encoder.items(mine, of)
-        padded = torch.cat([vectors, vectors.new_zeros(block - len(mine), encoder.dim)])
-        for block_ids, gathered in zip(ids, comm.all_gather(padded), strict=False):
-            yield block_ids, gathered[: len(block_ids)]
+        begins = [(first + rank) * block for rank in range(comm.world_size)]
+        yield [np.arange(min(start, examples), min(start + block, examples)) for start in begins]
 
 
 def user_blocks(examples: int, block: int, comm: Collectives) -> Iterator[np.ndarray]:
-    """This rank's blocks of indices of examples. All ranks have the same number of blocks; the last may be empty.
-
-    The blocks are the same at any number of ranks, so the products and their rounding are the same.
-    """
-    blocks = -(-examples // block)
-    for round_ in range(-(-blocks // comm.world_size)):
-        start = (round_ * comm.world_size + comm.rank) * block
-        yield np.arange(min(start, examples), min(start + block, examples))
+    """This process's blocks of `block_rounds`."""
+    return (blocks[comm.rank] for blocks in block_rounds(examples, block, comm))
 
 
 def rank_targets(problem: RankingProblem, scorer: Scorer, comm: Collectives, top_k: int = 0) -> Ranked:
@@ -155,6 +79,9 @@ def rank_targets(problem: RankingProblem, scorer: Scorer, comm: Collectives, top
 
     rank = 1 + the number of other items that score at least as high. A tie counts against the scorer, so a scorer that
     gives every item the same score looks as bad as it is. The true item is ranked even if it occurred before.
+
+    Where the processes share the items, each scores its own for the users of all: counts are added up, and the best
+    items of each range go to the process of the user. The results are the same at any number of processes.
 
     Args:
         top_k: best items to keep for each example.
@@ -165,15 +92,18 @@ def rank_targets(problem: RankingProblem, scorer: Scorer, comm: Collectives, top
     rows: list[np.ndarray] = []
     ranks: dict[str, list[np.ndarray]] = {n: [] for n in scorer.names}
     top: dict[str, list[np.ndarray]] = {n: [] for n in scorer.names}
-    domain = problem.domain
-    for indices in user_blocks(len(problem.examples), problem.blocks.users, comm):
-        users = scorer.block(indices)
-        if len(indices) == 0:
+    domain, shares = problem.domain, ItemShares(problem.data.schema.items, problem.blocks.items, comm)
+    for every in block_rounds(len(problem.examples), problem.blocks.users, comm):
+        own = every[comm.rank]
+        scored = every if shares.spread else [own]
+        users = scorer.blocks(own, scored)
+        if not any(map(len, scored)):
             continue
-        block = _Block(scorer, users, *target_and_seen(problem, indices), domain)
-        rows.append(indices)
+        pairs = zip(users, scored, strict=True)
+        blocks = [_Block(scorer, part, *target_and_seen(problem, indices), domain) for part, indices in pairs]
+        rows.append(own)
         for name in scorer.names:
-            rank, best = _rank_block(block, name, _item_ranges(problem), top_k)
+            rank, best = _rank_round(blocks, name, shares, top_k)
             ranks[name].append(rank.cpu().numpy())
             top[name].append(best.cpu().numpy())
     return Ranked(
@@ -200,7 +130,7 @@ class _Block:
 
     scorer: Scorer
     users: Any
-    """What the scorer's `block` gave."""
+    """What the scorer's `blocks` gave."""
     target: Tensor  # [b] int64: the true items
     seen: Seen
     domain: Tensor | None
@@ -217,45 +147,84 @@ class _Block:
             scores.masked_fill_(wanted[:, None] != domain, -torch.inf)
         return scores
 
-    def truth(self, name: str, ranges: list[tuple[int, int]], only: Tensor | None) -> Tensor:
-        """[b] scores of the true items, on the scorer's device.
+    def truth(self, name: str, shares: ItemShares) -> Tensor:
+        """[b] scores of the true items, as `Scorer.scores_of` tells them; 0 for items of other processes."""
+        here = (self.target >= shares.first) & (self.target < shares.last)
+        found = self.scorer.scores_of(self.users, name, self.target.clamp(shares.first, shares.last - 1))
+        return torch.where(here.to(found.device), found, 0.0)
 
-        Args:
-            only: the scores of the range, if there is only one.
-        """
-        parts = []
+    def count(self, name: str, ranges: list[Range], truth: Tensor, top_k: int) -> _Counts:
+        """Count and keep the items of these ranges that score at least as high as `truth` [b]."""
+        target = self.target.to(truth.device, torch.int64)
+        above, found, lists = torch.zeros_like(target), torch.zeros_like(truth), []
         for start, stop in ranges:
-            scores = only if only is not None else self.scores(name, start, stop)
-            target = self.target.to(scores.device, torch.int64)
-            here = (target >= start) & (target < stop)
-            found = scores.gather(1, (target - start).clamp(0, stop - start - 1)[:, None])[:, 0]
-            parts.append(torch.where(here, found, 0.0))
-        return torch.stack(parts).sum(0)
+            scores = self.scores(name, start, stop)
+            # A sum in int32 is three times as fast as in int64.
+            above += (scores >= truth[:, None]).sum(1, dtype=torch.int32)
+            own = scores.gather(1, (target - start).clamp(0, stop - start - 1)[:, None])[:, 0]
+            found = torch.where((target >= start) & (target < stop), own, found)
+            if top_k:
+                values, positions = scores.topk(min(top_k, stop - start), 1)
+                lists.append((values, positions + start))
+        return _Counts(above, found, lists)
 
 
-def _item_ranges(problem: RankingProblem) -> list[tuple[int, int]]:
-    items, block = problem.data.schema.items, problem.blocks.items
-    return [(start, min(start + block, items)) for start in range(0, items, block)]
+@dataclass(frozen=True)
+class _Counts:
+    """What one process finds for a block of users among its items."""
+
+    above: Tensor  # [b] int64: items that score at least as high as the true one, which counts itself
+    truth: Tensor  # [b] scores of the true items, 0 for items of other processes
+    lists: list[tuple[Tensor, Tensor]]  # by range, [b, K] the best scores and their ids
 
 
-def _rank_block(block: _Block, name: str, ranges: list[tuple[int, int]], top_k: int) -> tuple[Tensor, Tensor]:
-    """Ranks [b] and the ids of the top items [b, K]. Targets are scored by the same product as all others."""
-    only = block.scores(name, *ranges[0]) if len(ranges) == 1 else None
-    truth = block.truth(name, ranges, only)
-    if torch.isnan(truth).any():
-        raise RunError(f"{name}: a score is not a number; the model has diverged, train again with a lower rate")
-    rank = torch.zeros_like(truth, dtype=torch.int64)
-    best, ids = truth.new_empty(len(truth), 0), rank.new_empty(len(rank), 0)
-    for start, stop in ranges:
-        scores = only if only is not None else block.scores(name, start, stop)
-        # The true item counts itself, which is the 1 of 1 + others. A sum in int32 is three times as fast as in int64.
-        rank += (scores >= truth[:, None]).sum(1, dtype=torch.int32)
-        if top_k:
-            values, positions = scores.topk(min(top_k, stop - start), 1)
-            best, ids = torch.cat([best, values], 1), torch.cat([ids, positions + start], 1)
-            best, order = best.topk(min(top_k, best.shape[1]), 1)
-            ids = ids.gather(1, order)
-    return rank, ids
+def _rank_round(blocks: list[_Block], name: str, shares: ItemShares, top_k: int) -> tuple[Tensor, Tensor]:
+    """Ranks [b] and the ids of the top items [b, K] of this process's block.
+
+    The true items must be scored by the same product as all others, or ties would be missed. That product is one of
+    many, so it is told before by a smaller one, and made twice only where that was rounded in another way.
+    """
+    comm, sizes = shares.comm, [len(block.target) for block in blocks]
+
+    def total(parts: list[Tensor]) -> Tensor:
+        joined = torch.cat(parts)
+        return comm.all_reduce_sum(joined) if shares.spread else joined
+
+    truth = total([block.truth(name, shares) for block in blocks])
+    while True:
+        each = zip(blocks, truth.split(sizes), strict=True)
+        counted = [block.count(name, shares.own, own, top_k) for block, own in each]
+        exact = total([counts.truth for counts in counted])
+        if torch.isnan(exact).any():
+            raise RunError(f"{name}: a score is not a number; the model has diverged, train again with a lower rate")
+        if torch.equal(exact, truth):
+            break
+        truth = exact
+    ranks = total([counts.above for counts in counted]).split(sizes)[comm.rank if shares.spread else 0]
+    best, ids = truth.new_empty(len(ranks), 0).cpu(), ranks.new_empty(len(ranks), 0).cpu()
+    for values, more in _lists([counts.lists for counts in counted], shares, sizes, top_k):
+        best, ids = torch.cat([best, values.cpu()], 1), torch.cat([ids, more.cpu()], 1)
+        best, order = best.topk(min(top_k, best.shape[1]), 1)
+        ids = ids.gather(1, order)
+    return ranks, ids
+
+
+def _lists(
+    lists: list[list[tuple[Tensor, Tensor]]], shares: ItemShares, sizes: list[int], top_k: int
+) -> list[tuple[Tensor, Tensor]]:
+    """By block, the lists of this process's ranges → those of all ranges, in their order, of this process's block."""
+    if not shares.spread or not top_k:
+        return lists[0]
+    comm, columns = shares.comm, []
+    own = sizes[comm.rank]
+    lengths = [[min(top_k, stop - start) for start, stop in ranges] for ranges in shares.of_process]
+    for column in range(2):  # scores, then ids
+        parts = [torch.cat([pair[column].flatten() for pair in of_block]).cpu() for of_block in lists]
+        received = torch.cat(comm.exchange(parts, [own * sum(of_process) for of_process in lengths]))
+        every = [k for of_process in lengths for k in of_process]
+        pieces = received.split([own * k for k in every])
+        columns.append([piece.view(own, k) for piece, k in zip(pieces, every, strict=True)])
+    return list(zip(*columns, strict=True))
 
 
 def target_and_seen(problem: RankingProblem, indices: np.ndarray) -> tuple[Tensor, Seen]:
@@ -279,26 +248,3 @@ def target_and_seen(problem: RankingProblem, indices: np.ndarray) -> tuple[Tenso
         items = np.concatenate([items, np.tile(outside, len(target))])
     kept = items != target[rows]
     return torch.from_numpy(target), Seen(torch.from_numpy(rows[kept]), torch.from_numpy(items[kept]))
-
-
-def _room_for(items: int, dim: int, device: torch.device) -> Tensor:
-    """[items, dim] float32 on a device, to be filled.
-
-    Raises:
-        RunError: the device has not so much memory left.
-    """
-    on_gpu = device.type == "cuda"
-    needed = 4 * items * dim
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
-    if needed > free:
-        raise RunError(
-            f"ranking {items:,} items of {dim} numbers needs {needed / 2**30:.1f} GiB on each"
-            f" {'GPU' if on_gpu else 'rank'}, and {free / 2**30:.1f} GiB are free: run fewer ranks on a machine, or"
-            " train a narrower model.dim"
-        )
-    return torch.empty(items, dim, device=device)
-
-
-def _check_finite(vectors: Tensor, what: str) -> None:
-    if not torch.isfinite(vectors).all():
-        raise RunError(f"{what}: not a number; the model has diverged, train again with a lower learning rate")

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import psutil
 
 from flm_torchrec.claim import claim
 from flm_torchrec.data.keys import RULE
@@ -32,6 +33,9 @@ from flm_torchrec.prepare.options import MachineOptions, PrepareOptions
 from flm_torchrec.prepare.sources.source_data import SourceData
 from flm_torchrec.prepare.table_options import by_table
 from flm_torchrec.prepare.work_folder import work_folder
+
+KEY_BYTES = 215
+"""Memory of a user or an item while keys become ids, measured with keys of eight letters and one feature."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,7 @@ class Preparation:
     def _vocabulary(self, interactions: Interactions, read: ShardReport) -> tuple[Vocabulary, list[str]]:
         """Clean the interactions; returns the users and items that stay, and the names of the event codes."""
         seen_users, seen_items, events = interactions.keys()
+        check_keys(self.source.name, len(seen_users), len(seen_items))
         seen_users = seen_users.with_columns(shown=self._shown(seen_users["key"]))
         seen_users, seen_items = _numbered(seen_users, "shown"), _numbered(seen_items, "key")
         kept_users, kept_items = interactions.clean(seen_users, seen_items, events, self.options, read.dropped)
@@ -192,6 +197,21 @@ class Preparation:
             **source.notes,
             **({"oracle": source.oracle} if source.oracle and schema.interactions == read.rows_read else {}),
         }
+
+
+def check_keys(name: str, users: int, items: int) -> None:
+    """Check that the keys of users and items fit into the free memory.
+
+    Raises:
+        DataError: they do not.
+    """
+    needed, free = KEY_BYTES * (users + items), psutil.virtual_memory().available
+    if needed > free:
+        raise DataError(
+            f"{name}: the keys of {users:,} users and {items:,} items need {needed / 2**30:,.1f} GiB ({KEY_BYTES} bytes"
+            f" each), and {free / 2**30:,.1f} GiB are free; give a smaller --memory to DuckDB, or prepare on a machine"
+            " with more memory"
+        )
 
 
 def check_output(output: Path, overwrite: bool) -> None:

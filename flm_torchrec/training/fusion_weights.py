@@ -18,9 +18,10 @@ from torch import Tensor
 
 from flm_torchrec.config import Config
 from flm_torchrec.config.heads import HEADS
+from flm_torchrec.evaluation.head_scorer import HeadScorer
 from flm_torchrec.evaluation.metrics import RankCounts
 from flm_torchrec.evaluation.protocol import Collectives, Encoder
-from flm_torchrec.evaluation.ranking import HeadScorer, RankingProblem, rank_targets, target_and_seen, user_blocks
+from flm_torchrec.evaluation.ranking import RankingProblem, rank_targets, target_and_seen, user_blocks
 from flm_torchrec.mixture import Mixture
 
 BEST = 50
@@ -56,10 +57,11 @@ class _Remembering(HeadScorer):
         super().__init__(*args, **options)
         self.users: list[dict[str, Tensor]] = []
 
-    def block(self, rows: np.ndarray) -> dict[str, Tensor]:
+    def blocks(self, own: np.ndarray, scored: list[np.ndarray]) -> list[dict[str, Tensor]]:
         """As of `HeadScorer`."""
-        self.users.append(super().block(rows))
-        return self.users[-1]
+        found = super().blocks(own, scored)
+        self.users.append(found[self.comm.rank if self.shares.spread else 0])
+        return found
 
 
 class _Shortlists:
@@ -82,13 +84,13 @@ class _Shortlists:
         for rows, users in zip(
             user_blocks(len(problem.examples), problem.blocks.users, comm), scorer.users, strict=True
         ):
-            if len(rows) == 0:
-                continue
             here = slice(done, done + len(rows))
             done += len(rows)
             target, seen = target_and_seen(problem, rows)
             ids = torch.cat([target[:, None], *(torch.from_numpy(ranked.top[name][here]) for name in HEADS)], 1)
-            vectors = scorer.vectors[ids.to(scorer.vectors.device)]  # [b, C, S]
+            vectors = scorer.fetch(ids)  # [b, C, S]; collective, also without examples
+            if len(rows) == 0:
+                continue
             scores = torch.stack([torch.einsum("bd,bcd->bc", users[name], vectors) for name in HEADS]).cpu()
             keys = ids + items * torch.arange(len(rows))[:, None]
             out = torch.isin(keys, seen.items + items * seen.rows) | _copies(ids)

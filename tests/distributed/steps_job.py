@@ -15,7 +15,8 @@ import torch
 
 from flm_torchrec.config import load_config
 from flm_torchrec.data.dataset import load_prepared
-from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, RankingProblem, rank_targets
+from flm_torchrec.evaluation.head_scorer import HeadScorer
+from flm_torchrec.evaluation.ranking import Blocks, RankingProblem, rank_targets
 from flm_torchrec.training.job import open_job
 from tools.studies.scaling_job import Sent
 

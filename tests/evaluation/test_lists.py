@@ -32,7 +32,7 @@ def test_what_lists_are_made_of(users: int, k: int, seed: int) -> None:
     top = np.stack([rng.choice(ITEMS, k, replace=False) for _ in range(users)])
     popularity, vectors = rng.integers(0, 9, ITEMS), rng.normal(size=(ITEMS, 4)).astype(np.float32)
     popularity[0] += 1
-    found = list_metrics(top, ItemFacts(popularity, torch.from_numpy(vectors)), ALONE)
+    found = list_metrics(top, ItemFacts(popularity, torch.from_numpy(vectors).__getitem__), ALONE)
     flat = top.ravel()
     assert found[f"popularity@{k}"] == pytest.approx(popularity[flat].mean())
     share = np.maximum(popularity, 1) / popularity.sum()

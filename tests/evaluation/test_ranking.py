@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,12 +27,16 @@ from flm_torchrec.config.schema import EvalConfig
 from flm_torchrec.data.dataset import EntityFeatures, PreparedData
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import COLD_ITEM, Examples, split
-from flm_torchrec.errors import ConfigError, RunError
-from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Popularity, Random, _blocks, _nearest, _seen
-from flm_torchrec.evaluation.evaluate import EvaluationTask, evaluate, left_out
+from flm_torchrec.errors import ConfigError, DataError, RunError
+from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Markov, Popularity, Random, _blocks, _nearest, _seen
+from flm_torchrec.evaluation.evaluate import EvaluationTask, check_memory, evaluate, left_out
+from flm_torchrec.evaluation.head_scorer import HeadScorer
+from flm_torchrec.evaluation.lists import ItemFacts, list_metrics
 from flm_torchrec.evaluation.metrics import RankCounts
-from flm_torchrec.evaluation.protocol import Of
-from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, RankingProblem, count_ranks, rank_targets
+from flm_torchrec.evaluation.protocol import Of, Scorer
+from flm_torchrec.evaluation.ranking import Blocks, RankingProblem, count_ranks, rank_targets
+from flm_torchrec.mixture import Mixture
+from flm_torchrec.prepare.prepare import check_keys
 
 CPU = torch.device("cpu")
 
@@ -46,6 +54,52 @@ class Alone:
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone()
+
+    def exchange(self, parts: list[torch.Tensor], sizes: list[int]) -> list[torch.Tensor]:
+        return parts
+
+
+@dataclasses.dataclass
+class Together(Alone):
+    """One of several processes, which are threads here; each waits for the others in each collective."""
+
+    shown: dict[int, Any] = dataclasses.field(default_factory=dict)
+    barrier: threading.Barrier = dataclasses.field(default_factory=lambda: threading.Barrier(1))
+
+    def _of_all(self, mine: Any) -> list[Any]:
+        self.barrier.wait(10)
+        self.shown[self.rank] = mine
+        self.barrier.wait(10)
+        return [self.shown[rank] for rank in range(self.world_size)]
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        found = self._of_all(tensor.clone())
+        assert len({part.shape for part in found}) == 1
+        return found
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self.all_gather(tensor)).sum(0)
+
+    def exchange(self, parts: list[torch.Tensor], sizes: list[int]) -> list[torch.Tensor]:
+        found = [sent[self.rank] for sent in self._of_all(parts)]
+        assert [len(part) for part in found] == sizes
+        return found
+
+
+def together(processes: int, work: Callable[[Together], Any]) -> list[Any]:
+    """What each of several processes finds."""
+    shown, barrier = dict[int, Any](), threading.Barrier(processes)
+    comms = [Together(rank, processes, CPU, shown, barrier) for rank in range(processes)]
+
+    def of_one(comm: Together) -> Any:
+        try:
+            return work(comm)
+        except Exception:
+            barrier.abort()  # so that no other waits
+            raise
+
+    with ThreadPoolExecutor(processes) as pool:
+        return list(pool.map(of_one, comms))
 
 
 class RandomEncoder:
@@ -101,6 +155,68 @@ def test_ranks_are_those_of_brute_force(histories: list[list[int]], users: int, 
             assert scores[ranked.top[head][row][: len(allowed)]].tolist() == allowed
 
 
+@settings(deadline=None, max_examples=12)
+@given(HISTORIES, st.integers(1, 5), st.integers(1, 13), st.integers(2, 4), st.booleans())
+def test_processes_that_share_the_items_find_what_one_finds(
+    histories: list[list[int]], users: int, block: int, processes: int, mixes: bool
+) -> None:
+    """Blocks of items for each process, or too few for that; ties; a process without users. Every scorer."""
+    data = make_data(histories, 12)
+    splits = split(data, "leave-one-out", 0.1)
+    encoder, mask = RandomEncoder(len(histories), 12), splits.train_mask(data)
+    if mixes:
+        encoder.mixture = Mixture((1.0, 0.5, 2.0), (0.0, 1.0, 0.0))  # type: ignore[assignment]
+    problem = RankingProblem(data, splits.test, Blocks(users, block))
+
+    def found(comm: Alone) -> list[Any]:
+        heads = HeadScorer(encoder, 12, block, comm)
+        scorers: list[Scorer] = [heads, Popularity(data, mask), ItemKNN(data, mask, splits.test, 3)]
+        scorers += [Markov(data, mask, splits.test), EASE(data, mask, splits.test), Random()]
+        ranked = [rank_targets(problem, scorer, comm, 3) for scorer in scorers]
+        facts = ItemFacts(data.item_counts(mask), heads.fetch)
+        counts = [count_ranks(one, name, 12, comm, (3,)) for one in ranked for name in one.ranks]
+        lists = [list_metrics(one.top[name], facts, comm) for one in ranked for name in one.ranks]
+        return [ranked, [(count.histogram.tolist(), count.covered) for count in counts], lists]
+
+    alone, several = found(Alone()), together(processes, found)
+    for ranked, counts, lists in several:
+        assert counts == alone[1] and lists == alone[2]
+        for one, whole in zip(ranked, alone[0], strict=True):
+            for name in one.ranks:
+                np.testing.assert_array_equal(one.ranks[name], whole.ranks[name][one.rows])
+                np.testing.assert_array_equal(one.top[name], whole.top[name][one.rows])
+    rows = np.concatenate([ranked[0].rows for ranked, _, _ in several])
+    np.testing.assert_array_equal(np.sort(rows), np.arange(len(histories)))
+
+
+def test_no_process_has_the_vectors_of_all_items() -> None:
+    """Ten blocks of items on four processes, each of which encodes and keeps its own."""
+    encoder = RandomEncoder(1, 100)
+
+    def kept(comm: Together) -> tuple[int, torch.Tensor]:
+        scorer = HeadScorer(encoder, 100, 10, comm)
+        return len(scorer.vectors), scorer.fetch(torch.tensor([[99, 0], [comm.rank * 7, 50]]))
+
+    for rank, (items, fetched) in enumerate(together(4, kept)):
+        assert items in (20, 30)
+        assert torch.equal(fetched, encoder.item[torch.tensor([[99, 0], [rank * 7, 50]])])
+
+
+def test_a_score_that_is_rounded_in_another_way_is_counted_again() -> None:
+    """The smaller product that tells the true items' scores may be off in the last bit; a tie is a tie all the same."""
+
+    class Rounded(HeadScorer):
+        def scores_of(self, users: Any, name: str, items: torch.Tensor) -> torch.Tensor:
+            return super().scores_of(users, name, items) * 1.001
+
+    data = make_data([[0, 1, 2], [3, 4, 5]], 10)
+    encoder = RandomEncoder(2, 10)
+    encoder.item[:] = 1.0
+    problem = RankingProblem(data, Examples(np.array([0, 1]), np.array([2, 5])))
+    found = [rank_targets(problem, kind(encoder, 10, 4, Alone()), Alone()) for kind in (HeadScorer, Rounded)]
+    assert found[0].ranks["fused"].tolist() == found[1].ranks["fused"].tolist() == [8, 8]
+
+
 def test_a_scorer_that_knows_nothing_ranks_last() -> None:
     data = make_data([[0, 1, 2]], 10)
     encoder = RandomEncoder(1, 10)
@@ -118,7 +234,7 @@ def test_a_model_that_diverged_is_refused() -> None:
     encoder = RandomEncoder(1, 10)
     encoder.user["content"][:] = float("inf")
     with pytest.raises(RunError, match="content head"):
-        HeadScorer(encoder, 10, 4, Alone()).block(np.array([0]))
+        HeadScorer(encoder, 10, 4, Alone()).blocks(np.array([0]), [np.array([0])])
 
 
 def test_metrics_of_a_hand_worked_case() -> None:
@@ -170,14 +286,17 @@ def test_item_knn_keeps_the_same_neighbours_in_blocks_of_any_size(
 ) -> None:
     """Also where many items are equally near, and where one item alone is more than a block may hold."""
     data = make_data(histories, 12)
-    seen = _seen(data, np.ones(len(data.item), bool))
-    blocks = list(_blocks(seen, entries))
+    seen, every = _seen(data, np.ones(len(data.item), bool)), np.ones(12, bool)
+    blocks = list(_blocks(seen, every, entries))
     assert [start for start, _ in blocks] == [0, *(stop for _, stop in blocks[:-1])] and blocks[-1][1] == 12
     dense = (seen.T @ seen).toarray()
     held = (dense > 0).sum(1)
     assert all(held[start:stop].sum() <= entries or stop == start + 1 for start, stop in blocks)
-    found = _nearest(seen, neighbours, entries)
-    np.testing.assert_array_equal(found.toarray(), _nearest(seen, neighbours).toarray())
+    found = _nearest(seen, neighbours, every, entries)
+    np.testing.assert_array_equal(found.toarray(), _nearest(seen, neighbours, every).toarray())
+    some = np.arange(12) % 3 == 0
+    only = _nearest(seen, neighbours, some, entries).toarray()
+    np.testing.assert_array_equal(only, found.toarray() * some[:, None])
     assert found.nnz <= np.count_nonzero(dense)
 
 
@@ -191,8 +310,9 @@ def test_item_knn_of_a_large_catalogue_holds_no_square_of_it() -> None:
     )
     seen.sum_duplicates()
     seen.data[:] = 1.0
-    assert len(list(_blocks(seen, 100_000))) > 3
-    found = _nearest(seen, 5, 100_000)
+    every = np.ones(items, bool)
+    assert len(list(_blocks(seen, every, 100_000))) > 3
+    found = _nearest(seen, 5, every, 100_000)
     assert found.shape == (items, items) and 0 < found.nnz < 20 * 20 * users
     item = int(seen.indices[0])
     others = set(seen[seen[:, item].nonzero()[0]].indices.tolist()) - {item}
@@ -285,6 +405,15 @@ def test_limits_are_told_with_their_numbers_and_the_way_round(monkeypatch: pytes
     assert left_out(asked, 353) == []
     with pytest.raises(ConfigError, match=r"ease_items: 354 items .* set eval\.ease_items below 354"):
         left_out(asked, 354)
+    check_memory(EvalConfig(), 41_666)
+    check_memory(EvalConfig(baselines=("popularity", "EASE-R")), 10**9)
+    with pytest.raises(ConfigError, match=r"item-kNN needs 22\.4 GiB for 1,000,000,000 training events \(24 bytes"):
+        check_memory(EvalConfig(), 10**9)
+    with pytest.raises(ConfigError, match=r"Markov needs .*leave it out of eval\.baselines"):
+        check_memory(EvalConfig(baselines=("Markov",)), 41_667)
+    check_keys("logs", 4_000, 651)
+    with pytest.raises(DataError, match=r"logs: the keys of 100,000,000 users and 7 items need 20\.0 GiB \(215 bytes"):
+        check_keys("logs", 10**8, 7)
     HeadScorer(RandomEncoder(2, 100, 0), 100, 7, Alone())
     with pytest.raises(RunError, match=r"ranking 90,000,000 items of 4 numbers needs 1\.3 GiB on each rank"):
         HeadScorer(RandomEncoder(2, 100, 0), 90_000_000, 7, Alone())

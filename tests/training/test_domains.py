@@ -127,11 +127,14 @@ class Biased:
         noise = torch.rand(data.schema.items, generator=torch.Generator().manual_seed(0))
         self.all = noise + 10 * torch.from_numpy(data.item_domain).float()
 
-    def block(self, rows: np.ndarray) -> int:
-        return len(rows)
+    def blocks(self, own: np.ndarray, scored: list[np.ndarray]) -> list[int]:
+        return [len(rows) for rows in scored]
 
     def scores(self, users: int, name: str, start: int, stop: int) -> torch.Tensor:
         return self.all[start:stop].repeat(users, 1)
+
+    def scores_of(self, users: int, name: str, items: torch.Tensor) -> torch.Tensor:
+        return self.all[items]
 
 
 @pytest.mark.parametrize("block", [7, 1000])

@@ -17,8 +17,9 @@ from flm_torchrec.config.heads import HEADS
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import Examples, split
 from flm_torchrec.distributed.comm import Comm
+from flm_torchrec.evaluation.head_scorer import HeadScorer
 from flm_torchrec.evaluation.protocol import Of
-from flm_torchrec.evaluation.ranking import Blocks, HeadScorer, RankingProblem, count_ranks, rank_targets
+from flm_torchrec.evaluation.ranking import Blocks, RankingProblem, count_ranks, rank_targets
 from flm_torchrec.training import trainer
 from flm_torchrec.training.fusion_weights import ChosenFusion, choose_fusion
 from flm_torchrec.training.restore import restore

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.evaluation.evaluate import COVERAGE_AT, blocks_of
+from flm_torchrec.evaluation.head_scorer import HeadScorer
 from flm_torchrec.evaluation.protocol import Encoder, Of
-from flm_torchrec.evaluation.ranking import HeadScorer, RankingProblem, rank_targets
+from flm_torchrec.evaluation.ranking import RankingProblem, rank_targets
 from flm_torchrec.training.fusion_weights import choose_fusion
 from flm_torchrec.training.job import Job
 from flm_torchrec.training.restore import restore

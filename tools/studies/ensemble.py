@@ -20,7 +20,8 @@ from flm_torchrec.data.splits import Examples
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.errors import FlmError, RunError
 from flm_torchrec.evaluation.evaluate import blocks_of
-from flm_torchrec.evaluation.ranking import HeadScorer, RankingProblem, count_ranks, rank_targets
+from flm_torchrec.evaluation.head_scorer import HeadScorer
+from flm_torchrec.evaluation.ranking import RankingProblem, count_ranks, rank_targets
 from flm_torchrec.training.restore import restore
 
 
@@ -35,7 +36,7 @@ class Member:
             self.eval = job.config.eval
             scorer = HeadScorer(job.encoder(self.examples), self.data.schema.items, self.eval.item_block, job.comm)
             rows = np.array_split(np.arange(len(self.examples)), -(-len(self.examples) // self.eval.user_block))
-            self.users = torch.cat([scorer.block(part)["fused"] for part in rows])
+            self.users = torch.cat([scorer.blocks(part, [part])[0]["fused"] for part in rows])
             self.items = scorer.vectors
 
 
@@ -47,13 +48,17 @@ class Summed:
     def __init__(self, members: list[Member]) -> None:
         self.members = members
 
-    def block(self, rows: np.ndarray) -> Tensor:
-        """[b] indices of examples, as they are."""
-        return torch.from_numpy(rows)
+    def blocks(self, own: np.ndarray, scored: list[np.ndarray]) -> list[Tensor]:
+        """Indices of examples, as they are."""
+        return [torch.from_numpy(rows) for rows in scored]
 
     def scores(self, users: Tensor, name: str, start: int, stop: int) -> Tensor:
         """[b, stop - start] sum over the members."""
         return torch.stack([m.users[users] @ m.items[start:stop].T for m in self.members]).sum(0)
+
+    def scores_of(self, users: Tensor, name: str, items: Tensor) -> Tensor:
+        """[b] ids → [b], the score of one item for each user."""
+        return torch.stack([(m.users[users] @ m.items[items].T).diagonal() for m in self.members]).sum(0)
 
 
 def members_of(runs: list[Path], split: str) -> list[Member]:

@@ -34,7 +34,7 @@ def main(task: Task) -> None:
         lists = []
         for users in blocks(list(known)):
             rows = np.array([user_row[user] for user in users])
-            scores = scorer.scores(scorer.block(rows), name, 0, len(items))  # [b, items]
+            scores = scorer.scores(scorer.blocks(rows, [rows])[0], name, 0, len(items))  # [b, items]
             for row, user in enumerate(users):
                 scores[row, [item_row[item] for item in known[user]]] = -np.inf
             lists += [[items[i] for i in best] for best in scores.topk(K, 1).indices.tolist()]

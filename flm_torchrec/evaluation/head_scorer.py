@@ -1,0 +1,224 @@
+"""Scores by the model's heads, of items whose vectors the processes share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flm_torchrec.config.heads import FUSED, HEADS, REPRESENTATIONS
+from flm_torchrec.errors import RunError
+from flm_torchrec.evaluation.protocol import Collectives, Encoder, Of
+
+MIXTURE = "mixture"
+"""Not a representation: the heads' scores, each by its own vector, as the encoder's `mixture` joins them."""
+ONE_VECTOR = "fused, one vector"
+
+Range = tuple[int, int]
+"""Start and stop of neighbouring items."""
+
+
+@dataclass(frozen=True)
+class ItemShares:
+    """Which ranges of items each process scores.
+
+    Ranges are the same at any number of processes, so that products and their rounding are. With fewer ranges than
+    processes, each process has all items, and scores them for its own users alone.
+    """
+
+    items: int
+    block: int
+    """Items of a range."""
+    comm: Collectives
+
+    @property
+    def spread(self) -> bool:
+        """Whether a process has a part of the items only."""
+        return 1 < self.comm.world_size <= self._count
+
+    @property
+    def _count(self) -> int:
+        return -(-self.items // self.block)
+
+    @property
+    def ranges(self) -> list[Range]:
+        """Of all items."""
+        return self._ranges(0, self._count)
+
+    @cached_property
+    def of_process(self) -> list[list[Range]]:
+        """By process, neighbouring ranges."""
+        if not self.spread:
+            return [self.ranges] * self.comm.world_size
+        cuts = np.linspace(0, self._count, self.comm.world_size + 1).astype(int).tolist()
+        return [self._ranges(first, last) for first, last in pairwise(cuts)]
+
+    def _ranges(self, first: int, last: int) -> list[Range]:
+        return [(n * self.block, min((n + 1) * self.block, self.items)) for n in range(first, last)]
+
+    @property
+    def own(self) -> list[Range]:
+        """Of this process."""
+        return self.of_process[self.comm.rank]
+
+    @property
+    def first(self) -> int:
+        """The first item of this process."""
+        return self.own[0][0] if self.spread else 0
+
+    @property
+    def last(self) -> int:
+        """The item after those of this process."""
+        return self.own[-1][1] if self.spread else self.items
+
+
+class HeadScorer:
+    """Scores by the model's heads: the dot product of a representation and an item vector.
+
+    A process has the vectors of its items in its device's memory, D x 4 bytes an item, and encodes its share of the
+    blocks of users. A device that is a GPU also scores and ranks.
+
+    Args:
+        of: which vectors of the items are scored.
+        heads: by name in the table of results, the head to score with; None: every head and their fusion, and where
+            that is a mixture, also the one vector that stacks for dot products get.
+
+    Raises:
+        RunError: a vector is not finite; also from `blocks`.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        items: int,
+        block: int,
+        comm: Collectives,
+        of: Of = "all",
+        heads: dict[str, str] | None = None,
+    ) -> None:
+        self.encoder = encoder
+        self.comm = comm
+        self.mixture = encoder.mixture
+        if heads is None:
+            heads = {head: head for head in REPRESENTATIONS}
+            if self.mixture is not None:
+                heads |= {FUSED: MIXTURE, ONE_VECTOR: FUSED}
+        self.heads = heads
+        self.names = tuple(self.heads)
+        self.shares = ItemShares(items, block, comm)
+        self.first = self.shares.first
+        self.vectors = _room_for(self.shares.last - self.first, encoder.dim, comm)  # [items of this process, D]
+        for (start, stop), vectors in item_vectors(encoder, self.shares, of):
+            self.vectors[start - self.first : stop - self.first] = vectors
+        bad = comm.all_reduce_sum(torch.tensor(int(not torch.isfinite(self.vectors).all())))
+        _check(not bad, "item vectors")
+        self.buffer = self.vectors.new_empty(0, 0)  # of scores: new megabytes each time would cost half a product
+
+    def blocks(self, own: np.ndarray, scored: list[np.ndarray]) -> list[dict[str, Tensor]]:
+        """As of `Scorer`: for each block, by head, [b, D]."""
+        encoded = self.encoder.users(own)
+        every = [torch.stack(list(encoded.values())).to(self.vectors.device)]  # [heads, b, D]
+        if self.shares.spread:
+            missing = max(map(len, scored)) - len(own)
+            every = self.comm.all_gather(F.pad(every[0], (0, 0, 0, missing)))
+        found = []
+        for users, rows in zip(every, scored, strict=True):
+            found.append(dict(zip(encoded, users[:, : len(rows)], strict=True)))
+            for name, vectors in found[-1].items():  # of all, so that all processes stop
+                _check(bool(torch.isfinite(vectors).all()), f"user vectors of the {name} head")
+        return found
+
+    def scores(self, users: dict[str, Tensor], name: str, start: int, stop: int) -> Tensor:
+        """[b, stop - start] dot products with items of this process, in a buffer that the next call overwrites."""
+        items = self.vectors[start - self.first : stop - self.first]
+        if self.heads[name] == MIXTURE:
+            return self._mixed(users, items)
+        query = users[self.heads[name]]
+        if self.buffer.shape != (len(query), len(items)):
+            self.buffer = query.new_empty(len(query), len(items))
+        return torch.mm(query, items.T, out=self.buffer)
+
+    def scores_of(self, users: dict[str, Tensor], name: str, items: Tensor) -> Tensor:
+        """As of `Scorer`."""
+        vectors = self.vectors[items.to(self.vectors.device, torch.int64) - self.first]
+        mixes = self.heads[name] == MIXTURE
+        return (self._mixed(users, vectors) if mixes else users[self.heads[name]] @ vectors.T).diagonal()
+
+    def _mixed(self, users: dict[str, Tensor], items: Tensor) -> Tensor:
+        assert self.mixture is not None
+        parts = [
+            torch.mm(users[head] * scale, items.T).add_(bias)
+            for head, scale, bias in zip(HEADS, self.mixture.scale, self.mixture.bias, strict=True)
+        ]
+        return torch.logsumexp(torch.stack(parts), 0)
+
+    def fetch(self, ids: Tensor) -> Tensor:
+        """[…] item ids → […, D] their vectors, from whichever process has them. Collective."""
+        wanted = ids.flatten().to(self.vectors.device, torch.int64)
+        if not self.shares.spread:
+            return self.vectors[wanted].unflatten(0, ids.shape)
+        parts = []
+        for others in self._of_all(wanted):
+            here = others[(others >= self.first) & (others < self.shares.last)]
+            parts.append(self.vectors[here - self.first].flatten().cpu())
+        ends = torch.tensor([ranges[-1][1] for ranges in self.shares.of_process], device=wanted.device)
+        owner = torch.bucketize(wanted, ends, right=True)
+        counts = torch.bincount(owner, minlength=len(ends)).tolist()
+        dim = self.vectors.shape[1]
+        found = self.vectors.new_empty(len(wanted), dim)
+        for process, part in enumerate(self.comm.exchange(parts, [count * dim for count in counts])):
+            found[owner == process] = part.view(-1, dim).to(found.device)
+        return found.unflatten(0, ids.shape)
+
+    def _of_all(self, values: Tensor) -> list[Tensor]:
+        """[n] → that of each process, which may have another n."""
+        lengths = [int(n) for n in self.comm.all_gather(torch.tensor(len(values), device=values.device))]
+        padded = self.comm.all_gather(F.pad(values, (0, max(lengths) - len(values))))
+        return [part[:length] for part, length in zip(padded, lengths, strict=True)]
+
+
+def item_vectors(encoder: Encoder, shares: ItemShares, of: Of) -> Iterator[tuple[Range, Tensor]]:
+    """The ranges of this process with their vectors [n, D]; collective. Each range is encoded by one process."""
+    comm, empty = shares.comm, (shares.items, shares.items)
+    if shares.spread:
+        for turn in range(max(map(len, shares.of_process))):
+            start, stop = shares.own[turn] if turn < len(shares.own) else empty
+            yield (start, stop), encoder.items(np.arange(start, stop), of)
+        return
+    for first in range(0, len(shares.own), comm.world_size):
+        turns = shares.own[first : first + comm.world_size]
+        start, stop = turns[comm.rank] if comm.rank < len(turns) else empty
+        vectors = F.pad(encoder.items(np.arange(start, stop), of), (0, 0, 0, shares.block - (stop - start)))
+        for (begin, end), gathered in zip(turns, comm.all_gather(vectors), strict=False):
+            yield (begin, end), gathered[: end - begin]
+
+
+def _room_for(items: int, dim: int, comm: Collectives) -> Tensor:
+    """[items, dim] float32 on the device of this process, to be filled.
+
+    Raises:
+        RunError: the device has not so much memory left.
+    """
+    device = comm.device
+    on_gpu = device.type == "cuda"
+    needed = 4 * items * dim
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    if needed > free:
+        raise RunError(
+            f"ranking {items:,} items of {dim} numbers needs {needed / 2**30:.1f} GiB on each"
+            f" {'GPU' if on_gpu else 'rank'}, and {free / 2**30:.1f} GiB are free: rank on more machines, whose ranks"
+            " share the items, or train a narrower model.dim"
+        )
+    return torch.empty(items, dim, device=device)
+
+
+def _check(finite: bool, what: str) -> None:
+    if not finite:
+        raise RunError(f"{what}: not a number; the model has diverged, train again with a lower learning rate")
