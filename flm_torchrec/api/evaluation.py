@@ -31,6 +31,8 @@ class EvaluateOptions:
     """Ids of the users to rank for; none: all."""
     sample: bool = False
     """Load and rank only the users that a run with `data.stream` validated on."""
+    drawn: int = 0
+    """Rank only so many users, drawn by `train.seed`; 0: all. Baselines learn from the events of all."""
     by: Sequence[str] = ()
     """Of "items", "users" and "events": break results down by how popular the item is, how much is known of the user,
     and the kind of the next event."""
@@ -66,6 +68,7 @@ def evaluate_run(run: str | os.PathLike[str], options: EvaluateOptions, keep_ran
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     import numpy as np
 
+    from flm_torchrec.data.splits import sampled
     from flm_torchrec.evaluation.evaluate import EvaluationTask, evaluate
     from flm_torchrec.training.restore import restore
 
@@ -75,6 +78,8 @@ def evaluate_run(run: str | os.PathLike[str], options: EvaluateOptions, keep_ran
         examples = splits.test if options.split == "test" else splits.valid
         if options.users:
             examples = examples.take(np.array(_rows_of(options.users, job.data.user_keys, examples.user.tolist())))
+        if options.drawn:
+            examples = examples.take(sampled(len(examples), options.drawn, job.config.train.seed))
         by = tuple(dict.fromkeys(options.by))
         task = EvaluationTask(job.data, examples, options.split, job.events.seen, splits.cold_items, keep_ranks, by)
         evaluation = evaluate(task, job.encoder(examples), job.comm, job.config.eval)

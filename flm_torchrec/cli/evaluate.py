@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from flm_torchrec.data.splits import Examples
     from flm_torchrec.evaluation.paired import Comparison
 
+VALIDATED = -1
+"""`--sample` without a number."""
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add `evaluate` to the subcommands."""
@@ -38,9 +41,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--sample",
-        action="store_true",
-        help="of a run with data.stream, load and rank only the users it validated on; baselines then learn from these"
-        " alone (default: load all)",
+        nargs="?",
+        type=int,
+        const=VALIDATED,
+        metavar="N",
+        help="rank only N users, drawn once; baselines learn from all users. Without N, of a run with data.stream: load"
+        " and rank only the users it validated on; baselines then learn from these alone (default: all users)",
     )
     parser.add_argument(
         "--by",
@@ -72,9 +78,21 @@ def run(args: argparse.Namespace) -> None:
     from flm_torchrec.evaluation.report import markdown, markdown_comparison, show, show_comparison
     from flm_torchrec.terminal import PlainConsole
 
+    if args.sample is not None and args.sample < 1 and args.sample != VALIDATED:
+        raise RunError(f"--sample {args.sample}: give 1 user or more")
+    if args.sample is not None and args.sample > 0 and args.user:
+        raise RunError("--sample: --user names the users to rank; leave out one of the two")
     if args.against:
         _check_against(args.run_folder, args.against)
-    options = EvaluateOptions(args.split, args.user, args.sample, args.by, given_overrides(args), given_options(args))
+    options = EvaluateOptions(
+        split=args.split,
+        users=args.user,
+        sample=args.sample == VALIDATED,
+        drawn=max(0, args.sample or 0),
+        by=args.by,
+        overrides=given_overrides(args),
+        given=given_options(args),
+    )
     found = evaluate_run(args.run_folder, options, keep_ranks=bool(args.against))
     compared = _compared(args.against, found, options) if args.against else None
     if not found.main:

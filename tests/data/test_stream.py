@@ -327,10 +327,14 @@ def test_ranks_of_uneven_shards_end_with_the_losses_of_one(uneven: Path, tmp_pat
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert all(0 <= line["input_wait"] <= 1 for line in lines[1] if "input_wait" in line)
     found = []
-    for sample in ([], ["--sample"]):
+    for sample in ([], ["--sample"], ["--sample", "7"]):
         assert main(["evaluate", "--run", str(runs[1]), "--split", "valid", *sample]) == 0
         found.append(json.loads((runs[1] / "evaluation-valid.json").read_text()))
-    assert [evaluation["users"] for evaluation in found] == [45, 9]
+    assert [evaluation["users"] for evaluation in found] == [45, 9, 7]
+    # A number draws from all users, and the baselines learn from all.
+    assert main(["evaluate", "--run", str(runs[1]), "--split", "valid", "--sample", "45"]) == 0
+    assert json.loads((runs[1] / "evaluation-valid.json").read_text())["table"] == found[0]["table"]
+    assert main(["evaluate", "--run", str(runs[1]), "--sample", "0"]) == 2
     best = next(line for line in lines[1] if line["step"] == _best_step(runs[1]) and "valid/sequential/mrr" in line)
     assert found[1]["table"]["sequential"]["mrr"] == pytest.approx(best["valid/sequential/mrr"], rel=1e-4)
     assert main(["plan", "--config", str(runs[1] / "config.yaml"), "--hardware", "h100"]) == 0

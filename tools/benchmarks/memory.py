@@ -1,14 +1,15 @@
 """Seconds and peak memory of each command, at numbers of events, users and items that you choose.
 
-    python -m tools.benchmarks.memory --events 1000000 --users 100000 --items 100000
-    python -m tools.benchmarks.memory --events 10000000 --users 1000000 --items 100000 --commands prepare train
+    python -m tools.benchmarks.memory --events 1e6 1e7 --items 1e5
+    python -m tools.benchmarks.memory --events 1e8 --users 1e7 --items 1e6 --commands prepare train export
     python -m tools.benchmarks.memory --load data/logs         # held memory of loading all events, bytes an event
 
 DuckDB writes made-up logs, items and users as Parquet, in a memory of its own that does not grow with them: an event's
 user is uniform, its item follows Zipf's law. Equal numbers give equal files. Then the commands run one after the other,
-each as a process of its own. The memory of the process and its children is read every 50 ms. "held" is what only these
-processes have (RssAnon): it must be there. "resident" also counts pages of files, which the system takes back when it
-needs them. "CPU s" is time on all cores: it says more than seconds where other work runs beside.
+each as a process of its own. Several numbers of events give a table with a part for each. The memory of the process and
+its children is read every 50 ms. "held" is what only these processes have (RssAnon): it must be there. "resident" also
+counts pages of files, which the system takes back when it needs them. "CPU s" is time on all cores: it says more than
+seconds where other work runs beside.
 """
 
 from __future__ import annotations
@@ -37,8 +38,19 @@ PERIOD = 0.05
 ROWS = 10_000_000
 """Events of a log file."""
 BRANDS, COUNTRIES = 1_000, 50
-COMMANDS = ("prepare", "train", "evaluate --sample", "evaluate --user", "export")
-"""What can be measured: `evaluate --user` ranks for one user, with baselines that learn from the events of all."""
+COMMANDS = (
+    "prepare",
+    "train",
+    "evaluate --sample",
+    "evaluate --sample N",
+    "evaluate --user",
+    "export",
+    "finetune",
+    "follow",
+)
+"""What can be measured: `evaluate --sample N` and `--user` have baselines that learn from the events of all users."""
+NEW_EVENTS = 10_000
+"""Events that `follow` learns from."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,8 @@ class Peak:
 
 def make(folder: Path, size: Sizes) -> None:
     """Write `logs/`, `items.parquet` and `users.parquet`."""
-    (folder / "logs").mkdir(parents=True)
+    for name in ("logs", "new"):
+        (folder / name).mkdir(parents=True)
 
     def chance(salt: int) -> str:
         return f"(hash(n * 4 + {salt})::DOUBLE / 18446744073709551616)"
@@ -79,6 +92,11 @@ def make(folder: Path, size: Sizes) -> None:
                 f" 1600000000 + floor({chance(3)} * 31536000)::BIGINT AS timestamp"
                 f" FROM {span} AS t(n)) TO {sql.target(folder / 'logs' / f'part-{number:05d}.parquet')}"
             )
+        engine.execute(
+            f"COPY (SELECT 'u' || floor({size.users} * {chance(1)})::BIGINT AS user,"
+            f" 'i' || (pow({size.items}, {chance(2)}) - 1)::BIGINT AS item, 1640000000 + n AS timestamp"
+            f" FROM range({NEW_EVENTS}) AS t(n)) TO {sql.target(folder / 'new' / 'part-00000.parquet')}"
+        )
         for name, rows, feature, values in (
             ("item", size.items, "brand", BRANDS),
             ("user", size.users, "country", COUNTRIES),
@@ -149,7 +167,7 @@ def commands(folder: Path, args: argparse.Namespace) -> dict[str, list[str]]:
         "prepare": [
             *("prepare", "--source", "parquet", "--input", str(folder / "logs"), "--output", str(folder / "data")),
             *("--columns", "user=user_id,item=item_id,timestamp=timestamp", "--memory", args.memory),
-            *("--items", str(folder / "items.parquet"), "--item-features", "brand:categorical"),
+            *("--items", str(folder / "items.parquet"), "--item-features", "brand:categorical", "--overwrite"),
             *("--users", str(folder / "users.parquet"), "--user-features", "country:categorical"),
         ],
         "train": [
@@ -159,20 +177,33 @@ def commands(folder: Path, args: argparse.Namespace) -> dict[str, list[str]]:
             *("--train.existing", "replace"),
         ],
         "evaluate --sample": ["evaluate", *run, "--sample", "--eval.baselines", "[popularity,item-kNN]"],
+        "evaluate --sample N": [
+            *("evaluate", *run, "--sample", str(args.rank), "--eval.baselines", "[popularity,item-kNN]"),
+        ],
         "evaluate --user": ["evaluate", *run, "--user", "u1", "--eval.baselines", "[popularity,item-kNN]"],
         "export": ["export", *run, "--output", str(folder / "export"), "--overwrite"],
+        "finetune": [
+            *("finetune", "--finetune.source", str(folder / "run"), "--train.run", str(folder / "tuned")),
+            *("--no-control", "--train.max_steps", str(args.steps), "--train.eval_every", str(args.steps)),
+            *("--train.eval_users", str(args.sample), "--train.existing", "replace"),
+        ],
+        "follow": [
+            *("follow", *run, "--source", str(folder / "new"), "--output", str(folder / "followed"), "--once"),
+            *("--admit-after", "0"),
+        ],
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the data, measure and print; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--events", type=int, default=1_000_000, help="number of events (default: 1000000)")
-    parser.add_argument("--users", type=int, default=100_000, help="number of users (default: 100000)")
-    parser.add_argument("--items", type=int, default=100_000, help="number of items (default: 100000)")
+    parser.add_argument("--events", type=number, nargs="+", default=[10**6], help="numbers of events (default: 1e6)")
+    parser.add_argument("--users", type=number, help="number of users (default: a tenth of the events)")
+    parser.add_argument("--items", type=number, default=10**5, help="number of items (default: 1e5)")
     parser.add_argument("--steps", type=int, default=50, help="of training (default: 50)")
     parser.add_argument("--dim", type=int, default=32, help="width of the model (default: 32)")
     parser.add_argument("--sample", type=int, default=1000, help="users that are validated on (default: 1000)")
+    parser.add_argument("--rank", type=int, default=10_000, help="N of evaluate --sample N (default: 10000)")
     parser.add_argument("--memory", default="2GiB", help="of flm prepare (default: 2GiB)")
     parser.add_argument("--folder", type=Path, help="keep data, run and export here (default: a temporary folder)")
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS, help="measure only these")
@@ -181,20 +212,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.load:
         print(load(args.load))
         return 0
-    size = Sizes(args.events, args.users, args.items)
-    with TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary)
-        if not (folder / "users.parquet").exists():
-            make(folder, size)
-        print(f"{size.events:,} events, {size.users:,} users, {size.items:,} items\n")
-        print("| command | seconds | CPU s | held, MiB | resident, MiB | held, bytes an event |")
-        print("|---|---:|---:|---:|---:|---:|", flush=True)
-        for name in args.commands:
-            own = commands(folder, args)[name]
-            cost = watch([sys.executable, "-m", "flm_torchrec", *own])
-            mib = f"{cost.held / 2**20:,.0f} | {cost.resident / 2**20:,.0f} | {cost.held / size.events:,.0f}"
-            print(f"| {name} | {cost.seconds:,.0f} | {cost.cpu:,.0f} | {mib} |", flush=True)
+    print("| events | users | items | command | seconds | CPU s | held, MiB | resident, MiB |")
+    print("|---:|---:|---:|---|---:|---:|---:|---:|", flush=True)
+    for events in args.events:
+        size = Sizes(events, args.users or max(1, events // 10), args.items)
+        with TemporaryDirectory() as temporary:
+            measure((args.folder or Path(temporary)) / f"{events}", size, args)
     return 0
+
+
+def measure(folder: Path, size: Sizes, args: argparse.Namespace) -> None:
+    """Make the data, unless they are there, run the commands, and print a row for each."""
+    if not (folder / "users.parquet").exists():
+        make(folder, size)
+    for name in args.commands:
+        cost = watch([sys.executable, "-m", "flm_torchrec", *commands(folder, args)[name]])
+        made = f"{size.events:,} | {size.users:,} | {size.items:,}"
+        mib = f"{cost.held / 2**20:,.0f} | {cost.resident / 2**20:,.0f}"
+        print(f"| {made} | {name} | {cost.seconds:,.0f} | {cost.cpu:,.0f} | {mib} |", flush=True)
+
+
+def number(text: str) -> int:
+    """A whole number, which may be written as 1e6."""
+    return int(float(text))
 
 
 if __name__ == "__main__":
