@@ -78,7 +78,6 @@ def answers(items: int, heads: tuple[str, ...]) -> dict[str, Any]:
         "titles": names,
         "x": [-1, 0, 1, 0.5, 0],
         "y": [0, 1, 0, -1, 0.5],
-        "variance": 0.5,
         "of": 5,
     }
     codes = {"values": names, "codes": [0, 1, 2, 3, -1]}
@@ -88,7 +87,7 @@ def answers(items: int, heads: tuple[str, ...]) -> dict[str, Any]:
         "/v1/catalogue": {
             "events": names, "features": {name: names for name in names[:2]}, "heads": heads, "model_version": NAMES[0]
         },
-        "/v1/map": {**drawn, "features": {NAMES[0]: codes}, "method": "pca", "model_version": NAMES[0]},
+        "/v1/map": {**drawn, "features": {NAMES[0]: codes}, "model_version": NAMES[0]},
         "/v1/recommend/batch": {"answers": lists},
         "/v1/events": [{"item": name, "title": name, "event": name, "timestamp": 0} for name in names],
         "/v1/users": names,
@@ -96,10 +95,9 @@ def answers(items: int, heads: tuple[str, ...]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def served(page: sync_api.Page, items: int, heads: tuple[str, ...] = ALL) -> list[str]:
-    """Open the server's page with these answers; what its console says."""
+def opened(page: sync_api.Page, name: str, known: dict[str, Any]) -> list[str]:
+    """Open a page of the server, which gets these answers by path; what its console says."""
     said: list[str] = []
-    known = answers(items, heads)
 
     def answer(route: sync_api.Route) -> None:
         path = urlsplit(route.request.url).path
@@ -112,10 +110,30 @@ def served(page: sync_api.Page, items: int, heads: tuple[str, ...] = ALL) -> lis
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.route("**/*", answer)
-    page.goto("http://server.test/")
+    page.goto(f"http://server.test/{name}")
+    return said
+
+
+def served(page: sync_api.Page, items: int, heads: tuple[str, ...] = ALL, drawn: str = "pca") -> list[str]:
+    """Open the main page with lists of so many items; what its console says."""
+    known = answers(items, heads)
+    known["/v1/map"] |= {"method": drawn, "variance": 0.5 if drawn == "pca" else None}
+    said = opened(page, "", known)
     sync_api.expect(page.locator("#lists")).to_have_attribute("aria-busy", "false")
     sync_api.expect(page.locator(".list")).to_have_count(len(heads))
     return said
+
+
+def test_the_page_of_routes(page: sync_api.Page) -> None:
+    schema = {"content": {"application/json": {"schema": {"title": NAMES[1], "enum": NAMES}}}}
+    operation = {"operationId": NAMES[0], "parameters": [{"name": NAMES[1], "schema": {"type": "string"}}]}
+    route = {**operation, "requestBody": schema, "responses": {"200": schema}}
+    described = {"paths": {f"/v1/{name}": {"get": route} for name in NAMES}}
+    opened(page, "docs.html", {"/openapi.json": described})
+    sync_api.expect(page.locator("#routes section")).to_have_count(len(NAMES))
+    for summary in page.locator("summary").all()[:2]:
+        summary.click()
+    assert at_every_size(page) == {}
 
 
 def columns(page: sync_api.Page, width: int) -> list[int]:
@@ -142,9 +160,10 @@ def test_awkward_names_on_the_servers_page(page: sync_api.Page) -> None:
     assert page.locator(".list .title[dir=auto]").count() == 24
 
 
-@pytest.mark.parametrize("items", [0, 1])
-def test_few_items_on_the_servers_page(page: sync_api.Page, items: int) -> None:
-    served(page, items)
+@pytest.mark.parametrize(("items", "drawn"), [(0, "pca"), (1, "umap")])
+def test_few_items_on_the_servers_page(page: sync_api.Page, items: int, drawn: str) -> None:
+    served(page, items, drawn=drawn)
+    sync_api.expect(page.locator("#map-note")).to_contain_text(f"Placed by {drawn.upper()}")
     assert at_every_size(page) == {}
 
 

@@ -84,7 +84,7 @@ def test_an_export_is_kept_up_to_date_and_loaded(
 
     old, new, delta, whole = (tmp_path / name for name in ("old", "new", "delta", "whole"))
     told = out("export", "--run", finished, "--output", old, "--quantise", "int8", "--index", "hnsw")
-    assert "hnsw index" in told and "int8 changes NDCG@10 of validation by" in told
+    assert "hnsw index" in told and "int8 changes NDCG@10 of validation by" in told and told.count("map by ") == 1
     assert "0 of 120 users new or changed, 0 gone" in out(
         "export", "--run", finished, "--output", delta, "--since", old
     )
@@ -92,6 +92,7 @@ def test_an_export_is_kept_up_to_date_and_loaded(
     assert main(["export", "--run", str(finished), "--output", str(old), *same]) == 2
     assert "is what the delta is to be applied to" in capsys.readouterr().err
     assert "hnsw index" in out("apply-delta", "--base", old, "--delta", delta, "--output", new)
+    assert (new / "map.parquet").read_bytes() == (old / "map.parquet").read_bytes()
     assert "arrow" not in out("export", "--run", finished, "--output", whole, "--format", "arrow", "--index", "none")
     assert (whole / "items.arrow" / "part-00000.arrow").is_file() and not (whole / "items.faiss").exists()
     answers = [json.loads(out("recommend", "--export", e, "--user", "u3", "--json")) for e in (old, new, whole)]
