@@ -30,7 +30,7 @@ RUN torch="$(grep '^torch==' /requirements/cpu.txt)+cpu" \
 COPY --from=wheel /wheels /wheels
 RUN pip install --no-cache-dir --extra-index-url "$TORCH_CPU_INDEX" \
         --constraint /requirements/base.txt --constraint /requirements/extras.txt \
-        "$(echo /wheels/*.whl)[cpu,kafka,qdrant,postgresql,pgvector,traces]" \
+        "$(echo /wheels/*.whl)[cpu,kafka,avro,qdrant,postgresql,pgvector,traces]" \
     && pip install --no-cache-dir --no-deps "$(grep '^torchrec==' /requirements/cpu.txt)" \
     && flm --version
 USER flm
@@ -40,5 +40,5 @@ RUN pip install --no-cache-dir --constraint /requirements/base.txt "$(grep '^tor
 COPY --from=wheel /wheels /wheels
 # No `flm --version` here: the package does not load without a driver.
 RUN pip install --no-cache-dir --constraint /requirements/base.txt --constraint /requirements/extras.txt \
-        "$(echo /wheels/*.whl)[gpu,kafka,qdrant,postgresql,pgvector,traces]"
+        "$(echo /wheels/*.whl)[gpu,kafka,avro,qdrant,postgresql,pgvector,traces]"
 USER flm

@@ -65,8 +65,8 @@ def prepare(
     """Clean events, code ids and features, and write prepared data; the folder appears complete or not at all.
 
     Args:
-        events: a table of pandas, polars or Arrow, or a path or an address of Parquet, CSV or JSON lines. None for a
-            source that reads nothing.
+        events: a table of pandas, polars or Arrow, or a path or an address of Parquet, CSV or JSON lines, or of a Delta
+            or Iceberg table. None for a source that reads nothing.
         output: folder to write.
         items: what describes items: a table or a path. Name its features with `item_features`.
         users: the same of users, with `user_features`.
@@ -149,6 +149,8 @@ def _format(location: str) -> str:
 
 def _check_location(wanted: Input) -> None:
     source, path = wanted.source, wanted.location
+    if wanted.given.get("table_version") is not None and source not in ("delta", "iceberg"):
+        raise DataError(f"--table-version: only delta and iceberg have versions, not '{source}'; leave it out")
     if source in ("synthetic", "table"):
         if path is not None or (source == "table") != (wanted.events is not None):
             reads = "nothing" if source == "synthetic" else "a table in memory"
@@ -198,6 +200,8 @@ SOURCES: dict[str, Callable[[Input], SourceData]] = {
     "parquet": _logs,
     "csv": _logs,
     "jsonl": _logs,
+    "delta": _logs,
+    "iceberg": _logs,
     "table": _table,
 }
 """What reads a source."""

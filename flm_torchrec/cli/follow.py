@@ -17,8 +17,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "follow",
         help="train a run further on new events as they come, from a folder or Kafka",
         description="Train a run's best model further on new events as they come: complete Parquet or JSONL files put"
-        " into a folder, or JSON messages of a Kafka topic. Started again, it resumes. New users and items come in."
-        " Rows that cannot be learnt from are counted in OUTPUT/follow.json.",
+        " into a folder, or messages of a Kafka topic, JSON or Avro. Started again, it resumes. New users and items"
+        " come in. Rows that cannot be learnt from are counted in OUTPUT/follow.json.",
         allow_abbrev=False,
     )
     parser.add_argument("--run", required=True, dest="run_folder", type=Path, metavar="DIR", help="run of 'flm train'")
@@ -58,6 +58,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="FILE",
         help="Parquet, JSONL or CSV with features of items: its new items come in at once; read again when it changes",
     )
+    parser.add_argument(
+        "--avro-schema",
+        default="",
+        metavar="FILE",
+        help="schema (.avsc) of the messages of a topic, which are then Avro, with Confluent's header or without;"
+        " ID=FILE,… of several schemas, by their ids in the header (default: JSON)",
+    )
     parser.add_argument("--once", action="store_true", help="end when there is nothing new (default: wait for more)")
     add_data_path(parser)
     parser.set_defaults(run=run)
@@ -80,7 +87,9 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"--columns '{part}': write it as FIELD=NAME; {nearest(field, FIELDS)}")
         columns[field] = name
     form = RowForm(columns, args.time_unit)
-    options = FollowOptions(form, args.once, args.admit_after, args.expire_after, args.items)
+    options = FollowOptions(
+        form, args.once, args.admit_after, args.expire_after, args.items, avro_schema=args.avro_schema
+    )
     counts = follow(args.run_folder, args.source, args.output, options, given_overrides(args))
     if os.environ.get("RANK", "0") == "0":
         new = f"; {counts['users']} new users, {counts['items']} new items" if counts["users"] + counts["items"] else ""

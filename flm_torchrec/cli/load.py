@@ -18,8 +18,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "load",
         help="put the items or users of an export into a vector database",
         description="Put the items of an export, with keys, titles, attributes and model version, or its users with"
-        " keys and model version, into Qdrant, Milvus, LanceDB or PostgreSQL, or bring a collection there up to date by"
-        " a delta. Done again it changes nothing.",
+        " keys and model version, into Qdrant, Milvus, LanceDB, PostgreSQL or OpenSearch, or bring a collection there"
+        " up to date by a delta. Done again it changes nothing.",
         allow_abbrev=False,
     )
     parser.add_argument("--export", required=True, type=Path, metavar="DIR", help="export, or delta, to load")
@@ -28,10 +28,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         required=True,
         metavar="KIND:PLACE",
         help="qdrant:FOLDER, milvus:FILE.db, lancedb:FOLDER, postgresql://USER@HOST/DATABASE, or the URL of a server"
-        " after qdrant: or milvus:",
+        " after qdrant:, milvus: or opensearch:",
     )
     parser.add_argument("--entity", choices=("items", "users"), default="items", help="(default: %(default)s)")
-    parser.add_argument("--collection", metavar="NAME", help="or table (default: as --entity)")
+    parser.add_argument("--collection", metavar="NAME", help="or table, or index (default: as --entity)")
     parser.add_argument(
         "--vectors",
         choices=VECTORS,

@@ -79,7 +79,7 @@ def as_text(column: pl.Series) -> pl.Series:
     if isinstance(kind, pl.Datetime) and kind.time_zone:
         column = column.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
     if kind == pl.Binary:
-        return pl.Series(column.name, [_decoded(v) for v in column], dtype=pl.String)
+        return pl.Series(column.name, [None if v is None else text_of_bytes(v) for v in column], dtype=pl.String)
     if kind.is_float():
         whole = (value == value.round()) & (value.abs() < EXACT)
         text = pl.when(whole).then(value.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(value.cast(pl.String))
@@ -101,9 +101,8 @@ def json_text(value: Any) -> str | None:
     return str(value).encode(errors="replace").decode()  # half of a surrogate pair is no text
 
 
-def _decoded(value: bytes | None) -> str | None:
-    if value is None:
-        return None
+def text_of_bytes(value: bytes) -> str:
+    """The text that the bytes are in UTF-8; bytes that are none as hexadecimal."""
     try:
         return value.decode()
     except UnicodeDecodeError:

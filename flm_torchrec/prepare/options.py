@@ -238,7 +238,7 @@ class EntityTable:
 
 @dataclass(frozen=True, config=STRICT)
 class LogOptions:
-    """Your own logs (parquet, csv, jsonl)."""
+    """Your own logs (parquet, csv, jsonl, delta, iceberg)."""
 
     columns: Annotated[
         dict[str, str],
@@ -254,6 +254,13 @@ class LogOptions:
         Literal["s", "ms", "us", "ns"],
         Field(description="unit of numeric timestamps; ISO dates are read as they are"),
     ] = "s"
+    table_version: Annotated[
+        Number | None,
+        Field(
+            title="N",
+            description="version of a Delta table, or id of an Iceberg snapshot, of --input; none: the newest",
+        ),
+    ] = None
     items: Annotated[
         str, Field(title="PATH", description="features of items: Parquet, CSV or JSON lines, a path as of --input")
     ] = ""

@@ -1,7 +1,11 @@
-"""An export in each vector database, the real one: what is searched there is what brute force finds."""
+"""An export in each vector database: what is searched there is what brute force finds.
+
+The databases are real, but for OpenSearch, whose REST API has a stand-in.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,11 +24,25 @@ from flm_torchrec.export.stores.protocol import StoreRows
 from flm_torchrec.export.vectors import decode
 from flm_torchrec.export.write import ExportOptions, ExportSource, export
 from tests.evaluation.test_ranking import Alone
+from tests.export.opensearch_stand_in import OpenSearchStandIn
 from tests.export.test_export import MadeUp
 
 EMPTY = {"title": "", "attributes": {}, "model_version": ""}
 OPTIONS = ExportOptions(quantise="fp16", part_rows=64)
-CLIENTS = {"qdrant": "qdrant_client", "milvus": "pymilvus", "lancedb": "lancedb", "postgresql": "psycopg"}
+CLIENTS = {
+    "qdrant": "qdrant_client",
+    "milvus": "pymilvus",
+    "lancedb": "lancedb",
+    "postgresql": "psycopg",
+    "opensearch": "opensearchpy",
+}
+
+
+@pytest.fixture
+def opensearch() -> Iterator[OpenSearchStandIn]:
+    with OpenSearchStandIn() as server:
+        yield server
+        assert server.refused == []
 
 
 @pytest.fixture(params=list(STORES))
@@ -32,6 +50,8 @@ def to(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     pytest.importorskip(CLIENTS[request.param], reason=f"install flm_torchrec[{STORES[request.param][0]}]")
     if request.param == "postgresql":
         return request.getfixturevalue("postgresql")
+    if request.param == "opensearch":
+        return request.getfixturevalue("opensearch").to
     return f"{request.param}:{tmp_path / 'store.db'}"
 
 
@@ -120,6 +140,9 @@ def test_users_are_loaded_and_taken_out_by_key(to: str, source: ExportSource, tm
         ("qdrant:{d}/file/q", "items", "file"),
         ("milvus:{d}/folder", "items", "a file that ends in .db"),
         ("lancedb:{d}/file/l", "items", "lancedb"),
+        ("opensearch:127.0.0.1:9200", "items", "the address of a server"),
+        ("opensearch:http://u:secret@127.0.0.1:1", "items", "127.0.0.1"),
+        ("opensearch:http://u:secret@127.0.0.1:1", "Items", "lower case"),
         ("postgresql://nobody:secret@127.0.0.1:1/none", "items", "127.0.0.1"),
     ],
 )
@@ -133,6 +156,38 @@ def test_a_wrong_place_is_one_line(
     with pytest.raises(RunError, match=message) as told:
         load(tmp_path / "e", to.format(d=tmp_path), collection)
     assert "\n" not in str(told.value) and "secret" not in str(told.value)
+
+
+def test_what_opensearch_refuses_is_one_line(opensearch: OpenSearchStandIn) -> None:
+    pytest.importorskip("opensearchpy", reason="install flm_torchrec[opensearch]")
+    rows = StoreRows(["a", "k" * 513], np.ones((2, 4), np.float32), [EMPTY] * 2)
+    with opened(opensearch.to, "items") as store:
+        store.create(4)
+        with pytest.raises(RunError, match="longer than 512 bytes"):
+            store.upsert(rows)
+        assert store.find(["k" * 513]) == [] and store.count() == 0
+        opensearch.full = True
+        with pytest.raises(RunError, match=r"'a' is refused \(disk usage exceeded") as told:
+            store.upsert(StoreRows(["a"], rows.vectors[:1], [EMPTY]))
+        assert "\n" not in str(told.value)
+    opensearch.indices["plain"] = {"settings": {}, "mappings": {"properties": {"item_key": {"type": "keyword"}}}}
+    with opened(opensearch.to, "plain") as store, pytest.raises(RunError, match="holds other vectors"):
+        store.create(4)
+
+
+def test_an_alias_of_an_index_can_be_loaded(opensearch: OpenSearchStandIn) -> None:
+    pytest.importorskip("opensearchpy", reason="install flm_torchrec[opensearch]")
+    with opened(opensearch.to, "items_v1") as store:
+        store.create(4)
+    opensearch.aliases["live"] = ["items_v1"]
+    with opened(opensearch.to, "live") as store:
+        store.create(4)
+        store.upsert(StoreRows(["a"], np.ones((1, 4), np.float32), [EMPTY]))
+        assert store.count() == 1 and set(opensearch.indices) == {"items_v1"}
+    opensearch.aliases["live"] = ["items_v1", "items_v1_copy"]
+    opensearch.indices["items_v1_copy"] = opensearch.indices["items_v1"]
+    with opened(opensearch.to, "live") as store, pytest.raises(RunError, match="alias of several"):
+        store.create(4)
 
 
 def test_a_missing_client_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ PREPARE = """
     --item-features --item-key --items --k-core --keep-unseen-items --list-separator --max-dropped --memory
     --min-count --min-item-events --min-user-events --min-users --min-value --multiline --output --overwrite --quantiles
     --separator --session-gap --source --synthetic-collaborative --synthetic-content --synthetic-events
-    --synthetic-items --synthetic-seed --synthetic-sequential --synthetic-users --tables --text-buckets
+    --synthetic-items --synthetic-seed --synthetic-sequential --synthetic-users --table-version --tables --text-buckets
     --text-ngrams --thousands --threads --time-unit --title --user-features --user-key --users
 """
 

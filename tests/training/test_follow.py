@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData
-from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.clean import Dropped
 from flm_torchrec.prepare.column_options import parse_columns
 from flm_torchrec.prepare.options import LogOptions
@@ -211,32 +210,6 @@ def test_new_windows_hold_each_new_event_once(small: PreparedData, new: list[tup
     assert set(found.user) == set(user)
     for one in range(10):
         assert (np.diff(grown.timestamp[grown.offsets[one] : grown.offsets[one + 1]]) >= 0).all()
-
-
-def test_a_topic_is_read_from_where_it_was_left(run: Path) -> None:
-    kafka = pytest.importorskip("confluent_kafka")
-    producer = kafka.Producer({"test.mock.num.brokers": 1})  # a broker of librdkafka's own, in this process
-    broker = next(iter(producer.list_topics(timeout=10).brokers.values()))
-    for number in range(5):
-        producer.produce("events", json.dumps({"n": number}) if number != 3 else b"\xff{")
-    producer.flush(10)
-    url = f"kafka://{broker.host}:{broker.port}/events"
-    source = open_source(url)
-    chunk = source.after({})
-    assert chunk is not None
-    while len(chunk.rows) < 5:
-        more = source.after(chunk.position)
-        assert more is not None
-        chunk = type(chunk)(more.name, chunk.rows + more.rows, more.position)
-    values = [content for _, content in chunk.rows]
-    assert sorted(row["n"] for row in values if row) == [0, 1, 2, 4] and values.count(None) == 1
-    assert all(where.startswith("events: partition ") for where, _ in chunk.rows)
-    producer.produce("events", json.dumps({"n": 5}))
-    producer.flush(10)
-    again = open_source(url).after(chunk.position)
-    assert again is not None and [row["n"] for _, row in again.rows] == [5]
-    with pytest.raises(DataError, match="is the broker there"):
-        open_source("kafka://127.0.0.1:1/events")
 
 
 def test_data_without_timestamps_take_events_in_order_of_arrival(small: PreparedData) -> None:

@@ -15,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flm_torchrec.errors import DataError
-from flm_torchrec.training.follow import kafka as stream_kafka
 from flm_torchrec.training.follow import sources as stream_source
-from flm_torchrec.training.follow.sources import Folder, open_source
+from flm_torchrec.training.follow.sources import Folder
 
 
 class Follower:
@@ -226,41 +225,6 @@ def test_a_position_by_names_alone_counts_what_is_there_as_taken(incoming: Path)
     with (incoming / "old.jsonl").open("a") as file:
         file.write(lines(4))
     assert follower.take() == [4]
-
-
-def test_a_topic_is_told_from_others_and_its_new_partitions_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    kafka = pytest.importorskip("confluent_kafka")
-    monkeypatch.setattr(stream_kafka, "PATIENCE", 1.0)
-    monkeypatch.setattr(stream_kafka, "RELIST", 0.0)
-    producer = kafka.Producer({"test.mock.num.brokers": 1})  # a broker of librdkafka's own, in this process
-    broker = next(iter(producer.list_topics("events", 10).brokers.values()))
-    producer.list_topics("others", 10)
-    for partition in (0, 1, 3):
-        producer.produce("events", json.dumps({"n": partition}), partition=partition)
-    producer.flush(10)
-    address = f"kafka://{broker.host}:{broker.port}/"
-    source = open_source(address + "events")
-    assert isinstance(source, stream_kafka.KafkaTopic)
-    source.partitions, source.listed = [0], float("inf")  # as if it had been all that there were
-    found: list[Any] = []
-    position = source.resume({})
-    for wanted in (1, 3):
-        while len(found) < wanted:
-            chunk = source.after(position)
-            if chunk is not None:
-                found += [row["n"] for _, row in chunk.rows]
-                position = chunk.position
-        source.listed = 0.0
-    assert found[0] == 0 and sorted(found[1:]) == [1, 3]
-    assert source.messages == ["topic events: new partitions 1, 2, 3, read from their start"]
-    assert source.resume(position) == position
-    with pytest.raises(DataError, match="is topic others, but --output began with topic events"):
-        open_source(address + "others").resume(position)
-    with pytest.raises(DataError, match="began with topic events of another Kafka cluster"):
-        source.resume({**position, "cluster": "elsewhere"})
-    with pytest.raises(DataError, match="began with a folder"):
-        source.resume({"files": ["a.jsonl"]})
-    assert source.resume({"0": 7})["offsets"] == {"0": 7}
 
 
 @pytest.mark.parametrize("gone", [False, True], ids=["the first is there", "the first was moved away"])

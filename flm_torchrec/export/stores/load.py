@@ -28,6 +28,7 @@ STORES = {
     "milvus": ("milvus", "Milvus"),
     "lancedb": ("lancedb", "LanceDB"),
     "postgresql": ("pgvector", "PgVector"),
+    "opensearch": ("opensearch", "OpenSearchIndex"),
 }
 """By the start of --to: module and class. The module's name is also that of the extra that installs the client."""
 BATCH = 1_000
@@ -103,7 +104,8 @@ def load(folder: Path, to: str, collection: str, chosen: Chosen = Chosen()) -> L
     """Put the rows of an export into a collection, or update it by a delta. A second call changes nothing.
 
     Args:
-        to: KIND:PLACE, such as qdrant:FOLDER, milvus:FILE.db, lancedb:FOLDER, postgresql://USER@HOST/DATABASE.
+        to: KIND:PLACE, such as qdrant:FOLDER, milvus:FILE.db, lancedb:FOLDER, postgresql://USER@HOST/DATABASE,
+            opensearch:https://HOST:9200.
 
     Raises:
         RunError: the export is incomplete, or the store refuses it.

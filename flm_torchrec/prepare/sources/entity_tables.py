@@ -13,10 +13,21 @@ from flm_torchrec.data.schema import Kind
 from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.clean import Dropped
 from flm_torchrec.prepare.options import EntityTable, NumberForm, TextForm
+from flm_torchrec.prepare.sources import lakehouse
 from flm_torchrec.prepare.sources.json_lines import JsonShard
 from flm_torchrec.prepare.sources.lists import as_lists, refuse_lists
 from flm_torchrec.prepare.sources.number_text import number_expression, read_numbers
-from flm_torchrec.prepare.sources.shards import ENDINGS, CsvShard, InputFile, ParquetShard, TableShard, find_files
+from flm_torchrec.prepare.sources.shards import (
+    ENDINGS,
+    LAKEHOUSES,
+    CsvShard,
+    InputFile,
+    ParquetShard,
+    TableShard,
+    find_files,
+    lakehouse_of,
+    system_of,
+)
 from flm_torchrec.prepare.sources.source_data import Shard
 from flm_torchrec.prepare.sources.tables import cast
 from flm_torchrec.safe_text import redact_address
@@ -95,8 +106,13 @@ def one_row_a_key(
 
 
 def source_of(location: str) -> str:
-    """The format, by the ending of the name or, in a folder, of the first file with a known ending; else CSV."""
+    """The format, by the ending of the name or, in a folder, of the first file with a known ending; else CSV.
+
+    A local folder may also be one of LAKEHOUSES.
+    """
     folder = Path(location)
+    if folder.is_dir() and (kind := lakehouse_of(*system_of(location))):
+        return kind
     names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else [location]
     for name in names:
         for source, endings in ENDINGS.items():
@@ -113,6 +129,12 @@ def _shards(
         yield table.file, TableShard.of(table.file, in_memory, tuple(short), lambda frame: frame.rename(short))
         return
     source = source_of(table.file)
+    if source in LAKEHOUSES:
+        for shard in lakehouse.shards(
+            source, table.file, None, tuple(short), lambda _: lambda frame: frame.rename(short)
+        ):
+            yield shard.file.url, shard
+        return
     for file in find_files(source, table.file, table.option):
         yield file.url, _shard(source, file, table, form, short)
 

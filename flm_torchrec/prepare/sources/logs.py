@@ -19,10 +19,19 @@ from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.clean import Dropped
 from flm_torchrec.prepare.column_options import ROLES
 from flm_torchrec.prepare.options import EntityTable, LogOptions, NumberForm
+from flm_torchrec.prepare.sources import lakehouse
 from flm_torchrec.prepare.sources.entity_tables import as_kind, one_row_a_key, read_table
 from flm_torchrec.prepare.sources.json_lines import JsonShard
 from flm_torchrec.prepare.sources.number_text import read_numbers
-from flm_torchrec.prepare.sources.shards import CsvShard, InputFile, ParquetShard, TableShard, find_files
+from flm_torchrec.prepare.sources.shards import (
+    LAKEHOUSES,
+    CsvShard,
+    InputFile,
+    ParquetShard,
+    TableShard,
+    ToRoles,
+    find_files,
+)
 from flm_torchrec.prepare.sources.source_data import DeclaredFeature, Shard, SourceData
 from flm_torchrec.prepare.sources.tables import cast
 from flm_torchrec.prepare.text_encoder import encoder_digest
@@ -38,17 +47,17 @@ def read(source: str, location: str, options: LogOptions, tables: Mapping[Entity
     The logs are read later, shard by shard; the tables of items and users are read here.
 
     Args:
-        source: format of the logs: parquet, csv or jsonl.
+        source: format of the logs: parquet, csv or jsonl; or delta or iceberg, the kind of the table that is there.
         tables: of items and users that are in memory, in place of the files of the options.
 
     Raises:
         DataError: a file or column is missing, a file is corrupt or empty, a key occurs twice.
     """
-    make_shard = _SHARDS[source]
-    # Read with other options, a file is another shard.
-    files = [replace(file, identity=f"{file.identity} {options}") for file in find_files(source, location)]
+    shards = (
+        _table_shards(source, location, options) if source in LAKEHOUSES else _file_shards(source, location, options)
+    )
     name = re.sub(r"[*?\[\]]", "", PurePosixPath(redact_address(location)).stem) or source
-    return _with_tables(name, source, [make_shard(file, options) for file in files], (options, tables))
+    return _with_tables(name, source, shards, (options, tables))
 
 
 def read_table_of_events(
@@ -90,6 +99,26 @@ def _with_tables(
         timestamps="timestamp" in options.columns,
         warnings=tuple(notes.notes),
     )
+
+
+def _table_shards(source: str, location: str, options: LogOptions) -> Sequence[Shard]:
+    if "timestamp" not in options.columns:
+        raise DataError(f"--source {source}: rows of such a table have no order; name the timestamp in --columns")
+
+    def to_roles(file: InputFile) -> ToRoles:
+        return partial(_roles, options, file.url)
+
+    shards = lakehouse.shards(source, location, options.table_version, _columns(options), to_roles)
+    return [replace(shard, file=_read_with(options, shard.file)) for shard in shards]
+
+
+def _file_shards(source: str, location: str, options: LogOptions) -> Sequence[Shard]:
+    return [_SHARDS[source](_read_with(options, file), options) for file in find_files(source, location)]
+
+
+def _read_with(options: LogOptions, file: InputFile) -> InputFile:
+    """The file, as another shard than with other options."""
+    return replace(file, identity=f"{file.identity} {options}")
 
 
 def _parquet(file: InputFile, options: LogOptions) -> Shard:

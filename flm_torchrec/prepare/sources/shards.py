@@ -6,7 +6,7 @@ import glob
 import io
 import lzma
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -31,6 +31,10 @@ from flm_torchrec.prepare.sources.source_data import IN_MEMORY
 from flm_torchrec.safe_text import first_line, redact_address
 
 ENDINGS = {"parquet": (".parquet",), "csv": (".csv", ".csv.gz"), "jsonl": (".jsonl", ".jsonl.gz", ".ndjson")}
+LAKEHOUSES = ("delta", "iceberg")
+"""Kinds of tables whose log or metadata say which of their files count."""
+METADATA = ".metadata.json"
+"""Ending of Iceberg's metadata files."""
 ROWS = 500_000
 """Of a Parquet file, decoded at once."""
 
@@ -80,11 +84,10 @@ def find_files(source: str, location: str, option: str = "--input") -> list[Inpu
         DataError: none is there, one is empty, or the address cannot be reached.
     """
     try:
-        if "://" in location:
-            system, path = fsspec.core.url_to_fs(location)
-        else:
-            system, path = LocalFileSystem(), str(Path(location).absolute())
+        system, path = system_of(location)
         paths = _listed(system, path, ENDINGS[source])
+        if paths != [path]:
+            _refuse_lakehouse(system, path, paths, location)
         stated = [(name, system.info(name)) for name in paths]
     except (OSError, ImportError, ValueError) as error:
         shown = redact_address(location)
@@ -101,6 +104,49 @@ def find_files(source: str, location: str, option: str = "--input") -> list[Inpu
         changed = info.get("mtime") or info.get("LastModified") or info.get("updated") or info.get("ETag")
         files.append(InputFile(url, PurePosixPath(redact_address(name)).name, f"{url} {info.get('size')} {changed}"))
     return files
+
+
+def system_of(location: str) -> tuple[Any, str]:
+    """The file system of a path or an address, and the path in it.
+
+    Raises:
+        OSError, ImportError, ValueError: out of reach, or what fsspec needs for it is not installed.
+    """
+    if "://" in location:
+        return fsspec.core.url_to_fs(location)
+    return LocalFileSystem(), str(Path(location).absolute())
+
+
+def lakehouse_of(system: Any, folder: str) -> str | None:
+    """Which of LAKEHOUSES a folder is; None: neither."""
+    if system.isdir(f"{folder}/_delta_log"):
+        return "delta"
+    return "iceberg" if metadata_files(system, folder) else None
+
+
+def metadata_files(system: Any, folder: str) -> list[str]:
+    """Names of the metadata files of an Iceberg table; none where a folder is no such table."""
+    if not system.isdir(f"{folder}/metadata"):
+        return []
+    names = [PurePosixPath(path).name for path in system.ls(f"{folder}/metadata", detail=False)]
+    return [name for name in names if name.endswith(METADATA)]
+
+
+def _refuse_lakehouse(system: Any, path: str, found: list[str], location: str) -> None:
+    folders = {path} if system.isdir(path) else {str(PurePosixPath(name).parent) for name in found}
+    for place in sorted({place for folder in folders for place in _tables_around(folder)}):
+        if kind := lakehouse_of(system, place):
+            shown = redact_address(location)
+            raise DataError(f"{shown}: is of a {kind} table, some of whose files do not count; give --source {kind}")
+
+
+def _tables_around(folder: str) -> Iterator[str]:
+    """The folder, and those above it while it may be a partition or the data folder of a table."""
+    yield folder
+    place = PurePosixPath(folder)
+    while "=" in place.name or place.name == "data":
+        place = place.parent
+        yield str(place)
 
 
 def _listed(system: Any, path: str, endings: tuple[str, ...]) -> list[str]:
@@ -170,7 +216,7 @@ class ParquetShard(FileShard):
         """
         try:
             with self.file.open() as stream, pq.ParquetFile(stream) as parquet:
-                wanted = find_all(self.columns, _paths(parquet.schema_arrow), self.file.url, dropped.note)
+                wanted = find_all(self.columns, paths_of(parquet.schema_arrow), self.file.url, dropped.note)
                 if parquet.metadata.num_rows == 0:
                     raise DataError(f"{self.file.url}: has no rows; give a file with data")
                 columns = list(dict.fromkeys(wanted.values()))
@@ -198,27 +244,30 @@ class TableShard(FileShard):
         Raises:
             DataError: a column is missing or of a type that cannot be its role's.
         """
-        wanted = find_all(self.columns, _paths(self.table.schema), self.file.url, dropped.note)
+        wanted = find_all(self.columns, paths_of(self.table.schema), self.file.url, dropped.note)
         yield from self._numbered(self.table.to_batches(ROWS), wanted)
 
 
-def _paths(fields: Iterable[pa.Field], before: str = "") -> list[str]:
+def paths_of(fields: Iterable[pa.Field], before: str = "") -> list[str]:
     """Names of columns, and of fields inside them with dots between."""
     names = []
     for field in fields:
         names.append(before + field.name)
         if pa.types.is_struct(field.type):
-            names += _paths(field.type, f"{before}{field.name}.")
+            names += paths_of(field.type, f"{before}{field.name}.")
     return names
+
+
+def column_of(names: Sequence[str], path: str) -> str:
+    """The column that a path leads into, or that has the path for its name."""
+    return path if path in names else max((name for name in names if path.startswith(f"{name}.")), key=len)
 
 
 def _at(batch: pa.RecordBatch, path: str) -> pa.Array:
     """The column of a path; null where a field that it leads through is."""
-    if path in batch.schema.names:
-        return batch[path]
-    name = max((n for n in batch.schema.names if path.startswith(f"{n}.")), key=len)
+    name = column_of(batch.schema.names, path)
     column = batch[name]
-    for part in path.removeprefix(f"{name}.").split("."):
+    for part in path.removeprefix(name).split(".")[1:]:
         column = pc.struct_field(column, part)
     return column
 

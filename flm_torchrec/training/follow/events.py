@@ -18,6 +18,7 @@ from flm_torchrec.data.times import seconds
 from flm_torchrec.data.windows import Windows, cut
 from flm_torchrec.prepare.clean import rules
 from flm_torchrec.training.follow.ids import IdIntake, KnownIds
+from flm_torchrec.training.follow.sources import BadRow
 
 FIELDS = ("user", "item", "timestamp", "event", "value")
 KEYED = ("user", "item", "event")
@@ -78,7 +79,9 @@ class EventEncoder:
         """
         rows = list(rows)
         objects = [(where, row) for where, row in rows if isinstance(row, dict)]
-        _refuse(refused, "not a JSON object", [where for where, row in rows if not isinstance(row, dict)])
+        for where, row in rows:
+            if not isinstance(row, dict):
+                _refuse(refused, (row if isinstance(row, BadRow) else BadRow()).reason, [where])
         frame = self._read([where for where, _ in objects], [row for _, row in objects])
         for reason, bad in [*rules(), ("unknown event", pl.col("event_id").is_null())]:
             bad = bad.fill_null(False)

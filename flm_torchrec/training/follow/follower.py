@@ -76,6 +76,8 @@ class FollowOptions:
     """Days without an event after which an id expires; 0: never."""
     items: Path | None = None
     """File that describes items."""
+    avro_schema: str = ""
+    """Files of the schemas of a topic's messages, as of `AvroMessages.of`; empty: they are JSON."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.admit_after <= MOST_COUNTED:
@@ -115,7 +117,7 @@ def follow(run: Path, url: str, output: Path, options: FollowOptions, overrides:
         Interrupted: asked to stop by SIGTERM or Ctrl-C; the state is saved.
     """
     config = _config_of(run, output, overrides)
-    source = open_source(url)
+    source = open_source(url, options.avro_schema)
     with open_inputs(
         config, run=run, options={"source": url, **{k: str(v) for k, v in asdict(options).items()}}
     ) as inputs:

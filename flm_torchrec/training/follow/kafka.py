@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from flm_torchrec.errors import DataError
+from flm_torchrec.training.follow.avro import AvroMessages
 from flm_torchrec.training.follow.sources import Chunk, json_of, other_source
 
 CHUNK_MESSAGES = 10_000
@@ -19,15 +20,20 @@ RELIST = 30.0
 
 
 class KafkaTopic:
-    """Messages of JSON objects, of all partitions. The checkpoint holds the offsets; none is committed to Kafka."""
+    """Messages of all partitions. The checkpoint holds the offsets; none is committed to Kafka.
 
-    def __init__(self, servers: str, topic: str) -> None:
+    Args:
+        avro: how the messages are read; None: they are JSON objects.
+    """
+
+    def __init__(self, servers: str, topic: str, avro: AvroMessages | None = None) -> None:
         try:
             import confluent_kafka
         except ImportError as error:
             raise DataError("--source kafka://: needs confluent-kafka; pip install 'flm_torchrec[kafka]'") from error
         self.kafka = confluent_kafka
         self.topic = topic
+        self.avro = avro
         self.messages: list[str] = []
         settings = {"bootstrap.servers": servers, "group.id": "flm_torchrec", "enable.auto.commit": False}
         self.consumer = confluent_kafka.Consumer({**settings, "auto.offset.reset": "error"})
@@ -54,7 +60,7 @@ class KafkaTopic:
             raise other_source(f"topic {began}", f"topic {self.topic}")
         if self.cluster and (position.get("cluster") or self.cluster) != self.cluster:
             raise other_source(f"topic {began} of another Kafka cluster", f"topic {self.topic}")
-        return self._position(position.get("offsets", {}))
+        return self._position(position.get("offsets", {}), position.get("schema_id"))
 
     def after(self, position: dict[str, Any]) -> Chunk | None:
         """As of `EventSource`; after the first call, the position must be that of the chunk before."""
@@ -74,11 +80,20 @@ class KafkaTopic:
             if error is not None or offset is None:
                 raise DataError(f"kafka topic {self.topic}: {error}; events behind the saved position may be gone")
             offsets[str(message.partition())] = offset + 1
-        rows = [(f"{self.topic}: partition {m.partition()}, offset {m.offset()}", json_of(m.value())) for m in messages]
-        return Chunk(f"{len(rows)} messages", rows, self._position({p: o for p, o in offsets.items() if o >= 0}))
+        rows: list[tuple[str, Any]] = []
+        schema_id = position.get("schema_id")
+        for message in messages:
+            row, schema_id = self._row(message.value(), schema_id)
+            rows.append((f"{self.topic}: partition {message.partition()}, offset {message.offset()}", row))
+        left = {partition: offset for partition, offset in offsets.items() if offset >= 0}
+        return Chunk(f"{len(rows)} messages", rows, self._position(left, schema_id))
 
-    def _position(self, offsets: dict[str, int]) -> dict[str, Any]:
-        return {"topic": self.topic, "cluster": self.cluster, "offsets": offsets}
+    def _row(self, value: bytes | None, schema_id: int | None) -> tuple[Any, int | None]:
+        return (json_of(value), schema_id) if self.avro is None else self.avro.read(value, schema_id)
+
+    def _position(self, offsets: dict[str, int], schema_id: int | None) -> dict[str, Any]:
+        known = {} if schema_id is None else {"schema_id": schema_id}
+        return {"topic": self.topic, "cluster": self.cluster, "offsets": offsets, **known}
 
     def _list_again(self) -> None:
         """Read partitions that were added from their start; the other partitions stay at their offsets."""

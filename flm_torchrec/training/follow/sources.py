@@ -27,12 +27,19 @@ REMEMBERED = 10_000
 
 
 @dataclass(frozen=True)
+class BadRow:
+    """What stands for a row that cannot be read, with the reason."""
+
+    reason: str = "not a JSON object"
+
+
+@dataclass(frozen=True)
 class Chunk:
     """Rows that are learned from together."""
 
     name: str
     rows: list[tuple[str, Any]]
-    """Where each row stands, for the report, and what it holds; None where that cannot be read."""
+    """Where each row stands, for the report, and what it holds; None or a `BadRow` where that cannot be read."""
     position: dict[str, Any]
     """Position of the source after these rows; `EventSource.after` takes it and gives the rows behind them."""
 
@@ -58,8 +65,11 @@ class EventSource(Protocol):
         """
 
 
-def open_source(url: str) -> EventSource:
+def open_source(url: str, avro_schema: str = "") -> EventSource:
     """The source that `url` names: a folder, or kafka://HOST:PORT/TOPIC.
+
+    Args:
+        avro_schema: files of the schemas of a topic's messages, as of `AvroMessages.of`; empty: they are JSON.
 
     Raises:
         DataError: there is none, or what it needs is not installed.
@@ -75,10 +85,14 @@ def open_source(url: str) -> EventSource:
             raise DataError(f"--source {shown}: takes no user, password or settings; write it kafka://HOST:PORT/TOPIC")
         if not parts.netloc or not parts.path.strip("/"):
             raise DataError(f"--source {shown}: write it as kafka://HOST:PORT/TOPIC")
-        # Imported here, because kafka.py needs the classes of this file.
+        # Imported here, because they need the classes of this file.
+        from flm_torchrec.training.follow.avro import AvroMessages
         from flm_torchrec.training.follow.kafka import KafkaTopic
 
-        return KafkaTopic(parts.netloc, parts.path.strip("/"))
+        avro = AvroMessages.of(avro_schema) if avro_schema else None
+        return KafkaTopic(parts.netloc, parts.path.strip("/"), avro)
+    if avro_schema:
+        raise DataError(f"--avro-schema: only messages of Kafka are Avro, and --source is {shown}; leave one out")
     if parts.scheme:
         raise DataError(f"--source {shown}: '{parts.scheme}' is not known; give a folder or kafka://HOST:PORT/TOPIC")
     if not Path(url).is_dir():
