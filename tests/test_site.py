@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 import flm_torchrec as flm
 from flm_torchrec import client, errors
 from flm_torchrec.cli.main import _parser
 from flm_torchrec.config.load import sections
+from flm_torchrec.serve import messages
+from flm_torchrec.serve.access import role_of
 from tests.conftest import ROOT
 from tests.test_docs import names
+from tools.site.http_api import anchor, document, schemas
 
 pytest.importorskip("mkdocstrings", reason="no mkdocs: make extras")
 pytest.importorskip("material", reason="no mkdocs-material: make extras")
@@ -81,6 +85,30 @@ def test_every_command_and_setting_is_in_the_reference(site: Path) -> None:
         f"--{name}.{field}" for name, section in sections().items() if name != "finetune" for field in names(section)
     ]
     assert [setting for setting in wanted if setting not in settings] == []
+
+
+def test_every_route_and_model_is_in_the_reference(site: Path) -> None:
+    """The routes of the app, the messages that they take, and the errors that they announce."""
+    page = (site / "http-api" / "index.html").read_text()
+    described = document()
+    operations = [(p, m, o) for p, methods in described["paths"].items() for m, o in methods.items()]
+    assert {p for p, _, _ in operations} >= {"/v1/recommend", "/v1/swap", "/metrics"} and len(operations) >= 17
+    for path, method, operation in operations:
+        begin = page.index(f'id="{anchor(f"{method} {path}")}"')
+        section = page[begin : page.index("<h2", begin + 1)]
+        assert f"Key: {role_of(method.upper(), path) or 'none'}." in section, path
+        wanted = [one["name"] for one in operation.get("parameters", ())]
+        for schema in schemas(operation):
+            wanted += schema.get("properties", ())
+        assert [name for name in wanted if f"<code>{name}</code>" not in section] == [], path
+        statuses = set(operation["responses"]) - {"200"}
+        assert set(re.findall(r"<td>(\d{3})</td>", section)) == statuses, path
+    models = {name: one for name, one in vars(messages).items() if inspect.isclass(one) and issubclass(one, BaseModel)}
+    bodies = [s["title"] for _, _, operation in operations for s in schemas(operation) if "title" in s]
+    left_out = set(models) - set(bodies) - {"BaseModel", "Message", "Whom", "Answered"}
+    assert [name for name in left_out if f'id="{anchor(name)}"' not in page] == []
+    shown = page[page.index(f'id="{anchor("Event")}"') :]
+    assert all(f"<code>{field}</code>" in shown for field in messages.Event.model_fields)
 
 
 def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:

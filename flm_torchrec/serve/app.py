@@ -20,6 +20,7 @@ from starlette.types import Scope
 from flm_torchrec.safe_text import visible
 from flm_torchrec.serve.access import AccessGuard, ApiKeys
 from flm_torchrec.serve.connections import report_accept_errors_once
+from flm_torchrec.serve.description import described
 from flm_torchrec.serve.hosts import KnownHosts
 from flm_torchrec.serve.map import MapCache
 from flm_torchrec.serve.messages import (
@@ -27,15 +28,18 @@ from flm_torchrec.serve.messages import (
     EventAdded,
     Forget,
     Forgotten,
+    FoundItem,
     FoundUsers,
     Health,
     ItemAdded,
+    KnownEvent,
     NewEvent,
     NewItem,
     Recommend,
     RecommendBatch,
     Recommended,
     RecommendedBatch,
+    ServedNames,
     Similar,
     SimilarUsers,
     Swap,
@@ -90,10 +94,9 @@ class Operation:
     def add(self, app: FastAPI, message: type[BaseModel]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """The decorator that adds the route, whose body is a message."""
         content = {"application/json": {"schema": message.model_json_schema()}}
-        answer = {"application/json": {"schema": self.answer.model_json_schema()}}
-        extra = {"requestBody": {"content": content, "required": True}}
-        responses: dict[int | str, dict[str, Any]] = {200: {"content": answer}, 422: {"description": "what is wrong"}}
-        return app.post(self.path, operation_id=self.name, openapi_extra=extra, responses=responses)
+        told = described("POST", self.path, self.answer)
+        told["openapi_extra"] |= {"requestBody": {"content": content, "required": True}}
+        return app.post(self.path, operation_id=self.name, description=message.__doc__, **told)
 
 
 class DirectRoute(Route):
@@ -146,51 +149,63 @@ def create_app(service: Service | Variants, limits: ServerLimits = ServerLimits(
 
 
 def _read_routes(app: FastAPI, served: Variants, workers: Workers, measures: ServerMetrics) -> None:
-    @app.get("/health")
+    def get(path: str, answer: Any, parameters: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        return app.get(path, **described("GET", path, answer, parameters))
+
+    @get("/health", Health)
     async def health() -> dict[str, Any]:
+        """What is served."""
         return served.health()
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> FileResponse:
         return FileResponse(PAGE / "docs.html")
 
-    @app.get("/livez")
+    @get("/livez", dict[str, str])
     async def live() -> dict[str, str]:
+        """Whether the process runs."""
         return {"status": "ok"}
 
-    @app.get("/readyz")
+    @get("/readyz", dict[str, str])
     async def ready() -> dict[str, str]:
+        """Whether the process can answer."""
         served.store.users()  # 503 where the store cannot be read
         return {"status": "ok"}
 
-    @app.get("/metrics")
+    @get("/metrics", None)
     async def metrics() -> Response:
+        """Counts and times, as text for Prometheus."""
         return Response(measures.text(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/catalogue")
+    @get("/v1/catalogue", ServedNames)
     async def catalogue() -> dict[str, Any]:
+        """The names that requests may use."""
         return await workers.do(served.first.vocabulary)
 
-    @app.get("/v1/items")
+    @get("/v1/items", list[FoundItem], parameters=True)
     async def items(
         query: Annotated[str, Query(max_length=200)] = "", limit: Annotated[int, Query(ge=1, le=100)] = 20
     ) -> list[dict[str, Any]]:
+        """Items whose title or key contains the text; those that were added come first."""
         return await workers.do(lambda: served.first.find_items(query, limit))
 
-    @app.get("/v1/users")
+    @get("/v1/users", list[str], parameters=True)
     async def users(
         query: Annotated[str, Query(max_length=512)] = "", limit: Annotated[int, Query(ge=1, le=100)] = 20
     ) -> list[str]:
+        """Keys of users that start with the text, then those that contain it."""
         return await workers.do(lambda: served.first.find_users(query, limit))
 
-    @app.get("/v1/events")
+    @get("/v1/events", list[KnownEvent], parameters=True)
     async def events(user: Annotated[str, Query(min_length=1, max_length=512)]) -> list[dict[str, Any]]:
+        """The last events of a user, exported and live, oldest first."""
         return await workers.do(lambda: served.of(user).events_of(user))
 
     maps = MapCache(served.first)
 
-    @app.get("/v1/map")
+    @get("/v1/map", dict[str, Any])
     async def item_map() -> Response:
+        """Where the items lie on the map of the page."""
         # Not in the threads that answer requests: making the map takes a second.
         return Response(await asyncio.to_thread(maps.get), media_type="application/json")
 

@@ -37,7 +37,7 @@ Head = Literal[REPRESENTATIONS]  # type: ignore[valid-type]
 class Message(BaseModel):
     """The body of a request."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Event(Message):
@@ -191,6 +191,8 @@ class Forget(Message):
 class Answered(BaseModel):
     """The body of an answer. It describes answers in the OpenAPI document; the service makes them as plain dicts."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
 
 class FoundItem(Answered):
     """An item."""
@@ -198,6 +200,27 @@ class FoundItem(Answered):
     item: str
     title: str
     attributes: dict[str, list[str]]
+
+
+class KnownEvent(FoundItem):
+    """An event of a user."""
+
+    event: str
+    timestamp: int | None
+    """Seconds since 1970; null in data without timestamps."""
+
+
+class ServedNames(Answered):
+    """The names that requests may use."""
+
+    heads: list[str]
+    features: dict[str, list[str]]
+    """By feature, its values: those of most items first."""
+    events: list[str]
+    """Kinds of events."""
+    max_history: int
+    """Events of a history that count, the newest ones."""
+    model_version: str
 
 
 class ScoredItem(FoundItem):

@@ -19,6 +19,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from flm_torchrec.cli.main import _parser
+from tools.site.http_api import cell, document, http_page
 
 ROOT = Path(__file__).resolve().parents[2]
 ELSEWHERE = {
@@ -43,6 +44,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     contents = {page: (ROOT / source).read_text() for page, source in ELSEWHERE.items()}
     contents |= {page: notebook_page(json.loads((ROOT / source).read_text())) for page, source in NOTEBOOKS.items()}
     contents |= {"commands.md": commands_page(commands), "settings.md": settings_page(commands.choices["train"])}
+    contents["http-api.md"] = http_page(document())
     for page, content in contents.items():
         files.append(File.generated(config, page, content=content))
     return files
@@ -144,5 +146,4 @@ def _written(action: argparse.Action) -> str:
 
 
 def _help(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
-    text = parser._get_formatter()._expand_help(action) if action.help else ""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
+    return cell(parser._get_formatter()._expand_help(action) if action.help else "")
