@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/ready
 EXTRAS := $(VENV)/extras
+DOCS := $(VENV)/docs
 # -qq shows errors alone; warnings about the index addresses of this machine, one for each package, would hide them.
 # Compiling all 12,000 files of the packages takes longer than their installation. Python compiles what it imports.
 PIP = $(BIN)/pip install -qq --no-compile
@@ -20,6 +21,8 @@ CODE = flm_torchrec launch tests tools examples
 LONGEST = tests/tools tests/distributed tests/launch
 # Tests that run without the extras.
 IN_BASE = tests/training
+# The site: built where the extras are not, with requirements/docs.txt alone.
+SITE = tests/test_site.py
 # A CUDA driver decides which build of torch and fbgemm can load.
 DRIVER := $(shell (ldconfig -p 2>/dev/null | grep -q libcuda.so.1 || command -v nvidia-smi >/dev/null 2>&1) && echo gpu || echo cpu)
 
@@ -31,7 +34,7 @@ help:
 	@echo "make test-slow  the slow tests besides: tools of studies, plans on repeat"
 	@echo "make beauty   the same as train on Amazon Beauty in FLM_DATA/beauty  (FLM_DATA=$(FLM_DATA))"
 	@echo "make ml-100k  the same on MovieLens 100K in FLM_DATA/ml-100k"
-	@echo "make check-base  the commands of README.md alone, without the extras; make lint: style and types alone"
+	@echo "make check-base  the commands of README.md and the site alone, without the extras; make lint: style and types alone"
 	@echo "make check T=tests/model/test_model.py   one file of tests; make format formats the code"
 	@echo "make docs     the documentation as a site in site/; dead links fail (make test builds it too)"
 	@echo "make extras   set up the optional parts too: Spark, Kafka, vector databases (make test does this itself)"
@@ -61,8 +64,12 @@ endif
 
 extras: $(EXTRAS)
 
-$(EXTRAS): $(STAMP) requirements/extras.txt
-	$(PIP) --no-deps -r requirements/extras.txt
+$(EXTRAS): $(STAMP) requirements/extras.txt requirements/docs.txt
+	$(PIP) --no-deps -r requirements/extras.txt -r requirements/docs.txt
+	touch $(DOCS) $@
+
+$(DOCS): $(STAMP) requirements/docs.txt
+	$(PIP) --no-deps -r requirements/docs.txt
 	touch $@
 
 # $(call job,NAME,SOURCE,INPUT OPTIONS,USER)
@@ -97,11 +104,14 @@ format: $(STAMP)
 check: $(STAMP)
 	$(BIN)/pytest $(T)
 
-# The tests of the optional parts skip themselves where the extras are not installed.
+# A new user's first hour: README.md as it is typed after make venv, then the documentation. The tests of the optional parts
+# skip themselves where the extras are not installed.
 check-base:
 	$(MAKE) VENV=$(BASE) venv
 	$(BASE)/bin/pytest tests/test_packaging.py tests/test_versions.py
 	OMP_NUM_THREADS=1 $(BASE)/bin/python tools/check_readme.py
+	$(MAKE) VENV=$(BASE) $(BASE)/docs
+	OMP_NUM_THREADS=1 $(BASE)/bin/pytest $(SITE)
 
 # Style, types, and the tests of what every user has, without the extras.
 test-base: lint
@@ -115,13 +125,13 @@ test: $(STAMP)
 	$(MAKE) --jobs=2 --output-sync=target check-base test-base
 	$(MAKE) extras
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not slow" $(LONGEST) tests \
-		$(addprefix --ignore=,$(IN_BASE))
+		$(addprefix --ignore=,$(IN_BASE) $(SITE))
 
 test-slow: $(EXTRAS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 
 # NO_MKDOCS_2_WARNING: mkdocs-material announces its successor at each build.
-docs: $(EXTRAS)
+docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 clean:

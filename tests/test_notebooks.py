@@ -14,6 +14,8 @@ from tests.conftest import ROOT
 from tools.notebooks import code_of, execute, kernel, text_of
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PLAIN = ("quick-start",)
+"""Run by tools/check_readme.py, in an environment without Jupyter."""
 NEEDS = {"vector-database": "qdrant_client"}
 """By notebook, an optional part that it uses."""
 
@@ -26,7 +28,7 @@ def running() -> Iterator[Any]:
         yield manager
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem not in PLAIN], ids=lambda path: path.stem)
 def test_a_notebook_runs(path: Path, running: Any, tmp_path: Path) -> None:
     if path.stem in NEEDS:
         pytest.importorskip(NEEDS[path.stem], reason="make extras")

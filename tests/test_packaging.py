@@ -76,7 +76,7 @@ def test_every_package_of_the_base_set_finds_what_it_declares() -> None:
 
 
 def test_every_package_of_the_extras_finds_what_it_declares() -> None:
-    extras = pins("extras.txt")
+    extras = pins("extras.txt", "docs.txt")
     missing = [name for name in extras if not _version(name)]
     if missing:
         pytest.skip(f"the extras are not installed: {missing[0]}")
@@ -86,6 +86,16 @@ def test_every_package_of_the_extras_finds_what_it_declares() -> None:
     assert unmet(extras, base | extras) == []
     optional = PROJECT["optional-dependencies"]
     assert set(extras) <= reached(line for lines in optional.values() for line in lines)
+
+
+def test_the_documentation_needs_its_own_packages_alone() -> None:
+    """Whoever has the base set builds the site with requirements/docs.txt, without the extras."""
+    docs, base = pins("docs.txt"), pins("base.txt", SET)
+    if missing := [name for name in docs if not _version(name)]:
+        pytest.skip(f"make docs has not been called: {missing[0]}")
+    assert unmet(docs, base | docs) == []
+    wanted = PROJECT["optional-dependencies"]["docs"]
+    assert set(docs) <= reached(line for line in wanted if line.startswith("mk"))
 
 
 def test_a_missing_and_a_wrong_version_are_found() -> None:

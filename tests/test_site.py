@@ -21,8 +21,8 @@ from tests.conftest import ROOT
 from tests.test_docs import names
 from tools.site.http_api import anchor, document, schemas
 
-pytest.importorskip("mkdocstrings", reason="no mkdocs: make extras")
-pytest.importorskip("material", reason="no mkdocs-material: make extras")
+pytest.importorskip("mkdocstrings", reason="no mkdocs: make docs")
+pytest.importorskip("material", reason="no mkdocs-material: make docs")
 
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
