@@ -22,7 +22,7 @@ PREPARE = """
     --min-count --min-item-events --min-user-events --min-users --min-value --multiline --output --overwrite --quantiles
     --separator --session-gap --source --synthetic-collaborative --synthetic-content --synthetic-events
     --synthetic-items --synthetic-seed --synthetic-sequential --synthetic-users --table-version --tables --text-buckets
-    --text-ngrams --thousands --threads --time-unit --title --user-features --user-key --users
+    --text-cache --text-ngrams --thousands --threads --time-unit --title --user-features --user-key --users
 """
 
 
