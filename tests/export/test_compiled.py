@@ -102,7 +102,7 @@ def agree(one: Any, other: Any, rows: int) -> None:
                 torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-def test_programs_share_code_whatever_their_weights_and_tables(tmp_path: Path) -> None:
+def test_programs_share_code_whatever_their_weights_and_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = [
         program_key(read(saved(tmp_path / name, module)))
         for name, module in (
@@ -112,6 +112,8 @@ def test_programs_share_code_whatever_their_weights_and_tables(tmp_path: Path) -
         )
     ]
     assert keys[0] == keys[1] != keys[2]
+    monkeypatch.setattr(compiled, "OPTIONS", {"cpp.threads": 2})
+    assert program_key(read(tmp_path / "one")) != keys[0]  # compiled in another way
 
 
 def test_code_is_made_once_and_gets_weights_and_tables_of_each_export(

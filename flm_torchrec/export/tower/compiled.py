@@ -41,8 +41,9 @@ TABLES = "tables."
 """Beginning of the names of the tensors that have a row for each item, user, kind of event or gap."""
 CPU_INFO = Path("/proc/cpuinfo")
 WITHOUT = "start without --compile"
-OPTIONS = {"aot_inductor.compile_wrapper_opt_level": "O0"}
-"""The wrapper only calls the kernels, and -O1 takes as long for it as the kernels take."""
+OPTIONS = {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp.threads": 1}
+"""The wrapper only calls the kernels, and -O1 takes as long for it as the kernels take. One thread: else the code would
+use as many as the process that compiles it, wherever it runs, while a server answers several requests at once."""
 UserFunction = Callable[..., Sequence[Tensor]]
 
 
@@ -71,9 +72,9 @@ def arguments_of(program: ExportedProgram) -> list[Argument]:
 
 
 def program_key(program: ExportedProgram) -> str:
-    """Digest of what a program computes, without its weights and the sizes of its tables."""
+    """Digest of what a program computes and how it is compiled, without its weights and the sizes of its tables."""
     arguments = [[a.target, a.dtype, a.shape] for a in arguments_of(program)]
-    return hashlib.sha256(json.dumps([program.graph_module.code, arguments]).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([program.graph_module.code, arguments, OPTIONS]).encode()).hexdigest()[:32]
 
 
 def machine() -> dict[str, str]:
