@@ -57,6 +57,10 @@ def fingerprint_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+NO_CONTEXT = np.zeros((0, 0), np.int32)
+"""Of data without features of events."""
+
+
 @dataclass(frozen=True)
 class Ragged:
     """Rows of differing length: row *i* is `values[offsets[i]:offsets[i + 1]]`."""
@@ -131,6 +135,8 @@ class PreparedData:
     users: EntityFeatures
     weight: np.ndarray | None = field(default=None, kw_only=True)
     """[interactions] float32: what each counts as a target; None: all count 1."""
+    context: np.ndarray = field(default_factory=lambda: NO_CONTEXT, kw_only=True)
+    """[interactions, C] int32: codes of the features of events, in the schema's order; -1 where unknown."""
     targets: np.ndarray | None = field(default=None, kw_only=True)
     """[kinds of events] bool: those to predict, by `data.target_events`; None: all."""
 

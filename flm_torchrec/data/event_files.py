@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,13 @@ WEIGHT = "weight"
 
 def event_columns(schema: Schema) -> tuple[str, ...]:
     """The columns of interactions that training reads beside the user."""
-    return (*EVENT_COLUMNS, WEIGHT) if schema.weights else EVENT_COLUMNS
+    weight = (WEIGHT,) if schema.weights else ()
+    return (*EVENT_COLUMNS, *weight, *context_columns(schema))
+
+
+def context_columns(schema: Schema) -> tuple[str, ...]:
+    """The columns of interactions with features of events."""
+    return tuple(f.column for f in schema.of("event", sparse=True))
 
 
 def interaction_files(path: Path) -> list[Path]:
@@ -87,6 +93,18 @@ class RowChecks:
         if len(bad):
             row = self.rows + int(bad[0])
             raise DataError(f"{self.path}: row {row} has weight {weight[bad[0]]:g}; prepare the data again")
+
+    def check_contexts(self, columns: Mapping[str, np.ndarray]) -> None:
+        """Raise DataError where one of the next rows has a code of an event's feature that is outside the schema."""
+        for feature in self.schema.of("event", sparse=True):
+            codes = columns[feature.column]
+            bad = np.flatnonzero((codes < -1) | (codes >= feature.cardinality))
+            if len(bad):
+                row = self.rows + int(bad[0])
+                raise DataError(
+                    f"{self.path}: row {row} has {feature.column} {codes[bad[0]]}, outside -1 …"
+                    f" {feature.cardinality - 1} of schema.yaml"
+                )
 
     @property
     def offsets(self) -> np.ndarray:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flm_torchrec.data.columns import CodedText, event_types, new_column
-from flm_torchrec.data.event_files import EVENT_COLUMNS, WEIGHT, RowChecks, event_columns
+from flm_torchrec.data.event_files import EVENT_COLUMNS, WEIGHT, RowChecks, context_columns, event_columns
 from flm_torchrec.data.row_groups import RowGroups
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.errors import DataError
@@ -27,6 +27,7 @@ class LoadedEvents:
     value: np.ndarray
     segment: CodedText | None
     weight: np.ndarray | None
+    context: np.ndarray
 
 
 def load_events(groups: RowGroups, schema: Schema, users: np.ndarray | None) -> LoadedEvents:
@@ -44,13 +45,17 @@ def load_events(groups: RowGroups, schema: Schema, users: np.ndarray | None) -> 
     types = event_types(schema.items, len(schema.events))
     if schema.weights:
         types[WEIGHT] = np.dtype(np.float32)
+    contexts = context_columns(schema)
+    context = new_column(rows * len(contexts), np.int32).reshape(rows, len(contexts))
     columns = {name: new_column(rows, kind) for name, kind in types.items()}
+    columns |= {name: context[:, number] for number, name in enumerate(contexts)}
     codes = new_column(rows, np.int32) if groups.has("segment") else None
     names: dict[str, int] = {}
     checks = RowChecks(groups.path, schema)
     for part in filter(len, parts):
         here = slice(checks.rows, checks.rows + len(part))
-        arrays = {name: part[name].to_numpy() for name in ("user_id", *types)}
+        arrays = {name: part[name].to_numpy() for name in ("user_id", *columns)}
+        checks.check_contexts(arrays)
         if schema.weights:
             checks.check_weights(arrays[WEIGHT])
         checks.add(arrays["user_id"], arrays["item_id"], arrays["event"])
@@ -60,7 +65,7 @@ def load_events(groups: RowGroups, schema: Schema, users: np.ndarray | None) -> 
             codes[here] = _codes(part, names)
     item, timestamp, event, value = (columns[name] for name in EVENT_COLUMNS)
     segment = None if codes is None else CodedText(np.array(list(names), object), codes)
-    return LoadedEvents(checks.offsets, item, timestamp, event, value, segment, columns.get(WEIGHT))
+    return LoadedEvents(checks.offsets, item, timestamp, event, value, segment, columns.get(WEIGHT), context)
 
 
 def _only(parts: Iterator[pa.RecordBatch], users: np.ndarray) -> Iterator[pa.RecordBatch]:

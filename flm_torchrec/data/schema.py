@@ -14,7 +14,8 @@ from flm_torchrec.errors import DataError
 from flm_torchrec.names import nearest
 
 Kind = Literal["categorical", "multi_categorical", "text", "numeric", "quantile", "dense"]
-Entity = Literal["user", "item"]
+Entity = Literal["user", "item", "event"]
+"""What a feature is of. Of an event: what was known of it when it happened, such as the device."""
 TableKind = Literal["direct", "hash", "zch"]
 Eviction = Literal["lfu", "lru"]
 
@@ -55,7 +56,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Feature:
-    """One feature of a user or an item.
+    """One feature of a user, an item or an event. An event has codes of kind categorical in the interactions, -1 where
+    unknown.
 
     `column` of `users.parquet` or `items.parquet` holds its values, by kind:
     categorical and quantile: int32 in [0, cardinality), null where unknown; multi_categorical and text: list<int32> of
@@ -185,7 +187,9 @@ def _check(feature: Feature, path: Path) -> None:
     if feature.kind not in get_args(Kind):
         raise DataError(f"{where}: unknown kind '{feature.kind}'; use one of {', '.join(get_args(Kind))}")
     if feature.entity not in get_args(Entity):
-        raise DataError(f"{where}: unknown entity '{feature.entity}'; use 'user' or 'item'")
+        raise DataError(f"{where}: unknown entity '{feature.entity}'; use 'user', 'item' or 'event'")
+    if feature.entity == "event" and feature.kind != "categorical":
+        raise DataError(f"{where}: of kind {feature.kind}; features of events are categorical")
     if feature.sparse and (feature.cardinality < 1 or not feature.table):
         raise DataError(f"{where}: a {feature.kind} feature needs 'table' and a 'cardinality' of at least 1")
     if not feature.sparse and feature.width < 1:

@@ -12,7 +12,7 @@ import numpy as np
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.collate import Assembler, TrainEvents
 from flm_torchrec.data.dataset import spans
-from flm_torchrec.data.event_files import WEIGHT
+from flm_torchrec.data.event_files import WEIGHT, context_columns
 from flm_torchrec.data.lanes import Deal, LanePlan, merged
 from flm_torchrec.data.loader import Loader
 from flm_torchrec.data.negatives import Candidates, Negatives
@@ -52,7 +52,16 @@ def joined(parts: list[LoadedWindows]) -> LoadedWindows:
         none = np.zeros(0, np.int64)
         number = none.astype(np.float32)
         label = number.reshape(0, 0)
-        events = TrainEvents(none, none, none.astype(np.int32), number, learnable=none > 0, label=label, weight=number)
+        events = TrainEvents(
+            none,
+            none,
+            none.astype(np.int32),
+            number,
+            learnable=none > 0,
+            label=label,
+            weight=number,
+            context=label.astype(np.int32),
+        )
         return LoadedWindows(none, none, np.zeros(1, np.int64), events)
     ends = np.cumsum([0, *(p.offsets[-1] for p in parts)])
     return LoadedWindows(
@@ -123,6 +132,8 @@ class StreamLoader(Loader):
         lengths = end - start + before
         positions = spans(start - before - begin[0], lengths)
         item = columns["item_id"][positions]
+        names = context_columns(self.assembler.data.schema)
+        context = np.stack([columns[name] for name in names], 1) if names else np.zeros((len(held), 0), np.int32)
         weight = np.broadcast_to(np.float32(1), len(held)) if WEIGHT not in columns else columns[WEIGHT]
         return LoadedWindows(
             user=user,
@@ -136,6 +147,7 @@ class StreamLoader(Loader):
                 learnable=~held[positions],
                 label=np.zeros((len(item), 0), np.float32),
                 weight=weight[positions],
+                context=context[positions],
             ),
         )
 

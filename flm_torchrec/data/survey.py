@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from flm_torchrec.data.dataset import PreparedData, domain_of_items, load_prepared
-from flm_torchrec.data.event_files import RowChecks, event_columns
+from flm_torchrec.data.event_files import WEIGHT, RowChecks, event_columns
 from flm_torchrec.data.row_groups import RowGroups
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import (
@@ -65,6 +65,8 @@ def load_streamed(
         ConfigError: an event to predict is none of the data.
     """
     schema = Schema.load(path / "schema.yaml")
+    if features != "all":
+        schema = schema.keeping(() if features == "none" else features, path)
     targets = target_kinds(schema, how.target_events)
     groups = RowGroups(path)
     offsets, seen = _users_and_items(groups, schema)
@@ -214,10 +216,12 @@ def _survey(groups: RowGroups, schema: Schema, rule: Rule, offsets: np.ndarray, 
     row, checks = 0, RowChecks(groups.path, schema)
     columns = event_columns(schema)
     parts = groups.scan(["user_id", *(name for name in columns if name != "timestamp")])
-    for user, item, event, value, *weight in whole_users(parts) if rule.groups else parts:
-        if weight:
-            checks.rows = row
-            checks.check_weights(weight[0])
+    names = columns[columns.index("value") + 1 :]
+    for user, item, event, value, *others in whole_users(parts) if rule.groups else parts:
+        more, checks.rows = dict(zip(names, others, strict=True)), row
+        if schema.weights:
+            checks.check_weights(more[WEIGHT])
+        checks.check_contexts(more)
         learnable = (np.arange(row, row + len(user)) < train_end[user]) & ~rule.held_out(user, item, event)
         row += len(user)
         if learnable.any():

@@ -18,6 +18,11 @@ ENTITIES: dict[str, Entity] = {**dict.fromkeys(ITEM_TABLES, "item"), "user_id": 
 """By the name that a batch looks ids up by, whose ids they are."""
 
 
+def first_row(feature: Feature) -> int:
+    """Row of the first code: row 0 of a feature of events is for what is unknown."""
+    return int(feature.entity == "event")
+
+
 @dataclass(frozen=True)
 class RowKeys:
     """The keys behind ids and codes: of prepared data, or of a run, whose folder `vocabulary` has the same files."""
@@ -56,7 +61,10 @@ class RowKeys:
             names = list(self.schema.events)
             return pl.DataFrame({"key": names, "code": range(1, len(names) + 1)}, {"key": pl.String, "code": pl.Int64})
         columns = (pl.col("value").cast(pl.String).alias("key"), pl.col("code").cast(pl.Int64))
-        parts = [self._read(f"vocab/{f.entity}_{f.name}.parquet", columns) for f in self.features(table)]
+        parts = [
+            self._read(f"vocab/{f.entity}_{f.name}.parquet", columns).with_columns(pl.col("code") + first_row(f))
+            for f in self.features(table)
+        ]
         found = pl.concat(parts).unique(maintain_order=True)
         if found["key"].n_unique() < len(found):
             raise DataError(
@@ -74,7 +82,7 @@ class RowKeys:
             return self.schema.items if ENTITIES[looked_up[0]] == "item" else self.schema.users
         if looked_up[0] == "event":
             return len(self.schema.events) + 1
-        return max(f.cardinality for f in self.features(table))
+        return max(f.cardinality + first_row(f) for f in self.features(table))
 
     def _read(self, name: str, columns: Sequence[pl.Expr]) -> pl.DataFrame:
         file = self.folder / name
@@ -144,7 +152,7 @@ def match_rows(old: RowKeys, new: RowKeys, table: str, looked_up: Sequence[str])
         return RowMatch(None, *counts)
     origin = np.full(new.rows(table, looked_up), -1)
     origin[kept["code"].to_numpy()] = kept["code_old"].to_numpy()
-    if looked_up[0] == "event":
+    if looked_up[0] == "event" or any(first_row(f) for f in after):
         origin[0] = 0
     return RowMatch(_unless_same(origin, old.rows(table, looked_up)), *counts)
 

@@ -19,6 +19,8 @@ def look_at_features(data: Inspection) -> None:
     """A line a feature; dead ones are findings."""
     rows = []
     for feature in data.schema.features:
+        if feature.entity == "event":
+            continue  # the interactions have it
         entity = f"{feature.entity}s"
         entities = data.one(f"SELECT count(*) FROM {entity}")[0]
         filled, values, commonest = (_codes if feature.sparse else _numbers)(data, feature, entity)

@@ -53,6 +53,7 @@ class Dense(nn.Module):
         self.gather = gather
         self.item_outputs = item_outputs(schema)
         self.item_keys = [f.name for f in schema.of("item", sparse=True)]
+        self.contexts = [f.name for f in schema.of("event", sparse=True)]
         self.user_keys = ["user_id", *(f.name for f in schema.of("user", sparse=True))]
         widths = Widths(
             item_features=len(self.item_keys),
@@ -87,8 +88,18 @@ class Dense(nn.Module):
             item_features=features,
             user=_join(users, self.user_keys)[: len(batch.lengths)],
             history=torch.cat([history[key].values() for key in HISTORY_KEYS], 1),
+            context=self._context(batch, history),
         )
         return self._result(batch, self.tower(embedded, batch))
+
+    def _context(self, batch: Batch, history: dict[str, JaggedTensor]) -> Tensor | None:
+        """[T, D] sum over the features of a token's event; an unknown value adds nothing. None without features."""
+        total: Tensor | None = None
+        for key in self.contexts:
+            known = (batch.history[key].values() > 0).unsqueeze(1)
+            rows = history[key].values() * known
+            total = rows if total is None else total + rows
+        return total
 
     def _result(self, batch: Batch, encoded: Encoded) -> tuple[Tensor, Outputs]:
         if not self.training:

@@ -161,11 +161,27 @@ def user_weight_names(schema: Schema) -> dict[str, str]:
 
 
 def history_tables(schema: Schema, dim: int) -> EmbeddingCollection:
-    """Tables of an event's kind and of the time since the event before. Row 0 of each is the prefix."""
+    """Tables of an event's kind, of the time since the event before, and of its features. Row 0 of each is the prefix.
+
+    Those of features start at zero. Row 0 is also an unknown value there, see `Dense`.
+    """
+    contexts = [
+        EmbeddingConfig(
+            name=f.table,
+            embedding_dim=dim,
+            num_embeddings=f.cardinality + 1,
+            feature_names=[f.name],
+            init_fn=nn.init.zeros_,
+        )
+        for f in schema.of("event", sparse=True)
+    ]
     return EmbeddingCollection(
         tables=[
-            EmbeddingConfig(name=name, embedding_dim=dim, num_embeddings=rows, feature_names=[name])
-            for name, rows in table_rows(len(schema.events)).items()
+            *(
+                EmbeddingConfig(name=name, embedding_dim=dim, num_embeddings=rows, feature_names=[name])
+                for name, rows in table_rows(len(schema.events)).items()
+            ),
+            *contexts,
         ],
         device=META,
     )

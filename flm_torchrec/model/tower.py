@@ -47,6 +47,7 @@ class EmbeddingOutputs:
     item_features: Tensor  # [N, item_features * D]
     user: Tensor  # [B, (1 + user_features) * D]: the id first
     history: Tensor  # [T, history * D]
+    context: Tensor | None = None  # [T, D]: of the features of a token's event
 
 
 class DenseInputs(Protocol):
@@ -77,6 +78,7 @@ class Sequences:
     event: Tensor  # […, history * D + 1]: rows of the tables of events, and the standardised value
     user_id: Tensor  # [B, D]
     profile: Tensor  # [B, D] content of the user
+    context: Tensor | None = None  # […, D]: of the features of events; zero where they are unknown
 
 
 @dataclass
@@ -136,6 +138,7 @@ class Tower(nn.Module):
             item_context=_gather(embedded.item_context * known, batch.tokens),
             item_content=_gather(content, batch.tokens),
             event=torch.cat([embedded.history, batch.value.unsqueeze(1)], 1),
+            context=embedded.context,
         )
         learns = self.training or len(batch.targets) > 0
         layout = Jagged(batch.lengths, batch.time) if learns else Ends(batch.lengths, batch.time)
@@ -150,6 +153,8 @@ class Tower(nn.Module):
     def represent(self, seen: Sequences, layout: Layout) -> dict[str, Tensor]:
         """Sequences → by name of REPRESENTATIONS, [R, S] at the R represented tokens of the layout."""
         events = seen.item_id + seen.item_context + seen.item_content + self.event(seen.event)
+        if seen.context is not None:
+            events = events + seen.context
         sources = layout.mean(self.collaborative_head.dropout(seen.item_source))
         heads = {
             "content": self.content_head(torch.cat([layout.mean(seen.item_content), layout.each(seen.profile)], 1)),

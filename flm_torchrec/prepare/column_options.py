@@ -59,6 +59,20 @@ def parse_kinds(text: str, option: str) -> dict[str, str]:
     return kinds
 
 
+def check_event_kinds(kinds: Mapping[str, str], others: Mapping[str, str]) -> None:
+    """Raise DataError where a feature of events is not categorical, or has the name of another one.
+
+    Args:
+        others: features of items and users.
+    """
+    check_kinds(kinds, "--event-features")
+    for name, kind in kinds.items():
+        if kind != "categorical":
+            raise DataError(f"--event-features: '{name}' is {kind}; of events only categorical features are learnt")
+        if name in others or name in ("event", "gap"):
+            raise DataError(f"--event-features: '{name}' is taken; rename the column")
+
+
 def check_kinds(kinds: Mapping[str, str], option: str) -> None:
     """Raise DataError where a name or a kind cannot be a feature's."""
     for name, given in kinds.items():

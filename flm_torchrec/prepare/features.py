@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from flm_torchrec.data.schema import Feature
 from flm_torchrec.data.text import split_words, word_bucket
 from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.options import PrepareOptions
-from flm_torchrec.prepare.sources.source_data import DeclaredFeature
+from flm_torchrec.prepare.sources.source_data import CONTEXT, DeclaredFeature
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,18 @@ def encode(declared: DeclaredFeature, column: pl.Series, options: PrepareOptions
             f"{declared.entity} feature '{declared.name}': its column is {column.dtype}, which does not fit kind"
             f" {declared.kind} ({reason}); declare another kind or mend the column"
         ) from error
+
+
+def encode_context(declared: DeclaredFeature, contexts: Mapping[str, pl.Series]) -> EncodedFeature:
+    """A feature of events, whose codes are written with the interactions.
+
+    Args:
+        contexts: by column, the values in order of code.
+    """
+    column = f"{CONTEXT}{declared.name}"
+    values = contexts[column].rename("value")
+    vocabulary = values.to_frame().select(pl.int_range(pl.len(), dtype=pl.Int32).alias("code"), "value")
+    return EncodedFeature(_sparse(declared, column, len(values)), [], vocabulary)
 
 
 def _vocabulary(values: pl.Series, min_count: int) -> pl.DataFrame:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from flm_torchrec.documents import read_json
 from flm_torchrec.files import write_text
 from flm_torchrec.prepare.clean import Dropped, drop_bad
-from flm_torchrec.prepare.sources.source_data import IN_MEMORY, Shard, SourceData
+from flm_torchrec.prepare.sources.source_data import CONTEXT, IN_MEMORY, Shard, SourceData
 
 NO_ROWS = pl.DataFrame(
     schema={
@@ -128,4 +128,5 @@ def _stored(frame: pl.DataFrame, number: int, first: int) -> pl.DataFrame:
         pl.col("value").cast(pl.Float32).alias("event_value"),
         *([pl.col("weight").cast(pl.Float32).alias("event_weight")] if "weight" in frame.columns else []),
         *(["segment"] if "segment" in frame.columns else []),
+        *(name for name in frame.columns if name.startswith(CONTEXT)),
     )

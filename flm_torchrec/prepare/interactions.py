@@ -14,12 +14,16 @@ from flm_torchrec.data.event_files import WEIGHT
 from flm_torchrec.prepare.clean import EXAMPLES, Dropped, mark_sql
 from flm_torchrec.prepare.engine import Engine, buckets
 from flm_torchrec.prepare.options import PrepareOptions
+from flm_torchrec.prepare.sources.source_data import CONTEXT
 
 FILE_ORDER = "shard, line"
 ROWS_PER_BUCKET = 2_000_000
 """Rows of a bucket at most, unless one user has more; a bucket is held in memory."""
 ROWS_PER_GROUP = 131_072
 """Rows of a row group, which a loader reads at once."""
+
+Contexts = dict[str, pl.Series]
+"""By column of a feature of events, its values in order of code."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class Interactions:
         self.timestamps = timestamps
         engine.files("taken", files)
         stored = pq.read_schema(files[0]).names
-        self.extra = [name for name in ("segment", "event_weight") if name in stored]
+        self.contexts = [name for name in stored if name.startswith(CONTEXT)]
+        self.extra = [*(name for name in ("segment", "event_weight") if name in stored), *self.contexts]
         """Columns that not every source has."""
 
     def keys(self) -> tuple[pl.DataFrame, pl.DataFrame, list[str]]:
@@ -149,18 +154,36 @@ class Interactions:
         self._count(f"duplicate = 0 AND NOT ({kept})", f"outside the {name}", dropped)
         return users, items
 
-    def write(self, folder: Path, user_ids: np.ndarray, item_ids: np.ndarray) -> InteractionCounts:
+    def contexts_of(self, user_ids: np.ndarray, item_ids: np.ndarray, options: PrepareOptions) -> Contexts:
+        """The values of features of events that the rows that stay have, often enough; arguments as of `write`."""
+        counted: dict[str, list[pl.DataFrame]] = {name: [] for name in self.contexts}
+        for bucket in buckets(self.marked) if self.contexts else ():
+            frame = self._final_rows(bucket, user_ids, item_ids, {})
+            for name, parts in counted.items():
+                # A bucket has all rows of a user, so that users of buckets add up.
+                parts.append(frame.group_by(name).agg(rows=pl.len(), users=pl.col("user_id").n_unique()))
+        found = {}
+        for name, parts in counted.items():
+            totals = pl.concat(parts).group_by(name).sum().drop_nulls().filter(pl.col(name) != "")
+            kept = totals.filter((pl.col("rows") >= options.min_count) & (pl.col("users") >= options.min_users))
+            found[name] = kept[name].sort()
+        return found
+
+    def write(
+        self, folder: Path, user_ids: np.ndarray, item_ids: np.ndarray, contexts: Contexts | None = None
+    ) -> InteractionCounts:
         """Write the rows that stay, sorted by user and time, a file a bucket.
 
         Args:
             user_ids, item_ids: [ids given to `clean`] the final id of each; -1 where it does not stay.
+            contexts: see `contexts_of`.
         """
         folder.mkdir()
         per_user = np.zeros(user_ids.max() + 1, np.int64)
         part = sessions = pairs = 0
         weight = 0.0
         for bucket in buckets(self.marked):
-            frame = self._final_rows(bucket, user_ids, item_ids)
+            frame = self._final_rows(bucket, user_ids, item_ids, contexts or {})
             if len(frame) == 0:
                 continue
             pq.write_table(frame.to_arrow(), folder / f"part-{part:05d}.parquet", row_group_size=ROWS_PER_GROUP)
@@ -173,7 +196,7 @@ class Interactions:
             pairs += frame.select("user_id", "item_id").n_unique()  # a bucket has all rows of a user
         return InteractionCounts(per_user, sessions, pairs, weight if "event_weight" in self.extra else None)
 
-    def _final_rows(self, bucket: Path, user_ids: np.ndarray, item_ids: np.ndarray) -> pl.DataFrame:
+    def _final_rows(self, bucket: Path, user_ids: np.ndarray, item_ids: np.ndarray, contexts: Contexts) -> pl.DataFrame:
         files = sorted(bucket.glob("*.parquet"))
         frame = pl.read_parquet(files, glob=False, hive_partitioning=False).filter(pl.col("duplicate") == 0)
         frame = frame.with_columns(
@@ -188,4 +211,12 @@ class Interactions:
             pl.col("event_value").alias("value"),
             *(pl.col(name).alias("weight") for name in ("event_weight",) if name in frame.columns),
             *(name for name in ("segment", "session") if name in frame.columns),
+            *(_coded(name, contexts.get(name)) for name in self.contexts),
         )
+
+
+def _coded(name: str, values: pl.Series | None) -> pl.Expr:
+    """A column's codes by the order of the values, -1 for others; the column itself where there are no values."""
+    if values is None:
+        return pl.col(name)
+    return pl.col(name).replace_strict(values, pl.int_range(len(values), eager=True), default=-1, return_dtype=pl.Int32)

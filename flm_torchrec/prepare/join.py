@@ -51,6 +51,8 @@ def read_domains(folders: Sequence[str | Path]) -> list[Domain]:
         schema = Schema.load(folder / "schema.yaml")
         if schema.domains:
             raise DataError(f"{folder}: is joint data of {', '.join(schema.domains)}; give the folders it was made of")
+        if schema.of("event", sparse=True):
+            raise DataError(f"{folder}: has features of events, which cannot be joined; prepare it without them")
         if schema.items < 2:
             raise DataError(f"{folder}: has one item, so nothing can be told from it; leave the folder out")
         domains[name] = Domain(name, folder, schema, fingerprint_of(folder))

@@ -17,7 +17,14 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from pydantic.dataclasses import dataclass
 
 from flm_torchrec.data.schema import Entity, Kind, Table
-from flm_torchrec.prepare.column_options import check_columns, check_kinds, kind_and_encoder, parse_columns, parse_kinds
+from flm_torchrec.prepare.column_options import (
+    check_columns,
+    check_event_kinds,
+    check_kinds,
+    kind_and_encoder,
+    parse_columns,
+    parse_kinds,
+)
 from flm_torchrec.prepare.memory import GIB, memory_bytes
 from flm_torchrec.prepare.table_options import parse_tables
 
@@ -283,6 +290,15 @@ class LogOptions:
         _parsed(lambda text: parse_kinds(text, "--user-features")),
         Field(title="COLUMN:KIND,…", description="columns of --users; kinds as of --item-features"),
     ] = field(default_factory=dict)
+    event_features: Annotated[
+        dict[str, str],
+        _parsed(lambda text: parse_kinds(text, "--event-features")),
+        Field(
+            title="COLUMN:KIND,…",
+            description="columns of --input that say in what context an event happened, such as device:categorical;"
+            " kinds: categorical",
+        ),
+    ] = field(default_factory=dict)
     duplicates: Annotated[
         Literal["refuse", "first", "last"],
         Field(description="of rows with one key in --items or --users, the one that is kept"),
@@ -303,6 +319,7 @@ class LogOptions:
             check_kinds(kinds, f"--{entity}-features")
             if kinds and not file:
                 raise ValueError(f"--{entity}-features: name the file that has them with --{entity}s")
+        check_event_kinds(self.event_features, self.item_features | self.user_features)
         if self.title and kind_and_encoder(self.item_features.get(self.title, ""))[0] != "text":
             raise ValueError(f"--title '{self.title}': declare it in --item-features as {self.title}:text")
         return self

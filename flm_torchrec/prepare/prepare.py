@@ -24,7 +24,7 @@ from flm_torchrec.errors import DataError
 from flm_torchrec.files import put_in_place
 from flm_torchrec.prepare.dropped import check_share_dropped, how_to_mend, warnings_of
 from flm_torchrec.prepare.engine import DuckEngine, Engine
-from flm_torchrec.prepare.features import EncodedFeature, encode
+from flm_torchrec.prepare.features import EncodedFeature, encode, encode_context
 from flm_torchrec.prepare.hash_users import hash_keys
 from flm_torchrec.prepare.intake import Intake, ShardReport, shards_of
 from flm_torchrec.prepare.interactions import InteractionCounts, Interactions
@@ -111,11 +111,18 @@ class Preparation:
         interactions = Interactions(self.engine, files, read.names, folder.parent, timestamps=source.timestamps)
         vocabulary, events = self._vocabulary(interactions, read)
         folder.mkdir()
-        counts = interactions.write(folder / "interactions", vocabulary.new_user_ids, vocabulary.new_item_ids)
+        ids = vocabulary.new_user_ids, vocabulary.new_item_ids
+        contexts = interactions.contexts_of(*ids, options)
+        counts = interactions.write(folder / "interactions", *ids, contexts)
         if counts.weight == 0:
             raise DataError(f"{source.name}: the weight of every event is 0, so nothing counts; name another column")
         rows = {"user": vocabulary.users, "item": vocabulary.items}
-        encoded = [encode(feature, rows[feature.entity][feature.name], options) for feature in source.features]
+        encoded = [
+            encode_context(feature, contexts)
+            if feature.entity == "event"
+            else encode(feature, rows[feature.entity][feature.name], options)
+            for feature in source.features
+        ]
         features = tuple(one.feature for one in encoded)
         schema = Schema(
             name=source.name,
@@ -127,7 +134,7 @@ class Preparation:
             timestamps=source.timestamps,
             title=source.title,
             features=features,
-            tables=by_table(options.tables, features),
+            tables=by_table(options.tables, [f for f in features if f.entity != "event"]),
             weights=counts.weight is not None,
         )
         _write_entity(folder, "item", vocabulary.items, encoded)

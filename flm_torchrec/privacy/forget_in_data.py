@@ -61,6 +61,11 @@ def forget_rows(folder: Path, keys: Iterable[str]) -> dict[str, int]:
     before = fingerprint_of(folder)
     report = read_report(folder)
     schema = Schema.load(folder / "schema.yaml")
+    if schema.of("event", sparse=True):
+        raise DataError(
+            f"{folder}: has features of events, whose values these users alone may have had; prepare the data again"
+            " without the users"
+        )
     try:
         with replacing(folder) as fresh:
             (fresh / "interactions").mkdir()

@@ -73,7 +73,8 @@ class GatheredModel:
             if name in ITEM_TABLES:
                 return self._item_rows(name, ids)
             if name in HISTORY_KEYS:
-                return self._unpooled(model.history, HISTORY_KEYS, name, ids)
+                keys = [*HISTORY_KEYS, *(f.name for f in schema.of("event", sparse=True))]
+                return self._unpooled(model.history, keys, name, ids)
             of_item = entity == "item"
             tables = {f.name: f.table for f in schema.of("item" if of_item else "user", sparse=True)}
             table = schema.table("user_id" if not entity else tables[name])

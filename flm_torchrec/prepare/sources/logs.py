@@ -32,7 +32,7 @@ from flm_torchrec.prepare.sources.shards import (
     ToRoles,
     find_files,
 )
-from flm_torchrec.prepare.sources.source_data import DeclaredFeature, Shard, SourceData
+from flm_torchrec.prepare.sources.source_data import CONTEXT, DeclaredFeature, Shard, SourceData
 from flm_torchrec.prepare.sources.tables import cast
 from flm_torchrec.prepare.text_encoder import encoder_digest
 from flm_torchrec.prepare.text_vectors import ENDING, text_vectors
@@ -88,6 +88,7 @@ def _with_tables(
         tables[table.entity] = _with_vectors(rows, table, digests, options.text_cache)
         features += [DeclaredFeature(name, table.entity, kind) for name, kind in table.kinds.items()]
         features += [DeclaredFeature(name + ENDING, table.entity, "dense", of) for name, of in digests.items()]
+    features += [DeclaredFeature(name, "event", "categorical") for name in options.event_features]
     return SourceData(
         name=name,
         source=source,
@@ -138,13 +139,13 @@ _SHARDS = {"parquet": _parquet, "csv": _csv, "jsonl": _jsonl}
 
 
 def _columns(options: LogOptions) -> tuple[str, ...]:
-    return tuple(options.columns.values())
+    return (*options.columns.values(), *options.event_features)
 
 
 def _roles(options: LogOptions, file: str, frame: pl.DataFrame) -> pl.DataFrame:
     """Columns user, item, timestamp, event and value; a role without a column has what the layout says of that.
 
-    And weight, where that has a column.
+    And weight, where that has a column, and the features of events, with CONTEXT before their names.
     """
     given = {role: frame[column] for role, column in options.columns.items()}
     columns = [
@@ -157,7 +158,16 @@ def _roles(options: LogOptions, file: str, frame: pl.DataFrame) -> pl.DataFrame:
     ]
     if "weight" in given:
         columns.append(_values(given["weight"], options.form.numbers, file))
-    return frame.select(c.alias(role) for c, role in zip(columns, ROLES, strict=False))
+    roles = [c.alias(role) for c, role in zip(columns, ROLES, strict=False)]
+    features = [
+        as_kind(frame[name], "categorical", options.form, file, no_note).alias(CONTEXT + name)
+        for name in options.event_features
+    ]
+    return frame.select(*roles, *features)
+
+
+def no_note(line: str) -> None:
+    """Take a line that says how a cell of a list was read; features of events are no lists."""
 
 
 def _values(column: pl.Series, form: NumberForm, file: str) -> pl.Series:

@@ -124,6 +124,11 @@ def follow(run: Path, url: str, output: Path, options: FollowOptions, overrides:
         comm = inputs.comm
         if options.expire_after and not inputs.data.schema.timestamps:
             raise ConfigError(f"--expire-after: {inputs.data.path} has no timestamps; leave it out")
+        if inputs.data.schema.of("event", sparse=True):
+            raise ConfigError(
+                f"{inputs.data.path}: its events have features, and those of a source have none; prepare the new events"
+                " too, and go on with flm train --train.warm_start"
+            )
         if inputs.data.schema.weights:
             raise ConfigError(
                 f"{inputs.data.path}: its events have weights, and those of a source have none; prepare the new events"
