@@ -193,7 +193,7 @@ def _compiled(program: ExportedProgram) -> bytes:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         try:
             made = torch._inductor.aoti_compile_and_package(
-                _all_inputs(program), package_path=f"{folder}/tower.pt2", inductor_configs=OPTIONS
+                _all_inputs(program), package_path=f"{folder}/tower.pt2", inductor_configs=dict(OPTIONS)
             )
         finally:
             os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
