@@ -123,10 +123,12 @@ class Assembler:
         positions = spans(start, lengths)  # the last of each sequence is the event to come, which is not read
         nothing = np.zeros(0, np.int64)
         tokens = TokenSpans(self.events, user, self.data.offsets[user], lengths, positions)
-        return self._batch(tokens, nothing, nothing, np.zeros((0, 2), np.float32))
+        # Where nobody has events, any item is looked up: TorchRec's sharded modules refuse a stride of 0.
+        ids = np.zeros(int((lengths == 1).all()), np.int64)
+        return self._batch(tokens, nothing, ids, np.zeros((len(ids), 2), np.float32))
 
     def items(self, ids: np.ndarray) -> Batch:
-        """The items named, and one sequence of no tokens: TorchRec's sharded modules refuse a stride of 0."""
+        """The items named, and one sequence of no tokens, as of `encoding`."""
         nothing, one = np.zeros(0, np.int64), np.zeros(1, np.int64)
         tokens = TokenSpans(self.events, one, one, one, nothing)
         return self._batch(tokens, nothing, ids, np.zeros((len(ids), 2), np.float32))

@@ -12,6 +12,7 @@ import torch
 
 from flm_torchrec.config import load_config
 from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.data.splits import Examples
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.training.build import set_precision
 from flm_torchrec.training.guard import Guard
@@ -63,6 +64,16 @@ def test_without_item_features_the_model_still_trains(small: PreparedData, tmp_p
         users=dataclasses.replace(small.users, sparse={}, dense=small.users.dense[:, :0]),
     )
     assert len(losses(bare, "cuda", tmp_path)) == len(losses(bare, "cpu", tmp_path)) == 8 + 3
+
+
+def test_users_without_events_before_are_represented_alone_too(small: PreparedData) -> None:
+    with open_job(load_config(None, ["model.dim=16"]), small) as job:
+        users = np.array([0, 3])
+        firsts = job.encoder(Examples(users, small.offsets[users]))
+        mixed = job.encoder(Examples(np.array([0, 3, 4]), small.offsets[[0, 3, 5]]))
+        alone, among = firsts.users(np.arange(2)), mixed.users(np.arange(3))
+    for name in alone:
+        torch.testing.assert_close(alone[name], among[name][:2])
 
 
 def test_tf32_is_for_gpus_alone() -> None:
