@@ -82,6 +82,7 @@ def _embedded(model: PretrainModel, batch: Batch) -> EmbeddingOutputs:
         "item_features": (items, len(dense.item_keys) * dim),
         "user": (users, len(dense.user_keys) * dim),
         "history": (tokens, model.tower.event.in_features - 1),
+        "context": (tokens, dim),
     }
     names = [field.name for field in fields(EmbeddingOutputs)]
     zeros: dict[str, Tensor] = {name: torch.zeros(shapes.get(name, (items, dim))) for name in names}
