@@ -188,9 +188,9 @@ def test_each_rank_reads_its_own_rows_once_and_has_no_more_sequences_than_a_batc
             loader = stream_loader(path, "leave-one-out", batch_size, rank, ranks)
             groups, read = loader.plan.stream.groups, loader.plan.stream.groups.read
 
-            def spy(start: int, stop: int, read=read) -> dict[str, np.ndarray]:  # type: ignore[no-untyped-def]
+            def spy(start: int, stop: int, columns: tuple[str, ...], read=read) -> dict[str, np.ndarray]:  # type: ignore[no-untyped-def]
                 times[start:stop] += 1
-                return read(start, stop)
+                return read(start, stop, columns)
 
             groups.read = spy  # type: ignore[method-assign, assignment]
             most = max(len(batch.lengths) for batch in loader.epoch(1))
