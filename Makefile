@@ -31,7 +31,7 @@ DRIVER := $(shell (ldconfig -p 2>/dev/null | grep -q libcuda.so.1 || command -v 
 help:
 	@echo "make train    set up, then prepare, pretrain, evaluate, export and recommend on synthetic data"
 	@echo "make test     set up, then style, types, the commands of README.md and all tests"
-	@echo "make test-slow  the slow tests besides: tools of studies, plans on repeat"
+	@echo "make test-slow  the slow tests besides: tools of studies, plans on repeat, further variants"
 	@echo "make beauty   the same as train on Amazon Beauty in FLM_DATA/beauty  (FLM_DATA=$(FLM_DATA))"
 	@echo "make ml-100k  the same on MovieLens 100K in FLM_DATA/ml-100k"
 	@echo "make check-base  the commands of README.md and the site alone, without the extras; make lint: style and types alone"

@@ -34,7 +34,7 @@ SKIPPED = {
     "make test": "it is what calls this check",
     "make docs": "make check-base builds the site next, by tests/test_site.py, with requirements/docs.txt alone",
     "python tools/faults/two_hosts.py": "tests/launch/test_launch.py runs it",
-    "torchx run dist.ddp -j 1x2": "tests/launch/test_launch.py runs it",
+    "torchx run dist.ddp -j 1x2": "make test-slow runs it, in tests/launch/test_launch.py",
     "torchx run dist.ddp -j 2x1": "tests/launch/test_launch.py runs it",
     "torchx run dist.ddp -j 2x8": "starts 16 processes",
 }

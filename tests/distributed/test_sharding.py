@@ -22,7 +22,9 @@ EQUAL = {
 }
 
 
-@pytest.mark.parametrize(("count", "on_a_host"), [(1, 1), pytest.param(2, 2, marks=pytest.mark.slow), (4, 2)])
+@pytest.mark.parametrize(
+    ("count", "on_a_host"), [*(pytest.param(ranks, ranks, marks=pytest.mark.slow) for ranks in (1, 2)), (4, 2)]
+)
 def test_outputs_steps_and_resharding_equal_the_unsharded_tables(ranks, tmp_path: Path, count: int, on_a_host: int):  # type: ignore[no-untyped-def]
     """fp32, 1e-5: outputs, weights and optimizer state; see equality_job.py."""
     printed = ranks(count, [JOB, str(tmp_path), str(on_a_host)])

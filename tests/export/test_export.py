@@ -238,7 +238,9 @@ def test_a_mixture_is_that_of_brute_force(
     ("kind", "weak", "strong"),
     [
         ("hnsw", {"efSearch": 1}, {"efSearch": 256}),
-        ("ivfpq", {"nprobe": 1, "k_factor_rf": 1}, {"nprobe": 256, "k_factor_rf": 32}),
+        pytest.param(
+            *("ivfpq", {"nprobe": 1, "k_factor_rf": 1}, {"nprobe": 256, "k_factor_rf": 32}), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_an_index_searches_as_hard_as_its_recall_takes(

@@ -40,6 +40,9 @@ MODELS = {
 }
 
 
+ONE_AND_SLOW = ["default", *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != "default")]
+
+
 @contextmanager
 def made(data: PreparedData, *overrides: str) -> Iterator[Job]:
     config = load_config(None, ["model.dim=16", "data.max_history=7", "distributed.device=cpu", *overrides])
@@ -76,7 +79,7 @@ class Case:
     """int8; of the default model alone."""
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(scope="module", params=ONE_AND_SLOW)
 def case(request: pytest.FixtureRequest, small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp("tower")
     with made(small, *MODELS[request.param]) as job:
@@ -94,11 +97,6 @@ def test_known_users_are_as_the_model_has_them(case: Case) -> None:
     np.testing.assert_allclose(one_by_one, case.users[:3], atol=1e-5 * size)
 
 
-@pytest.mark.parametrize(
-    "case",
-    ["default", *(pytest.param(model, marks=pytest.mark.slow) for model in MODELS if model != "default")],
-    indirect=True,
-)
 def test_onnx_gives_the_vectors_of_the_program_at_any_size(case: Case) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -29,7 +29,7 @@ def torchx(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(arguments, process.poll() or 0, out, err)
 
 
-@pytest.mark.parametrize("shape", ["1x2", "2x1"])
+@pytest.mark.parametrize("shape", [pytest.param("1x2", marks=pytest.mark.slow), "2x1"])
 def test_the_line_of_the_readme_works_as_typed(small: PreparedData, tmp_path: Path, shape: str) -> None:
     """One agent with two ranks, and two agents with one rank each that find each other by rendezvous."""
     options = ["--data.path", str(small.path), "--train.run", str(tmp_path / "run"), "--train.max_steps", "3"]
