@@ -14,8 +14,7 @@ from pydantic.dataclasses import dataclass
 from flm_torchrec._versions import check_versions
 from flm_torchrec.config import first_problem
 from flm_torchrec.errors import ConfigError, RunError
-from flm_torchrec.export.item_map import Method, method_of
-from flm_torchrec.export.manifest import RECALL, IndexKind, Manifest, Quantise, Storage, read_manifest
+from flm_torchrec.export.manifest import RECALL, IndexKind, Manifest, MapMethod, Quantise, Storage, read_manifest
 
 if TYPE_CHECKING:
     from flm_torchrec.export.delta import Delta
@@ -37,7 +36,7 @@ class ExportChoices:
     """How the packaged user tower stores the rows of its tables; none: it is not packaged."""
     onnx: bool = False
     """Write the packaged user tower as ONNX too."""
-    item_map: Method | None = None
+    item_map: MapMethod | None = None
     """How the map of the web page is drawn; None: by UMAP where umap-learn is installed, and by PCA elsewhere."""
     compile: bool = False
     """Compile the packaged user tower for this machine, into the user's cache."""
@@ -104,6 +103,7 @@ def export_run(
     check_versions()
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     from flm_torchrec.export.delta import export_delta
+    from flm_torchrec.export.item_map import method_of
     from flm_torchrec.export.tower.compiled import compile_tower
     from flm_torchrec.export.tower.onnx import check_onnx
     from flm_torchrec.export.write import ExportOptions, check_output, export

@@ -56,8 +56,7 @@ class HistoryTable:
         """The items that recommendations leave out, for a range of users."""
         users = self.seen.take(np.arange(some.start, some.stop))
         first = int(self.seen.offsets[some.start])
-        kept = self.tower.predicted[self.codes[first : first + len(users.values)]]
-        return Ragged(np.concatenate([[0], np.cumsum(kept)])[users.offsets], users.values[kept])
+        return users.only(self.tower.predicted[self.codes[first : first + len(users.values)]])
 
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Ranges of users, and their vectors [q, heads + 1, D], fused last."""

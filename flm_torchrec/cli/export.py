@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 from flm_torchrec.api.export import ExportChoices, Tower, export_run
 from flm_torchrec.config import add_data_path, given_options, given_overrides
-from flm_torchrec.export.item_map import Method, method_of, method_used
-from flm_torchrec.export.manifest import RECALL, IndexKind, Manifest, Quantise, Storage
+from flm_torchrec.export.manifest import RECALL, IndexKind, Manifest, MapMethod, Quantise, Storage
 
 if TYPE_CHECKING:
     from flm_torchrec.export.delta import Delta
@@ -75,7 +74,7 @@ def _add_tower(parser: argparse.ArgumentParser) -> None:
         "--onnx", action="store_true", help="write the packaged user tower as ONNX too, tower/user.onnx (default: no)"
     )
     drawn = "how the web page's map is drawn (default: umap where umap-learn is installed, pca elsewhere)"
-    parser.add_argument("--map", choices=get_args(Method), dest="item_map", help=drawn)
+    parser.add_argument("--map", choices=get_args(MapMethod), dest="item_map", help=drawn)
     parser.add_argument(
         "--compile",
         action="store_true",
@@ -90,6 +89,9 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         FlmError: an option, the run, its data or the output is wrong.
     """
+    # Imported here: every command reads this file to build its help.
+    from flm_torchrec.export.item_map import method_of, method_used
+
     how = args.format, args.quantise, args.index, args.recall, args.tower, args.onnx, args.item_map, args.compile
     choices = ExportChoices(*how, args.since, args.tolerance)
     options = given_overrides(args), given_options(args)

@@ -86,6 +86,10 @@ class Ragged:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         return Ragged(offsets, self.values[spans(self.offsets[:-1][rows], lengths)])
 
+    def only(self, kept: np.ndarray) -> Ragged:
+        """The same rows with only some of their values, by [offsets[-1]] bool."""
+        return Ragged(np.concatenate([[0], np.cumsum(kept)])[self.offsets], self.values[kept])
+
     def __add__(self, later: Ragged) -> Ragged:
         """These rows, then the later ones."""
         offsets = np.concatenate([self.offsets, later.offsets[1:] + self.offsets[-1]])

@@ -11,7 +11,7 @@ import torch
 from scipy import linalg
 from torch import Tensor
 
-from flm_torchrec.data.dataset import PreparedData, spans
+from flm_torchrec.data.dataset import PreparedData, Ragged, spans
 from flm_torchrec.data.splits import Examples
 
 EASE_L2 = 100.0
@@ -237,10 +237,8 @@ def _nearest(seen: sp.csr_matrix, neighbours: int, wanted: np.ndarray, entries: 
     norms = np.sqrt(np.bincount(seen.indices, minlength=seen.shape[1]).astype(np.float32))
     inverse = 1 / np.maximum(norms, np.float32(1e-12))
     unit = sp.csr_matrix((inverse[seen.indices], seen.indices, seen.indptr), shape=seen.shape)
-    asked = wanted[seen.indices]
-    offsets = np.concatenate([[0], np.cumsum(asked)])[seen.indptr]
-    items = seen.indices[asked]
-    by_item = sp.csr_matrix((inverse[items], items, offsets), shape=seen.shape).T.tocsr()
+    asked = Ragged(seen.indptr, seen.indices).only(wanted[seen.indices])
+    by_item = sp.csr_matrix((inverse[asked.values], asked.values, asked.offsets), shape=seen.shape).T.tocsr()
     kept = []
     for start, stop in _blocks(seen, wanted, entries):
         cosine = by_item[start:stop] @ unit

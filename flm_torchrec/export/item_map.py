@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flm_torchrec.errors import RunError
-from flm_torchrec.export.manifest import Manifest
+from flm_torchrec.export.manifest import Manifest, MapMethod
 from flm_torchrec.export.parts import ExportRows, read_part, write_part
 from flm_torchrec.export.vectors import decode, unit
 
@@ -22,21 +21,19 @@ MOST_ITEMS = 20_000
 NEIGHBOURS = 15
 """UMAP's n_neighbors, its default (McInnes et al., JOSS 2018). With fewer items PCA places them."""
 
-Method = Literal["umap", "pca"]
-
 
 @dataclass(frozen=True)
 class ItemMap:
     """Items in two directions."""
 
-    method: Method
+    method: MapMethod
     rows: np.ndarray  # [N] int64, ascending: the items shown
     positions: np.ndarray  # [N, 2] float32, -1 … 1, one scale for both directions
     variance: float | None
     """Share (0 … 1) of the vectors' variance along the two directions of PCA; None of UMAP."""
 
 
-def method_of(asked: Method | None) -> Method:
+def method_of(asked: MapMethod | None) -> MapMethod:
     """The method asked for, else UMAP where umap-learn is installed, and PCA elsewhere.
 
     Raises:
@@ -48,7 +45,7 @@ def method_of(asked: Method | None) -> Method:
     return asked or ("umap" if installed else "pca")
 
 
-def method_used(folder: Path) -> Method:
+def method_used(folder: Path) -> MapMethod:
     """How the map of an export or a delta that was just written is drawn."""
     return pq.read_schema(folder / FILE).metadata[b"method"].decode()  # type: ignore[return-value]
 
@@ -60,7 +57,7 @@ def shown_rows(items: int) -> np.ndarray:
     return np.sort(np.random.default_rng(0).choice(items, MOST_ITEMS, replace=False))
 
 
-def place(rows: np.ndarray, vectors: np.ndarray, method: Method) -> ItemMap:
+def place(rows: np.ndarray, vectors: np.ndarray, method: MapMethod) -> ItemMap:
     """The map of items [N] with these vectors [N, D].
 
     Raises:
@@ -99,7 +96,7 @@ def _scaled(positions: np.ndarray) -> np.ndarray:
     return (positions / max(float(np.abs(positions).max()), 1e-12)).astype(np.float32)
 
 
-def write_map(folder: Path, manifest: Manifest, method: Method) -> None:
+def write_map(folder: Path, manifest: Manifest, method: MapMethod) -> None:
     """Draw the map of an export whose rows are written, and write it beside these."""
     rows, found = shown_rows(manifest.items), []
     for part, file in enumerate(ExportRows(folder, manifest, "items").files):

@@ -31,6 +31,7 @@ RECALL = 0.99
 Storage = Literal["parquet", "arrow"]
 Quantise = Literal["none", "fp16", "int8"]
 IndexKind = Literal["flat", "hnsw", "ivfpq", "none"]
+MapMethod = Literal["umap", "pca"]
 Vectors = Literal["embedding", "content", "id"]
 """Columns of an item: the vector of id and features, which all heads score against, or of one of the two alone."""
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from flm_torchrec.claim import claim
 from flm_torchrec.config.heads import REPRESENTATIONS
-from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.data.dataset import PreparedData, Ragged
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.protocol import Collectives, Encoder, Of
 from flm_torchrec.export.attributes import Keys
 from flm_torchrec.export.index import build_index, check_index
-from flm_torchrec.export.item_map import Method, write_map
-from flm_torchrec.export.manifest import DELTA, FILE, FORMAT, RECALL, IndexKind, Manifest, Quantise, Storage
+from flm_torchrec.export.item_map import write_map
+from flm_torchrec.export.manifest import DELTA, FILE, FORMAT, RECALL, IndexKind, Manifest, MapMethod, Quantise, Storage
 from flm_torchrec.export.parts import PART_ROWS, Entity, part_name, write_part
 from flm_torchrec.export.quality import Quality, ValidationSet
 from flm_torchrec.export.vectors import encode
@@ -63,7 +63,7 @@ class ExportOptions:
     item_block: int = 16_384
     """Items that are encoded at once."""
     part_rows: int = PART_ROWS
-    item_map: Method = "pca"
+    item_map: MapMethod = "pca"
     """How the map of the web page is drawn."""
     tolerance: float = 0.0
     """Of a delta: a row stays the older one if each of its vectors has moved by at most this part of its length."""
@@ -249,11 +249,10 @@ def _write_users(writer: _PartWriter) -> None:
 def seen_items(data: PreparedData, offsets: np.ndarray) -> pa.ListArray:
     """[n] the items of the events `offsets[u]:offsets[u + 1]` that are of a kind to predict; offsets [n + 1]."""
     rows = slice(int(offsets[0]), int(offsets[-1]))
-    items, ends = data.item[rows], offsets - offsets[0]
+    seen = Ragged(offsets - offsets[0], data.item[rows])
     if data.targets is not None:
-        had = data.targets[data.event[rows]]
-        items, ends = items[had], np.concatenate([[0], np.cumsum(had)])[ends]
-    return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(items.astype(np.int32)))
+        seen = seen.only(data.targets[data.event[rows]])
+    return pa.ListArray.from_arrays(pa.array(seen.offsets.astype(np.int32)), pa.array(seen.values.astype(np.int32)))
 
 
 def rounds(rows: int, part_rows: int, block: int, comm: Collectives) -> Iterator[tuple[int, list[np.ndarray]]]:
