@@ -148,18 +148,18 @@ class Jagged:
 
     @property
     def count(self) -> Tensor:
-        """As of `Layout`, [T, 1]."""
-        return self.position.float().unsqueeze(1)
+        """As of `Layout`, [R, 1]."""
+        return self._shown(self.position).float().unsqueeze(1)
 
     def each(self, x: Tensor) -> Tensor:
-        """As of `Layout`, [T, D]."""
-        return x[self.sequence]
+        """As of `Layout`, [R, D]."""
+        return x[self._shown(self.sequence)]
 
     def mean(self, items: Tensor) -> Tensor:
         """As of `Layout`; items [T, D] are zero at a prefix."""
         total = torch.cumsum(items, 0)
-        before = F.pad(total, (0, 0, 1, 0))[self.first][self.sequence]  # sum of all earlier sequences
-        return (total - before) / self.position.clamp(min=1).unsqueeze(1)
+        before = self.each(F.pad(total, (0, 0, 1, 0))[self.first])  # sum of all earlier sequences
+        return (self._shown(total) - before) / self._shown(self.position).clamp(min=1).unsqueeze(1)
 
     def others(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """[T, D] of the item after each token → [T, D]: mean over the other items of its sequence; [T, 1]: how many.
@@ -179,8 +179,12 @@ class Jagged:
         return x.index_select(0, self.tokens)
 
     def represented(self, x: Tensor) -> Tensor:
-        """As of `Layout`, [T, D]."""
-        return x.index_select(0, self.back)
+        """As of `Layout`, [R, D]."""
+        return x.index_select(0, self._shown(self.back))
+
+    def _shown(self, x: Tensor) -> Tensor:
+        """[T, …] of all tokens → [R, …] of those that are represented: here all."""
+        return x
 
     def mix(self, x: Tensor, attend: Attend) -> Tensor:
         """As of `Layout`."""
@@ -207,25 +211,9 @@ class Ends(Jagged):
         if copies > 0:
             self.ends = F.pad(self.ends, (0, copies), value=len(time) - 1)
 
-    @property
-    def count(self) -> Tensor:
-        """As of `Layout`, [R, 1]."""
-        return super().count[self.ends]
-
-    def each(self, x: Tensor) -> Tensor:
-        """As of `Layout`, [R, D]."""
-        return x[self.sequence[self.ends]]
-
-    def mean(self, items: Tensor) -> Tensor:
-        """As of `Layout`; items [T, D] are zero at a prefix."""
-        total = torch.cumsum(items, 0)
-        before = F.pad(total, (0, 0, 1, 0))[self.first[self.sequence[self.ends]]]
-        return (total[self.ends] - before) / self.position[self.ends].clamp(min=1).unsqueeze(1)
-
     def begin(self, prefix: Tensor, events: Tensor) -> Tensor:
         """As of `Layout`; prefix [R, D], events [T, D]."""
-        return events.index_copy(0, self.first[self.sequence[self.ends]], prefix)
+        return events.index_copy(0, self.first[self._shown(self.sequence)], prefix)
 
-    def represented(self, x: Tensor) -> Tensor:
-        """As of `Layout`, [R, D]."""
-        return x.index_select(0, self.back[self.ends])
+    def _shown(self, x: Tensor) -> Tensor:
+        return x[self.ends]
