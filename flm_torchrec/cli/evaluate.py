@@ -53,7 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         action="append",
         choices=("items", "users", "events"),
         default=[],
-        help="also a table for each kind of next item (head, tail, without training events) of user (new, of few"
+        help="also a table for each kind of next item (head, tail, without training events), of user (new, of few"
         " events, of many), or of next event; may be repeated (default: none)",
     )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown (default: a table)")

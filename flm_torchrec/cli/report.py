@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -94,24 +93,16 @@ def _check_seed(run: Path, config: Config, other: Path) -> None:
     """Raise RunError where another run differs in more than its seed and its folder."""
     if not (other / "config.yaml").is_file():
         raise RunError(f"--seeds {other}: no config.yaml, so no run folder")
-    theirs = asdict(load_config(other / "config.yaml", []))
-    ours = asdict(config)
-    apart = [
-        f"{section}.{name}"
-        for section, content in ours.items()
-        for name, value in content.items()
-        if theirs[section][name] != value and f"{section}.{name}" not in OF_A_RUN
-    ]
+    theirs, ours = load_config(other / "config.yaml", []).by_name(), config.by_name()
+    apart = [name for name, value in ours.items() if theirs[name] != value and name not in OF_A_RUN]
     if apart:
         raise RunError(
             f"--seeds {other}: also differs from {run} in {', '.join(apart)}; give runs of the same settings"
         )
     if made_with(other) != made_with(run):
         raise RunError(f"--seeds {other}: was trained with other data than {run}; give runs of the same data")
-    if theirs["train"]["seed"] == ours["train"]["seed"]:
-        raise RunError(
-            f"--seeds {other}: has the same seed as {run}, {ours['train']['seed']}; give runs of other seeds"
-        )
+    if theirs["train.seed"] == ours["train.seed"]:
+        raise RunError(f"--seeds {other}: has the same seed as {run}, {ours['train.seed']}; give runs of other seeds")
 
 
 def _own_data(folder: Path, config: Config, given: bool) -> Path | str:

@@ -5,6 +5,7 @@ A field's `description` is its help on the command line; whatever can be derived
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
@@ -388,3 +389,7 @@ class Config:
         if self.data.stream and self.finetune.source:
             raise ValueError("data.stream: a fine-tuning chooses among all events in memory; set data.stream=false")
         return self
+
+    def by_name(self) -> dict[str, Any]:
+        """Every setting by `section.field`."""
+        return {f"{part}.{name}": value for part, content in asdict(self).items() for name, value in content.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,13 +40,9 @@ def sections_of(pieces: dict[str, Callable[[], Section]]) -> tuple[list[str], li
 
 def settings(config: Config) -> Section:
     """The settings that differ from the defaults."""
-    made, default = asdict(config), asdict(Config())
-    rows = [
-        (f"{section}.{name}", plain(value), plain(default[section][name]))
-        for section, content in made.items()
-        for name, value in content.items()
-        if value != default[section][name]
-    ]
+    default = Config().by_name()
+    made = config.by_name().items()
+    rows = [(name, plain(value), plain(default[name])) for name, value in made if value != default[name]]
     notes = () if rows else ("all settings are the defaults",)
     grid = PageTable("settings that differ from the defaults", ("setting", "here", "default"), rows)
     return Section("Configuration", notes, [grid] if rows else [])

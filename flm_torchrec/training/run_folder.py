@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 from flm_torchrec.claim import claim
@@ -91,17 +90,11 @@ def resumes(config: Config, restarted: bool) -> bool:
 
 def _changed(made: Config, config: Config) -> str:
     """The first setting that differs and is not FREE, with both values; empty if there is none."""
-    for section, content in asdict(made).items():
-        for name, value in content.items():
-            given = getattr(getattr(config, section), name)
-            if f"{section}.{name}" not in FREE and section not in FREE and given != value:
-                return f"{section}.{name} {value}, not {given}"
+    now = config.by_name()
+    for name, value in made.by_name().items():
+        if name not in FREE and name.partition(".")[0] not in FREE and now[name] != value:
+            return f"{name} {value}, not {now[name]}"
     return ""
-
-
-def _settings(config: Config) -> dict[str, object]:
-    """Every setting by `section.field`."""
-    return {f"{part}.{name}": value for part, content in asdict(config).items() for name, value in content.items()}
 
 
 def open_run_folder(config: Config, data: PreparedData, comm: Comm, steps: int) -> RunLogger:
@@ -134,7 +127,7 @@ def open_run_folder(config: Config, data: PreparedData, comm: Comm, steps: int) 
     def begin() -> None:
         with telling(folder, ANOTHER_RUN):
             make()
-            about = About(folder.resolve(), _settings(config), resumed)
+            about = About(folder.resolve(), config.by_name(), resumed)
             loggers.append(RunLogger(folder, steps, resumed, Trackers(config.train.trackers, about)))
 
     comm.on_main(begin)
