@@ -87,15 +87,16 @@ class RowChecks:
         self.counts[user[starts]] += np.diff(np.append(starts, len(user)))
         self.rows, self.newest = self.rows + len(user), int(user[-1])
 
-    def check_weights(self, weight: np.ndarray) -> None:
-        """Raise DataError where one of the next rows has a weight that is negative or not finite."""
-        bad = np.flatnonzero(~((weight >= 0) & (weight < np.inf)))
-        if len(bad):
-            row = self.rows + int(bad[0])
-            raise DataError(f"{self.path}: row {row} has weight {weight[bad[0]]:g}; prepare the data again")
-
-    def check_contexts(self, columns: Mapping[str, np.ndarray]) -> None:
-        """Raise DataError where one of the next rows has a code of an event's feature that is outside the schema."""
+    def check_more(self, columns: Mapping[str, np.ndarray]) -> None:
+        """Raise DataError where one of the next rows, by column, has a weight that is negative or not finite, or a code
+        of an event's feature that is outside the schema.
+        """
+        if self.schema.weights:
+            weight = columns[WEIGHT]
+            bad = np.flatnonzero(~((weight >= 0) & (weight < np.inf)))
+            if len(bad):
+                row = self.rows + int(bad[0])
+                raise DataError(f"{self.path}: row {row} has weight {weight[bad[0]]:g}; prepare the data again")
         for feature in self.schema.of("event", sparse=True):
             codes = columns[feature.column]
             bad = np.flatnonzero((codes < -1) | (codes >= feature.cardinality))

@@ -55,9 +55,7 @@ def load_events(groups: RowGroups, schema: Schema, users: np.ndarray | None) -> 
     for part in filter(len, parts):
         here = slice(checks.rows, checks.rows + len(part))
         arrays = {name: part[name].to_numpy() for name in ("user_id", *columns)}
-        checks.check_contexts(arrays)
-        if schema.weights:
-            checks.check_weights(arrays[WEIGHT])
+        checks.check_more(arrays)
         checks.add(arrays["user_id"], arrays["item_id"], arrays["event"])
         for name, column in columns.items():
             column[here] = arrays[name]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from flm_torchrec.data.dataset import PreparedData, domain_of_items, load_prepared
-from flm_torchrec.data.event_files import WEIGHT, RowChecks, event_columns
+from flm_torchrec.data.event_files import RowChecks, event_columns
 from flm_torchrec.data.row_groups import RowGroups
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import (
@@ -218,10 +218,8 @@ def _survey(groups: RowGroups, schema: Schema, rule: Rule, offsets: np.ndarray, 
     parts = groups.scan(["user_id", *(name for name in columns if name != "timestamp")])
     names = columns[columns.index("value") + 1 :]
     for user, item, event, value, *others in whole_users(parts) if rule.groups else parts:
-        more, checks.rows = dict(zip(names, others, strict=True)), row
-        if schema.weights:
-            checks.check_weights(more[WEIGHT])
-        checks.check_contexts(more)
+        checks.rows = row
+        checks.check_more(dict(zip(names, others, strict=True)))
         learnable = (np.arange(row, row + len(user)) < train_end[user]) & ~rule.held_out(user, item, event)
         row += len(user)
         if learnable.any():

@@ -10,7 +10,7 @@ from typing import get_args
 from flm_torchrec.data.schema import Kind
 from flm_torchrec.errors import DataError
 from flm_torchrec.names import nearest
-from flm_torchrec.prepare.text_encoder import encoder_kind
+from flm_torchrec.prepare.text_encoder import ENDING, encoder_kind
 
 ROLES = ("user", "item", "timestamp", "event", "value", "weight")
 RESERVED = ("key", "id", "item_id", "user_id", "item_key", "user_key")
@@ -83,7 +83,7 @@ def check_kinds(kinds: Mapping[str, str], option: str) -> None:
         if not re.fullmatch(r"\w+", name) or name in RESERVED:
             raise DataError(f"{option}: '{name}' cannot name a feature; rename the column, in letters, digits and _")
         made = [(f"{name}_tokens", "words")] if kind == "text" else []
-        made += [(f"{name}_vector", "vectors")] if folder is not None else []
+        made += [(f"{name}{ENDING}", "vectors")] if folder is not None else []
         for other, what in made:
             if other in kinds:
                 raise DataError(f"{option}: '{other}' is where the {what} of '{name}' go; rename the column")

@@ -9,7 +9,6 @@ sentence-transformers: `modules.json`; PyTorch, on a GPU where there is one.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -18,7 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from flm_torchrec.documents import Unreadable, read_json
 from flm_torchrec.errors import DataError
+from flm_torchrec.safe_text import first_line
 
 EncoderKind = Literal["model2vec", "onnx", "sentence-transformers"]
 BATCH = 256
@@ -33,6 +34,8 @@ PACKAGES: dict[EncoderKind, tuple[str, ...]] = {
 INSTALLED_BY = {"sentence_transformers": "pip install sentence-transformers"}
 NOT_OF_THE_ENCODER = (".md", ".png", ".gitattributes")
 """Endings of files that change no vector."""
+ENDING = "_vector"
+"""After the name of a text feature: the feature of its vectors."""
 Forward = Callable[[list[str]], np.ndarray]
 """Texts → [texts, width]."""
 
@@ -114,14 +117,13 @@ class TextEncoder:
         return np.divide(found * np.sqrt(found.shape[1]), length, out=np.zeros_like(found), where=length > 0)
 
     def _damaged(self, error: Exception) -> DataError:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return DataError(f"{self.option}: {self.folder}: cannot encode ({reason[:200]}); copy the encoder again")
+        return DataError(f"{self.option}: {self.folder}: cannot encode ({first_line(error)}); copy the encoder again")
 
 
 def _kind(folder: Path) -> EncoderKind | None:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(folder / "config.json")
+    except (OSError, Unreadable):
         config = {}
     if isinstance(config, dict) and config.get("model_type") == "model2vec":
         return "model2vec"
@@ -173,7 +175,7 @@ def _pools_first(folder: Path) -> bool:
     file = folder / "1_Pooling" / "config.json"
     if not file.is_file():
         return False
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    config: dict[str, Any] = read_json(file)
     modes = [name for name, on in config.items() if name.startswith("pooling_mode_") and on is True]
     if modes not in (["pooling_mode_cls_token"], ["pooling_mode_mean_tokens"]):
         raise ValueError(f"{file.name}: pools by {', '.join(modes) or 'nothing'}, not by the first token or the mean")

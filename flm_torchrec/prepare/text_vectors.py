@@ -12,10 +12,8 @@ import numpy as np
 import polars as pl
 
 from flm_torchrec.errors import DataError
-from flm_torchrec.prepare.text_encoder import TextEncoder
+from flm_torchrec.prepare.text_encoder import ENDING, TextEncoder
 
-ENDING = "_vector"
-"""After the name of a text feature: the feature of its vectors."""
 PART = 4096
 """Texts between two commits to the cache."""
 

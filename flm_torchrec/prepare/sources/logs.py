@@ -34,8 +34,8 @@ from flm_torchrec.prepare.sources.shards import (
 )
 from flm_torchrec.prepare.sources.source_data import CONTEXT, DeclaredFeature, Shard, SourceData
 from flm_torchrec.prepare.sources.tables import cast
-from flm_torchrec.prepare.text_encoder import encoder_digest
-from flm_torchrec.prepare.text_vectors import ENDING, text_vectors
+from flm_torchrec.prepare.text_encoder import ENDING, encoder_digest
+from flm_torchrec.prepare.text_vectors import text_vectors
 from flm_torchrec.safe_text import redact_address
 
 NO_TABLES: Mapping[Entity, pa.Table] = MappingProxyType({})

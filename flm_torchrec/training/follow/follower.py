@@ -124,16 +124,13 @@ def follow(run: Path, url: str, output: Path, options: FollowOptions, overrides:
         comm = inputs.comm
         if options.expire_after and not inputs.data.schema.timestamps:
             raise ConfigError(f"--expire-after: {inputs.data.path} has no timestamps; leave it out")
-        if inputs.data.schema.of("event", sparse=True):
-            raise ConfigError(
-                f"{inputs.data.path}: its events have features, and those of a source have none; prepare the new events"
-                " too, and go on with flm train --train.warm_start"
-            )
-        if inputs.data.schema.weights:
-            raise ConfigError(
-                f"{inputs.data.path}: its events have weights, and those of a source have none; prepare the new events"
-                " too, and go on with flm train --train.warm_start"
-            )
+        schema = inputs.data.schema
+        for there, what in ((schema.of("event", sparse=True), "features"), (schema.weights, "weights")):
+            if there:
+                raise ConfigError(
+                    f"{inputs.data.path}: its events have {what}, and those of a source have none; prepare the new"
+                    " events too, and go on with flm train --train.warm_start"
+                )
         if inputs.data.schema.domains:
             raise ConfigError(
                 f"{inputs.data.path}: is joint data, whose new items would have no domain; join the new data, and go on"
