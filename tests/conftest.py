@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
 import pytest
@@ -17,9 +18,13 @@ from flm_torchrec.prepare.prepare import prepare
 from flm_torchrec.prepare.sources import synthetic
 from flm_torchrec.prepare.sources.source_data import Shard, SourceData
 
+if TYPE_CHECKING:
+    from playwright import sync_api
+
 ROOT = Path(__file__).resolve().parents[1]
 settings.register_profile("default", max_examples=40)  # of a property test that names no number
 settings.load_profile("default")
+CHROMIUM = Path("/usr/bin/chromium")
 NO_DROPOUT = [
     *("--model.dropout", "0", "--model.embedding_dropout", "0"),
     *("--model.id_dropout", "0", "--model.user_id_dropout", "0"),
@@ -101,6 +106,17 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} is not there; name its folder in FLM_DATA")
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[sync_api.Browser]:
+    """A headless Chromium. Not of the session: until it ends, no other test can have an event loop."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright, by which pages are tested")
+    with playwright.sync_playwright() as started:
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        launched = started.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield launched
+        launched.close()
 
 
 @pytest.fixture

@@ -19,13 +19,13 @@ from flm_torchrec import pages
 from flm_torchrec.charts import Curves, Histogram
 from flm_torchrec.config.heads import FUSED, HEADS
 from flm_torchrec.pages import Bars, Figure, PageTable, Part, Section
+from tests.conftest import CHROMIUM
 from tests.page_geometry import WIDTHS, at_every_size, faults
 
 if TYPE_CHECKING:
     from playwright import sync_api
 else:
     sync_api = pytest.importorskip("playwright.sync_api", reason="pages are tested with playwright, which is not here")
-CHROMIUM = Path("/usr/bin/chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no browser: {CHROMIUM} is not there")
 FILES = Path(flm_torchrec.serve.__path__[0]) / "page"
 ALL = (FUSED, *HEADS)
@@ -37,15 +37,6 @@ NAMES = [
     "東京の古い町並みを歩く長い題名とその続きの題名とさらに続く題名",
     "",
 ]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[sync_api.Browser]:
-    with sync_api.sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

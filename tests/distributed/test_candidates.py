@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from flm_torchrec.training.job import open_job
 from flm_torchrec.training.loaders import make_loader
 from flm_torchrec.training.run_events import events_of
 from tests.conftest import ROOT
+from tests.steps import losses_of_steps
 
 JOB = str(ROOT / "tests" / "distributed" / "candidates_job.py")
 SMALL = ["model.dim=16", "train.batch_size=32", "data.max_history=6", "loss.negatives=21"]
@@ -42,16 +42,7 @@ def test_on_one_rank_all_settings_are_one(small: PreparedData) -> None:
     found = []
     for kind in ("global", "node", "local"):
         with open_job(load_config(None, [*SMALL, f"loss.candidates={kind}", "distributed.threads=1"]), small) as job:
-            job.model.train()
-            torch.manual_seed(3)  # of dropout
-            losses = []
-            for batch in islice(job.loader.after(0), 2):
-                job.optimizer.zero_grad()
-                loss, outputs = job.model(batch)
-                loss.backward()
-                job.optimizer.step()
-                losses += [float(loss), *map(float, outputs.losses.values())]
-            found.append(losses)
+            found.append(losses_of_steps(job, 2, seed=3))
     assert found[0] == found[1] == found[2] and len(found[0]) == 2 * 6
 
 

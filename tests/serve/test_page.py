@@ -15,6 +15,7 @@ import uvicorn
 
 from flm_torchrec.serve.app import create_app
 from flm_torchrec.serve.service import Service
+from tests.conftest import CHROMIUM
 
 if TYPE_CHECKING:
     from playwright import sync_api
@@ -22,7 +23,6 @@ else:
     sync_api = pytest.importorskip(
         "playwright.sync_api", reason="the page is tested with playwright, which is not here"
     )
-CHROMIUM = Path("/usr/bin/chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no browser: {CHROMIUM} is not there")
 expect = sync_api.expect
 HOSTILE = "<img src=x onerror=\"document.title='broken'\">"
@@ -39,15 +39,6 @@ def server(exported: Path) -> Iterator[str]:
     yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     running.should_exit = True
     thread.join()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[sync_api.Browser]:
-    with sync_api.sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

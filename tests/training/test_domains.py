@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from flm_torchrec.prepare.sources import synthetic
 from flm_torchrec.training.job import open_job
 from flm_torchrec.training.loaders import make_loader
 from flm_torchrec.training.run_events import events_of
+from tests.steps import losses_of_steps
 
 SMALL = [
     *("model.dim=8", "model.layers=1", "train.batch_size=16", "data.max_history=6", "loss.negatives=12"),
@@ -42,16 +42,7 @@ def batches(data: PreparedData, *overrides: str) -> Iterator[object]:
 def losses(data: PreparedData, *overrides: str) -> list[float]:
     """Losses of three steps."""
     with open_job(load_config(None, [*SMALL, f"data.path={data.path}", *overrides]), data) as job:
-        job.model.train()
-        torch.manual_seed(1)
-        found = []
-        for batch in islice(job.loader.after(0), 3):
-            job.optimizer.zero_grad()
-            loss, outputs = job.model(batch)
-            loss.backward()
-            job.optimizer.step()
-            found += [float(loss), *map(float, outputs.losses.values())]
-        return found
+        return losses_of_steps(job, 3, seed=1)
 
 
 @pytest.mark.parametrize("negatives", ["12", "all"])

@@ -7,7 +7,6 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,6 +40,7 @@ from flm_torchrec.model.label import LabelDense
 from flm_torchrec.training.job import open_job
 from flm_torchrec.training.run_events import with_targets
 from tests.conftest import NO_DROPOUT
+from tests.steps import losses_of_steps
 
 USERS, ITEMS = 40, 30
 SMALL = [
@@ -145,15 +145,7 @@ def steps(data: PreparedData, *overrides: str) -> tuple[list[float], list[torch.
     """Losses of two steps, and the dense weights after them."""
     config = load_config(None, [*SMALL, f"data.path={data.path}", *overrides])
     with open_job(config, with_targets(data, config)) as job:
-        job.model.train()
-        torch.manual_seed(1)
-        found = []
-        for batch in islice(job.loader.after(0), 2):
-            job.optimizer.zero_grad()
-            loss, outputs = job.model(batch)
-            loss.backward()
-            job.optimizer.step()
-            found += [float(loss), *map(float, outputs.losses.values())]
+        found = losses_of_steps(job, 2, seed=1)
         return found, [p.detach().clone() for p in job.model.module.dense.parameters()]
 
 
