@@ -81,6 +81,16 @@ def exported(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Exports of one test process trace programs of one form once."""
+    from tests.exported_programs import keep_traces
+
+    with pytest.MonkeyPatch.context() as patch:
+        keep_traces(patch)
+        yield
+
+
 @pytest.fixture(scope="session")
 def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a PostgreSQL of our own."""
