@@ -1,4 +1,4 @@
-"""The tests' own way to trace a program once: another program of its form gives its own vectors, not the first one's."""
+"""The tests trace a program once; another program of its form gives its own vectors, not the first one's."""
 
 from __future__ import annotations
 
