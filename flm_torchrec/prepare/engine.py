@@ -36,6 +36,13 @@ class Engine(Protocol):
     def write_each(self, name: str, source: Path, select: str, folder: Path) -> None:
         """As `write`; `select` reads what `write` left in `source` as the view `name`, perhaps bucket by bucket."""
 
+    def save(self, select: str, folder: Path, order: str = "") -> list[Path]:
+        """Write a result of any size as Parquet files, at least one, which hold it one after the other in an order.
+
+        Args:
+            order: SQL behind ORDER BY; empty: any order.
+        """
+
 
 class DuckEngine:
     """DuckDB.
@@ -94,6 +101,17 @@ class DuckEngine:
             self.connection.execute(f"CREATE OR REPLACE VIEW {name} AS SELECT *, {number} AS bucket FROM {rows}")
             target = sql.target(folder / bucket.name / "part.parquet")
             self.connection.execute(f"COPY ({select}) TO {target} (FORMAT parquet)")
+
+    def save(self, select: str, folder: Path, order: str = "") -> list[Path]:
+        """See `Engine`."""
+        folder.mkdir()
+        self.connection.execute(f"COPY ({in_order(select, order)}) TO {sql.target(folder / 'part.parquet')}")
+        return [folder / "part.parquet"]
+
+
+def in_order(select: str, order: str) -> str:
+    """A query with its rows in an order; empty: any order."""
+    return f"SELECT * FROM ({select}) AS saved ORDER BY {order}" if order else select
 
 
 def buckets(folder: Path) -> list[Path]:

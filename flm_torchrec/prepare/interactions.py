@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,17 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from flm_torchrec.data.event_files import WEIGHT
+from flm_torchrec.prepare.blocks import ROWS_PER_GROUP, rows_of
 from flm_torchrec.prepare.clean import EXAMPLES, Dropped, mark_sql
 from flm_torchrec.prepare.engine import Engine, buckets
+from flm_torchrec.prepare.entities import NUMBERED, Hash, number_keys
+from flm_torchrec.prepare.events_per_user import EventsPerUser
 from flm_torchrec.prepare.options import PrepareOptions
 from flm_torchrec.prepare.sources.source_data import CONTEXT
 
 FILE_ORDER = "shard, line"
 ROWS_PER_BUCKET = 2_000_000
 """Rows of a bucket at most, unless one user has more; a bucket is held in memory."""
-ROWS_PER_GROUP = 131_072
-"""Rows of a row group, which a loader reads at once."""
 
 Contexts = dict[str, pl.Series]
 """By column of a feature of events, its values in order of code."""
@@ -30,7 +32,7 @@ Contexts = dict[str, pl.Series]
 class InteractionCounts:
     """Counts of the interactions that were written."""
 
-    per_user: np.ndarray  # [users] events
+    per_user: EventsPerUser
     sessions: int
     pairs: int
     """Pairs of a user and an item that meet at least once."""
@@ -61,39 +63,36 @@ class Interactions:
         self.extra = [*(name for name in ("segment", "event_weight") if name in stored), *self.contexts]
         """Columns that not every source has."""
 
-    def keys(self) -> tuple[pl.DataFrame, pl.DataFrame, list[str]]:
-        """Users and items, each with columns `key` and `events` (their number of rows), and the names of events."""
-        users, items = (
-            self.engine.query(f"SELECT {side}_key AS key, COUNT(*) AS events FROM taken GROUP BY {side}_key")
-            for side in ("user", "item")
-        )
+    def number(self, hashed: Hash | None) -> tuple[int, int, list[str]]:
+        """Number users, items and names of events; returns how many users and items there are, and the names.
+
+        Args:
+            hashed: of keys of users, as of `number_keys`.
+        """
+        users = number_keys(self.engine, "user", self.folder / "users", ROWS_PER_BUCKET, hashed)
+        items = number_keys(self.engine, "item", self.folder / "items", ROWS_PER_BUCKET)
         names = self.engine.query("SELECT DISTINCT event_name FROM taken")["event_name"]
         return users, items, names.sort().to_list()
 
-    def clean(
-        self, users: pl.DataFrame, items: pl.DataFrame, events: list[str], options: PrepareOptions, dropped: Dropped
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Code the rows, mark duplicates and find the core.
+    def clean(self, events: list[str], options: PrepareOptions, dropped: Dropped) -> int:
+        """Code the rows, mark duplicates and find the core. `number` comes first.
+
+        Makes the views `kept_users` and `kept_items`: the ids of the users and of the items that stay.
 
         Args:
-            users, items: columns id, key and events; the rows of a user go to one bucket.
             events: names of the event codes.
             dropped: counts duplicates, and rows outside the core.
 
         Returns:
-            The ids of the users and of the items that stay, ascending.
+            The number of users that stay.
         """
-        self._code(users, items, events, options)
+        self._code(events, options)
         if options.dedup != "none":
             self._count("duplicate = 1", f"duplicate ({options.dedup})", dropped)
-        everything = np.arange(len(users)), np.arange(len(items))
-        return self._core(*everything, options, dropped)
+        return self._core(options, dropped)
 
-    def _code(self, users: pl.DataFrame, items: pl.DataFrame, events: list[str], options: PrepareOptions) -> None:
+    def _code(self, events: list[str], options: PrepareOptions) -> None:
         """Replace keys by ids, mark duplicates and number sessions, bucket by bucket: the view `marked`."""
-        begin = users["events"].cum_sum() - users["events"]
-        self.engine.frame("users", users.select("id", "key", (begin // ROWS_PER_BUCKET).alias("bucket")))
-        self.engine.frame("items", items.select("id", "key"))
         self.engine.frame("events", pl.DataFrame({"id": np.arange(len(events)), "name": events}))
         extra = "".join(f", {name}" for name in self.extra)
         needs_marks = options.dedup != "none" or options.session_gap > 0 or not self.timestamps
@@ -118,41 +117,40 @@ class Interactions:
         shown = self.engine.query(first).rows() if rows else []
         dropped.add(reason, rows, (f"{self.names[shard]}: row {line}" for shard, line in shown))
 
-    def _core(
-        self, users: np.ndarray, items: np.ndarray, options: PrepareOptions, dropped: Dropped
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _core(self, options: PrepareOptions, dropped: Dropped) -> int:
         """Take out users and items with too few rows until all have enough: the core (Seidman 1983), of two kinds.
 
-        Items that too few different users have are taken out too.
+        Items that too few different users have are taken out too. Returns the number of users that are left.
         """
-        minimum = options.minimum_events("user"), options.minimum_events("item")
-        if max(*minimum, options.min_users) <= 1:
-            return users, items
-        kept = "duplicate = 0 AND user_id IN (SELECT id FROM core_users) AND item_id IN (SELECT id FROM core_items)"
-        while True:
-            for name, ids in (("core_users", users), ("core_items", items)):
-                self.engine.frame(name, pl.DataFrame({"id": ids}))
-            people = ", COUNT(DISTINCT user_id) AS people" if options.min_users > 1 else ""
-            by_user, by_item = (
-                self.engine.query(
-                    f"SELECT {side}_id AS id, COUNT(*) AS n{more} FROM marked WHERE {kept} GROUP BY {side}_id"
-                )
-                for side, more in (("user", ""), ("item", people))
-            )
-            if people:
-                by_item = by_item.filter(pl.col("people") >= options.min_users)
-            core = [
-                c.filter(pl.col("n") >= n)["id"].sort().to_numpy()
-                for c, n in zip((by_user, by_item), minimum, strict=True)
-            ]
-            if (len(core[0]), len(core[1])) == (len(users), len(items)):
+        least = {"user": options.minimum_events("user"), "item": options.minimum_events("item")}
+        kept = "duplicate = 0"
+        numbered = [[self.folder / f"{entity}s" / NUMBERED] for entity in least]
+        rows = self._keep(numbered)
+        if max(*least.values(), options.min_users) <= 1:
+            return rows[0]
+        for turn in count():
+            saved = [self._enough(entity, kept, n, options.min_users, turn) for entity, n in least.items()]
+            before, rows = rows, self._keep(saved)
+            if rows == before:
                 break
-            users, items = core
-        per_user, per_item = minimum
+            kept = "duplicate = 0 AND user_id IN (SELECT id FROM kept_users) AND item_id IN (SELECT id FROM kept_items)"
+        per_user, per_item = least.values()
         name = f"{per_user}-core" if per_user == per_item else f"core of {per_user} events a user, {per_item} an item"
         name += f", and of {options.min_users} users an item" if options.min_users > 1 else ""
         self._count(f"duplicate = 0 AND NOT ({kept})", f"outside the {name}", dropped)
-        return users, items
+        return rows[0]
+
+    def _keep(self, files: Sequence[Sequence[Path]]) -> list[int]:
+        """Make the views of the users and of the items that are kept; returns how many each has."""
+        for entity, some in zip(("user", "item"), files, strict=True):
+            self.engine.files(f"kept_{entity}s", some)
+        return [rows_of(some) for some in files]
+
+    def _enough(self, entity: str, kept: str, events: int, users: int, turn: int) -> list[Path]:
+        """Files with the ids that have enough of the rows kept; items: of enough users too."""
+        people = f" AND COUNT(DISTINCT user_id) >= {users}" if users > 1 and entity == "item" else ""
+        select = f"SELECT {entity}_id AS id FROM marked WHERE {kept} GROUP BY {entity}_id HAVING COUNT(*) >= {events}"
+        return self.engine.save(select + people, self.folder / f"core-{entity}s-{turn}")
 
     def contexts_of(self, user_ids: np.ndarray, item_ids: np.ndarray, options: PrepareOptions) -> Contexts:
         """The values of features of events that the rows that stay have, often enough; arguments as of `write`."""
@@ -175,11 +173,11 @@ class Interactions:
         """Write the rows that stay, sorted by user and time, a file a bucket.
 
         Args:
-            user_ids, item_ids: [ids given to `clean`] the final id of each; -1 where it does not stay.
+            user_ids, item_ids: [keys that `number` counted] the final id of each; -1 where it does not stay.
             contexts: see `contexts_of`.
         """
         folder.mkdir()
-        per_user = np.zeros(user_ids.max() + 1, np.int64)
+        per_user = EventsPerUser()
         part = sessions = pairs = 0
         weight = 0.0
         for bucket in buckets(self.marked):
@@ -190,18 +188,18 @@ class Interactions:
             part += 1
             if WEIGHT in frame.columns:
                 weight += float(frame[WEIGHT].sum())
-            per_user += np.bincount(frame["user_id"].to_numpy(), minlength=len(per_user))
+            per_user.add(frame["user_id"].rle().struct.field("len").to_numpy())  # a bucket has all rows of a user
             if "session" in frame.columns:
                 sessions += frame.select("user_id", "session").n_unique()
-            pairs += frame.select("user_id", "item_id").n_unique()  # a bucket has all rows of a user
+            pairs += frame.select("user_id", "item_id").n_unique()
         return InteractionCounts(per_user, sessions, pairs, weight if "event_weight" in self.extra else None)
 
     def _final_rows(self, bucket: Path, user_ids: np.ndarray, item_ids: np.ndarray, contexts: Contexts) -> pl.DataFrame:
         files = sorted(bucket.glob("*.parquet"))
         frame = pl.read_parquet(files, glob=False, hive_partitioning=False).filter(pl.col("duplicate") == 0)
         frame = frame.with_columns(
-            user_id=pl.Series(user_ids[frame["user_id"].to_numpy()], dtype=pl.Int64),
-            item_id=pl.Series(item_ids[frame["item_id"].to_numpy()], dtype=pl.Int64),
+            user_id=pl.Series(np.asarray(user_ids[frame["user_id"].to_numpy()]), dtype=pl.Int64),
+            item_id=pl.Series(np.asarray(item_ids[frame["item_id"].to_numpy()]), dtype=pl.Int64),
         ).filter((pl.col("user_id") >= 0) & (pl.col("item_id") >= 0))
         return frame.sort("user_id", "seconds", "shard", "row_index").select(
             "user_id",

@@ -1,6 +1,6 @@
 """Several prepared data sets → one joint set: shared users by key, each item with its domain, events in time order.
 
-Keys and features of users and items are in memory, events a bucket of users at a time, as in `prepare`.
+Keys and features of users and items are in memory, events a bucket of users at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from flm_torchrec.files import replacing, telling
 from flm_torchrec.prepare.interactions import InteractionCounts
 from flm_torchrec.prepare.join_events import DomainEvents, write_joined
 from flm_torchrec.prepare.join_features import Domain, JointFeature, joint_features, standardised
-from flm_torchrec.prepare.prepare import check_output, ordered
+from flm_torchrec.prepare.key_order import ordered
+from flm_torchrec.prepare.prepare import check_output
 
 SOURCE = "join"
 """`source` in the schema of joint data."""
@@ -127,7 +128,7 @@ class Joining:
                 joint.vocabulary.write_parquet(
                     folder / "vocab" / f"{joint.feature.entity}_{joint.feature.name}.parquet"
                 )
-        schema = self._schema(len(users), len(items), int(counts.per_user.sum()), events, timed, made)
+        schema = self._schema(len(users), len(items), counts.per_user.events, events, timed, made)
         report = self._report(schema, counts, rows["user"])
         (folder / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
         schema.save(folder / "schema.yaml")  # last: what has a schema is complete
@@ -231,8 +232,6 @@ class Joining:
         return {name: table for name, (_, table) in said.items() if table.kind != "direct"}
 
     def _report(self, schema: Schema, counts: InteractionCounts, users: Sequence[pl.DataFrame]) -> dict[str, Any]:
-        per_user = pl.Series(counts.per_user)
-        quantiles = {f"{q:.0%}": per_user.quantile(q, "nearest") for q in (0.0, 0.25, 0.5, 0.75, 0.99, 1.0)}
         kept = sum(domain.schema.interactions for domain in self.domains)
         warnings = []
         ordered_only = [domain.name for domain in self.domains if not domain.schema.timestamps]
@@ -252,7 +251,7 @@ class Joining:
             "users": schema.users,
             "items": schema.items,
             "users_of_several_domains": shared,
-            "events_per_user": quantiles,
+            "events_per_user": counts.per_user.quantiles(),
             "sparsity": sparsity(counts.pairs, schema.users, schema.items),
             "warnings": warnings,
             "options": {"apart": list(self.apart)},

@@ -14,7 +14,9 @@ import pyarrow.parquet as pq
 from flm_torchrec.data.event_files import EVENT_COLUMNS, WEIGHT, RowChecks
 from flm_torchrec.data.row_groups import RowGroups
 from flm_torchrec.data.schema import Schema
-from flm_torchrec.prepare.interactions import ROWS_PER_BUCKET, ROWS_PER_GROUP, InteractionCounts
+from flm_torchrec.prepare.blocks import ROWS_PER_GROUP
+from flm_torchrec.prepare.events_per_user import EventsPerUser
+from flm_torchrec.prepare.interactions import ROWS_PER_BUCKET, InteractionCounts
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,9 @@ def write_joined(
         frame = frame.select("user_id", *EVENT_COLUMNS, *more)
         pq.write_table(frame.to_arrow(), folder / f"part-{part:05d}.parquet", row_group_size=ROWS_PER_GROUP)
         pairs += frame.select("user_id", "item_id").n_unique()
-    return InteractionCounts(per_user, 0, pairs)
+    counts = EventsPerUser()
+    counts.add(per_user)
+    return InteractionCounts(counts, 0, pairs)
 
 
 def _deal(domains: Sequence[DomainEvents], bucket_of: np.ndarray, work: Path, timed: bool) -> None:

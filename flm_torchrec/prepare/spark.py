@@ -11,6 +11,7 @@ from types import TracebackType
 import polars as pl
 
 from flm_torchrec.errors import DataError
+from flm_torchrec.prepare.engine import in_order
 from flm_torchrec.prepare.sources.source_data import Shard
 
 
@@ -88,6 +89,11 @@ class SparkEngine:
         """See `Engine`."""
         self.files(name, sorted(source.glob("*/*.parquet")))
         self.write(select, folder)
+
+    def save(self, select: str, folder: Path, order: str = "") -> list[Path]:
+        """See `Engine`. A range of the order is a partition, and each partition a file, numbered in the order."""
+        self.session.sql(in_order(select, order)).write.parquet(str(folder))
+        return sorted(folder.glob("*.parquet"))
 
 
 def _literal(file: Path) -> str:

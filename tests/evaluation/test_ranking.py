@@ -27,7 +27,7 @@ from flm_torchrec.config.schema import EvalConfig
 from flm_torchrec.data.dataset import EntityFeatures, PreparedData
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import COLD_ITEM, Examples, split
-from flm_torchrec.errors import ConfigError, DataError, RunError
+from flm_torchrec.errors import ConfigError, RunError
 from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Markov, Popularity, Random, _blocks, _nearest, _seen
 from flm_torchrec.evaluation.evaluate import EvaluationTask, check_memory, evaluate, left_out
 from flm_torchrec.evaluation.head_scorer import HeadScorer
@@ -36,7 +36,6 @@ from flm_torchrec.evaluation.metrics import RankCounts
 from flm_torchrec.evaluation.protocol import Of, Scorer
 from flm_torchrec.evaluation.ranking import Blocks, RankingProblem, count_ranks, rank_targets
 from flm_torchrec.mixture import Mixture
-from flm_torchrec.prepare.prepare import check_keys
 
 CPU = torch.device("cpu")
 
@@ -411,9 +410,6 @@ def test_limits_are_told_with_their_numbers_and_the_way_round(monkeypatch: pytes
         check_memory(EvalConfig(), 10**9)
     with pytest.raises(ConfigError, match=r"Markov needs .*leave it out of eval\.baselines"):
         check_memory(EvalConfig(baselines=("Markov",)), 41_667)
-    check_keys("logs", 4_000, 651)
-    with pytest.raises(DataError, match=r"logs: the keys of 100,000,000 users and 7 items need 20\.0 GiB \(215 bytes"):
-        check_keys("logs", 10**8, 7)
     HeadScorer(RandomEncoder(2, 100, 0), 100, 7, Alone())
     with pytest.raises(RunError, match=r"ranking 90,000,000 items of 4 numbers needs 1\.3 GiB on each rank"):
         HeadScorer(RandomEncoder(2, 100, 0), 90_000_000, 7, Alone())

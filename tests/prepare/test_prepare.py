@@ -6,7 +6,10 @@ import itertools
 import json
 import stat
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -16,7 +19,7 @@ from hypothesis import strategies as st
 
 from flm_torchrec.data.dataset import load_prepared
 from flm_torchrec.errors import DataError
-from flm_torchrec.prepare.features import encode
+from flm_torchrec.prepare.features import learn
 from flm_torchrec.prepare.options import PrepareOptions
 from flm_torchrec.prepare.prepare import check_output, prepare
 from flm_torchrec.prepare.sources.source_data import DeclaredFeature, SourceData
@@ -265,6 +268,30 @@ def test_features_of_which_nothing_is_known_still_load(tmp_path: Path) -> None:
     prepare(raw, tmp_path / "d", PrepareOptions())
     items = load_prepared(tmp_path / "d").items
     assert [len(codes.values) for codes in items.sparse.values()] == [0, 0, 0] and items.dense.tolist() == [[0.0]]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A column in memory, in parts of two rows."""
+
+    values: pl.Series
+
+    @property
+    def dtype(self) -> pl.DataType:
+        return self.values.dtype
+
+    def __iter__(self) -> Iterator[pl.Series]:
+        return (self.values[n : n + 2] for n in range(0, len(self.values), 2))
+
+    def ascending(self, numbers: Callable[[pl.Series], pl.Series]) -> Iterable[np.ndarray]:
+        return [numbers(self.values).sort().to_numpy()]
+
+
+def encode(declared: DeclaredFeature, values: pl.Series, options: PrepareOptions) -> SimpleNamespace:
+    """The feature and its columns, learnt part by part."""
+    learnt = learn(declared, Held(values), options)
+    parts = [learnt.encode(part) for part in Held(values)]
+    return SimpleNamespace(feature=learnt.feature, columns=[pl.concat(parts) for parts in zip(*parts, strict=True)])
 
 
 @pytest.mark.parametrize(
