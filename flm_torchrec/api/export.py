@@ -114,6 +114,7 @@ def export_run(
     item_map = method_of(choices.item_map)
     check_output(output, overwrite)
     older = choices.check(output)
+    _check_sizes(Path(run), choices)
     with restore(Path(run), overrides, options=options) as restored:
         job, source = restored.job, _source(restored, choices.tower, choices.onnx)
         how = ExportOptions(
@@ -132,6 +133,20 @@ def export_run(
     if choices.compile and manifest is not None:
         print(compile_tower(output), flush=True)
     return manifest
+
+
+def _check_sizes(run: Path, choices: ExportChoices) -> None:
+    """Raise RunError where a run has too few or too many items, or too many rows for the memory, to be exported so."""
+    from flm_torchrec.data.schema import Schema
+    from flm_torchrec.export.tower.writer import check_memory
+    from flm_torchrec.export.write import check_items
+    from flm_torchrec.training.identity import VOCABULARY, check_has_model, read_config
+
+    check_has_model(run)
+    schema = Schema.load(run / VOCABULARY / "schema.yaml")
+    check_items("none" if choices.since else choices.index or "flat", schema.items)
+    if choices.tower != "none":
+        check_memory(schema, read_config(run).model.dim, choices.tower)
 
 
 def _source(restored: Restored, tower: Tower, onnx: bool) -> ExportSource:

@@ -11,7 +11,6 @@ from flm_torchrec.errors import ConfigError
 FROM_SOURCE = "that of the source"
 FINETUNE_DEFAULTS = {
     **dict.fromkeys(("data", "model", "loss", "distributed", "train", "eval"), FROM_SOURCE),
-    "data.stream": "False",
     "distributed.plan": "none",
     "distributed.replicas": "1",
     "train.run": "none; must be given",
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         FlmError: a setting, the source, the data or the run folder is wrong.
     """
     overrides = given_overrides(args)
-    source = load_config(None, overrides).finetune.source
+    source = load_config(None, [one for one in overrides if one.startswith("finetune.")]).finetune.source
     if not source:
         raise ConfigError("--finetune.source: name the run folder of the pretraining")
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.

@@ -386,8 +386,6 @@ class Config:
             raise ValueError("data.stream: validation must not load every user; set train.eval_users, such as 10000")
         if self.data.stream and self.data.domain_weights != "natural":
             raise ValueError("data.domain_weights: sequences are chosen among all in memory; set data.stream=false")
-        if self.data.stream and self.finetune.source:
-            raise ValueError("data.stream: a fine-tuning chooses among all events in memory; set data.stream=false")
         return self
 
     def by_name(self) -> dict[str, Any]:

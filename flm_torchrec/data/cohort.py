@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.data.columns import EventBlock, new_column
+from flm_torchrec.data.dataset import BLOCK_ROWS, PreparedData
 from flm_torchrec.data.splits import Examples, Splits
 from flm_torchrec.data.weights import VALUE
 from flm_torchrec.errors import DataError
@@ -57,12 +58,14 @@ class LabelRule:
     threshold: float
     """Least value of an event that is positive by its value."""
 
-    def of(self, data: PreparedData) -> np.ndarray:
-        """[interactions, labels] float32: 1 or 0."""
-        found = np.empty((len(data.item), len(self.names)), np.float32)
+    def of(self, data: PreparedData, rows: slice) -> np.ndarray:
+        """[n, labels] float32 of these events: 1 or 0."""
+        found = np.empty((rows.stop - rows.start, len(self.names)), np.float32)
         for number, name in enumerate(self.names):
-            positive = data.value >= self.threshold if name == VALUE else data.event == data.schema.events.index(name)
-            found[:, number] = positive
+            if name == VALUE:
+                found[:, number] = data.value[rows] >= self.threshold
+            else:
+                found[:, number] = data.event[rows] == data.schema.events.index(name)
         return found
 
 
@@ -81,14 +84,26 @@ def label_events(data: PreparedData, cohort: np.ndarray, rule: LabelRule, share:
     part = np.full(data.schema.users, -1, np.int8)
     for number, members in enumerate(np.split(users, [int(0.6 * len(users)), int(0.8 * len(users))])):
         part[members] = number
-    of_event = np.where(data.of_targets(np.ones(len(data.item), bool)), np.repeat(part, np.diff(data.offsets)), -1)
-    learnable = np.random.default_rng(seed).permutation(np.flatnonzero(of_event == 0))
-    of_event[learnable[max(1, round(share * len(learnable))) :]] = -1
-    label = rule.of(data)
-    parts = [np.where((of_event == number)[:, None], label, np.float32(np.nan)) for number in range(3)]
+    predicted, of_event = data.of_targets(~data.no_events), new_column(len(data.item), np.int8)
+    for block in data.blocks():
+        of_event[block.rows] = np.where(predicted[block.rows], part[block.users], -1)
+    _leave_out(of_event, share, seed)
+
+    def labels(number: int) -> np.ndarray:
+        def of_block(block: EventBlock) -> np.ndarray:
+            wanted = of_event[block.rows] == number
+            return np.where(wanted[:, None], rule.of(data, block.rows), np.float32(np.nan))
+
+        return data.column(np.float32, of_block, (len(rule.names),))
+
+    parts = [labels(number) for number in range(3)]
     for name, values in zip(("learn from", "choose by", "test on"), parts, strict=True):
-        for which, of_label in zip(rule.names, values.T, strict=True):
-            if len(np.unique(of_label[~np.isnan(of_label)])) < 2:
+        there = [np.zeros(len(rule.names), bool) for _ in range(2)]
+        for block in data.blocks():
+            for found, kind in zip(there, (0, 1), strict=True):
+                found |= (values[block.rows] == kind).any(0)
+        for which, both in zip(rule.names, there[0] & there[1], strict=True):
+            if not both:
                 by = f" at finetune.threshold={rule.threshold}" if which == VALUE else ""
                 mend = "threshold" if which == VALUE else "label"
                 raise DataError(
@@ -96,3 +111,18 @@ def label_events(data: PreparedData, cohort: np.ndarray, rule: LabelRule, share:
                     f" choose another {mend}, a larger finetune.share or finetune.cohort"
                 )
     return Labels(*parts)
+
+
+def _leave_out(of_event: np.ndarray, share: float, seed: int) -> None:
+    """Set [interactions] int8 to -1 where it is 0, but for a share that is drawn once."""
+    count = int(np.count_nonzero(of_event == 0))
+    kept = max(1, round(share * count))
+    if kept >= count:
+        return
+    learnable, done = new_column(count, np.int64), 0
+    for start in range(0, len(of_event), BLOCK_ROWS):
+        here = start + np.flatnonzero(of_event[start : start + BLOCK_ROWS] == 0)
+        learnable[done : done + len(here)] = here
+        done += len(here)
+    np.random.default_rng(seed).shuffle(learnable)
+    of_event[learnable[kept:]] = -1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from tempfile import TemporaryFile, gettempdir
 
 import numpy as np
@@ -47,6 +48,29 @@ def event_types(items: int, kinds: int) -> dict[str, np.dtype]:
         "event": np.min_scalar_type(kinds - 1),
         "value": np.dtype(np.float32),
     }
+
+
+@dataclass(frozen=True)
+class EventBlock:
+    """All events of neighbouring users."""
+
+    first: int
+    """The first of these users."""
+    offsets: np.ndarray  # [users of the block + 1] int64: where the events of each begin
+
+    @property
+    def rows(self) -> slice:
+        """Of the arrays of interactions."""
+        return slice(int(self.offsets[0]), int(self.offsets[-1]))
+
+    def within(self, offsets: np.ndarray) -> slice:
+        """The same users' events in other arrays, by [users + 1] where those of each user begin."""
+        return slice(int(offsets[self.first]), int(offsets[self.first + len(self.offsets) - 1]))
+
+    @cached_property
+    def users(self) -> np.ndarray:
+        """[n] int64: the user of each event."""
+        return np.repeat(np.arange(self.first, self.first + len(self.offsets) - 1), np.diff(self.offsets))
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import DTypeLike
 
-from flm_torchrec.data.columns import CodedText
+from flm_torchrec.data.columns import CodedText, EventBlock, new_column
+from flm_torchrec.data.disk_columns import Units
 from flm_torchrec.data.event_files import as_data_error, check_columns
 from flm_torchrec.data.history import Events
-from flm_torchrec.data.load_events import load_events
+from flm_torchrec.data.load_events import load_events, open_events
 from flm_torchrec.data.row_groups import RowGroups
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.documents import read_json
@@ -112,19 +115,11 @@ class EntityFeatures:
 
 
 @dataclass(frozen=True)
-class EventBlock:
-    """Events of neighbouring users."""
-
-    rows: slice
-    """Of the arrays of interactions."""
-    users: np.ndarray  # [n] int64: the user of each event
-
-
-@dataclass(frozen=True)
 class PreparedData:
     """What `flm prepare` wrote: 17 bytes an interaction in these arrays, 4 more with `segment`, 4 with `weight`.
 
-    Large columns are mapped from disk, see `columns.new_column`.
+    Large columns are mapped from disk, see `columns.new_column`. With `units` the columns stay on disk altogether: take
+    what is needed of each of `blocks`, or of an index; see `disk_columns.DiskColumn`.
     """
 
     path: Path
@@ -143,6 +138,8 @@ class PreparedData:
     """[interactions, C] int32: codes of the features of events, in the schema's order; -1 where unknown."""
     targets: np.ndarray | None = field(default=None, kw_only=True)
     """[kinds of events] bool: those to predict, by `data.target_events`; None: all."""
+    units: Units | None = field(default=None, kw_only=True)
+    """Where the columns are read from; None: all interactions are in memory."""
 
     @property
     def events(self) -> Events:
@@ -154,14 +151,26 @@ class PreparedData:
         return np.repeat(np.arange(self.schema.users), np.diff(self.offsets))
 
     def blocks(self) -> Iterator[EventBlock]:
-        """All events, about BLOCK_ROWS at a time; a user's are in one block."""
+        """All events, about BLOCK_ROWS at a time, or as they are read; a user's are in one block."""
+        if self.units is not None:
+            yield from map(self.units.block, range(len(self.units)))
+            return
         rows = int(self.offsets[-1])
         wanted = np.searchsorted(self.offsets, np.arange(BLOCK_ROWS, rows, BLOCK_ROWS))
         ends = np.unique(np.append(wanted, len(self.offsets) - 1))
         for first, last in zip([0, *ends[:-1]], ends, strict=True):
-            lengths = np.diff(self.offsets[first : last + 1])
-            users = np.repeat(np.arange(first, last), lengths)
-            yield EventBlock(slice(int(self.offsets[first]), int(self.offsets[last])), users)
+            yield EventBlock(int(first), self.offsets[first : last + 1])
+
+    def column(
+        self, dtype: DTypeLike, make: Callable[[EventBlock], np.ndarray], width: tuple[int, ...] = ()
+    ) -> np.ndarray:
+        """[interactions, *width] made of each block's events: now, or of data on disk when it is asked for."""
+        if self.units is not None:
+            return self.units.column(dtype, make, width)  # type: ignore[return-value]
+        made = new_column(len(self.item) * math.prod(width), dtype).reshape(len(self.item), *width)
+        for block in self.blocks():
+            made[block.rows] = make(block)
+        return made
 
     @property
     def no_events(self) -> np.ndarray:
@@ -170,14 +179,27 @@ class PreparedData:
 
     def of_targets(self, mask: np.ndarray) -> np.ndarray:
         """[interactions] bool → those of them that are of a kind to predict."""
-        return mask if self.targets is None else mask & self.targets[self.event]
+        targets = self.targets
+        if targets is None:
+            return mask
+        return self.column(bool, lambda block: mask[block.rows] & targets[self.event[block.rows]])
+
+    def count(self, mask: np.ndarray) -> int:
+        """[interactions] bool → how many."""
+        return sum(int(np.count_nonzero(mask[block.rows])) for block in self.blocks())
+
+    def user_counts(self, mask: np.ndarray) -> np.ndarray:
+        """[interactions] bool → [users] int64: such events of each user."""
+        counts = np.zeros(self.schema.users, np.int64)
+        for block in self.blocks():
+            there = np.concatenate([[0], np.cumsum(mask[block.rows])])
+            starts = block.offsets - block.offsets[0]
+            counts[block.first : block.first + len(starts) - 1] = np.diff(there[starts])
+        return counts
 
     def users_of(self, mask: np.ndarray) -> np.ndarray:
         """[interactions] bool → [users] bool: users with such an event."""
-        found = np.zeros(self.schema.users, bool)
-        for block in self.blocks():
-            found[block.users[mask[block.rows]]] = True
-        return found
+        return self.user_counts(mask) > 0
 
     def item_counts(self, mask: np.ndarray) -> np.ndarray:
         """[interactions] bool → [items] int64: such events of each item."""
@@ -230,13 +252,17 @@ class PreparedData:
 
 
 def load_prepared(
-    path: str | Path, features: str | Sequence[str] = "all", users: np.ndarray | None = None
+    path: str | Path,
+    features: str | Sequence[str] = "all",
+    users: np.ndarray | None = None,
+    on_disk: bool = False,
 ) -> PreparedData:
     """Load and check the folder that `flm prepare` wrote.
 
     Args:
         features: names of the features to keep, or "all" or "none". The schema then has no other features.
         users: [n] ids. Events of other users are not loaded, as if they had none. None: all events are loaded.
+        on_disk: leave the events on disk; those that are needed are read when they are.
 
     Raises:
         DataError: a file is missing or corrupt, lacks a column, or has an id outside the vocabulary.
@@ -245,10 +271,16 @@ def load_prepared(
     schema = Schema.load(path / "schema.yaml")
     if features != "all":
         schema = schema.keeping(() if features == "none" else features, path)
+    groups, units = RowGroups(path), None
+    if on_disk:
+        events, units = open_events(groups, schema)
+    else:
+        events = load_events(groups, schema, users)
     return PreparedData(
         path=path,
         schema=schema,
-        **vars(load_events(RowGroups(path), schema, users)),
+        **vars(events),
+        units=units,
         items=load_entity(path / "items.parquet", schema, "item", schema.items),
         users=load_entity(path / "users.parquet", schema, "user", schema.users),
     )

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from flm_torchrec.data.dataset import PreparedData, spans
+from flm_torchrec.data.dataset import BLOCK_ROWS, PreparedData, spans
 from flm_torchrec.data.weights import parse_weights
 from flm_torchrec.data.windows import Windows
 from flm_torchrec.errors import ConfigError, DataError
@@ -72,9 +72,13 @@ class DomainShares:
         """
         of_domain = np.bincount(self.domain, minlength=len(self.counts))
         often = (self.counts / np.maximum(of_domain, 1))[self.domain]
-        rows = spans(windows.start, windows.end - windows.start)
-        weights = np.repeat(often, windows.end - windows.start) * learnt[rows]
-        return np.bincount(data.item[rows], weights, minlength=data.schema.items)
+        counts, ends = np.zeros(data.schema.items), np.cumsum(windows.end - windows.start)
+        cuts = np.searchsorted(ends, np.arange(BLOCK_ROWS, ends.max(initial=0), BLOCK_ROWS))
+        for part in np.split(np.arange(len(windows)), cuts):
+            lengths = windows.end[part] - windows.start[part]
+            rows = spans(windows.start[part], lengths)
+            np.add.at(counts, data.item[rows], np.repeat(often[part], lengths) * learnt[rows])
+        return counts
 
 
 def check_domains(data: PreparedData, counts: np.ndarray) -> None:

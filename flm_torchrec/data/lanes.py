@@ -7,33 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from flm_torchrec.data.loader import Sharing
+from flm_torchrec.data.row_groups import units_of
 from flm_torchrec.data.survey import EventStream
 from flm_torchrec.data.windows import number_of_windows
 from flm_torchrec.errors import DataError
 
 LANES = 64
 """Lanes that a global batch is merged from, at any number of ranks. Long data have more, so that more ranks can share
-them."""
+them. Memory is a unit a lane, 25 bytes a row."""
 MOST_LANES = 1024
-MOST_ROWS = 200_000
-"""Maximum rows of a unit, unless one user has more: a row group of usual size. Memory is a unit a lane, 25 bytes a
-row."""
-
-
-def units_of(stream: EventStream) -> np.ndarray:
-    """[units + 1] first user of each unit: the users who begin in a row group, or in a part of a row group.
-
-    A row group is split if it is larger than MOST_ROWS, or if there would be fewer units than LANES. Each part is read
-    from the start of its row group, so row groups of large data should not be larger than MOST_ROWS.
-    """
-    starts = stream.groups.starts
-    target = min(MOST_ROWS, max(1, stream.groups.rows // LANES))
-    rows = [
-        np.linspace(start, stop, -(-(stop - start) // target), endpoint=False).astype(np.int64)
-        for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
-    ]
-    first = np.searchsorted(stream.offsets[:-1], np.concatenate(rows), "left")
-    return np.unique(np.concatenate([[0], first, [len(stream.offsets) - 1]]))
 
 
 def merged(sizes: np.ndarray, taken: int) -> np.ndarray:
@@ -72,7 +54,7 @@ class LanePlan:
         self.stream = stream
         self.max_history = max_history
         self.sharing = sharing
-        self.units = units_of(stream)  # [units + 1]
+        self.units = units_of(stream.groups, stream.offsets, least=LANES)  # [units + 1]
         windows = number_of_windows(stream.offsets[:-1], stream.train_end, max_history)
         self.windows = np.diff(np.concatenate([[0], np.cumsum(windows)])[self.units])  # [units]
         self.nonempty = np.flatnonzero(self.windows)  # units

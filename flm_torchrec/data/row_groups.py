@@ -16,6 +16,8 @@ BATCH = 2**17
 """Rows that `scan` reads at once."""
 BUFFER = 2**20
 """Bytes of a column that are read at once, so that a part of a row group can be read without the rest."""
+UNIT_ROWS = 200_000
+"""Maximum rows of a unit, unless one user has more: a row group of usual size."""
 
 
 class RowGroups:
@@ -69,26 +71,56 @@ class RowGroups:
             yield tuple(batch[name].to_numpy() for name in columns)
 
     def read(self, start: int, stop: int, columns: Sequence[str] = EVENT_COLUMNS) -> dict[str, np.ndarray]:
-        """The columns of the rows `start:stop`, all of one file. Reading ends with the last of these rows."""
+        """The columns of the rows `start:stop`, at least one. Reading ends with the last of these rows."""
+        parts = list(self.tables(start, stop, columns))
+        table = pa.concat_tables(parts, promote_options="permissive")
+        return {name: table[name].to_numpy() for name in columns}  # no copy where it is one batch
+
+    def tables(self, start: int, stop: int, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """As `read`, a table for each file that has such rows, with those of the columns that the file has."""
         first = int(np.searchsorted(self.starts, start, "right")) - 1
         last = int(np.searchsorted(self.starts, stop, "left"))
-        number = int(self.groups[first, 0])
-        skip, wanted = start - int(self.starts[first]), stop - start
-        parts, have = [], 0
-        with as_data_error(self.files[number]):
-            batches = self._open(number).iter_batches(
-                skip + wanted, row_groups=self.groups[first:last, 1].tolist(), columns=list(columns), use_threads=False
-            )
-            for batch in batches:
-                parts.append(batch)
-                have += len(batch)
-                if have >= skip + wanted:
-                    break
-        table = pa.Table.from_batches(parts).slice(skip, wanted)
-        return {name: table[name].to_numpy() for name in columns}  # no copy where it is one batch
+        of_file = self.groups[first:last, 0]
+        for number in np.unique(of_file).tolist():
+            here = first + np.flatnonzero(of_file == number)
+            skip = max(0, start - int(self.starts[here[0]]))
+            end = min(stop, int(self.starts[here[-1] + 1])) - int(self.starts[here[0]])
+            groups = self.groups[here, 1].tolist()
+            with as_data_error(self.files[number]):
+                batches = self._open(number).iter_batches(end, groups, list(columns), use_threads=False)
+                parts = list(_first_rows(batches, end))
+            yield pa.Table.from_batches(parts).slice(skip, end - skip)
 
     def _open(self, number: int) -> pq.ParquetFile:
         return pq.ParquetFile(self.files[number], metadata=self.metadata[number], buffer_size=BUFFER)
+
+
+def _first_rows(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """The batches up to that with the last of so many rows."""
+    have = 0
+    for batch in batches:
+        yield batch
+        have += len(batch)
+        if have >= rows:
+            return
+
+
+def units_of(groups: RowGroups, offsets: np.ndarray, least: int = 1) -> np.ndarray:
+    """[units + 1] first user of each unit: the users who begin in a row group, or in a part of a row group.
+
+    A row group is split if it is larger than UNIT_ROWS, or if there would be fewer units than `least`. Each part is
+    read from the start of its row group, so row groups of large data should not be larger than UNIT_ROWS.
+
+    Args:
+        offsets: [users + 1] first row of each user.
+    """
+    target = min(UNIT_ROWS, max(1, groups.rows // least))
+    rows = [
+        np.linspace(start, stop, -(-(stop - start) // target), endpoint=False).astype(np.int64)
+        for start, stop in zip(groups.starts[:-1].tolist(), groups.starts[1:].tolist(), strict=True)
+    ]
+    first = np.searchsorted(offsets[:-1], np.concatenate(rows), "left")
+    return np.unique(np.concatenate([[0], first, [len(offsets) - 1]]))
 
 
 def _check_complete(file: Path, batch: pa.RecordBatch, columns: Sequence[str]) -> None:

@@ -8,8 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from flm_torchrec.data.columns import new_column
+from flm_torchrec.data.columns import EventBlock
 from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.data.order_statistics import order_statistics
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.errors import DataError
 
@@ -50,15 +51,16 @@ class Splits:
 
     def train_mask(self, data: PreparedData) -> np.ndarray:
         """[interactions] bool: the events that may be learnt from."""
-        mask = new_column(len(data.item), bool)
-        for block in data.blocks():
-            rows = np.arange(block.rows.start, block.rows.stop)
-            mask[block.rows] = rows < self.train_end[block.users]
+
+        def learnt(block: EventBlock) -> np.ndarray:
+            mask = np.arange(block.rows.start, block.rows.stop) < self.train_end[block.users]
             if self.cold_items is not None:
-                mask[block.rows] &= ~self.cold_items[data.item[block.rows]]
+                mask &= ~self.cold_items[data.item[block.rows]]
             if self.held_out is not None:
-                mask[block.rows] &= ~self.held_out[block.rows]
-        return mask
+                mask &= ~self.held_out[block.rows]
+            return mask
+
+        return data.column(bool, learnt)
 
 
 def sampled(count: int, most: int, seed: int) -> np.ndarray:
@@ -159,14 +161,24 @@ def rule_of(data: PreparedData, kind: str, holdout: float) -> Rule:
     """
     if kind == "time":
         check_timestamps(data.schema, data.path)
-        valid_from, test_from = np.quantile(data.timestamp, [1 - 2 * holdout, 1 - holdout], method="higher")
+        ranks = cuts(len(data.timestamp), holdout)
+        valid_from, test_from = order_statistics(lambda: (data.timestamp[b.rows] for b in data.blocks()), ranks)
         return Rule(kind, valid_from, test_from, domain=data.item_domain, targets=data.targets)
     if kind == "cold-start":
         seen = np.zeros(data.schema.items, bool)
-        seen[data.item] = True
+        for block in data.blocks():
+            seen[data.item[block.rows]] = True
         rule = cold_rule(seen, np.diff(data.offsets), holdout)
         return replace(rule, domain=data.item_domain, targets=data.targets)
     return Rule(kind, domain=data.item_domain, targets=data.targets)
+
+
+def cuts(events: int, holdout: float) -> list[int]:
+    """The ranks of the first timestamps of validation and of test among those of all events, sorted.
+
+    As numpy.quantile's method "higher" takes them.
+    """
+    return [int(np.ceil((events - 1) * q)) for q in (1 - 2 * holdout, 1 - holdout)]
 
 
 def cold_rule(seen: np.ndarray, events: np.ndarray, holdout: float) -> Rule:
@@ -252,19 +264,22 @@ def _leave_one_out_by_group(data: PreparedData, rule: Rule) -> Splits:
 
     What comes before an event in time is known, of all domains and kinds.
     """
-    held = new_column(len(data.item), bool)
+
+    def part_of(block: EventBlock) -> np.ndarray:
+        return rule.part(block.users, data.item[block.rows], data.event[block.rows])
+
+    held = data.column(np.int8, part_of)
     train_end = data.offsets[:-1].copy()
     parts: list[list[tuple[np.ndarray, np.ndarray]]] = [[], []]
     for block in data.blocks():
-        part = rule.part(block.users, data.item[block.rows], data.event[block.rows])
-        held[block.rows] = part > 0
+        part = held[block.rows]
         learnt = np.flatnonzero(part == 0)
         train_end[block.users[learnt]] = block.rows.start + learnt + 1  # the last of equal indices counts
         for number, found in enumerate(parts, start=1):
             rows = np.flatnonzero(part == number)
             found.append((block.users[rows], block.rows.start + rows))
     valid, test = (Examples(*map(np.concatenate, zip(*found, strict=True))) for found in parts)
-    return Splits(train_end, valid, test, held_out=held)
+    return Splits(train_end, valid, test, held_out=data.column(bool, lambda block: held[block.rows] > 0))
 
 
 def _by_time(data: PreparedData, rule: Rule) -> Splits:

@@ -11,6 +11,7 @@ import numpy as np
 
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.collate import Assembler, TrainEvents
+from flm_torchrec.data.columns import EventBlock
 from flm_torchrec.data.dataset import spans
 from flm_torchrec.data.event_files import WEIGHT, context_columns
 from flm_torchrec.data.lanes import Deal, LanePlan, merged
@@ -46,23 +47,11 @@ class LoadedWindows:
         )
 
 
-def joined(parts: list[LoadedWindows]) -> LoadedWindows:
-    """The windows of all parts, of which there may be none."""
+def joined(parts: list[LoadedWindows], none: TrainEvents) -> LoadedWindows:
+    """The windows of all parts. Where there is no part, their events are `none`."""
     if not parts:
-        none = np.zeros(0, np.int64)
-        number = none.astype(np.float32)
-        label = number.reshape(0, 0)
-        events = TrainEvents(
-            none,
-            none,
-            none.astype(np.int32),
-            number,
-            learnable=none > 0,
-            label=label,
-            weight=number,
-            context=label.astype(np.int32),
-        )
-        return LoadedWindows(none, none, np.zeros(1, np.int64), events)
+        nobody = np.zeros(0, np.int64)
+        return LoadedWindows(nobody, nobody, np.zeros(1, np.int64), none)
     ends = np.cumsum([0, *(p.offsets[-1] for p in parts)])
     return LoadedWindows(
         user=np.concatenate([p.user for p in parts]),
@@ -122,38 +111,39 @@ class StreamLoader(Loader):
         """The windows of a unit in the epoch's order."""
         plan, stream = self.plan, self.plan.stream
         users = np.arange(plan.units[unit], plan.units[unit + 1])
-        begin, ends = stream.offsets[users], stream.offsets[users + 1]
-        columns = stream.groups.read(int(begin[0]), int(ends[-1]), stream.columns)
-        held = stream.rule.held_out(np.repeat(users, ends - begin), columns["item_id"], columns["event"])
+        begin = stream.offsets[users]
+        events = self._events(EventBlock(int(users[0]), stream.offsets[plan.units[unit] : plan.units[unit + 1] + 1]))
         windows = cut(users, begin, stream.train_end[users], plan.max_history)
         order = np.random.default_rng([self.sharing.seed, number, 0, unit]).permutation(len(windows))
         user, start, end = windows.user[order], windows.start[order], windows.end[order]
         before = (start > stream.offsets[user]).astype(np.int64)
         lengths = end - start + before
         positions = spans(start - before - begin[0], lengths)
-        item = columns["item_id"][positions]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return LoadedWindows(user, before, offsets, events.take(positions))
+
+    def _events(self, block: EventBlock) -> TrainEvents:
+        """All events of neighbouring users."""
+        stream, rows = self.plan.stream, block.rows
+        if stream.rule is None:
+            return self.assembler.events.take(rows)
+        columns = stream.groups.read(rows.start, rows.stop, stream.columns)
+        held = stream.rule.held_out(block.users, columns["item_id"], columns["event"])
         names = context_columns(self.assembler.data.schema)
-        context = np.stack([columns[name] for name in names], 1) if names else np.zeros((len(held), 0), np.int32)
-        weight = np.broadcast_to(np.float32(1), len(held)) if WEIGHT not in columns else columns[WEIGHT]
-        return LoadedWindows(
-            user=user,
-            before=before,
-            offsets=np.concatenate([[0], np.cumsum(lengths)]),
-            events=TrainEvents(
-                item=item,
-                timestamp=columns["timestamp"][positions],
-                event=columns["event"][positions],
-                value=columns["value"][positions],
-                learnable=~held[positions],
-                label=np.zeros((len(item), 0), np.float32),
-                weight=weight[positions],
-                context=context[positions],
-            ),
+        return TrainEvents(
+            item=columns["item_id"],
+            timestamp=columns["timestamp"],
+            event=columns["event"],
+            value=columns["value"],
+            learnable=~held,
+            label=np.zeros((len(held), 0), np.float32),
+            weight=columns.get(WEIGHT, np.broadcast_to(np.float32(1), len(held))),
+            context=np.stack([columns[name] for name in names], 1) if names else np.zeros((len(held), 0), np.int32),
         )
 
     def _batch(self, parts: list[LoadedWindows], sequences: int, drawn: Candidates) -> Batch:
         """The batch of all parts, with empty sequences at the end up to `sequences`."""
-        windows = joined(parts)
+        windows = joined(parts, self.assembler.events.take(slice(0, 0)))
         pad = np.zeros(sequences - len(windows), np.int64)
         begin = windows.offsets[:-1]
         return self.assembler.training(

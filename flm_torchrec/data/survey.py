@@ -10,6 +10,7 @@ import numpy as np
 
 from flm_torchrec.data.dataset import PreparedData, domain_of_items, load_prepared
 from flm_torchrec.data.event_files import RowChecks, event_columns
+from flm_torchrec.data.order_statistics import order_statistics
 from flm_torchrec.data.row_groups import RowGroups
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import (
@@ -17,6 +18,7 @@ from flm_torchrec.data.splits import (
     SplitSettings,
     check_timestamps,
     cold_rule,
+    cuts,
     lasting,
     nothing_left,
     sampled,
@@ -24,16 +26,14 @@ from flm_torchrec.data.splits import (
 from flm_torchrec.data.train_stats import TrainStats, scale_of
 from flm_torchrec.data.weights import target_kinds
 
-BINS = 2**16
-"""Bins of a histogram of timestamps: two passes find one second in 136 years."""
-
 
 @dataclass(frozen=True)
 class EventStream:
     """All interactions on disk, and what training must know about them: O(users + items) of memory."""
 
     groups: RowGroups
-    rule: Rule
+    rule: Rule | None
+    """What is held out; None: the data themselves are on disk, and have a column that says so."""
     offsets: np.ndarray  # [users + 1] int64: first row of each user
     train_end: np.ndarray  # [users] int64: the training events of user u end before row train_end[u]
     counts: np.ndarray  # [items] int64: training events of each item
@@ -77,6 +77,27 @@ def load_streamed(
     loaded = load_prepared(path, features, candidates[sampled(len(candidates), sample, seed)])
     loaded = replace(loaded, targets=targets)
     return StreamedData(**{name: getattr(loaded, name) for name in PreparedData.__dataclass_fields__}, stream=stream)
+
+
+def stream_of(data: PreparedData, train_end: np.ndarray, learned_from: np.ndarray, stats: TrainStats) -> EventStream:
+    """The stream of data on disk.
+
+    Args:
+        train_end: [users] the training events of user u end before row train_end[u].
+        learned_from: [interactions] bool: the training events.
+        stats: of what the model has learned from.
+    """
+    assert data.units is not None
+    return EventStream(
+        groups=data.units.groups,
+        rule=None,
+        offsets=data.offsets,
+        train_end=train_end,
+        counts=data.item_counts(learned_from),
+        stats=stats,
+        train_rows=data.count(learned_from),
+        columns=event_columns(data.schema),
+    )
 
 
 def hide_values(data: PreparedData) -> PreparedData:
@@ -130,9 +151,8 @@ class _Splitting:
 
     def _by_time(self, rule: Rule, holdout: float) -> tuple[np.ndarray, np.ndarray, Rule]:
         check_timestamps(self.schema, self.groups.path)
-        last = self.groups.rows - 1  # ranks as numpy.quantile's method "higher" takes them
-        ranks = [int(np.ceil(last * q)) for q in (1 - 2 * holdout, 1 - holdout)]
-        valid_from, test_from = order_statistics(self.groups, ranks)
+        ranks = cuts(self.groups.rows, holdout)
+        valid_from, test_from = order_statistics(lambda: (part for (part,) in self.groups.scan(["timestamp"])), ranks)
         before, in_valid = np.zeros(self.schema.users, np.int64), np.zeros(self.schema.users, bool)
         for user, timestamp, event in self.groups.scan(["user_id", "timestamp", "event"]):
             np.add.at(before, user[timestamp < valid_from], 1)
@@ -164,29 +184,6 @@ def whole_users(parts: Iterator[tuple[np.ndarray, ...]]) -> Iterator[tuple[np.nd
         kept = tuple(column[cut:] for column in joined)
     if kept:
         yield kept
-
-
-def order_statistics(groups: RowGroups, ranks: Sequence[int]) -> list[int]:
-    """The timestamps at these ranks, from 0, of all timestamps sorted; by finer and finer histograms of BINS bins."""
-    least, most = np.iinfo(np.int64).max, np.iinfo(np.int64).min
-    for (timestamp,) in groups.scan(["timestamp"]):
-        least, most = min(least, int(timestamp.min())), max(most, int(timestamp.max()))
-    # Of each rank: its timestamp is in low … low + width - 1, and `below` timestamps are smaller than low.
-    low, width, below = [least] * len(ranks), most - least + 1, [0] * len(ranks)
-    while width > 1:
-        step = -(-width // BINS)
-        counts = np.zeros((len(ranks), BINS), np.int64)
-        for (timestamp,) in groups.scan(["timestamp"]):
-            for histogram, start in zip(counts, low, strict=True):
-                inside = timestamp[(timestamp >= start) & (timestamp < start + width)]
-                histogram += np.bincount((inside - start) // step, minlength=BINS)
-        for n, rank in enumerate(ranks):
-            upto = below[n] + np.cumsum(counts[n])
-            bucket = int(np.searchsorted(upto, rank, "right"))
-            below[n] = int(upto[bucket] - counts[n][bucket])
-            low[n] += bucket * step
-        width = step
-    return low
 
 
 @dataclass

@@ -30,7 +30,7 @@ class TrainStats:
         Args:
             values: False hides the values from the model.
         """
-        shown, done = new_column(int(np.count_nonzero(mask)), np.float32), 0
+        shown, done = new_column(data.count(mask), np.float32), 0
         for block in data.blocks():
             part = data.value[block.rows][mask[block.rows]]
             shown[done : done + len(part)] = part

@@ -11,6 +11,7 @@ import torch
 from scipy import linalg
 from torch import Tensor
 
+from flm_torchrec.data.columns import new_column
 from flm_torchrec.data.dataset import PreparedData, Ragged, spans
 from flm_torchrec.data.splits import Examples
 
@@ -24,6 +25,8 @@ BLOCK_ENTRIES = 2**24
 
 class _Local:
     """A scorer that needs nothing of other processes: each makes what it needs of all blocks that it scores."""
+
+    alike = False
 
     def block(self, rows: np.ndarray) -> Any:
         """[b] indices of examples → what `scores` needs of their users."""
@@ -42,6 +45,7 @@ class Popularity(_Local):
     """
 
     names: tuple[str, ...] = ("popularity",)
+    alike = True
 
     def __init__(self, data: PreparedData, train_mask: np.ndarray) -> None:
         self.counts = torch.from_numpy(data.item_counts(train_mask).astype(np.float32))
@@ -219,10 +223,13 @@ def _transitions(data: PreparedData, train_mask: np.ndarray) -> sp.csr_matrix:
 
 def _items_by_user(data: PreparedData, train_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[n] the items of all training events, and [users + 1] int64 where those of each user begin."""
-    counts = np.zeros(data.schema.users, np.int64)
+    offsets = np.concatenate([[0], np.cumsum(data.user_counts(train_mask))])
+    items, done = new_column(int(offsets[-1]), data.item.dtype), 0
     for block in data.blocks():
-        np.add.at(counts, block.users[train_mask[block.rows]], 1)
-    return data.item[train_mask], np.concatenate([[0], np.cumsum(counts)])
+        part = data.item[block.rows][train_mask[block.rows]]
+        items[done : done + len(part)] = part
+        done += len(part)
+    return items, offsets
 
 
 def _nearest(seen: sp.csr_matrix, neighbours: int, wanted: np.ndarray, entries: int = BLOCK_ENTRIES) -> sp.csr_matrix:

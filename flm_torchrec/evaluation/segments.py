@@ -44,8 +44,7 @@ def _by_items(data: PreparedData, examples: Examples, train_mask: np.ndarray) ->
 
 def _by_users(data: PreparedData, examples: Examples, train_mask: np.ndarray) -> np.ndarray:
     """By the training events of the user: none, at most the median of the users who have some, or more."""
-    counted = np.concatenate([[0], np.cumsum(train_mask)])
-    events = counted[data.offsets[1:]] - counted[data.offsets[:-1]]
+    events = data.user_counts(train_mask)
     found = events[examples.user]
     middle = int(np.median(events[events > 0])) if events.any() else 0
     few, many = f"users of at most {middle} training events", f"users of more than {middle} training events"

@@ -85,6 +85,16 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise RunError(f"{output}: exists; give another --output, or --overwrite to replace it")
 
 
+def check_items(index: IndexKind, items: int) -> None:
+    """Raise RunError where there are too few items for the index, or more than an export can number."""
+    check_index(index, items)
+    if items > MOST_ITEMS:
+        raise RunError(
+            f"export: {items:,} items; an export numbers {MOST_ITEMS:,} at most (int32): prepare with a larger"
+            " --min-count, or export the domains apart"
+        )
+
+
 @contextmanager
 def claimed(output: Path, overwrite: bool, comm: Collectives) -> Iterator[None]:
     """Keep other jobs from writing the output. Rank 0 locks it for all ranks; collective.
@@ -137,9 +147,7 @@ def export(
         RunError: there are too few items for the index, another job writes the output, or the disk cannot be written.
             No file is left then.
     """
-    check_index(options.index, source.data.schema.items)
-    if source.data.schema.items > MOST_ITEMS:
-        raise RunError(f"export: {source.data.schema.items:,} items; an export numbers {MOST_ITEMS:,} at most (int32)")
+    check_items(options.index, source.data.schema.items)
     manifest = blank_manifest(source, options)
     with claimed(output, overwrite, comm), fresh_folder(output, comm) as fresh:
         quality = None

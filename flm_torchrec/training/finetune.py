@@ -18,7 +18,7 @@ from flm_torchrec.training.checkpoint.manager import BEST, load_checkpoint
 from flm_torchrec.training.identity import check_has_model, open_run, refuse_forgotten
 from flm_torchrec.training.job import Job, JobInputs, open_inputs
 from flm_torchrec.training.label_evaluation import evaluate_labels
-from flm_torchrec.training.run_events import ANY_RANKS, IN_MEMORY
+from flm_torchrec.training.run_events import ANY_RANKS
 from flm_torchrec.training.run_folder import ANOTHER_RUN, check_run_folder, claimed, open_run_folder
 from flm_torchrec.training.trackers import check_trackers
 from flm_torchrec.training.trainer import check_select, train
@@ -39,9 +39,9 @@ def source_config(source: Path, overrides: list[str]) -> Config:
     given = {o.partition("=")[0] for o in overrides}
     if "train.run" not in given:
         raise ConfigError("--train.run: name the folder to write, beside that of the source")
-    task = load_config(source / "config.yaml", [IN_MEMORY, *overrides]).finetune.task
+    task = load_config(source / "config.yaml", overrides).finetune.task
     select = [f"train.select={LABEL_SELECT}"] if task == "label" and "train.select" not in given else []
-    settings = ["train.existing=refuse", "train.warm_start=", IN_MEMORY, *ANY_RANKS, *overrides, *select]
+    settings = ["train.existing=refuse", "train.warm_start=", *ANY_RANKS, *overrides, *select]
     if "data.path" not in given:
         return open_run(source, settings)
     config = load_config(source / "config.yaml", settings)

@@ -116,6 +116,8 @@ class Job:
     @cached_property
     def train_stats(self) -> TrainStats:
         """What the events that the model has learned from say of ids and values."""
+        if self.events.labels is None:
+            return self.loader.assembler.stats
         return self.events.stats(self.data, values=True)
 
     def encoder(self, examples: Examples) -> ModelEncoder:

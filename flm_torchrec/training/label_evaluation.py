@@ -13,9 +13,11 @@ from torchmetrics.functional.classification import binary_auroc, binary_calibrat
 
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.collate import Assembler
-from flm_torchrec.data.loader import Sharing, TrainLoader
+from flm_torchrec.data.lanes import LanePlan
+from flm_torchrec.data.loader import Loader, Sharing, TrainLoader
 from flm_torchrec.data.negatives import Negatives
-from flm_torchrec.data.train_stats import TrainStats
+from flm_torchrec.data.stream_loader import StreamLoader
+from flm_torchrec.data.survey import stream_of
 from flm_torchrec.data.weights import label_weights
 from flm_torchrec.data.windows import windows
 from flm_torchrec.training.job import Job
@@ -90,15 +92,18 @@ def gauc(scores: np.ndarray, labels: np.ndarray, users: np.ndarray) -> float:
     return float(np.average(won[mixed] / pairs[mixed], weights=events[mixed]))
 
 
-def _loader(job: Job, labels: np.ndarray) -> TrainLoader:
+def _loader(job: Job, labels: np.ndarray) -> Loader:
     """All events of the users who have a label, without negatives."""
     data, comm, config = job.data, job.comm, job.config
     splits = spans_of(data, labels)
-    stats = TrainStats.of(data, job.events.seen, values=False)
-    assembler = _UserAssembler(data, splits.train_mask(data), stats, labels)
+    stats, mask = job.events.stats(data, values=False), splits.train_mask(data)
+    assembler = _UserAssembler(data, mask, stats, labels)
     none_drawn = Negatives(np.ones(data.schema.items), 0, 1.0)
-    spans = windows(data, splits, config.data.max_history)
-    return TrainLoader(spans, assembler, none_drawn, Sharing(config.train.batch_size, 0, comm.rank, comm.world_size))
+    sharing = Sharing(config.train.batch_size, 0, comm.rank, comm.world_size)
+    if data.units is not None:
+        stream = stream_of(data, splits.train_end, mask, stats)
+        return StreamLoader(LanePlan(stream, config.data.max_history, sharing), assembler, none_drawn)
+    return TrainLoader(windows(data, splits, config.data.max_history), assembler, none_drawn, sharing)
 
 
 class _UserAssembler(Assembler):
@@ -110,7 +115,7 @@ class _UserAssembler(Assembler):
         return super().training(user, *spans, **more)
 
 
-def _collect(job: Job, loader: TrainLoader, check: Callable[[], None]) -> tuple[Tensor, Tensor, Tensor]:
+def _collect(job: Job, loader: Loader, check: Callable[[], None]) -> tuple[Tensor, Tensor, Tensor]:
     """[events, labels] logits and labels, [events] users of the events of all ranks, in the same order on each."""
     logits, truth, users = [], [], []
     job.model.eval()

@@ -12,7 +12,6 @@ from flm_torchrec.data.lanes import LanePlan
 from flm_torchrec.data.loader import Loader, Sharing, TrainLoader
 from flm_torchrec.data.negatives import DrawnShare, Negatives
 from flm_torchrec.data.stream_loader import StreamLoader
-from flm_torchrec.data.survey import EventStream
 from flm_torchrec.data.weights import kind_weights
 from flm_torchrec.data.windows import windows
 from flm_torchrec.distributed.candidates import CandidateRanks
@@ -24,7 +23,7 @@ def make_loader(data: PreparedData, events: RunEvents, config: Config, comm: Com
     """This rank's training batches."""
     sharing = Sharing(config.train.batch_size, config.train.seed, comm.rank, comm.world_size)
     if events.stream is not None:
-        return _make_stream_loader(data, events.stream, config, comm, sharing)
+        return _make_stream_loader(data, events, config, comm, sharing)
     spans = windows(data, events.splits, config.data.max_history)
     shares = DomainShares.of(data, spans, config.data.domain_weights)
     # How often an item is among the targets of a step follows from how often its events are learnt.
@@ -46,13 +45,15 @@ def make_loader(data: PreparedData, events: RunEvents, config: Config, comm: Com
 
 
 def _make_stream_loader(
-    data: PreparedData, stream: EventStream, config: Config, comm: Comm, sharing: Sharing
+    data: PreparedData, events: RunEvents, config: Config, comm: Comm, sharing: Sharing
 ) -> StreamLoader:
+    stream, labels = events.stream, None if events.labels is None else events.labels.train
+    assert stream is not None
     check_domains(data, stream.counts)
     plan = LanePlan(stream, config.data.max_history, sharing)
-    assembler = Assembler(data, data.no_events, stream.stats, kind_weights=weights_of(data, config))
-    power = config.loss.negative_power
-    negatives = Negatives(stream.counts, config.loss.negatives, power, drawn_share(config, comm))
+    assembler = Assembler(data, events.learned_from, stream.stats, labels, weights_of(data, config))
+    drawn = config.loss.negatives if labels is None else 0
+    negatives = Negatives(stream.counts, drawn, config.loss.negative_power, drawn_share(config, comm))
     return StreamLoader(plan, assembler, negatives)
 
 

@@ -48,12 +48,14 @@ def restore(
     """
     run = Path(run)
     config = open_run(run, [*ANY_RANKS, *([] if sample else [IN_MEMORY]), *overrides])
-    if sample and not config.data.stream:
-        raise RunError(f"{run}: was trained with all data in memory; --sample is for runs with data.stream")
+    if sample and (not config.data.stream or config.finetune.source):
+        raise RunError(f"{run}: was not pretrained with data.stream; give --sample a number of users")
     if config.finetune.task == "label" and config.finetune.source:
         raise RunError(f"{run}: was fine-tuned to tell labels, not to rank; its test metrics are in finetune.json")
     taken = read_meta(run / BEST).get("taken")
-    data = followed_data(run, load_data(config), taken) if taken else None
+    data = load_data(config, on_disk=True)
+    if taken:
+        data = followed_data(run, data, taken)
     with open_inputs(config, data, run=run, options=options) as inputs:
         job = Job(inputs)
         meta = load_checkpoint(run / BEST, job.model, inputs.comm)

@@ -11,7 +11,7 @@ from flm_torchrec.config import Config
 from flm_torchrec.data.cohort import LabelRule, Labels, label_events, of_cohort
 from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.data.splits import Examples, Splits, SplitSettings, split, split_by
-from flm_torchrec.data.survey import EventStream, StreamedData, hide_values, load_streamed
+from flm_torchrec.data.survey import EventStream, StreamedData, hide_values, load_streamed, stream_of
 from flm_torchrec.data.train_stats import TrainStats
 from flm_torchrec.data.weights import check_labels, label_weights, target_kinds
 from flm_torchrec.errors import ConfigError
@@ -21,7 +21,7 @@ from flm_torchrec.training.identity import has_ids_of, read_config
 ANY_RANKS = ("distributed.plan=", "distributed.replicas=1")
 """Overrides for reading a run back: its plan and its replicas may be for another number of ranks."""
 IN_MEMORY = "data.stream=false"
-"""Override for reading a run back where every user's events are needed."""
+"""Override for reading a run back: its events are read in order, and not shuffled."""
 
 
 @dataclass(frozen=True)
@@ -45,22 +45,26 @@ class RunEvents:
         Args:
             values: False hides the values from the model.
         """
-        if self.stream is not None:
+        if self.stream is not None and values == (self.labels is None):
             return self.stream.stats
         if isinstance(data, FollowedData):
             return data.stats(self.seen, values)
         return TrainStats.of(data, self.seen, values)
 
 
-def load_data(config: Config) -> PreparedData:
+def load_data(config: Config, on_disk: bool = False) -> PreparedData:
     """The data that the config names, as the model may see them.
+
+    Args:
+        on_disk: leave events on disk, to read them in order; those of `data.stream` stay there anyway, but for what
+            pretraining validates on.
 
     Raises:
         DataError: the data are not there, or are broken.
     """
     settings = config.data
     data: PreparedData
-    if settings.stream:
+    if settings.stream and not config.finetune.source:
         data = load_streamed(
             Path(settings.path),
             settings.features,
@@ -69,7 +73,7 @@ def load_data(config: Config) -> PreparedData:
             config.train.seed,
         )
     else:
-        data = with_targets(load_prepared(settings.path, settings.features), config)
+        data = with_targets(load_prepared(settings.path, settings.features, on_disk=on_disk or settings.stream), config)
     learns_labels = config.finetune.source and config.finetune.task == "label"
     # Labels are made of the values. Fine-tuning for labels hides the values from the model itself.
     return data if settings.values or learns_labels else hide_values(data)
@@ -93,6 +97,7 @@ def events_of(config: Config, data: PreparedData) -> RunEvents:
     """
     tuning = config.finetune
     if isinstance(data, StreamedData):
+        assert data.stream.rule is not None
         splits = split_by(data, data.stream.rule)
         learned_from = splits.train_mask(data)
         return RunEvents(splits, learned_from, learned_from, stream=data.stream)
@@ -128,9 +133,13 @@ def events_of(config: Config, data: PreparedData) -> RunEvents:
                 " fine-tune with the same ones, or both with data.split=time"
             )
     learned_from = splits.train_mask(data)
-    return RunEvents(
-        splits, learned_from, learned_from | seen if tuning.start == "pretrained" else learned_from, labels
-    )
+    known = learned_from
+    if tuning.start == "pretrained":
+        known = data.column(bool, lambda block: learned_from[block.rows] | seen[block.rows])
+    stream = None
+    if config.data.stream and data.units is not None:
+        stream = stream_of(data, splits.train_end, learned_from, TrainStats.of(data, known, values=labels is None))
+    return RunEvents(splits, learned_from, known, labels, stream)
 
 
 def spans_of(data: PreparedData, labels: np.ndarray) -> Splits:
@@ -139,7 +148,7 @@ def spans_of(data: PreparedData, labels: np.ndarray) -> Splits:
     Args:
         labels: [interactions, labels] float32, NaN where there is none.
     """
-    labelled = data.users_of(~np.isnan(labels).all(1))
+    labelled = data.users_of(data.column(bool, lambda block: ~np.isnan(labels[block.rows]).all(1)))
     ends = np.where(labelled, data.offsets[1:], data.offsets[:-1])
     nobody = Examples(np.zeros(0, np.int64), np.zeros(0, np.int64))
     return Splits(ends, nobody, nobody)

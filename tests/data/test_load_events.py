@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -15,14 +16,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flm_torchrec.data import columns, dataset
+from flm_torchrec.data import columns, dataset, disk_columns, row_groups
 from flm_torchrec.data.columns import event_types
 from flm_torchrec.data.dataset import PreparedData, load_prepared
-from flm_torchrec.data.splits import split
+from flm_torchrec.data.splits import Splits, split
 from flm_torchrec.data.train_stats import TrainStats
 from flm_torchrec.errors import DataError
 from flm_torchrec.evaluation.baselines import _seen, _transitions
-from flm_torchrec.export.tower.writer import _usual_gap
+from flm_torchrec.export.tower.writer import _usual_gap, _write_histories
+from flm_torchrec.training.follow.events import NewEvents, append, append_on_disk, newest
+from flm_torchrec.training.follow.growth import FollowedData
 from tests.data.test_stream import ITEMS, KINDS, folders, write_data
 
 
@@ -82,6 +85,122 @@ def check_against_all_at_once(data: PreparedData, mask: np.ndarray, user: np.nda
     assert _usual_gap(data) == (int(np.median(gaps)) if len(gaps) else 0)
 
 
+@settings(deadline=None, max_examples=8)
+@given(folders(), st.integers(1, 40), st.integers(1, 4), st.sampled_from(KINDS), st.booleans(), st.data())
+def test_events_on_disk_are_those_in_memory(
+    folder: dict, unit: int, kept: int, kind: str, chosen: bool, draw: st.DataObject
+) -> None:
+    """Units of one user and of all, files that end within a user's events, and memory for a column or two."""
+    with (
+        TemporaryDirectory() as name,
+        patch.object(row_groups, "UNIT_ROWS", unit),
+        patch.object(disk_columns, "KEPT", kept),
+    ):
+        path = write_data(Path(name) / "data", *(folder[key] for key in ("events", "group", "files", "seed")))
+        halve(path)
+        targets = np.array([False, True]) if chosen else None
+        memory, disk = (replace(load_prepared(path, on_disk=on), targets=targets) for on in (False, True))
+        rows = len(memory.item)
+        np.testing.assert_array_equal(disk.offsets, memory.offsets)
+        start = draw.draw(st.integers(0, rows))
+        part = slice(start, draw.draw(st.integers(start, rows)))
+        some = np.array(draw.draw(st.lists(st.integers(-rows, rows - 1), max_size=20)), int)
+        for column in ("item", "timestamp", "event", "value"):
+            here, there = getattr(disk, column), getattr(memory, column)
+            assert here[some].dtype == there.dtype and here.shape == there.shape
+            np.testing.assert_array_equal(here[part], there[part])
+            np.testing.assert_array_equal(here[some], there[some])
+        assert disk.segment is not None and memory.segment is not None
+        assert disk.segment[some].tolist() == memory.segment[some].tolist()
+        try:
+            splits = split(memory, kind, 0.2)
+        except DataError as error:
+            with pytest.raises(DataError, match="example in a") as refused:
+                split(disk, kind, 0.2)
+            assert str(refused.value) == str(error)
+            return
+        check_same_split(memory, disk, splits, split(disk, kind, 0.2))
+        check_same_growth(memory, disk, splits, split(disk, kind, 0.2))
+
+
+def halve(path: Path) -> None:
+    """Put the rows after the middle of the first file into a file of their own, with segments."""
+    file = min((path / "interactions").iterdir())
+    table, middle = pq.read_table(file), pq.read_metadata(file).num_rows // 2
+    pq.write_table(table.slice(0, middle), file, row_group_size=5)
+    rest = table.slice(middle)
+    named = pa.array([None if n % 3 == 0 else f"kind {n % 4}" for n in range(len(rest))], pa.string())
+    pq.write_table(rest.append_column("segment", named), file.with_name("part-00000.z.parquet"), row_group_size=7)
+
+
+def check_same_split(memory: PreparedData, disk: PreparedData, splits: Splits, found: Splits) -> None:
+    for one, other in ((splits.valid, found.valid), (splits.test, found.test)):
+        for name in ("user", "end", "label", "until"):
+            np.testing.assert_array_equal(getattr(other, name), getattr(one, name))
+    np.testing.assert_array_equal(found.train_end, splits.train_end)
+    np.testing.assert_array_equal(found.cold_items, splits.cold_items)
+    mask, lazy = splits.train_mask(memory), found.train_mask(disk)
+    np.testing.assert_array_equal(lazy[:], mask)
+    np.testing.assert_array_equal(disk.of_targets(lazy)[:], memory.of_targets(mask))
+    assert disk.count(lazy) == mask.sum()
+    np.testing.assert_array_equal(disk.item_counts(lazy), memory.item_counts(mask))
+    np.testing.assert_array_equal(disk.user_counts(lazy), memory.user_counts(mask))
+    np.testing.assert_array_equal(disk.users_of(lazy), memory.users_of(mask))
+    for make in (_seen, _transitions):
+        assert (make(disk, lazy) != make(memory, mask)).nnz == 0
+    short, kept = newest(memory, mask, 4)
+    shorter, same = newest(disk, lazy, 4)
+    np.testing.assert_equal((vars(shorter.events), shorter.offsets, same), (vars(short.events), short.offsets, kept))
+    assert _usual_gap(disk) == _usual_gap(memory)
+    files = [memory.path.parent / name for name in ("one.parquet", "two.parquet")]
+    for data, file in zip((memory, disk), files, strict=True):
+        _write_histories(data, 4, file)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    if mask.any():
+        ours, theirs = TrainStats.of(disk, lazy, values=True), TrainStats.of(memory, mask, values=True)
+        assert (ours.value_mean, ours.value_scale) == (theirs.value_mean, theirs.value_scale)
+
+
+def check_same_growth(memory: PreparedData, disk: PreparedData, splits: Splits, found: Splits) -> None:
+    """What a follower took in, at times before, between and after the known events."""
+    rng, size = np.random.default_rng(0), 9
+    user, item = rng.integers(0, memory.schema.users, size), rng.integers(0, ITEMS, size)
+    new = NewEvents(item, rng.integers(-100, 6000, size), np.zeros(size, int), np.ones(size, np.float32), user)
+    grown, _, is_new = append(memory, np.zeros(len(memory.item), bool), new)
+    lazy, also_new = append_on_disk(disk, new)
+    np.testing.assert_array_equal(lazy.offsets, grown.offsets)
+    for column in ("item", "timestamp", "event", "value"):
+        np.testing.assert_array_equal(getattr(lazy, column)[:], getattr(grown, column))
+    both = []
+    for before, data, fresh, split_ in ((memory, grown, is_new, splits), (disk, lazy, also_new, found)):
+        nobody = [np.arange(size) < 2 for size in (data.schema.items, data.schema.users)]
+        whole = FollowedData(
+            **{f.name: getattr(data, f.name) for f in fields(PreparedData)}, before=before, own_fingerprint="",
+            is_new=fresh, expired_items=nobody[0], expired_users=nobody[1],
+        )  # fmt: skip
+        placed, mask = whole.placed(split_), whole.placed_mask(split_.train_mask(before))
+        held = None if placed.held_out is None else placed.held_out[:]
+        ends = [placed.train_end, placed.valid.end, placed.test.end]
+        stats = whole.stats(mask, values=True) if before.count(split_.train_mask(before)) else None
+        both.append((fresh[:], ends, held, mask[:], stats and vars(stats)))
+    np.testing.assert_equal(both[1], both[0])
+
+
+def test_a_column_on_disk_does_no_arithmetic_by_mistake(tmp_path: Path) -> None:
+    data = load_prepared(write_data(tmp_path / "data", [9] * 20, 30), on_disk=True)
+    for wrong in (
+        lambda: data.item == 1,
+        lambda: data.value + np.ones(180),
+        lambda: np.asarray(data.item),
+        lambda: data.item[np.ones(180, bool)],
+        lambda: data.item[::2],
+    ):
+        with pytest.raises(TypeError):
+            wrong()
+    with pytest.raises(ValueError, match="read-only"):
+        data.item[0:9][0] = 3
+
+
 def test_an_event_takes_17_bytes(tmp_path: Path) -> None:
     data = load_prepared(write_data(tmp_path / "data", [9] * 20, 30, 2))
     assert sum(getattr(data, name).nbytes for name in ("item", "timestamp", "event", "value")) == 17 * 180
@@ -112,9 +231,10 @@ def test_rows_that_no_column_can_hold_are_refused(tmp_path: Path, column: str, v
     values = rows_of(path)[column].to_pylist()
     values[1] = value
     edit(path, replaced(column, pa.array(values)))
-    with pytest.raises(DataError, match=reason) as refused:
-        load_prepared(path)
-    assert "\n" not in str(refused.value)
+    for on_disk in (False, True):
+        with pytest.raises(DataError, match=reason) as refused:
+            load_prepared(path, on_disk=on_disk)
+        assert "\n" not in str(refused.value)
 
 
 def test_a_disk_that_is_too_small_is_told_before_it_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,29 +16,37 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flm_torchrec.cli import main
 from flm_torchrec.config import load_config
+from flm_torchrec.data import disk_columns
 from flm_torchrec.data import lanes as lanes_module
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.collate import Assembler
 from flm_torchrec.data.dataset import load_prepared
 from flm_torchrec.data.lanes import LANES, LanePlan, merged
-from flm_torchrec.data.loader import Sharing, TrainLoader
+from flm_torchrec.data.loader import Loader, Sharing, TrainLoader
 from flm_torchrec.data.negatives import Negatives
+from flm_torchrec.data.order_statistics import order_statistics
 from flm_torchrec.data.row_groups import RowGroups
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import SplitSettings, split
 from flm_torchrec.data.stream_loader import StreamLoader
-from flm_torchrec.data.survey import StreamedData, load_streamed, order_statistics
+from flm_torchrec.data.survey import StreamedData, load_streamed
 from flm_torchrec.data.train_stats import TrainStats
 from flm_torchrec.data.windows import windows
+from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.errors import ConfigError, DataError
+from flm_torchrec.export.vectors import decode
+from flm_torchrec.training import restore
 from flm_torchrec.training.finetune import source_config
+from flm_torchrec.training.loaders import make_loader
 from flm_torchrec.training.run_events import events_of, load_data
 from tests.conftest import NO_DROPOUT
+from tests.processes import launch_ranks
 
 ITEMS = 30
 KINDS = ("leave-one-out", "time", "cold-start")
@@ -127,7 +135,7 @@ def sequences(batch: Batch, stats: TrainStats) -> Counter:
     )
 
 
-def steps_of(loaders: Sequence[TrainLoader | StreamLoader], first: int, last: int) -> list[Counter]:
+def steps_of(loaders: Sequence[Loader], first: int, last: int) -> list[Counter]:
     """By step, the sequences of all ranks; ranks must have equally many, empty ones included."""
     found = []
     for batches in zip(*(islice(loader.after(first), last - first) for loader in loaders), strict=True):
@@ -223,6 +231,7 @@ def test_a_survey_finds_what_is_known_of_data_in_memory(folder: dict, kind: str,
         np.testing.assert_array_equal(stream.train_end, splits.train_end)
         np.testing.assert_array_equal(stream.counts, np.bincount(data.item[fit], minlength=ITEMS))
         assert stream.train_rows == fit.sum()
+        assert stream.rule is not None
         cold = np.zeros(ITEMS, bool) if splits.cold_items is None else splits.cold_items
         np.testing.assert_array_equal(
             stream.rule.held_out(*np.stack([np.zeros(ITEMS, int), np.arange(ITEMS), np.zeros(ITEMS, int)])), cold
@@ -250,13 +259,11 @@ def test_any_rows_of_a_file_can_be_read_alone(folder: dict, data: st.DataObject)
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=40), st.data())
 def test_order_statistics_are_those_of_sorting(timestamps: list[int], data: st.DataObject) -> None:
-    class Groups:
-        def scan(self, columns: list[str]):  # type: ignore[no-untyped-def]
-            for start in range(0, len(timestamps), 7):
-                yield (np.array(timestamps[start : start + 7]),)
+    def scan() -> Iterator[np.ndarray]:
+        return (np.array(timestamps[start : start + 7], np.int64) for start in range(0, len(timestamps) + 7, 7))
 
     ranks = data.draw(st.lists(st.integers(0, len(timestamps) - 1), min_size=1, max_size=3))
-    assert order_statistics(Groups(), ranks) == [sorted(timestamps)[r] for r in ranks]  # type: ignore[arg-type]
+    assert order_statistics(scan, ranks) == [sorted(timestamps)[r] for r in ranks]
 
 
 @pytest.fixture(scope="module")
@@ -309,8 +316,9 @@ def test_files_that_cannot_be_streamed_are_named(tmp_path: Path) -> None:
         stream_loader(path, "leave-one-out", 4)
 
 
-def test_ranks_of_uneven_shards_end_with_the_losses_of_one(uneven: Path, tmp_path: Path, ranks) -> None:  # type: ignore[no-untyped-def]
-    """Two epochs over gloo, where one rank has nothing to learn from in many steps; then evaluate and fine-tune."""
+@pytest.fixture(scope="module")
+def runs(uneven: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two epochs, by one rank and by two, of which one has nothing to learn from in many steps."""
     options = [
         *("--data.path", str(uneven), "--data.stream", "true", "--train.eval_users", "9", "--train.batch_size", "4"),
         *("--data.max_history", "9", "--train.epochs", "2", "--train.log_every", "1", "--model.dim", "8"),
@@ -318,9 +326,14 @@ def test_ranks_of_uneven_shards_end_with_the_losses_of_one(uneven: Path, tmp_pat
         *("--train.patience", "0"),
         *("--distributed.threads", "1", "--loss.negatives", "20", "--train.run"),
     ]
-    runs = [tmp_path / "one", tmp_path / "two"]
-    assert main(["train", *options, str(runs[0])]) == 0
-    ranks(2, ["-m", "flm_torchrec", "train", *options, str(runs[1])])
+    folder = tmp_path_factory.mktemp("runs")
+    assert main(["train", *options, str(folder / "one")]) == 0
+    launch_ranks(2, ["-m", "flm_torchrec", "train", *options, str(folder / "two")])
+    return [folder / "one", folder / "two"]
+
+
+def test_ranks_of_uneven_shards_end_with_the_losses_of_one(runs: list[Path]) -> None:
+    """Then evaluate and fine-tune."""
     lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
     losses = [[line["loss/sequential"] for line in found if "loss/sequential" in line] for found in lines]
     assert len(losses[0]) == len(losses[1]) > 40
@@ -339,7 +352,57 @@ def test_ranks_of_uneven_shards_end_with_the_losses_of_one(uneven: Path, tmp_pat
     assert found[1]["table"]["sequential"]["mrr"] == pytest.approx(best["valid/sequential/mrr"], rel=1e-4)
     assert main(["plan", "--config", str(runs[1] / "config.yaml"), "--hardware", "h100"]) == 0
     tuned = source_config(runs[1], ["train.run=elsewhere", f"finetune.source={runs[1]}"])
-    assert not tuned.data.stream
+    assert tuned.data.stream
+
+
+def test_evaluation_and_export_from_disk_are_those_from_memory(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last byte: users of one row group and of many, users without a held-out event, one rank and two."""
+    monkeypatch.setattr(disk_columns, "KEPT", 3)
+    evaluate = ["evaluate", "--run", str(runs[0]), *(f"--by={by}" for by in ("items", "users", "events"))]
+    evaluate += ["--eval.baselines", "[popularity,item-kNN,Markov,EASE-R]", "--eval.user_block", "8"]
+    export = ["export", "--run", str(runs[0]), "--tower", "none", "--map", "pca", "--quantise", "int8", "--output"]
+    tables, manifests = [], []
+    for place in ("disk", "memory"):
+        if place == "memory":
+            monkeypatch.setattr(restore, "load_data", lambda config, on_disk: load_data(config))
+        with patch.object(disk_columns.Units, "values", autospec=True, side_effect=disk_columns.Units.values) as read:
+            assert main(evaluate) == 0 and main([*export, str(tmp_path / place)]) == 0
+        assert read.called == (place == "disk")
+        tables.append((runs[0] / "evaluation-test.json").read_bytes())
+        manifests.append((tmp_path / place / "manifest.json").read_bytes())
+    assert tables[0] == tables[1] and manifests[0] == manifests[1]  # the manifest has the digest of each file
+    launch_ranks(2, ["-m", "flm_torchrec", *evaluate])
+    assert (runs[0] / "evaluation-test.json").read_bytes() == tables[0]
+    launch_ranks(2, ["-m", "flm_torchrec", *export, str(tmp_path / "two")])
+    one, two = (pq.read_table(tmp_path / name / "users.parquet") for name in ("disk", "two"))
+    assert one.select(["user_key", "seen"]).equals(two.select(["user_key", "seen"]))
+    vectors = [decode(table["sequential"].combine_chunks()) for table in (one, two)]
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=0.02)
+
+
+@pytest.mark.parametrize("task", ["next-item", "label"])
+def test_a_fine_tuning_from_disk_learns_what_it_learns_from_memory(runs: list[Path], tmp_path: Path, task: str) -> None:
+    given = {"finetune.source": runs[0], "finetune.task": task, "finetune.share": 0.5, "finetune.threshold": 3}
+    given |= {"train.max_steps": 2, "train.select": "fused/mrr" if task == "next-item" else "label/auc"}
+    found = []
+    for stream in ("true", "false"):
+        options = {**given, "data.stream": stream, "train.run": tmp_path / stream}
+        config = load_config(runs[0] / "config.yaml", [f"{name}={value}" for name, value in options.items()])
+        data = load_data(config)
+        events = events_of(config, data)
+        loader = make_loader(data, events, config, Comm(0, 1, 1, torch.device("cpu")))
+        assert (data.units is not None) == isinstance(loader, StreamLoader) == (stream == "true")
+        arrays = [events.learned_from, events.seen, *(vars(events.labels).values() if events.labels else ())]
+        assert main(["finetune", "--no-control", *(f"--{name}={value}" for name, value in options.items())]) == 0
+        tested = json.loads((tmp_path / stream / "finetune.json").read_text())["test"]
+        epoch = sum(steps_of([loader], 0, len(loader)), Counter())
+        found.append((epoch, vars(loader.assembler.stats), [array[:] for array in arrays], tested))
+    (epoch, stats, arrays, tested), (in_memory, theirs, same, before) = found
+    assert epoch == in_memory and tested.get("found") == before.get("found")
+    np.testing.assert_equal(stats, theirs)
+    np.testing.assert_equal(arrays, same)
 
 
 def _best_step(run: Path) -> int:

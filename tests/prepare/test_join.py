@@ -242,6 +242,7 @@ def test_streamed_joint_data_are_split_as_in_memory(tmp_path: Path) -> None:
         np.testing.assert_array_equal(streamed.stream.train_end, splits.train_end)
         np.testing.assert_array_equal(streamed.stream.counts, whole.item_counts(splits.train_mask(whole)))
         user = whole.event_users()
+        assert streamed.stream.rule is not None
         mask = (np.arange(len(user)) < splits.train_end[user]) & ~streamed.stream.rule.held_out(
             user, whole.item, whole.event
         )

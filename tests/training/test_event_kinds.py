@@ -113,6 +113,7 @@ def test_only_targets_are_predicted_in_memory_and_streamed(plain: PreparedData, 
     assert (data.event[mask] == data.schema.events.index("view")).any()
     streamed = load_streamed(data.path, "all", SplitSettings(kind, 0.3, ("click", "buy")), USERS, 0)
     user = data.event_users()
+    assert streamed.stream.rule is not None
     held = streamed.stream.rule.held_out(user, data.item, data.event)
     np.testing.assert_array_equal((np.arange(len(user)) < streamed.stream.train_end[user]) & ~held, mask)
     np.testing.assert_array_equal(streamed.stream.counts, data.item_counts(mask))

@@ -180,10 +180,10 @@ def test_who_was_known_stays_known_though_today_has_no_event_of_it(days: Days, t
     with restore(tmp_path / "run") as restored:
         job = restored.job
         all_keys = np.array(job.data.item_keys)
-        learned |= set(all_keys[job.data.item[job.events.seen]])
+        learned |= set(all_keys[job.data.item[:][job.events.seen[:]]])
         known = job.train_stats.items > 0
         assert set(all_keys[known]) == learned
-        quiet = np.setdiff1d(np.arange(len(all_keys)), job.data.item)
+        quiet = np.setdiff1d(np.arange(len(all_keys)), job.data.item[:])
         assert known[quiet].any() and not known[quiet].all()
         views = job.encoder(job.events.splits.valid).views(quiet)
         apart = (views["all"] - views["content"]).abs().max(dim=1).values.numpy()

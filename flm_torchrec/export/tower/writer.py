@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from flm_torchrec.data.columns import new_column
 from flm_torchrec.data.dataset import EntityFeatures, PreparedData, spans
 from flm_torchrec.data.feature_values import describe
-from flm_torchrec.data.schema import Feature
+from flm_torchrec.data.order_statistics import order_statistics
+from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.tower.layout import DESCRIPTION, FOLDER, HISTORIES, ITEM, PROFILE, USER
 from flm_torchrec.export.tower.programs import ContentProgram, PackagedTable, Precision, UserInputs, UserProgram
@@ -51,6 +52,22 @@ class TowerSource(Protocol):
 
         Collective.
         """
+
+
+def check_memory(schema: Schema, dim: int, precision: Precision) -> None:
+    """Check that the packaged tables fit into the free memory, twice as they do while they are joined.
+
+    Raises:
+        RunError: they do not.
+    """
+    needed = 2 * (4 * schema.items + 2 * schema.users) * (dim + 8 if precision == "int8" else 4 * dim)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise RunError(
+            f"--tower {precision}: takes {needed / 2**30:,.1f} GiB on rank 0 for {schema.items:,} items and"
+            f" {schema.users:,} users, and {free / 2**30:,.1f} GiB are free; export with --tower none, or on a larger"
+            " machine"
+        )
 
 
 def write_tower(data: PreparedData, model: TowerSource, main: bool, precision: Precision, folder: Path) -> None:
@@ -203,17 +220,15 @@ def _write_histories(data: PreparedData, most: int, file: Path) -> None:
 
 def _usual_gap(data: PreparedData) -> int:
     """Median seconds between two events of a user: the gap of an event without a time."""
-    since, count = new_column(len(data.timestamp), np.int64), 0
-    for block in data.blocks():
-        timestamp, same = data.timestamp[block.rows], block.users[1:] == block.users[:-1]
-        gaps = np.diff(timestamp)[same]
-        since[count : count + len(gaps)] = gaps
-        count += len(gaps)
+    count = len(data.timestamp) - int(np.count_nonzero(np.diff(data.offsets)))
+
+    def gaps() -> Iterator[np.ndarray]:
+        for block in data.blocks():
+            yield np.diff(data.timestamp[block.rows])[block.users[1:] == block.users[:-1]]
+
     if not count:
         return 0
-    since = since[:count]
-    since.partition([(count - 1) // 2, count // 2])  # in place; numpy.median copies
-    return int(since[(count - 1) // 2 : count // 2 + 1].mean())
+    return int(np.mean(order_statistics(gaps, [(count - 1) // 2, count // 2])))
 
 
 def _ordered(data: PreparedData, entity: str) -> Iterator[Feature]:

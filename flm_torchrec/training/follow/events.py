@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from flm_torchrec.data.columns import EventBlock
 from flm_torchrec.data.dataset import PreparedData, spans
+from flm_torchrec.data.disk_columns import Units
 from flm_torchrec.data.history import Events
 from flm_torchrec.data.keys import NO_EVENT, json_text, keys
 from flm_torchrec.data.schema import Schema
@@ -154,14 +156,57 @@ def append(data: PreparedData, learned_from: np.ndarray, new: NewEvents) -> tupl
     return grown, np.concatenate([learned_from, np.ones(len(new), bool)])[order], is_new
 
 
+def append_on_disk(data: PreparedData, new: NewEvents) -> tuple[PreparedData, np.ndarray]:
+    """As `append`, of data whose events stay on disk: the new events of a unit's users are merged when it is read.
+
+    Returns the data, and [interactions] bool: new.
+    """
+    assert data.units is not None
+    timestamp = new.timestamp
+    if not data.schema.timestamps:
+        newest = max((int(data.timestamp[block.rows].max(initial=-1)) for block in data.blocks()), default=-1)
+        timestamp = np.arange(len(new)) + newest + 1
+    added = replace(new, timestamp=timestamp).take(np.argsort(new.user, kind="stable"))
+    starts = np.searchsorted(added.user, np.arange(data.schema.users + 1))  # [users + 1] of the new events of each
+    offsets = data.offsets + starts
+    units = Units(data.units.groups, offsets, np.append(data.units.users[:-1], data.schema.users))
+
+    def parts(block: EventBlock) -> tuple[slice, slice]:
+        """Rows of the known and of the new events of a block."""
+        return block.within(data.offsets), block.within(starts)
+
+    def order_of(block: EventBlock) -> np.ndarray:
+        old, more = parts(block)
+        lengths = np.diff(data.offsets[block.first : block.first + len(block.offsets)])
+        user = np.concatenate([block.first + np.repeat(np.arange(len(lengths)), lengths), added.user[more]])
+        return np.lexsort([np.concatenate([data.timestamp[old], added.timestamp[more]]), user])
+
+    def merged(known: np.ndarray, more_of: np.ndarray) -> Any:
+        def of_block(block: EventBlock) -> np.ndarray:
+            old, more = parts(block)
+            return np.concatenate([known[old], more_of[more]])[order[block.rows]]
+
+        return units.column(np.result_type(known.dtype, more_of.dtype), of_block)
+
+    order = units.column(np.int64, order_of)
+    columns = {name: merged(column, getattr(added, name)) for name, column in vars(data.events).items()}
+    none, all_new = data.no_events, np.broadcast_to(np.True_, len(new))
+    return replace(data, offsets=offsets, **columns, segment=None, units=units), merged(none, all_new)
+
+
 def newest(data: PreparedData, learned_from: np.ndarray, events: int) -> tuple[PreparedData, np.ndarray]:
     """Only the last `events` events of each user, and which of them are learned from, [interactions] bool."""
     start = np.maximum(data.offsets[:-1], data.offsets[1:] - events)
     lengths = data.offsets[1:] - start
-    kept = spans(start, lengths)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    shorter = replace(data, offsets=offsets, **vars(data.events.take(kept)), segment=None)
-    return shorter, learned_from[kept]
+    parts, learned = [], []
+    for block in data.blocks():
+        of_block = slice(block.first, block.first + len(block.offsets) - 1)
+        kept = spans(start[of_block] - block.rows.start, lengths[of_block])
+        parts.append(data.events.take(block.rows).take(kept))
+        learned.append(learned_from[block.rows][kept])
+    shorter = replace(data, offsets=offsets, **vars(Events.concat(parts)), segment=None, units=None)
+    return shorter, np.concatenate(learned)
 
 
 def new_windows(data: PreparedData, is_new: np.ndarray, max_history: int) -> Windows:

@@ -46,7 +46,7 @@ from flm_torchrec.training.identity import open_run
 from flm_torchrec.training.job import Job, JobInputs, open_inputs
 from flm_torchrec.training.loaders import drawn_share, weights_of
 from flm_torchrec.training.logger import RunLogger
-from flm_torchrec.training.run_events import ANY_RANKS, IN_MEMORY
+from flm_torchrec.training.run_events import ANY_RANKS, IN_MEMORY, load_data
 from flm_torchrec.training.run_folder import claimed, open_run_folder
 from flm_torchrec.training.schedule import Schedule
 from flm_torchrec.training.steps import STEPS
@@ -118,9 +118,8 @@ def follow(run: Path, url: str, output: Path, options: FollowOptions, overrides:
     """
     config = _config_of(run, output, overrides)
     source = open_source(url, options.avro_schema)
-    with open_inputs(
-        config, run=run, options={"source": url, **{k: str(v) for k, v in asdict(options).items()}}
-    ) as inputs:
+    given = {"source": url, **{k: str(v) for k, v in asdict(options).items()}}
+    with open_inputs(config, load_data(config, on_disk=True), run, given) as inputs:
         comm = inputs.comm
         if options.expire_after and not inputs.data.schema.timestamps:
             raise ConfigError(f"--expire-after: {inputs.data.path} has no timestamps; leave it out")

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flm_torchrec.data.admission import LastSeen
-from flm_torchrec.data.columns import CodedText
+from flm_torchrec.data.columns import CodedText, EventBlock
 from flm_torchrec.data.dataset import EntityFeatures, PreparedData, load_entity
 from flm_torchrec.data.event_files import as_data_error
 from flm_torchrec.data.history import Events
@@ -25,7 +25,7 @@ from flm_torchrec.data.schema import Entity, Schema
 from flm_torchrec.data.splits import Examples, Splits
 from flm_torchrec.data.train_stats import TrainStats
 from flm_torchrec.files import replacing_file
-from flm_torchrec.training.follow.events import FIELDS, LEARNED, NewEvents, append
+from flm_torchrec.training.follow.events import FIELDS, LEARNED, NewEvents, append, append_on_disk
 
 ENTITIES: tuple[Entity, ...] = ("user", "item")
 DAY = 86400
@@ -50,22 +50,43 @@ class FollowedData(PreparedData):
 
     def placed(self, splits: Splits) -> Splits:
         """Splits of `before` → the same splits of these data: new events are neither validated nor tested on."""
-        old = np.append(np.flatnonzero(~self.is_new), len(self.item))
-        ends = np.where(splits.train_end == self.before.offsets[1:], self.offsets[1:], old[splits.train_end])
-        valid, test = (Examples(e.user, old[e.end], e.label) for e in (splits.valid, splits.test))
-        held = None if splits.held_out is None else self.placed_mask(splits.held_out) & ~self.is_new
+        before, last = self.before, max(0, len(self.before.item) - 1)
+
+        def place_of(block: EventBlock) -> np.ndarray:
+            here = block.within(self.offsets)
+            return here.start + np.flatnonzero(~self.is_new[here])
+
+        place = before.column(np.int64, place_of)
+        ends = np.where(
+            splits.train_end == before.offsets[1:], self.offsets[1:], place[np.minimum(splits.train_end, last)]
+        )
+        valid, test = (Examples(e.user, place[e.end], e.label) for e in (splits.valid, splits.test))
+        held = None
+        if splits.held_out is not None:
+            known = self.placed_mask(splits.held_out)
+            held = self.column(bool, lambda b: known[b.rows] & ~self.is_new[b.rows])
         return replace(splits, train_end=ends, valid=valid, test=test, held_out=held)
 
     def placed_mask(self, mask: np.ndarray) -> np.ndarray:
         """A mask of the events of `before` → [interactions] bool, with all that is new."""
-        placed = self.is_new.copy()
-        placed[~self.is_new] = mask
-        return placed
+
+        def placed(block: EventBlock) -> np.ndarray:
+            new = self.is_new[block.rows]
+            chosen = new.copy()
+            chosen[~new] = mask[block.within(self.before.offsets)]
+            return chosen
+
+        return self.column(bool, placed)
 
     def stats(self, seen: np.ndarray, values: bool) -> TrainStats:
         """Statistics of the events `seen` [interactions] bool; mean and spread of values are those of the run's own."""
         known = TrainStats.of(self, seen, values)
-        own = TrainStats.of(self.before, seen[~self.is_new], values)
+
+        def of_own(block: EventBlock) -> np.ndarray:
+            here = block.within(self.offsets)
+            return seen[here][~self.is_new[here]]
+
+        own = TrainStats.of(self.before, self.before.column(bool, of_own), values)
         return replace(
             own,
             items=np.where(self.expired_items, 0, known.items).astype(np.float32),
@@ -144,15 +165,23 @@ def followed_data(run: Path, data: PreparedData, taken: dict[str, int]) -> Follo
     folder = run / LEARNED
     before = with_growth(data, folder, taken["growths"])
     parts: list[Events] = [read_events(folder, number) for number in range(taken["parts"])]
-    nothing = np.zeros(len(before.item), bool)
-    grown, is_new = before, nothing
+    grown, is_new, now = before, before.no_events, 0
     if parts:
-        grown, _, is_new = append(before, nothing, NewEvents.concat(parts))
+        new: NewEvents = NewEvents.concat(parts)
+        now = int(new.timestamp.max(initial=0))
+        if before.units is not None:
+            grown, is_new = append_on_disk(before, new)
+        else:
+            grown, _, is_new = append(before, np.zeros(len(before.item), bool), new)
     columns = {f.name: getattr(grown, f.name) for f in fields(PreparedData)}
-    if before.segment is not None:
-        codes = np.full(len(grown.item), len(before.segment.names), np.int32)
-        codes[~is_new] = before.segment.codes
-        columns["segment"] = CodedText(np.append(before.segment.names, ""), codes)
+    if (segment := before.segment) is not None:
+
+        def codes(block: EventBlock) -> np.ndarray:
+            found = np.full(block.rows.stop - block.rows.start, len(segment.names), np.int32)
+            found[~is_new[block.rows]] = segment.codes[block.within(before.offsets)]
+            return found
+
+        columns["segment"] = CodedText(np.append(segment.names, ""), grown.column(np.int32, codes))
     if taken["growths"]:
         columns["path"] = run / "vocabulary"
     users, items = LastSeen(before.schema.users), LastSeen(before.schema.items)
@@ -160,7 +189,6 @@ def followed_data(run: Path, data: PreparedData, taken: dict[str, int]) -> Follo
         users.see(block.users, grown.timestamp[block.rows])
         items.see(grown.item[block.rows], grown.timestamp[block.rows])
     expired = [np.zeros(len(seen.time), bool) for seen in (users, items)]
-    now = int(grown.timestamp[is_new].max(initial=0))
     if taken["expire_after"]:
         expired = [seen.expired(now, taken["expire_after"] * DAY) for seen in (users, items)]
     return FollowedData(

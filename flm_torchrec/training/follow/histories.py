@@ -24,10 +24,10 @@ class Histories:
 
     def __init__(self, job: Job, keep: int, expire_after: int) -> None:
         data, stats = job.data, job.train_stats
-        self.data, self.learned_from = data, job.events.learned_from
+        self.data, self.learned_from = newest(data, job.events.learned_from, keep)
         self.keep = keep
         self.expire_after = expire_after
-        self.counts = data.item_counts(self.learned_from)
+        self.counts = data.item_counts(job.events.learned_from)
         self.train_stats = replace(stats, items=stats.items.copy(), users=stats.users.copy())
         self.users_seen, self.items_seen = LastSeen(data.schema.users), LastSeen(data.schema.items)
         for block in data.blocks():
