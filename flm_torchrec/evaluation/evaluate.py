@@ -16,7 +16,7 @@ from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import COLD_ITEM, Examples
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Markov, Popularity, Random
-from flm_torchrec.evaluation.head_scorer import ONE_VECTOR, HeadScorer
+from flm_torchrec.evaluation.head_scorer import ONE_VECTOR, HeadScorer, ItemShares, check_room
 from flm_torchrec.evaluation.lists import ItemFacts, Targets, list_metrics, target_metrics
 from flm_torchrec.evaluation.protocol import Collectives, Encoder, Scorer
 from flm_torchrec.evaluation.ranking import Blocks, Ranked, RankingProblem, count_ranks, rank_targets
@@ -103,7 +103,9 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
     segments = list(_segments(labels_by(task.by, data, examples, task.train_mask)))
     targets = Targets.of(data, examples)
     notes = [*left_out(config, items), *_untested(data, examples)]
-    check_memory(config, int(np.count_nonzero(task.train_mask)))
+    check_memory(config, data.count(task.train_mask))
+    shares, heads = ItemShares(items, config.item_block, comm), 1 if task.cold_items is None else 3
+    check_room((shares.last - shares.first) * heads, encoder.dim, comm)  # before the baselines take their time
     result = Evaluation(task.split, len(examples), {}, notes=notes)
     if data.item_domain is not None:
         result = replace(result, ranked="events, every item of the event's domain ranked")

@@ -64,6 +64,8 @@ class Scorer(Protocol):
 
     names: tuple[str, ...]
     """The ways, as the table of results names them."""
+    alike: bool
+    """Whether all users get the same scores; what `scores` takes is then their number, and all is in host memory."""
 
     def blocks(self, own: np.ndarray, scored: list[np.ndarray]) -> list[Any]:
         """Indices of examples of blocks of users → for each block of `scored` what `scores` needs of its users.

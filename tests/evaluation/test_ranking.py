@@ -30,7 +30,7 @@ from flm_torchrec.data.splits import COLD_ITEM, Examples, split
 from flm_torchrec.errors import ConfigError, RunError
 from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Markov, Popularity, Random, _blocks, _nearest, _seen
 from flm_torchrec.evaluation.evaluate import EvaluationTask, check_memory, evaluate, left_out
-from flm_torchrec.evaluation.head_scorer import HeadScorer
+from flm_torchrec.evaluation.head_scorer import HeadScorer, log_sum_exp
 from flm_torchrec.evaluation.lists import ItemFacts, list_metrics
 from flm_torchrec.evaluation.metrics import RankCounts
 from flm_torchrec.evaluation.protocol import Of, Scorer
@@ -186,6 +186,30 @@ def test_processes_that_share_the_items_find_what_one_finds(
                 np.testing.assert_array_equal(one.top[name], whole.top[name][one.rows])
     rows = np.concatenate([ranked[0].rows for ranked, _, _ in several])
     np.testing.assert_array_equal(np.sort(rows), np.arange(len(histories)))
+
+
+@settings(deadline=None, max_examples=20)
+@given(HISTORIES, st.integers(1, 5), st.integers(1, 13))
+def test_scores_that_all_users_share_rank_as_scores_of_each(histories: list[list[int]], users: int, block: int) -> None:
+    class OfEach(Popularity):
+        alike = False
+
+    data = make_data(histories, 12)
+    splits = split(data, "leave-one-out", 0.1)
+    problem = RankingProblem(data, splits.test, Blocks(users, block))
+    mask = splits.train_mask(data)
+    one, each = (rank_targets(problem, kind(data, mask), Alone(), 5) for kind in (Popularity, OfEach))
+    np.testing.assert_array_equal(one.ranks["popularity"], each.ranks["popularity"])
+    np.testing.assert_array_equal(one.top["popularity"], each.top["popularity"])
+
+
+def test_a_mixture_is_summed_in_parts_to_the_last_bit() -> None:
+    parts = [torch.randn(3, 2500, generator=torch.Generator().manual_seed(seed)) * 30 for seed in range(3)]
+    parts[0][0, 0] = parts[1][1, 1200] = torch.inf
+    for part in parts:
+        part[2, 7] = -torch.inf
+    whole = torch.logsumexp(torch.stack(parts), 0)
+    assert torch.equal(log_sum_exp(parts), whole)
 
 
 def test_no_process_has_the_vectors_of_all_items() -> None:

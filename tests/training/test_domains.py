@@ -112,6 +112,7 @@ class Biased:
     """Scores the items of the second domain far above the others."""
 
     names: tuple[str, ...] = ("biased",)
+    alike = False
 
     def __init__(self, data: PreparedData) -> None:
         assert data.item_domain is not None

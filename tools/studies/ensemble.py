@@ -44,6 +44,7 @@ class Summed:
     """Scores by the sum of the members' scores."""
 
     names: tuple[str, ...] = ("ensemble",)
+    alike = False
 
     def __init__(self, members: list[Member]) -> None:
         self.members = members
