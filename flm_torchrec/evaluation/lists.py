@@ -21,6 +21,8 @@ UNIT = 2**30
 """A number between 0 and 1 is summed over processes as so many parts."""
 DIGITS = 4
 """Decimals of the diversity, which is of learned vectors."""
+EXAMPLES = 2**14
+"""Examples whose events are looked at together."""
 BLOCK = 1024
 """Lists whose diversity is computed at once; memory is BLOCK x K x D."""
 
@@ -99,6 +101,17 @@ class Targets:
         """
         if examples.until is None:
             return None
+        parts = []
+        for first in range(0, max(1, len(examples)), EXAMPLES):  # known events of all examples would be all events
+            part = examples.take(np.arange(first, min(first + EXAMPLES, len(examples))))
+            rows, items = cls._of_part(data, part)
+            parts.append(np.stack([first + rows, items]))
+        return cls(*np.concatenate(parts, 1))
+
+    @staticmethod
+    def _of_part(data: PreparedData, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
+        """[n] example and [n] item."""
+        assert examples.until is not None
         stride = data.schema.items
 
         def keys(first: np.ndarray, end: np.ndarray) -> np.ndarray:
@@ -113,9 +126,9 @@ class Targets:
         right = np.union1d(later, keys(examples.end, examples.end + 1))
         rows, items = right // stride, right % stride
         if data.item_domain is None:
-            return cls(rows, items)
+            return rows, items
         own = data.item_domain[items] == data.item_domain[data.item[examples.end]][rows]
-        return cls(rows[own], items[own])
+        return rows[own], items[own]
 
 
 def target_metrics(

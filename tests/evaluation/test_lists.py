@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import Examples, split
 from flm_torchrec.distributed.comm import Comm
+from flm_torchrec.evaluation import lists as lists_module
 from flm_torchrec.evaluation.lists import ItemFacts, Targets, gini, list_metrics, target_metrics
 from flm_torchrec.evaluation.segments import labels_by
 
@@ -80,7 +82,8 @@ def test_several_true_items(users: int, seed: int) -> None:
 def test_targets_are_the_later_items_that_are_not_known(small: PreparedData) -> None:
     data = replace(small, item=np.array([3, 4, 3, 5, 5, 4, 7, 1, 2]), offsets=np.array([0, 6, 9]))
     examples = Examples(np.array([0, 1]), np.array([2, 8]), until=np.array([6, 9]))
-    targets = Targets.of(data, examples)
+    with patch.object(lists_module, "EXAMPLES", 1):
+        targets = Targets.of(data, examples)
     assert targets is not None
     pairs = list(zip(targets.rows.tolist(), targets.items.tolist(), strict=True))
     assert pairs == [(0, 3), (0, 5), (1, 2)]  # 3 is the next item, though it is known; 4 is known
