@@ -33,7 +33,8 @@ RUN pip install --no-cache-dir --extra-index-url "$TORCH_CPU_INDEX" \
         "$(echo /wheels/*.whl)[cpu,kafka,avro,qdrant,postgresql,pgvector,traces]" \
     && pip install --no-cache-dir --no-deps "$(grep '^torchrec==' /requirements/cpu.txt)" \
     && flm --version
-USER flm
+# A number, as Kubernetes cannot know by a name that it is not root.
+USER 10001
 
 FROM base AS cuda
 RUN pip install --no-cache-dir --constraint /requirements/base.txt "$(grep '^torch==' /requirements/gpu.txt)"
@@ -41,4 +42,5 @@ COPY --from=wheel /wheels /wheels
 # No `flm --version` here: the package does not load without a driver.
 RUN pip install --no-cache-dir --constraint /requirements/base.txt --constraint /requirements/extras.txt \
         "$(echo /wheels/*.whl)[gpu,kafka,avro,qdrant,postgresql,pgvector,traces]"
-USER flm
+# A number, as Kubernetes cannot know by a name that it is not root.
+USER 10001
