@@ -16,7 +16,8 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 # What both images share: no compiler, no tests; an own user; configs where jobs look for them.
 FROM ${BASE} AS base
 ENV PYTHONUNBUFFERED=1 HOME=/tmp
-RUN useradd --uid 10001 --no-create-home flm && mkdir --parents /app && chown flm /app
+# A new volume gets the owner of the folder that it is mounted at: /shop, of compose.yaml.
+RUN useradd --uid 10001 --no-create-home flm && mkdir --parents /app /shop && chown flm /app /shop
 COPY requirements /requirements
 WORKDIR /app
 COPY configs configs

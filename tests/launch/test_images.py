@@ -153,6 +153,15 @@ def test_services_of_the_compose_file_name_what_is_there() -> None:
     assert {"train", "serve", "qdrant", "kafka"} <= set(services)
 
 
+def test_who_writes_into_a_volume_may_and_does() -> None:
+    """A new volume belongs to root unless the image has its folder; Kafka writes elsewhere unless it is told."""
+    ((made, owned),) = re.findall(r"mkdir --parents ([/\w ]+) && chown flm ([/\w ]+)", DOCKERFILE)
+    named = [volume.split(":")[1] for volume in COMPOSE["services"]["serve"]["volumes"] if not volume.startswith(".")]
+    assert named and set(named) <= set(made.split()) & set(owned.split())
+    kafka = COMPOSE["services"]["kafka"]
+    assert [volume.split(":")[1] for volume in kafka["volumes"]] == [kafka["environment"]["KAFKA_LOG_DIRS"]]
+
+
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda m: f"{m['kind']} {m['metadata']['name']}")
 def test_a_manifest_has_fields_of_its_kind_alone(manifest: dict[str, Any]) -> None:
     """The typed client drops a field that it does not know, so nothing may be missing afterwards."""
