@@ -140,13 +140,15 @@ def _check_sizes(run: Path, choices: ExportChoices) -> None:
     from flm_torchrec.data.schema import Schema
     from flm_torchrec.export.tower.writer import check_memory
     from flm_torchrec.export.write import check_items
+    from flm_torchrec.model.space import width
     from flm_torchrec.training.identity import VOCABULARY, check_has_model, read_config
 
     check_has_model(run)
     schema = Schema.load(run / VOCABULARY / "schema.yaml")
-    check_items("none" if choices.since else choices.index or "flat", schema.items)
+    dim = read_config(run).model.dim
+    check_items("none" if choices.since else choices.index or "flat", schema.items, width(dim))
     if choices.tower != "none":
-        check_memory(schema, read_config(run).model.dim, choices.tower)
+        check_memory(schema, dim, choices.tower)
 
 
 def _source(restored: Restored, tower: Tower, onnx: bool) -> ExportSource:

@@ -15,6 +15,7 @@ from typing import Any
 
 import faiss
 import numpy as np
+import psutil
 
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.errors import RunError
@@ -41,6 +42,8 @@ BITS = 8
 """Bits of one number of a product quantisation code."""
 LISTS = 32_768
 """Maximum of inverted lists."""
+GROUP_BYTES = 32
+"""Of an item in `Groups`."""
 COPIED = 65_536
 """Vectors copied from one index to another at once."""
 
@@ -166,6 +169,21 @@ def check_index(kind: IndexKind, items: int) -> None:
     if kind == "ivfpq" and items < TRAINING_ROWS << BITS:
         raise RunError(
             f"--index ivfpq: trains on {TRAINING_ROWS << BITS} items at least, not {items}; use flat or hnsw"
+        )
+
+
+def check_memory(kind: IndexKind, items: int, width: int) -> None:
+    """Check that an index over vectors of so many numbers fits into the free memory; it is built on rank 0.
+
+    Raises:
+        RunError: it does not.
+    """
+    of_vector = {"none": 0, "flat": 4 * width, "hnsw": 4 * width + 8 * LINKS, "ivfpq": width}[kind]
+    needed, free = items * (of_vector and of_vector + GROUP_BYTES), psutil.virtual_memory().available
+    if needed > free:
+        raise RunError(
+            f"--index {kind}: takes {needed / 2**30:,.1f} GiB on rank 0 for {items:,} items, and"
+            f" {free / 2**30:,.1f} GiB are free; export with --index none, and search in a vector database ('flm load')"
         )
 
 

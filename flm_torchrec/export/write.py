@@ -19,7 +19,7 @@ from flm_torchrec.data.dataset import PreparedData, Ragged
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.protocol import Collectives, Encoder, Of
 from flm_torchrec.export.attributes import Keys
-from flm_torchrec.export.index import build_index, check_index
+from flm_torchrec.export.index import build_index, check_index, check_memory
 from flm_torchrec.export.item_map import write_map
 from flm_torchrec.export.manifest import DELTA, FILE, FORMAT, RECALL, IndexKind, Manifest, MapMethod, Quantise, Storage
 from flm_torchrec.export.parts import PART_ROWS, Entity, part_name, write_part
@@ -85,9 +85,17 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise RunError(f"{output}: exists; give another --output, or --overwrite to replace it")
 
 
-def check_items(index: IndexKind, items: int) -> None:
-    """Raise RunError where there are too few items for the index, or more than an export can number."""
+def check_items(index: IndexKind, items: int, width: int) -> None:
+    """Check the number of items before an export begins.
+
+    Args:
+        width: numbers of an item's vector.
+
+    Raises:
+        RunError: there are too few for the index, or more than an export can number or the index has memory for.
+    """
     check_index(index, items)
+    check_memory(index, items, width)
     if items > MOST_ITEMS:
         raise RunError(
             f"export: {items:,} items; an export numbers {MOST_ITEMS:,} at most (int32): prepare with a larger"
@@ -147,7 +155,7 @@ def export(
         RunError: there are too few items for the index, another job writes the output, or the disk cannot be written.
             No file is left then.
     """
-    check_items(options.index, source.data.schema.items)
+    check_items(options.index, source.data.schema.items, source.encoder.dim)
     manifest = blank_manifest(source, options)
     with claimed(output, overwrite, comm), fresh_folder(output, comm) as fresh:
         quality = None

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -356,7 +357,7 @@ def test_ranks_of_uneven_shards_end_with_the_losses_of_one(runs: list[Path]) -> 
 
 
 def test_evaluation_and_export_from_disk_are_those_from_memory(
-    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """To the last byte: users of one row group and of many, users without a held-out event, one rank and two."""
     monkeypatch.setattr(disk_columns, "KEPT", 3)
@@ -373,6 +374,15 @@ def test_evaluation_and_export_from_disk_are_those_from_memory(
         tables.append((runs[0] / "evaluation-test.json").read_bytes())
         manifests.append((tmp_path / place / "manifest.json").read_bytes())
     assert tables[0] == tables[1] and manifests[0] == manifests[1]  # the manifest has the digest of each file
+    with monkeypatch.context() as small:
+        small.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+        small.setattr(restore, "restore", lambda *_, **__: pytest.fail("the model is loaded"))
+        for more, told in (
+            ([], "--index flat: takes"),
+            (["--index", "none", "--tower", "int8"], "--tower int8: takes"),
+        ):
+            assert main([*export, str(tmp_path / "none"), *more]) == 2 and not (tmp_path / "none").exists()
+            assert told in capsys.readouterr().err
     launch_ranks(2, ["-m", "flm_torchrec", *evaluate])
     assert (runs[0] / "evaluation-test.json").read_bytes() == tables[0]
     launch_ranks(2, ["-m", "flm_torchrec", *export, str(tmp_path / "two")])

@@ -2,6 +2,8 @@
 
     python -m tools.benchmarks.memory --events 1e6 1e7 --items 1e5
     python -m tools.benchmarks.memory --events 1e8 --users 1e7 --items 1e6 --commands prepare train export
+    python -m tools.benchmarks.memory --events 3e6 --users 3e5 --items 1e6 --all-items --commands prepare train \\
+        "evaluate --sample N"
     python -m tools.benchmarks.memory --load data/logs         # held memory of loading all events, bytes an event
 
 DuckDB writes made-up logs, items and users as Parquet, in a memory of its own that does not grow with them: an event's
@@ -138,8 +140,12 @@ def _held(pid: int) -> int:
     return 0  # a process that has ended and was not waited for
 
 
-def load(path: Path) -> str:
-    """Load prepared data in this process, split them and take their statistics; the peaks of held memory, in a line."""
+def load(path: Path, on_disk: bool) -> str:
+    """Load prepared data in this process, split them and take their statistics; the peaks of held memory, in a line.
+
+    Args:
+        on_disk: leave the events on disk, as `flm evaluate` and `flm export` do.
+    """
     peaks, stop = [0], threading.Event()
 
     def sample() -> None:
@@ -149,9 +155,11 @@ def load(path: Path) -> str:
     before = _held(os.getpid())
     sampler = threading.Thread(target=sample)
     sampler.start()
-    data = load_prepared(path)
+    data = load_prepared(path, on_disk=on_disk)
     events, loading = len(data.item), max(peaks[0], _held(os.getpid()))
-    TrainStats.of(data, split(data, "leave-one-out", 0.1).train_mask(data), values=True)
+    mask = split(data, "leave-one-out", 0.1).train_mask(data)
+    TrainStats.of(data, mask, values=True)
+    data.item_counts(mask)
     stop.set()
     sampler.join()
     parts = [(peak - before) / events for peak in (loading, peaks[0])]
@@ -169,6 +177,7 @@ def commands(folder: Path, args: argparse.Namespace) -> dict[str, list[str]]:
             *("--columns", "user=user_id,item=item_id,timestamp=timestamp", "--memory", args.memory),
             *("--items", str(folder / "items.parquet"), "--item-features", "brand:categorical", "--overwrite"),
             *("--users", str(folder / "users.parquet"), "--user-features", "country:categorical"),
+            *(["--keep-unseen-items"] if args.all_items else []),
         ],
         "train": [
             *("train", "--data.path", str(folder / "data"), "--train.run", str(folder / "run")),
@@ -200,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--events", type=number, nargs="+", default=[10**6], help="numbers of events (default: 1e6)")
     parser.add_argument("--users", type=number, help="number of users (default: a tenth of the events)")
     parser.add_argument("--items", type=number, default=10**5, help="number of items (default: 1e5)")
+    parser.add_argument("--all-items", action="store_true", help="keep items without events (default: those with some)")
     parser.add_argument("--steps", type=int, default=50, help="of training (default: 50)")
     parser.add_argument("--dim", type=int, default=32, help="width of the model (default: 32)")
     parser.add_argument("--sample", type=int, default=1000, help="users that are validated on (default: 1000)")
@@ -208,9 +218,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="keep data, run and export here (default: a temporary folder)")
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS, help="measure only these")
     parser.add_argument("--load", type=Path, metavar="DIR", help="only load these prepared data, in this process")
+    parser.add_argument("--on-disk", action="store_true", help="with --load: leave the events on disk")
     args = parser.parse_args(argv)
     if args.load:
-        print(load(args.load))
+        print(load(args.load, args.on_disk))
         return 0
     print("| events | users | items | command | seconds | CPU s | held, MiB | resident, MiB |")
     print("|---:|---:|---:|---|---:|---:|---:|---:|", flush=True)
