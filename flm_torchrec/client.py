@@ -102,7 +102,7 @@ class Client:
         """Keep an event; the number of live events that the user's next answer takes into account.
 
         Args:
-            more: event, value, timestamp.
+            more: event, value, timestamp, context: a mapping of features of events to values.
         """
         return int(self.post("/v1/events", {"user": user, "item": item, **more})["live_events"])
 

@@ -72,6 +72,17 @@ def joint(domain_folders: list[Path]) -> PreparedData:
 
 
 @pytest.fixture(scope="session")
+def contextual(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    """Data whose events have contexts, of which some are unknown, and weights."""
+    import flm_torchrec as flm
+    from tests.training.contexts import FEATURES, WITH_WEIGHTS, with_contexts
+
+    folder = tmp_path_factory.mktemp("contexts") / "data"
+    flm.prepare(with_contexts(), folder, columns=WITH_WEIGHTS, event_features=FEATURES, min_count=2)
+    return load_prepared(folder)
+
+
+@pytest.fixture(scope="session")
 def exported(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of `small` that can be served, with an exact index. Tests copy it before they change it."""
     from tests.serve.serving import write_export

@@ -166,11 +166,6 @@ def _source(restored: Restored, tower: Tower, onnx: bool) -> ExportSource:
     source = ExportSource(job.data, encoder, items_with_rows(job), restored.version, validation)
     if tower == "none":
         return source
-    if job.data.schema.of("event", sparse=True):
-        raise RunError(
-            f"{job.data.path}: its events have features, which the packaged tower does not take; export with --tower"
-            " none, or train without them (--data.features)"
-        )
     model, main = GatheredModel(job), job.comm.rank == 0
 
     def beside(folder: Path) -> None:

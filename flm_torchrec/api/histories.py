@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from flm_torchrec.data.dataset import Ragged
 from flm_torchrec.data.history import Events
-from flm_torchrec.data.keys import keys
+from flm_torchrec.data.keys import categories, keys
 from flm_torchrec.data.times import check_unit, seconds
 from flm_torchrec.errors import DataError
 from flm_torchrec.export.recommend import ExportRecommender
@@ -34,9 +34,10 @@ class HistoryTable:
 
     def __init__(self, table: pa.Table, recommender: ExportRecommender, tower: PackagedTower) -> None:
         frame = pl.DataFrame(pl.from_arrow(table))
+        columns = (*COLUMNS, *(f.name for f in tower.contexts))
         for name in frame.columns:
-            if name not in COLUMNS:
-                raise DataError(f"histories: column '{name}' is not known; {nearest(name, COLUMNS)}")
+            if name not in columns:
+                raise DataError(f"histories: column '{name}' is not known; {nearest(name, columns)}")
         user, item = _ids(frame["user"]), _ids(frame["item"])
         distinct = user.unique(maintain_order=True)
         order = pl.DataFrame({"key": distinct}).with_row_index("place")
@@ -50,7 +51,7 @@ class HistoryTable:
             recommender.item_rows(item.to_arrow().cast(pa.string()), "histories")[chosen],
         )
         self.times, self.codes = times[chosen], _codes(frame, tower)[chosen]
-        self.values = _values(frame)[chosen]
+        self.values, self.context = _values(frame)[chosen], _contexts(frame, tower)[chosen]
 
     def had(self, some: slice) -> Ragged:
         """The items that recommendations leave out, for a range of users."""
@@ -68,7 +69,8 @@ class HistoryTable:
 
     def _events(self, user: int) -> Events:
         rows = slice(self.seen.offsets[user], self.seen.offsets[user + 1])
-        return Events(self.seen.values[rows], self.times[rows], self.codes[rows], self.values[rows])
+        columns = (self.seen.values, self.times, self.codes, self.values)
+        return Events(*(column[rows] for column in columns), context=self.context[rows])
 
 
 def _ids(column: pl.Series) -> pl.Series:
@@ -106,6 +108,19 @@ def _codes(frame: pl.DataFrame, tower: PackagedTower) -> np.ndarray:
         if name not in code:
             raise DataError(f"histories: no kind of event '{name}'; {nearest(name, tower.events)}")
     return np.array([code[name] for name in names], np.int64)
+
+
+def _contexts(frame: pl.DataFrame, tower: PackagedTower) -> np.ndarray:
+    """[n, C] int32 codes of the features of events; -1 where there is no value, or one that was not in training."""
+    found = np.full((len(frame), len(tower.contexts)), -1, np.int32)
+    for number, feature in enumerate(tower.contexts):
+        if feature.name not in frame.columns or not len(frame):
+            continue
+        column = frame[feature.name]
+        if column.dtype.is_nested():
+            raise DataError(f"histories: column '{feature.name}' is {column.dtype}, and a text is needed")
+        found[:, number] = [feature.codes.get(value, -1) for value in categories(column)]
+    return found
 
 
 def _values(frame: pl.DataFrame) -> np.ndarray:

@@ -82,7 +82,8 @@ class Recommender:
         Args:
             users: ids of known users, as a list, a series or a table with the column `user`; or the histories of users
                 whom the model does not know: a table with columns `user` (a name of your choice), `item` and, if you
-                have them, `timestamp`, `event` and `value`. The packaged user tower encodes histories.
+                have them, `timestamp`, `event`, `value` and features of events. The packaged user tower encodes
+                histories.
             head: "fused", "content", "collaborative" or "sequential".
             filter: by feature, values of which an item must have at least one.
             include_seen: also items of the user's events.

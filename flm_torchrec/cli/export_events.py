@@ -21,6 +21,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--items", type=Path, metavar="FILE", help="also write the cold items as JSON lines, for 'flm prepare --items'"
     )
+    parser.add_argument(
+        "--event-features",
+        default="",
+        metavar="NAME,...",
+        help="features of events, such as device, that get a column of their own",
+    )
     parser.set_defaults(run=run)
 
 
@@ -31,13 +37,17 @@ def run(args: argparse.Namespace) -> None:
         FlmError: there is no such store, or the output cannot be written.
     """
     # Imported here: a wrong option should be reported at once.
-    from flm_torchrec.serve.event_log import export_events, export_items
+    from flm_torchrec.serve.event_log import check_names, export_events, export_items
     from flm_torchrec.serve.live_store import existing_store
 
+    features = [name.strip() for name in args.event_features.split(",") if name.strip()]
+    check_names(features)
     store = existing_store(args.events)
-    written, dropped = export_events(store, args.output)
-    lost = f"; {dropped} before them had been dropped by the limits of 'flm serve'" if dropped else ""
-    print(f"{args.output}: {written} new events{lost}")
+    done = export_events(store, args.output, features)
+    lost = f"; {done.dropped} before them had been dropped by the limits of 'flm serve'" if done.dropped else ""
+    print(f"{args.output}: {done.written} new events{lost}")
+    for name, events in done.left_out.items():
+        print(f"note: {events} of them have a {name}, which is not written; name it with --event-features {name}")
     if args.items:
         print(f"{args.items}: {export_items(store, args.items)} cold items")
     store.close()

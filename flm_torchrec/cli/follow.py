@@ -8,7 +8,6 @@ from pathlib import Path
 
 from flm_torchrec.config import add_data_path, given_overrides
 from flm_torchrec.errors import ConfigError
-from flm_torchrec.names import nearest
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -28,7 +27,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--columns",
         default="",
         metavar="FIELD=NAME,...",
-        help="names in the source of user, item, timestamp, event, value (default: the same)",
+        help="names in the source of user, item, timestamp, event, value, weight and features of events"
+        " (default: the same)",
     )
     parser.add_argument(
         "--time-unit",
@@ -77,14 +77,14 @@ def run(args: argparse.Namespace) -> None:
         FlmError: an option, the run, its data, the source or the output is wrong.
     """
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
-    from flm_torchrec.training.follow.events import FIELDS, RowForm
+    from flm_torchrec.training.follow.events import RowForm
     from flm_torchrec.training.follow.follower import FollowOptions, follow
 
     columns = {}
     for part in filter(None, args.columns.split(",")):
         field, equals, name = part.partition("=")
-        if field not in FIELDS or not equals:
-            raise ConfigError(f"--columns '{part}': write it as FIELD=NAME; {nearest(field, FIELDS)}")
+        if not equals:
+            raise ConfigError(f"--columns '{part}': write it as FIELD=NAME, such as user=user_id")
         columns[field] = name
     form = RowForm(columns, args.time_unit)
     options = FollowOptions(

@@ -25,7 +25,6 @@ class TrainEvents(Events):
     learnable: np.ndarray  # [n] bool: a training event
     label: np.ndarray  # [n, labels] float32: 1 or 0, NaN where there is none
     weight: np.ndarray  # [n] float32: what an event counts as a target, of its kind
-    context: np.ndarray  # [n, C] int32: codes of the features of events, -1 where unknown
 
 
 @dataclass(frozen=True)
@@ -68,18 +67,17 @@ class Assembler:
     ) -> None:
         self.data = data
         self.stats = TrainStats.of(data, train_mask, values=labels is None) if stats is None else stats
-        self.coding = HistoryCoding(self.stats.value_mean, self.stats.value_scale, data.schema.timestamps)
+        self.contexts = [f.name for f in data.schema.of("event", sparse=True)]
+        self.coding = HistoryCoding(
+            self.stats.value_mean, self.stats.value_scale, data.schema.timestamps, features=len(self.contexts)
+        )
         if labels is None:
             labels = np.zeros((len(train_mask), 0), np.float32)
         if kind_weights is None and data.targets is not None:
             kind_weights = data.targets.astype(np.float32)
         self.kind_weights = kind_weights
         weight = np.broadcast_to(np.float32(1), len(train_mask)) if data.weight is None else data.weight
-        self.contexts = [f.name for f in data.schema.of("event", sparse=True)]
-        context = data.context if self.contexts else np.zeros((len(train_mask), 0), np.int32)
-        self.events = TrainEvents(
-            **vars(data.events), learnable=train_mask, label=labels, weight=weight, context=context
-        )
+        self.events = TrainEvents(**vars(data.events), learnable=train_mask, label=labels, weight=weight)
         self.item_domain = np.zeros(0, np.int64) if data.item_domain is None else data.item_domain.astype(np.int64)
         self.item_features = [f for f in data.schema.features if f.entity == "item" and f.sparse]
         self.user_features = [f for f in data.schema.features if f.entity == "user" and f.sparse]
@@ -162,7 +160,7 @@ class Assembler:
         offsets = np.concatenate([[0], np.cumsum(tokens.lengths)])
         weight, predicted = self._weights(tokens, len(targets))
         history = {key: getattr(coded, key) for key in HISTORY_KEYS}
-        history |= dict(zip(self.contexts, events.context.T + 1, strict=True))  # row 0: unknown, or the prefix
+        history |= dict(zip(self.contexts, coded.context.T, strict=True))
         return Batch(
             items=torch.from_numpy(ids),
             item_ids=_kjt({key: Ragged(np.arange(len(ids) + 1), asked) for key, asked in lookups.items()}),

@@ -20,7 +20,7 @@ from numpy.typing import DTypeLike
 from flm_torchrec.data.columns import CodedText, EventBlock, new_column
 from flm_torchrec.data.disk_columns import Units
 from flm_torchrec.data.event_files import as_data_error, check_columns
-from flm_torchrec.data.history import Events
+from flm_torchrec.data.history import NO_CONTEXT, Events
 from flm_torchrec.data.load_events import load_events, open_events
 from flm_torchrec.data.row_groups import RowGroups
 from flm_torchrec.data.schema import Feature, Schema
@@ -58,10 +58,6 @@ def fingerprint_of(path: Path) -> str:
         except OSError as error:
             raise DataError(f"{path / name}: not readable ({error.strerror}); prepare the data again") from error
     return digest.hexdigest()
-
-
-NO_CONTEXT = np.zeros((0, 0), np.int32)
-"""Of data without features of events."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +140,7 @@ class PreparedData:
     @property
     def events(self) -> Events:
         """The columns of all interactions, not copied."""
-        return Events(self.item, self.timestamp, self.event, self.value)
+        return Events(self.item, self.timestamp, self.event, self.value, context=self.context)
 
     def event_users(self) -> np.ndarray:
         """[interactions] int64: the user of each event. Where there may be many events, take `blocks`."""

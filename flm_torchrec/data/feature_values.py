@@ -65,11 +65,12 @@ def describe(folder: Path, feature: Feature) -> dict[str, Any]:
     return {**described, "values": vocabulary["value"].to_pylist()}
 
 
-def codes_of(feature: FeatureValues, given: Any, left_out: list[str]) -> Iterator[int]:
+def codes_of(feature: FeatureValues, given: Any, left_out: list[str], where: str = "features") -> Iterator[int]:
     """The codes of a value, of a kind with codes; none for None.
 
     Args:
         left_out: gets one line for each value without a code.
+        where: what messages call the features.
 
     Raises:
         DataError: the value does not fit the kind.
@@ -78,13 +79,13 @@ def codes_of(feature: FeatureValues, given: Any, left_out: list[str]) -> Iterato
         return
     if feature.kind == "text":
         if not isinstance(given, str):
-            raise DataError(f"features.{feature.name}: a text, not {_shown(given)}")
+            raise DataError(f"{where}.{feature.name}: a text, not {_shown(given)}")
         words = split_words(pl.Series([given]), feature.ngrams)[0]
         yield from (word_bucket(word, feature.buckets) for word in words)
         return
     if feature.kind == "quantile":
         if not isinstance(given, int | float):
-            raise DataError(f"features.{feature.name}: takes one number, not {_shown(given)}")
+            raise DataError(f"{where}.{feature.name}: takes one number, not {_shown(given)}")
         if feature.values:  # the minimum of each bucket
             yield int(np.searchsorted([float(v) for v in feature.values], given, "right")) - 1
         return
@@ -93,10 +94,10 @@ def codes_of(feature: FeatureValues, given: Any, left_out: list[str]) -> Iterato
     for value in values:
         if not isinstance(value, str | int):
             wanted = "texts, or a list of them" if several else "one text"
-            raise DataError(f"features.{feature.name}: takes {wanted}, not {_shown(value)}")
+            raise DataError(f"{where}.{feature.name}: takes {wanted}, not {_shown(value)}")
         code = feature.codes.get(str(value))
         if code is None:
-            left_out.append(f"features.{feature.name}: '{value}' was not in training")
+            left_out.append(f"{where}.{feature.name}: '{value}' was not in training")
         else:
             yield code
 

@@ -5,7 +5,7 @@ NumPy alone: serving imports this file without the training stack.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Self
 
 import numpy as np
@@ -23,6 +23,12 @@ def table_rows(event_kinds: int) -> dict[str, int]:
     return {"event": event_kinds + 1, "gap": GAP_ROWS}
 
 
+CONTEXT = "context_"
+"""Before the name of a feature of events, as a column of interactions."""
+NO_CONTEXT = np.zeros((0, 0), np.int32)
+"""Of events without features."""
+
+
 @dataclass(frozen=True)
 class Events:
     """Columns of n events. A subclass may add columns, all of length n."""
@@ -31,6 +37,13 @@ class Events:
     timestamp: np.ndarray  # [n] int64: seconds since 1970
     event: np.ndarray  # [n] integer: code of the kind of event
     value: np.ndarray  # [n] float32
+    context: np.ndarray = field(default_factory=lambda: NO_CONTEXT, kw_only=True)
+    """[n, C] int32: codes of the features of events, in the schema's order, -1 where unknown. C is 0 where none are
+    given."""
+
+    def __post_init__(self) -> None:
+        if not self.context.shape[1]:
+            object.__setattr__(self, "context", np.zeros((len(self.item), 0), np.int32))
 
     def __len__(self) -> int:
         return len(self.item)
@@ -41,8 +54,18 @@ class Events:
 
     @classmethod
     def concat(cls, parts: list[Events]) -> Self:
-        """The events of all parts, in order; at least one part, each with the columns of this class."""
-        return cls(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+        """The events of all parts, in order; at least one part, each with the columns of this class.
+
+        The context of parts that give none is unknown.
+        """
+        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
+        features = max(part.context.shape[1] for part in parts)
+        columns["context"] = [part.with_context(features) for part in parts]
+        return cls(**{name: np.concatenate(of_parts) for name, of_parts in columns.items()})
+
+    def with_context(self, features: int) -> np.ndarray:
+        """[n, features] int32: the context; all unknown where none is given."""
+        return self.context if self.context.shape[1] else np.full((len(self), features), -1, np.int32)
 
     def take(self, index: np.ndarray | slice) -> Self:
         """The events at an index, in its order."""
@@ -60,6 +83,7 @@ class CodedEvents:
     gap: np.ndarray  # [n] int64: row of the table of gaps
     value: np.ndarray  # [n] float32: standardised
     time: np.ndarray  # [n] int64: seconds since the first event shown of the same history
+    context: np.ndarray  # [n, C] int64: rows of the tables of the features of events; row 0: unknown
 
 
 @dataclass(frozen=True)
@@ -72,6 +96,8 @@ class HistoryCoding:
     timestamps: bool
     """False: the data have an order but no times, so that gap and time are 0."""
     gap_rows: int = GAP_ROWS
+    features: int = 0
+    """Features of events that the model knows."""
 
     def code(self, events: Events, previous: np.ndarray, first: np.ndarray) -> CodedEvents:
         """Code n events, of one history or of several.
@@ -89,6 +115,7 @@ class HistoryCoding:
             gap=gap,
             value=(events.value - self.value_mean) * self.value_scale,
             time=time,
+            context=events.with_context(self.features).astype(np.int64) + 1,  # row 0 is an unknown value
         )
 
     def gap_of(self, seconds: np.ndarray) -> np.ndarray:

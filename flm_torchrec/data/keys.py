@@ -88,6 +88,11 @@ def as_text(column: pl.Series) -> pl.Series:
     return column.to_frame().select(text.alias(column.name)).to_series()
 
 
+def categories(column: pl.Series) -> pl.Series:
+    """[n] values of a feature of events → [n] text, as of `as_text`; NaN is no value."""
+    return as_text(column.fill_nan(None) if column.dtype.is_float() else column)
+
+
 def json_text(value: Any) -> str | None:
     """A value that `json.loads` made, as `as_text` writes one."""
     if value is None:

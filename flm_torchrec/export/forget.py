@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,26 @@ from flm_torchrec.files import leftovers, replacing, sha256, telling
 
 USER_TABLES = ("tables.user_id.", "tables.profile.")
 """Beginnings of the names of the tensors of `UserProgram` that have a row for each user."""
+
+
+class ValueRows(NamedTuple):
+    """Where a program has rows for the values of features."""
+
+    entity: str
+    """Of which features are."""
+    file: str
+    table: str
+    """Beginning of the names of the table's tensors."""
+    starts: str
+    """Name of the tensor that says where each feature's rows begin."""
+    before: int
+    """Rows of a feature before that of its first value."""
+
+
+VALUE_ROWS = (
+    ValueRows("user", PROFILE, "table.", "offset", 0),
+    ValueRows("event", USER, "tables.context.", "first", 1),
+)
 BLOCK = 16_384
 """Rows of a row group of histories, as they are first written."""
 AGAIN = "give the same command again"
@@ -40,7 +60,7 @@ def forget_in_export(folder: Path, keys: Collection[str], values: Mapping[str, M
     become zero too. Without such users nothing is written. Claim the folder first.
 
     Args:
-        values: by user feature, what takes the place of values that nobody has any more, by their codes.
+        values: by feature of users or events, what takes the place of values that nobody has any more, by their codes.
 
     Raises:
         RunError: the export is damaged, or it cannot be written; the old one stays.
@@ -115,24 +135,22 @@ def _rewrite_tower(tower: Path, users: np.ndarray, values: Mapping[str, Mapping[
     pq.write_table(_exchanged(histories, users, none), tower / HISTORIES, row_group_size=BLOCK)
     _reset(tower / USER, USER_TABLES, users)
     changed = {HISTORIES, USER}
+    description = json.loads(read_text(tower / DESCRIPTION, MOST_JSON_BYTES))
+    for value_rows in VALUE_ROWS:
+        of_entity = [f for f in description["features"] if f["entity"] == value_rows.entity]
+        coded = [f for f in of_entity if not FeatureValues.described(f).dense]
+        gone = [_forget_values(feature, values.get(feature["name"], {})) for feature in coded]
+        if any(gone):
+            first = torch.export.load(tower / value_rows.file).state_dict[value_rows.starts].tolist()
+            rows = [start + value_rows.before + c for start, codes in zip(first, gone, strict=True) for c in codes]
+            _reset(tower / value_rows.file, (value_rows.table,), np.array(rows))
+            changed |= {value_rows.file, DESCRIPTION}
+    if DESCRIPTION in changed:
+        (tower / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
     if (tower / ONNX).is_file():
         from flm_torchrec.export.tower.onnx import write_onnx  # imports the model
 
         changed |= set(write_onnx(tower))
-    description = json.loads(read_text(tower / DESCRIPTION, MOST_JSON_BYTES))
-    of_user = [f for f in description["features"] if f["entity"] == "user"]
-    gone = [
-        _forget_values(feature, values.get(feature["name"], {}))
-        for feature in of_user
-        if not FeatureValues.described(feature).dense
-    ]
-    if any(gone):
-        program = torch.export.load(tower / PROFILE)
-        offset = program.state_dict["offset"].tolist()
-        rows = np.array([start + code for start, codes in zip(offset, gone, strict=True) for code in codes])
-        _reset(tower / PROFILE, ("table.",), rows)
-        (tower / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
-        changed |= {PROFILE, DESCRIPTION}
     return {f"{FOLDER}/{name}" for name in changed}
 
 

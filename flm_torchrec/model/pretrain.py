@@ -183,8 +183,12 @@ class PretrainModel(nn.Module):
 
 
 def user_weights(schema: Schema) -> dict[str, str]:
-    """By name of a user table with fixed rows, the name of its weight [rows, D] in the state of a `PretrainModel`."""
-    return {table: f"users.{name}" for table, name in user_weight_names(schema).items()}
+    """By name of a table that says something of users, the name of its weight [rows, D] in a `PretrainModel`'s state.
+
+    These are user tables with fixed rows, and the tables of the features of events.
+    """
+    contexts = {f.table: f"history.embeddings.{f.table}.weight" for f in schema.of("event", sparse=True)}
+    return {table: f"users.{name}" for table, name in user_weight_names(schema).items()} | contexts
 
 
 def pooled(fixed: nn.Module | None, managed: nn.Module | None, features: KeyedJaggedTensor) -> list[KeyedTensor]:

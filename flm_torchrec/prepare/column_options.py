@@ -69,8 +69,10 @@ def check_event_kinds(kinds: Mapping[str, str], others: Mapping[str, str]) -> No
     for name, kind in kinds.items():
         if kind != "categorical":
             raise DataError(f"--event-features: '{name}' is {kind}; of events only categorical features are learnt")
-        if name in others or name in ("event", "gap"):
+        if name in others or name in (*ROLES, "gap"):
             raise DataError(f"--event-features: '{name}' is taken; rename the column")
+        if sum(name.lower() == other.lower() for other in kinds) > 1:  # columns of SQL, where capitals do not count
+            raise DataError(f"--event-features: '{name}' differs from another in capitals alone; rename the column")
 
 
 def check_kinds(kinds: Mapping[str, str], option: str) -> None:

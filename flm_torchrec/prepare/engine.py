@@ -27,6 +27,9 @@ class Engine(Protocol):
     def frame(self, name: str, frame: pl.DataFrame) -> None:
         """Make a frame a view of that name."""
 
+    def quoted(self, column: str) -> str:
+        """The name of a column, of letters, digits and _ of any language, as SQL takes it."""
+
     def query(self, select: str) -> pl.DataFrame:
         """The rows of a result that fits into memory."""
 
@@ -82,6 +85,10 @@ class DuckEngine:
     def frame(self, name: str, frame: pl.DataFrame) -> None:
         """See `Engine`."""
         self.connection.register(name, frame.to_arrow())
+
+    def quoted(self, column: str) -> str:
+        """See `Engine`."""
+        return f'"{column}"'
 
     def query(self, select: str) -> pl.DataFrame:
         """See `Engine`."""

@@ -14,11 +14,12 @@ from typing import Protocol
 import numpy as np
 import polars as pl
 
+from flm_torchrec.data.history import CONTEXT
 from flm_torchrec.data.schema import Feature
 from flm_torchrec.data.text import split_words, word_bucket
 from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.options import PrepareOptions
-from flm_torchrec.prepare.sources.source_data import CONTEXT, DeclaredFeature
+from flm_torchrec.prepare.sources.source_data import DeclaredFeature
 
 Encode = Callable[[pl.Series], list[pl.Series]]
 """A part of a column → the column of codes or numbers; for a text, the text before it."""

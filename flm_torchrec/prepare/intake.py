@@ -10,10 +10,11 @@ from pathlib import Path
 import polars as pl
 import pyarrow.parquet as pq
 
+from flm_torchrec.data.history import CONTEXT
 from flm_torchrec.documents import read_json
 from flm_torchrec.files import write_text
 from flm_torchrec.prepare.clean import Dropped, drop_bad
-from flm_torchrec.prepare.sources.source_data import CONTEXT, IN_MEMORY, Shard, SourceData
+from flm_torchrec.prepare.sources.source_data import IN_MEMORY, Shard, SourceData
 
 NO_ROWS = pl.DataFrame(
     schema={

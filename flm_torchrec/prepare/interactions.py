@@ -12,13 +12,13 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from flm_torchrec.data.event_files import WEIGHT
+from flm_torchrec.data.history import CONTEXT
 from flm_torchrec.prepare.blocks import ROWS_PER_GROUP, rows_of
 from flm_torchrec.prepare.clean import EXAMPLES, Dropped, mark_sql
 from flm_torchrec.prepare.engine import Engine, buckets
 from flm_torchrec.prepare.entities import NUMBERED, Hash, number_keys
 from flm_torchrec.prepare.events_per_user import EventsPerUser
 from flm_torchrec.prepare.options import PrepareOptions
-from flm_torchrec.prepare.sources.source_data import CONTEXT
 
 FILE_ORDER = "shard, line"
 ROWS_PER_BUCKET = 2_000_000
@@ -94,7 +94,7 @@ class Interactions:
     def _code(self, events: list[str], options: PrepareOptions) -> None:
         """Replace keys by ids, mark duplicates and number sessions, bucket by bucket: the view `marked`."""
         self.engine.frame("events", pl.DataFrame({"id": np.arange(len(events)), "name": events}))
-        extra = "".join(f", {name}" for name in self.extra)
+        extra = "".join(f", {self.engine.quoted(name)}" for name in self.extra)
         needs_marks = options.dedup != "none" or options.session_gap > 0 or not self.timestamps
         times = "event_time" if needs_marks else "event_time AS seconds, 0 AS duplicate"
         coded, marked = self.folder / "coded", self.folder / "marked"

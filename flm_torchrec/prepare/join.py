@@ -52,8 +52,6 @@ def read_domains(folders: Sequence[str | Path]) -> list[Domain]:
         schema = Schema.load(folder / "schema.yaml")
         if schema.domains:
             raise DataError(f"{folder}: is joint data of {', '.join(schema.domains)}; give the folders it was made of")
-        if schema.of("event", sparse=True):
-            raise DataError(f"{folder}: has features of events, which cannot be joined; prepare it without them")
         if schema.items < 2:
             raise DataError(f"{folder}: has one item, so nothing can be told from it; leave the folder out")
         domains[name] = Domain(name, folder, schema, fingerprint_of(folder))
@@ -116,6 +114,9 @@ class Joining:
         counts = write_joined(parts, len(users), folder / "interactions", work, timed=timed)
         made = []
         for joint in self.features:
+            if joint.feature.entity == "event":
+                made.append(joint.feature)
+                continue
             frames = {"user": users, "item": items}
             feature, frame = standardised(joint, frames[joint.feature.entity])
             made.append(feature)
@@ -189,7 +190,8 @@ class Joining:
                 raise DataError(f"{domain.folder / 'interactions'}: no rows; leave the folder out")
             codes = np.array([names.index(name) for name in domain.schema.events], np.int32)
             offsets = DomainEvents.first_rows(groups, domain.schema)
-            parts.append(DomainEvents(groups, offsets, users, first_item, codes))
+            contexts = {joint.feature.column: joint.codes(domain) for joint in self._of("event")}
+            parts.append(DomainEvents(groups, offsets, users, first_item, codes, contexts))
             first_item += domain.schema.items
         return parts
 

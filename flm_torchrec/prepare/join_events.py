@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,9 @@ class DomainEvents:
     first_item: int
     """Id in the joint data of the domain's first item; the others follow in their order."""
     events: np.ndarray  # [own kinds of events] int32: code of each in the joint data
+    contexts: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """By column of a feature of events, [own codes] int32: code of each in the joint data; empty: it has no such
+    column, and all are unknown."""
 
     @classmethod
     def first_rows(cls, groups: RowGroups, schema: Schema) -> np.ndarray:
@@ -50,7 +53,7 @@ class DomainEvents:
             timed: `at` is the time; else the place in the user's sequence, as a share of its length.
         """
         row = 0
-        for batch in self.groups.batches(["user_id", *EVENT_COLUMNS], ["segment", WEIGHT]):
+        for batch in self.groups.batches(["user_id", *EVENT_COLUMNS], ["segment", WEIGHT, *self.contexts]):
             own = batch["user_id"].to_numpy()
             rows = np.arange(row, row + len(own))
             row += len(own)
@@ -66,9 +69,16 @@ class DomainEvents:
                 "at": time.astype(np.int64) if timed else (rows - first + 1) / (end - first),
                 "domain": np.full(len(own), number, np.int16),
                 "row": rows,
+                **{name: _recoded(batch, name, codes) for name, codes in self.contexts.items()},
             }
             segments = batch["segment"] if "segment" in batch.schema.names else pa.nulls(len(own), pa.string())
             yield pl.DataFrame(columns).with_columns(pl.Series("segment", segments, dtype=pl.String))
+
+
+def _recoded(batch: pa.RecordBatch, name: str, codes: np.ndarray) -> np.ndarray:
+    """[n] int32 codes of a feature of events in the joint data, -1 where unknown."""
+    own = batch[name].to_numpy() if len(codes) and name in batch.schema.names else np.full(batch.num_rows, -1)
+    return np.append(codes, np.int32(-1))[own]  # place -1 is the last
 
 
 def write_joined(
@@ -87,6 +97,7 @@ def write_joined(
         np.add.at(per_user, domain.users, np.diff(domain.offsets))
     bucket_of = (np.cumsum(per_user) - per_user) // ROWS_PER_BUCKET  # [users]
     more = [name for name in ("segment", WEIGHT) if any(domain.groups.has(name) for domain in domains)]
+    more += domains[0].contexts
     _deal(domains, bucket_of, work, timed)
     folder.mkdir()
     pairs = 0

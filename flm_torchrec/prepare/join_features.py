@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
 from flm_torchrec.data.dataset import DOMAIN
@@ -73,10 +74,18 @@ class JointFeature:
             column = self._recoded(column, domain, own)
         return [*extra, column.cast(_type(feature))]
 
-    def _recoded(self, column: pl.Series, domain: Domain, own: Feature) -> pl.Series:
+    def codes(self, domain: Domain) -> np.ndarray:
+        """[codes of the domain] int32: the code of each in the joint data; empty where the domain lacks the feature."""
+        own = domain.feature(self.feature.entity, self.feature.name)
+        return np.zeros(0, np.int32) if own is None else self._codes(domain, own).to_numpy()
+
+    def _codes(self, domain: Domain, own: Feature) -> pl.Series:
         assert self.vocabulary is not None
         values = pl.DataFrame({"value": named(domain, domain.values(own), self.apart)})
-        codes = values.join(self.vocabulary, "value", "left", maintain_order="left")["code"]
+        return values.join(self.vocabulary, "value", "left", maintain_order="left")["code"]
+
+    def _recoded(self, column: pl.Series, domain: Domain, own: Feature) -> pl.Series:
+        codes = self._codes(domain, own)
         before = pl.Series(range(len(codes)), dtype=pl.Int32)
 
         def code(of: pl.Expr) -> pl.Expr:

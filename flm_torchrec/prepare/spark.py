@@ -75,6 +75,10 @@ class SparkEngine:
         """See `Engine`."""
         self.session.createDataFrame(frame.to_arrow()).createOrReplaceTempView(name)
 
+    def quoted(self, column: str) -> str:
+        """See `Engine`."""
+        return f"`{column}`"
+
     def query(self, select: str) -> pl.DataFrame:
         """See `Engine`."""
         frame = pl.from_arrow(self.session.sql(select).toArrow())

@@ -19,6 +19,7 @@ from flm_torchrec.config import load_config
 from flm_torchrec.data.dataset import PreparedData, fingerprint_of, fingerprints_before, load_prepared
 from flm_torchrec.data.hashing import remap_ids
 from flm_torchrec.data.schema import Schema
+from flm_torchrec.data.vocabulary import first_row
 from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.export.forget import AFTERWARDS, refuse_leftovers
 from flm_torchrec.files import leftovers, mend, mend_inside, replacing, replacing_file, telling
@@ -221,7 +222,7 @@ def _forget_followed(file: Path, gone: np.ndarray) -> None:
 
 
 def rows_to_reset(data: PreparedData, gone: np.ndarray) -> dict[str, np.ndarray]:
-    """By user table, [n] int64 rows to reset: those of the users, and of features the codes that no user has any more.
+    """By table, [n] int64 rows to reset: those of the users, and of features the codes that nobody has any more.
 
     A hashed table of a feature is left out: its rows are shared by codes.
     """
@@ -231,11 +232,14 @@ def rows_to_reset(data: PreparedData, gone: np.ndarray) -> dict[str, np.ndarray]
     for table in {f.table for f in features}:
         if schema.table(table).kind == "direct":
             rows[table] = unused_codes(data.path, [f for f in features if f.table == table])
+    for number, feature in enumerate(schema.of("event", sparse=True)):
+        codes = np.setdiff1d(np.arange(feature.cardinality), data.context[:, number])
+        rows[feature.table] = codes + first_row(feature)
     return rows
 
 
 def _reset(tensors: dict[str, torch.Tensor], rows: dict[str, np.ndarray], schema: Schema, folder: Path) -> None:
-    """Set rows of the user tables, and of their optimizer state, to zero, as if they had never been learned."""
+    """Set rows of tables, and of their optimizer state, to zero, as if they had never been learned."""
     by_table = user_tensors(schema, tensors)
     for table, ids in rows.items():
         weight, state = by_table[table]

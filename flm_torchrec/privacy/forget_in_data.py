@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flm_torchrec.data.dataset import fingerprint_of, read_report
+from flm_torchrec.data.history import CONTEXT
 from flm_torchrec.data.keys import tombstone
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.errors import DataError
@@ -48,7 +49,8 @@ def forget_rows(folder: Path, keys: Iterable[str]) -> dict[str, int]:
     """Rewrite prepared data without these users, and replace the folder by the new one.
 
     Their interactions are removed. Their rows in users.parquet stay, empty and with a tombstone for a key, so that no
-    id shifts. A value of a user feature that nobody else has is removed from the vocabulary. Claim the folder first.
+    id shifts. A value of a feature of users or of events that nobody else has is removed from the vocabulary. Claim the
+    folder first.
 
     Returns the number of "users" and of "events" that were removed.
 
@@ -61,19 +63,15 @@ def forget_rows(folder: Path, keys: Iterable[str]) -> dict[str, int]:
     before = fingerprint_of(folder)
     report = read_report(folder)
     schema = Schema.load(folder / "schema.yaml")
-    if schema.of("event", sparse=True):
-        raise DataError(
-            f"{folder}: has features of events, whose values these users alone may have had; prepare the data again"
-            " without the users"
-        )
     try:
         with replacing(folder) as fresh:
             (fresh / "interactions").mkdir()
-            kept = sum(_copy_events(f, fresh / "interactions", users) for f in _event_files(folder))
+            used = {f.name: np.zeros(f.cardinality, bool) for f in schema.of("event", sparse=True)}
+            kept = sum(_copy_events(f, fresh / "interactions", users, used) for f in _event_files(folder))
             if kept == 0:
                 raise DataError(f"{folder}: holds no events but those of these users; delete the folder instead")
             shutil.copy(folder / "items.parquet", fresh)
-            used = _copy_users(folder, fresh, schema, users)
+            used |= _copy_users(folder, fresh, schema, users)
             _copy_vocabularies(folder, fresh, schema, used)
             counts = {"users": len(users), "events": schema.interactions - kept}
             write_text(fresh / "report.json", json.dumps(_without(report, gone, counts, before), indent=2))
@@ -112,8 +110,12 @@ def _writer(target: Path, source: pq.ParquetFile) -> pq.ParquetWriter:
     return pq.ParquetWriter(target, source.schema_arrow, compression=compression.replace("uncompressed", "none"))
 
 
-def _copy_events(file: Path, target: Path, users: np.ndarray) -> int:
-    """Copy the rows of other users → their number; a file without any is not written."""
+def _copy_events(file: Path, target: Path, users: np.ndarray, used: Mapping[str, np.ndarray]) -> int:
+    """Copy the rows of other users → their number; a file without any is not written.
+
+    Args:
+        used: by feature of events, [cardinality] bool: codes that rows have; those of the copied rows are marked.
+    """
     source = _opened(file)
     kept = 0
     with _writer(target / file.name, source) as writer:
@@ -122,6 +124,9 @@ def _copy_events(file: Path, target: Path, users: np.ndarray) -> int:
             rows = rows.filter(pc.invert(pc.is_in(rows["user_id"], pa.array(users))))
             if len(rows):
                 writer.write_table(rows, row_group_size=len(rows))
+            for name, codes in used.items():
+                here = rows[f"{CONTEXT}{name}"].to_numpy()
+                codes[here[here >= 0]] = True
             kept += len(rows)
     if kept == 0:
         (target / file.name).unlink()
@@ -171,8 +176,8 @@ def _copy_vocabularies(folder: Path, fresh: Path, schema: Schema, used: Mapping[
     if not (folder / "vocab").is_dir():
         return
     shutil.copytree(folder / "vocab", fresh / "vocab")
-    for feature in schema.of("user", sparse=True):
-        file = fresh / "vocab" / f"user_{feature.name}.parquet"
+    for feature in (*schema.of("user", sparse=True), *schema.of("event", sparse=True)):
+        file = fresh / "vocab" / f"{feature.entity}_{feature.name}.parquet"
         if feature.name not in used or not file.is_file() or used[feature.name].all():
             continue
         table = pq.read_table(file).sort_by("code")
@@ -197,10 +202,10 @@ def replacement(feature: Feature, code: int, values: Sequence[str]) -> str:
 
 
 def replaced_values(folder: Path) -> dict[str, dict[int, str]]:
-    """By feature of users, what has taken the place of values that nobody has any more, by their codes."""
-    found = {}
-    for feature in Schema.load(folder / "schema.yaml").of("user", sparse=True):
-        file = folder / "vocab" / f"user_{feature.name}.parquet"
+    """By feature of users or events, what has taken the place of values that nobody has any more, by their codes."""
+    found, schema = {}, Schema.load(folder / "schema.yaml")
+    for feature in (*schema.of("user", sparse=True), *schema.of("event", sparse=True)):
+        file = folder / "vocab" / f"{feature.entity}_{feature.name}.parquet"
         if file.is_file():
             values = pq.read_table(file).sort_by("code")["value"].to_pylist()
             now = {code: value for code, value in enumerate(values) if value == replacement(feature, code, values)}

@@ -27,7 +27,7 @@ class Asked:
     query: TowerQuery
     seen: np.ndarray  # [n] rows of all items that the user has had, by events and the history
     left_out: list[str]
-    """Values of features that were not in training."""
+    """Values of features of the user and of events that were not in training."""
 
 
 def asked_user(loaded: LoadedExport, store: LiveStore, request: Whom) -> Asked:
@@ -41,12 +41,13 @@ def asked_user(loaded: LoadedExport, store: LiveStore, request: Whom) -> Asked:
         history, seen = known_events(loaded, store, request.user)
         user = loaded.user_of.get(request.user, -1)
     last = int(history.timestamp[-1]) if len(history) else None
-    asked = asked_events(loaded, request.history, last)
+    left_out: list[str] = []
+    asked = asked_events(loaded, request.history, last, left_out)
     history, seen = history + asked, np.concatenate([seen, loaded.tower.had(asked)])
     profile: np.ndarray | None = None
-    left_out: list[str] = []
     if request.features is not None:
-        profile, left_out = content_of(loaded, "user", request.features)
+        profile, unknown = content_of(loaded, "user", request.features)
+        left_out += unknown
     return Asked(TowerQuery(history, user, profile), np.unique(seen), left_out)
 
 

@@ -4,29 +4,58 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flm_torchrec.claim import claim
+from flm_torchrec.errors import ConfigError
 from flm_torchrec.files import replacing_file, telling, write_text
+from flm_torchrec.serve.live_event import LoggedEvent
 from flm_torchrec.serve.live_store import LiveStore
 
-COLUMNS = pa.schema(
-    [("user", pa.string()), ("item", pa.string()), ("timestamp", pa.int64()), ("event", pa.string()),
-     ("value", pa.float64())]
-)  # fmt: skip
+COLUMNS = {
+    "user": pa.string(),
+    "item": pa.string(),
+    "timestamp": pa.int64(),
+    "event": pa.string(),
+    "value": pa.float64(),
+}
+"""Columns of every file, with their types; a feature of events has a column of texts besides."""
 FILE_EVENTS = 500_000
 """Events of a file: `flm follow` learns from a file at a time."""
 
 
-def export_events(store: LiveStore, folder: Path) -> tuple[int, int]:
-    """Write the events that the folder does not have into new files; their number, and that of events dropped before.
+@dataclass
+class WrittenEvents:
+    """What `export_events` has done."""
+
+    written: int = 0
+    dropped: int = 0
+    """Events before them that the store had dropped."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """By feature of events that was not asked for, the events written without its value."""
+
+
+def check_names(features: Sequence[str]) -> None:
+    """Raise ConfigError where features of events cannot all have a column."""
+    for name in features:
+        if name in COLUMNS or features.count(name) > 1:
+            what = "is named twice" if name not in COLUMNS else "is a column that every event has"
+            raise ConfigError(f"--event-features: '{name}' {what}; leave it out")
+
+
+def export_events(store: LiveStore, folder: Path, features: Sequence[str] = ()) -> WrittenEvents:
+    """Write the events that the folder does not have into new files.
 
     A file is named `events-STORE-FIRST-LAST.parquet` by the store and by the numbers of its events, so the next call
-    goes on behind the last one. Columns: user, item, timestamp, event, value, in the order in which events came.
+    goes on behind the last one. Columns: those of COLUMNS, then the features; events in the order in which they came.
+
+    Args:
+        features: those of the events' contexts to write, null where an event has none.
 
     Raises:
         RunError: the folder cannot be written, or another process writes it.
@@ -34,18 +63,18 @@ def export_events(store: LiveStore, folder: Path) -> tuple[int, int]:
     """
     with claim(folder), telling(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        after = _last(folder, store.identity())
-        written = dropped = 0
+        after, done = _last(folder, store.identity()), WrittenEvents()
         for rows in _chunks(store, after):
-            first, last = rows[0][0], rows[-1][0]
-            if not written:
-                dropped = first - after - 1
+            first, last = rows[0].number, rows[-1].number
+            if not done.written:
+                done.dropped = first - after - 1
             file = folder / f"events-{store.identity()}-{first:012d}-{last:012d}.parquet"
             with replacing_file(file) as fresh:
-                columns = [pa.array(column, kind) for column, kind in zip(_columns(rows), COLUMNS.types, strict=True)]
-                pq.write_table(pa.table(columns, schema=COLUMNS), fresh)
-            written += len(rows)
-    return written, dropped
+                pq.write_table(_table(rows, features), fresh)
+            done.written += len(rows)
+            for name in (name for row in rows for name in row.context if name not in features):
+                done.left_out[name] = done.left_out.get(name, 0) + 1
+    return done
 
 
 def export_items(store: LiveStore, file: Path) -> int:
@@ -69,13 +98,13 @@ def _last(folder: Path, store: str) -> int:
     return max((int(match[1]) for match in found if match), default=0)
 
 
-def _chunks(store: LiveStore, after: int) -> Iterator[list[tuple[int, str, str, int, str, float]]]:
+def _chunks(store: LiveStore, after: int) -> Iterator[list[LoggedEvent]]:
     while rows := store.log(after, FILE_EVENTS):
         yield rows
-        after = rows[-1][0]
+        after = rows[-1].number
 
 
-def _columns(rows: list[tuple[int, str, str, int, str, float]]) -> Iterator[list[object]]:
-    """Columns of rows, without the number."""
-    for position in range(1, len(rows[0])):
-        yield [row[position] for row in rows]
+def _table(rows: list[LoggedEvent], features: Sequence[str]) -> pa.Table:
+    columns = {name: pa.array([getattr(row, name) for row in rows], kind) for name, kind in COLUMNS.items()}
+    contexts = {name: pa.array([row.context.get(name) for row in rows], pa.string()) for name in features}
+    return pa.table({**columns, **contexts})

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from flm_torchrec.errors import FlmError, RunError
+from flm_torchrec.serve.live_event import EVENT_COLUMNS, LiveEvent, LoggedEvent, event_of, event_row, logged_event
 
 APPLICATION = 0x464C4D53
 """`PRAGMA application_id` of a store: "FLMS"."""
@@ -46,6 +47,10 @@ CREATE TABLE items (
 """`users.last` is the number of the user's newest event; `store.users` counts the rows of `users`."""
 
 
+CONTEXT = "ALTER TABLE events ADD COLUMN context TEXT NOT NULL DEFAULT '{}'"
+"""Adds the column that stores of older versions lack; these versions go on with a store that has it."""
+
+
 class StoreError(FlmError):
     """The store could not be read or written. Nothing of the change was kept."""
 
@@ -61,18 +66,6 @@ class StoreLimits:
     """Events of all users; the oldest are dropped."""
     days: float = 90.0
     """Days since an event came; older events are dropped."""
-
-
-@dataclass(frozen=True)
-class LiveEvent:
-    """One event by keys and names, which stay valid when another export is loaded."""
-
-    item: str
-    event: str
-    value: float
-    timestamp: int
-    export: str
-    """`LoadedExport.rows` of the export served when the event came."""
 
 
 @dataclass(frozen=True)
@@ -168,12 +161,13 @@ class EventStore:
             rows = self.reader.execute("SELECT seq, item, title, features FROM items WHERE seq > ? ORDER BY seq", [seq])
             return [StoredItem(n, item, title, json.loads(features)) for n, item, title, features in rows]
 
-    def log(self, after: int, most: int) -> list[tuple[int, str, str, int, str, float]]:
-        """At most `most` events after number `after`, in order: number, user, item, timestamp, event, value."""
-        columns = "seq, user, item, timestamp, event, value"
+    def log(self, after: int, most: int) -> list[LoggedEvent]:
+        """At most `most` events after number `after`, in order."""
+        columns = "seq, user, item, timestamp, event, value, context"
         with self.reads, self._telling():
             query = f"SELECT {columns} FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
-            return self.reader.execute(query, [after, most]).fetchall()
+            rows = self.reader.execute(query, [after, most]).fetchall()
+        return [logged_event(row) for row in rows]
 
     def identity(self) -> str:
         """Random digits that no other store has."""
@@ -200,9 +194,10 @@ class Transaction:
 
     def add_event(self, user: str, event: LiveEvent) -> None:
         """Add an event behind all others."""
-        row = [user, event.item, event.event, event.value, event.timestamp, event.export, int(time.time())]
-        names = "user, item, event, value, timestamp, export, received"
-        done = self.connection.execute(f"INSERT INTO events ({names}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        names = ("user", *EVENT_COLUMNS, "received")
+        row = [user, *event_row(event), int(time.time())]
+        places = ", ".join("?" * len(row))
+        done = self.connection.execute(f"INSERT INTO events ({', '.join(names)}) VALUES ({places})", row)
         last = "INSERT INTO users VALUES (?, ?) ON CONFLICT (user) DO UPDATE SET last = excluded.last"
         self.connection.execute(last, [user, done.lastrowid])
 
@@ -240,8 +235,8 @@ class Transaction:
 
 def events_of(connection: sqlite3.Connection, user: str, most: int) -> tuple[LiveEvent, ...]:
     """The last `most` events of a user, oldest first."""
-    query = "SELECT item, event, value, timestamp, export FROM events WHERE user = ? ORDER BY seq DESC LIMIT ?"
-    return tuple(LiveEvent(*row) for row in reversed(connection.execute(query, [user, most]).fetchall()))
+    query = f"SELECT {', '.join(EVENT_COLUMNS)} FROM events WHERE user = ? ORDER BY seq DESC LIMIT ?"
+    return tuple(event_of(row) for row in reversed(connection.execute(query, [user, most]).fetchall()))
 
 
 def _opened(file: Path | None) -> sqlite3.Connection:
@@ -293,6 +288,9 @@ def _make_tables(connection: sqlite3.Connection) -> None:
             connection.execute("INSERT INTO store VALUES (?, 0)", [secrets.token_hex(4)])
             connection.execute(f"PRAGMA application_id = {APPLICATION}")
             connection.execute(f"PRAGMA user_version = {FORMAT}")
+        columns = {name for _, name, *_ in connection.execute("PRAGMA table_info(events)")}
+        if columns and "context" not in columns:
+            connection.execute(CONTEXT)
         connection.execute("COMMIT")
     except sqlite3.Error:
         connection.execute("ROLLBACK")

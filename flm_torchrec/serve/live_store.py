@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from flm_torchrec.errors import RunError
 from flm_torchrec.safe_text import redact_address
-from flm_torchrec.serve.event_store import EventStore, LiveEvent, StoredItem, StoreLimits
+from flm_torchrec.serve.event_store import EventStore, StoredItem, StoreLimits
+from flm_torchrec.serve.live_event import LiveEvent, LoggedEvent
 from flm_torchrec.serve.postgres_store import PostgresStore
 from flm_torchrec.serve.redis_store import RedisStore
 
@@ -69,8 +70,8 @@ class LiveStore(Protocol):
         """Cold items posted after change `seq`, in order."""
         ...
 
-    def log(self, after: int, most: int) -> list[tuple[int, str, str, int, str, float]]:
-        """At most `most` events after number `after`, in order: number, user, item, timestamp, event, value."""
+    def log(self, after: int, most: int) -> list[LoggedEvent]:
+        """At most `most` events after number `after`, in order."""
         ...
 
     def identity(self) -> str:

@@ -29,6 +29,8 @@ FeatureValue = (
     | Finite
     | (Annotated[list[Text], Field(max_length=MOST_VALUES)] | Annotated[list[Finite], Field(max_length=4096)])
 )
+ContextValue = Annotated[str, Field(max_length=512)] | Annotated[int, Field(ge=-(2**53), le=2**53)] | None
+Context = Annotated[dict[Key, ContextValue], Field(max_length=MOST_VALUES)]
 Features = Annotated[dict[Key, FeatureValue], Field(max_length=MOST_VALUES)]
 Values = Annotated[list[Key], Field(min_length=1, max_length=MOST_VALUES)]
 Head = Literal[REPRESENTATIONS]  # type: ignore[valid-type]
@@ -49,6 +51,8 @@ class Event(Message):
     value: Finite | None = None
     timestamp: Seconds | None = None
     """Seconds since 1970; without it the usual gap after the event before."""
+    context: Context = {}
+    """By feature of events, such as the device, its value; one that is not given or null is unknown."""
 
 
 class Whom(Message):
@@ -208,6 +212,8 @@ class KnownEvent(FoundItem):
     event: str
     timestamp: int | None
     """Seconds since 1970; null in data without timestamps."""
+    context: dict[str, str] | None = None
+    """By feature of events, the value that the model knows."""
 
 
 class ServedNames(Answered):
@@ -218,6 +224,8 @@ class ServedNames(Answered):
     """By feature, its values: those of most items first."""
     events: list[str]
     """Kinds of events."""
+    contexts: dict[str, list[str]] = {}
+    """By feature of events, the first of its values."""
     max_history: int
     """Events of a history that count, the newest ones."""
     model_version: str
@@ -280,6 +288,8 @@ class EventAdded(Answered):
     live_events: int
     model_version: str
     export: str
+    left_out: list[str] | None = None
+    """Values of the context that were not in training."""
 
 
 class ServedCanary(Answered):

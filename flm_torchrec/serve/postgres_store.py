@@ -16,7 +16,8 @@ from typing import Any
 
 from flm_torchrec.errors import RunError
 from flm_torchrec.safe_text import first_line, redact_address
-from flm_torchrec.serve.event_store import DAY, PATIENCE, LiveEvent, StoredItem, StoreError, StoreLimits
+from flm_torchrec.serve.event_store import DAY, PATIENCE, StoredItem, StoreError, StoreLimits
+from flm_torchrec.serve.live_event import EVENT_COLUMNS, LiveEvent, LoggedEvent, event_of, event_row, logged_event
 
 FORMAT = 1
 SETTINGS = {
@@ -41,6 +42,9 @@ CREATE TABLE flm_live_items (
 );
 """
 """`flm_live_users.last` is the number of the user's newest event; `flm_live_store.users` counts the rows."""
+HAS_CONTEXT = "SELECT 1 FROM pg_attribute WHERE attrelid = 'flm_live_events'::regclass AND attname = 'context'"
+CONTEXT = "ALTER TABLE flm_live_events ADD COLUMN context text NOT NULL DEFAULT '{}'"
+"""Adds the column that stores of older versions lack; these versions go on with a store that has it."""
 LOCK = "SELECT pg_advisory_xact_lock('flm_live_events'::regclass::oid::bigint)"
 MAKING = 0x464C4D53
 """Number of the advisory lock under which the tables are made."""
@@ -132,12 +136,13 @@ class PostgresStore:
             rows = connection.execute(query, [seq]).fetchall()
         return [StoredItem(n, item, title, json.loads(features)) for n, item, title, features in rows]
 
-    def log(self, after: int, most: int) -> list[tuple[int, str, str, int, str, float]]:
+    def log(self, after: int, most: int) -> list[LoggedEvent]:
         """As of `EventStore`."""
-        columns = "seq, user_key, item, timestamp, event, value"
+        columns = "seq, user_key, item, timestamp, event, value, context"
         with self._reading() as connection:
             query = f"SELECT {columns} FROM flm_live_events WHERE seq > %s ORDER BY seq LIMIT %s"
-            return list(connection.execute(query, [after, most]).fetchall())
+            rows = connection.execute(query, [after, most]).fetchall()
+        return [logged_event(row) for row in rows]
 
     def identity(self) -> str:
         """As of `EventStore`."""
@@ -177,6 +182,10 @@ class PostgresStore:
         if version != FORMAT:
             where = redact_address(self.address)
             raise RunError(f"--events {where}: a store of format {version}, this version has {FORMAT}; give another")
+        with self.writer.transaction():
+            self.writer.execute("SELECT pg_advisory_xact_lock(%s)", [MAKING])
+            if self.writer.execute(HAS_CONTEXT).fetchone() is None:
+                self.writer.execute(CONTEXT)
 
 
 class PostgresTransaction:
@@ -193,9 +202,10 @@ class PostgresTransaction:
 
     def add_event(self, user: str, event: LiveEvent) -> None:
         """As of `Transaction`."""
-        names = "user_key, item, event, value, timestamp, export, received"
-        row = [user, event.item, event.event, event.value, event.timestamp, event.export, int(time.time())]
-        insert = f"INSERT INTO flm_live_events ({names}) VALUES (%s, %s, %s, %s, %s, %s, %s) RETURNING seq"
+        names = ("user_key", *EVENT_COLUMNS, "received")
+        row = [user, *event_row(event), int(time.time())]
+        values = ", ".join(["%s"] * len(row))
+        insert = f"INSERT INTO flm_live_events ({', '.join(names)}) VALUES ({values}) RETURNING seq"
         (seq,) = self.connection.execute(insert, row).fetchone()
         upsert = "INSERT INTO flm_live_users VALUES (%s, %s) ON CONFLICT (user_key) DO UPDATE SET last = excluded.last"
         (came,) = self.connection.execute(f"{upsert} RETURNING xmax = 0", [user, seq]).fetchone()  # 0: a new row
@@ -242,6 +252,6 @@ class PostgresTransaction:
 def _events_of(connection: Any, user: str, most: int) -> tuple[LiveEvent, ...]:
     if "\0" in user:  # which PostgreSQL's text cannot have, so nobody has it
         return ()
-    columns = "item, event, value, timestamp, export"
+    columns = ", ".join(EVENT_COLUMNS)
     query = f"SELECT {columns} FROM flm_live_events WHERE user_key = %s ORDER BY seq DESC LIMIT %s"
-    return tuple(LiveEvent(*row) for row in reversed(connection.execute(query, [user, most]).fetchall()))
+    return tuple(event_of(row) for row in reversed(connection.execute(query, [user, most]).fetchall()))

@@ -9,7 +9,8 @@ Keys, all behind `flm_live:`:
 
 * `store`, hash: `id`, `format`; `seq` and `items`, numbers of the last event and of the last change of an item;
   `first`: all events have this number or a later one.
-* `events`, hash: number → JSON of user, item, event, value, timestamp, export, received.
+* `events`, hash: number → JSON of user, item, event, value, timestamp, export, received, and, where an
+  event has one, its context.
 * `of:USER`, list: numbers of the user's events. `users`, sorted set: user by the number of the newest event.
 * `items`, hash: item → JSON of number, title, features. `changes`, sorted set: item by number.
 """
@@ -26,7 +27,8 @@ from typing import Any
 
 from flm_torchrec.errors import RunError
 from flm_torchrec.safe_text import first_line, redact_address
-from flm_torchrec.serve.event_store import DAY, PATIENCE, LiveEvent, StoredItem, StoreError, StoreLimits
+from flm_torchrec.serve.event_store import DAY, PATIENCE, StoredItem, StoreError, StoreLimits
+from flm_torchrec.serve.live_event import LiveEvent, LoggedEvent
 from flm_torchrec.serve.redis_persistence import check_settings, rewrite_files
 from flm_torchrec.serve.redis_scripts import DROP, EVENTS_OF, FORGET, RELEASE
 
@@ -41,7 +43,6 @@ LOOK = 0.002
 """Seconds between two tries to take the turn."""
 AT_ONCE = 10_000
 """Maximum of old events that one transaction drops: Redis does nothing else meanwhile."""
-Row = tuple[int, str, str, int, str, float]
 
 
 class RedisStore:
@@ -110,7 +111,7 @@ class RedisStore:
         with self._telling():
             rows = self.read(keys=[OF + user, EVENTS], args=[most]) if most else []
         parsed = [json.loads(row) for row in rows if row is not None]  # None: dropped just now
-        return tuple(LiveEvent(*row[1:6]) for row in parsed)
+        return tuple(LiveEvent(*row[1:6], *row[7:8]) for row in parsed)
 
     def forget(self, users: Sequence[str]) -> dict[str, int]:
         """As of `EventStore`. Redis then writes its files anew, without them; its replicas and backups are not ours.
@@ -146,9 +147,9 @@ class RedisStore:
         items = [StoredItem(n, key, title, features) for key, (n, title, features) in found]
         return sorted(items, key=lambda item: item.seq)  # one of them may have been posted again meanwhile
 
-    def log(self, after: int, most: int) -> list[Row]:
+    def log(self, after: int, most: int) -> list[LoggedEvent]:
         """As of `EventStore`."""
-        rows: list[Row] = []
+        rows: list[LoggedEvent] = []
         with self._telling():
             store = self._state()
             start, last = max(after + 1, int(store["first"])), int(store["seq"])
@@ -250,6 +251,7 @@ class RedisTransaction:
         """As of `Transaction`."""
         self.seq += 1
         row = [user, event.item, event.event, event.value, event.timestamp, event.export, int(time.time())]
+        row += [dict(event.context)] if event.context else []
         self.changes += [
             ("HSET", EVENTS, self.seq, json.dumps(row, ensure_ascii=False)),
             ("RPUSH", OF + user, self.seq),
@@ -269,6 +271,6 @@ class RedisTransaction:
         return self.items
 
 
-def _logged(number: int, row: str) -> Row:
-    user, item, event, value, timestamp, *_ = json.loads(row)
-    return number, user, item, timestamp, event, value
+def _logged(number: int, row: str) -> LoggedEvent:
+    user, item, event, value, timestamp, _, _, *context = json.loads(row)
+    return LoggedEvent(number, user, item, timestamp, event, value, context[0] if context else {})

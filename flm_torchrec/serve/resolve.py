@@ -49,6 +49,18 @@ def event_code(loaded: LoadedExport, name: str | None, where: str) -> int:
     return events.index(name)
 
 
+def context_codes(loaded: LoadedExport, context: Mapping[str, Any], where: str, left_out: list[str]) -> list[int]:
+    """The context of an event as codes, as of `PackagedTower.context`.
+
+    Raises:
+        Refused: there is no such feature, or a value does not fit its kind.
+    """
+    try:
+        return loaded.tower.context(context, where, left_out)
+    except DataError as error:
+        raise Refused(422, str(error)) from error
+
+
 def content_of(loaded: LoadedExport, entity: str, features: Mapping[str, Any]) -> tuple[np.ndarray, list[str]]:
     """The content vector [D] of an item or a user, and the values that were left out, as of `PackagedTower.content`.
 

@@ -98,6 +98,7 @@ class Service:
             "heads": list(loaded.manifest.heads),
             "features": {name: a.top(TOP_VALUES) for name, a in loaded.catalogue.attributes.items()},
             "events": loaded.tower.events,
+            "contexts": {f.name: list(f.values[:TOP_VALUES]) for f in loaded.tower.contexts},
             "max_history": loaded.tower.max_history,
             "model_version": loaded.manifest.model_version,
         }
@@ -126,10 +127,14 @@ class Service:
         loaded = self.current(user)
         history, _ = known_events(loaded, self.store, user)
         timed = loaded.tower.timestamps
-        return [
+        events = [
             {**item_of(loaded, int(row)), "event": loaded.tower.events[code], "timestamp": int(at) if timed else None}
             for row, code, at in zip(history.item, history.event, history.timestamp, strict=True)
         ]
+        if not loaded.tower.contexts:
+            return events
+        contexts = loaded.tower.context_values(history)
+        return [{**event, "context": context} for event, context in zip(events, contexts, strict=True)]
 
     def recommend(self, requests: Sequence[Recommend]) -> list[dict[str, Any] | Refused]:
         """An answer for each request, or why it is refused; all from one loaded export and one run of the tower.
@@ -257,9 +262,9 @@ class Service:
             for event in events:
                 loaded = self._of(event.unit)
                 most = loaded.tower.max_history + 1
-                live = transaction.events_of(event.user, most)
+                live, left_out = transaction.events_of(event.user, most), list[str]()
                 try:
-                    transaction.add_event(event.user, new_event(loaded, event, live))
+                    transaction.add_event(event.user, new_event(loaded, event, live, left_out))
                 except Refused as refused:
                     answers.append(refused)
                     continue
@@ -272,6 +277,7 @@ class Service:
                         "live_events": kept,
                         "model_version": version,
                         "export": self.name,
+                        **({"left_out": left_out} if left_out else {}),
                     }
                 )
         return answers

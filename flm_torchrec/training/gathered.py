@@ -72,7 +72,7 @@ class GatheredModel:
         with torch.no_grad():
             if name in ITEM_TABLES:
                 return self._item_rows(name, ids)
-            if name in HISTORY_KEYS:
+            if name in HISTORY_KEYS or entity == "event":
                 keys = [*HISTORY_KEYS, *(f.name for f in schema.of("event", sparse=True))]
                 return self._unpooled(model.history, keys, name, ids)
             of_item = entity == "item"

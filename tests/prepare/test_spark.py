@@ -21,11 +21,23 @@ def quick_java(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
 
 
+OF_EVENTS = ("--event-features", "Gerät:categorical", "--min-count", "2", "--min-users", "2")
+
+
+def add_columns(logs: Path) -> None:
+    """Give each row a weight and a device, some of them missing."""
+    for file in logs.iterdir():
+        header, *rows = file.read_text(encoding="utf-8").splitlines()
+        more = [f"{n % 3},{('tv', '', 'phone', f'only {file.name}')[n % 4]}" for n in range(len(rows))]
+        lines = [f"{header},w,Gerät", *(f"{row},{of_row}" for row, of_row in zip(rows, more, strict=True))]
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     "cleaning",
     [
         ("--dedup", "window", "--dedup-window", "15", "--session-gap", "30", "--min-item-events", "9", "--k-core", "3"),
-        ("--dedup", "last", "--min-value", "0", "--columns", "user=user_id,item=item_id"),
+        ("--dedup", "last", "--min-value", "0", "--columns", "user=user_id,item=item_id,weight=w", *OF_EVENTS),
     ],
 )
 def test_spark_writes_the_bytes_that_duckdb_writes(
@@ -34,11 +46,15 @@ def test_spark_writes_the_bytes_that_duckdb_writes(
     monkeypatch.setattr("flm_torchrec.prepare.interactions.ROWS_PER_BUCKET", 60)
     logs = write_logs(tmp_path / "logs")
     (logs / "5.csv").write_bytes(HEADER + b"u1,i1\nu1,,4\nu1,i2,1000\n")
+    if "--event-features" in cleaning:
+        add_columns(logs)
     for engine in ("duckdb", "spark"):
         options = ("--engine", engine, "--threads", "2", *cleaning)
         assert flm("--source", "csv", "--input", logs, "--output", tmp_path / engine, *options) == 0
     assert contents(tmp_path / "spark") == contents(tmp_path / "duckdb")
-    assert load_prepared(tmp_path / "spark").schema.interactions == report(tmp_path / "spark")["rows_kept"] > 40
+    data = load_prepared(tmp_path / "spark")
+    assert data.schema.interactions == report(tmp_path / "spark")["rows_kept"] > 40
+    assert (data.context >= 0).any() == ("--event-features" in cleaning) == data.schema.weights
     assert len(list((tmp_path / "spark" / "interactions").iterdir())) > 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["duckdb", "logs", "spark"]
 

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,14 @@ from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import everyone
 from flm_torchrec.export.manifest import FILE, IndexKind
 from flm_torchrec.export.tower.reader import TowerQuery
-from flm_torchrec.export.tower.writer import write_tower
+from flm_torchrec.export.tower.writer import Precision, write_tower
 from flm_torchrec.export.write import ExportOptions, ExportSource, export
 from flm_torchrec.serve.access import read_keys
 from flm_torchrec.serve.connections import ConnectionLimits, listening
 from flm_torchrec.serve.server import Certificate, Tell, http_server
 from flm_torchrec.serve.service import Service
 from flm_torchrec.training.gathered import GatheredModel
-from flm_torchrec.training.job import open_job
+from flm_torchrec.training.job import Job, open_job
 
 ADMIN_KEY = "the-key-of-the-tests"
 KEYS = read_keys(f"admin {ADMIN_KEY} tests", "tests")
@@ -40,18 +40,26 @@ def copy_export(export: Path, folder: Path) -> None:
     (folder / FILE).write_text(json.dumps({**manifest, "model_version": folder.name}))
 
 
-def write_export(data: PreparedData, folder: Path, seed: int = 1, index: IndexKind = "flat") -> None:
-    """An export with an int8 tower; its model's version is the folder's name."""
+def write_export(
+    data: PreparedData,
+    folder: Path,
+    seed: int = 1,
+    index: IndexKind = "flat",
+    change: Callable[[Job], None] = lambda job: None,
+    precision: Precision = "int8",
+) -> None:
+    """An export with a tower; its model's version is the folder's name. `change` may set its weights."""
     settings = ["model.dim=16", "data.max_history=7", "distributed.device=cpu", f"train.seed={seed}"]
     config = load_config(None, settings)
     with open_job(config, data) as job:
+        change(job)
         encoder, model = job.encoder(everyone(data)), GatheredModel(job)
         source = ExportSource(
             data,
             encoder,
             encoder.assembler.stats.items > 0,
             folder.name,
-            beside=lambda fresh: write_tower(data, model, True, "int8", fresh),
+            beside=lambda fresh: write_tower(data, model, True, precision, fresh),
         )
         export(source, job.comm, folder, ExportOptions(index=index))
 

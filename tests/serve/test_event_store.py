@@ -20,13 +20,14 @@ from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.errors import RunError
 from flm_torchrec.serve.app import create_app
-from flm_torchrec.serve.event_log import export_events
+from flm_torchrec.serve.event_log import WrittenEvents, export_events
 from flm_torchrec.serve.event_store import EventStore, LiveEvent, StoreError, StoreLimits
 from flm_torchrec.serve.live_store import LiveStore, open_store
 from flm_torchrec.serve.messages import NewEvent, NewItem
 from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.service import Service
 from flm_torchrec.training.follow.sources import open_source
+from tests.serve.serving import post
 
 pytestmark = pytest.mark.usefixtures("one_tower")
 READER = """
@@ -344,10 +345,10 @@ def test_the_log_is_exported_once_and_read_by_follow_and_prepare(
 def test_events_dropped_before_they_were_exported_are_counted(tmp_path: Path) -> None:
     store = EventStore(tmp_path / "s", StoreLimits(events=2))
     add(store, "u", "1", "2")
-    assert export_events(store, tmp_path / "log") == (2, 0)
+    assert export_events(store, tmp_path / "log") == WrittenEvents(2, 0)
     add(store, "u", "3", "4", "5")
-    assert export_events(store, tmp_path / "log") == (2, 1)
-    assert export_events(EventStore(tmp_path / "t"), tmp_path / "log") == (0, 0)
+    assert export_events(store, tmp_path / "log") == WrittenEvents(2, 1)
+    assert export_events(EventStore(tmp_path / "t"), tmp_path / "log") == WrittenEvents()
 
 
 def test_a_store_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -372,3 +373,14 @@ def test_forgotten_users_leave_no_byte_and_the_others_stay(
     assert b"secretitem-u1" not in kept and b"onlyhere" not in kept and b"secretitem-stays" in kept
     assert main([*command, "onlyhere"]) == 2 and "user 'onlyhere'" in capsys.readouterr().err
     assert main([*command[:4], str(tmp_path / "none"), "--user", "u2"]) == 2
+
+
+def test_an_export_without_features_of_events_goes_on_with_the_store(exported: Path, tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "s"))
+    with store.writing() as transaction:
+        transaction.add_event("new", LiveEvent("i3", "view", 1.0, 7, "x", {"device": "tv"}))
+    with TestClient(create_app(Service(exported, store))) as client:
+        assert len(post(client, "/v1/recommend", user="new")["items"]) == 10
+        assert "context" not in client.get("/v1/events", params={"user": "new"}).json()[0]
+        refused = client.post("/v1/events", json={"user": "new", "item": "i1", "context": {"device": "tv"}})
+        assert refused.status_code == 422 and "no event feature 'device'; events have no features" in refused.text

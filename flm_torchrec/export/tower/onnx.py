@@ -35,7 +35,8 @@ def check_onnx() -> None:
 def write_onnx(tower: Path) -> list[str]:
     """Write `user.onnx` from `user.pt2` in a tower's folder → names of the files written: a second one above 2 GiB.
 
-    Inputs are the fields of `UserInputs`, by name; batch, length and number of added items are free.
+    Inputs are the fields of `UserInputs` that the program takes, by name; batch, length and number of added items are
+    free.
 
     Raises:
         ConfigError: a package that writes ONNX is not installed.
@@ -43,12 +44,11 @@ def write_onnx(tower: Path) -> list[str]:
     """
     check_onnx()
     program = torch.export.load(tower / USER)
+    names = UserInputs._fields[: len(program.graph_signature.user_inputs)]
     try:
         with warnings.catch_warnings(), _quiet("torch.onnx"):
             warnings.simplefilter("ignore")
-            made = torch.onnx.export(
-                program, (), input_names=UserInputs._fields, output_names=OUTPUTS, dynamo=True, verbose=False
-            )
+            made = torch.onnx.export(program, (), input_names=names, output_names=OUTPUTS, dynamo=True, verbose=False)
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
         reason = f"ONNX does not hold the tower ({first_line(error)}); export without --onnx"
         raise RunError(f"{tower / ONNX}: {reason}") from error

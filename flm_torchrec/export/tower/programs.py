@@ -104,18 +104,27 @@ class UserInputs(NamedTuple):
     """[B, D] content vectors of users, used where `given`; else the known user's vector is."""
     given: Tensor
     """[B] bool."""
+    context: Tensor | None = None
+    """[B, L, C] rows of the tables of the features of events, 0 where unknown; only where events have features."""
 
 
 class UserProgram(nn.Module):
-    """Histories → the representations after the last event, by each head and by fusion, with the model's own tower."""
+    """Histories → the representations after the last event, by each head and by fusion, with the model's own tower.
+
+    Args:
+        first: by feature of events, where its rows begin in the table "context".
+    """
 
     size: Tensor
+    first: Tensor
 
-    def __init__(self, tower: Tower, tables: dict[str, PackagedTable], items: int) -> None:
+    def __init__(self, tower: Tower, tables: dict[str, PackagedTable], items: int, first: list[int]) -> None:
         super().__init__()
         self.tables = nn.ModuleDict(tables)
         self.tower = tower
         self.register_buffer("size", torch.tensor(items))  # no constant: catalogues of other sizes have one program
+        if first:
+            self.register_buffer("first", torch.tensor(first, dtype=torch.int64))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The fields of `UserInputs` → [B, heads + 1, S] in the order of REPRESENTATIONS, and the heads' weights in the
@@ -136,11 +145,19 @@ class UserProgram(nn.Module):
             event=torch.cat([event, gap, given.value.unsqueeze(2)], 2),
             user_id=self.tables["user_id"](user) * (given.user >= 0).unsqueeze(1),
             profile=torch.where(given.given.unsqueeze(1), given.profile, self.tables["profile"](user)),
+            context=self._context(given.context),
         )
         clock = torch.cat([given.time.new_zeros(count, 1), given.time], 1)
         represented = self.tower.represent(seen, Padded(given.lengths, clock))
         stacked = torch.stack([represented[name] for name in REPRESENTATIONS], 1)  # [B, heads + 1, S]
         return stacked, self.tower.fusion.weights(stacked[:, : len(HEADS)])
+
+    def _context(self, rows: Tensor | None) -> Tensor | None:
+        """[B, L, C] rows → [B, L, D], the sum over the features; an unknown value adds nothing."""
+        if rows is None:
+            return None
+        known = (rows > 0).unsqueeze(3)  # [B, L, C, 1]
+        return (self.tables["context"](rows + self.first) * known).sum(2)
 
 
 def _quantised(block: Tensor) -> Tensor:

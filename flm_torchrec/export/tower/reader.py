@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from flm_torchrec.data.feature_values import FeatureValues, codes_of, numbers_of
-from flm_torchrec.data.history import NO_EVENTS, CodedEvents, Events, HistoryCoding, previous_times
+from flm_torchrec.data.history import CONTEXT, NO_CONTEXT, NO_EVENTS, CodedEvents, Events, HistoryCoding, previous_times
 from flm_torchrec.documents import MOST_JSON_BYTES, read_text
 from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.export.mapped import IN_MEMORY, MappedFiles
@@ -29,7 +29,8 @@ from flm_torchrec.names import nearest
 from flm_torchrec.safe_text import first_line
 
 HISTORY_TYPES = {"item": pa.int32(), "timestamp": pa.int64(), "event": pa.int32(), "value": pa.float32()}
-"""Columns of the file of histories: lists of this type."""
+"""Columns of the file of histories: lists of this type. Features of events have columns of their own."""
+CONTEXT_TYPE = pa.int32()
 MOST_APART = 1e-4
 """Absolute and relative difference of compiled code and program from which on the code is not trusted."""
 LEAST_MAPPED = 65_536
@@ -76,7 +77,11 @@ class PackagedTower:
                 program.module(),
                 *(torch.export.load(folder / name).module() for name in (ITEM, PROFILE)),
             )
-            self.histories = mapped.table("histories", lambda: _histories(folder / HISTORIES))
+            self.features = [FeatureValues.described(f.model_dump()) for f in description.features]
+            self.contexts = [f for f in self.features if f.entity == "event"]
+            """Features of events, in the order of their codes."""
+            self.types = HISTORY_TYPES | {f"{CONTEXT}{f.name}": CONTEXT_TYPE for f in self.contexts}
+            self.histories = mapped.table("histories", lambda: _histories(folder / HISTORIES, self.types))
         except ValidationError as error:
             problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
             where = ".".join(map(str, problem["loc"]))
@@ -97,9 +102,12 @@ class PackagedTower:
         """[kinds of events] bool: events of these kinds say that the user has had the item."""
         self.timestamps, self.usual_gap = description.timestamps, description.usual_gap
         self.coding = HistoryCoding(
-            description.value_mean, description.value_scale, description.timestamps, description.gaps
+            description.value_mean,
+            description.value_scale,
+            description.timestamps,
+            description.gaps,
+            len(self.contexts),
         )
-        self.features = [FeatureValues.described(f.model_dump()) for f in description.features]
         self._check_histories(folder / HISTORIES)
         self.nobody, _ = self._contents_of_nothing(folder)
         self.user: UserFunction = user
@@ -142,13 +150,19 @@ class PackagedTower:
             rng.integers(-1, max(1, len(self.histories)), count),
             rng.normal(size=(count, self.dim)).astype(np.float32),
             rng.random(count) < 0.5,
+            *([self._made_up_contexts(rng, shape)] if self.contexts else []),
         )
         return [torch.from_numpy(array) for array in arrays]
 
+    def _made_up_contexts(self, rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+        return np.stack([rng.integers(0, len(f.values) + 1, shape) for f in self.contexts], 2)
+
     def _check_histories(self, file: Path) -> None:
-        item, event = (single_array(self.histories[name]).flatten().to_numpy() for name in ("item", "event"))
-        for name, codes, most in (("item", item, self.items), ("event", event, len(self.events))):
-            if len(codes) and not 0 <= codes.min() <= codes.max() < most:
+        sizes = {"item": (0, self.items), "event": (0, len(self.events))}
+        sizes |= {f"{CONTEXT}{f.name}": (-1, len(f.values)) for f in self.contexts}
+        for name, (least, most) in sizes.items():
+            codes = single_array(self.histories[name]).flatten().to_numpy()
+            if len(codes) and not least <= codes.min() <= codes.max() < most:
                 raise RunError(f"{file}: column '{name}' holds {codes.min()} … {codes.max()}, of {most}; export again")
 
     def _contents_of_nothing(self, folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -161,8 +175,10 @@ class PackagedTower:
 
     def known_history(self, user: int) -> Events:
         """The last events of a known user, one more than the tower reads, so that the first gap is known."""
-        columns = {name: self.histories[name].chunk(0)[user].values.to_numpy() for name in HISTORY_TYPES}
-        return Events(**{**columns, "item": columns["item"].astype(np.int64)})
+        columns = {name: self.histories[name].chunk(0)[user].values.to_numpy() for name in self.types}
+        contexts = [columns.pop(f"{CONTEXT}{f.name}") for f in self.contexts]
+        context = np.stack(contexts, 1) if contexts else NO_CONTEXT
+        return Events(**{**columns, "item": columns["item"].astype(np.int64)}, context=context)
 
     def had(self, events: Events) -> np.ndarray:
         """[n] rows of the items that recommendations leave out after these events."""
@@ -178,13 +194,14 @@ class PackagedTower:
         longest = max([1, *(len(h) for h in shown)])
         shape = len(queries), longest
         item, event, gap, time = (np.zeros(shape, np.int64) for _ in range(4))
-        value = np.zeros(shape, np.float32)
+        value, context = np.zeros(shape, np.float32), np.zeros((*shape, len(self.contexts)), np.int64)
         for row, (query, history) in enumerate(zip(queries, shown, strict=True)):
             n = len(history)
             coded = self._coded(query.history, history)
             item[row, :n] = history.item
             event[row, :n], gap[row, :n] = coded.event, coded.gap
             value[row, :n], time[row, :n] = coded.value, coded.time
+            context[row, :n] = coded.context
         # A cold user's row of the table is not used: the profile is given.
         profiles = [self.nobody if q.profile is None else q.profile for q in queries]
         given = [q.profile is not None or q.user < 0 for q in queries]
@@ -192,6 +209,7 @@ class PackagedTower:
             item, event, gap, value, time, np.array([len(h) for h in shown]),
             added if len(added) else np.zeros((1, self.dim), np.float32),
             np.array([q.user for q in queries]), np.stack(profiles), np.array(given),
+            *([context] if self.contexts else []),
         )  # fmt: skip
         with torch.inference_mode():
             heads, weights = self.user(*(torch.from_numpy(a) for a in arrays))
@@ -205,12 +223,7 @@ class PackagedTower:
         Raises:
             DataError: there is no such feature, or a value does not fit its kind.
         """
-        features = [f for f in self.features if f.entity == entity]
-        names = [f.name for f in features]
-        for name in given:
-            if name not in names:
-                hint = nearest(name, names) if names else f"{entity}s have no features"
-                raise DataError(f"features: no {entity} feature '{name}'; {hint}")
+        features = self._known(entity, given, "features")
         left_out: list[str] = []
         sparse = [list(codes_of(f, given.get(f.name), left_out)) for f in features if not f.dense]
         numbers = [n for f in features if f.dense for n in numbers_of(f, given.get(f.name))]
@@ -221,6 +234,35 @@ class PackagedTower:
         with torch.inference_mode():
             content: Tensor = program(codes, torch.tensor([numbers], dtype=torch.float32))
         return content[0].numpy(), left_out
+
+    def context(self, given: Mapping[str, Any], where: str, left_out: list[str]) -> list[int]:
+        """The context of an event → the code of each feature of events, -1 where there is none.
+
+        Args:
+            given: by feature, its value; None: unknown.
+            where: what messages call it, such as "context".
+            left_out: gets one line for each value that was not in training.
+
+        Raises:
+            DataError: there is no such feature, or a value does not fit its kind.
+        """
+        features = self._known("event", given, where)
+        return [next(codes_of(f, given.get(f.name), left_out, where), -1) for f in features]
+
+    def context_values(self, events: Events) -> list[dict[str, str]]:
+        """[n] by feature of events, the value; without those that are unknown."""
+        rows = events.with_context(len(self.contexts)).tolist()
+        return [{f.name: f.values[c] for f, c in zip(self.contexts, row, strict=True) if c >= 0} for row in rows]
+
+    def _known(self, entity: str, given: Iterable[str], where: str) -> list[FeatureValues]:
+        """The features of an entity; DataError where one of the given names is none of them."""
+        features = [f for f in self.features if f.entity == entity]
+        names = [f.name for f in features]
+        for name in given:
+            if name not in names:
+                hint = nearest(name, names) if names else f"{entity}s have no features"
+                raise DataError(f"{where}: no {entity} feature '{name}'; {hint}")
+        return features
 
     def scored(self, contents: np.ndarray) -> np.ndarray:
         """[n, D] content vectors of items → [n, S], the vectors that representations are scored against."""
@@ -245,11 +287,11 @@ def _map_tables(program: nn.Module, name: str, mapped: MappedFiles) -> None:
                 module.register_buffer(own, torch.from_numpy(array))
 
 
-def _histories(file: Path) -> pa.Table:
-    """The users' last events: four lists of one length for each user."""
-    table = pq.read_table(file, columns=list(HISTORY_TYPES)).combine_chunks()
+def _histories(file: Path, types: Mapping[str, pa.DataType]) -> pa.Table:
+    """The users' last events: lists of these types and of one length for each user."""
+    table = pq.read_table(file, columns=list(types)).combine_chunks()
     table.validate(full=True)
-    if any(table[name].type != pa.list_(pa.field("element", kind)) for name, kind in HISTORY_TYPES.items()):
+    if any(table[name].type != pa.list_(pa.field("element", kind)) for name, kind in types.items()):
         raise ValueError(f"{HISTORIES} has columns of other types")
     lengths = [single_array(column).value_lengths() for column in table.columns]
     if any(length.null_count or not length.equals(lengths[0]) for length in lengths):

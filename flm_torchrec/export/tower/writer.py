@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from flm_torchrec.data.dataset import EntityFeatures, PreparedData, spans
+from flm_torchrec.data.event_files import context_columns
 from flm_torchrec.data.feature_values import describe
 from flm_torchrec.data.order_statistics import order_statistics
 from flm_torchrec.data.schema import Feature, Schema
@@ -29,6 +30,8 @@ from flm_torchrec.export.tower.layout import DESCRIPTION, FOLDER, HISTORIES, ITE
 from flm_torchrec.export.tower.programs import ContentProgram, PackagedTable, Precision, UserInputs, UserProgram
 from flm_torchrec.model.tower import Tower
 
+ENTITIES = ("item", "user", "event")
+"""What features are of, in the order of `tower.json`."""
 BLOCK = 16_384
 """Rows that are read and written at once."""
 
@@ -50,7 +53,7 @@ class TowerSource(Protocol):
     def rows(self, name: str, ids: np.ndarray, entity: str = "") -> Tensor:
         """[n] ids of a table of items, of "user_id", "event" or "gap", or codes of an entity's feature → [n, D].
 
-        Collective.
+        Of a feature of events, rows, of which row 0 is an unknown value. Collective.
         """
 
 
@@ -93,6 +96,7 @@ def write_tower(data: PreparedData, model: TowerSource, main: bool, precision: P
                 if main:
                     yield rows if known is None else rows * torch.from_numpy(known[block])[:, None]
 
+        contexts, first = _contexts(data, model, dim, precision)
         # Events and gaps have a few dozen rows, so int8 would save nothing.
         tables = {
             **{
@@ -104,12 +108,14 @@ def write_tower(data: PreparedData, model: TowerSource, main: bool, precision: P
             "profile": PackagedTable(user_profile if main else iter(()), dim, precision),
             "event": PackagedTable(ids("event", len(schema.events) + 1, None), dim, "fp32"),
             "gap": PackagedTable(ids("gap", model.settings["gaps"], None), dim, "fp32"),
+            **contexts,
         }
         if not main:
             return
         target = folder / FOLDER
         target.mkdir()
-        _export_user(UserProgram(model.dense, tables, schema.items), dim, model.settings["max_history"], target / USER)
+        user = UserProgram(model.dense, tables, schema.items, first)
+        _export_user(user, dim, model.settings["max_history"], target / USER)
         for program, entity, file in ((item, "item", ITEM), (profile, "user", PROFILE)):
             _export_content(program, data, entity, target / file)
     _write_histories(data, model.settings["max_history"] + 1, target / HISTORIES)
@@ -121,9 +127,22 @@ def write_tower(data: PreparedData, model: TowerSource, main: bool, precision: P
         **({} if data.targets is None else {"targets": np.array(schema.events)[data.targets].tolist()}),
         "timestamps": schema.timestamps,
         "usual_gap": _usual_gap(data),
-        "features": [describe(data.path, f) for f in (*_ordered(data, "item"), *_ordered(data, "user"))],
+        "features": [describe(data.path, f) for entity in ENTITIES for f in _ordered(data, entity)],
     }
     (target / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
+
+
+def _contexts(
+    data: PreparedData, model: TowerSource, dim: int, precision: Precision
+) -> tuple[dict[str, PackagedTable], list[int]]:
+    """The table of all features of events, by name, and where the rows of each begin; nothing without features."""
+    features = data.schema.of("event", sparse=True)
+    sizes = [f.cardinality + 1 for f in features]  # row 0 of each is an unknown value
+    rows = [
+        model.rows(f.name, block, "event") for f, size in zip(features, sizes, strict=True) for block in _blocks(size)
+    ]
+    table = {"context": PackagedTable(iter(rows), dim, precision)} if features else {}
+    return table, [sum(sizes[:position]) for position in range(len(sizes))]
 
 
 def _content(
@@ -160,6 +179,7 @@ def _padded_codes(source: EntityFeatures, features: tuple[Feature, ...], rows: n
 
 
 def _export_user(program: UserProgram, dim: int, max_history: int, file: Path) -> None:
+    features = len(program.first) if "context" in program.tables else 0
     batch, added = Dim("batch", min=1), Dim("added", min=1)
     # A length that can only be 1 is no dimension of its own.
     lengths = {1: Dim("length", min=1, max=max_history)} if max_history > 1 else {}
@@ -177,9 +197,11 @@ def _export_user(program: UserProgram, dim: int, max_history: int, file: Path) -
         user=torch.zeros(b, dtype=torch.int64),
         profile=torch.zeros(b, dim),
         given=torch.zeros(b, dtype=torch.bool),
+        context=torch.zeros(b, n, features, dtype=torch.int64) if features else None,
     )
-    shapes = (*[sequence] * 5, one, {0: added}, one, one, one)
-    _save(program, tuple(arguments), (shapes,), file)  # the program has one parameter, `*inputs`
+    given = tuple(tensor for tensor in arguments if tensor is not None)
+    shapes = (*[sequence] * 5, one, {0: added}, one, one, one, sequence)
+    _save(program, given, (shapes[: len(given)],), file)  # the program has one parameter, `*inputs`
 
 
 def _export_content(program: ContentProgram, data: PreparedData, entity: str, file: Path) -> None:
@@ -204,6 +226,8 @@ def _write_histories(data: PreparedData, most: int, file: Path) -> None:
     """Write each user's last `most` events: a row for each user in order of id, oldest event first."""
     columns = {"item": data.item, "event": data.event, "value": data.value, "timestamp": data.timestamp}
     types = {"item": pa.int32(), "event": pa.int32(), "value": pa.float32(), "timestamp": pa.int64()}
+    contexts = context_columns(data.schema)
+    types |= dict.fromkeys(contexts, pa.int32())
     schema = pa.schema([(name, pa.list_(kind)) for name, kind in types.items()])
     with pq.ParquetWriter(file, schema) as writer:
         for block in _blocks(data.schema.users):
@@ -211,9 +235,11 @@ def _write_histories(data: PreparedData, most: int, file: Path) -> None:
             lengths = np.minimum(end - data.offsets[block], most)
             offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
             indices = spans(end - lengths, lengths)
+            values = {name: column[indices] for name, column in columns.items()}
+            if contexts:
+                values |= dict(zip(contexts, data.context[indices].T, strict=True))
             lists = [
-                pa.ListArray.from_arrays(offsets, pa.array(columns[name][indices]).cast(kind))
-                for name, kind in types.items()
+                pa.ListArray.from_arrays(offsets, pa.array(values[name]).cast(kind)) for name, kind in types.items()
             ]
             writer.write_table(pa.table(lists, schema=schema))
 

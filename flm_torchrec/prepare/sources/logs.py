@@ -12,7 +12,8 @@ from types import MappingProxyType
 import polars as pl
 import pyarrow as pa
 
-from flm_torchrec.data.keys import NO_EVENT, keys
+from flm_torchrec.data.history import CONTEXT
+from flm_torchrec.data.keys import NO_EVENT, categories, keys
 from flm_torchrec.data.schema import Entity
 from flm_torchrec.data.times import check_unit, seconds
 from flm_torchrec.errors import DataError
@@ -32,7 +33,7 @@ from flm_torchrec.prepare.sources.shards import (
     ToRoles,
     find_files,
 )
-from flm_torchrec.prepare.sources.source_data import CONTEXT, DeclaredFeature, Shard, SourceData
+from flm_torchrec.prepare.sources.source_data import DeclaredFeature, Shard, SourceData
 from flm_torchrec.prepare.sources.tables import cast
 from flm_torchrec.prepare.text_encoder import ENDING, encoder_digest
 from flm_torchrec.prepare.text_vectors import text_vectors
@@ -160,10 +161,15 @@ def _roles(options: LogOptions, file: str, frame: pl.DataFrame) -> pl.DataFrame:
         columns.append(_values(given["weight"], options.form.numbers, file))
     roles = [c.alias(role) for c, role in zip(columns, ROLES, strict=False)]
     features = [
-        as_kind(frame[name], "categorical", options.form, file, no_note).alias(CONTEXT + name)
+        as_kind(_categories(frame[name]), "categorical", options.form, file, no_note).alias(CONTEXT + name)
         for name in options.event_features
     ]
     return frame.select(*roles, *features)
+
+
+def _categories(column: pl.Series) -> pl.Series:
+    """Numbers and times as the text that they are in JSON lines; texts and lists as they are."""
+    return column if column.dtype == pl.String or column.dtype.is_nested() else categories(column)
 
 
 def no_note(line: str) -> None:

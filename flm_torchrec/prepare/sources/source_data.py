@@ -18,10 +18,6 @@ IN_MEMORY = "in memory"
 """`Shard.identity` of what is in memory, and so cannot be found again after a kill."""
 
 
-CONTEXT = "context_"
-"""Before the name of a feature of events, as a column of interactions."""
-
-
 @dataclass(frozen=True)
 class DeclaredFeature:
     """A feature column of the items, users or events of a source."""

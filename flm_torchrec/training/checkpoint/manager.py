@@ -316,12 +316,12 @@ def load_checkpoint(folder: Path, model: nn.Module, comm: Comm) -> dict[str, Any
 
 
 def user_tensors(schema: Schema, stored: Iterable[str]) -> dict[str, tuple[str, list[str]]]:
-    """Which tensors of a checkpoint hold rows of users.
+    """Which tensors of a checkpoint hold rows of users, and of values that users and their events have.
 
     Args:
         stored: names of the checkpoint's tensors.
 
-    Returns by user table with fixed rows the name of its weight, and the names of its optimizer state.
+    Returns by table of `user_weights` the name of its weight, and the names of its optimizer state.
     """
     stored = list(stored)
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,16 @@ import polars as pl
 from flm_torchrec.data.columns import EventBlock
 from flm_torchrec.data.dataset import PreparedData, spans
 from flm_torchrec.data.disk_columns import Units
-from flm_torchrec.data.history import Events
+from flm_torchrec.data.event_files import WEIGHT
+from flm_torchrec.data.feature_values import FeatureValues, codes_of, describe
+from flm_torchrec.data.history import CONTEXT, Events
 from flm_torchrec.data.keys import NO_EVENT, json_text, keys
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.times import seconds
 from flm_torchrec.data.windows import Windows, cut
-from flm_torchrec.prepare.clean import rules
+from flm_torchrec.errors import ConfigError
+from flm_torchrec.names import nearest
+from flm_torchrec.prepare.clean import WEIGHT_RULES, rules
 from flm_torchrec.training.follow.ids import IdIntake, KnownIds
 from flm_torchrec.training.follow.sources import BadRow
 
@@ -35,8 +39,15 @@ COLUMNS = {
 """Columns of a row in a run's vocabulary, in the order of `NewEvents`, with their types."""
 LEARNED = "events"
 """Folder of a follower's run with the events that it learned from: a Parquet file a chunk, columns FIELDS."""
+NAN = json_text(float("nan"))
 EXAMPLES = 5
 """Rows that the report names for each reason."""
+
+
+def fields_of(schema: Schema) -> tuple[str, ...]:
+    """What a row of a source has: FIELDS, the weight of data with weights, and the features of events."""
+    weight = (WEIGHT,) if schema.weights else ()
+    return (*FIELDS, *weight, *(f.name for f in schema.of("event", sparse=True)))
 
 
 @dataclass(frozen=True)
@@ -44,9 +55,16 @@ class RowForm:
     """How a source writes its rows."""
 
     columns: dict[str, str]
-    """Its names of FIELDS, where they differ."""
+    """Its names of `fields_of` the data, where they differ."""
     time_unit: str = "s"
     """Unit of timestamps that are numbers."""
+
+    def check(self, vocabulary: Path) -> None:
+        """Raise ConfigError where a name is given for a field that no event of a run has."""
+        known = fields_of(Schema.load(vocabulary / "schema.yaml"))
+        for name, column in self.columns.items():
+            if name not in known:
+                raise ConfigError(f"--columns '{name}={column}': write it as FIELD=NAME; {nearest(name, known)}")
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,12 @@ class NewEvents(Events):
     """Events of any users, in order of arrival."""
 
     user: np.ndarray  # [n] int64
+    weight: np.ndarray = field(default_factory=lambda: np.ones((), np.float32), kw_only=True)
+    """[n] float32, or one number for all: what an event counts as a target."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "weight", np.broadcast_to(self.weight, len(self)))
 
 
 class EventEncoder:
@@ -63,15 +87,20 @@ class EventEncoder:
         vocabulary: folder of a run.
         form: how the source writes its rows.
         intake: what lets unknown users and items in; None refuses them.
+        schema: of the data as the run reads them; None: as the vocabulary has it.
     """
 
-    def __init__(self, vocabulary: Path, form: RowForm, intake: IdIntake | None = None) -> None:
+    def __init__(
+        self, vocabulary: Path, form: RowForm, intake: IdIntake | None = None, schema: Schema | None = None
+    ) -> None:
         self.time_unit = form.time_unit
         self.intake = intake
-        self.schema = Schema.load(vocabulary / "schema.yaml")
+        self.schema = Schema.load(vocabulary / "schema.yaml") if schema is None else schema
         self.ids = KnownIds(vocabulary)
         self.events = {name: code for code, name in enumerate(self.schema.events)}
-        self.names = {field: form.columns.get(field, field) for field in FIELDS}
+        described = [describe(vocabulary, f) for f in self.schema.of("event", sparse=True)]
+        self.contexts = [FeatureValues.described(one) for one in described]
+        self.names = {field: form.columns.get(field, field) for field in fields_of(self.schema)}
 
     def encode(self, rows: Iterable[tuple[str, Any]], refused: dict[str, Any]) -> NewEvents:
         """Rows, each with where it stands → events. Rows that cannot be learned from are left out.
@@ -85,7 +114,8 @@ class EventEncoder:
             if not isinstance(row, dict):
                 _refuse(refused, (row if isinstance(row, BadRow) else BadRow()).reason, [where])
         frame = self._read([where for where, _ in objects], [row for _, row in objects])
-        for reason, bad in [*rules(), ("unknown event", pl.col("event_id").is_null())]:
+        more = [("unknown event", pl.col("event_id").is_null()), ("a list as a context", pl.col("listed"))]
+        for reason, bad in [*rules(), *(WEIGHT_RULES if self.schema.weights else ()), *more]:
             bad = bad.fill_null(False)
             _refuse(refused, reason, frame.filter(bad)["where"].to_list())
             frame = frame.filter(~bad)
@@ -98,7 +128,11 @@ class EventEncoder:
             _refuse(refused, reason, frame.filter(pl.col("reason") == reason)["where"].to_list())
         frame = frame.filter(pl.col("reason").is_null())
         frame = frame.with_columns(self._ids(frame, "user"), self._ids(frame, "item"))
-        return NewEvents(*(frame[name].to_numpy().astype(kind) for name, kind in COLUMNS.items()))
+        return NewEvents(
+            *(frame[name].to_numpy().astype(kind) for name, kind in COLUMNS.items()),
+            weight=frame[WEIGHT].to_numpy().astype(np.float32),
+            context=self._context(frame),
+        )
 
     def _read(self, where: list[str], rows: list[dict[str, Any]]) -> pl.DataFrame:
         """Columns of FIELDS as preparation has them, `where`, and the ids of KEYED; null where there is none."""
@@ -118,11 +152,33 @@ class EventEncoder:
         if self.schema.timestamps:
             times = seconds(text["timestamp"], self.time_unit)
         values = text["value"].fill_null("1").cast(pl.Float64, strict=False)
+        ones = pl.Series(["1"] * len(rows), dtype=pl.String)  # of data without weights
+        weights = text.get(WEIGHT, ones).cast(pl.Float64, strict=False).rename(WEIGHT)
+        contexts = [f.name for f in self.contexts]
+        listed = [any(isinstance(row.get(self.names[name]), list | dict) for name in contexts) for row in rows]
         columns = [by_field["user"].rename("user"), by_field["item"].rename("item"), times.rename("timestamp")]
         position = pl.Series("position", range(len(rows)), dtype=pl.Int64)
         return pl.DataFrame(
-            [pl.Series("where", where, dtype=pl.String), position, *columns, values.rename("value"), *ids]
+            [
+                pl.Series("where", where, dtype=pl.String),
+                position,
+                *columns,
+                values.rename("value"),
+                *ids,
+                weights,
+                pl.Series("listed", listed, dtype=pl.Boolean),
+                *(text[name].rename(f"{CONTEXT}{name}") for name in contexts),
+            ]
         )
+
+    def _context(self, frame: pl.DataFrame) -> np.ndarray:
+        """[n, C] int32 codes. A value without a code is unknown, and a line in `ids.left_out`."""
+        found = np.full((len(frame), len(self.contexts)), -1, np.int32)
+        for number, feature in enumerate(self.contexts):
+            for row, value in enumerate(frame[f"{CONTEXT}{feature.name}"]):
+                if value is not None and value not in ("", NAN):
+                    found[row, number] = next(codes_of(feature, value, self.ids.left_out, "context"), -1)
+        return found
 
     def _ids(self, frame: pl.DataFrame, what: str) -> pl.Series:
         of = self.ids.user if what == "user" else self.ids.item
@@ -151,7 +207,8 @@ def append(data: PreparedData, learned_from: np.ndarray, new: NewEvents) -> tupl
     events = data.events + replace(new, timestamp=timestamp)
     order = np.lexsort([events.timestamp, user])
     offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=data.schema.users))])
-    grown = replace(data, offsets=offsets, **vars(events.take(order)), segment=None)
+    weight = None if data.weight is None else np.concatenate([data.weight, new.weight])[order]
+    grown = replace(data, offsets=offsets, **vars(events.take(order)), weight=weight, segment=None)
     is_new = order >= len(data.item)
     return grown, np.concatenate([learned_from, np.ones(len(new), bool)])[order], is_new
 
@@ -186,10 +243,11 @@ def append_on_disk(data: PreparedData, new: NewEvents) -> tuple[PreparedData, np
             old, more = parts(block)
             return np.concatenate([known[old], more_of[more]])[order[block.rows]]
 
-        return units.column(np.result_type(known.dtype, more_of.dtype), of_block)
+        return units.column(np.result_type(known.dtype, more_of.dtype), of_block, known.shape[1:])
 
     order = units.column(np.int64, order_of)
-    columns = {name: merged(column, getattr(added, name)) for name, column in vars(data.events).items()}
+    known = vars(data.events) | ({} if data.weight is None else {"weight": data.weight})
+    columns = {name: merged(column, getattr(added, name)) for name, column in known.items()}
     none, all_new = data.no_events, np.broadcast_to(np.True_, len(new))
     return replace(data, offsets=offsets, **columns, segment=None, units=units), merged(none, all_new)
 
@@ -199,13 +257,15 @@ def newest(data: PreparedData, learned_from: np.ndarray, events: int) -> tuple[P
     start = np.maximum(data.offsets[:-1], data.offsets[1:] - events)
     lengths = data.offsets[1:] - start
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    parts, learned = [], []
+    parts, learned, weights = [], [], list[np.ndarray]()
     for block in data.blocks():
         of_block = slice(block.first, block.first + len(block.offsets) - 1)
         kept = spans(start[of_block] - block.rows.start, lengths[of_block])
         parts.append(data.events.take(block.rows).take(kept))
         learned.append(learned_from[block.rows][kept])
-    shorter = replace(data, offsets=offsets, **vars(Events.concat(parts)), segment=None, units=None)
+        weights += [] if data.weight is None else [data.weight[block.rows][kept]]
+    columns = {**vars(Events.concat(parts)), "weight": np.concatenate(weights) if weights else None}
+    shorter = replace(data, offsets=offsets, **columns, segment=None, units=None)
     return shorter, np.concatenate(learned)
 
 

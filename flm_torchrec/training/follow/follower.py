@@ -28,8 +28,9 @@ from flm_torchrec.training.by_key import know_learned
 from flm_torchrec.training.checkpoint.by_key import table_weights
 from flm_torchrec.training.checkpoint.manager import BEST, Checkpoints, Progress, load_checkpoint, states_of
 from flm_torchrec.training.checkpoint.storage import read_meta
-from flm_torchrec.training.follow.events import EXAMPLES, FIELDS, LEARNED, EventEncoder, RowForm, new_windows
+from flm_torchrec.training.follow.events import EXAMPLES, LEARNED, EventEncoder, RowForm, fields_of, new_windows
 from flm_torchrec.training.follow.growth import (
+    event_table,
     part_file,
     publish_vocabulary,
     read_events,
@@ -117,19 +118,13 @@ def follow(run: Path, url: str, output: Path, options: FollowOptions, overrides:
         Interrupted: asked to stop by SIGTERM or Ctrl-C; the state is saved.
     """
     config = _config_of(run, output, overrides)
+    options.form.check(run / "vocabulary")
     source = open_source(url, options.avro_schema)
     given = {"source": url, **{k: str(v) for k, v in asdict(options).items()}}
     with open_inputs(config, load_data(config, on_disk=True), run, given) as inputs:
         comm = inputs.comm
         if options.expire_after and not inputs.data.schema.timestamps:
             raise ConfigError(f"--expire-after: {inputs.data.path} has no timestamps; leave it out")
-        schema = inputs.data.schema
-        for there, what in ((schema.of("event", sparse=True), "features"), (schema.weights, "weights")):
-            if there:
-                raise ConfigError(
-                    f"{inputs.data.path}: its events have {what}, and those of a source have none; prepare the new"
-                    " events too, and go on with flm train --train.warm_start"
-                )
         if inputs.data.schema.domains:
             raise ConfigError(
                 f"{inputs.data.path}: is joint data, whose new items would have no domain; join the new data, and go on"
@@ -137,7 +132,7 @@ def follow(run: Path, url: str, output: Path, options: FollowOptions, overrides:
             )
         with claimed(output, comm, ANOTHER):
             intake = _intake(options, inputs.data, output)
-            encoder = EventEncoder(run / "vocabulary", options.form, intake)
+            encoder = EventEncoder(run / "vocabulary", options.form, intake, inputs.data.schema)
             new_items = options.feed(intake)
             new_items.read()  # what contradicts the data is refused before anything is written
             job = Job(replace(inputs, config=_slower(config)))
@@ -177,7 +172,7 @@ def _slower(config: Config) -> Config:
 def _intake(options: FollowOptions, data: PreparedData, output: Path) -> IdIntake | None:
     if not options.admit_after:
         return None
-    reserved = [options.form.columns.get(field, field) for field in FIELDS]
+    reserved = [options.form.columns.get(field, field) for field in fields_of(data.schema)]
     return IdIntake(Admission(options.admit_after), ItemRows(data.path, output / "vocabulary"), reserved)
 
 
@@ -309,7 +304,7 @@ class _Follower:
         if len(new):
             before = self.histories.data.schema.users, self.histories.data.schema.items
             grew = self._grow()
-            table = pa.table({name: getattr(new, name) for name in FIELDS})
+            table = event_table(new, self.base.schema)
             self.comm.on_main(lambda: self._write_part(table, state["parts"]))
             is_new, gone = self.histories.append(new), self.histories.expire()
             if grew or any(len(ids) for ids in gone.values()):

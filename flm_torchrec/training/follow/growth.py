@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from flm_torchrec.data.admission import LastSeen
 from flm_torchrec.data.columns import CodedText, EventBlock
 from flm_torchrec.data.dataset import EntityFeatures, PreparedData, load_entity
-from flm_torchrec.data.event_files import as_data_error
-from flm_torchrec.data.history import Events
+from flm_torchrec.data.event_files import WEIGHT, as_data_error, context_columns
+from flm_torchrec.data.history import CONTEXT, NO_CONTEXT, Events
 from flm_torchrec.data.schema import Entity, Schema
 from flm_torchrec.data.splits import Examples, Splits
 from flm_torchrec.data.train_stats import TrainStats
@@ -149,7 +149,16 @@ def read_events(folder: Path, number: int) -> NewEvents:
     file = part_file(folder, "part", number)
     with as_data_error(file):
         table = pq.read_table(file)
-    return NewEvents(**{name: table[name].to_numpy() for name in FIELDS})
+    columns = {name: table[name].to_numpy() for name in (*FIELDS, WEIGHT) if name in table.column_names}
+    contexts = [table[name].to_numpy() for name in table.column_names if name.startswith(CONTEXT)]
+    return NewEvents(**columns, context=np.stack(contexts, 1) if contexts else NO_CONTEXT)
+
+
+def event_table(new: NewEvents, schema: Schema) -> pa.Table:
+    """The events of a chunk as `read_events` reads them."""
+    contexts = dict(zip(context_columns(schema), new.context.T, strict=True))
+    names = (*FIELDS, *((WEIGHT,) if schema.weights else ()))
+    return pa.table({**{name: getattr(new, name) for name in names}, **contexts})
 
 
 def followed_data(run: Path, data: PreparedData, taken: dict[str, int]) -> FollowedData:
