@@ -113,7 +113,7 @@ class GuardedProtocol(H11Protocol):
         super().__init__(*args, **kwargs)
         self.limits = limits
         self.waiting = waiting
-        self.refused = self.answered = False
+        self.refused = self.answered = self.stopping = False
         self.deadline: asyncio.TimerHandle | None = None
         self.taking: asyncio.TimerHandle | None = None
 
@@ -197,7 +197,10 @@ class GuardedProtocol(H11Protocol):
 
     def shutdown(self) -> None:
         """As of uvicorn, but a request whose header has begun to come has its usual time."""
-        if self._in_request() or not self.conn.trailing_data[0]:
+        self.stopping = True
+        if self.transport.is_closing():
+            self._abandon_later()
+        elif self._in_request() or not self.conn.trailing_data[0]:
             super().shutdown()
 
     def send_400_response(self, msg: str) -> None:
@@ -216,10 +219,20 @@ class GuardedProtocol(H11Protocol):
         complete = self.cycle is not None and not self.cycle.more_body
         if complete or not transport.can_write_eof():
             transport.close()
+            if self.stopping:
+                self._abandon_later()
             return
         transport.write_eof()
         transport.resume_reading()
         self.loop.call_later(self.limits.lingering_seconds, transport.abort)
+
+    def _abandon_later(self) -> None:
+        """End a closed connection after a moment: with TLS, a silent client would hold up the end of the server."""
+        self.loop.call_later(self.limits.lingering_seconds, self._abandon)
+
+    def _abandon(self) -> None:
+        if self.taking is None:  # else the client still takes the last answer
+            self.lingering.transport.abort()
 
     def _note(self) -> None:
         """Take the connection up among those that the server waits for, or out of them."""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
 
 from flm_torchrec.serve import server as server_module
 from flm_torchrec.serve.connections import ConnectionLimits, listening
-from flm_torchrec.serve.server import HttpServer, Tell, http_server
+from flm_torchrec.serve.server import Certificate, HttpServer, Tell, http_server
+from tests.serve.serving import certificate
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 ANSWER = b'"ok"'
@@ -22,7 +26,7 @@ ANSWER = b'"ok"'
 class Stopped:
     """A server in a thread, its address, and the moment at which it accepts nothing more."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: Certificate | None = None) -> None:
         ready, self.stopping, self.slow = threading.Event(), threading.Event(), threading.Event()
         app, self.began = FastAPI(), threading.Event()
 
@@ -44,7 +48,8 @@ class Stopped:
 
         bound = listening("127.0.0.1", 0)
         self.address = bound.getsockname()
-        self.server: HttpServer = http_server(app, ConnectionLimits(64), None, Tell(ready.set, self.stopping.set))
+        limits = ConnectionLimits(64, lingering_seconds=0.1)
+        self.server: HttpServer = http_server(app, limits, tls, Tell(ready.set, self.stopping.set))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [bound]})
         self.thread.start()
         assert ready.wait(60)
@@ -121,3 +126,28 @@ def test_connections_that_wait_to_be_accepted_are_answered(stopped: Stopped) -> 
     stopped.server.should_exit = True
     answers = [rest(made) for made in (first, *waiting)]
     assert all(answer.count(b"200 ok") == 1 and answer.endswith(ANSWER) for answer in answers)
+
+
+def test_clients_that_are_silent_over_tls_do_not_hold_up_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server_module, "DRAIN_SECONDS", 0.2)
+    made = certificate(tmp_path, "one")
+    stopped, trusting = Stopped(made), ssl.create_default_context(cafile=made.certificate)
+    connections = [trusting.wrap_socket(stopped.connect(), server_hostname="localhost") for _ in range(3)]
+    for used in connections[:2]:
+        used.sendall(REQUEST)
+        while not used.recv(65536).endswith(ANSWER):
+            continue
+    with caplog.at_level(logging.ERROR):
+        stopped.stop()
+        connections[1].sendall(REQUEST)  # its answer is the last one; the client never closes its side
+        stopped.end()
+    assert not caplog.records  # else the time of the stop was over before the connections were
+    last = b""
+    while not last.endswith(ANSWER):
+        last += connections[1].recv(65536).lower()
+        assert last
+    assert is_last(last)
+    for silent in connections:
+        silent.close()
