@@ -6,15 +6,15 @@
     python tools/benchmarks/serve.py --items 1000 --index flat --workers 1 2        # by processes, in turns: 4 minutes
 
 A request is a history of 20 items and asks for the 10 best by the fused head. The server is a process of its own, the
-client this one: keep-alive connections, each of which sends when it has been answered. The floor is what the server
-cannot do without, one query after another in one thread: the packaged tower, and the index of the same export.
-With --workers: requests/s of servers of so many processes beside the floor, and p99 at half of each one's peak.
+client this one: keep-alive connections, each of which sends when it has been answered, see http_load.py. The floor is
+what the server cannot do without, one query after another in one thread: the packaged tower, and the index of the same
+export. With --workers: requests/s of servers of so many processes beside the floor, one connection alone, and p99 at
+half of each one's peak, counted from when each request was due.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import shutil
@@ -22,8 +22,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import faiss
@@ -31,6 +32,7 @@ import numpy as np
 import psutil
 import torch
 from export import BRANDS, USERS, Alone, MadeUp, made_up_data
+from http_load import KEY, Load, Tally, ask, request
 from torch import Tensor
 
 from flm_torchrec.config.schema import ModelConfig
@@ -46,8 +48,6 @@ from flm_torchrec.serve.loaded_export import load_export
 
 HISTORY, K = 20, 10
 DIM, MAX_HISTORY = 64, 50
-HOST = "127.0.0.1"
-KEY = "the-key-of-the-benchmark"
 
 
 class RandomModel:
@@ -142,83 +142,38 @@ def _each(function: Callable[[Any], Any], given: Sequence[Any]) -> float:
     return float(np.median(taken))
 
 
-@dataclass
-class Tally:
-    """What a client saw."""
+def load(
+    port: int, bodies: Sequence[bytes], connections: int, seconds: float, rate: float = 0.0, items: int = K
+) -> Tally:
+    """Keep so many connections busy for so long, as of `Load`.
 
-    seconds: list[float] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
-    wall: float = 0.0
-    busy: float = 0.0
-    """Seconds of this process's own work."""
-
-    def __str__(self) -> str:
-        p50, p99, most = np.percentile(np.array(self.seconds) * 1000, (50, 99, 100))
-        rate = len(self.seconds) / self.wall
-        return (
-            f"p50 {p50:6.2f} ms  p99 {p99:6.2f} ms  longest {most:7.2f} ms  {rate:6.0f} requests/s"
-            f"  {len(self.failed)} of {len(self.seconds)} failed  (client busy {self.busy / self.wall:.0%})"
-        )
-
-
-async def ask(port: int, path: str, body: bytes, streams: Any) -> tuple[int, bytes]:
-    """One request over a connection that is kept: HTTP as far as it goes here, so that the client costs little."""
-    reader, writer = streams
-    head = f"POST {path} HTTP/1.1\r\nHost: {HOST}:{port}\r\nContent-Type: application/json\r\nX-API-Key: {KEY}\r\n"
-    writer.write(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    answer = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-    length = int(answer.partition("content-length:")[2].partition("\r\n")[0])
-    return int(answer.split(" ", 2)[1]), await reader.readexactly(length)
-
-
-async def load(port: int, bodies: list[bytes], connections: int, seconds: float, rate: float = 0.0) -> Tally:
-    """Keep so many connections busy for so long.
-
-    Args:
-        rate: requests a second of all connections together, evenly; 0: each sends as soon as it has been answered.
+    Raises:
+        SystemExit: a request failed: its time is none of an answer.
     """
-    tally, start = Tally(), time.monotonic()
-    end, pause = start + seconds, connections / rate if rate else 0.0
-    waiting = iter(range(10**12))
-
-    async def connection(number: int) -> None:
-        streams, due = await asyncio.open_connection(HOST, port), start + pause * number / connections
-        while time.monotonic() < end:
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
-            due, began = due + pause, time.perf_counter()
-            try:
-                status, answer = await ask(port, "/v1/recommend", bodies[next(waiting) % len(bodies)], streams)
-                problem = "" if status == 200 and len(json.loads(answer)["items"]) == K else f"{status} {answer!r:.200}"
-            except (OSError, ValueError, asyncio.IncompleteReadError) as error:
-                problem, streams = repr(error), await asyncio.open_connection(HOST, port)
-            tally.seconds.append(time.perf_counter() - began)
-            if problem:
-                tally.failed.append(problem)
-        streams[1].close()
-
-    wall, busy = time.monotonic(), time.process_time()
-    await asyncio.gather(*(connection(number) for number in range(connections)))
-    tally.wall, tally.busy = time.monotonic() - wall, time.process_time() - busy
+    requests = [request(port, "/v1/recommend", body) for body in bodies]
+    tally = Load(port, requests, connections, items, rate).run(seconds)
+    if tally.failed:
+        raise SystemExit(f"{len(tally.failed)} of {len(tally.seconds)} requests failed: {tally.failed[0]}")
     return tally
 
 
-async def swap(port: int, exports: Sequence[Path], swaps: int, seconds: float) -> None:
+def swap(port: int, exports: Sequence[Path], swaps: int, seconds: float) -> None:
     """Swap evenly over the time, to each of the exports in turn."""
     for turn in range(swaps):
-        await asyncio.sleep(seconds / (swaps + 1))
-        streams = await asyncio.open_connection(HOST, port)
+        time.sleep(seconds / (swaps + 1))
         began = time.monotonic()
-        body = json.dumps({"export": str(exports[(turn + 1) % len(exports)].resolve())}).encode()
-        status, answer = await ask(port, "/v1/swap", body, streams)
-        streams[1].close()
+        status, answer = ask(port, "/v1/swap", {"export": str(exports[(turn + 1) % len(exports)].resolve())})
         print(f"  swap: {status} {answer.decode()} in {time.monotonic() - began:.1f} s", flush=True)
 
 
-async def soak(
+def soak(
     port: int, bodies: list[bytes], connections: int, seconds: float, exports: Sequence[Path], swaps: int
 ) -> Tally:
     """Load with swaps meanwhile."""
-    tally, _ = await asyncio.gather(load(port, bodies, connections, seconds), swap(port, exports, swaps, seconds))
+    swapping = Thread(target=swap, args=(port, exports, swaps, seconds))
+    swapping.start()
+    tally = load(port, bodies, connections, seconds)
+    swapping.join()
     return tally
 
 
@@ -232,7 +187,7 @@ def serve(folder: Path, port: int, workers: int = 1) -> subprocess.Popen[bytes]:
         if process.poll() is not None:
             raise SystemExit("the server did not start; see above")
         try:
-            asyncio.run(load(port, [b"{}"], 1, 0.0))
+            ask(port, "/v1/recommend", {})
             return process
         except OSError:
             time.sleep(0.2)
@@ -243,7 +198,7 @@ def serve(folder: Path, port: int, workers: int = 1) -> subprocess.Popen[bytes]:
 def by_workers(args: argparse.Namespace, folder: Path, bodies: list[bytes], alone: float) -> None:
     """Servers of each number of processes, loaded in turns; the best round of each, and p99 at half of its rate.
 
-    Others' load on the machine disturbs single rounds, so the best ones are compared.
+    Others' load on the machine disturbs single rounds, so the best ones are compared; of p99 all are told.
     """
     print(f"floor: {1 / alone:.0f} requests/s, tower + index in one thread", flush=True)
     servers = [serve(folder, args.port + n, workers) for n, workers in enumerate(args.workers)]
@@ -253,34 +208,32 @@ def by_workers(args: argparse.Namespace, folder: Path, bodies: list[bytes], alon
         done = [0] * len(servers)
         for _ in range(args.rounds):
             for n in range(len(servers)):
-                tally = asyncio.run(load(args.port + n, bodies, max(args.connections), args.seconds))
-                _check(tally)
-                best[n] = max(best[n], len(tally.seconds) / tally.wall)
+                tally = load(args.port + n, bodies, max(args.connections), args.seconds)
+                best[n] = max(best[n], tally.rate)
                 done[n] += len(tally.seconds)
         for n, (server, workers) in enumerate(zip(servers, args.workers, strict=True)):
             cost = (_used(server) - used[n]) / done[n]
+            single = min(
+                (load(args.port + n, bodies, 1, args.seconds) for _ in range(2)), key=lambda t: t.quantile(0.5)
+            )
             halves = [
-                asyncio.run(load(args.port + n, bodies, 4, args.seconds, best[n] / 2)) for _ in range(args.rounds)
+                load(args.port + n, bodies, max(args.connections), args.seconds, best[n] / 2)
+                for _ in range(args.rounds)
             ]
-            for tally in halves:
-                _check(tally)
-            p99 = min(float(np.percentile(tally.seconds, 99)) for tally in halves)
+            p99 = sorted(tally.quantile(0.99) for tally in halves)
+            late = max(float(np.quantile(tally.late, 0.99)) * 1e3 for tally in halves)
             print(
                 f"{workers} workers: {best[n]:.0f} requests/s, {best[n] / best[0]:.2f} x the first,"
                 f" {best[n] * alone:.2f} x the floor; {cost * 1e3:.2f} ms of processor a request;"
-                f" p99 at half of that rate {p99 * 1e3:.1f} ms",
+                f" one connection p50 {single.quantile(0.5):.2f} ms, p99 {single.quantile(0.99):.2f} ms;"
+                f" at half of that rate p99 {', '.join(f'{one:.1f}' for one in p99)} ms, each a round,"
+                f" of it up to {late:.1f} ms until sent",
                 flush=True,
             )
     finally:
         for server in servers:
             server.terminate()
             server.wait()
-
-
-def _check(tally: Tally) -> None:
-    """Raise SystemExit where a request failed: its time is none of an answer."""
-    if tally.failed:
-        raise SystemExit(f"{len(tally.failed)} of {len(tally.seconds)} requests failed: {tally.failed[0]}")
 
 
 def _used(server: subprocess.Popen[bytes]) -> float:
@@ -325,18 +278,18 @@ def main() -> None:
         return
     process = serve(folder, args.port)
     try:
-        asyncio.run(load(args.port, bodies, 2, 1.0))  # caches and allocators
+        load(args.port, bodies, 2, 1.0)  # caches and allocators
         for connections in args.connections if not args.minutes else ():
-            tally = asyncio.run(load(args.port, bodies, connections, args.seconds))
-            p50 = float(np.median(tally.seconds))
+            tally = load(args.port, bodies, connections, args.seconds)
+            p50 = tally.quantile(0.5) / 1e3
             print(f"{connections:3} connections: {tally}  {p50 / both:.1f} x tower + index", flush=True)
         print(f"server's memory {resident(process):.0f} MB", flush=True)
         if args.minutes:
             before, seconds = resident(process), args.minutes * 60
             exports = [folder, args.next or folder]
-            tally = asyncio.run(soak(args.port, bodies, 4, seconds, exports, args.swaps))
+            tally = soak(args.port, bodies, 4, seconds, exports, args.swaps)
             print(f"{args.minutes:g} minutes, {args.swaps} swaps: {tally}")
-            print(f"  and after it {resident(process):.0f} MB, {before:.0f} before", *tally.failed[:5], sep="\n  ")
+            print(f"  and after it {resident(process):.0f} MB, {before:.0f} before")
     finally:
         process.terminate()
         process.wait()

@@ -9,7 +9,6 @@ the server takes. USS is what a process has for itself. Both are read after the 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import signal
@@ -20,7 +19,8 @@ import time
 from pathlib import Path
 
 import psutil
-from serve import KEY, load, made_up_export
+from http_load import KEY
+from serve import load, made_up_export
 
 EVENTS = 20
 """Of each user."""
@@ -58,7 +58,7 @@ def measure(folder: Path, port: int, workers: int, bodies: list[bytes]) -> dict[
         process = started(folder, port, workers, Path(events) / "events.sqlite")
         try:
             seconds = time.monotonic() - began
-            asyncio.run(load(port, bodies, 8, 10.0))
+            load(port, bodies, 8, 10.0)
             own = psutil.Process(process.pid)
             found = [memory(one.pid) for one in (own, *own.children())]
         finally:
