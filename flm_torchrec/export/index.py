@@ -99,6 +99,8 @@ class ItemIndex:
         found, rows = self.index.search(queries, min(k + SLACK if many else k, len(self.groups)))
         if many:  # faiss multiplies matrices then, and the last bits of a sum depend on the other queries
             found = self._scores(queries, rows)
+        if len(queries) == 1 and rows.shape[1] == k and self._is_in_order(found[0], rows[0]):
+            return found, self.groups.first[rows]
         scores = np.full((len(queries), k), -np.inf, np.float32)
         items = np.full((len(queries), k), -1, np.int64)
         single = (self.groups.starts[rows + 1] - self.groups.starts[rows] == 1).all(1)  # row -1 counts as it may
@@ -121,6 +123,13 @@ class ItemIndex:
         numbers, result, labels = map(faiss.swig_ptr, (queries, scores, rows))  # type: ignore[attr-defined]
         self.index.compute_distance_subset(len(queries), numbers, rows.shape[1], result, labels)  # type: ignore[attr-defined]
         return scores
+
+    def _is_in_order(self, scores: np.ndarray, rows: np.ndarray) -> bool:
+        """Whether the rows [m] are found ones of one item each, no two with equal scores [m], best first."""
+        starts = self.groups.starts
+        return bool(
+            (scores[:-1] > scores[1:]).all() and rows.min() >= 0 and (starts[rows + 1] - starts[rows] == 1).all()
+        )
 
     def _in_order(self, scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores and rows [q, m], each row that of one item → scores and items [q, k or fewer], in order."""

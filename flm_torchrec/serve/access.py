@@ -126,48 +126,75 @@ def role_of(method: str, path: str) -> Role | None:
     return "read" if method in ("GET", "HEAD", "OPTIONS") or path.rstrip("/") in READING else "write"
 
 
-class AccessGuard:
-    """Refuses requests without the key that they need, and clients that send too many. Records admin acts.
+class Access:
+    """The rules of who may ask for what.
 
     Args:
         keys: none: everyone may read and write, and admin routes are off.
         rate: requests a second for each key, or each address where no key is given; 0: any number.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, rate: float) -> None:
-        self.app = app
+    def __init__(self, keys: ApiKeys, rate: float) -> None:
         self.keys = keys
         self.rates = Rates(rate) if rate else None
         self.wrong = Rates(WRONG_KEYS)
+
+    def admits(self, scope: Scope) -> bool:
+        """Whether a request is answered; then it counts for its client's rate. Where it is not, `refusal` says why."""
+        key = self.keys.find(given_key(scope))
+        needed = role_of(scope["method"], scope["path"])
+        if needed is None:
+            return True
+        if (self.keys and key is None) or self._forbidden(scope["path"], needed, key):
+            return False
+        return self._within_rate(scope, key)
+
+    def refusal(self, scope: Scope, key: ApiKey | None) -> JSONResponse | None:
+        """The answer to a request that is refused; None: it is not, and counts for its client's rate."""
+        needed = role_of(scope["method"], scope["path"])
+        if needed is None:
+            return None
+        if self.keys and key is None:
+            if not self.wrong.take(address_of(scope)):
+                return _answer(429, "key: too many requests without the right one; wait a second")
+            return _answer(401, "key: none, or a wrong one; send 'Authorization: Bearer KEY'")
+        forbidden = self._forbidden(scope["path"], needed, key)
+        if forbidden:
+            return _answer(403, forbidden)
+        if self.rates and not self._within_rate(scope, key):
+            return _answer(429, f"rate: more than {self.rates.rate:g} requests a second; wait a second")
+        return None
+
+    def _forbidden(self, path: str, needed: Role, key: ApiKey | None) -> str:
+        """Why a key, or a request without one where there are no keys, is not enough; empty: it is."""
+        if needed == "admin" and not any(k.role == "admin" for k in self.keys.keys):
+            return f"{path}: is off; start the server with an admin key (--keys) to use it"
+        if not self.keys and path.rstrip("/") in KEYED:
+            return f"{path}: is off; start the server with keys (--keys) to use it"
+        if key is not None and ROLES.index(key.role) < ROLES.index(needed):
+            return f"key: is for {key.role}, this needs one for {needed}"
+        return ""
+
+    def _within_rate(self, scope: Scope, key: ApiKey | None) -> bool:
+        return self.rates is None or self.rates.take(key.name if key else address_of(scope))
+
+
+class AccessGuard:
+    """Refuses requests without the key that they need, and clients that send too many. Records admin acts."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self.app = app
+        self.access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        key = self.keys.find(_given(scope))
-        refusal = self._refusal(scope, key)
+        key = self.access.keys.find(given_key(scope))
+        refusal = self.access.refusal(scope, key)
         if role_of(scope["method"], scope["path"]) == "admin":
             send = _recorded(scope, send, key)
         await (refusal or self.app)(scope, receive, send)
-
-    def _refusal(self, scope: Scope, key: ApiKey | None) -> JSONResponse | None:
-        needed = role_of(scope["method"], scope["path"])
-        if needed is None:
-            return None
-        address = address_of(scope)
-        if self.keys and key is None:
-            if not self.wrong.take(address):
-                return _answer(429, "key: too many requests without the right one; wait a second")
-            return _answer(401, "key: none, or a wrong one; send 'Authorization: Bearer KEY'")
-        if needed == "admin" and not any(k.role == "admin" for k in self.keys.keys):
-            return _answer(403, f"{scope['path']}: is off; start the server with an admin key (--keys) to use it")
-        if not self.keys and scope["path"].rstrip("/") in KEYED:
-            return _answer(403, f"{scope['path']}: is off; start the server with keys (--keys) to use it")
-        if key is not None and ROLES.index(key.role) < ROLES.index(needed):
-            return _answer(403, f"key: is for {key.role}, this needs one for {needed}")
-        if self.rates and not self.rates.take(key.name if key else address):
-            return _answer(429, f"rate: more than {self.rates.rate:g} requests a second; wait a second")
-        return None
 
 
 def address_of(scope: Scope) -> str:
@@ -180,7 +207,7 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def _given(scope: Scope) -> str:
+def given_key(scope: Scope) -> str:
     """The key of a request, from `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
     headers = Headers(scope=scope)
     scheme, _, token = headers.get("authorization", "").partition(" ")

@@ -42,8 +42,10 @@ def asked_user(loaded: LoadedExport, store: LiveStore, request: Whom) -> Asked:
         user = loaded.user_of.get(request.user, -1)
     last = int(history.timestamp[-1]) if len(history) else None
     left_out: list[str] = []
-    asked = asked_events(loaded, request.history, last, left_out)
-    history, seen = history + asked, np.concatenate([seen, loaded.tower.had(asked)])
+    if request.history:
+        asked = asked_events(loaded, request.history, last, left_out)
+        had = loaded.tower.had(asked)
+        history, seen = (history + asked, np.concatenate([seen, had])) if len(history) else (asked, had)
     profile: np.ndarray | None = None
     if request.features is not None:
         profile, unknown = content_of(loaded, "user", request.features)

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Query, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from flm_torchrec.safe_text import visible
-from flm_torchrec.serve.access import AccessGuard, ApiKeys
+from flm_torchrec.serve.access import Access, AccessGuard, ApiKeys
 from flm_torchrec.serve.connections import report_accept_errors_once
 from flm_torchrec.serve.description import described
 from flm_torchrec.serve.hosts import KnownHosts
@@ -45,7 +45,15 @@ from flm_torchrec.serve.messages import (
     Swap,
 )
 from flm_torchrec.serve.metrics import ServerMetrics
-from flm_torchrec.serve.middleware import MeasuringMiddleware, add_error_handlers, parse, read_body
+from flm_torchrec.serve.middleware import (
+    MeasuringMiddleware,
+    RequestRecords,
+    add_error_handlers,
+    json_bytes,
+    parse,
+    read_body,
+)
+from flm_torchrec.serve.quick import QuickRequests, traced_elsewhere
 from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.service import Service
 from flm_torchrec.serve.swapping import CanaryTerms
@@ -137,11 +145,14 @@ def create_app(service: Service | Variants, limits: ServerLimits = ServerLimits(
         generate_unique_id_function=lambda route: route.name,
     )
     add_error_handlers(app)
-    app.add_middleware(AccessGuard, keys=limits.keys or ApiKeys(), rate=limits.rate)
+    access, records = Access(limits.keys or ApiKeys(), limits.rate), RequestRecords(measures, limits.log_requests)
+    app.add_middleware(AccessGuard, access=access)
     app.add_middleware(KnownHosts, hosts=limits.hosts)
-    app.add_middleware(MeasuringMiddleware, measures=measures, log=limits.log_requests)
+    app.add_middleware(MeasuringMiddleware, records=records)
+    quick = QuickRequests(limits.hosts, access, records, limits.body_bytes)
+    app.state.quick = None if limits.traces or traced_elsewhere() else quick
     _read_routes(app, served, workers, measures)
-    _write_routes(app, served, workers, limits)
+    _write_routes(app, served, workers, limits, quick)
     _admin_routes(app, served, limits)
     if (PAGE / "index.html").is_file():
         app.mount("/", StaticFiles(directory=PAGE, html=True))
@@ -210,15 +221,21 @@ def _read_routes(app: FastAPI, served: Variants, workers: Workers, measures: Ser
         return Response(await asyncio.to_thread(maps.get), media_type="application/json")
 
 
-def _write_routes(app: FastAPI, served: Variants, workers: Workers, limits: ServerLimits) -> None:
+def _write_routes(app: FastAPI, served: Variants, workers: Workers, limits: ServerLimits, quick: QuickRequests) -> None:
     def post(operation: Operation, message: type[M], answer: Callable[[M], Awaitable[Any]]) -> None:
+        async def answered(body: bytes, state: dict[str, Any]) -> bytes:
+            asked = parse(message, body)
+            state["exports"] = served.names(asked)
+            return json_bytes(await answer(asked))
+
         async def route(request: Request) -> Response:
-            asked = parse(message, await read_body(request, limits.body_bytes, limits.body_seconds))
-            request.state.exports = served.names(asked)
-            return JSONResponse(await answer(asked))
+            body = await read_body(request, limits.body_bytes, limits.body_seconds)
+            return Response(await answered(body, request.scope["state"]), media_type="application/json")
 
         operation.add(app, message)(route)  # for the description
-        app.router.routes.insert(0, DirectRoute(operation.path, route, methods=["POST"]))
+        direct = DirectRoute(operation.path, route, methods=["POST"])
+        app.router.routes.insert(0, direct)
+        quick.add(direct, answered)
 
     def in_thread(answer: Callable[[M], Any]) -> Callable[[M], Awaitable[Any]]:
         return lambda asked: workers.do(lambda: answer(asked))

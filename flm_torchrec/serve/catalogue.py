@@ -121,9 +121,11 @@ class Catalogue:
         if self.index is not None and wanted <= MOST_ASKED and wanted < len(self):
             scores, rows = self.index.search(h[None], wanted)
             left = (rows[0] >= 0) & ~_among(rows[0], excluded)
-            left[left] &= True if allowed is None else allowed[rows[0][left]]
-            if int(left.sum()) >= k:
-                return scores[0][left][:k], rows[0][left][:k]
+            if allowed is not None:
+                left[left] &= allowed[rows[0][left]]
+            kept = np.flatnonzero(left)[:k]
+            if len(kept) == k:
+                return scores[0][kept], rows[0][kept]
         mask = np.ones(len(self), bool) if allowed is None else allowed.copy()
         mask[excluded] = False
         rows = np.flatnonzero(mask)

@@ -86,10 +86,15 @@ def asked_events(loaded: LoadedExport, events: Sequence[Event], last: int | None
             where = f"history.{position}.timestamp"
             raise Refused(422, f"{where}: {given} is before the event before it, {before}; order them by time")
         times.append(given)
+    rows = [loaded.row(event.item) for event in events]
+    if None in rows:
+        unknown = rows.index(None)
+        item_row(loaded, events[unknown].item, f"history.{unknown}.item")
+    codes = [event.event and event_code(loaded, event.event, f"history.{n}.event") for n, event in enumerate(events)]
     return Events(
-        item=np.array([item_row(loaded, e.item, f"history.{n}.item") for n, e in enumerate(events)], np.int64),
+        item=np.array(rows, np.int64),
         timestamp=np.array(times, np.int64),
-        event=np.array([event_code(loaded, e.event, f"history.{n}.event") for n, e in enumerate(events)], np.int64),
+        event=np.array([code or 0 for code in codes], np.int64),
         value=np.array([1.0 if e.value is None else e.value for e in events], np.float32),
         context=_coded_contexts(loaded, [e.context for e in events], "history", left_out),
     )

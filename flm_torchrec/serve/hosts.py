@@ -22,7 +22,7 @@ class KnownHosts:
 
     def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:
         self.app = app
-        self.hosts = {host.lower().strip("[]") for host in hosts}
+        self.hosts = host_names(hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -36,12 +36,22 @@ class KnownHosts:
         await JSONResponse({"detail": detail}, 400)(scope, receive, send)
 
     def _known(self, given: str) -> bool:
-        name = host_name(given)
-        if "*" in self.hosts or name in self.hosts:
-            return True
-        if any(host.startswith("*.") and name.endswith(host[1:]) for host in self.hosts):
-            return True
-        return "address" in self.hosts and _is_address(name)
+        return is_known(given, self.hosts)
+
+
+def host_names(hosts: Collection[str]) -> frozenset[str]:
+    """Names as `is_known` compares them."""
+    return frozenset(host.lower().strip("[]") for host in hosts)
+
+
+def is_known(given: str, hosts: Collection[str]) -> bool:
+    """Whether a Host header names one of the `host_names`."""
+    name = host_name(given)
+    if "*" in hosts or name in hosts:
+        return True
+    if any(host.startswith("*.") and name.endswith(host[1:]) for host in hosts):
+        return True
+    return "address" in hosts and _is_address(name)
 
 
 def host_name(given: str) -> str:

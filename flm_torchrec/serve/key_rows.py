@@ -14,6 +14,8 @@ from flm_torchrec.export.mapped import IN_MEMORY, MappedFiles
 
 CHUNK = 65_536
 """Keys that are Python objects at once."""
+MOST_FOUND = 10_000
+"""Keys whose rows are kept once they were found: a dict answers in a twentieth of the time."""
 
 
 class KeyRows(Mapping[str, int]):
@@ -35,6 +37,7 @@ class KeyRows(Mapping[str, int]):
         self.left_out = frozenset(left_out)
         self.hashed = mapped.array(name, self._hashed)  # [keys to find] uint64, ascending: CRC-32, then the row
         self.numbers = self.hashed.data  # the same as Python's numbers, for a search of one key
+        self.found: dict[str, int] = {}
 
     def _hashed(self) -> np.ndarray:
         hashes = np.empty(len(self.texts), np.uint64)
@@ -47,6 +50,15 @@ class KeyRows(Mapping[str, int]):
         return hashed
 
     def __getitem__(self, key: str) -> int:
+        row = self.found.get(key)
+        if row is None:
+            row = self._search(key)
+            if len(self.found) >= MOST_FOUND:
+                self.found.clear()
+            self.found[key] = row
+        return row
+
+    def _search(self, key: str) -> int:
         least = crc32(key.encode("utf-8", "replace")) << 32
         first = bisect_left(self.numbers, least)
         while first < len(self.numbers) and self.numbers[first] >> 32 == least >> 32:

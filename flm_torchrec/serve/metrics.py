@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
@@ -14,6 +16,7 @@ from prometheus_client.registry import Collector
 from flm_torchrec.serve.service import Service
 from flm_torchrec.serve.variants import Variants
 
+M = TypeVar("M", bound=MetricWrapperBase)
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -61,6 +64,8 @@ class ServerMetrics:
         service = served.first
         self.registry = CollectorRegistry()
         counts = CollectorRegistry()
+        self.children: dict[tuple[MetricWrapperBase, tuple[str | int, ...]], MetricWrapperBase] = {}
+        """By metric and labels: there are as many as the text has lines of them."""
         self.requests = Counter("flm_requests", "requests answered", ["route", "status"], registry=counts)
         self.seconds = Histogram(
             "flm_request_seconds", "from arrival to answer", ["route"], buckets=SECONDS, registry=counts
@@ -91,6 +96,21 @@ class ServerMetrics:
                 }
             )
         )
+
+    def count(self, route: str, status: int, seconds: float, exports: Iterable[str]) -> None:
+        """A request of a route has been answered, by exports of these names."""
+        self._child(self.requests, route, status).inc()
+        self._child(self.seconds, route).observe(seconds)
+        for export in exports:
+            self._child(self.export_requests, export, route, status).inc()
+            self._child(self.export_seconds, export).observe(seconds)
+
+    def _child(self, metric: M, *labels: str | int) -> M:
+        """As `metric.labels`, which takes longer than to count."""
+        found: M | None = self.children.get((metric, labels))  # type: ignore[assignment]
+        if found is None:
+            found = self.children[metric, labels] = metric.labels(*labels)
+        return found
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""

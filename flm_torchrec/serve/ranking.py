@@ -42,8 +42,10 @@ def ranked(
             chosen = loaded.best(query, pool, left_out, request.filter)
         if request.diversity:
             chosen = diverse(loaded, chosen, rest, request.diversity)
-    scores = query.score(loaded.vectors(np.array(pinned, np.int64)))
-    first = list(zip(pinned, scores.tolist(), strict=True))
+    first: Ranked = []
+    if pinned:
+        scores = query.score(loaded.vectors(np.array(pinned, np.int64)))
+        first = list(zip(pinned, scores.tolist(), strict=True))
     return [*first, *chosen][request.offset : wanted]
 
 

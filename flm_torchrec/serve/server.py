@@ -20,6 +20,8 @@ from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 
 from flm_torchrec.errors import RunError
 from flm_torchrec.serve.connections import BACKLOG, ConnectionLimits, GuardedProtocol, Waiting
+from flm_torchrec.serve.quick import QuickRequests
+from flm_torchrec.serve.quick_connections import QuickProtocol
 
 ACCEPTED = 1
 """Connections that a process accepts at once. If it took all that wait, another process would be idle."""
@@ -127,6 +129,8 @@ def serve(app: FastAPI, bound: socket, limits: ConnectionLimits, tls: Certificat
 def http_server(app: FastAPI, limits: ConnectionLimits, tls: Certificate | None, tell: Tell) -> HttpServer:
     """The server of `serve`, which does not run yet."""
     logging.getLogger("uvicorn.error").addFilter(RareTracebacks())
+    quick: QuickRequests | None = getattr(app.state, "quick", None)
+    protocol: Any = GuardedProtocol if quick is None else partial(QuickProtocol, quick=quick)
     config = uvicorn.Config(
         app,
         log_level="error",  # warnings are about what clients send: anyone could fill the log with them
@@ -135,7 +139,7 @@ def http_server(app: FastAPI, limits: ConnectionLimits, tls: Certificate | None,
         timeout_graceful_shutdown=GRACE,
         timeout_keep_alive=IDLE_SECONDS,
         h11_max_incomplete_event_size=MOST_HEADER_BYTES,
-        http=partial(GuardedProtocol, limits=limits, waiting=Waiting()),  # type: ignore[arg-type]
+        http=partial(protocol, limits=limits, waiting=Waiting()),  # type: ignore[arg-type]
         ws="none",
         backlog=ACCEPTED,
         server_header=False,

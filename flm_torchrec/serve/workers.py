@@ -92,18 +92,31 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
         self.batches = 0
+        self.means = [0.0] * 4
+        """Of requests n, seconds t, n · n and n · t, the last batches before all others."""
 
     def note(self, seconds: float, requests: int) -> None:
         """A batch has taken so long."""
         self.batches += 1
         weight = max(WEIGHT, 1 / self.batches)
-        self.seconds += weight * (seconds / requests - self.seconds)
+        fresh = (requests, seconds, requests * requests, requests * seconds)
+        self.means = [mean + weight * (new - mean) for mean, new in zip(self.means, fresh, strict=True)]
 
     def turn(self) -> int:
-        """Plain requests that may be answered in the event loop at once; 0: none."""
-        return int(LONGEST_TURN / max(self.seconds, 1e-6)) if self.batches >= MEASURED else 0
+        """Plain requests that may be answered in the event loop at once; 0: none.
+
+        A batch takes `begin` seconds and `each` for a request, by least squares over batches of different sizes. The
+        mean of a request alone would keep batches small that are small: these take longer for each.
+        """
+        if self.batches < MEASURED:
+            return 0
+        n, t, nn, nt = self.means
+        mean, spread = max(t, 1e-6) / n, nn - n * n
+        slope = (nt - n * t) / spread if spread > 1e-3 * nn else mean
+        each = min(mean, max(slope, mean / 4))
+        begin = max(t, 1e-6) - each * n
+        return max(0, int((LONGEST_TURN - begin) / each))
 
 
 class Batches(Generic[Asked]):
@@ -151,7 +164,8 @@ class Batches(Generic[Asked]):
 
     async def _run(self) -> None:
         while self.asked:
-            taken = [self.asked.popleft() for _ in range(min(len(self.asked), MOST_BATCH))]
+            turn = self.pace.turn() if self.pace is not None else 0
+            taken = [self.asked.popleft() for _ in range(min(len(self.asked), turn or MOST_BATCH, MOST_BATCH))]
             taken = [(request, future) for request, future in taken if not future.done()]
             try:
                 answers = await self._answers([r for r, _ in taken])
@@ -159,6 +173,8 @@ class Batches(Generic[Asked]):
                 answers = [error] * len(taken)  # type: ignore[list-item]
             for (_, future), answer in zip(taken, answers, strict=True):
                 _settle(future, answer)
+            if turn and self.asked:
+                await asyncio.sleep(0)  # these are sent, and others read, before the next turn
         self.running -= 1  # at once: a request that comes before the task is gone would wait for the next one
 
     async def _answers(self, requests: list[Asked]) -> Sequence[Answer | Refused]:

@@ -59,16 +59,40 @@ def test_requests_that_are_known_to_be_quick_are_answered_in_the_loop() -> None:
     assert in_loop(asked(known(LONGEST_TURN / 8), Request(1), Request(2))) == [True, True]
 
 
+def test_more_than_fit_into_a_turn_are_answered_in_several() -> None:
+    turns: list[int] = []
+
+    def noted(requests: Sequence[Request]) -> list[Any]:
+        turns.append(len(requests))
+        return answers(requests)
+
+    async def other() -> None:
+        while True:
+            turns.append(0)
+            await asyncio.sleep(0)
+
+    async def ask() -> list[Any]:
+        batches: Batches[Request] = Batches(pool, noted, 1, known(LONGEST_TURN / 2))
+        beside = asyncio.create_task(other())
+        found = await asyncio.gather(*(batches.answer(Request(number)) for number in range(1, 6)))
+        beside.cancel()
+        return found
+
+    with ThreadPoolExecutor(1) as pool:
+        assert all(in_loop(asyncio.run(ask())))
+    assert [size for size in turns if size] == [2, 2, 1]
+    assert turns[turns.index(2) + 1] == 0  # the event loop does other things between
+
+
 @pytest.mark.parametrize(
     ("pace", "requests"),
     [
         (None, [Request(1)]),
         (Pace(), [Request(1)]),
         (known(2 * LONGEST_TURN), [Request(1)]),
-        (known(LONGEST_TURN / 2), [Request(1), Request(2), Request(3)]),
         (known(LONGEST_TURN / 8), [Request(1), Request(2, plain=False)]),
     ],
-    ids=["never", "not measured", "slow", "many at once", "not plain"],
+    ids=["never", "not measured", "slow", "not plain"],
 )
 def test_all_others_are_answered_by_a_thread(pace: Pace | None, requests: list[Request]) -> None:
     assert not any(in_loop(asked(pace, *requests)))
@@ -88,6 +112,14 @@ def test_the_pace_follows_what_requests_take() -> None:
     for _ in range(100):
         pace.note(LONGEST_TURN / 10, 1)
     assert pace.turn() >= 9
+
+
+def test_what_a_batch_takes_for_its_beginning_does_not_keep_batches_small() -> None:
+    pace = Pace()
+    for number in range(2 * MEASURED):
+        size = 1 + number % 3
+        pace.note(LONGEST_TURN * (0.4 + 0.1 * size), size)  # the mean of a request alone would allow three
+    assert pace.turn() == pytest.approx(6, abs=1)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import pytest
@@ -24,26 +24,19 @@ from flm_torchrec.serve.connections import (
     listening,
 )
 from flm_torchrec.serve.hosts import KnownHosts, host_name
-from flm_torchrec.serve.middleware import MeasuringMiddleware, add_error_handlers, read_body
+from flm_torchrec.serve.middleware import MeasuringMiddleware, RequestRecords, add_error_handlers, read_body
 
 MOST, SECONDS = 8, 0.5
 
 
 class Counted:
-    """What `MeasuringMiddleware` needs of measures: statuses in the order they came."""
+    """What `RequestRecords` needs of measures: statuses in the order they came."""
 
     def __init__(self) -> None:
         self.statuses: list[int] = []
-        self.requests = self.seconds = self
 
-    def labels(self, route: str, status: int = 0) -> Counted:
-        if status:
-            self.statuses.append(status)
-        return self
-
-    def inc(self) -> None: ...
-
-    def observe(self, seconds: float) -> None: ...
+    def count(self, route: str, status: int, seconds: float, exports: Iterable[str]) -> None:
+        self.statuses.append(status)
 
 
 @pytest.fixture
@@ -57,7 +50,7 @@ def address(counted: Counted) -> Iterator[tuple[str, int]]:
     app = FastAPI()
     add_error_handlers(app)
     app.add_middleware(KnownHosts, hosts=("localhost", "address"))
-    app.add_middleware(MeasuringMiddleware, measures=counted)  # type: ignore[arg-type]
+    app.add_middleware(MeasuringMiddleware, records=RequestRecords(counted))  # type: ignore[arg-type]
 
     @app.post("/")
     async def echo(request: Request) -> int:

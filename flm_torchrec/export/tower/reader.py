@@ -190,26 +190,22 @@ class PackagedTower:
         Args:
             added: [M, D] content vectors, as of `content`, of the items that the catalogue lacks.
         """
-        shown = [q.history.take(slice(-self.max_history, None)) for q in queries]
-        longest = max([1, *(len(h) for h in shown)])
-        shape = len(queries), longest
-        item, event, gap, time = (np.zeros(shape, np.int64) for _ in range(4))
-        value, context = np.zeros(shape, np.float32), np.zeros((*shape, len(self.contexts)), np.int64)
-        for row, (query, history) in enumerate(zip(queries, shown, strict=True)):
-            n = len(history)
-            coded = self._coded(query.history, history)
-            item[row, :n] = history.item
-            event[row, :n], gap[row, :n] = coded.event, coded.gap
-            value[row, :n], time[row, :n] = coded.value, coded.time
-            context[row, :n] = coded.context
+        most = self.max_history
+        shown = [q.history.take(slice(-most, None)) if len(q.history) > most else q.history for q in queries]
+        lengths = np.array([len(h) for h in shown])
+        events = Events.concat(shown) if len(shown) > 1 else shown[0]
+        coded = self._coded([q.history for q in queries], events, lengths)
+        there = np.arange(max(1, int(lengths.max()))) < lengths[:, None]  # [queries, longest]
+        item, value = np.require(events.item, np.int64, "W"), coded.value.astype(np.float32, copy=False)
+        columns = (item, coded.event, coded.gap, value, coded.time)
         # A cold user's row of the table is not used: the profile is given.
         profiles = [self.nobody if q.profile is None else q.profile for q in queries]
         given = [q.profile is not None or q.user < 0 for q in queries]
         arrays = (
-            item, event, gap, value, time, np.array([len(h) for h in shown]),
+            *(_padded(column, there) for column in columns), lengths,
             added if len(added) else np.zeros((1, self.dim), np.float32),
             np.array([q.user for q in queries]), np.stack(profiles), np.array(given),
-            *([context] if self.contexts else []),
+            *([_padded(coded.context, there)] if self.contexts else []),
         )  # fmt: skip
         with torch.inference_mode():
             heads, weights = self.user(*(torch.from_numpy(a) for a in arrays))
@@ -270,10 +266,30 @@ class PackagedTower:
             contents = unit(contents)
         return np.pad(contents, ((0, 0), (0, self.space - contents.shape[1])))
 
-    def _coded(self, history: Events, shown: Events) -> CodedEvents:
-        """The events `shown`, the last of a history, as the tower takes them."""
-        previous = previous_times(history.timestamp)[len(history) - len(shown) :]
-        return self.coding.code(shown, previous, shown.timestamp[:1])
+    def _coded(self, histories: Sequence[Events], shown: Events, lengths: np.ndarray) -> CodedEvents:
+        """Events as the tower takes them.
+
+        Args:
+            shown: the last events of each history, one history after the other.
+            lengths: [histories] how many of each.
+        """
+        begins = np.cumsum(lengths) - lengths
+        previous = previous_times(shown.timestamp)
+        for history, begin, length in zip(histories, begins.tolist(), lengths.tolist(), strict=True):
+            if length:
+                previous[begin] = history.timestamp[max(0, len(history) - length - 1)]
+        there = lengths > 0
+        return self.coding.code(shown, previous, np.repeat(shown.timestamp[begins[there]], lengths[there]))
+
+
+def _padded(column: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """[n, …] values → [queries, longest, …], zero where nothing is `there` [queries, longest]."""
+    shape = *there.shape, *column.shape[1:]
+    if len(column) == there.size:
+        return np.ascontiguousarray(column).reshape(shape)
+    made = np.zeros(shape, column.dtype)
+    made[there] = column
+    return made
 
 
 def _map_tables(program: nn.Module, name: str, mapped: MappedFiles) -> None:
