@@ -16,7 +16,8 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 # What both images share: no compiler, no tests; an own user; configs where jobs look for them.
 FROM ${BASE} AS base
 ENV PYTHONUNBUFFERED=1 HOME=/tmp
-RUN useradd --uid 10001 --no-create-home flm && mkdir --parents /app && chown flm /app
+# A new volume gets the owner of the folder that it is mounted at: /shop, of compose.yaml.
+RUN useradd --uid 10001 --no-create-home flm && mkdir --parents /app /shop && chown flm /app /shop
 COPY requirements /requirements
 WORKDIR /app
 COPY configs configs
@@ -33,7 +34,8 @@ RUN pip install --no-cache-dir --extra-index-url "$TORCH_CPU_INDEX" \
         "$(echo /wheels/*.whl)[cpu,kafka,avro,qdrant,postgresql,pgvector,traces]" \
     && pip install --no-cache-dir --no-deps "$(grep '^torchrec==' /requirements/cpu.txt)" \
     && flm --version
-USER flm
+# A number, as Kubernetes cannot know by a name that it is not root.
+USER 10001
 
 FROM base AS cuda
 RUN pip install --no-cache-dir --constraint /requirements/base.txt "$(grep '^torch==' /requirements/gpu.txt)"
@@ -41,4 +43,5 @@ COPY --from=wheel /wheels /wheels
 # No `flm --version` here: the package does not load without a driver.
 RUN pip install --no-cache-dir --constraint /requirements/base.txt --constraint /requirements/extras.txt \
         "$(echo /wheels/*.whl)[gpu,kafka,avro,qdrant,postgresql,pgvector,traces]"
-USER flm
+# A number, as Kubernetes cannot know by a name that it is not root.
+USER 10001

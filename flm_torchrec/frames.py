@@ -33,12 +33,19 @@ def arrow_of(frame: object, where: str) -> pa.Table:
     if not is_frame(frame):
         raise no_table(frame, where)
     try:
-        table = frame if isinstance(frame, pa.Table) else pa.table(frame)
+        table = frame if isinstance(frame, pa.Table) else _converted(frame, where)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{where}: cannot be read ({first_line(error)}); give each column one type") from error
     if not len(table):
         raise DataError(f"{where}: has no rows; give a table with data")
     return table
+
+
+def _converted(frame: Any, where: str) -> pa.Table:
+    names = list(map(str, frame.columns))
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{where}: two columns are named '{twice[0]}'; rename one")
+    return pa.table(frame)
 
 
 def no_table(value: object, where: str) -> DataError:

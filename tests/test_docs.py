@@ -27,6 +27,8 @@ FORMER = (
 RECIPES = ("--loss.basket", "loss.basket", "distributed.whole_below", "loss.agreement")
 """Settings that only the recipes of docs/extending.md add."""
 OTHER_PROGRAMS = {
+    "buildah": ("--isolation", "--layers", "--build-arg", "--target"),
+    "debootstrap": ("--variant", "--include"),
     "docker": ("--target", "--build-arg", "--rm", "--gpus"),
     "kubectl": ("--from-literal",),
     "pip": ("--no-deps", "--wheel-dir", "--extra-index-url"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flm_torchrec.data.dataset import PreparedData
     from flm_torchrec.data.splits import Examples
     from flm_torchrec.evaluation.evaluate import Evaluation
+    from flm_torchrec.training.job import Job
 
 Split = Literal["test", "valid"]
 
@@ -36,6 +37,8 @@ class EvaluateOptions:
     by: Sequence[str] = ()
     """Of "items", "users" and "events": break results down by how popular the item is, how much is known of the user,
     and the kind of the next event."""
+    windows: int = 0
+    """Cut the held-out period of a time split into so many parts, with predictions in each; 0: do not."""
     overrides: Sequence[str] = ()
     """Of the run's settings."""
     given: Mapping[str, str] | None = None
@@ -64,6 +67,8 @@ def evaluate_run(run: str | os.PathLike[str], options: EvaluateOptions, keep_ran
     Raises:
         FlmError: an option, the run or its data is wrong, or the model has diverged.
     """
+    if options.windows < 0:
+        raise RunError(f"--windows {options.windows}: give 1 or more")
     check_versions()
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     import numpy as np
@@ -75,14 +80,18 @@ def evaluate_run(run: str | os.PathLike[str], options: EvaluateOptions, keep_ran
     with restore(Path(run), options.overrides, options.sample, options.given) as restored:
         job = restored.job
         splits = job.events.splits
-        examples = splits.test if options.split == "test" else splits.valid
+        examples = held_out = splits.test if options.split == "test" else splits.valid
         if options.users:
             examples = examples.take(np.array(_rows_of(options.users, job.data.user_keys, examples.user.tolist())))
         if options.drawn:
             examples = examples.take(sampled(len(examples), options.drawn, job.config.train.seed))
+        if options.windows:
+            examples = _rolled(job, held_out, examples, options.windows)
         by = tuple(dict.fromkeys(options.by))
         task = EvaluationTask(job.data, examples, options.split, job.events.seen, splits.cold_items, keep_ranks, by)
         evaluation = evaluate(task, job.encoder(examples), job.comm, job.config.eval)
+        if options.windows:
+            evaluation = replace(evaluation, ranked="pairs of user and window, every item ranked")
         oracle = _oracle(job.data, examples)
         return Evaluated(evaluation, examples, job.data.fingerprint, oracle, job.config.eval.ks, job.comm.main)
 
@@ -112,6 +121,22 @@ def _rows_of(keys: Sequence[str], user_keys: list[str], users: list[int]) -> lis
         if user_of[key] not in examples_of:
             raise RunError(f"--user '{key}': has no held-out event in this split; choose another user")
     return [row for key in keys for row in examples_of[user_of[key]]]
+
+
+def _rolled(job: Job, held_out: Examples, examples: Examples, windows: int) -> Examples:
+    """The predictions in each window, for the users of the examples.
+
+    Raises:
+        RunError: the run has no time split.
+    """
+    from flm_torchrec.evaluation.rolling import RollingWindows
+
+    if examples.until is None:
+        raise RunError(
+            f"--windows: the run has a {job.config.data.split} split, whose events are of no common period; train with"
+            " --data.split time"
+        )
+    return RollingWindows.of(job.data, held_out, windows).examples(job.data, examples)
 
 
 def _oracle(data: PreparedData, examples: Examples) -> dict[str, dict[str, float]] | None:

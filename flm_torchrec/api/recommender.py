@@ -125,7 +125,8 @@ class Recommender:
             output: file to write; its name ends in .parquet.
             users: as of `recommend`, without histories; or a path of a file of ids. None: all users.
             overwrite: replace an older file of recommendations; anything else is never replaced.
-            options: `k`, `head`, `filter` and `include_seen` of `recommend`.
+            options: `k`, `head`, `filter` and `include_seen` of `recommend`; `head="all"`: lists by each head, and a
+                column `head`.
 
         Raises:
             FlmError: as of `recommend`, or the output is wrong.

@@ -132,14 +132,21 @@ class Run:
         return load_config(self.path / "config.yaml")
 
     def evaluate(
-        self, split: Split = "test", frame: FrameKind = "polars", by: Sequence[str] = (), **settings: Any
+        self,
+        split: Split = "test",
+        frame: FrameKind = "polars",
+        by: Sequence[str] = (),
+        windows: int = 0,
+        **settings: Any,
     ) -> Frame:
         """Rank every item for the held-out event of each user, by each head, their fusion and the baselines.
 
         Args:
             split: "test", each user's last event, or "valid".
             frame: "polars", "pandas" or "arrow".
-            by: segments too: "items" (head, tail, without training events), "users" (new, of few events, of many).
+            by: segments too: "items" (head, tail, without training events), "users" (new, of few events, of many),
+                "events" (kinds of the next event).
+            windows: of a time split: cut the held-out period into so many windows, with predictions in each.
             settings: of section `eval`, such as `ks=[10]` or `baselines=[]`.
 
         Returns:
@@ -167,8 +174,8 @@ class Run:
         if split not in ("test", "valid"):
             raise ConfigError(f"split '{split}': choose test or valid")
         if unknown := [one for one in by if one not in BY]:
-            raise ConfigError(f"by '{unknown[0]}': choose items, users or both")
-        options = EvaluateOptions(split, by=by, overrides=overrides_of({"eval": settings}))
+            raise ConfigError(f"by '{unknown[0]}': choose from {', '.join(BY)}")
+        options = EvaluateOptions(split, by=by, windows=windows, overrides=overrides_of({"eval": settings}))
         evaluation = evaluate_run(self.path, options).evaluation
         write_evaluation(self.path, evaluation)
         everyone = {name: {**metrics, **evaluation.lists[name]} for name, metrics in evaluation.table.items()}

@@ -56,6 +56,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="also a table for each kind of next item (head, tail, without training events), of user (new, of few"
         " events, of many), or of next event; may be repeated (default: none)",
     )
+    parser.add_argument(
+        "--windows",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of a run with data.split time: cut the held-out period into N windows of equal length, and predict in"
+        " each from all events before (default: one prediction for each user)",
+    )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown (default: a table)")
     parser.add_argument(
         "--against",
@@ -90,6 +98,7 @@ def run(args: argparse.Namespace) -> None:
         sample=args.sample == VALIDATED,
         drawn=max(0, args.sample or 0),
         by=args.by,
+        windows=args.windows,
         overrides=given_overrides(args),
         given=given_options(args),
     )

@@ -39,8 +39,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--over", choices=("users", "items"), help="of --hops 2: what paths lead over (default: users who had the item)"
     )
+    help_of_head = (
+        f"one of {', '.join(REPRESENTATIONS)}; of --users and --all also all: lists by each of them, and a column head"
+        " (default: %(default)s)"
+    )
     parser.add_argument("-k", type=int, default=10, help="number of items (default: %(default)s)")
-    parser.add_argument("--head", default="fused", help=f"one of {', '.join(REPRESENTATIONS)} (default: %(default)s)")
+    parser.add_argument("--head", default="fused", help=help_of_head)
     parser.add_argument(
         "--filter",
         action="append",
@@ -146,7 +150,7 @@ def _from_item(args: argparse.Namespace, wanted: dict[str, list[str]]) -> None:
 def _write(args: argparse.Namespace, wanted: dict[str, list[str]]) -> None:
     # Imported here: a wrong option should be reported at once.
     from flm_torchrec.export.recommend import ExportRecommender, RecommendOptions
-    from flm_torchrec.export.recommend_file import check_output_file, write_recommendations
+    from flm_torchrec.export.recommend_file import EVERY_HEAD, check_output_file, write_recommendations
     from flm_torchrec.prepare.sources.user_list import read_users
 
     check_output_file(args.output, args.overwrite)
@@ -156,8 +160,9 @@ def _write(args: argparse.Namespace, wanted: dict[str, list[str]]) -> None:
     began = time.monotonic()
     written = write_recommendations(recommender, args.output, options, users, args.overwrite)
     seconds = time.monotonic() - began
+    by = "all heads" if args.head == EVERY_HEAD else args.head
     print(
-        f"{args.output}: {written.rows} recommendations by {args.head} for {written.users} users in {seconds:.1f} s,"
+        f"{args.output}: {written.rows} recommendations by {by} for {written.users} users in {seconds:.1f} s,"
         f" {written.users / max(seconds, 1e-9):.0f} users/s; model {recommender.manifest.model_version}"
     )
 

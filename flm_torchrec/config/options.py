@@ -99,12 +99,22 @@ def _problem(error: ValidationError, kind: type, prefix: str) -> str:
     reason = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:  # a check of several fields names the options itself
         return reason
-    name = str(first["loc"][0])
+    name, *inside = map(str, first["loc"])
     if first["type"] == "greater_than_equal":
         reason = f"must be at least {first['ctx']['ge']}"
     elif first["type"] != "value_error":
-        reason = f"must be {accepts(dict((field.name, hint) for field, hint in _hints(kind))[name])}"
-    return f"{_flag(prefix, name)} {first['input']}: {reason}"
+        reason = f"must be {_taken(next(hint for field, hint in _hints(kind) if field.name == name))}"
+    value = f"{'.'.join(inside)}={first['input']}" if inside and inside[-1] != "[key]" else first["input"]
+    return f"{_flag(prefix, name)} {value}: {reason}"
+
+
+def _taken(hint: Any) -> str:
+    """What an option takes; several values by name are a text of the command line, or a mapping in Python."""
+    form = next((info.title for info in _infos(hint) if info.title), None)
+    bare = _bare(hint)
+    if get_origin(bare) is not dict:
+        return accepts(hint)
+    return f"a text {form}" + (", or a mapping of texts" if get_args(bare) == (str, str) else "")
 
 
 def _flag(prefix: str, name: str) -> str:

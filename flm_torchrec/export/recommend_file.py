@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +16,11 @@ from flm_torchrec.files import replacing_file, telling
 
 MARK = b"flm_recommendations"
 """Key of the file's metadata: the model version. Only a file that has it is replaced."""
+
+HEAD = pa.field("head", pa.string())
+"""Column of the heads, where there are several."""
+EVERY_HEAD = "all"
+"""In place of a head: all of the export, one after another, named in the column `head`."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +42,35 @@ def write_recommendations(
     """Write the recommendations for all users, or for those with the wanted keys; the file appears complete or not.
 
     Args:
+        options: `head` may be `EVERY_HEAD`.
         overwrite: replace an older file of recommendations; anything else is never replaced.
 
     Raises:
         RunError: a question that cannot be answered, an output that is there, or a disk that cannot be written.
     """
     check_output_file(output, overwrite)
-    tables = recommender.for_many(options, wanted)
-    users = rows = 0
+    by_head = _by_head(recommender, options, wanted)
+    columns = COLUMNS.append(HEAD) if options.head == EVERY_HEAD else COLUMNS
+    users = dict.fromkeys(by_head, 0)
+    rows = 0
     with claim(output), telling(output):
         check_output_file(output, overwrite)  # another process may have written it until now
-        schema = COLUMNS.with_metadata({MARK: recommender.manifest.model_version})
+        schema = columns.with_metadata({MARK: recommender.manifest.model_version})
         with replacing_file(output) as fresh, pq.ParquetWriter(fresh, schema) as writer:
-            for table in tables:
-                writer.write_table(table.replace_schema_metadata(schema.metadata))
+            for head, table in ((head, table) for head, tables in by_head.items() for table in tables):
+                named = table.append_column(HEAD, pa.repeat(head, len(table)))
+                writer.write_table(named.select(columns.names).replace_schema_metadata(schema.metadata))
                 rows += len(table)
-                users += int((table["rank"].to_numpy() == 1).sum())
-    return WrittenRecommendations(users, rows)
+                users[head] += int((table["rank"].to_numpy() == 1).sum())
+    return WrittenRecommendations(max(users.values()), rows)
+
+
+def _by_head(
+    recommender: ExportRecommender, options: RecommendOptions, wanted: pa.Array | None
+) -> dict[str, Iterator[pa.Table]]:
+    """By head, the tables of `ExportRecommender.for_many`; everything is checked now, and computed later."""
+    heads = recommender.manifest.heads if options.head == EVERY_HEAD else [options.head]
+    return {head: recommender.for_many(replace(options, head=head), wanted) for head in heads}
 
 
 def check_output_file(output: Path, overwrite: bool) -> None:

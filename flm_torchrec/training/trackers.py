@@ -6,6 +6,7 @@ once, and the run goes on without the tracker.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import uuid
@@ -19,6 +20,7 @@ from typing import Any, Literal, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
+from flm_torchrec.documents import read_json
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.files import write_text
 
@@ -32,6 +34,8 @@ MOST_LETTERS = 6000
 """Maximum of a parameter's value in MLflow."""
 RUN_ID = "run_id"
 """File of a tracker's folder with its name for the run, so that a run that resumes goes on in the same place."""
+TOLD = "told.json"
+"""File of a tracker's folder with what it has been told."""
 Ending = Literal["finished", "stopped", "failed"]
 """How a run ended; stopped: on request, it can resume."""
 
@@ -86,6 +90,29 @@ class TensorBoard:
         self.writer.close()
 
 
+class Told:
+    """What a tracker has been told that takes nothing back: by the name of a value, its last step.
+
+    It is kept in the run folder. A run that resumes from a checkpoint does steps again, and tells none of them twice.
+    """
+
+    def __init__(self, file: Path, resumed: bool) -> None:
+        self.file = file
+        self.last: dict[str, int] = read_json(file) if resumed and file.is_file() else {}
+
+    def untold(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+        """The values that the tracker has not been told of this step or of a later one."""
+        return {name: value for name, value in values.items() if self.last.get(name, -1) < step}
+
+    def note(self, step: int, values: Mapping[str, float]) -> None:
+        """The tracker has been told these."""
+        self.last.update(dict.fromkeys(values, step))
+
+    def save(self) -> None:
+        """All that was noted has reached the tracker."""
+        write_text(self.file, json.dumps(self.last))
+
+
 class MLflow:
     """A run of MLflow, at the server of MLFLOW_TRACKING_URI, in the experiment of MLFLOW_EXPERIMENT_NAME."""
 
@@ -96,6 +123,7 @@ class MLflow:
 
         self.client = MlflowClient()
         file = about.folder / "mlflow" / RUN_ID
+        self.told = Told(file.with_name(TOLD), about.resumed)
         if about.resumed and file.is_file():
             self.run = file.read_text(encoding="ascii")
             self.client.update_run(self.run, status="RUNNING")
@@ -111,7 +139,15 @@ class MLflow:
         self.client.log_batch(self.run, params=settings)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """As of `Tracker`. MLflow allows no `@` in a name."""
+        """As of `Tracker`."""
+        untold = self.told.untold(step, values)
+        if untold:
+            self._log(step, untold)
+            self.told.note(step, untold)
+            self.told.save()
+
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
+        """MLflow allows no `@` in a name."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -119,12 +155,12 @@ class MLflow:
         self.client.log_batch(self.run, metrics=points)
 
     def rewind(self, step: int) -> None:
-        """As of `Tracker`. MLflow takes no point back: it shows the newer one of two of the same step."""
+        """As of `Tracker`. MLflow takes no point back; `metrics` leaves out what it has."""
 
     def finish(self, ending: Ending, summary: Mapping[str, float]) -> None:
         """As of `Tracker`."""
         if summary:
-            self.metrics(int(summary["best/step"]), summary)
+            self._log(int(summary["best/step"]), summary)
         states = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
         self.client.set_terminated(self.run, states[ending])
 
@@ -142,6 +178,7 @@ class WeightsAndBiases:
 
         file = about.folder / "wandb" / RUN_ID
         known = about.resumed and file.is_file()
+        self.told = Told(file.with_name(TOLD), about.resumed)
         name = file.read_text(encoding="ascii") if known else uuid.uuid4().hex[:16]
         if wandb.setup().settings.mode in (None, "online", "shared") and not wandb.login(prompt=False):
             raise ConfigError("not logged in; run 'wandb login', or set WANDB_MODE=offline")
@@ -158,16 +195,20 @@ class WeightsAndBiases:
         write_text(file, name)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """As of `Tracker`. `step` is a value beside the others: a run that resumes may tell a step again."""
-        self.run.log({"step": step, **values})
+        """As of `Tracker`. `step` is a value beside the others: a validation may be told after a later step."""
+        untold = self.told.untold(step, values)
+        if untold:
+            self.run.log({"step": step, **untold})
+            self.told.note(step, untold)
 
     def rewind(self, step: int) -> None:
-        """As of `Tracker`. What was told stays, and is told once more."""
+        """As of `Tracker`. Weights & Biases takes no point back; `metrics` leaves out what it has."""
 
     def finish(self, ending: Ending, summary: Mapping[str, float]) -> None:
         """As of `Tracker`."""
         self.run.summary.update(dict(summary))
         self.run.finish(exit_code=int(ending == "failed"))
+        self.told.save()  # not before: a process that is killed loses what Weights & Biases holds in memory
 
 
 TRACKERS: dict[str, tuple[str, Callable[[], Tracker]]] = {

@@ -157,6 +157,15 @@ WRONG_TABLES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "type": (lambda: pl.DataFrame({"a": [[1]], "b": [2]}), {"columns": {"user": "a", "item": "b"}}, "an id is one"),
     "option": (lambda: pl.DataFrame(rows()), {"columns": COLUMNS, "dedupe": "exact"}, "did you mean 'dedup'?"),
     "value": (lambda: pl.DataFrame(rows()), {"columns": COLUMNS, "k_core": -1}, "--k-core -1: must be at least 0"),
+    "number": (lambda: pl.DataFrame(rows()), {"columns": {"user": 0, "item": "what"}},
+        "--columns user=0: must be a text ROLE="),
+    "key": (lambda: pl.DataFrame(rows()), {"columns": {7: "who", "item": "what"}},
+        "--columns 7: must be a text ROLE="),
+    "kinds": (lambda: pl.DataFrame(rows()), {"columns": COLUMNS, "item_features": ["b"]},
+        "--item-features ['b']: must be"),
+    "rows": (lambda: pl.DataFrame(rows()), {"columns": COLUMNS, "tables": {"item_id": 3}},
+        "--tables item_id=3: must be a text NAME="),
+    "k": (lambda: pl.DataFrame(rows()), {"columns": COLUMNS, "k_core": [1]}, "--k-core [1]: must be a whole number"),
     "empty": (lambda: pl.DataFrame(rows()).clear(), {"columns": COLUMNS}, "events: has no rows"),
     "lazy": (lambda: pl.DataFrame(rows()).lazy(), {"columns": COLUMNS}, "events: is a LazyFrame; collect it first"),
     "no table": (lambda: 3, {"columns": COLUMNS}, "events: is a int; give a table"),
@@ -177,6 +186,15 @@ def test_a_wrong_table_is_one_line_and_leaves_nothing(tmp_path: Path, name: str)
     with pytest.raises(FlmError) as error:
         flm.prepare(make(), tmp_path / "out", **options)
     assert told in str(error.value) and "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    for names in (["who", "what", "what"], [1, 2, 1]):
+        with pytest.raises(FlmError) as error:
+            flm.prepare(pandas.DataFrame(rows()).set_axis(names, axis=1), tmp_path / "out", columns=COLUMNS)
+        assert str(error.value) == f"events: two columns are named '{names[2]}'; rename one"
     assert not list(tmp_path.iterdir())
 
 

@@ -80,6 +80,26 @@ def test_a_file_for_all_has_what_each_user_is_answered(
             assert found[user] == alone(recommender, user, options)
 
 
+def test_a_file_by_all_heads_is_those_of_each(
+    mixed: Path, small: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recommender, output = ExportRecommender(mixed), tmp_path / "all.parquet"
+    filtered = RecommendOptions(k=4, filter={"genre": ["war"]})
+    command = ["recommend", "--export", str(mixed), "-k", "4", "--filter", "genre=war", "--head", "all"]
+    assert main([*command, "--all", "--output", str(output)]) == 0
+    assert "by all heads for 120 users" in capsys.readouterr().out
+    found = pl.read_parquet(output)
+    assert found["head"].unique(maintain_order=True).to_list() == list(recommender.manifest.heads)
+    for head in recommender.manifest.heads:
+        write_recommendations(recommender, tmp_path / f"{head}.parquet", replace(filtered, head=head))
+        assert found.filter(pl.col("head") == head).drop("head").equals(pl.read_parquet(tmp_path / f"{head}.parquet"))
+    two = pa.array(["u3", "u7"])
+    some = write_recommendations(recommender, tmp_path / "some.parquet", RecommendOptions(2, "all"), two)
+    assert (some.users, some.rows) == (2, 4 * len(recommender.manifest.heads))
+    assert main([*command, "--user", "u1"]) == 2
+    assert "--head 'all': choose one of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("head", ["fused", "content"])
 def test_the_server_ranks_the_same_vectors_alike(mixed: Path, tmp_path: Path, head: str) -> None:
     """A mixture, a head, seen items left out, and a filter."""

@@ -121,7 +121,7 @@ def test_every_instruction_of_the_dockerfile_is_one() -> None:
     from_stages = re.findall(r"--from=(\w+)", DOCKERFILE) + re.findall(r"^FROM (\w+) AS", DOCKERFILE, re.MULTILINE)
     assert set(from_stages) <= set(stages()), "a stage that is copied from comes before"
     last_users = re.findall(r"^USER (\w+)$", DOCKERFILE, re.MULTILINE)
-    assert last_users == ["flm", "flm"], "neither image runs as root"
+    assert last_users == ["10001", "10001"], "neither image runs as root, which Kubernetes knows by a number alone"
 
 
 def test_the_dockerfile_asks_for_lines_and_extras_that_are_there() -> None:
@@ -151,6 +151,15 @@ def test_services_of_the_compose_file_name_what_is_there() -> None:
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ())), "nothing is open to a network"
         assert not str(service["image"]).endswith(":latest")
     assert {"train", "serve", "qdrant", "kafka"} <= set(services)
+
+
+def test_who_writes_into_a_volume_may_and_does() -> None:
+    """A new volume belongs to root unless the image has its folder; Kafka writes elsewhere unless it is told."""
+    ((made, owned),) = re.findall(r"mkdir --parents ([/\w ]+) && chown flm ([/\w ]+)", DOCKERFILE)
+    named = [volume.split(":")[1] for volume in COMPOSE["services"]["serve"]["volumes"] if not volume.startswith(".")]
+    assert named and set(named) <= set(made.split()) & set(owned.split())
+    kafka = COMPOSE["services"]["kafka"]
+    assert [volume.split(":")[1] for volume in kafka["volumes"]] == [kafka["environment"]["KAFKA_LOG_DIRS"]]
 
 
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda m: f"{m['kind']} {m['metadata']['name']}")

@@ -244,6 +244,8 @@ def test_a_run_that_predicts_buys_is_ranked_and_tuned_so(
     assert main([*train, *buys]) == 0
     assert main([*train, "--data.target_events", "view", "--train.existing", "resume"]) == 2
     assert "was made with data.target_events" in capsys.readouterr().err
+    assert main(["evaluate", "--run", str(run), "--windows", "4"]) == 2
+    assert "has a leave-one-out split" in capsys.readouterr().err
     assert main(["evaluate", "--run", str(run)]) == 0
     found = json.loads((run / "evaluation-test.json").read_text())
     data = targets_of(plain, "buy")

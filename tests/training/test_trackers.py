@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -90,23 +92,69 @@ def test_mlflow_and_wandb_are_told_of_a_run(
         assert name in content, name
 
 
-def test_a_run_that_resumes_goes_on_in_the_same_run_of_mlflow(tmp_path: Path, mlflow_folder: str) -> None:
+def test_a_run_that_resumes_goes_on_in_the_same_run_of_mlflow_and_tells_no_step_twice(
+    tmp_path: Path, mlflow_folder: str
+) -> None:
     first = Trackers(["mlflow"], About(tmp_path, {"model.dim": 8}))
-    first.metrics(5, {"loss": 2.0})
+    for step in (4, 5):
+        first.metrics(step, {"loss": 10.0 - step})
+    first.metrics(5, {"valid/hr@5": 0.5})
     first.finish("stopped", {})
     again = Trackers(["mlflow"], About(tmp_path, {"model.dim": 8}, resumed=True))
-    again.rewind(4)
-    again.metrics(5, {"loss": 1.0})
+    again.rewind(3)
+    for step in (4, 5, 6):
+        again.metrics(step, {"loss": 10.0 - step})
+    again.metrics(5, {"valid/hr@5": 0.5, "valid/mrr": 0.25})
     again.finish("finished", {"best/step": 5, "best/fused/hr@5": 0.25})
     assert first.problems() + again.problems() == []
 
     from mlflow import MlflowClient
 
-    run = MlflowClient(mlflow_folder).get_run((tmp_path / "mlflow" / "run_id").read_text())
+    client, name = MlflowClient(mlflow_folder), (tmp_path / "mlflow" / "run_id").read_text()
+    run = client.get_run(name)
     assert (run.info.status, run.data.metrics) == (
         "FINISHED",
-        {"loss": 1.0, "best/step": 5, "best/fused/hr_at_5": 0.25},
+        {"loss": 4.0, "valid/hr_at_5": 0.5, "valid/mrr": 0.25, "best/step": 5, "best/fused/hr_at_5": 0.25},
     )
+    history = [(point.step, point.value) for point in client.get_metric_history(name, "loss")]
+    assert history == [(4, 6.0), (5, 5.0), (6, 4.0)]
+    assert [point.step for point in client.get_metric_history(name, "valid/hr_at_5")] == [5]
+
+
+@pytest.mark.parametrize(("stopped", "told_again"), [(True, [6, 7]), (False, [5, 6, 7])])
+def test_wandb_is_told_again_only_what_a_kill_may_have_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool, told_again: list[int]
+) -> None:
+    """A stub stands for wandb: it keeps what is told in memory until the end, as wandb does."""
+    runs: list[SimpleNamespace] = []
+
+    def init(**given: object) -> SimpleNamespace:
+        told: list[dict[str, float]] = []
+        nothing = SimpleNamespace(log=told.append, told=told, given=given, define_metric=lambda *_, **__: None)
+        nothing.summary, nothing.finish = {}, lambda exit_code: None
+        runs.append(nothing)
+        return nothing
+
+    settings = SimpleNamespace(mode="offline")
+    stub = SimpleNamespace(init=init, setup=lambda: SimpleNamespace(settings=settings), Settings=dict)
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    (tmp_path / "wandb").mkdir()
+    first = Trackers(["wandb"], About(tmp_path, {}))
+    for step in (5, 6):
+        first.metrics(step, {"loss": 1.0})
+    first.finish("stopped", {})
+    if not stopped:
+        (tmp_path / "wandb" / "told.json").write_text('{"loss": 4}')  # of an end before: a kill writes nothing
+    again = Trackers(["wandb"], About(tmp_path, {}, resumed=True))
+    again.rewind(4)
+    for step in (5, 6, 7):
+        again.metrics(step, {"loss": 1.0, "valid/mrr": 0.5} if step == 6 else {"loss": 1.0})
+    again.finish("finished", {"best/step": 6})
+    assert first.problems() + again.problems() == []
+    assert runs[0].given["id"] == runs[1].given["id"] and runs[1].given["resume"] == "allow"
+    assert [values["step"] for values in runs[1].told] == told_again
+    expected = {"step": 6, "valid/mrr": 0.5} if stopped else {"step": 6, "loss": 1.0, "valid/mrr": 0.5}
+    assert expected in runs[1].told and runs[1].summary == {"best/step": 6}
 
 
 def test_a_server_that_is_not_there_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,23 +53,30 @@ class Adapter:
     """Distributions whose versions are told."""
     install: str
     """How to get them."""
+    model: str = ""
+    """Which model of the program; empty: all that it has."""
     seeded: bool = True
     """Another seed gives another result."""
 
 
 OURS = "make venv"
+RECTOOLS = Adapter(
+    "run_rectools", ("rectools", "torch", "pyarrow"), "pip install 'rectools[torch]==0.19.0' pyarrow==21.0.0", "SASRec"
+)
+RECBOLE = Adapter(
+    "run_recbole",
+    ("recbole", "torch", "pyarrow"),
+    "install it by the commands at the top of tools/benchmarks/train.py, and pip install pyarrow==21.0.0",
+    "SASRec",
+)
 ADAPTERS = {
     "baselines": Adapter("run_baselines", ("flm_torchrec",), OURS, seeded=False),
     "flm": Adapter("run_flm", ("flm_torchrec", "torch", "torchrec"), OURS),
     "implicit": Adapter("run_implicit", ("implicit", "pyarrow"), "pip install implicit==0.7.3 pyarrow==21.0.0"),
-    "rectools": Adapter(
-        "run_rectools", ("rectools", "torch", "pyarrow"), "pip install 'rectools[torch]==0.19.0' pyarrow==21.0.0"
-    ),
-    "recbole": Adapter(
-        "run_recbole",
-        ("recbole", "torch", "pyarrow"),
-        "install it by the commands at the top of tools/benchmarks/train.py, and pip install pyarrow==21.0.0",
-    ),
+    "rectools": RECTOOLS,
+    "rectools-features": replace(RECTOOLS, model="SASRec, features"),
+    "recbole": RECBOLE,
+    "recbole-fm": replace(RECBOLE, model="FM"),
 }
 
 
@@ -129,8 +136,9 @@ class AdapterRun:
     def _started(self, output: Path, work: Path, log: Path) -> float:
         """Run it to its end → the processor seconds that it took."""
         module = f"tools.studies.conformance_adapters.{self.adapter.module}"
-        given = {"data": self.suite.data.resolve(), "output": output, "work": work, "seed": self.seed}
-        options = [f"--{name}={value}" for name, value in {**given, "minutes": self.minutes}.items()]
+        given: dict[str, Any] = {"data": self.suite.data.resolve(), "output": output, "work": work, "seed": self.seed}
+        given |= {"minutes": self.minutes, "model": self.adapter.model}
+        options = [f"--{name}={value}" for name, value in given.items()]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **threads}
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -35,7 +35,9 @@ class Task:
     """Scratch space."""
     seed: int
     minutes: float
-    """Processor time that training may take, all models of the adapter together."""
+    """Processor time that training may take."""
+    model: str = ""
+    """Which model to train, where a program has several that take long."""
 
     def table(self, name: str) -> pa.Table:
         """A file of the data, by its name without `.parquet`."""
@@ -63,6 +65,7 @@ def task_of(argv: Sequence[str] | None = None) -> Task:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=6.0)
+    parser.add_argument("--model", default="")
     return Task(**vars(parser.parse_args(argv)))
 
 

@@ -11,7 +11,7 @@ from tools.studies.conformance_adapters.protocol import K, Task, histories, task
 
 
 def main(task: Task) -> None:
-    """Train each, and write its lists."""
+    """Train the model of the task, and write its lists."""
     # Imported here: RecTools is in an environment of its own.
     import pandas as pd
 
@@ -19,16 +19,14 @@ def main(task: Task) -> None:
     rows = [(user, item, place) for user, items in known.items() for place, item in enumerate(items)]
     events = pd.DataFrame(rows, columns=["user_id", "item_id", "datetime"]).assign(weight=1.0)
     events["datetime"] = pd.to_datetime(events["datetime"], unit="D")
+    if task.model == "SASRec":
+        return _train(task, events, None)
     described = task.table("items").to_pandas()
     features = described.melt(id_vars="item", value_vars=["genre", "brand"], var_name="feature")
-    features = features.rename(columns={"item": "id"})
-    minutes = task.minutes / 2
-    for number, (name, given) in enumerate((("SASRec", None), ("SASRec, features", features)), start=1):
-        limited = Task(task.data, task.output, task.work, task.seed, minutes * number)
-        _train(limited, name, events, given)
+    _train(task, events, features.rename(columns={"item": "id"}))
 
 
-def _train(task: Task, name: str, events: Any, features: Any) -> None:
+def _train(task: Task, events: Any, features: Any) -> None:
     import torch
     from pytorch_lightning import Callback, Trainer, seed_everything
     from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
@@ -42,7 +40,12 @@ def _train(task: Task, name: str, events: Any, features: Any) -> None:
             """Ask for the end of training."""
             trainer.should_stop = trainer.should_stop or task.spent()
 
-    folder = task.work / name
+        def on_validation_end(self, trainer: Any, *of_model: Any) -> None:
+            """Tell how far training is."""
+            loss = float(trainer.callback_metrics.get(SASRecModel.val_loss_name, float("nan")))
+            print(f"{task.model}: epoch {trainer.current_epoch}, validation loss {loss:.4f}", flush=True)
+
+    folder = task.work / "best"
     best = ModelCheckpoint(dirpath=folder, monitor=SASRecModel.val_loss_name, mode="min", save_weights_only=True)
     early = EarlyStopping(monitor=SASRecModel.val_loss_name, mode="min", patience=10)
 
@@ -61,23 +64,23 @@ def _train(task: Task, name: str, events: Any, features: Any) -> None:
     described = {} if features is None else {"item_features_df": features, "cat_item_features": ["genre", "brand"]}
     dataset = Dataset.construct(events, **described)
     model = SASRecModel(
-        n_factors=128,
+        n_factors=64,
         n_blocks=2,
         n_heads=2,
-        session_max_len=50,
+        session_max_len=44,
         lr=1e-3,
-        batch_size=128,
+        batch_size=64,
         get_val_mask_func=last_of_each_user,
         get_trainer_func=trainer,
     )
     model.fit(dataset)
-    print(f"{name}: {model.fit_trainer.current_epoch} epochs", flush=True)
+    print(f"{task.model}: {model.fit_trainer.current_epoch} epochs", flush=True)
     (weights,) = folder.glob("*.ckpt")
     model.load_weights_from_checkpoint(weights)
     users = list(events["user_id"].unique())
     found = model.recommend(users, dataset, k=K, filter_viewed=True).sort_values(["user_id", "rank"])
     lists = found.groupby("user_id")["item_id"].agg(list)
-    task.write(name, users, [lists[user] for user in users])
+    task.write(task.model, users, [lists[user] for user in users])
 
 
 def last_of_each_user(interactions: Any) -> Any:
