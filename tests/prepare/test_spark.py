@@ -37,7 +37,11 @@ def add_columns(logs: Path) -> None:
     "cleaning",
     [
         ("--dedup", "window", "--dedup-window", "15", "--session-gap", "30", "--min-item-events", "9", "--k-core", "3"),
-        ("--dedup", "last", "--min-value", "0", "--columns", "user=user_id,item=item_id,weight=w", *OF_EVENTS),
+        ("--dedup", "last", "--min-value", "0", "--columns", "user=user_id,item=item_id"),
+        pytest.param(
+            ("--dedup", "last", "--columns", "user=user_id,item=item_id,timestamp=timestamp,weight=w", *OF_EVENTS),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_spark_writes_the_bytes_that_duckdb_writes(
