@@ -9,23 +9,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from flm_torchrec.data.schema import Entity
-from flm_torchrec.prepare.blocks import blocks, rows_of, write_blocks
+from flm_torchrec.errors import DataError
+from flm_torchrec.prepare.blocks import blocks, write_blocks
 from flm_torchrec.prepare.engine import Engine
 from flm_torchrec.prepare.features import EncodedFeature
 from flm_torchrec.prepare.key_order import order_sql
+from flm_torchrec.prepare.sources.source_data import Described
 
 NUMBERED = "numbered.parquet"
 """File of the view `users` or `items`, in the folder given to `number_keys`."""
 
 Hash = Callable[[pl.Series], pl.Series]
 """Keys → keys that name nobody."""
+
+Features = dict[str, tuple[str, pl.DataType]]
+"""By name of a feature: its column in intermediate files, where no name can be in the way, and the type it had."""
 
 
 def number_keys(engine: Engine, entity: Entity, folder: Path, rows_per_bucket: int, hashed: Hash | None = None) -> int:
@@ -34,11 +40,10 @@ def number_keys(engine: Engine, entity: Entity, folder: Path, rows_per_bucket: i
     Makes the view `users` or `items`, with columns id, key (in the events), shown (in the output) and bucket.
 
     Args:
-        folder: does not exist yet; for files.
+        folder: exists; for files.
         rows_per_bucket: rows of the events that the keys of a bucket have at most, unless one key has more.
         hashed: what makes the shown keys of the keys; None: they are the same.
     """
-    folder.mkdir()
     counted = f"SELECT {entity}_key AS key, COUNT(*) AS events FROM taken GROUP BY {entity}_key"
     shown = "key"
     if hashed is not None:
@@ -76,11 +81,7 @@ class EntityRows:
     """For files."""
     files: Sequence[Path]
     """Columns key, old (its number among the keys of the events; null: it is in none) and c0, c1, … for features."""
-    features: dict[str, tuple[str, pl.DataType]]
-    """By name of a feature: its column in the files, and the type it had; none where nothing describes them."""
-
-    def __len__(self) -> int:
-        return rows_of(self.files)
+    features: Features
 
     def new_ids(self, keys: int) -> np.ndarray:
         """[keys] int64, in a mapped file: the id of each key of the events; -1 where it does not stay."""
@@ -150,28 +151,78 @@ class StoredNumbers:
         return (part["number"].to_numpy() for part in blocks(self.files, ("number",)))
 
 
+@dataclass(frozen=True)
+class FrameTable:
+    """A table in memory, as `Described`."""
+
+    frame: pl.DataFrame
+    notes: list[str] = field(default_factory=list)
+
+    def parts(self, folder: Path) -> Iterator[pl.DataFrame]:
+        """See `Described`."""
+        yield self.frame
+
+    def repeated(self, number: int, key: str) -> str:
+        """See `Described`."""
+        raise DataError(f"key '{key}' describes two rows; keep one row of it")
+
+
+def store_described(
+    engine: Engine, entity: Entity, folder: Path, described: Described, hashed: Hash | None = None
+) -> Features:
+    """Make the view `described_users` or `described_items`: columns key and c0, c1, … for features; returns which.
+
+    Args:
+        folder: exists; for files.
+        hashed: as of `number_keys`.
+
+    Raises:
+        DataError: the table cannot be read, or a key occurs twice and must not.
+    """
+    parts = described.parts(folder)
+    first = next(parts)
+    features = {name: (f"c{n}", dtype) for n, (name, dtype) in enumerate(first.schema.items()) if name != "key"}
+
+    def stored() -> Iterator[pl.DataFrame]:
+        rows = 0
+        for part in chain([first], parts):
+            shown = part["key"] if hashed is None else hashed(part["key"])
+            place = pl.int_range(rows, rows + len(part), dtype=pl.Int64, eager=True)
+            columns = (pl.col(name).alias(column) for name, (column, _) in features.items())
+            yield part.select(shown.alias("key"), part["key"].alias("given"), place.alias("place"), *columns)
+            rows += len(part)
+
+    view = f"described_{entity}s"
+    write_blocks(stored(), folder / "described.parquet")
+    engine.files(view, [folder / "described.parquet"])
+    several = f"SELECT MIN(place) AS place FROM {view} GROUP BY key HAVING COUNT(*) > 1"
+    number, place = engine.query(f"SELECT COUNT(*) AS n, MIN(place) AS place FROM ({several}) AS s").row(0)
+    if number:
+        given = engine.query(f"SELECT given FROM {view} WHERE place = {place}")["given"][0]
+        least = {"first": "MIN", "last": "MAX"}[described.repeated(number, given)]
+        kept = f"SELECT * FROM {view} WHERE place IN (SELECT {least}(place) FROM {view} GROUP BY key)"
+        engine.files(view, engine.save(kept, folder / "described"))
+    return features
+
+
 def join_described(
-    engine: Engine, entity: Entity, folder: Path, described: pl.DataFrame | None, *, keep_unseen: bool
+    engine: Engine, entity: Entity, folder: Path, features: Features, *, keep_unseen: bool
 ) -> EntityRows:
     """Join the keys that stay, the view `kept_users` or `kept_items`, with what describes them.
 
     Args:
         folder: exists; for files.
-        described: column key, and one a feature; None: nothing describes them.
+        features: what `store_described` gave; empty: nothing describes them.
         keep_unseen: keys that are described and in no event stay too.
     """
     seen = f"SELECT shown AS key, id AS old FROM {entity}s WHERE id IN (SELECT id FROM kept_{entity}s)"
-    if described is None:
+    if not features and not keep_unseen:
         return EntityRows(engine, entity, folder, engine.save(seen, folder / "joined", "old"), {})
-    features = {name: (f"c{n}", dtype) for n, (name, dtype) in enumerate(described.schema.items()) if name != "key"}
-    short = described.select("key", *(pl.col(name).alias(column) for name, (column, _) in features.items()))
-    write_blocks([short], folder / "described.parquet")
-    engine.files("described", [folder / "described.parquet"])
     join, order = ("FULL JOIN", order_sql("key")) if keep_unseen else ("LEFT JOIN", "old")
     columns = "".join(f", d.{column} AS {column}" for column, _ in features.values())
     select = (
         f"SELECT COALESCE(s.key, d.key) AS key, s.old AS old{columns} FROM ({seen}) AS s"
-        f" {join} described AS d ON s.key = d.key"
+        f" {join} described_{entity}s AS d ON s.key = d.key"
     )
     return EntityRows(engine, entity, folder, engine.save(select, folder / "joined", order), features)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,15 @@ from flm_torchrec.errors import DataError
 from flm_torchrec.files import put_in_place
 from flm_torchrec.prepare.dropped import check_share_dropped, how_to_mend, warnings_of
 from flm_torchrec.prepare.engine import DuckEngine, Engine
-from flm_torchrec.prepare.entities import EntityRows, Written, join_described, write_entity
+from flm_torchrec.prepare.entities import (
+    EntityRows,
+    Features,
+    FrameTable,
+    Written,
+    join_described,
+    store_described,
+    write_entity,
+)
 from flm_torchrec.prepare.features import EncodedFeature, context_feature, learn
 from flm_torchrec.prepare.hash_users import hash_keys
 from flm_torchrec.prepare.intake import Intake, ShardReport, shards_of
@@ -64,9 +72,10 @@ def prepare(
         check_output(output, overwrite)  # another preparation may have written it in the meantime
         work = stack.enter_context(work_folder(output, made_of))
         engine = stack.enter_context(_engine(machine or MachineOptions(), work))
+        preparation = Preparation(source, options, engine, secret)
+        preparation.describe(work)  # before the logs, which take longer: mistakes in it are told first
         intake = Intake(work, options.min_value)
         engine.shards(shards, intake)
-        preparation = Preparation(source, options, engine, secret)
         report = preparation.write(work / "fresh", intake.report(len(shards)), intake.files(len(shards)))
         put_in_place(work / "fresh", output)
     return report
@@ -80,6 +89,24 @@ class Preparation:
     options: PrepareOptions
     engine: Engine
     secret: bytes
+    features: dict[Entity, Features] = field(default_factory=dict)
+    """Of items and users, as `describe` stored them."""
+    notes: list[str] = field(default_factory=list)
+    """What was not read of them as the user may expect, a line each."""
+
+    def describe(self, folder: Path) -> None:
+        """Read what describes items and users.
+
+        Raises:
+            DataError: it cannot be read, or has two rows of a key.
+        """
+        for entity, frame in zip(ENTITIES, (self.source.items, self.source.users), strict=True):
+            hashed = self._hash if entity == "user" and self.secret else None
+            own = folder / f"{entity}s"
+            own.mkdir()
+            table = self.source.tables.get(entity) if frame is None else FrameTable(frame)
+            self.features[entity] = {} if table is None else store_described(self.engine, entity, own, table, hashed)
+            self.notes.extend(table.notes if table is not None else ())
 
     def write(self, folder: Path, read: ShardReport, files: list[Path]) -> dict[str, Any]:
         """Make the folder; returns the report.
@@ -143,13 +170,9 @@ class Preparation:
 
     def _rows(self, entity: Entity, folder: Path) -> EntityRows:
         """The users or items that stay, with what describes them."""
-        if entity == "item":
-            described, unseen = self.source.items, self.options.keep_unseen_items
-        else:
-            described, unseen = self.source.users, False
-            if described is not None and self.secret:
-                described = described.with_columns(key=self._hash(described["key"]))
-        return join_described(self.engine, entity, folder / f"{entity}s", described, keep_unseen=unseen)
+        described = self.source.items is not None or "item" in self.source.tables
+        unseen = entity == "item" and described and self.options.keep_unseen_items
+        return join_described(self.engine, entity, folder / f"{entity}s", self.features[entity], keep_unseen=unseen)
 
     def _hash(self, keys: pl.Series) -> pl.Series:
         """Keys of users as the output has them."""
@@ -181,7 +204,12 @@ class Preparation:
             "events_per_user": counts.per_user.quantiles(),
             **({"sessions": counts.sessions} if self.options.session_gap else {}),
             "sparsity": sparsity(counts.pairs, schema.users, schema.items),
-            "warnings": [*source.warnings, *dropped.notes, *warnings_of(read.rows_read, schema.interactions, dropped)],
+            "warnings": [
+                *source.warnings,
+                *self.notes,
+                *dropped.notes,
+                *warnings_of(read.rows_read, schema.interactions, dropped),
+            ],
             "options": asdict(self.options),
             "ids": RULE,
             **source.notes,

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import flm_torchrec as flm
 from flm_torchrec.data.keys import keys
 from flm_torchrec.prepare.blocks import blocks, rows_of, write_blocks
+from flm_torchrec.prepare.engine import DuckEngine
 from flm_torchrec.prepare.events_per_user import QUANTILES, EventsPerUser
 from flm_torchrec.prepare.features import _moments
 from flm_torchrec.prepare.key_order import order_sql, ordered
@@ -151,3 +152,63 @@ def test_blocks_are_full_however_rows_were_written(
     assert rows_of(paths) == len(numbers)
     assert [len(part) for part in found[:-1]] == [block] * (len(found) - 1)
     assert [n for part in found for n in part["n"]] == numbers.to_list()
+
+
+def test_engines_hand_over_counts_not_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[int] = []
+    query, frame = DuckEngine.query, DuckEngine.frame
+    monkeypatch.setattr(DuckEngine, "query", lambda self, select: _noted(query(self, select), handed))
+    monkeypatch.setattr(DuckEngine, "frame", lambda self, name, rows: frame(self, name, _noted(rows, handed)))
+    users = pl.DataFrame({"user_id": range(300), "age": [float(n) for n in range(300)], "city": ["a", "b"] * 150})
+    events = pl.DataFrame({"user_id": [n % 300 for n in range(900)], "item_id": [n % 200 for n in range(900)]})
+    (tmp_path / "secret").write_bytes(b"s" * 32)
+    made = flm.prepare(
+        events.with_columns(timestamp=pl.int_range(pl.len())),
+        tmp_path / "data",
+        users=users,
+        user_features={"age": "quantile", "city": "categorical"},
+        dedup="exact",
+        k_core=2,
+        hash_users=str(tmp_path / "secret"),
+    )
+    assert (made.report["users"], made.report["items"], max(handed) <= 5) == (300, 200, True)
+
+
+def _noted(rows: pl.DataFrame, sizes: list[int]) -> pl.DataFrame:
+    sizes.append(len(rows))
+    return rows
+
+
+@pytest.mark.parametrize(("duplicates", "prices"), [("first", [1.0, 7.0, 0.5]), ("last", [2.5, 7.0, 0.5])])
+def test_files_of_several_types_are_one_table_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, duplicates: str, prices: list[float]
+) -> None:
+    (tmp_path / "items").mkdir()
+    pl.DataFrame({"item_id": [1, 2, None], "price": [1, 7, 9]}).write_parquet(tmp_path / "items/a.parquet")
+    pl.DataFrame({"item_id": [3.0, 1.0], "price": [0.5, 2.5]}).write_parquet(tmp_path / "items/b.parquet")
+    events = pl.DataFrame({"user_id": ["u"] * 3, "item_id": [1, 2, 3], "timestamp": [1, 2, 3]})
+    made = []
+    for block in (1, MANY):
+        monkeypatch.setattr("flm_torchrec.prepare.blocks.BLOCK", block)
+        folder = tmp_path / f"{block}"
+        given = {"item_features": {"price": "numeric"}, "duplicates": duplicates}
+        warnings = flm.prepare(events, folder, items=tmp_path / "items", **given).report["warnings"]  # type: ignore[arg-type]
+        assert "1 rows have no id" in warnings[0] and f"1 keys have several rows; the {duplicates}" in warnings[1]
+        made.append(pl.read_parquet(folder / "items.parquet")["price"])
+    expected = (np.array(prices) - np.mean(prices)) / np.std(prices, ddof=1)
+    assert [found.to_list() for found in made] == [pytest.approx(expected.tolist(), rel=1e-5)] * 2
+
+
+@pytest.mark.parametrize(
+    ("cells", "told"), [(["a;b", "c", "d|e"], False), (["a;b", "c", "d"], True), (["", "x|y"], False)]
+)
+def test_a_separator_is_missed_in_the_whole_column_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cells: list[str], told: bool
+) -> None:
+    monkeypatch.setattr("flm_torchrec.prepare.blocks.BLOCK", 1)
+    rows = "".join(f"i{n},{cell}\n" for n, cell in enumerate(cells))
+    (tmp_path / "items.csv").write_text(f"item_id,tags\n{rows}")
+    events = pl.DataFrame({"user_id": ["u"], "item_id": ["i0"], "timestamp": [1]})
+    described = {"items": tmp_path / "items.csv", "item_features": {"tags": "multi_categorical"}}
+    warnings = flm.prepare(events, tmp_path / "data", **described).report["warnings"]  # type: ignore[arg-type]
+    assert [line for line in warnings if "never occurs in column 'tags'" in line] == warnings and bool(warnings) == told

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import polars as pl
@@ -17,6 +19,9 @@ from flm_torchrec.data.dataset import load_prepared
 from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.clean import Dropped
 from flm_torchrec.prepare.column_options import parse_columns
+from flm_torchrec.prepare.engine import DuckEngine
+from flm_torchrec.prepare.entities import store_described
+from flm_torchrec.prepare.memory import GIB
 from flm_torchrec.prepare.options import LogOptions, NumberForm, TextForm
 from flm_torchrec.prepare.sources import lines, logs
 from flm_torchrec.prepare.sources.number_text import read_numbers
@@ -47,11 +52,16 @@ def items_of(raw: SourceData) -> pl.DataFrame:
 def described(
     file: Path, kinds: dict[str, Any], form: TextForm | None = None, key: str = "i", **options: Any
 ) -> SourceData:
-    """What a file says of items, beside a file of one event."""
+    """What a file says of items, beside a file of one event: read, with one row a key."""
     log = file.with_name("log.csv")
     log.write_text("u,i\na,x\n")
     options |= {"items": str(file), "item_key": key, "item_features": kinds}
-    return logs.read("csv", str(log), LogOptions(parse_columns(COLUMNS), form=form or TextForm(), **options))
+    raw = logs.read("csv", str(log), LogOptions(parse_columns(COLUMNS), form=form or TextForm(), **options))
+    with TemporaryDirectory() as work, DuckEngine(GIB, 1, Path(work)) as engine:
+        features = store_described(engine, "item", Path(work), raw.tables["item"])
+        rows = engine.query("SELECT * FROM described_items ORDER BY place")
+    columns = (pl.col(column).cast(dtype).alias(name) for name, (column, dtype) in features.items())
+    return replace(raw, items=rows.select("key", *columns), warnings=tuple(raw.tables["item"].notes))
 
 
 def written(folder: Path, kind: str, rows: list[dict[str, Any]]) -> Path:

@@ -37,7 +37,10 @@ def add_columns(logs: Path) -> None:
     "cleaning",
     [
         ("--dedup", "window", "--dedup-window", "15", "--session-gap", "30", "--min-item-events", "9", "--k-core", "3"),
-        ("--dedup", "last", "--min-value", "0", "--columns", "user=user_id,item=item_id"),
+        (
+            *("--dedup", "last", "--min-value", "0", "--columns", "user=user_id,item=item_id", "--keep-unseen-items"),
+            *("--item-features", "brand:categorical,tags:multi_categorical,price:quantile", "--duplicates", "last"),
+        ),
         pytest.param(
             ("--dedup", "last", "--columns", "user=user_id,item=item_id,timestamp=timestamp,weight=w", *OF_EVENTS),
             marks=pytest.mark.slow,
@@ -52,15 +55,18 @@ def test_spark_writes_the_bytes_that_duckdb_writes(
     (logs / "5.csv").write_bytes(HEADER + b"u1,i1\nu1,,4\nu1,i2,1000\n")
     if "--event-features" in cleaning:
         add_columns(logs)
+    described = [f"i{n % 10},b{n % 3},t{n}|u,{n / 4}\n" for n in range(12)]
+    (tmp_path / "items.csv").write_text("".join(["item_id,brand,tags,price\n", *described]))
+    items = ("--items", tmp_path / "items.csv") if "--item-features" in cleaning else ()
     for engine in ("duckdb", "spark"):
-        options = ("--engine", engine, "--threads", "2", *cleaning)
+        options = ("--engine", engine, "--threads", "2", *items, *cleaning)
         assert flm("--source", "csv", "--input", logs, "--output", tmp_path / engine, *options) == 0
     assert contents(tmp_path / "spark") == contents(tmp_path / "duckdb")
     data = load_prepared(tmp_path / "spark")
     assert data.schema.interactions == report(tmp_path / "spark")["rows_kept"] > 40
     assert (data.context >= 0).any() == ("--event-features" in cleaning) == data.schema.weights
     assert len(list((tmp_path / "spark" / "interactions").iterdir())) > 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["duckdb", "logs", "spark"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["duckdb", "items.csv", "logs", "spark"]
 
 
 def test_a_wrong_file_is_one_line_from_spark_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,8 @@
-"""Tables that describe items or users: the same formats, addresses and patterns as logs, but held in memory."""
+"""Tables that describe items or users: the same formats, addresses and patterns as logs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from flm_torchrec.prepare.clean import Dropped
 from flm_torchrec.prepare.options import EntityTable, NumberForm, TextForm
 from flm_torchrec.prepare.sources import lakehouse
 from flm_torchrec.prepare.sources.json_lines import JsonShard
-from flm_torchrec.prepare.sources.lists import as_lists, refuse_lists
+from flm_torchrec.prepare.sources.lists import ListCells, refuse_lists
 from flm_torchrec.prepare.sources.number_text import number_expression, read_numbers
 from flm_torchrec.prepare.sources.shards import (
     ENDINGS,
@@ -30,79 +30,85 @@ from flm_torchrec.prepare.sources.shards import (
 )
 from flm_torchrec.prepare.sources.source_data import Shard
 from flm_torchrec.prepare.sources.tables import cast
-from flm_torchrec.safe_text import redact_address
 
 NUMERIC = ("numeric", "quantile")
 
 
-def read_table(table: EntityTable, form: TextForm, dropped: Dropped, in_memory: pa.Table | None = None) -> pl.DataFrame:
-    """The key column and the features, as the files have them, under the names that the options give.
+def read_table(table: EntityTable, form: TextForm, dropped: Dropped) -> pl.DataFrame:
+    """The key column and the features, as the files have them, under the names that the options give: all in memory.
 
     Args:
         dropped: takes notes. A row that cannot be read is an error.
-        in_memory: the table itself, in place of its files.
 
     Raises:
         DataError: a file or column is missing, or a row cannot be read.
     """
+    return together(list(raw_frames(table, form, dropped)), table)
+
+
+def raw_frames(
+    table: EntityTable, form: TextForm, dropped: Dropped, in_memory: pa.Table | None = None
+) -> Iterator[pl.DataFrame]:
+    """As `read_table`, in parts, whose types may differ.
+
+    Args:
+        in_memory: the table itself, in place of its files.
+
+    Raises:
+        DataError: as of `read_table`.
+    """
     columns = (table.key, *table.kinds)
     short = {name: f"c{n}" for n, name in enumerate(dict.fromkeys(columns))}  # a shard adds columns `file` and `row`
-    frames: list[pl.DataFrame] = []
     for name, shard in _shards(table, form, short, in_memory):
-        frames += list(shard.batches(dropped))
+        for frame in shard.batches(dropped):
+            yield frame.select(pl.col(column).alias(given) for given, column in short.items())
         for reason, examples in dropped.examples.items():
             raise DataError(f"{name}: {reason} ({examples[0]}); mend it, every row of this file is needed")
+
+
+def together(frames: list[pl.DataFrame], table: EntityTable) -> pl.DataFrame:
+    """The frames one below the other, under one type a column.
+
+    Raises:
+        DataError: there are none, or no type holds two of them.
+    """
     if not frames:
         raise DataError(f"{table.file}: has no rows; give a file with data")
     try:
-        frame = pl.concat([frame.select(short.values()) for frame in frames], how="vertical_relaxed")
+        return pl.concat(frames, how="vertical_relaxed")
     except pl.exceptions.PolarsError as error:
         raise DataError(f"{table.file}: its files have columns of different types; write them alike") from error
-    return frame.rename({column: name for name, column in short.items()})
 
 
-def as_kind(column: pl.Series, kind: Kind, form: TextForm, file: str, note: Callable[[str], None]) -> pl.Series:
-    """A feature's column in the type of its kind.
+class KindColumn:
+    """A feature's column, read in parts, in the type of its kind."""
 
-    Raises:
-        DataError: values that are not of the kind.
-    """
-    if column.dtype == pl.String and kind in ("multi_categorical", "dense"):
-        column = as_lists(column, form, file, note)
-    elif column.dtype == pl.String and kind != "text":
-        refuse_lists(column, kind, file)
-    if kind == "multi_categorical":
-        return cast(column, pl.List(pl.String), file)
-    if kind == "dense":
-        return cast(_numbers(column, form.numbers, file), pl.List(pl.Float32), file)
-    if kind in NUMERIC:
-        return cast(_numbers(column, form.numbers, file), pl.Float64(), file)
-    return cast(column, pl.String(), file)
+    def __init__(self, kind: Kind, form: TextForm, file: str) -> None:
+        self.kind, self.form, self.file = kind, form, file
+        self.cells = ListCells(form, file)
 
+    def read(self, column: pl.Series) -> pl.Series:
+        """The part in the type of the kind.
 
-def one_row_a_key(
-    described: pl.DataFrame, table: EntityTable, duplicates: str, note: Callable[[str], None]
-) -> pl.DataFrame:
-    """The rows of a table, one for each key.
+        Raises:
+            DataError: values that are not of the kind.
+        """
+        kind, form, file = self.kind, self.form, self.file
+        if column.dtype == pl.String and kind in ("multi_categorical", "dense"):
+            column = self.cells.read(column)
+        elif column.dtype == pl.String and kind != "text":
+            refuse_lists(column, kind, file)
+        if kind == "multi_categorical":
+            return cast(column, pl.List(pl.String), file)
+        if kind == "dense":
+            return cast(_numbers(column, form.numbers, file), pl.List(pl.Float32), file)
+        if kind in NUMERIC:
+            return cast(_numbers(column, form.numbers, file), pl.Float64(), file)
+        return cast(column, pl.String(), file)
 
-    Args:
-        duplicates: which row of a key stays: first, last; refuse: a second row is an error.
-        note: takes a line where rows are left out.
-
-    Raises:
-        DataError: a key has two rows, and duplicates are refused.
-    """
-    twice = described["key"].filter(described["key"].is_duplicated())
-    if not len(twice):
-        return described
-    if duplicates == "refuse":
-        raise DataError(
-            f"{table.file}: key '{twice[0]}' occurs more than once as '{table.key}'; keep one row of it, or say which"
-            " one with --duplicates first or last"
-        )
-    shown = f"{table.option} {redact_address(table.file)}"
-    note(f"{shown}: {twice.n_unique()} keys have several rows; the {duplicates} one of each is kept")
-    return described.unique("key", keep="first" if duplicates == "first" else "last", maintain_order=True)
+    def notes(self) -> list[str]:
+        """Lines on how cells were read."""
+        return self.cells.notes()
 
 
 def source_of(location: str) -> str:

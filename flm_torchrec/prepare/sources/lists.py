@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import polars as pl
@@ -17,34 +16,48 @@ OTHERS = (",", ";", "|", "/", "\t")
 """Separators to suggest where the given one never occurs."""
 
 
-def as_lists(column: pl.Series, form: TextForm, file: str, note: Callable[[str], None]) -> pl.Series:
-    """[n] text → [n] lists of text: JSON lists (or Python's) by their values, other cells by the list separator.
+class ListCells:
+    """Text → lists of text, of a column that is read in parts: lists by their values, other cells by the separator."""
 
-    Args:
-        note: takes a line where the separator never occurs in the column.
+    def __init__(self, form: TextForm, file: str) -> None:
+        self.form, self.file = form, file
+        self.separated = False
+        self.whole: pl.Series | None = None
+        """The cells, each once, of the first part that has cells but no list and no separator."""
 
-    Raises:
-        DataError: a cell looks like a list and cannot be read as one.
-    """
-    cells = column.unique().drop_nulls()
-    looks = cells.filter(_bracketed(cells)).to_list()
-    brackets = {cell: values for cell in looks if (values := _parsed(cell, form)) is not None}
-    odd = [cell for cell in looks if cell not in brackets and "," in cell and form.list_separator not in cell]
-    if odd:
-        raise DataError(
-            f"{file}: column '{column.name}': {min(odd)[:60]} looks like a list and is not JSON; write it as"
-            ' ["a", "b"], or name the separator with --list-separator'
-        )
-    plain = cells.filter(~cells.is_in(list(brackets)) & (cells != ""))
-    if len(plain) and not plain.str.contains(form.list_separator, literal=True).any():
-        note(_never(column.name, plain, form, file))
-    split = column.str.split(form.list_separator)
-    if not brackets:
-        return split
-    lists = pl.Series("list", list(brackets.values()), dtype=pl.List(pl.String))
-    by_cell = pl.DataFrame([pl.Series("cell", list(brackets), dtype=pl.String), lists])
-    joined = column.to_frame("cell").join(by_cell, "cell", "left", maintain_order="left")
-    return joined.with_columns(split=split).select(pl.coalesce("list", "split")).to_series().rename(column.name)
+    def read(self, column: pl.Series) -> pl.Series:
+        """[n] text → [n] lists of text: JSON lists (or Python's) by their values, other cells by the list separator.
+
+        Raises:
+            DataError: a cell looks like a list and cannot be read as one.
+        """
+        form, file = self.form, self.file
+        cells = column.unique().drop_nulls()
+        looks = cells.filter(_bracketed(cells)).to_list()
+        brackets = {cell: values for cell in looks if (values := _parsed(cell, form)) is not None}
+        odd = [cell for cell in looks if cell not in brackets and "," in cell and form.list_separator not in cell]
+        if odd:
+            raise DataError(
+                f"{file}: column '{column.name}': {min(odd)[:60]} looks like a list and is not JSON; write it as"
+                ' ["a", "b"], or name the separator with --list-separator'
+            )
+        plain = cells.filter(~cells.is_in(list(brackets)) & (cells != ""))
+        self.separated |= bool(plain.str.contains(form.list_separator, literal=True).any())
+        if self.whole is None and len(plain):
+            self.whole = plain
+        split = column.str.split(form.list_separator)
+        if not brackets:
+            return split
+        lists = pl.Series("list", list(brackets.values()), dtype=pl.List(pl.String))
+        by_cell = pl.DataFrame([pl.Series("cell", list(brackets), dtype=pl.String), lists])
+        joined = column.to_frame("cell").join(by_cell, "cell", "left", maintain_order="left")
+        return joined.with_columns(split=split).select(pl.coalesce("list", "split")).to_series().rename(column.name)
+
+    def notes(self) -> list[str]:
+        """A line if the separator never occurred."""
+        if self.whole is None or self.separated:
+            return []
+        return [_never(self.whole.name, self.whole, self.form, self.file)]
 
 
 def refuse_lists(column: pl.Series, kind: str, file: str) -> None:

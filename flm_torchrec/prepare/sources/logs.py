@@ -17,11 +17,11 @@ from flm_torchrec.data.keys import NO_EVENT, categories, keys
 from flm_torchrec.data.schema import Entity
 from flm_torchrec.data.times import check_unit, seconds
 from flm_torchrec.errors import DataError
-from flm_torchrec.prepare.clean import Dropped
 from flm_torchrec.prepare.column_options import ROLES
-from flm_torchrec.prepare.options import EntityTable, LogOptions, NumberForm
+from flm_torchrec.prepare.options import LogOptions, NumberForm
 from flm_torchrec.prepare.sources import lakehouse
-from flm_torchrec.prepare.sources.entity_tables import as_kind, one_row_a_key, read_table
+from flm_torchrec.prepare.sources.described import DescribedTable
+from flm_torchrec.prepare.sources.entity_tables import KindColumn
 from flm_torchrec.prepare.sources.json_lines import JsonShard
 from flm_torchrec.prepare.sources.number_text import read_numbers
 from flm_torchrec.prepare.sources.shards import (
@@ -36,7 +36,6 @@ from flm_torchrec.prepare.sources.shards import (
 from flm_torchrec.prepare.sources.source_data import DeclaredFeature, Shard, SourceData
 from flm_torchrec.prepare.sources.tables import cast
 from flm_torchrec.prepare.text_encoder import ENDING, encoder_digest
-from flm_torchrec.prepare.text_vectors import text_vectors
 from flm_torchrec.safe_text import redact_address
 
 NO_TABLES: Mapping[Entity, pa.Table] = MappingProxyType({})
@@ -45,7 +44,7 @@ NO_TABLES: Mapping[Entity, pa.Table] = MappingProxyType({})
 def read(source: str, location: str, options: LogOptions, tables: Mapping[Entity, pa.Table] = NO_TABLES) -> SourceData:
     """A file, all files of a folder, or all that a pattern such as `logs/2024-*.csv` matches, by name.
 
-    The logs are read later, shard by shard; the tables of items and users are read here.
+    Logs and tables of items and users are read later, in parts.
 
     Args:
         source: format of the logs: parquet, csv or jsonl; or delta or iceberg, the kind of the table that is there.
@@ -81,12 +80,11 @@ def _with_tables(
     name: str, source: str, shards: Sequence[Shard], described: tuple[LogOptions, Mapping[Entity, pa.Table]]
 ) -> SourceData:
     options, in_memory = described
-    notes = Dropped()
-    tables, features = {}, []
+    tables: dict[Entity, DescribedTable] = {}
+    features = []
     for table in options.entity_tables:
         digests = {name: encoder_digest(folder) for name, folder in table.encoders.items()}
-        rows = _described(table, options, notes, in_memory.get(table.entity))
-        tables[table.entity] = _with_vectors(rows, table, digests, options.text_cache)
+        tables[table.entity] = DescribedTable(table, options, digests, in_memory.get(table.entity))
         features += [DeclaredFeature(name, table.entity, kind) for name, kind in table.kinds.items()]
         features += [DeclaredFeature(name + ENDING, table.entity, "dense", of) for name, of in digests.items()]
     features += [DeclaredFeature(name, "event", "categorical") for name in options.event_features]
@@ -94,12 +92,10 @@ def _with_tables(
         name=name,
         source=source,
         interactions=tuple(shards),
-        items=tables.get("item"),
-        users=tables.get("user"),
+        tables=tables,
         features=tuple(features),
         title=options.title,
         timestamps="timestamp" in options.columns,
-        warnings=tuple(notes.notes),
     )
 
 
@@ -161,7 +157,7 @@ def _roles(options: LogOptions, file: str, frame: pl.DataFrame) -> pl.DataFrame:
         columns.append(_values(given["weight"], options.form.numbers, file))
     roles = [c.alias(role) for c, role in zip(columns, ROLES, strict=False)]
     features = [
-        as_kind(_categories(frame[name]), "categorical", options.form, file, no_note).alias(CONTEXT + name)
+        KindColumn("categorical", options.form, file).read(_categories(frame[name])).alias(CONTEXT + name)
         for name in options.event_features
     ]
     return frame.select(*roles, *features)
@@ -170,10 +166,6 @@ def _roles(options: LogOptions, file: str, frame: pl.DataFrame) -> pl.DataFrame:
 def _categories(column: pl.Series) -> pl.Series:
     """Numbers and times as the text that they are in JSON lines; texts and lists as they are."""
     return column if column.dtype == pl.String or column.dtype.is_nested() else categories(column)
-
-
-def no_note(line: str) -> None:
-    """Take a line that says how a cell of a list was read; features of events are no lists."""
 
 
 def _values(column: pl.Series, form: NumberForm, file: str) -> pl.Series:
@@ -187,24 +179,3 @@ def _times(column: pl.Series, unit: str, file: str) -> pl.Series:
     except DataError as error:
         raise DataError(f"{file}: {error}") from error
     return times
-
-
-def _described(
-    table: EntityTable, options: LogOptions, notes: Dropped, in_memory: pa.Table | None = None
-) -> pl.DataFrame:
-    """Keys and features of items or users, one row each."""
-    file = redact_address(table.file)
-    frame = read_table(table, options.form, notes, in_memory)
-    ids = keys(frame[table.key], file).rename("key")
-    columns = [as_kind(frame[name], kind, options.form, file, notes.note) for name, kind in table.kinds.items()]
-    if ids.null_count():
-        notes.note(f"{table.option} {file}: {ids.null_count()} rows have no id in '{table.key}' and are left out")
-    described = pl.DataFrame([ids, *columns]).filter(pl.col("key").is_not_null())
-    return one_row_a_key(described, table, options.duplicates, notes.note)
-
-
-def _with_vectors(described: pl.DataFrame, table: EntityTable, digests: Mapping[str, str], cache: str) -> pl.DataFrame:
-    """With a column of vectors for each text that has an encoder."""
-    return described.with_columns(
-        text_vectors(described[name], folder, digests[name], cache) for name, folder in table.encoders.items()
-    )

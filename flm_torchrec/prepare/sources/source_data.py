@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import polars as pl
@@ -44,6 +45,28 @@ class Shard(Protocol):
         """Frames as `SourceData.interactions` has them; rows that cannot be read are counted in `dropped`."""
 
 
+class Described(Protocol):
+    """A table of keys and features, a row an item or a user, that may be larger than memory."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What was not read as the user may expect, a line each: known once all parts were read."""
+
+    def parts(self, folder: Path) -> Iterator[pl.DataFrame]:
+        """Frames of one schema, at least one: a column key (str, none null), and one for each declared feature.
+
+        Args:
+            folder: for intermediate files.
+        """
+
+    def repeated(self, number: int, key: str) -> str:
+        """That so many keys have several rows, one of them `key`: says which row of each counts, "first" or "last".
+
+        Raises:
+            DataError: none does.
+        """
+
+
 @dataclass(frozen=True)
 class SourceData:
     """What a source gives: interactions, or the shards that will read them, and what describes users and items.
@@ -51,7 +74,7 @@ class SourceData:
     `interactions` has columns file (str), row (int, from 1), user, item (str), timestamp (int64 s), event (str),
     value (float64) and perhaps segment (str); null where a value is missing or cannot be read. Logs that may be larger
     than memory are shards, whose batches have these columns.
-    `items` and `users` have a column key (str) and one for each declared feature.
+    `items` and `users` have a column key (str), each once, and one for each declared feature.
     """
 
     name: str
@@ -69,3 +92,5 @@ class SourceData:
     """What was not read as the user may expect, a line each."""
     oracle: dict[str, dict[str, float]] | None = None
     """Best possible scores, if the source knows them; they hold only if no row is dropped."""
+    tables: Mapping[Entity, Described] = field(default_factory=dict)
+    """What describes items or users where it may be larger than memory, in place of `items` and `users`."""
