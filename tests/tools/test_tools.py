@@ -21,6 +21,7 @@ from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.export.tower.reader import TowerQuery
 from tests.conftest import ROOT
 from tests.processes import Forked, Peer, forked
+from tools.benchmarks import memory
 
 QUICK = {"model.dim": 8, "model.layers": 1, "train.batch_size": 32, "train.max_steps": 3, "eval.ks": [10]}
 
@@ -236,3 +237,28 @@ def test_a_membership_test_ranks_events_and_compares_all_pairs(small: PreparedDa
     assert score == pytest.approx(-np.log(ranks).mean())
     with pytest.raises(SystemExit, match="give at most"):
         tool["drawn"](small, 100, 1)
+
+
+def test_memory_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+
+    def watch(command: list[str]) -> memory.Peak:
+        if "export" in command and not ran.count("export"):
+            ran.append("export")
+            raise SystemExit("export: ended with 2")
+        ran.append(command[3])
+        return memory.Peak(2.0, 1.0, 3 << 20, 4 << 20)
+
+    monkeypatch.setattr(memory, "watch", watch)
+    options = ["--events", "30", "--users", "5", "--items", "4", "--folder", str(tmp_path)]
+    options += ["--commands", "prepare", "export", "follow"]
+    with pytest.raises(SystemExit, match="ended with 2"):
+        memory.main(options)
+    logs = (tmp_path / "30/logs/part-00000.parquet").stat()
+    assert memory.main(options) == 0 and memory.main(options) == 0
+    assert ran == ["prepare", "export", "export", "follow"]
+    assert (tmp_path / "30/logs/part-00000.parquet").stat() == logs
+    assert capsys.readouterr().out.splitlines()[-1] == "| 30 | 5 | 4 | follow | 2 | 1 | 3 | 4 |"
+    assert memory.main([*options, "--memory", "3GiB", "--commands", "prepare"]) == 0 and ran[-1] == "prepare"

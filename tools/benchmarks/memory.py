@@ -4,6 +4,7 @@
     python -m tools.benchmarks.memory --events 1e8 --users 1e7 --items 1e6 --commands prepare train export
     python -m tools.benchmarks.memory --events 3e6 --users 3e5 --items 1e6 --all-items --commands prepare train \\
         "evaluate --sample N"
+    python -m tools.benchmarks.memory --folder /data/bench --events 1e6 1e7     # goes on where it was stopped
     python -m tools.benchmarks.memory --load data/logs         # held memory of loading all events, bytes an event
 
 DuckDB writes made-up logs, items and users as Parquet, in a memory of its own that does not grow with them: an event's
@@ -11,20 +12,23 @@ user is uniform, its item follows Zipf's law. Equal numbers give equal files. Th
 each as a process of its own. Several numbers of events give a table with a part for each. The memory of the process and
 its children is read every 50 ms. "held" is what only these processes have (RssAnon): it must be there. "resident" also
 counts pages of files, which the system takes back when it needs them. "CPU s" is time on all cores: it says more than
-seconds where other work runs beside.
+seconds where other work runs beside. With --folder, data and measurements stay there: the same call measures only what
+is not in measured.json yet.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 
 import duckdb
@@ -234,13 +238,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(folder: Path, size: Sizes, args: argparse.Namespace) -> None:
     """Make the data, unless they are there, run the commands, and print a row for each."""
-    if not (folder / "users.parquet").exists():
-        make(folder, size)
+    if not folder.exists():
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        rmtree(unfinished, ignore_errors=True)
+        make(unfinished, size)
+        unfinished.rename(folder)
     for name in args.commands:
-        cost = watch([sys.executable, "-m", "flm_torchrec", *commands(folder, args)[name]])
+        cost = _measured(folder / "measured.json", commands(folder, args)[name])
         made = f"{size.events:,} | {size.users:,} | {size.items:,}"
         mib = f"{cost.held / 2**20:,.0f} | {cost.resident / 2**20:,.0f}"
         print(f"| {made} | {name} | {cost.seconds:,.0f} | {cost.cpu:,.0f} | {mib} |", flush=True)
+
+
+def _measured(file: Path, options: Sequence[str]) -> Peak:
+    """What a command of these options cost: as the file says, else measured now and written there."""
+    done = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    command = " ".join(options)
+    if command not in done:
+        done[command] = asdict(watch([sys.executable, "-m", "flm_torchrec", *options]))
+        unfinished = file.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(done, indent=2), encoding="utf-8")
+        unfinished.replace(file)
+    return Peak(**done[command])
 
 
 def number(text: str) -> int:
