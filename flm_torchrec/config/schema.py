@@ -315,11 +315,11 @@ class EvalConfig:
     user_block: Annotated[Count, Field(description="users scored at once")] = 256
     item_block: Annotated[Count, Field(description="items scored at once")] = 16384
     baselines: Annotated[
-        tuple[Literal["popularity", "item-kNN", "Markov", "EASE-R", "random"], ...],
+        tuple[Literal["popularity", "item-kNN", "content-kNN", "Markov", "EASE-R", "random"], ...],
         Several,
         Field(
             description="what 'flm evaluate' ranks beside the heads; []: nothing; random: only where items are held"
-            " out; EASE-R: only up to ease_items"
+            " out; EASE-R: only up to ease_items; content-kNN: by features alone, nothing is learnt"
         ),
     ] = ("popularity", "item-kNN", "Markov", "EASE-R", "random")
     neighbours: Annotated[Count, Field(description="item-kNN baseline: neighbours kept per item")] = 100

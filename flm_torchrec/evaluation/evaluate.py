@@ -15,7 +15,7 @@ from flm_torchrec.config.schema import EvalConfig
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import COLD_ITEM, Examples
 from flm_torchrec.errors import ConfigError
-from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Markov, Popularity, Random
+from flm_torchrec.evaluation.baselines import EASE, ContentKNN, ItemKNN, Markov, Popularity, Random
 from flm_torchrec.evaluation.head_scorer import ONE_VECTOR, HeadScorer, ItemShares, check_room
 from flm_torchrec.evaluation.lists import ItemFacts, Targets, list_metrics, target_metrics
 from flm_torchrec.evaluation.protocol import Collectives, Encoder, Scorer
@@ -169,13 +169,15 @@ def _scorers(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
 
 
 def _baselines(task: EvaluationTask, config: EvalConfig) -> list[Scorer]:
-    """The configured baselines that learn from events; EASE-R only where there are few enough items."""
+    """The configured baselines; EASE-R only where there are few enough items."""
     data, examples = task.data, task.examples
     baselines: list[Scorer] = []
     if "popularity" in config.baselines:
         baselines.append(Popularity(data, data.of_targets(task.train_mask)))
     if "item-kNN" in config.baselines:
         baselines.append(ItemKNN(data, task.train_mask, examples, config.neighbours))
+    if "content-kNN" in config.baselines:
+        baselines.append(ContentKNN(data, examples))
     if "Markov" in config.baselines:
         baselines.append(Markov(data, task.train_mask, examples))
     if "EASE-R" in config.baselines and data.schema.items <= config.ease_items:

@@ -24,11 +24,21 @@ from torchmetrics.functional.retrieval import (
 
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.config.schema import EvalConfig
-from flm_torchrec.data.dataset import EntityFeatures, PreparedData
+from flm_torchrec.data.dataset import EntityFeatures, PreparedData, Ragged
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import COLD_ITEM, Examples, split
 from flm_torchrec.errors import ConfigError, RunError
-from flm_torchrec.evaluation.baselines import EASE, ItemKNN, Markov, Popularity, Random, _blocks, _nearest, _seen
+from flm_torchrec.evaluation.baselines import (
+    EASE,
+    ContentKNN,
+    ItemKNN,
+    Markov,
+    Popularity,
+    Random,
+    _blocks,
+    _nearest,
+    _seen,
+)
 from flm_torchrec.evaluation.evaluate import EvaluationTask, check_memory, evaluate, left_out
 from flm_torchrec.evaluation.head_scorer import HeadScorer, log_sum_exp
 from flm_torchrec.evaluation.lists import ItemFacts, list_metrics
@@ -321,6 +331,31 @@ def test_item_knn_keeps_the_same_neighbours_in_blocks_of_any_size(
     only = _nearest(seen, neighbours, some, entries).toarray()
     np.testing.assert_array_equal(only, found.toarray() * some[:, None])
     assert found.nnz <= np.count_nonzero(dense)
+
+
+@settings(deadline=None, max_examples=30)
+@given(HISTORIES, st.lists(st.lists(st.integers(0, 6), max_size=5), min_size=12, max_size=12), st.booleans())
+def test_content_knn_is_the_cosine_of_features(histories: list[list[int]], words: list[list[int]], dense: bool) -> None:
+    """Rare words count more and a word twice counts once; recent events count more; without features all are alike."""
+    codes = np.array([word for w in words for word in w], np.int64)
+    rows = Ragged(np.concatenate([[0], np.cumsum([len(w) for w in words])]), codes)
+    vectors = np.random.default_rng(0).normal(size=(12, 3 * dense)).astype(np.float32)
+    data = dataclasses.replace(make_data(histories, 12), items=EntityFeatures({"words": rows}, vectors))
+    examples = split(data, "leave-one-out", 0.1).test
+    count = np.array([sum(word in w for w in words) for word in range(7)])
+    held = np.array([[word in w for word in range(7)] for w in words]) * np.log(1 + 12 / np.maximum(count, 1))
+
+    def unit(x: np.ndarray) -> np.ndarray:
+        return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
+
+    content = unit(np.concatenate([unit(held), unit(vectors)], 1))
+    known = [sum(0.7**age * content[item] for age, item in enumerate(h[-2::-1])) for h in histories]
+    scorer = ContentKNN(data, examples)
+    users = scorer.block(np.arange(len(histories)))
+    found = torch.cat([scorer.scores(users, "content-kNN", 0, 5), scorer.scores(users, "content-kNN", 5, 12)], 1)
+    np.testing.assert_allclose(found.numpy(), unit(np.stack(known)) @ content.T, atol=1e-5)
+    last = torch.tensor([h[-1] for h in histories])
+    assert torch.equal(scorer.scores_of(users, "content-kNN", last), found[torch.arange(len(last)), last])
 
 
 def test_item_knn_of_a_large_catalogue_holds_no_square_of_it() -> None:

@@ -147,6 +147,8 @@ def test_transfer_is_studied_beside_the_same_from_scratch(small: PreparedData, t
     assert rows == [["| 30%", kind, row, "1"] for kind, row in kinds.items()]
     scratch = json.loads((output / "0.3-0/scratch/evaluation-test.json").read_text())
     assert f"{scratch['segments']['cold item']['content alone']['ndcg@10']:.4f}" in done.stdout
+    near = scratch["segments"]["warm"]["content-kNN"]["ndcg@10"]
+    assert next(line for line in done.stdout.splitlines() if "| warm |" in line).endswith(f"| {near:.4f} |")
     assert (output / "transfer.svg").read_text().startswith("<?xml")
     # Nothing that is finished is done again.
     written = (output / "0.3-0/finetune.json").stat().st_mtime_ns

@@ -6,7 +6,8 @@
 
 For each seed, one run is pretrained on the sources. For each share of the target's users, `flm finetune` goes on from
 that run and trains its control from new weights with the same steps. The target's split is cold-start, so that warm
-events, held-out items and held-out users have rows of their own. Options after `--` are those of both trainings.
+events, held-out items and held-out users have rows of their own. Each row also has what features alone reach without
+training (content-kNN), which both should pass. Options after `--` are those of both trainings.
 Finished runs are not trained again. An interval is that of a paired bootstrap over the users of one seed
 (`flm evaluate --against`).
 """
@@ -31,6 +32,8 @@ ALL = "all"
 ROWS = {ALL: "fused", "warm": "fused", "cold user": "fused", "cold item": "content alone"}
 """Kinds of events, as `flm evaluate` names them, with the row of its table that is shown."""
 METRICS = ("hr@10", "ndcg@10")
+KNN = "content-kNN"
+"""Baseline that learns from nothing."""
 PLOTTED = ("warm", "cold user", "cold item")
 
 
@@ -86,7 +89,7 @@ class TransferStudy:
             run = folder / start
             if (run / "evaluation-test.json").is_file():
                 continue
-            if failed := _flm("evaluate", run, "--run", str(run), "--eval.baselines", "[]", *against):
+            if failed := _flm("evaluate", run, "--run", str(run), "--eval.baselines", f"[{KNN}]", *against):
                 return failed
         return None
 
@@ -109,33 +112,35 @@ def collect(study: TransferStudy) -> Results:
     results: Results = {}
     for share, _, folder in study.finished():
         for start in ("pretrained", "scratch"):
-            for name, value in _metrics(folder / start):
+            for name, value in _metrics(folder / start, ROWS):
                 results.setdefault((share, start, name), []).append(value)
+        for name, value in _metrics(folder / "scratch", dict.fromkeys(ROWS, KNN)):
+            results.setdefault((share, KNN, name), []).append(value)
     return results
 
 
-def _metrics(run: Path) -> Iterator[tuple[str, float]]:
-    """`KIND METRIC` and value, of each kind of event that the run's test examples have."""
+def _metrics(run: Path, rows: dict[str, str]) -> Iterator[tuple[str, float]]:
+    """`KIND METRIC` and value, of each kind of event that the run's test examples have, by the row given for it."""
     found = json.loads((run / "evaluation-test.json").read_text(encoding="utf-8"))
     tables = {ALL: found["table"], **found["segments"]}
-    for kind, row in ROWS.items():
-        if kind in tables:
+    for kind, row in rows.items():
+        if row in tables.get(kind, {}):  # an evaluation of before content-kNN lacks it
             yield from ((f"{kind} {metric}", tables[kind][row][metric]) for metric in METRICS)
 
 
 def markdown(study: TransferStudy, results: Results) -> str:
-    """A row for each share and kind of event: from the sources, from scratch, how many times as good."""
-    heads = [f"{metric} {start}" for metric in METRICS for start in ("pretrained", "from scratch", "ratio")]
+    """A row for each share and kind of event: from the sources, from scratch, how many times as good, untrained."""
+    heads = [f"{metric} {start}" for metric in METRICS for start in ("pretrained", "from scratch", "ratio", KNN)]
     lines = [f"| share | events | row | seeds | {' | '.join(heads)} |", "|---" * (4 + len(heads)) + "|"]
     for share, (kind, row) in product(study.steps, ROWS.items()):
         cells = [f"{share:.0%}", kind, row]
         for metric in METRICS:
-            tuned, scratch = (
-                results.get((share, start, f"{kind} {metric}"), []) for start in ("pretrained", "scratch")
+            tuned, scratch, near = (
+                results.get((share, start, f"{kind} {metric}"), []) for start in ("pretrained", "scratch", KNN)
             )
             if tuned:
                 counted = [] if len(cells) > 3 else [str(len(tuned))]
-                cells += [*counted, told(tuned), told(scratch), _ratio(tuned, scratch)]
+                cells += [*counted, told(tuned), told(scratch), _ratio(tuned, scratch), told(near[:1]) if near else "-"]
         if len(cells) > 3:
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
