@@ -118,13 +118,13 @@ test-base: lint
 	$(MAKE) VENV=$(BASE) venv
 	OMP_NUM_THREADS=1 $(BASE)/bin/pytest $(IN_BASE)
 
-# The commands of README.md and the base tests run beside each other, one at a time each. Then four processes run a file
+# The commands of README.md and the base tests run beside each other, one at a time each. Then five processes run a file
 # of the other tests each: with three, the two cores wait a third of the time for ranks and servers that start or end.
 test: $(STAMP)
 	$(MAKE) VENV=$(BASE) venv
 	$(MAKE) --jobs=2 --output-sync=target check-base test-base
 	$(MAKE) extras
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not slow" $(LONGEST) tests \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 5 --dist loadfile --no-loadscope-reorder -m "not slow" $(LONGEST) tests \
 		$(addprefix --ignore=,$(IN_BASE) $(SITE))
 
 test-slow: $(EXTRAS)
