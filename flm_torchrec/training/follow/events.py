@@ -39,7 +39,6 @@ COLUMNS = {
 """Columns of a row in a run's vocabulary, in the order of `NewEvents`, with their types."""
 LEARNED = "events"
 """Folder of a follower's run with the events that it learned from: a Parquet file a chunk, columns FIELDS."""
-NAN = json_text(float("nan"))
 EXAMPLES = 5
 """Rows that the report names for each reason."""
 
@@ -173,10 +172,11 @@ class EventEncoder:
 
     def _context(self, frame: pl.DataFrame) -> np.ndarray:
         """[n, C] int32 codes. A value without a code is unknown, and a line in `ids.left_out`."""
+        unknown = (None, "", json_text(float("nan")))
         found = np.full((len(frame), len(self.contexts)), -1, np.int32)
         for number, feature in enumerate(self.contexts):
             for row, value in enumerate(frame[f"{CONTEXT}{feature.name}"]):
-                if value is not None and value not in ("", NAN):
+                if value not in unknown:
                     found[row, number] = next(codes_of(feature, value, self.ids.left_out, "context"), -1)
         return found
 
