@@ -116,9 +116,9 @@ check-base:
 # Style, types, and the tests of what every user has, without the extras.
 test-base: lint
 	$(MAKE) VENV=$(BASE) venv
-	OMP_NUM_THREADS=1 $(BASE)/bin/pytest $(IN_BASE)
+	OMP_NUM_THREADS=1 $(BASE)/bin/pytest -n 2 --dist loadfile $(IN_BASE)
 
-# The commands of README.md and the base tests run beside each other, one at a time each. Then five processes run a file
+# The commands of README.md, one at a time, run beside the base tests, two files at a time. Then five processes run a file
 # of the other tests each: with three, the two cores wait a third of the time for ranks and servers that start or end.
 test: $(STAMP)
 	$(MAKE) VENV=$(BASE) venv
