@@ -215,9 +215,7 @@ def test_rows_without_a_weight_are_dropped_and_counted(tmp_path: Path) -> None:
     assert not (tmp_path / "zero").exists()
 
 
-def test_joined_data_keep_weights_and_a_follower_refuses_them(
-    plain: PreparedData, weighted: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_joined_data_keep_weights(plain: PreparedData, weighted: PreparedData, tmp_path: Path) -> None:
     assert main(["join", str(plain.path), str(weighted.path), "--output", str(tmp_path / "joint")]) == 0
     joint = load_prepared(tmp_path / "joint")
     assert joint.weight is not None and joint.item_domain is not None and weighted.weight is not None
@@ -227,12 +225,6 @@ def test_joined_data_keep_weights_and_a_follower_refuses_them(
     data = targets_of(joint, "buy")
     splits = split(data, "leave-one-out", 0.1)
     assert data.targets is not None and data.targets[data.event[splits.test.end]].all()
-    run, new = tmp_path / "run", tmp_path / "new"
-    new.mkdir()
-    assert main(["train", "--data.path", str(weighted.path), "--train.run", str(run), *OPTIONS]) == 0
-    assert main(["follow", "--run", str(run), "--source", str(new), "--output", str(tmp_path / "f"), "--once"]) == 2
-    assert "its events have weights, and those of a source have none" in capsys.readouterr().err
-    assert not (tmp_path / "f").exists()
 
 
 def test_a_run_that_predicts_buys_is_ranked_and_tuned_so(
