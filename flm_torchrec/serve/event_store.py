@@ -249,10 +249,12 @@ def _opened(file: Path | None) -> sqlite3.Connection:
     if file is not None:
         _make_file(file)
     connection = sqlite3.connect(file or ":memory:", PATIENCE, isolation_level=None, check_same_thread=False)
+    connection.execute("BEGIN")  # between two reads, a process that starts at the same time might make its tables
     (application,), (tables,) = (
         connection.execute(query).fetchone()
-        for query in ("PRAGMA application_id", "SELECT count(*) FROM sqlite_master")
+        for query in ("SELECT application_id FROM pragma_application_id", "SELECT count(*) FROM sqlite_master")
     )
+    connection.execute("COMMIT")
     if application != APPLICATION and (application or tables):
         raise RunError(f"{file}: is a database of another program; give --events another file")
     (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()

@@ -158,6 +158,25 @@ def test_events_are_dropped_when_their_days_are_over(address: str, monkeypatch: 
     assert items_of(store, "u") == ["2", "3"] and items_of(store, "first") == [] and store.users() == 1
 
 
+def test_processes_that_start_at_once_open_one_new_store(tmp_path: Path) -> None:
+    for number in range(20):
+        together, failed = threading.Barrier(6), list[RunError]()
+
+        def begin(file: Path, together: threading.Barrier = together, failed: list[RunError] = failed) -> None:
+            together.wait()
+            try:
+                EventStore(file).close()
+            except RunError as error:
+                failed.append(error)
+
+        threads = [threading.Thread(target=begin, args=(tmp_path / f"store{number}",)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failed
+
+
 def test_what_is_no_store_is_refused_and_stays(tmp_path: Path) -> None:
     other, text, newer = (tmp_path / name for name in ("other", "text", "newer"))
     sqlite3.connect(other).executescript("CREATE TABLE t (x); INSERT INTO t VALUES (1);")
