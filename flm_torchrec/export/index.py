@@ -15,12 +15,12 @@ from typing import Any
 
 import faiss
 import numpy as np
-import psutil
 
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.manifest import RECALL, IndexKind, IndexReport, Manifest
 from flm_torchrec.export.mapped import IN_MEMORY, MappedFiles
+from flm_torchrec.export.memory import check_fits
 from flm_torchrec.export.parts import ExportRows
 from flm_torchrec.export.vectors import decode, unit
 
@@ -188,12 +188,9 @@ def check_memory(kind: IndexKind, items: int, width: int) -> None:
         RunError: it does not.
     """
     of_vector = {"none": 0, "flat": 4 * width, "hnsw": 4 * width + 8 * LINKS, "ivfpq": width}[kind]
-    needed, free = items * (of_vector and of_vector + GROUP_BYTES), psutil.virtual_memory().available
-    if needed > free:
-        raise RunError(
-            f"--index {kind}: takes {needed / 2**30:,.1f} GiB on rank 0 for {items:,} items, and"
-            f" {free / 2**30:,.1f} GiB are free; export with --index none, and search in a vector database ('flm load')"
-        )
+    needed = items * (of_vector and of_vector + GROUP_BYTES)
+    instead = "--index none, and search in a vector database ('flm load')"
+    check_fits(needed, f"--index {kind}", f"{items:,} items", instead)
 
 
 def build_index(folder: Path, manifest: Manifest, kind: IndexKind, promised: float = RECALL) -> IndexReport | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,13 +172,20 @@ def _codes(column: pa.Array) -> np.ndarray:
     return column.drop_null().to_numpy(zero_copy_only=False)
 
 
+def _vocabularies(folder: Path, schema: Schema) -> Iterator[tuple[Feature, Path]]:
+    """The features of users and of events whose values have a vocabulary in a folder, with its file."""
+    for feature in (*schema.of("user", sparse=True), *schema.of("event", sparse=True)):
+        file = folder / "vocab" / f"{feature.entity}_{feature.name}.parquet"
+        if file.is_file():
+            yield feature, file
+
+
 def _copy_vocabularies(folder: Path, fresh: Path, schema: Schema, used: Mapping[str, np.ndarray]) -> None:
     if not (folder / "vocab").is_dir():
         return
     shutil.copytree(folder / "vocab", fresh / "vocab")
-    for feature in (*schema.of("user", sparse=True), *schema.of("event", sparse=True)):
-        file = fresh / "vocab" / f"{feature.entity}_{feature.name}.parquet"
-        if feature.name not in used or not file.is_file() or used[feature.name].all():
+    for feature, file in _vocabularies(fresh, schema):
+        if feature.name not in used or used[feature.name].all():
             continue
         table = pq.read_table(file).sort_by("code")
         values = table["value"].to_pylist()
@@ -203,13 +210,11 @@ def replacement(feature: Feature, code: int, values: Sequence[str]) -> str:
 
 def replaced_values(folder: Path) -> dict[str, dict[int, str]]:
     """By feature of users or events, what has taken the place of values that nobody has any more, by their codes."""
-    found, schema = {}, Schema.load(folder / "schema.yaml")
-    for feature in (*schema.of("user", sparse=True), *schema.of("event", sparse=True)):
-        file = folder / "vocab" / f"{feature.entity}_{feature.name}.parquet"
-        if file.is_file():
-            values = pq.read_table(file).sort_by("code")["value"].to_pylist()
-            now = {code: value for code, value in enumerate(values) if value == replacement(feature, code, values)}
-            found[feature.name] = {c: v for c, v in now.items() if feature.kind != "quantile" or c > 0}
+    found = {}
+    for feature, file in _vocabularies(folder, Schema.load(folder / "schema.yaml")):
+        values = pq.read_table(file).sort_by("code")["value"].to_pylist()
+        now = {code: value for code, value in enumerate(values) if value == replacement(feature, code, values)}
+        found[feature.name] = {c: v for c, v in now.items() if feature.kind != "quantile" or c > 0}
     return found
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -26,6 +25,7 @@ from flm_torchrec.data.feature_values import describe
 from flm_torchrec.data.order_statistics import order_statistics
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.errors import RunError
+from flm_torchrec.export.memory import check_fits
 from flm_torchrec.export.tower.layout import DESCRIPTION, FOLDER, HISTORIES, ITEM, PROFILE, USER
 from flm_torchrec.export.tower.programs import ContentProgram, PackagedTable, Precision, UserInputs, UserProgram
 from flm_torchrec.model.tower import Tower
@@ -64,13 +64,8 @@ def check_memory(schema: Schema, dim: int, precision: Precision) -> None:
         RunError: they do not.
     """
     needed = 2 * (4 * schema.items + 2 * schema.users) * (dim + 8 if precision == "int8" else 4 * dim)
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise RunError(
-            f"--tower {precision}: takes {needed / 2**30:,.1f} GiB on rank 0 for {schema.items:,} items and"
-            f" {schema.users:,} users, and {free / 2**30:,.1f} GiB are free; export with --tower none, or on a larger"
-            " machine"
-        )
+    rows = f"{schema.items:,} items and {schema.users:,} users"
+    check_fits(needed, f"--tower {precision}", rows, "--tower none, or on a larger machine")
 
 
 def write_tower(data: PreparedData, model: TowerSource, main: bool, precision: Precision, folder: Path) -> None:
