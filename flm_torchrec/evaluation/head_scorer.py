@@ -189,7 +189,7 @@ class HeadScorer:
 
 
 def log_sum_exp(parts: list[Tensor]) -> Tensor:
-    """torch.logsumexp of tensors [b, n], to the last bit; in parts that a processor's cache holds, three times as fast.
+    """torch.logsumexp of tensors [b, n], to the last bit; in parts that a processor's cache holds, which is faster.
 
     Writes into the first of them.
     """
