@@ -10,6 +10,7 @@ import json
 import select
 import socket
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -113,7 +114,8 @@ class Load:
         self.requests = requests
         self.items = items
         self.rate = rate
-        self.free = [Connection(port) for _ in range(connections)]
+        self.free = deque(Connection(port) for _ in range(connections))
+        """In turn: the server would close one that stays idle, perhaps just as a request comes."""
         self.waiting: set[Connection] = set()
         self.sent = 0
 
@@ -140,7 +142,7 @@ class Load:
 
     def _send(self, tally: Tally) -> None:
         while self.free and self._due(now := time.perf_counter()) <= now:
-            connection = self.free.pop()
+            connection = self.free.popleft()
             connection.due = self._due(now)
             connection.socket.sendall(self.requests[self.sent % len(self.requests)])
             tally.late.append(now - connection.due)
