@@ -87,7 +87,7 @@ def test_messages_of_another_schema_are_no_rows(schema: str) -> None:
 
 
 @given(st.binary(max_size=60), st.sampled_from([None, 7, NO_HEADER]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_bytes_end_the_follower(data: bytes, known: int | None) -> None:
     avro = AvroMessages({NO_HEADER: fastavro.parse_schema(EVENT)})
     row, _ = avro.read(data, known)

@@ -30,7 +30,7 @@ passwords = st.builds(lambda before, after: before + MARK + after, awkward, awkw
 NAMED = ("password", "PASSWORD", "sslpassword", "api_key", "apikey", "token", "access_token", "sig", "X-Amz-Signature")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     passwords,
     st.sampled_from(["postgresql://", "milvus:http://", "qdrant:https://", "kafka://", "s3://", "zip://a::s3://"]),
@@ -46,7 +46,7 @@ def test_the_password_of_a_user_is_not_shown(password: str, scheme: str) -> None
         assert redact_address(address).startswith(scheme) and "127.0.0.1:1" in redact_address(address)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(passwords, st.sampled_from(NAMED))
 def test_a_secret_parameter_is_not_shown(password: str, name: str) -> None:
     for written in (quote(password, safe=""), password.replace("=", "")):
@@ -54,7 +54,7 @@ def test_a_secret_parameter_is_not_shown(password: str, name: str) -> None:
         assert MARK.lower() not in redact(f"{address} and {written} and {unquote(written)}", address).lower()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(passwords)
 @example('""' + MARK)
 @example("''" + MARK)
@@ -163,7 +163,7 @@ def test_a_name_is_printed_as_it_is(name: str) -> None:
     assert all(c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Zl", "Zp") for c in printed)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text())
 def test_visible_text_is_one_line_without_control(text: str) -> None:
     shown = visible(text)

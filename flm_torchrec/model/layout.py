@@ -200,8 +200,8 @@ class Jagged:
 class Ends(Jagged):
     """As `Jagged`, but only the last token of each sequence that has tokens is represented.
 
-    Fewer than FEW tokens are filled up with copies of the last one, so that a representation has the same bits as among
-    all tokens.
+    Fewer than FEW tokens are filled up with copies of the last one: for products of very few rows, libraries have other
+    kernels, which round otherwise. With more rows the bits are on many processors, not on all, those among all tokens.
     """
 
     def __init__(self, lengths: Tensor, time: Tensor) -> None:

@@ -192,7 +192,7 @@ def test_a_tensor_that_the_model_has_not_is_refused_when_it_is_loaded(
     assert "does not fit this model" in capsys.readouterr().err
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5)), min_size=1, max_size=5), st.integers(1, 200))
 def test_tables_are_cut_by_rows_and_joined_again(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[tuple[int, int]], most: int

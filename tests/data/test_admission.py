@@ -6,7 +6,7 @@ import tracemalloc
 from collections import Counter
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flm_torchrec.data.admission import DEPTH, NEVER, Admission, LastSeen
@@ -14,7 +14,6 @@ from flm_torchrec.data.hashing import mix
 
 
 @given(st.lists(st.integers(0, 6), max_size=60), st.integers(1, 5), st.integers(1, 20))
-@settings(deadline=None)
 def test_an_id_is_admitted_from_its_nth_sighting_on_however_the_sightings_are_cut(
     ids: list[int], after: int, piece: int
 ) -> None:

@@ -44,7 +44,7 @@ def test_codes_are_rows_of_their_tables(seconds: list[int], gap_rows: int) -> No
 
 
 @pytest.mark.parametrize("timestamps", [True, False])
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(spans=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 40), st.integers(1, 9)), min_size=1, max_size=6))
 def test_a_batch_codes_each_history_as_if_it_were_alone(
     small: PreparedData, timestamps: bool, spans: list[tuple[int, int, int]]

@@ -63,7 +63,7 @@ USERS = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(USERS)
 def test_an_id_is_the_same_in_every_source(tmp_path_factory: pytest.TempPathFactory, users: list[Any]) -> None:
     found = of_each_source(tmp_path_factory.mktemp("s"), users)
@@ -132,7 +132,7 @@ def test_written_times(text: str, found: int | None) -> None:
     assert seconds(pl.Series("t", [text]), "s").to_list() == [found]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.datetimes(datetime(1970, 1, 2), datetime(2242, 1, 1)), st.integers(-18 * 60, 18 * 60))
 def test_a_time_is_the_same_in_every_form(when: datetime, zone: int) -> None:
     there = when.replace(tzinfo=UTC).astimezone(timezone(timedelta(minutes=zone)))

@@ -45,7 +45,7 @@ def replaced(name: str, values: pa.Array) -> Callable[[pa.Table], pa.Table]:
     return lambda table: table.set_column(table.schema.get_field_index(name), name, values)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(folders(), st.integers(1, 40), st.booleans(), st.sampled_from(KINDS))
 def test_blocks_and_maps_change_no_value(folder: dict, block: int, mapped: bool, kind: str) -> None:
     with (
@@ -85,7 +85,7 @@ def check_against_all_at_once(data: PreparedData, mask: np.ndarray, user: np.nda
     assert _usual_gap(data) == (int(np.median(gaps)) if len(gaps) else 0)
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(folders(), st.integers(1, 40), st.integers(1, 4), st.sampled_from(KINDS), st.booleans(), st.data())
 def test_events_on_disk_are_those_in_memory(
     folder: dict, unit: int, kept: int, kind: str, chosen: bool, draw: st.DataObject

@@ -154,7 +154,7 @@ def usable(path: Path, kind: str) -> bool:
     return True
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(folders(), st.sampled_from(KINDS), st.integers(1, 40))
 def test_an_epoch_has_the_sequences_that_it_has_in_memory(folder: dict, kind: str, batch_size: int) -> None:
     with data_of(folder) as path:
@@ -166,7 +166,7 @@ def test_an_epoch_has_the_sequences_that_it_has_in_memory(folder: dict, kind: st
         assert epochs[0] == epochs[1]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     folders(), st.sampled_from(KINDS), st.integers(1, 40), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3, 4]),
     st.floats(0, 1),
@@ -184,7 +184,7 @@ def test_batches_are_the_same_at_any_number_of_ranks_and_after_any_resume(
         assert steps_of(parts[0], 0, stop) + steps_of(parts[1], stop, end) == steps_of(alone, 0, end)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(folders(), st.integers(1, 40), st.sampled_from([1, 2, 3]))
 def test_each_rank_reads_its_own_rows_once_and_has_no_more_sequences_than_a_batch(
     folder: dict, batch_size: int, ranks: int
@@ -217,7 +217,7 @@ def test_lanes_are_merged_in_proportion(sizes: list[int]) -> None:
     np.testing.assert_array_equal(merged(np.array(sizes), len(places)), sizes)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(folders(), st.sampled_from(KINDS), st.floats(0.05, 0.45), st.integers(1, 20))
 def test_a_survey_finds_what_is_known_of_data_in_memory(folder: dict, kind: str, holdout: float, sample: int) -> None:
     with data_of(folder) as path:
@@ -245,7 +245,7 @@ def test_a_survey_finds_what_is_known_of_data_in_memory(folder: dict, kind: str,
             assert stream.stats.value_scale == pytest.approx(stats.value_scale, rel=1e-3)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(folders(), st.data())
 def test_any_rows_of_a_file_can_be_read_alone(folder: dict, data: st.DataObject) -> None:
     with data_of({**folder, "files": 1}) as path:
@@ -257,7 +257,7 @@ def test_any_rows_of_a_file_can_be_read_alone(folder: dict, data: st.DataObject)
         np.testing.assert_array_equal(part["value"], whole.value[start:stop])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=40), st.data())
 def test_order_statistics_are_those_of_sorting(timestamps: list[int], data: st.DataObject) -> None:
     def scan() -> Iterator[np.ndarray]:

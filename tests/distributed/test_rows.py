@@ -101,7 +101,7 @@ CHANGE = st.tuples(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(CHANGE, min_size=1, max_size=5), st.integers(1, 20), st.sampled_from([(DIM,), ()]), st.integers(1, 7))
 def test_a_row_follows_its_key_through_any_changes(
     changes: list[tuple[int, int, int, int, str]], first: int, width: tuple[int, ...], sent: int

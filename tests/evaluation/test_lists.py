@@ -27,7 +27,7 @@ ITEMS = 12
 ALONE = Comm(0, 1, 1, torch.device("cpu"))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 9), st.integers(1, 6), st.integers(0, 2**16))
 def test_what_lists_are_made_of(users: int, k: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -55,7 +55,7 @@ def test_gini_of_all_alike_is_0_and_of_one_alone_is_near_1() -> None:
     assert gini(np.array([0, 0, 5, 0])) == pytest.approx(3 / 4)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 8), st.integers(0, 2**16))
 def test_several_true_items(users: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -40,7 +40,7 @@ def test_markov_of_a_hand_worked_case() -> None:
     np.testing.assert_allclose(scores_of(scorer, 3, 5).numpy(), expected)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(HISTORIES)
 def test_markov_is_that_of_plain_loops_and_popularity_only_breaks_ties(histories: list[list[int]]) -> None:
     data = make_data(histories, 12)
@@ -55,7 +55,7 @@ def test_markov_is_that_of_plain_loops_and_popularity_only_breaks_ties(histories
         assert np.unique(scores, return_inverse=True)[1].tolist() == [places[key] for key in keys]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(HISTORIES, st.integers(0, 11), st.integers(0, 11))
 def test_markov_learns_nothing_from_held_out_events(histories: list[list[int]], valid: int, test: int) -> None:
     """Other held-out events change no transition and no popularity."""

@@ -14,7 +14,7 @@ PAIRS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, 
 
 
 @given(pairs=PAIRS)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_the_mean_is_the_difference_of_the_tables_metrics(pairs: list[tuple[int, int]]) -> None:
     ranks, others = np.array(pairs).T
     tables = [RankCounts(np.bincount(r - 1, minlength=30), {}).metrics((5, 10)) for r in (ranks, others)]

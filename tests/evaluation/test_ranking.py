@@ -146,7 +146,7 @@ def make_data(histories: list[list[int]], items: int) -> PreparedData:
 HISTORIES = st.lists(st.lists(st.integers(0, 11), min_size=3, max_size=8), min_size=1, max_size=9)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(HISTORIES, st.integers(1, 5), st.integers(1, 15), st.integers(0, 99))
 def test_ranks_are_those_of_brute_force(histories: list[list[int]], users: int, items: int, seed: int) -> None:
     data = make_data(histories, 12)
@@ -164,7 +164,7 @@ def test_ranks_are_those_of_brute_force(histories: list[list[int]], users: int, 
             assert scores[ranked.top[head][row][: len(allowed)]].tolist() == allowed
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(HISTORIES, st.integers(1, 5), st.integers(1, 13), st.integers(2, 4), st.booleans())
 def test_processes_that_share_the_items_find_what_one_finds(
     histories: list[list[int]], users: int, block: int, processes: int, mixes: bool
@@ -198,7 +198,7 @@ def test_processes_that_share_the_items_find_what_one_finds(
     np.testing.assert_array_equal(np.sort(rows), np.arange(len(histories)))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(HISTORIES, st.integers(1, 5), st.integers(1, 13))
 def test_scores_that_all_users_share_rank_as_scores_of_each(histories: list[list[int]], users: int, block: int) -> None:
     class OfEach(Popularity):
@@ -279,7 +279,6 @@ def test_metrics_of_a_hand_worked_case() -> None:
     assert counts.coverage(10) == 0.25
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 30))
 def test_metrics_agree_with_torchmetrics(ranks: list[int], k: int) -> None:
     counts = RankCounts(np.bincount(np.array(ranks) - 1, minlength=30), {})
@@ -292,7 +291,7 @@ def test_metrics_agree_with_torchmetrics(ranks: list[int], k: int) -> None:
     assert counts.mrr() == pytest.approx(np.mean([retrieval_reciprocal_rank(scores, t) for t in relevant]), abs=1e-6)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(HISTORIES, st.integers(1, 12))
 def test_item_knn_is_that_of_dense_numpy(histories: list[list[int]], neighbours: int) -> None:
     data = make_data(histories, 12)
@@ -312,7 +311,7 @@ def test_item_knn_is_that_of_dense_numpy(histories: list[list[int]], neighbours:
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(HISTORIES, st.integers(1, 12), st.integers(1, 40))
 def test_item_knn_keeps_the_same_neighbours_in_blocks_of_any_size(
     histories: list[list[int]], neighbours: int, entries: int
@@ -333,7 +332,7 @@ def test_item_knn_keeps_the_same_neighbours_in_blocks_of_any_size(
     assert found.nnz <= np.count_nonzero(dense)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(HISTORIES, st.lists(st.lists(st.integers(0, 6), max_size=5), min_size=12, max_size=12), st.booleans())
 def test_content_knn_is_the_cosine_of_features(histories: list[list[int]], words: list[list[int]], dense: bool) -> None:
     """Rare words count more and a word twice counts once; recent events count more; without features all are alike."""
@@ -377,7 +376,7 @@ def test_item_knn_of_a_large_catalogue_holds_no_square_of_it() -> None:
     assert set(found[item].indices.tolist()) <= others
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(HISTORIES, st.floats(0.5, 50))
 def test_ease_solves_its_regression(histories: list[list[int]], l2: float) -> None:
     """Column j of the weights is the ridge regression of item j on the others: its gradient there is zero."""

@@ -46,7 +46,7 @@ def by_loops(data: PreparedData, held_out: Examples, windows: RollingWindows) ->
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     times=st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=8), min_size=1, max_size=6),
     count=st.integers(1, 12),

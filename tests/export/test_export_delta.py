@@ -75,7 +75,7 @@ def test_base_and_delta_are_the_whole_bit_for_bit(older: ExportSource, tmp_path:
     check_same(tmp_path / "again", tmp_path / "base")
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     counts=st.tuples(st.integers(1, 130), st.integers(1, 130)), changed=st.sets(st.integers(0, 129)),
     renamed=st.sets(st.integers(0, 129)), storage=st.sampled_from(["parquet", "arrow"]),

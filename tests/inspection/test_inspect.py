@@ -160,7 +160,7 @@ def test_parts_are_those_that_training_draws(small: PreparedData, kind: Any) -> 
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 6))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_drift_is_that_of_a_plain_computation(tmp_path_factory: pytest.TempPathFactory, seed: int, days: int) -> None:
     rng = np.random.default_rng(seed)
     events = [(0, int(rng.integers(8)), day * DAY + n, int(rng.integers(2))) for day in range(days) for n in range(9)]
@@ -258,7 +258,7 @@ def test_a_page_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytes
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(-500, 500), st.integers(0, 10**7))
 def test_bins_of_whole_numbers_hold_each_once(least: int, span: int) -> None:
     most = least + span
@@ -273,7 +273,7 @@ def test_bins_of_whole_numbers_hold_each_once(least: int, span: int) -> None:
         assert np.diff(bins.edges).tolist() == [1.0] * (span + 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.floats(-1e6, 1e6, width=32), st.floats(2**-10, 1e9, width=32))
 def test_bins_of_other_numbers_hold_least_and_most(least: float, span: float) -> None:
     most = least + span

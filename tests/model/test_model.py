@@ -90,10 +90,10 @@ def test_every_head_gives_a_vector_in_the_one_space(fusion: str) -> None:
     assert all(h.shape == (8, 2 * DIM) for h in out.representations.values())
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.sampled_from(sorted(BLOCKS)), st.booleans())
-def test_the_last_tokens_alone_have_the_same_bits_as_among_all(lengths: list[int], block: str, relative: bool) -> None:
-    """Where nothing is to be predicted. Also of one sequence alone."""
+def test_the_last_tokens_alone_are_as_among_all(lengths: list[int], block: str, relative: bool) -> None:
+    """Where nothing is to be predicted. Also of one sequence alone. Bits differ on processors with AVX-512."""
     batch = inputs(lengths=tuple(lengths))
     tower = make_tower(block=block, relative=relative)
     every = tower(**batch).representations
@@ -101,7 +101,7 @@ def test_the_last_tokens_alone_have_the_same_bits_as_among_all(lengths: list[int
     batch["targets"] = batch["targets"][:0]
     for name, found in tower(**batch).representations.items():
         assert len(found) == max(len(last), min(4, len(batch["time"])))
-        assert torch.equal(found[: len(last)], every[name][last])
+        torch.testing.assert_close(found[: len(last)], every[name][last], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("block", "relative"), [(b, r) for b in BLOCKS for r in (False, True)])
@@ -129,7 +129,7 @@ def test_sequences_of_a_batch_do_not_touch_each_other() -> None:
         torch.testing.assert_close(together.representations[name][4:], single.representations[name])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.sampled_from(sorted(BLOCKS)), st.booleans())
 def test_attention_in_buckets_is_attention_of_each_sequence_alone(
     lengths: list[int], block: Any, relative: bool
@@ -255,7 +255,7 @@ def in_parts(patch: pytest.MonkeyPatch, tiled: bool) -> None:
     patch.setattr(softmax, "chunk_rows", lambda *_: 3)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 20), st.integers(2, 30), st.integers(0, 10_000), st.booleans())
 def test_softmax_and_its_gradients_are_those_of_cross_entropy(queries: int, items: int, seed: int, tiled: bool) -> None:
     g = torch.Generator().manual_seed(seed)
@@ -309,7 +309,7 @@ def test_softmax_over_many_candidates_is_that_of_chunks_and_holds_no_block_of_th
         assert (chunked - tiled).abs().max() <= close * chunked.abs().max()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 20), st.integers(2, 30), st.integers(0, 10_000), st.booleans())
 def test_weighted_softmax_with_hidden_candidates_is_cross_entropy_without_them(
     queries: int, items: int, seed: int, tiled: bool
@@ -332,7 +332,7 @@ def test_weighted_softmax_with_hidden_candidates_is_cross_entropy_without_them(
         torch.testing.assert_close(a, b)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 12), st.lists(st.integers(0, 2), min_size=2, max_size=20), st.integers(0, 10_000), st.booleans())
 def test_softmax_by_domain_is_cross_entropy_among_the_targets_own(
     queries: int, domains: list[int], seed: int, tiled: bool
@@ -392,7 +392,6 @@ def test_targets_are_found_among_the_candidates_of_all_ranks() -> None:
     assert repeated.tolist() == [False, False, False, False, True, True]
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 13), min_size=1, max_size=8), st.integers(1, 6))
 def test_each_training_event_is_the_target_of_one_window(events: list[int], history: int) -> None:
     class Data:

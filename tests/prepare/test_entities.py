@@ -35,7 +35,7 @@ def engine() -> Iterator[duckdb.DuckDBPyConnection]:
         yield connection
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(names=st.lists(st.text(min_size=1, max_size=25).map(str.strip).filter(bool), unique=True))
 @example(
     names=["a1", "a", "a01", "a10", "a2", "x\n3", "7", "07", "99999999999999999999", "9" * 18, "u٣", "U2", "é2", "é10"]
@@ -84,7 +84,7 @@ def prepared(folder: Path, events: pl.DataFrame, items: pl.DataFrame, bucket: in
     return {name: body for name, body in contents(folder / "data").items() if not name.startswith("interactions")}
 
 
-@settings(max_examples=7, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=7, suppress_health_check=list(HealthCheck))
 @given(logs(), st.integers(1, 9), st.integers(1, 5))
 def test_any_number_of_rows_at_once_gives_the_tables_of_memory(
     tmp_path_factory: pytest.TempPathFactory, data: tuple[pl.DataFrame, pl.DataFrame], bucket: int, block: int
@@ -109,7 +109,7 @@ def test_any_number_of_rows_at_once_gives_the_tables_of_memory(
     assert sorted(found) == sorted(good.rows())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.integers(1, 30), max_size=9), min_size=1).filter(any), st.floats(0, 1))
 def test_quantiles_of_counts_are_those_of_the_users(parts: list[list[int]], share: float) -> None:
     counts, users = EventsPerUser(), pl.Series([events for part in parts for events in part])
@@ -120,7 +120,7 @@ def test_quantiles_of_counts_are_those_of_the_users(parts: list[list[int]], shar
     assert found == {f"{q:.0%}": users.quantile(q, "nearest") for q in (*QUANTILES, share)}
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.floats(-1e6, 1e6), max_size=6), min_size=1, max_size=6))
 def test_mean_and_deviation_do_not_depend_on_the_parts(parts: list[list[float]]) -> None:
     numbers = np.array([number for part in parts for number in part])
@@ -130,7 +130,7 @@ def test_mean_and_deviation_do_not_depend_on_the_parts(parts: list[list[float]])
     assert deviation == pytest.approx(spread or 1, rel=1e-6, abs=1e-6) or spread < 1e-6
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 9), max_size=6), st.integers(1, 7), st.integers(1, 7))
 def test_blocks_are_full_however_rows_were_written(
     tmp_path_factory: pytest.TempPathFactory, files: list[int], block: int, group: int

@@ -171,7 +171,7 @@ def described(data: PreparedData, domain: str = "") -> list[tuple[object, ...]]:
     return found
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(domains())
 def test_each_domain_keeps_its_events_features_and_split(made: list[Made]) -> None:
     with TemporaryDirectory() as temporary:

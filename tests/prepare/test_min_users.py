@@ -51,7 +51,7 @@ def test_items_of_few_people_are_dropped_however_often_these_had_them(tmp_path: 
     assert "often" not in "".join(p.read_bytes().decode("latin1") for p in (tmp_path / "data").glob("*.parquet"))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(
     pairs=st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from("uvwxyz")), min_size=1, max_size=40),
     people=st.integers(1, 4),

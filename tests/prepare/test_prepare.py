@@ -62,7 +62,7 @@ def kept(tmp: pytest.TempPathFactory, events: list[Event], options: PrepareOptio
     return found
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(EVENTS, st.integers(0, 4), st.integers(0, 3))
 def test_a_core_has_enough_of_each_and_nothing_it_could_leave(tmp_path_factory, events, users, items) -> None:  # type: ignore[no-untyped-def]
     found = kept(tmp_path_factory, events, PrepareOptions(min_user_events=users, min_item_events=items))
@@ -76,7 +76,7 @@ def test_a_core_has_enough_of_each_and_nothing_it_could_leave(tmp_path_factory, 
     assert sorted(found) == sorted(rows)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(EVENTS)
 def test_deduplication_keeps_one_of_each(tmp_path_factory, events) -> None:  # type: ignore[no-untyped-def]
     assert sorted(kept(tmp_path_factory, events, PrepareOptions(dedup="exact"))) == sorted(set(events))
@@ -88,7 +88,7 @@ def test_deduplication_keeps_one_of_each(tmp_path_factory, events) -> None:  # t
     assert {(u, i) for u, i, _ in consecutive} == {(u, i) for u, i, _ in events}
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(EVENTS, st.integers(1, 3))
 def test_a_repeat_within_the_window_is_dropped(tmp_path_factory, events, window) -> None:  # type: ignore[no-untyped-def]
     found = kept(tmp_path_factory, events, PrepareOptions(dedup="window", dedup_window=window))
@@ -106,7 +106,7 @@ def test_a_longer_pause_starts_a_session(tmp_path: Path) -> None:
     assert sessions == [0, 0, 1, 1, 1, 0] and report["sessions"] == 3
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(EVENTS)
 def test_nothing_is_lost_on_the_way_to_memory(tmp_path_factory: pytest.TempPathFactory, events) -> None:  # type: ignore[no-untyped-def]
     folder = tmp_path_factory.mktemp("round") / "data"
@@ -197,7 +197,7 @@ def test_prepared_anew_keeps_modes_links_and_neighbours(tmp_path: Path, folder: 
     assert {p.name for p in tmp_path.iterdir()} == {"d", "link", ".d.old", "d.old", ".d.work-mine", ".link.old"}
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(EVENTS, st.integers(1, 6))
 def test_a_user_is_never_split_between_files(tmp_path_factory, events, rows) -> None:  # type: ignore[no-untyped-def]
     with pytest.MonkeyPatch.context() as patch:

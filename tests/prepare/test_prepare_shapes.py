@@ -117,7 +117,7 @@ def test_a_list_that_cannot_be_one_is_refused(tmp_path: Path, cell: str, kind: s
 
 
 @given(st.lists(st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), min_size=1), min_size=1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_list_of_json_comes_back(tmp_path_factory, values: list[str]) -> None:  # type: ignore[no-untyped-def]
     file = tmp_path_factory.mktemp("list") / "items.csv"
     pl.DataFrame({"i": ["x"], "tags": [json.dumps(values)]}).write_csv(file)
@@ -240,7 +240,7 @@ RECORDS = st.lists(st.tuples(st.text('ab\n\r ",', max_size=6), st.sampled_from([
 
 
 @given(RECORDS, st.integers(1, 9), st.sampled_from(["\n", "\r\n"]), st.booleans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_quoted_fields_go_over_lines(tmp_path_factory, records, block, end, closed) -> None:  # type: ignore[no-untyped-def]
     file = tmp_path_factory.mktemp("multi") / "l.csv"
     body = ['"' + user.replace('"', '""') + f'","{item}"' for user, item in records]

@@ -68,7 +68,7 @@ def good_json(event: tuple[str, str, int]) -> bytes:
     return json.dumps({"item_id": event[1], "user_id": event[0], "timestamp": event[2]}).encode()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data(), kind=st.sampled_from(["csv", "jsonl"]), block=st.integers(1, 60), end=ENDS, closed=st.booleans())
 def test_every_malformed_line_is_counted_with_its_row(tmp_path_factory, data, kind, block, end, closed) -> None:  # type: ignore[no-untyped-def]
     good, bad = (good_csv, BAD_CSV) if kind == "csv" else (good_json, BAD_JSON)
@@ -93,7 +93,7 @@ def test_every_malformed_line_is_counted_with_its_row(tmp_path_factory, data, ki
     assert len(dropped) > 5 or sorted(named) == dropped
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.binary(max_size=200), st.sampled_from(["csv", "jsonl"]))
 def test_no_bytes_crash_it(tmp_path_factory, body, kind) -> None:  # type: ignore[no-untyped-def]
     folder = tmp_path_factory.mktemp("bytes")

@@ -35,7 +35,7 @@ def codes(raw: SourceData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return user, item, rows["segment"].to_numpy()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     users=st.integers(10, 300), items=st.integers(100, 200), events=st.integers(3, 25), seed=st.integers(0, 99),
     strengths=st.tuples(*[st.sampled_from([0.0, 0.5, 2.0])] * 3).filter(any),

@@ -233,7 +233,7 @@ def test_a_value_that_nobody_else_has_goes_too(tmp_path: Path) -> None:
 
 
 @given(gone=st.sets(st.integers(0, 119), min_size=1, max_size=119), cut=st.integers(1, 119), group=st.integers(20, 400))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_whoever_is_forgotten_all_others_keep_their_rows(
     small: PreparedData, tmp_path_factory: pytest.TempPathFactory, gone: set[int], cut: int, group: int
 ) -> None:

@@ -370,7 +370,7 @@ def test_a_store_without_users_is_one_line(folder: Path, capsys: pytest.CaptureF
     assert holders(folder / "data", GONE)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), texts=st.lists(st.text(max_size=8), min_size=1, max_size=5))
 def test_every_change_of_a_record_is_found(data: st.DataObject, texts: list[str], tmp_path: Path) -> None:
     file, key = tmp_path / "record", RecordKey(b"k" * 32)

@@ -173,7 +173,7 @@ def test_the_role_that_a_route_needs(method: str, path: str, role: str | None) -
 PATHS = ("/v1/recommend", "/v1/events", "/v1/swap", "/v1/../v1/swap", "//v1/swap", "/%2e%2e/etc/passwd", "/v1/users")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(
     method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "OPTIONS", "TRACE", "FOO"]),
     path=st.sampled_from(PATHS) | st.text(max_size=20).map(lambda text: "/" + text),

@@ -135,7 +135,7 @@ def test_onnx_takes_contexts(made: Exported, tmp_path: Path) -> None:
 CONTEXTS = st.dictionaries(st.sampled_from(["device", "place"]), st.sampled_from(["phone", "tv", "home", "moon", None]))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.tuples(st.integers(0, 29), CONTEXTS), min_size=1, max_size=9))
 def test_a_history_with_contexts_is_answered_as_the_tower_says(
     service: Service, events: list[tuple[int, dict[str, str | None]]]

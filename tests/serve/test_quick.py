@@ -242,7 +242,7 @@ def test_a_client_beyond_its_rate_is_refused_by_the_framework() -> None:
     assert [limited.take(PLAIN, None) is None for _ in range(4)] == [False, False, True, True]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(
         st.tuples(

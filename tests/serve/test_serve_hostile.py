@@ -186,7 +186,7 @@ new_event = st.fixed_dictionaries(
 plausible = recommend | st.fixed_dictionaries({"requests": st.lists(recommend, max_size=3)}) | new_item | new_event
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 @given(path=st.sampled_from(POSTS), body=anything | plausible)
 def test_no_json_breaks_the_server(client: TestClient, path: str, body: Any) -> None:
     response = client.post(path, content=json.dumps(body).encode(), headers=JSON)
@@ -195,7 +195,7 @@ def test_no_json_breaks_the_server(client: TestClient, path: str, body: Any) -> 
     assert response.status_code == 200 or answer["detail"]
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
 @given(path=st.sampled_from(POSTS), body=st.binary(max_size=200))
 def test_no_bytes_break_the_server(client: TestClient, path: str, body: bytes) -> None:
     assert 400 <= client.post(path, content=body, headers=JSON).status_code < 500

@@ -34,7 +34,7 @@ def forbidden() -> Any:
     raise AssertionError("made again")
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(ARRAYS, st.lists(st.none() | st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=3)))
 def test_what_one_process_makes_the_next_one_maps(
     tmp_path_factory: pytest.TempPathFactory, given: list[list[int]], texts: list[list[str] | None]

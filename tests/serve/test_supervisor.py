@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flm_torchrec.cli import main
@@ -157,7 +157,6 @@ def test_workers_need_a_store_that_they_share(tmp_path: object, capsys: pytest.C
     assert "give --events FILE" in capsys.readouterr().err
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(), unique=True, max_size=50), st.text())
 def test_keys_are_found_as_in_a_dict(keys: list[str], other: str) -> None:
     keys = [key for key in keys if key.isascii() or not any("\ud800" <= c <= "\udfff" for c in key)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flm_torchrec.cli import main
@@ -69,7 +69,6 @@ def test_a_user_always_gets_the_same_and_the_shares_are_kept() -> None:
     assert both < 0.2  # drawn anew: a tenth of the tenth
 
 
-@settings(deadline=None)
 @given(st.text(), st.text(), st.lists(st.integers(0, 3), max_size=20))
 def test_any_text_is_drawn_and_answers_keep_their_places(salt: str, unit: str, groups: list[int]) -> None:
     assert 0 <= draw(salt, unit) < 1 and draw(salt, unit) == draw(salt, unit)

@@ -206,7 +206,7 @@ LONG = [
 ]
 
 
-@settings(max_examples=max(1, STORIES), deadline=None, phases=[Phase.explicit] + [Phase.generate] * bool(STORIES))
+@settings(max_examples=max(1, STORIES), phases=[Phase.explicit] + [Phase.generate] * bool(STORIES))
 @given(st.lists(LEARNED | MOVED | BEGUN, min_size=2, max_size=8))
 @example(LONG if STORIES else SHORT)
 def test_a_run_ends_in_the_same_bits_whatever_happens_to_it(

@@ -46,7 +46,7 @@ def tune(source: Path, run: Path, *arguments: str) -> int:
     return main(["finetune", "--finetune.source", str(source), "--train.run", str(run), *arguments])
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.floats(0.01, 1.0), st.integers(0, 99))
 def test_a_share_of_the_cohort_is_learnt_from(small: PreparedData, share: float, seed: int) -> None:
     cohort = np.arange(small.schema.users) % 3 == 0
@@ -58,7 +58,7 @@ def test_a_share_of_the_cohort_is_learnt_from(small: PreparedData, share: float,
     assert not chosen.train_mask(small)[chosen.valid.end].any() and not chosen.train_mask(small)[chosen.test.end].any()
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.floats(0.05, 1.0), st.integers(0, 99))
 def test_labels_of_one_user_are_in_one_part(small: PreparedData, share: float, seed: int) -> None:
     threshold = float(np.median(small.value)) if len(np.unique(small.value)) > 1 else 1.0
@@ -179,7 +179,7 @@ def test_labels_are_told_from_pretrained_and_from_new_weights(rated: Path, tmp_p
     assert json.loads((run / "finetune.json").read_text()) == report
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5), st.booleans()), min_size=1, max_size=40))
 def test_gauc_is_the_mean_of_the_users_auc_by_events(events: list[tuple[int, int, bool]]) -> None:
     user, score, label = (np.array(column) for column in zip(*events, strict=True))

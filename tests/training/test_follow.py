@@ -16,7 +16,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flm_torchrec.cli import main
@@ -184,7 +184,6 @@ ROWS = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(JSON | ROWS, max_size=6))
 def test_any_row_is_learnt_from_or_counted(run: Path, rows: list[Any]) -> None:
     refused: dict[str, Any] = {}
@@ -196,7 +195,6 @@ def test_any_row_is_learnt_from_or_counted(run: Path, rows: list[Any]) -> None:
     json.dumps(refused)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3 * 10**9)), min_size=1, max_size=40), st.integers(1, 9))
 def test_new_windows_hold_each_new_event_once(small: PreparedData, new: list[tuple[int, int]], history: int) -> None:
     user, timestamp = np.array(new).T

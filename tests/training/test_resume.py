@@ -515,7 +515,7 @@ def test_ten_bad_losses_in_a_row_end_the_run_under_either_policy(small: Prepared
         replay(run / "config.yaml")
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(steps=st.integers(0, 60), batch_size=st.integers(1, 40), before=st.integers(1, 3), after=st.integers(1, 3))
 def test_what_is_learnt_from_does_not_depend_on_where_or_on_how_many_ranks_a_run_resumed(
     small: PreparedData, steps: int, batch_size: int, before: int, after: int

@@ -53,7 +53,7 @@ def incoming(tmp_path: Path) -> Path:
     st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 4), st.booleans(), st.booleans()), max_size=12),
     st.integers(1, 30),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_of_files_that_grow_anywhere_every_row_is_taken_once(
     writes: list[tuple[str, int, bool, bool]], cut: int
 ) -> None:
@@ -229,7 +229,7 @@ def test_a_position_by_names_alone_counts_what_is_there_as_taken(incoming: Path)
 
 @pytest.mark.parametrize("gone", [False, True], ids=["the first is there", "the first was moved away"])
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=6), st.data())
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_a_file_that_is_copied_again_while_the_follower_looks_is_not_taken_twice(
     gone: bool, numbers: list[int], data: st.DataObject
 ) -> None:
