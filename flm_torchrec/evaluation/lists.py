@@ -42,17 +42,17 @@ class ItemFacts:
 
 
 def list_metrics(top: np.ndarray, facts: ItemFacts, comm: Collectives) -> dict[str, float]:
-    """Novelty, diversity, popularity and Gini of all processes' lists [e, K] of item ids, best first; collective.
+    """Novelty, diversity, popularity and Gini of all processes' lists, `Ranked.top`; collective.
 
     * novelty@K: mean of `ItemFacts.novelty` over the recommended items, in bits (Zhou et al., PNAS 2010).
-    * diversity@K: mean of 1 - cosine over the pairs of a list, then over the lists (Ziegler et al., WWW 2005); 0 where
-      lists have one item.
+    * diversity@K: mean of 1 - cosine over the pairs of a list, then over the lists (Ziegler et al., WWW 2005); 0 for a
+      list of one item.
     * popularity@K: mean number of training events of the recommended items, ARP (Yin et al., VLDB 2012).
     * gini@K: how unequally items are recommended; 0: all equally often, near 1: the same few to everyone.
     """
     k = top.shape[1]
     items = len(facts.popularity)
-    counts = comm.all_reduce_sum(torch.from_numpy(np.bincount(top.ravel(), minlength=items))).numpy()
+    counts = comm.all_reduce_sum(torch.from_numpy(np.bincount(top[top >= 0], minlength=items))).numpy()
     spread = comm.all_reduce_sum(torch.tensor([_diversity(top, facts.fetch, comm), len(top)]))
     return {
         f"novelty@{k}": float(counts @ facts.novelty() / counts.sum()),
@@ -72,14 +72,16 @@ def gini(counts: np.ndarray) -> float:
 
 def _diversity(top: np.ndarray, fetch: Callable[[Tensor], Tensor], comm: Collectives) -> int:
     """Sum over the lists [e, K] of the mean of (1 - cosine) / 2 over pairs, doubled, in parts of UNIT; collective."""
-    k, total = top.shape[1], 0
-    if k < 2:
+    total = 0
+    if top.shape[1] < 2:
         return 0
     most = max(int(lists) for lists in comm.all_gather(torch.tensor(len(top), device=comm.device)))
     for start in range(0, most, BLOCK):
-        unit = F.normalize(fetch(torch.from_numpy(top[start : start + BLOCK])).double(), dim=2)  # [b, K, D]
+        ids = torch.from_numpy(top[start : start + BLOCK])
+        unit = F.normalize(fetch(ids.clamp(min=0)).double(), dim=2) * (ids >= 0)[:, :, None]  # [b, K, D]
         pairs = unit.sum(1).square().sum(1) - unit.square().sum((1, 2))  # twice the sum of the cosines of the pairs
-        total += int(((1 - pairs / (k * (k - 1))) * UNIT).round().sum())
+        k = (ids >= 0).sum(1)
+        total += int(((1 - pairs / (k * (k - 1)))[k > 1] * UNIT).round().sum())
     return total
 
 
@@ -140,12 +142,12 @@ def target_metrics(
     al., Introduction to Information Retrieval, 8.4).
 
     Args:
-        top: [e, K] lists of the examples `rows`, best first.
+        top: [e, K] lists of the examples `rows`, `Ranked.top`.
     """
     size = int(targets.rows.max()) + 1
     count = np.bincount(targets.rows, minlength=size)[rows]  # [e] true items
     stride = 1 + max(int(targets.items.max()), int(top.max(initial=0)))
-    hit = np.isin(rows[:, None] * stride + top, targets.rows * stride + targets.items)  # [e, K]
+    hit = (top >= 0) & np.isin(rows[:, None] * stride + top, targets.rows * stride + targets.items)  # [e, K]
     found: dict[str, np.ndarray] = {}
     for k in ks:
         hits, best = hit[:, :k].cumsum(1), np.minimum(count, k)

@@ -24,7 +24,7 @@ class Ranked:
 
     rows: np.ndarray  # [e] indices of examples
     ranks: dict[str, np.ndarray]  # [e] int64, 1 is best
-    top: dict[str, np.ndarray]  # [e, K] int64 item ids, best first
+    top: dict[str, np.ndarray]  # [e, K] int64 item ids, best first; -1 where fewer than K items are ranked
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ def count_ranks(ranked: Ranked, name: str, items: int, comm: Collectives, ks: tu
     histogram = torch.from_numpy(np.bincount(ranked.ranks[name] - 1, minlength=items))
     covered = {}
     for k in ks:
-        counted = torch.zeros(items, dtype=torch.int64)
-        counted[torch.from_numpy(ranked.top[name][:, :k]).flatten()] = 1
+        top, counted = ranked.top[name][:, :k], torch.zeros(items, dtype=torch.int64)
+        counted[torch.from_numpy(top[top >= 0])] = 1
         covered[k] = int((comm.all_reduce_sum(counted) > 0).sum())
     return RankCounts(comm.all_reduce_sum(histogram).numpy(), covered)
 
@@ -237,7 +237,7 @@ class _Counts:
 
 
 def _rank_round(blocks: list[_Block], name: str, shares: ItemShares, top_k: int) -> tuple[Tensor, Tensor]:
-    """Ranks [b] and the ids of the top items [b, K] of this process's block.
+    """Ranks [b] and the ids of the top items [b, K] of this process's block, as `Ranked` has them.
 
     The true items must be scored by the same product as all others, or ties would be missed. That product is one of
     many, so it is told before by a smaller one, and made twice only where that was rounded in another way.
@@ -264,7 +264,7 @@ def _rank_round(blocks: list[_Block], name: str, shares: ItemShares, top_k: int)
         best, ids = torch.cat([best, values.cpu()], 1), torch.cat([ids, more.cpu()], 1)
         best, order = best.topk(min(top_k, best.shape[1]), 1)
         ids = ids.gather(1, order)
-    return ranks, ids
+    return ranks, ids.masked_fill(best == -torch.inf, -1)
 
 
 def _lists(

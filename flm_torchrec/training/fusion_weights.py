@@ -21,7 +21,7 @@ from flm_torchrec.config.heads import HEADS
 from flm_torchrec.evaluation.head_scorer import HeadScorer
 from flm_torchrec.evaluation.metrics import RankCounts
 from flm_torchrec.evaluation.protocol import Collectives, Encoder
-from flm_torchrec.evaluation.ranking import RankingProblem, rank_targets, target_and_seen, user_blocks
+from flm_torchrec.evaluation.ranking import RankingProblem, rank_targets, user_blocks
 from flm_torchrec.mixture import Mixture
 
 BEST = 50
@@ -70,7 +70,7 @@ class _Shortlists:
     An item that is among the BEST best of no head is not ranked. A metric's cut-off is far above.
 
     Attributes:
-        scores: [heads, n, C]; -inf for an item that is left out of the ranking, and for a second copy of one.
+        scores: [heads, n, C]; -inf for a second copy of an item.
     """
 
     def __init__(self, problem: RankingProblem, encoder: Encoder, comm: Collectives) -> None:
@@ -86,17 +86,14 @@ class _Shortlists:
         ):
             here = slice(done, done + len(rows))
             done += len(rows)
-            target, seen = target_and_seen(problem, rows)
+            target = torch.from_numpy(problem.data.item[problem.examples.take(rows).end])
             ids = torch.cat([target[:, None], *(torch.from_numpy(ranked.top[name][here]) for name in HEADS)], 1)
+            ids = torch.where(ids < 0, target[:, None], ids)  # where fewer items are ranked: a copy
             vectors = scorer.fetch(ids)  # [b, C, S]; collective, also without examples
             if len(rows) == 0:
                 continue
             scores = torch.stack([torch.einsum("bd,bcd->bc", users[name], vectors) for name in HEADS]).cpu()
-            keys = ids + items * torch.arange(len(rows))[:, None]
-            out = torch.isin(keys, seen.items + items * seen.rows) | _copies(ids)
-            if problem.domain is not None:
-                out |= problem.domain[ids] != problem.domain[target][:, None]
-            parts.append(scores.masked_fill(out, -torch.inf))
+            parts.append(scores.masked_fill(_copies(ids), -torch.inf))
         self.scores = torch.cat(parts, 1)
 
     def ranks(self, fuse: Callable[[Tensor], Tensor]) -> Tensor:

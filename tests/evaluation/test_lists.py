@@ -27,15 +27,21 @@ ITEMS = 12
 ALONE = Comm(0, 1, 1, torch.device("cpu"))
 
 
+def some_lists(rng: np.random.Generator, users: int, k: int) -> np.ndarray:
+    """[users, k] different items; of fewer than k, some lists end with -1."""
+    top = np.stack([rng.choice(ITEMS, k, replace=False) for _ in range(users)])
+    return np.where(np.arange(k) < rng.integers(1, 2 * k + 1, users)[:, None], top, -1)
+
+
 @settings(max_examples=60)
 @given(st.integers(1, 9), st.integers(1, 6), st.integers(0, 2**16))
 def test_what_lists_are_made_of(users: int, k: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    top = np.stack([rng.choice(ITEMS, k, replace=False) for _ in range(users)])
+    top = some_lists(rng, users, k)
     popularity, vectors = rng.integers(0, 9, ITEMS), rng.normal(size=(ITEMS, 4)).astype(np.float32)
     popularity[0] += 1
     found = list_metrics(top, ItemFacts(popularity, torch.from_numpy(vectors).__getitem__), ALONE)
-    flat = top.ravel()
+    flat = top[top >= 0]
     assert found[f"popularity@{k}"] == pytest.approx(popularity[flat].mean())
     share = np.maximum(popularity, 1) / popularity.sum()
     assert found[f"novelty@{k}"] == pytest.approx(np.mean([-np.log2(share[item]) for item in flat]))
@@ -43,7 +49,8 @@ def test_what_lists_are_made_of(users: int, k: int, seed: int) -> None:
     def cosine(a: int, b: int) -> float:
         return float(vectors[a] @ vectors[b] / np.linalg.norm(vectors[a]) / np.linalg.norm(vectors[b]))
 
-    apart = [float(np.mean([1 - cosine(a, b) for a, b in combinations(row, 2)])) if k > 1 else 0.0 for row in top]
+    pairs = [[1 - cosine(a, b) for a, b in combinations(row[row >= 0], 2)] for row in top]
+    apart = [np.mean(each) if each else 0.0 for each in pairs]
     assert found[f"diversity@{k}"] == pytest.approx(np.mean(apart), abs=5.1e-5)
     counts = np.bincount(flat, minlength=ITEMS)
     differences = np.abs(counts[:, None] - counts).sum()
@@ -60,16 +67,16 @@ def test_gini_of_all_alike_is_0_and_of_one_alone_is_near_1() -> None:
 def test_several_true_items(users: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     rows = rng.permutation(users)
-    top = np.stack([rng.choice(ITEMS, 6, replace=False) for _ in range(users)])
+    top = some_lists(rng, users, 6)
     right = [rng.choice(ITEMS, rng.integers(1, 8), replace=False) for _ in range(users)]
     targets = Targets(np.repeat(np.arange(users), [len(r) for r in right]), np.concatenate(right))
     found = target_metrics(top, rows, targets, (1, 3, 6), ALONE)
-    score = torch.arange(ITEMS, 0, -1.0)
     for k in (1, 3, 6):
         recall, precision, ap = [], [], []
         for row, listed in zip(rows, top, strict=True):
             rest = [item for item in range(ITEMS) if item not in listed]
             true = torch.tensor([item in right[row] for item in [*listed, *rest]])
+            score = torch.arange(len(true), 0, -1.0)
             recall.append(float(retrieval_recall(score, true, top_k=k)))
             precision.append(float(retrieval_precision(score, true, top_k=k)))
             at_hits = [float(true[: n + 1].float().mean()) for n in range(k) if true[n]]

@@ -162,6 +162,7 @@ def test_ranks_are_those_of_brute_force(histories: list[list[int]], users: int, 
             assert ranked.ranks[head][row] == 1 + sum(scores[i] >= scores[target] for i in others)
             allowed = sorted((scores[i] for i in [*others, target]), reverse=True)[:3]
             assert scores[ranked.top[head][row][: len(allowed)]].tolist() == allowed
+            assert (ranked.top[head][row][len(allowed) :] == -1).all()
 
 
 @settings(max_examples=12)
