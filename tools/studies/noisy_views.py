@@ -4,8 +4,9 @@
 
 A purchase follows from the one before it (printer → ink) or from the user's taste. NOISE of the views are of whatever
 is promoted, and say nothing of the user; the others are of the category of the purchase that comes next. No user buys
-what she has viewed. The last two events of each user are purchases, so that a leave-one-out split holds out the same
-events whichever kinds are predicted. `DIR/buys` has the same purchases without the views.
+what she has viewed. The last three events of each user are purchases: a leave-one-out split holds out the same events
+whichever kinds are predicted, and validation asks what test asks, a purchase right after a purchase. `DIR/buys` has
+the same purchases without the views.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import flm_torchrec as flm
 
 ITEMS, CATEGORIES = 240, 12
 PURCHASES, VIEWS = 7, 3
-"""Purchases of a user, and views before each of them but the last."""
+"""Purchases of a user, and views before each of them but the last two."""
 NOISE, FOLLOWS = 0.7, 0.7
 """Share of the views of promoted items; share of the purchases of the category that goes with the last one's."""
 COLUMNS = {"user": "user_id", "item": "item_id", "timestamp": "timestamp", "event": "event"}
@@ -37,7 +38,7 @@ def make(users: int, seed: int) -> pl.DataFrame:
         had = np.zeros(ITEMS, bool)
         wanted = int(rng.choice(CATEGORIES, p=taste))
         for purchase in range(PURCHASES):
-            views = VIEWS if purchase < PURCHASES - 1 else 0
+            views = VIEWS if purchase < PURCHASES - 2 else 0
             kinds = ["view"] * views + ["buy"]
             for kind in kinds:
                 noise = kind == "view" and rng.random() < NOISE
