@@ -1,10 +1,16 @@
 """Errors that a user can mend. The command line prints each as one line, without a traceback."""
 
+from flm_torchrec.safe_text import visible
+
 
 class FlmError(Exception):
     """Base of all errors of input. The message names file, row or field, what is wrong, and how to mend it."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        """The message on one line, whatever the names in it."""
+        return visible(super().__str__())
 
 
 class ConfigError(FlmError):

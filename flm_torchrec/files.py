@@ -18,12 +18,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from flm_torchrec.errors import RunError
+from flm_torchrec.errors import ConfigError, RunError
 
 MARK = ".flm-"
 LEFTOVER = re.compile(r"\.(.+)\.flm-(new|old)-[0-9a-f]{16}", re.DOTALL)
 """A temporary name. Its groups are the name of the target, and `new` or `old`."""
 ANOTHER = "give another --output"
+
+
+def path_of(value: object, name: str) -> Path:
+    """The path that a caller gave as the argument `name`.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise ConfigError(f"{name}: is a {type(value).__name__}; give a path")
+    return Path(value)
 
 
 def sha256(file: Path) -> str:

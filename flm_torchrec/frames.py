@@ -45,7 +45,16 @@ def _converted(frame: Any, where: str) -> pa.Table:
     names = list(map(str, frame.columns))
     if twice := [name for name in names if names.count(name) > 1]:
         raise DataError(f"{where}: two columns are named '{twice[0]}'; rename one")
+    if objects := _objects(frame):
+        raise DataError(f"{where}: column '{objects[0]}' has objects of Python; give texts or numbers")
     return pa.table(frame)
+
+
+def _objects(frame: Any) -> list[str]:
+    """Columns of Polars that have Python objects, of which Arrow would get the addresses in memory."""
+    import polars as pl
+
+    return [name for name, kind in frame.schema.items() if kind == pl.Object] if isinstance(frame, pl.DataFrame) else []
 
 
 def no_table(value: object, where: str) -> DataError:

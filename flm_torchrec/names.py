@@ -18,7 +18,7 @@ LISTED = 20
 
 def closest(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.5) -> list[str]:
     """The known names most similar to `name`, the most similar first; empty if none is similar."""
-    return get_close_matches(name[:COMPARED_LETTERS], list(islice(known, COMPARED)), n=count, cutoff=cutoff)
+    return get_close_matches(str(name)[:COMPARED_LETTERS], list(islice(known, COMPARED)), n=count, cutoff=cutoff)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -87,8 +87,10 @@ def prepare(
         >>> data.report["users"], data.report["items"], data.report["rows_kept"]
         (40, 30, 320)
     """
+    from flm_torchrec.files import path_of
     from flm_torchrec.frames import arrow_of, is_frame
 
+    folder = path_of(output, "output")
     given = {name: value for name, value in options.items() if value is not None}
     described: dict[Entity, pa.Table] = {}
     entities: tuple[tuple[Entity, Any], ...] = (("item", items), ("user", users))
@@ -102,7 +104,7 @@ def prepare(
     location = None if events is None or table is not None else _path(events, "events")
     found = "table" if table is not None else "" if location is None else _format(location)
     source = str(given.pop("source", found))
-    return _prepared(Input(source, location, Path(output).name, given, table, described), Path(output), overwrite)
+    return _prepared(Input(source, location, folder.name, given, table, described), folder, overwrite)
 
 
 def _prepared(wanted: Input, output: Path, overwrite: bool) -> Prepared:

@@ -67,8 +67,9 @@ def evaluate_run(run: str | os.PathLike[str], options: EvaluateOptions, keep_ran
     Raises:
         FlmError: an option, the run or its data is wrong, or the model has diverged.
     """
-    if options.windows < 0:
-        raise RunError(f"--windows {options.windows}: give 1 or more")
+    for name, number in (("--windows", options.windows), ("--sample", options.drawn)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise RunError(f"{name} {number}: give 1 or more")
     check_versions()
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     import numpy as np

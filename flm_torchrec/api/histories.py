@@ -124,9 +124,13 @@ def _contexts(frame: pl.DataFrame, tower: PackagedTower) -> np.ndarray:
 
 
 def _values(frame: pl.DataFrame) -> np.ndarray:
-    """[n] float32; 1 where the table has none."""
+    """[n] float32, finite; 1 where the table has none."""
     if "value" not in frame.columns:
         return np.ones(len(frame), np.float32)
     if not frame["value"].dtype.is_numeric():
         raise DataError(f"histories: column 'value' is {frame['value'].dtype}, and a number is needed")
-    return frame["value"].cast(pl.Float32).fill_null(1.0).fill_nan(1.0).to_numpy()
+    values = frame["value"].cast(pl.Float32).fill_null(1.0).fill_nan(1.0)
+    if values.is_infinite().any():
+        row = int(values.is_infinite().arg_max() or 0) + 1
+        raise DataError(f"histories: row {row} has a value that is not finite; mend it")
+    return values.to_numpy()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -23,6 +22,7 @@ from flm_torchrec.export.ranker import LeftOut, first_left
 from flm_torchrec.export.recommend import COLUMNS, ExportRecommender, RecommendOptions
 from flm_torchrec.export.recommend_file import WrittenRecommendations, write_recommendations
 from flm_torchrec.export.vectors import decode
+from flm_torchrec.files import path_of
 from flm_torchrec.frames import Frame, FrameKind, arrow_of, check_kind, framed, is_frame
 from flm_torchrec.names import nearest
 from flm_torchrec.prepare.sources.user_list import distinct_users, read_users
@@ -56,7 +56,7 @@ class Recommender:
     def __init__(self, export: str | os.PathLike[str], frame: FrameKind = "polars") -> None:
         check_kind(frame)
         self.frame = frame
-        self.export = ExportRecommender(Path(export))
+        self.export = ExportRecommender(path_of(export, "export"))
 
     @property
     def users(self) -> int:
@@ -146,7 +146,7 @@ class Recommender:
             wanted = read_users(os.fspath(users)) if by_path else _keys(users, "users")
         return write_recommendations(
             self.export,
-            Path(output),
+            path_of(output, "output"),
             RecommendOptions(**{**options, "filter": options.get("filter") or {}}),
             wanted,
             overwrite,
@@ -183,7 +183,7 @@ class Recommender:
                 f"items: '{keys[flat[0]].as_py()}' has a vector of zeros, so no item is near it; leave it out"
             )
         itself = LeftOut.of(Ragged(np.arange(len(rows) + 1), rows), self.items)
-        scores, found = first_left(index, queries, k, itself, np.arange(len(rows)))
+        scores, found = first_left(index, queries, options.k, itself, np.arange(len(rows)))
         table = self.export.as_table(keys, scores, found)
         return framed(table.rename_columns(["item", "rank", "similar", "title", "score"]), self.frame)
 
@@ -217,9 +217,9 @@ class Recommender:
         row = int(self.export.item_rows(_keys([item], "items"), "items")[0])
         allowed = self.export.allowed(options)
         found = (
-            over_users(self.export, row, k, allowed)
+            over_users(self.export, row, options.k, allowed)
             if over == "users"
-            else over_items(self.export, self._cosines, row, k, allowed)
+            else over_items(self.export, self._cosines, row, options.k, allowed)
         )
         rows, reached = len(found.items), pa.array(found.items)
         table = pa.table(
@@ -309,7 +309,7 @@ def _keys(values: Any, where: str) -> pa.Array:
         if name not in table.column_names:
             raise DataError(f"{where}: no column '{name}'; it has {', '.join(table.column_names[:20])}")
         return distinct_users(pl.DataFrame(pl.from_arrow(table.select([name])))[name], where)
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise DataError(f"{where}: is a {type(values).__name__}; give a list of ids, such as ['u1', 'u2']")
     try:
         arrow = hasattr(values, "__arrow_c_stream__") or isinstance(values, pl.Series | pa.Array | np.ndarray)

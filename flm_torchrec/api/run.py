@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flm_torchrec._versions import check_versions
 from flm_torchrec.config import load_config, overrides_of
 from flm_torchrec.errors import ConfigError
+from flm_torchrec.files import path_of
 
 if TYPE_CHECKING:
     from flm_torchrec.api.evaluation import Split
@@ -49,9 +50,13 @@ def train(
         >>> run.path.name, run.config.model.dim
         ('shop', 8)
     """
-    folders = [os.fspath(data)] if isinstance(data, str | os.PathLike) else [os.fspath(folder) for folder in data]
+    given: Sequence[Any] = [data] if isinstance(data, str | os.PathLike) or not isinstance(data, Sequence) else data
+    folders = [str(path_of(folder, "data")) for folder in given]
+    if not folders:
+        raise ConfigError("data: names no folder; give what flm.prepare returned")
     path = [f"data.path={folders[0]}"] if len(folders) == 1 else []
-    pretrain_run(config, [*overrides_of(sections), *path, f"train.run={os.fspath(run)}"], folders, preset)
+    file = None if config is None else path_of(config, "config")
+    pretrain_run(file, [*overrides_of(sections), *path, f"train.run={path_of(run, 'run')}"], folders, preset)
     return Run.load(run)
 
 
@@ -123,8 +128,9 @@ class Run:
         """
         from flm_torchrec.training.identity import check_has_model
 
-        check_has_model(Path(path))
-        return cls(Path(path))
+        folder = path_of(path, "path")
+        check_has_model(folder)
+        return cls(folder)
 
     @property
     def config(self) -> Config:
@@ -137,6 +143,7 @@ class Run:
         frame: FrameKind = "polars",
         by: Sequence[str] = (),
         windows: int = 0,
+        sample: int = 0,
         **settings: Any,
     ) -> Frame:
         """Rank every item for the held-out event of each user, by each head, their fusion and the baselines.
@@ -147,6 +154,7 @@ class Run:
             by: segments too: "items" (head, tail, without training events), "users" (new, of few events, of many),
                 "events" (kinds of the next event).
             windows: of a time split: cut the held-out period into so many windows, with predictions in each.
+            sample: rank for so many users alone, drawn once by `train.seed`; baselines learn from all. 0: all users.
             settings: of section `eval`, such as `ks=[10]` or `baselines=[]`.
 
         Returns:
@@ -173,9 +181,11 @@ class Run:
         check_kind(frame)
         if split not in ("test", "valid"):
             raise ConfigError(f"split '{split}': choose test or valid")
-        if unknown := [one for one in by if one not in BY]:
+        given = [by] if isinstance(by, str) else by
+        if unknown := [one for one in given if one not in BY]:
             raise ConfigError(f"by '{unknown[0]}': choose from {', '.join(BY)}")
-        options = EvaluateOptions(split, by=by, windows=windows, overrides=overrides_of({"eval": settings}))
+        overrides = overrides_of({"eval": settings})
+        options = EvaluateOptions(split, by=given, windows=windows, drawn=sample, overrides=overrides)
         evaluation = evaluate_run(self.path, options).evaluation
         write_evaluation(self.path, evaluation)
         everyone = {name: {**metrics, **evaluation.lists[name]} for name, metrics in evaluation.table.items()}
@@ -208,5 +218,5 @@ class Run:
         from flm_torchrec.api.export import choices_of, export_run
         from flm_torchrec.api.recommender import Recommender
 
-        export_run(self.path, Path(output), choices_of(choices), overwrite=overwrite)
+        export_run(self.path, path_of(output, "output"), choices_of(choices), overwrite=overwrite)
         return Recommender(output)

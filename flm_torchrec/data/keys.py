@@ -27,9 +27,10 @@ def keys(column: pl.Series, file: str) -> pl.Series:
     """[n] values → [n] text, null where there is no id; see RULE.
 
     Raises:
-        DataError: lists, or whole numbers that a float has rounded, so that two ids may have become one.
+        DataError: lists, objects of Python, or whole numbers that a float has rounded, so that two ids may have become
+            one.
     """
-    if column.dtype.is_nested():
+    if column.dtype.is_nested() or column.dtype == pl.Object:
         raise DataError(f"{file}: column '{column.name}' is {column.dtype}, an id is one value; name another column")
     if column.dtype.is_float():
         rounded = column.filter(column.is_finite() & (column.abs() >= EXACT))

@@ -53,6 +53,10 @@ class RecommendOptions:
     filter: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """By feature: values of which an item must have at least one."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.k, np.integer):
+            object.__setattr__(self, "k", int(self.k))  # faiss takes no number of numpy
+
 
 class ExportRecommender:
     """Recommends items to the users of an export.

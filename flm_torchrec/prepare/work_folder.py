@@ -26,7 +26,8 @@ def work_folder(output: Path, made_of: list[Any]) -> Iterator[Path]:
     """A folder beside the output for intermediate files. Claim the output first.
 
     The folder is removed at the end and after an error, but not after a kill. The next preparation of the same output
-    uses it again if it is made of the same inputs, and removes it otherwise.
+    uses it again if it is made of the same inputs, and removes it otherwise. After Ctrl-C it stays only where the
+    inputs are files: nothing can go on from a table that was in memory.
 
     Args:
         made_of: everything that the files of shards depend on; it becomes JSON, and a digest of it the folder's name.
@@ -36,10 +37,11 @@ def work_folder(output: Path, made_of: list[Any]) -> Iterator[Path]:
     """
     digest = hashlib.sha256(json.dumps([FORMAT, *made_of]).encode()).hexdigest()[:16]
     folder = output.with_name(f".{output.name}.work-{digest}")
+    resumable = IN_MEMORY not in made_of
     try:
         _remove_others(output, folder)
         folder.mkdir(mode=0o700, exist_ok=True)  # it holds the keys as they are in the logs
-        _remove_unfinished(folder, resumable=IN_MEMORY not in made_of)
+        _remove_unfinished(folder, resumable)
         yield folder
         shutil.rmtree(folder)
     except (OSError, duckdb.IOException) as error:
@@ -51,6 +53,10 @@ def work_folder(output: Path, made_of: list[Any]) -> Iterator[Path]:
         raise DataError(f"--memory: too little for this data ({first_line(error)}); give more") from error
     except Exception:
         shutil.rmtree(folder, ignore_errors=True)
+        raise
+    except KeyboardInterrupt:
+        if not resumable:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
 
 

@@ -171,6 +171,9 @@ WRONG_TABLES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "no table": (lambda: 3, {"columns": COLUMNS}, "events: is a int; give a table"),
     "no path": (lambda: "nowhere.csv", {"columns": COLUMNS}, "nowhere.csv: not found"),
     "nothing": (lambda: None, {}, "--source '' is not known"),
+    "objects": (lambda: pl.DataFrame({"who": pl.Series([object()], dtype=pl.Object), "what": ["i"]}),
+        {"columns": {"user": "who", "item": "what"}}, "events: column 'who' has objects of Python"),
+    "name of two lines": (lambda: pl.DataFrame({"w\nho": ["u"]}), {"columns": COLUMNS}, r"It has: w\nho"),
     "feature": (
         lambda: pl.DataFrame(rows()),
         {"columns": COLUMNS, "items": pl.DataFrame({"what": [1, 1], "b": ["x", "y"]}), "item_key": "what"}
@@ -206,6 +209,7 @@ def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
         ({"train": {"epochs": 0}}, "train.epochs: must be"),
         ({"train": 3}, "train: give a mapping such as"),
         ({"model": {"dim": object()}}, "model.dim: "),
+        ({"config": 3}, "config: is a int; give a path"),
         ({}, "schema.yaml: not found"),
     ],
 )
@@ -214,6 +218,22 @@ def test_a_wrong_setting_is_one_line(tmp_path: Path, sections: dict[str, Any], t
         flm.train(tmp_path / "none", tmp_path / "run", **sections)
     assert told in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+NO_PATH: Any = 3
+WRONG_PATHS: dict[str, Callable[[], Any]] = {
+    "output": lambda: flm.prepare(pl.DataFrame(rows()), NO_PATH, columns=COLUMNS),
+    "path": lambda: flm.Run.load(NO_PATH),
+    "run": lambda: flm.train("data", NO_PATH),
+    "data": lambda: flm.train(NO_PATH, "run"),
+    "export": lambda: flm.Recommender(NO_PATH),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PATHS)
+def test_what_is_no_path_is_told(name: str) -> None:
+    with pytest.raises(FlmError, match=f"^{name}: is a int; give a path$"):
+        WRONG_PATHS[name]()
 
 
 @pytest.fixture(scope="module")
@@ -293,9 +313,10 @@ def test_similar_items_are_those_of_the_server(service: Service, recommender: fl
 
 def test_tables_come_out_as_asked(service: Service, small: PreparedData) -> None:
     vectors = np.stack(pq.read_table(service.export / "items.parquet")["embedding"].to_numpy())
+    two: Any = np.int64(2)  # as a number of pandas is
     for kind, like in tables({"user": ["u3", "u1"]}).items():
         recommender = flm.Recommender(service.export, frame=kind)  # type: ignore[arg-type]
-        found = recommender.recommend(like, 2)
+        found = recommender.recommend(like, two)
         assert type(found) is type(like)
         assert list(found["user"].to_pylist() if kind == "arrow" else found["user"]) == ["u3", "u3", "u1", "u1"]
         embeddings = recommender.embeddings("items")
@@ -326,8 +347,12 @@ WRONG_QUESTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "no user": (lambda r: r.recommend(pl.DataFrame({"item": ["i1"]})), "histories: no column 'user'"),
     "event": (lambda r: r.recommend(pl.DataFrame({**HISTORY, "event": ["vew", None]})), "no kind of event 'vew'"),
     "extra": (lambda r: r.recommend(pl.DataFrame({**HISTORY, "time": [1, 2]})), "column 'time' is not known"),
+    "infinite": (lambda r: r.recommend(pl.DataFrame({**HISTORY, "value": [1.0, np.inf]})), "row 2 has a value that is"),
+    "dict": (lambda r: r.recommend({"user": ["u1"]}), "users: is a dict; give a list"),
+    "object": (lambda r: r.recommend([object()]), "users: column 'user' is Object"),
     "null item": (lambda r: r.recommend(pl.DataFrame({**HISTORY, "item": ["i1", None]})), "row 2 has no item"),
     "similar": (lambda r: r.similar_items(["none"]), "items: no item 'none'"),
+    "vector 3": (lambda r: r.embeddings("users", 3), "no vector '3'; known: "),
     "vector": (lambda r: r.embeddings("users", "contnt"), "did you mean 'content'?"),
     "of": (lambda r: r.embeddings("user"), "embeddings 'user': choose items or users"),
     "option": (lambda r: r.recommend_to("x.parquet", kk=3), "recommend_to: no option 'kk'"),

@@ -22,6 +22,8 @@ from flm_torchrec.claim import claim
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import load_prepared
 from flm_torchrec.prepare.sources import lines
+from flm_torchrec.prepare.sources.source_data import IN_MEMORY
+from flm_torchrec.prepare.work_folder import work_folder
 from tests.conftest import ROOT
 
 GOOD = [("ann", "x", 3), ("bob", "y", 1), ("ann", "z", 2)]
@@ -256,3 +258,10 @@ def test_two_preparations_of_one_output_do_not_meet(tmp_path: Path, capsys: pyte
         assert f"process {os.getpid()} on '{socket.gethostname()}' is writing it" in error and other.is_dir()
     assert flm("--source", "csv", "--input", logs, "--output", tmp_path / "out") == 0
     assert not other.exists()
+
+
+@pytest.mark.parametrize(("made_of", "left"), [("events.csv", 1), (IN_MEMORY, 0)])
+def test_ctrl_c_leaves_only_what_the_next_preparation_goes_on_from(tmp_path: Path, made_of: str, left: int) -> None:
+    with pytest.raises(KeyboardInterrupt), work_folder(tmp_path / "out", [made_of]):
+        raise KeyboardInterrupt
+    assert len(list(tmp_path.iterdir())) == left
