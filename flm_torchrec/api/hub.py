@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,11 +65,15 @@ def _one_process() -> Iterator[None]:
 
 
 @_one_process()
-def push(run: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+def push(run: str | os.PathLike[str], folder: str | os.PathLike[str], seeds: Sequence[Path] = ()) -> None:
     """Write the best model of a run as a new hub folder. It has the keys of users and items, and no events.
 
+    Args:
+        seeds: runs of the same settings with other seeds, for deviations in the model card.
+
     Raises:
-        RunError: no run, a damaged model, a run of 'flm follow', or a folder that is there already.
+        RunError: no run, a damaged model, a run of 'flm follow', a folder that is there already, or a run of `seeds`
+            that differs in more than its seed.
     """
     from flm_torchrec.api.model_card import model_card
     from flm_torchrec.training.checkpoint import storage
@@ -87,12 +91,13 @@ def push(run: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
     if wrong := storage.damage(run / BEST):
         raise RunError(f"{run / BEST}: {wrong[0]}; copy the run anew")
     tensors = {n: t for n, t in storage.read_all(run / BEST).items() if n.startswith(MODEL)}
+    card = model_card(run, meta, tensors, seeds)
     with telling(folder, ANOTHER), _new(folder) as fresh:
         index = write_tensors(fresh, tensors, [n for n in tensors if n.startswith(f"{MODEL}dense.")])
         shutil.copy2(run / CONFIG, fresh / CONFIG)
         shutil.copytree(run / VOCABULARY, fresh / VOCABULARY)
         write_text(fresh / META, json.dumps(meta, indent=2))
-        write_text(fresh / CARD, model_card(run, meta, tensors))
+        write_text(fresh / CARD, card)
         files = {f.relative_to(fresh).as_posix(): f for f in sorted(fresh.rglob("*")) if f.is_file()}
         listed = {name: {"sha256": sha256(f), "bytes": f.stat().st_size} for name, f in files.items() if name != CARD}
         write_text(fresh / MANIFEST, json.dumps({"format": FORMAT, "files": listed, "tensors": index}, indent=1))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flm_torchrec.api.seeds import check_seed
 from flm_torchrec.config import load_config
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.documents import Unreadable, read_json
+from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.report import markdown_metrics
 from flm_torchrec.safe_text import visible
 from flm_torchrec.training.identity import VOCABULARY
@@ -16,6 +18,7 @@ from flm_torchrec.training.identity import VOCABULARY
 if TYPE_CHECKING:
     from torch import Tensor
 
+EVALUATION, TITLE = "evaluation-test.json", "test, {:,} users, every item ranked"
 CARD = """---
 library_name: flm_torchrec
 license: unknown
@@ -30,7 +33,8 @@ the items of one catalogue for users with a history.
 ## Data
 
 {source}: {users:,} users, {items:,} items, {interactions:,} events. Item features: {item_features}. User features:
-{user_features}. Split: `{split}`. This folder has the keys of all users and items, and no events.
+{user_features}. Features of events: {event_features}. Split: `{split}`. This folder has the keys of all users and
+items, and no events.
 
 ## Model
 
@@ -40,7 +44,7 @@ validations by `{select}`, at step {step:,}.
 ## Metrics
 
 {metrics}
-They are those of one training. How much they vary between seeds is not known from one run.
+{trainings}
 
 ## Intended use
 
@@ -66,14 +70,24 @@ flm export --run runs/{name} --data.path DATA --output exports/{name}
 """
 
 
-def model_card(run: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+ONE = "They are those of one training. How much they vary between seeds is not known from one run."
+SEVERAL = "Means ± sample standard deviation of {} trainings with different seeds. The model here is that of seed {}."
+
+
+def model_card(run: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], seeds: Sequence[Path] = ()) -> str:
     """The card as Markdown.
 
     Args:
         meta: of the best checkpoint.
         tensors: of the model, by name.
+        seeds: runs of the same settings with other seeds; the metrics are then means with their deviation.
+
+    Raises:
+        RunError: a run of `seeds` differs in more than its seed, or was not evaluated in the same way.
     """
     config = load_config(run / "config.yaml")
+    for other in seeds:
+        check_seed(run, config, other)
     schema = Schema.load(run / VOCABULARY / "schema.yaml")
     dense = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("model.dense."))
     return CARD.format(
@@ -84,6 +98,7 @@ def model_card(run: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
         interactions=schema.interactions,
         item_features=_names(schema, "item"),
         user_features=_names(schema, "user"),
+        event_features=_names(schema, "event"),
         split=config.data.split,
         dim=config.model.dim,
         layers=config.model.layers,
@@ -91,7 +106,8 @@ def model_card(run: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
         tables=sum(tensor.numel() for tensor in tensors.values()) - dense,
         select=config.train.select,
         step=meta["step"],
-        metrics=_metrics(run, meta),
+        metrics=_of_seeds(run, seeds) if seeds else _metrics(run, meta),
+        trainings=SEVERAL.format(len(seeds) + 1, config.train.seed) if seeds else ONE,
     )
 
 
@@ -99,14 +115,26 @@ def _names(schema: Schema, entity: str) -> str:
     return ", ".join(f"`{visible(feature.name)}`" for feature in schema.features if feature.entity == entity) or "none"
 
 
+def _of_seeds(run: Path, seeds: Sequence[Path]) -> str:
+    from flm_torchrec.report.headline import table_of
+
+    file = run / EVALUATION
+    try:
+        first = read_json(file)
+        tables = [table_of(other, "test", first) for other in seeds]
+        return markdown_metrics(TITLE.format(int(first["users"])), first["table"], tables)
+    except (Unreadable, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"--seeds: {file} cannot be read; run 'flm evaluate --run {run}' first") from error
+
+
 def _metrics(run: Path, meta: Mapping[str, Any]) -> str:
     """The table of `flm evaluate` on the test events if there is one, else the validation of the fused head."""
-    file = run / "evaluation-test.json"
+    file = run / EVALUATION
     try:
         found = read_json(file) if file.is_file() else None
         if found is not None:
             rows, users = {visible(name): row for name, row in found["table"].items()}, int(found["users"])
-            return markdown_metrics(f"test, {users:,} users, every item ranked", rows)
+            return markdown_metrics(TITLE.format(users), rows)
     except (Unreadable, KeyError, TypeError, ValueError, AttributeError):
         pass  # the card then has the metrics of the checkpoint, as if nothing had been evaluated
     rows = {}

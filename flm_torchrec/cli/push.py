@@ -19,6 +19,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder of 'flm train'")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to write; it must not exist")
+    parser.add_argument(
+        "--seeds",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="runs of the same settings with other seeds, for means and deviations in the model card",
+    )
     parser.set_defaults(run=run)
 
 
@@ -28,5 +36,5 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         RunError: the run cannot be pushed, or the folder cannot be written.
     """
-    push(args.run_folder, args.folder)
+    push(args.run_folder, args.folder, args.seeds)
     print(f"{args.folder}: written; name the licence in README.md before you share it")

@@ -6,14 +6,12 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from flm_torchrec.api.seeds import check_seed
 from flm_torchrec.config import Config, add_data_path, given_overrides, load_config
 from flm_torchrec.errors import FlmError, RunError
 from flm_torchrec.files import telling, write_text
 from flm_torchrec.safe_text import visible
-from flm_torchrec.training.identity import made_with, own_data
-
-OF_A_RUN = ("data.path", "train.run", "train.seed", "train.existing")
-"""Settings in which the runs of several seeds may differ."""
+from flm_torchrec.training.identity import own_data
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -57,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     overrides = given_overrides(args)
     config = load_config(folder / "config.yaml", overrides)
     for other in args.seeds:
-        _check_seed(folder, config, other)
+        check_seed(folder, config, other)
     # Imported here: a wrong option should be reported at once.
     from flm_torchrec import pages
     from flm_torchrec.report import pieces
@@ -87,22 +85,6 @@ def run(args: argparse.Namespace) -> None:
     for line in missing:
         print(f"missing: {visible(line)}")
     print(f"page: {output}")
-
-
-def _check_seed(run: Path, config: Config, other: Path) -> None:
-    """Raise RunError where another run differs in more than its seed and its folder."""
-    if not (other / "config.yaml").is_file():
-        raise RunError(f"--seeds {other}: no config.yaml, so no run folder")
-    theirs, ours = load_config(other / "config.yaml", []).by_name(), config.by_name()
-    apart = [name for name, value in ours.items() if theirs[name] != value and name not in OF_A_RUN]
-    if apart:
-        raise RunError(
-            f"--seeds {other}: also differs from {run} in {', '.join(apart)}; give runs of the same settings"
-        )
-    if made_with(other) != made_with(run):
-        raise RunError(f"--seeds {other}: was trained with other data than {run}; give runs of the same data")
-    if theirs["train.seed"] == ours["train.seed"]:
-        raise RunError(f"--seeds {other}: has the same seed as {run}, {ours['train.seed']}; give runs of other seeds")
 
 
 def _own_data(folder: Path, config: Config, given: bool) -> Path | str:

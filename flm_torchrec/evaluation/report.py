@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
 
 from rich.table import Table
 from rich.text import Text
@@ -83,10 +84,23 @@ def _markdown(title: str, columns: list[str], rows: dict[str, list[str]]) -> str
     return "\n".join(lines) + "\n"
 
 
-def markdown_metrics(title: str, rows: Mapping[str, Metrics]) -> str:
-    """A table with a row for each name, and the metrics of the first row as columns."""
+def markdown_metrics(title: str, rows: Mapping[str, Metrics], seeds: Sequence[Mapping[str, Metrics]] = ()) -> str:
+    """A table with a row for each name, and the metrics of the first row as columns.
+
+    Args:
+        seeds: the same rows of other seeds; the numbers are then means with their deviation.
+    """
     columns = list(next(iter(rows.values())))
-    return _markdown(title, columns, {name: _cells(metrics, columns) for name, metrics in rows.items()})
+    if not seeds:
+        return _markdown(title, columns, {name: _cells(metrics, columns) for name, metrics in rows.items()})
+    cells = {name: [mean_and_deviation([t[name][c] for t in (rows, *seeds)]) for c in columns] for name in rows}
+    return _markdown(title, columns, cells)
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Mean and, of several values that differ, ± the sample standard deviation."""
+    spread = f" ± {stdev(values):.4f}" if len(set(values)) > 1 else ""
+    return f"{mean(values):.4f}{spread}"
 
 
 def _cells(metrics: Metrics, columns: list[str]) -> list[str]:

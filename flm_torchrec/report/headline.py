@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.config.schema import EvalConfig
 from flm_torchrec.errors import RunError
+from flm_torchrec.evaluation.report import mean_and_deviation
 from flm_torchrec.pages import Figure, Section
 from flm_torchrec.report.pieces import Missing, record_of
 
@@ -32,7 +33,7 @@ def headline(run: Path, metric: str, seeds: Sequence[Path] = ()) -> Section:
     """
     split = next((split for split in SPLITS if _file(run, split).is_file()), SPLITS[0])
     found = record_of(_file(run, split), f"'flm evaluate --run {run}' writes it")
-    tables = [found["table"], *(_table_of(other, split, found) for other in seeds)]
+    tables = [found["table"], *(table_of(other, split, found) for other in seeds)]
     scorers = {name: row for name, row in tables[0].items() if row}
     heads = [name for name in REPRESENTATIONS if name in scorers]
     if not heads:
@@ -41,12 +42,12 @@ def headline(run: Path, metric: str, seeds: Sequence[Path] = ()) -> Section:
     head = _best(heads, tables, metric)
     kind = f"{metric.upper()}, {'test' if split == 'test' else 'validation'}"
     kind += f", mean and deviation of {len(tables)} seeds" if seeds else ", one seed"
-    figures = [Figure(f"best head: {head}", _number([table[head][metric] for table in tables]), kind)]
+    figures = [Figure(f"best head: {head}", mean_and_deviation([table[head][metric] for table in tables]), kind)]
     names = [name for name in EvalConfig().baselines if metric in scorers.get(name, {})]
     if names:
         baseline = _best(names, tables, metric)
         values = [[table[name][metric] for table in tables] for name in (head, baseline)]
-        figures.append(Figure(f"best baseline: {baseline}", _number(values[1]), kind))
+        figures.append(Figure(f"best baseline: {baseline}", mean_and_deviation(values[1]), kind))
         ahead, behind = map(mean, values)
         part = f"{ahead / behind - 1:+.1%}" if behind else f"{ahead - behind:+.4f}"
         figures.append(Figure("difference", part, f"of {head} from {baseline}"))
@@ -59,7 +60,15 @@ def _file(run: Path, split: str) -> Path:
     return run / f"evaluation-{split}.json"
 
 
-def _table_of(run: Path, split: str, first: dict[str, Any]) -> Table:
+def table_of(run: Path, split: str, first: dict[str, Any]) -> Table:
+    """The table of a run of another seed.
+
+    Args:
+        first: the evaluation of the first seed.
+
+    Raises:
+        RunError: the run was not evaluated in the same way.
+    """
     try:
         found = record_of(_file(run, split), f"'flm evaluate --run {run} --split {split}' writes it")
     except Missing as error:
@@ -74,9 +83,3 @@ def _table_of(run: Path, split: str, first: dict[str, Any]) -> Table:
 
 def _best(names: Sequence[str], tables: Sequence[Table], metric: str) -> str:
     return max(names, key=lambda name: mean(table[name][metric] for table in tables))
-
-
-def _number(values: Sequence[float]) -> str:
-    """Mean and, of several values that differ, ± the sample standard deviation."""
-    spread = f" ± {stdev(values):.4f}" if len(set(values)) > 1 else ""
-    return f"{mean(values):.4f}{spread}"

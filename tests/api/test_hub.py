@@ -68,6 +68,24 @@ def test_the_folder_has_a_card_and_no_pickle(pushed: Path, run: Path, small: Pre
     assert str(run) not in card
 
 
+def test_other_seeds_give_the_card_deviations(
+    run: Path, pushed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, folder = tmp_path / "other", tmp_path / "folder"
+    shutil.copytree(run, other)
+    record = json.loads((other / "evaluation-test.json").read_text())
+    record["table"]["fused"]["ndcg@10"] += 0.2
+    (other / "evaluation-test.json").write_text(json.dumps(record))
+    command = ["push", str(run), str(folder), "--seeds", str(other)]
+    assert main(command) == 2 and "has the same seed" in capsys.readouterr().err and not folder.exists()
+    settings = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(settings.replace("seed: 0", "seed: 1"))
+    assert main(command) == 0
+    card = (folder / hub.CARD).read_text()
+    assert f"{record['table']['fused']['ndcg@10'] - 0.1:.4f} ± 0.1414" in card and "of 2 trainings" in card
+    assert "one training" in (pushed / hub.CARD).read_text()
+
+
 def test_neither_writes_over_what_is_there(run: Path, pushed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {file: sha256(file) for file in (*run.rglob("*"), *pushed.rglob("*")) if file.is_file()}
     assert main(["push", str(run), str(pushed)]) == 2 and main(["pull", str(pushed), str(run)]) == 2
