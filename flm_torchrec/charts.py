@@ -97,7 +97,7 @@ def _curves(axes: Axes, chart: Curves) -> None:
     for number, (x, y) in enumerate(chart.lines.values()):
         axes.plot(x, y, marker="o" if len(x) < 3 else None, linewidth=1.4, color=COLOURS[number % len(COLOURS)])
     if any(np.asarray(x).dtype.kind == "M" for x, _ in chart.lines.values()):
-        places = dates.AutoDateLocator(maxticks=6)
+        places = dates.AutoDateLocator(minticks=2, maxticks=6)
         axes.xaxis.set_major_locator(places)
         axes.xaxis.set_major_formatter(dates.ConciseDateFormatter(places, show_offset=False))
         axes.set_xlabel(chart.x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flm_torchrec.charts import Histogram
+from flm_torchrec.charts import Curves, Histogram, draw
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.data.schema import Feature, Schema
@@ -332,3 +333,11 @@ def test_charts_have_names_units_and_the_scale_that_the_data_need(tmp_path: Path
     for name in (*names, "time since the event before (log scale)", ">1 h<", ">1 d<"):
         assert name in html, name
     assert "10^" not in html and "mathdefault" not in html
+
+
+@pytest.mark.parametrize("hours", [4, 24 * 130, 24 * 1000])
+def test_dates_of_any_span_have_an_axis(hours: int) -> None:
+    times = np.datetime64("2023-11-14T22:13") + np.array([0, hours]) * np.timedelta64(1, "h")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "<svg" in draw(Curves("events", "day (UTC)", "events", {"all": (times, [1.0, 2.0])}))
