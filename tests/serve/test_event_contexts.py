@@ -27,6 +27,7 @@ from flm_torchrec.data.history import CONTEXT, Events
 from flm_torchrec.data.splits import everyone
 from flm_torchrec.errors import DataError, FlmError, RunError
 from flm_torchrec.export.forget import forget_in_export
+from flm_torchrec.export.tower.compiled import compile_tower
 from flm_torchrec.export.tower.reader import PackagedTower, TowerQuery
 from flm_torchrec.export.tower.writer import _write_histories as write_histories
 from flm_torchrec.serve.app import create_app
@@ -102,6 +103,15 @@ def test_the_packaged_tower_gives_the_vectors_of_the_model(contextual: PreparedD
         assert np.abs(seen.heads - unseen.heads)[SEQUENTIAL].max() > 0.01
         same = [head for head in range(len(REPRESENTATIONS) - 1) if head != SEQUENTIAL]
         np.testing.assert_array_equal(seen.heads[same], unseen.heads[same])
+
+
+@pytest.mark.slow
+def test_the_compiled_tower_gives_them_too(made: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "compiled for this machine" in compile_tower(made.folder)
+    tower = PackagedTower(made.folder)
+    assert tower.compiled and not made.tower.compiled
+    np.testing.assert_allclose(known(tower, range(len(made.users))), made.users, atol=2e-5)
 
 
 def test_histories_of_events_on_disk_are_those_in_memory(contextual: PreparedData, tmp_path: Path) -> None:
