@@ -50,7 +50,7 @@ def test_what_lists_are_made_of(users: int, k: int, seed: int) -> None:
         return float(vectors[a] @ vectors[b] / np.linalg.norm(vectors[a]) / np.linalg.norm(vectors[b]))
 
     pairs = [[1 - cosine(a, b) for a, b in combinations(row[row >= 0], 2)] for row in top]
-    apart = [np.mean(each) if each else 0.0 for each in pairs]
+    apart = [float(np.mean(each)) if each else 0.0 for each in pairs]
     assert found[f"diversity@{k}"] == pytest.approx(np.mean(apart), abs=5.1e-5)
     counts = np.bincount(flat, minlength=ITEMS)
     differences = np.abs(counts[:, None] - counts).sum()
