@@ -21,39 +21,46 @@ def parse_columns(text: str) -> dict[str, str]:
     """`user=uid,item=sku` → column by role.
 
     Raises:
-        DataError: not of that form, unknown role, or user or item missing.
+        DataError: not of that form, a role that is unknown or given twice, or user or item missing.
     """
     columns: dict[str, str] = {}
     for part in filter(None, map(str.strip, text.split(","))):
         role, _, column = map(str.strip, part.partition("="))
         if role not in ROLES or not column:
             raise DataError(f"--columns: '{part}' is not ROLE=COLUMN; {nearest(role, ROLES)}")
+        if role in columns:
+            raise DataError(f"--columns: '{role}' is given twice; keep one of them")
         columns[role] = column
     check_columns(columns)
     return columns
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
-    """Raise DataError where a role is unknown, or none is the user's or the item's."""
+    """Raise DataError where a role is unknown, none is the user's or the item's, or one column is both."""
     for role in columns:
         if role not in ROLES:
             raise DataError(f"--columns: no role '{role}'; {nearest(role, ROLES)}")
     for role in ("user", "item"):
         if role not in columns:
             raise DataError(f"--columns: name the column of the {role}, e.g. {role}={role}_id")
+    if columns["user"] == columns["item"]:
+        raise DataError(f"--columns: user and item are both '{columns['user']}'; name a column for each")
 
 
 def parse_kinds(text: str, option: str) -> dict[str, str]:
     """`brand:categorical,price:numeric,title:text@FOLDER` → kind by column, as it is written.
 
     Raises:
-        DataError: not of that form, an unknown kind, a name that cannot be a feature's, or a folder without an encoder.
+        DataError: not of that form, an unknown kind, a name that cannot be a feature's or is given twice, or a folder
+            without an encoder.
     """
     kinds: dict[str, str] = {}
     for part in filter(None, map(str.strip, text.split(","))):
         name, _, kind = map(str.strip, part.partition(":") if "@" in part else part.rpartition(":"))
         if not name:
             raise DataError(f"{option}: '{part}' is not COLUMN:KIND; {nearest(kind, get_args(Kind))}")
+        if name in kinds:
+            raise DataError(f"{option}: '{name}' is given twice; keep one of them")
         kinds[name] = kind
     check_kinds(kinds, option)
     return kinds
