@@ -15,6 +15,8 @@ from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.files import telling, write_text
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from flm_torchrec.data.dataset import PreparedData
     from flm_torchrec.data.splits import Examples
     from flm_torchrec.evaluation.evaluate import Evaluation
@@ -72,8 +74,6 @@ def evaluate_run(run: str | os.PathLike[str], options: EvaluateOptions, keep_ran
             raise RunError(f"{name} {number}: give 1 or more")
     check_versions()
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
-    import numpy as np
-
     from flm_torchrec.data.splits import sampled
     from flm_torchrec.evaluation.evaluate import EvaluationTask, evaluate
     from flm_torchrec.training.restore import restore
@@ -83,7 +83,7 @@ def evaluate_run(run: str | os.PathLike[str], options: EvaluateOptions, keep_ran
         splits = job.events.splits
         examples = held_out = splits.test if options.split == "test" else splits.valid
         if options.users:
-            examples = examples.take(np.array(_rows_of(options.users, job.data.user_keys, examples.user.tolist())))
+            examples = examples.take(_rows_of(options.users, job.data, examples.user))
         if options.drawn:
             examples = examples.take(sampled(len(examples), options.drawn, job.config.train.seed))
         if options.windows:
@@ -110,18 +110,19 @@ def write_evaluation(
         write_text(file, json.dumps({**evaluation.to_json(), **(more or {})}, indent=2))
 
 
-def _rows_of(keys: Sequence[str], user_keys: list[str], users: list[int]) -> list[int]:
-    """Indices of the examples of the users named."""
-    user_of = {key: user for user, key in enumerate(user_keys)}
-    examples_of: dict[int, list[int]] = {}
-    for row, user in enumerate(users):
-        examples_of.setdefault(user, []).append(row)
-    for key in keys:
-        if key not in user_of:
-            raise RunError(f"--user '{key}': not in users.parquet; ids are those of the source, e.g. '{user_keys[0]}'")
-        if user_of[key] not in examples_of:
+def _rows_of(keys: Sequence[str], data: PreparedData, users: np.ndarray) -> np.ndarray:
+    """Indices of the examples of the users named, of all examples' users [n]."""
+    import numpy as np
+
+    named = data.users_named(keys)
+    order = np.argsort(users, kind="stable")
+    first, last = (np.searchsorted(users, named, side, sorter=order) for side in ("left", "right"))
+    for key, user, examples in zip(keys, named.tolist(), (last - first).tolist(), strict=True):
+        if user < 0:
+            raise RunError(f"--user '{key}': not in users.parquet; ids are those of the source")
+        if not examples:
             raise RunError(f"--user '{key}': has no held-out event in this split; choose another user")
-    return [row for key in keys for row in examples_of[user_of[key]]]
+    return np.concatenate([order[begin:end] for begin, end in zip(first, last, strict=True)])
 
 
 def _rolled(job: Job, held_out: Examples, examples: Examples, windows: int) -> Examples:

@@ -28,6 +28,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="features whose values mean something else in each domain though they are written alike, such as numbers"
         " of categories; separated by commas (default: none)",
     )
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="for the whole join, such as 2GiB or 1500MB, at least 100MiB; what does not fit goes to disk beside the"
+        " output (default: half of the machine's)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace older prepared data (default: refuse)")
     parser.set_defaults(run=run)
 
@@ -39,8 +45,10 @@ def run(args: argparse.Namespace) -> None:
         DataError: the folders cannot be joined, or the output is in use.
     """
     from flm_torchrec.prepare.join import join
+    from flm_torchrec.prepare.memory import LEAST, memory_bytes
 
-    report = join(args.folders, args.output, [name for name in args.apart.split(",") if name], args.overwrite)
+    memory = memory_bytes(args.memory, LEAST) if args.memory else None
+    report = join(args.folders, args.output, [name for name in args.apart.split(",") if name], args.overwrite, memory)
     print(
         f"{args.output}: {report['rows_kept']} events of {report['users']} users with {report['items']} items in"
         f" {len(report['domains'])} domains; {report['users_of_several_domains']} users are in several"

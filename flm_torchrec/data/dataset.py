@@ -87,7 +87,9 @@ class Ragged:
 
     def only(self, kept: np.ndarray) -> Ragged:
         """The same rows with only some of their values, by [offsets[-1]] bool."""
-        return Ragged(np.concatenate([[0], np.cumsum(kept)])[self.offsets], self.values[kept])
+        before = np.zeros(len(kept) + 1, np.int32 if len(kept) < 2**31 else np.int64)  # there may be many values
+        np.cumsum(kept, out=before[1:])
+        return Ragged(before[self.offsets].astype(np.int64), self.values[kept])
 
     def __add__(self, later: Ragged) -> Ragged:
         """These rows, then the later ones."""
@@ -223,6 +225,15 @@ class PreparedData:
     def user_keys(self) -> list[str]:
         """The key of each user, in order of id."""
         return _keys(self.path / "users.parquet", "user_key")
+
+    def users_named(self, keys: Sequence[str]) -> np.ndarray:
+        """[n] int64: the id of each key, -1 where no user has it; the keys of all users are read, as few bytes."""
+        file = self.path / "users.parquet"
+        stored, wanted = _read(file, ["user_key"])["user_key"], pa.array(keys, pa.string())
+        found = pc.index_in(stored.cast(pa.string()), value_set=wanted.unique())
+        ids = np.flatnonzero(pc.is_valid(found).to_numpy())
+        place = pc.index_in(wanted, value_set=stored.take(pa.array(ids)).combine_chunks().cast(pa.string()))
+        return np.append(ids, -1)[place.fill_null(len(ids)).to_numpy()]
 
     @cached_property
     def item_keys(self) -> list[str]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from flm_torchrec.data.dataset import DOMAIN
 from flm_torchrec.data.schema import Entity, Feature, Schema
 from flm_torchrec.errors import DataError
 from flm_torchrec.names import nearest
+from flm_torchrec.prepare.blocks import blocks
+from flm_torchrec.safe_text import first_line
 
 
 @dataclass(frozen=True)
@@ -24,17 +28,24 @@ class Domain:
     schema: Schema
     fingerprint: str
 
-    def rows(self, entity: Entity) -> pl.DataFrame:
-        """users.parquet or items.parquet.
+    def parts(self, entity: Entity) -> Iterator[pl.DataFrame]:
+        """users.parquet or items.parquet in blocks, in order of id.
 
         Raises:
-            DataError: the file is missing or broken, or has another number of rows than the schema says.
+            DataError: the file is missing or broken, has another number of rows than the schema says, or another order.
         """
-        rows = _read(self.folder / f"{entity}s.parquet").sort(f"{entity}_id")
+        file, rows = self.folder / f"{entity}s.parquet", 0
+        try:
+            for part in blocks([file], pq.read_schema(file).names):
+                if (part[f"{entity}_id"] != pl.int_range(rows, rows + len(part), dtype=pl.Int64, eager=True)).any():
+                    raise DataError(f"{file}: its rows are not in order of {entity}_id; prepare the data again")
+                rows += len(part)
+                yield part
+        except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
+            raise _unreadable(file, error) from error
         wanted = self.schema.users if entity == "user" else self.schema.items
-        if len(rows) != wanted:
-            raise DataError(f"{self.folder}: {entity}s.parquet has {len(rows)} rows, schema.yaml says {wanted}")
-        return rows
+        if rows != wanted:
+            raise DataError(f"{self.folder}: {entity}s.parquet has {rows} rows, schema.yaml says {wanted}")
 
     def values(self, feature: Feature) -> pl.Series:
         """[codes] String: the value behind each code of a feature of this domain."""
@@ -61,17 +72,25 @@ class JointFeature:
         """True for the kinds whose values have codes."""
         return self.vocabulary is not None
 
-    def column(self, domain: Domain, rows: pl.DataFrame) -> list[pl.Series]:
-        """The columns of a domain's rows in the codes of the joint data; numbers as before they were standardised."""
-        own, feature = domain.feature(self.feature.entity, self.feature.name), self.feature
+    def reader(self, domain: Domain) -> Callable[[pl.DataFrame], list[pl.Series]]:
+        """What makes the columns of rows of a domain, in the codes of the joint data.
+
+        Numbers are as before they were standardised.
+        """
+        own = domain.feature(self.feature.entity, self.feature.name)
+        codes = self._codes(domain, own) if self.coded and own is not None else None
+        return lambda rows: self._columns(own, codes, rows)
+
+    def _columns(self, own: Feature | None, codes: pl.Series | None, rows: pl.DataFrame) -> list[pl.Series]:
+        feature = self.feature
         extra = [_texts(own, rows, feature.name)] if feature.kind == "text" else []
         if own is None:
             return [*extra, pl.Series(feature.column, [None] * len(rows), dtype=_type(feature))]
         column = rows[own.column].rename(feature.column)
         if feature.kind == "numeric":
             column = column.cast(pl.Float64) * own.deviation + own.mean
-        elif self.coded:
-            column = self._recoded(column, domain, own)
+        elif codes is not None:
+            column = _recoded(column, codes)
         return [*extra, column.cast(_type(feature))]
 
     def codes(self, domain: Domain) -> np.ndarray:
@@ -83,17 +102,6 @@ class JointFeature:
         assert self.vocabulary is not None
         values = pl.DataFrame({"value": named(domain, domain.values(own), self.apart)})
         return values.join(self.vocabulary, "value", "left", maintain_order="left")["code"]
-
-    def _recoded(self, column: pl.Series, domain: Domain, own: Feature) -> pl.Series:
-        codes = self._codes(domain, own)
-        before = pl.Series(range(len(codes)), dtype=pl.Int32)
-
-        def code(of: pl.Expr) -> pl.Expr:
-            return of.replace_strict(before, codes, default=None, return_dtype=pl.Int32)
-
-        of = pl.col(column.name)
-        listed = isinstance(column.dtype, pl.List)
-        return column.to_frame().select(of.list.eval(code(pl.element())) if listed else code(of)).to_series()
 
 
 def joint_features(domains: Sequence[Domain], apart: Sequence[str]) -> list[JointFeature]:
@@ -119,17 +127,6 @@ def joint_features(domains: Sequence[Domain], apart: Sequence[str]) -> list[Join
         if name not in names:
             raise DataError(f"--apart '{name}': no domain has such a feature; {nearest(name, names)}")
     return [_joint(feature, domains, apart) for _, feature in first.values()]
-
-
-def standardised(joint: JointFeature, columns: pl.DataFrame) -> tuple[Feature, pl.DataFrame]:
-    """The feature and its columns, with a numeric one standardised over all rows."""
-    feature = joint.feature
-    if feature.kind == "numeric":
-        numbers = columns[feature.column]
-        mean, spread = float(numbers.mean() or 0.0), float(numbers.std() or 1.0)  # type: ignore[arg-type]
-        columns = columns.with_columns(((numbers - mean) / spread).cast(pl.Float32))
-        feature = replace(feature, mean=mean, deviation=spread)
-    return feature, columns
 
 
 def named(domain: Domain, values: pl.Series, apart: bool) -> pl.Series:
@@ -177,6 +174,18 @@ def _type(feature: Feature) -> pl.DataType:
     return pl.List(pl.Int32) if feature.kind in ("multi_categorical", "text") else pl.Int32()
 
 
+def _recoded(column: pl.Series, codes: pl.Series) -> pl.Series:
+    """Codes of a domain, or lists of them → those of the joint data, by [codes of the domain]."""
+    before = pl.Series(range(len(codes)), dtype=pl.Int32)
+
+    def code(of: pl.Expr) -> pl.Expr:
+        return of.replace_strict(before, codes, default=None, return_dtype=pl.Int32)
+
+    of = pl.col(column.name)
+    listed = isinstance(column.dtype, pl.List)
+    return column.to_frame().select(of.list.eval(code(pl.element())) if listed else code(of)).to_series()
+
+
 def _texts(own: Feature | None, rows: pl.DataFrame, name: str) -> pl.Series:
     texts = rows[name] if own is not None and name in rows.columns else pl.Series([None] * len(rows), dtype=pl.String)
     return texts.rename(name)
@@ -186,5 +195,8 @@ def _read(file: Path) -> pl.DataFrame:
     try:
         return pl.read_parquet(file)
     except (OSError, pl.exceptions.PolarsError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{file}: not readable ({reason}); prepare the data again") from error
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> DataError:
+    return DataError(f"{file}: not readable ({first_line(error)}); prepare the data again")

@@ -11,6 +11,7 @@ from flm_torchrec.claim import InUse, claim
 from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.join import Joining, made_of, read_domains
 from flm_torchrec.prepare.join_features import Domain, joint_features
+from flm_torchrec.prepare.memory import memory_bytes
 
 POLL = 0.5
 """Seconds between looks at whether another process has finished."""
@@ -30,7 +31,7 @@ def join_once(folders: Sequence[str | Path], output: Path, replace: bool = False
     while not _is_there(domains, output, replace):
         with suppress(InUse), claim(output):
             if not _is_there(domains, output, replace):
-                Joining(domains, features, ()).write_to(output)
+                Joining(domains, features, (), memory_bytes("")).write_to(output)
             return
         time.sleep(POLL)
 

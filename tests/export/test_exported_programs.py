@@ -24,7 +24,7 @@ def test_programs_of_one_form_share_a_graph_and_no_weight() -> None:
 
     def check(precision: Precision, seed: int) -> None:
         torch.manual_seed(seed)
-        program = ContentProgram(mlp(7, 4), PackagedTable(iter([torch.randn(3, 4)]), 4, precision), [0])
+        program = ContentProgram(mlp(7, 4), PackagedTable([torch.randn(3, 4)], 3, 4, precision), [0])
         program.eval().requires_grad_(False)
         torch.testing.assert_close(once(program, given).module()(*given), program(*given))
 

@@ -233,6 +233,38 @@ def two(folder: Path, **changes: object) -> list[Path]:
     return [write(folder / "shop", replace(shop, **changes)), write(folder / "books", books)]  # type: ignore[arg-type]
 
 
+def test_joint_data_do_not_depend_on_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Users and items are read a block at a time, and a block may be one row."""
+    folders = [str(folder) for folder in two(tmp_path)]
+    for folder in folders:
+        users = pl.read_parquet(f"{folder}/users.parquet")
+        age = pl.Series("age", [None if n % 2 else n - 0.5 for n in range(len(users))], pl.Float32)
+        users.with_columns(age).write_parquet(f"{folder}/users.parquet")
+        schema = Schema.load(Path(folder) / "schema.yaml")
+        more = Feature("age", "user", "numeric", "age", width=1, mean=40.0, deviation=2.0)
+        replace(schema, features=(*schema.features, more)).save(Path(folder) / "schema.yaml")
+    join(folders, tmp_path / "one")
+    monkeypatch.setattr("flm_torchrec.prepare.blocks.BLOCK", 1)
+    assert main(["join", *folders, "--output", str(tmp_path / "many"), "--memory", "100MiB"]) == 0
+    assert fingerprint_of(tmp_path / "one") == fingerprint_of(tmp_path / "many")
+    users = pl.read_parquet(tmp_path / "many" / "users.parquet")
+    ages = dict(zip(users["user_key"], users["age"].is_null(), strict=True))
+    assert ages == {"u1": False, "u2": False, "w": True}, "u2 has no age in the shop, and one in the books"
+    assert main(["join", *folders, "--output", str(tmp_path / "no"), "--memory", "9MiB"]) == 2
+
+
+@pytest.mark.parametrize("entity", ["user", "item"])
+def test_rows_that_are_not_in_order_are_refused(tmp_path: Path, entity: str) -> None:
+    folders = two(tmp_path)
+    file = folders[1] / f"{entity}s.parquet"
+    pl.read_parquet(file).reverse().write_parquet(file)
+    with pytest.raises(DataError, match=rf"books/{entity}s.parquet: its rows are not in order of {entity}_id"):
+        join(folders, tmp_path / "joint")
+    pl.read_parquet(file).reverse().head(1).write_parquet(file)
+    with pytest.raises(DataError, match=rf"{entity}s.parquet has 1 rows, schema.yaml says 2"):
+        join(folders, tmp_path / "joint")
+
+
 def test_streamed_joint_data_are_split_as_in_memory(tmp_path: Path) -> None:
     join(two(tmp_path), tmp_path / "joint")
     whole = load_prepared(tmp_path / "joint")

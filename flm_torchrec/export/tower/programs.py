@@ -7,7 +7,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import fbgemm_gpu  # noqa: F401 (registers the operators)
@@ -26,24 +26,31 @@ class PackagedTable(nn.Module):
 
     Args:
         blocks: [n, D] float32 each, in order of row.
+        rows: of all blocks.
     """
 
     codes: Tensor
     scale: Tensor
     values: Tensor
 
-    def __init__(self, blocks: Iterator[Tensor], dim: int, precision: Precision) -> None:
+    def __init__(self, blocks: Iterable[Tensor], rows: int, dim: int, precision: Precision) -> None:
         super().__init__()
         self.dim = dim
         self.quantised = precision == "int8"
-        stored = [_quantised(block) if self.quantised else block for block in blocks]
-        empty = torch.zeros(0, dim + 8, dtype=torch.uint8) if self.quantised else torch.zeros(0, dim)
-        joined = torch.cat([empty, *stored])
         if self.quantised:
-            self.register_buffer("codes", joined[:, :dim].contiguous())
-            self.register_buffer("scale", joined[:, dim:].contiguous().view(torch.float32))  # [rows, 2]: scale, bias
+            self.register_buffer("codes", torch.empty(rows, dim, dtype=torch.uint8))
+            self.register_buffer("scale", torch.empty(rows, 2))  # scale, bias
         else:
-            self.register_buffer("values", joined)
+            self.register_buffer("values", torch.empty(rows, dim))
+        start = 0
+        for block in blocks:
+            here = slice(start, start + len(block))
+            if self.quantised:
+                packed = _quantised(block)
+                self.codes[here], self.scale[here] = packed[:, :dim], packed[:, dim:].contiguous().view(torch.float32)
+            else:
+                self.values[here] = block
+            start = here.stop
 
     def forward(self, ids: Tensor) -> Tensor:
         """[…] int64 ids → […, D] float32."""

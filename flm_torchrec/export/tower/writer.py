@@ -58,12 +58,12 @@ class TowerSource(Protocol):
 
 
 def check_memory(schema: Schema, dim: int, precision: Precision) -> None:
-    """Check that the packaged tables fit into the free memory, twice as they do while they are joined.
+    """Check that the packaged tables fit into the free memory.
 
     Raises:
         RunError: they do not.
     """
-    needed = 2 * (4 * schema.items + 2 * schema.users) * (dim + 8 if precision == "int8" else 4 * dim)
+    needed = (4 * schema.items + 2 * schema.users) * (dim + 8 if precision == "int8" else 4 * dim)
     rows = f"{schema.items:,} items and {schema.users:,} users"
     check_fits(needed, f"--tower {precision}", rows, "--tower none, or on a larger machine")
 
@@ -71,7 +71,7 @@ def check_memory(schema: Schema, dim: int, precision: Precision) -> None:
 def write_tower(data: PreparedData, model: TowerSource, main: bool, precision: Precision, folder: Path) -> None:
     """Write `folder/tower`; collective. Rank 0 alone has the packaged tables in memory, and writes.
 
-    With int8, these take 4 (D + 8) bytes for each item, 2 (D + 8) for each user, and twice that while they are joined.
+    With int8, these take 4 (D + 8) bytes for each item and 2 (D + 8) for each user.
 
     Args:
         main: this is rank 0.
@@ -85,24 +85,24 @@ def write_tower(data: PreparedData, model: TowerSource, main: bool, precision: P
         profile, user_profile = _content(data, model, "user", dim, precision)
         schema = data.schema
 
-        def ids(name: str, size: int, known: np.ndarray | None) -> Iterator[Tensor]:
-            for block in _blocks(size):
-                rows = model.rows(name, block)
-                if main:
-                    yield rows if known is None else rows * torch.from_numpy(known[block])[:, None]
+        def by_id(name: str, rows: int, known: np.ndarray | None, stored: Precision) -> PackagedTable:
+            return PackagedTable(_rows(model, name, rows, known, main), rows if main else 0, dim, stored)
+
+        def by_content(contents: Iterator[Tensor], rows: int) -> PackagedTable:
+            return PackagedTable(contents if main else (), rows if main else 0, dim, precision)
 
         contexts, first = _contexts(data, model, dim, precision)
         # Events and gaps have a few dozen rows, so int8 would save nothing.
         tables = {
             **{
-                name: PackagedTable(ids(name, schema.items, model.item_known), dim, precision)
+                name: by_id(name, schema.items, model.item_known, precision)
                 for name in ("item_id", "item_source", "item_context")
             },
-            "item_content": PackagedTable(item_content if main else iter(()), dim, precision),
-            "user_id": PackagedTable(ids("user_id", schema.users, model.user_known), dim, precision),
-            "profile": PackagedTable(user_profile if main else iter(()), dim, precision),
-            "event": PackagedTable(ids("event", len(schema.events) + 1, None), dim, "fp32"),
-            "gap": PackagedTable(ids("gap", model.settings["gaps"], None), dim, "fp32"),
+            "item_content": by_content(item_content, schema.items),
+            "user_id": by_id("user_id", schema.users, model.user_known, precision),
+            "profile": by_content(user_profile, schema.users),
+            "event": by_id("event", len(schema.events) + 1, None, "fp32"),
+            "gap": by_id("gap", model.settings["gaps"], None, "fp32"),
             **contexts,
         }
         if not main:
@@ -127,6 +127,14 @@ def write_tower(data: PreparedData, model: TowerSource, main: bool, precision: P
     (target / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
 
 
+def _rows(model: TowerSource, name: str, rows: int, known: np.ndarray | None, main: bool) -> Iterator[Tensor]:
+    """The rows of a table in blocks, zeros where an id is not known; collective. Ranks other than 0 get none."""
+    for block in _blocks(rows):
+        found = model.rows(name, block)
+        if main:
+            yield found if known is None else found * torch.from_numpy(known[block])[:, None]
+
+
 def _contexts(
     data: PreparedData, model: TowerSource, dim: int, precision: Precision
 ) -> tuple[dict[str, PackagedTable], list[int]]:
@@ -136,7 +144,7 @@ def _contexts(
     rows = [
         model.rows(f.name, block, "event") for f, size in zip(features, sizes, strict=True) for block in _blocks(size)
     ]
-    table = {"context": PackagedTable(iter(rows), dim, precision)} if features else {}
+    table = {"context": PackagedTable(rows, sum(sizes), dim, precision)} if features else {}
     return table, [sum(sizes[:position]) for position in range(len(sizes))]
 
 
@@ -152,7 +160,7 @@ def _content(
     offset = [sum(sizes[:position]) for position in range(len(sizes))]
     blocks = [model.rows(f.name, block, entity) for f in features for block in _blocks(f.cardinality)]
     mlp = model.dense.item_content if entity == "item" else model.dense.user_content
-    exact = ContentProgram(mlp, PackagedTable(iter(blocks), dim, "fp32"), offset)
+    exact = ContentProgram(mlp, PackagedTable(blocks, sum(sizes), dim, "fp32"), offset)
     source = data.items if entity == "item" else data.users
     count = data.schema.items if entity == "item" else data.schema.users
 
@@ -160,7 +168,7 @@ def _content(
         for block in _blocks(count):
             yield exact(_padded_codes(source, features, block), torch.from_numpy(source.dense[block]))
 
-    return ContentProgram(mlp, PackagedTable(iter(blocks), dim, precision), offset), contents()
+    return ContentProgram(mlp, PackagedTable(blocks, sum(sizes), dim, precision), offset), contents()
 
 
 def _padded_codes(source: EntityFeatures, features: tuple[Feature, ...], rows: np.ndarray) -> Tensor:
