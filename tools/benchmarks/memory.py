@@ -41,6 +41,8 @@ from flm_torchrec.prepare import sql
 
 PERIOD = 0.05
 """Seconds between two samples of the memory."""
+CHILDREN = 1.0
+"""Seconds between two looks for new processes, each of which reads all processes of the machine."""
 ROWS = 10_000_000
 """Events of a log file."""
 BRANDS, COUNTRIES = 1_000, 50
@@ -121,9 +123,12 @@ def watch(command: Sequence[str]) -> Peak:
     """
     cost, began, busy = Peak(), time.monotonic(), {}
     process = psutil.Popen(command, stdout=sys.stderr)
+    tree, looked = [process], began
     while process.poll() is None:
         held = resident = 0
-        for one in [process, *process.children(recursive=True)]:
+        if time.monotonic() - looked > CHILDREN:
+            tree, looked = [process, *process.children(recursive=True)], time.monotonic()
+        for one in tree:
             with suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):  # ended meanwhile
                 resident += one.memory_info().rss
                 held += _held(one.pid)
