@@ -110,15 +110,14 @@ class Joining:
         return report
 
     def _write(self, folder: Path, work: Path) -> dict[str, Any]:
-        entities, spill, buckets = [work / name for name in ("user", "item")], work / "spill", work / "events"
-        for path in (*entities, spill, buckets):
+        for_users, for_items, spill, buckets = (work / name for name in ("users", "items", "spill", "events"))
+        for path in (for_users, for_items, spill, buckets):
             path.mkdir()
         with DuckEngine(self.memory, 0, spill) as engine:
-            users = join_users(engine, self.domains, self._of("user"), entities[0])
-        items = join_items(self.domains, self._of("item"), self.title, entities[1])
-        made = {}
-        for entity, path in zip(("user", "item"), entities, strict=True):
-            made |= write_standardised(entity, self._of(entity), path, folder)
+            users = join_users(engine, self.domains, self._of("user"), for_users)
+        items = join_items(self.domains, self._of("item"), self.title, for_items)
+        made = write_standardised("user", self._of("user"), for_users, folder)
+        made |= write_standardised("item", self._of("item"), for_items, folder)
         events = sorted({name for domain in self.domains for name in domain.schema.events})
         timed = all(domain.schema.timestamps for domain in self.domains)
         counts = write_joined(

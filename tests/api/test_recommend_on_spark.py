@@ -31,7 +31,7 @@ def test_a_user_is_in_one_table_and_no_row_is_lost(rows: int) -> None:
 
 def test_what_is_missing_is_told_before_spark_runs(tmp_path: Path, exported: Path) -> None:
     class Frame:
-        columns = ("user", "item")
+        columns: tuple[str, ...] = ("user", "item")
 
     with pytest.raises(DataError, match="no column 'timestamp'; Spark keeps no order"):
         recommend(Frame(), exported)  # type: ignore[arg-type]
