@@ -58,7 +58,7 @@ def make_losses(config: LossConfig, described: bool, gather: Gather, joint: bool
     apart = joint and config.domains == "own"
     losses: list[Loss] = [NextItemLoss(config, gather, apart)]
     if config.attribute > 0 and described:
-        losses.append(AttributeContrast(config.attribute, gather, apart))
+        losses.append(AttributeContrast(config, gather, apart))
     return tuple(losses)
 
 
@@ -186,8 +186,9 @@ class AttributeContrast:
         by_domain: an item is told from those of its own domain alone.
     """
 
-    def __init__(self, weight: float, gather: Gather, by_domain: bool = False) -> None:
-        self.weight = weight
+    def __init__(self, config: LossConfig, gather: Gather, by_domain: bool = False) -> None:
+        self.weight = config.attribute
+        self.precision = PRECISIONS[config.precision]
         self.gather = gather
         self.by_domain = by_domain
         self.scale = nn.Parameter(torch.tensor(ATTRIBUTE_LOG_SCALE))
@@ -217,7 +218,7 @@ class AttributeContrast:
         position = (usable & here.flatten()).nonzero().flatten()
         scale = self.scale.clamp(max=MAX_LOG_SCALE).exp()
         domain = shared.numbers[:, 0].contiguous() if self.by_domain else None
-        contents, ids = (CandidateVectors(vectors, log_q, domain) for vectors in (all_contents, all_ids))
+        contents, ids = (CandidateVectors(x, log_q, domain, self.precision) for x in (all_contents, all_ids))
         summed = sampled_softmax(all_ids[position], contents, position, scale)
         summed = summed + sampled_softmax(all_contents[position], ids, position, scale)
         mean = summed / (2 * usable.sum()).clamp(min=1)

@@ -1,6 +1,8 @@
-"""Our sampled softmax, in chunks and in tiles, beside plain cross-entropy over a [T, C] matrix, in turn in one run.
+"""Our sampled softmax, in chunks, in tiles and natively, beside plain cross-entropy over a [T, C] matrix, in turn.
 
-Prints processor time of forward and backward of each, and ratios. `python tools/benchmarks/softmax.py --help`
+`products` are the three products of matrices that a softmax and its gradients need, by PyTorch, alone.
+
+Prints the time of forward and backward of each, and ratios. `python tools/benchmarks/softmax.py --help`
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flm_torchrec.model import softmax
+from flm_torchrec.model.fused_softmax import why_not_fused
 from flm_torchrec.model.softmax import CandidateVectors, sampled_softmax
 
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -26,22 +29,37 @@ def plain(query: Tensor, items: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(query @ items.T, target, reduction="sum")
 
 
-def ours(most_bytes: int, precision: torch.dtype) -> Way:
+def products(precision: torch.dtype) -> Way:
+    """The products alone, of the whole [T, C] matrix; the result is no loss."""
+
+    def multiply(query: Tensor, items: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            low, low_items = query.to(precision), items.to(precision)
+            shares = low @ low_items.T
+            _ = shares @ low_items, shares.T @ low
+        return torch.zeros((), requires_grad=True)
+
+    return multiply
+
+
+def ours(most_bytes: int, precision: torch.dtype, native: bool = False) -> Way:
     """The same loss by our softmax, in chunks where the logits of 128 queries take no more, else in tiles."""
 
     def loss(query: Tensor, items: Tensor, target: Tensor) -> Tensor:
         candidates = CandidateVectors(items, items.new_zeros(len(items)), precision=precision)
-        with mock.patch.object(softmax, "MOST_BYTES", {"cpu": most_bytes}):
+        fused = softmax.can_fuse if native else lambda *_: False
+        with mock.patch.multiple(softmax, MOST_BYTES={"cpu": most_bytes}, can_fuse=fused):
             return sampled_softmax(query, candidates, target, items.new_ones(()))
 
     return loss
 
 
 def seconds(loss: Way, *inputs: Tensor) -> float:
-    """Processor time of a forward and a backward pass."""
-    started = time.process_time()
+    """Processor time of a forward and a backward pass; wall time with several threads."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    started = clock()
     loss(*inputs).backward()
-    return time.process_time() - started
+    return clock() - started
 
 
 def main() -> None:
@@ -52,10 +70,20 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=64, help="width of the space (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=9, help="runs of each, in turn (default: %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of ours (default: %(default)s)")
-    parser.add_argument("--ways", nargs="+", default=["plain", "chunks", "tiles"], help="default: %(default)s")
+    parser.add_argument(
+        "--ways", nargs="+", default=["plain", "chunks", "tiles"], help="and native, products; default: %(default)s"
+    )
     args = parser.parse_args()
     precision = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    known = {"plain": plain, "chunks": ours(2**62, precision), "tiles": ours(0, precision)}
+    if "native" in args.ways and (precision != torch.bfloat16 or why_not_fused(precision, torch.device("cpu"))):
+        parser.error(f"native: {why_not_fused(precision, torch.device('cpu')) or 'needs --precision bf16'}")
+    known = {
+        "plain": plain,
+        "chunks": ours(2**62, precision),
+        "tiles": ours(0, precision),
+        "native": ours(2**62, precision, native=True),
+        "products": products(precision),
+    }
     query = torch.randn(args.tokens, args.dim, requires_grad=True)
     items = torch.randn(args.items, args.dim, requires_grad=True)
     target = torch.randint(0, args.items, (args.tokens,))

@@ -1,0 +1,378 @@
+// A softmax and its gradients whose logits never leave the cache, for processors with AMX and its bf16 products.
+//
+// Two passes over tiles of 32 candidates x 32 queries (compare Dao et al., FlashAttention, 2022): the first adds up each
+// query's exponentials, the second makes the logits anew and adds up both gradients. Inputs of products are bf16; logits
+// and sums are fp32. A tile has a row for each candidate, so that sums over candidates need no work across lanes, and so
+// that the shares are a left factor for the candidates' gradient as they lie.
+//
+// Threads take candidates, each a range of its own; queries' sums are added up in the order of the threads.
+
+#include <immintrin.h>
+#include <omp.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#if !defined(__AMX_BF16__) || !defined(__AVX512BF16__)
+#error "this processor has no products of bf16 matrices (AMX)"
+#endif
+
+using bf16 = uint16_t;
+using std::int64_t;
+
+struct Problem {  // as in fused_softmax.py
+    const float *query, *weighted;  // [T, D] scaled; the same times the queries' weights
+    const float *items, *log_q;     // [C, D], [C]
+    const float *truth;             // [T] logit of the target
+    const int64_t *target;          // [T]
+    const int64_t *hidden_rows, *hidden_columns;  // [P] queries, ascending, and candidates that they leave out
+    const float *domain, *wanted;   // [C], [T] or both null: a query has the candidates of the domain it wants
+    float *log_sum;                 // [T] out: log of the sum of exp(logit) over the candidates
+    float *query_grad, *items_grad; // [T, D], [C, D] out: sums by shares of items, and of weighted queries
+    int64_t queries, candidates, dim, hidden, threads;
+};
+
+namespace {
+
+constexpr int SIDE = 32;           // of a tile of logits
+constexpr int ITEMS = 256;         // candidates of a block
+constexpr int QUERIES = 128;       // queries of a block
+constexpr float NOTHING = -1e30f;  // a logit whose exponential is 0
+constexpr float MOST = 1e30f;      // of a sum of exponentials
+constexpr float LOG2_E = 1.44269504088896341f;
+constexpr int XFEATURE_TILES = 18, ARCH_REQ_XCOMP_PERM = 0x1023;  // linux, asm/prctl.h
+constexpr unsigned FLUSH_DENORMALS = 0x8040;
+
+template <class T> struct Buffer {  // zeros, at the beginning of a line of the cache
+    T *at;
+    explicit Buffer(int64_t size) {
+        const size_t bytes = (std::max<int64_t>(size, 1) * sizeof(T) + 63) / 64 * 64;
+        at = static_cast<T *>(std::aligned_alloc(64, bytes));
+        if (!at) throw std::bad_alloc();
+        std::memset(at, 0, bytes);
+    }
+    Buffer(const Buffer &) = delete;
+    ~Buffer() { std::free(at); }
+};
+
+struct TileSetting {  // Intel 64 manual, volume 1, 18.3: palette 1, eight registers of 16 rows of 64 bytes
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// c [32, 32] = or += a [32, depth] b [depth, 32]; b lies in pairs of rows, [depth / 2][columns][2]. Steps in elements.
+template <bool ADD>
+inline void product(float *c, int64_t c_step, const bf16 *a, int64_t a_step, const bf16 *b, int64_t b_step, int depth) {
+    float *low = c + 16 * c_step;
+    if (ADD) {
+        _tile_loadd(0, c, c_step * 4);
+        _tile_loadd(1, c + 16, c_step * 4);
+        _tile_loadd(2, low, c_step * 4);
+        _tile_loadd(3, low + 16, c_step * 4);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int k = 0; k < depth; k += 32) {
+        _tile_loadd(4, a + k, a_step * 2);
+        _tile_loadd(5, a + 16 * a_step + k, a_step * 2);
+        _tile_loadd(6, b + k / 2 * b_step, b_step * 2);
+        _tile_loadd(7, b + k / 2 * b_step + 32, b_step * 2);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, c_step * 4);
+    _tile_stored(1, c + 16, c_step * 4);
+    _tile_stored(2, low, c_step * 4);
+    _tile_stored(3, low + 16, c_step * 4);
+}
+
+inline __m512 power_of_two(__m512 x) {  // relative error below 3e-6, by a polynomial on [0, 1)
+    const __m512 part = _mm512_reduce_ps(x, 1);
+    __m512 y = _mm512_set1_ps(0.01353415f);
+    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(0.05201146f));
+    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(0.24144278f));
+    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(0.69300382f));
+    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(1.00000259f));
+    return _mm512_scalef_ps(y, x);
+}
+
+// Rows of fp32 → bf16, `step` apart; the rest of a row stays.
+void narrow(const float *from, bf16 *to, int64_t dim, float factor) {
+    for (int64_t d = 0; d < dim; d += 16) {
+        const __mmask16 some = dim - d < 16 ? (1u << (dim - d)) - 1 : 0xffff;
+        const __m512 row = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, from + d), _mm512_set1_ps(factor));
+        _mm256_mask_storeu_epi16(to + d, some, (__m256i)_mm512_cvtneps_pbh(row));
+    }
+}
+
+struct Fixed {  // a logit that is no product: a query's own target, or a candidate that it leaves out
+    int32_t query;
+    int16_t item;  // within its panel of 32 candidates
+    bool own;
+};
+
+enum Pass { LARGEST, SUM, GRADIENTS };
+
+class Softmax {
+  public:
+    explicit Softmax(const Problem &problem)
+        : p(problem), rows((p.queries + SIDE - 1) / SIDE * SIDE), dim((p.dim + SIDE - 1) / SIDE * SIDE),
+          panels((p.candidates + SIDE - 1) / SIDE), threads(std::max<int64_t>(1, std::min(p.threads, panels))),
+          query(rows * dim), weighted(rows * dim), reference(rows), truth(rows), correction(panels * SIDE),
+          domain(panels * SIDE), wanted(rows), sums(threads * rows), of_query(threads * rows * dim) {
+        pack_queries();
+        for (int64_t c = 0; c < panels * SIDE; c++) {
+            correction.at[c] = c < p.candidates ? std::max(-p.log_q[c] * LOG2_E, NOTHING) : NOTHING;
+            domain.at[c] = p.domain && c < p.candidates ? p.domain[c] : 0;
+        }
+        sort_fixed();
+    }
+
+    void run() {
+        // The target's own exponential is 1, so no sum is below 1; only if it is very large the largest logit is needed.
+        if (!add_up()) {
+            std::fill_n(sums.at, threads * rows, -INFINITY);
+            pass<LARGEST>();
+            for (int64_t t = 0; t < p.queries; t++) {
+                float largest = sums.at[t];
+                for (int64_t k = 1; k < threads; k++) largest = std::max(largest, sums.at[k * rows + t]);
+                reference.at[t] += largest;
+            }
+            add_up();
+        }
+        for (int64_t t = 0; t < p.queries; t++) {
+            reference.at[t] += std::log2(sums.at[t]);
+            p.log_sum[t] = reference.at[t] / LOG2_E;
+        }
+        pass<GRADIENTS>();
+        for (int64_t first = 0; first < p.queries; first += SIDE)
+            for (int64_t d = 0; d < p.dim; d++)
+                for (int64_t t = first; t < std::min(first + SIDE, p.queries); t++) {
+                    float sum = 0;
+                    for (int64_t k = 0; k < threads; k++) sum += of_query.at[(k * dim + d) * rows + t];
+                    p.query_grad[t * p.dim + d] = sum;
+                }
+    }
+
+  private:
+    const Problem &p;
+    const int64_t rows, dim, panels, threads;  // queries and width, each a multiple of 32; panels of 32 candidates
+    Buffer<bf16> query;                        // [rows / 32][dim / 2][32][2], in powers of two
+    Buffer<bf16> weighted;                     // [rows / 2][dim][2]
+    Buffer<float> reference, truth;            // [rows] in powers of two: what is subtracted; the target's logit
+    Buffer<float> correction, domain, wanted;
+    Buffer<float> sums, of_query;              // by thread: [rows]; [dim, rows]
+    std::vector<int64_t> begin;                // [panels + 1] of a panel's fixed logits
+    std::vector<Fixed> fixed;         // by panel, then by query
+
+    void pack_queries() {
+        Buffer<bf16> row(dim);
+        for (int64_t t = 0; t < rows; t++) {
+            reference.at[t] = -NOTHING;
+            if (t >= p.queries) continue;
+            reference.at[t] = truth.at[t] = p.truth[t] * LOG2_E;
+            wanted.at[t] = p.wanted ? p.wanted[t] : 0;
+            narrow(p.query + t * p.dim, row.at, p.dim, LOG2_E);
+            bf16 *to = query.at + t / SIDE * SIDE * dim + t % SIDE * 2;
+            for (int64_t d = 0; d < p.dim; d++) to[d / 2 * 2 * SIDE + d % 2] = row.at[d];
+            narrow(p.weighted + t * p.dim, row.at, p.dim, 1);
+            for (int64_t d = 0; d < p.dim; d++) weighted.at[(t / 2 * dim + d) * 2 + t % 2] = row.at[d];
+        }
+    }
+
+    void sort_fixed() {
+        begin.assign(panels + 1, 0);
+        for (int64_t i = 0; i < p.hidden; i++) begin[p.hidden_columns[i] / SIDE + 1]++;
+        for (int64_t t = 0; t < p.queries; t++) begin[p.target[t] / SIDE + 1]++;
+        for (int64_t i = 0; i < panels; i++) begin[i + 1] += begin[i];
+        fixed.resize(begin[panels]);
+        std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+        const auto put = [&](int64_t t, int64_t c, bool own) {
+            fixed[next[c / SIDE]++] = {static_cast<int32_t>(t), static_cast<int16_t>(c % SIDE), own};
+        };
+        for (int64_t t = 0, i = 0; t < p.queries; t++) {
+            for (; i < p.hidden && p.hidden_rows[i] == t; i++) put(t, p.hidden_columns[i], false);
+            put(t, p.target[t], true);  // last, so that it stays
+        }
+    }
+
+    bool add_up() {
+        std::memset(sums.at, 0, threads * rows * sizeof(float));
+        pass<SUM>();
+        bool small = true;
+        for (int64_t t = 0; t < p.queries; t++) {
+            for (int64_t k = 1; k < threads; k++) sums.at[t] += sums.at[k * rows + t];
+            small &= !(sums.at[t] > MOST);
+        }
+        return small;
+    }
+
+    template <Pass PASS> void pass() {
+        bool failed = false;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+        for (int64_t k = 0; k < threads; k++) {
+            const unsigned control = _mm_getcsr();
+            _mm_setcsr(control | FLUSH_DENORMALS);
+            const TileSetting setting;
+            _tile_loadconfig(&setting);
+            try {
+                part<PASS>(k);
+            } catch (const std::bad_alloc &) {
+#pragma omp atomic write
+                failed = true;
+            }
+            _tile_release();
+            _mm_setcsr(control);
+        }
+        if (failed) throw std::bad_alloc();
+    }
+
+    struct Block {
+        Buffer<bf16> items, across;  // [ITEMS, dim], [dim, ITEMS]
+        Buffer<bf16> shares, pairs;  // [ITEMS, QUERIES], [ITEMS / 2][QUERIES][2]
+        Buffer<float> gradient;      // [ITEMS, dim]
+        int64_t next[ITEMS / SIDE];  // fixed logit of each panel
+        explicit Block(int64_t dim)
+            : items(ITEMS * dim), across(ITEMS * dim), shares(ITEMS * QUERIES), pairs(ITEMS * QUERIES),
+              gradient(ITEMS * dim) {}
+    };
+
+    template <Pass PASS> void part(int64_t thread) {
+        Block block(dim);
+        const int64_t end = panels * (thread + 1) / threads;
+        for (int64_t first = panels * thread / threads; first < end; first += ITEMS / SIDE) {
+            const int count = std::min<int64_t>(ITEMS / SIDE, end - first);
+            for (int i = 0; i < count; i++) block.next[i] = begin[first + i];
+            pack_items(block, first * SIDE, count * SIDE, PASS == GRADIENTS);
+            for (int64_t q = 0; q < rows; q += QUERIES) {
+                const int wide = std::min<int64_t>(QUERIES, rows - q);
+                for (int i = 0; i < count; i++)
+                    for (int g = 0; g < wide; g += SIDE)
+                        tile<PASS>(block, first + i, i, q, g, sums.at + thread * rows);
+                if (PASS == GRADIENTS)
+                    add_gradients(block, count, q, wide, of_query.at + thread * rows * dim);
+            }
+            if (PASS == GRADIENTS)
+                for (int64_t c = first * SIDE; c < std::min((first + count) * SIDE, p.candidates); c++)
+                    std::memcpy(p.items_grad + c * p.dim, block.gradient.at + (c - first * SIDE) * dim,
+                                p.dim * sizeof(float));
+        }
+    }
+
+    void pack_items(Block &block, int64_t first, int count, bool gradients) {
+        for (int i = 0; i < count; i++) {
+            bf16 *row = block.items.at + i * dim;
+            if (first + i < p.candidates) narrow(p.items + (first + i) * p.dim, row, p.dim, 1);
+            else std::memset(row, 0, dim * sizeof(bf16));
+        }
+        if (!gradients) return;
+        std::memset(block.gradient.at, 0, ITEMS * dim * sizeof(float));
+        for (int64_t d = 0; d < dim; d++)
+            for (int i = 0; i < count; i++) block.across.at[d * ITEMS + i] = block.items.at[i * dim + d];
+    }
+
+    // The logits of panel `panel`, the i-th of its block, by the queries from q + g on.
+    template <Pass PASS> void tile(Block &block, int64_t panel, int i, int64_t q, int g, float *sum) {
+        alignas(64) float logits[SIDE * SIDE];
+        const int64_t t = q + g;
+        product<false>(logits, SIDE, block.items.at + i * SIDE * dim, dim, query.at + t * dim, 2 * SIDE, dim);
+        const float *correct = correction.at + panel * SIDE;
+        if (p.domain) leave_out_domains(logits, panel, t);
+        for (int64_t &n = block.next[i]; n < begin[panel + 1] && fixed[n].query < t + SIDE; n++) {
+            const Fixed &e = fixed[n];
+            logits[e.item * SIDE + e.query - t] = e.own ? truth.at[e.query] - correct[e.item] : NOTHING;
+        }
+        const __m512 left_reference = _mm512_load_ps(reference.at + t);
+        const __m512 right_reference = _mm512_load_ps(reference.at + t + 16);
+        __m512 left_sum = _mm512_load_ps(sum + t), right_sum = _mm512_load_ps(sum + t + 16);
+        const __m512i low = pair_order(0), high = pair_order(16);
+        for (int x = 0; x < SIDE; x += 2) {
+            __m512 left[2], right[2];
+            for (int y = 0; y < 2; y++) {
+                const __m512 add = _mm512_set1_ps(correct[x + y]);
+                const float *row = logits + (x + y) * SIDE;
+                left[y] = _mm512_sub_ps(_mm512_add_ps(_mm512_load_ps(row), add), left_reference);
+                right[y] = _mm512_sub_ps(_mm512_add_ps(_mm512_load_ps(row + 16), add), right_reference);
+                if (PASS == LARGEST) {
+                    left_sum = _mm512_max_ps(left_sum, left[y]);
+                    right_sum = _mm512_max_ps(right_sum, right[y]);
+                    continue;
+                }
+                left[y] = power_of_two(left[y]);
+                right[y] = power_of_two(right[y]);
+                if (PASS == SUM) {
+                    left_sum = _mm512_add_ps(left_sum, left[y]);
+                    right_sum = _mm512_add_ps(right_sum, right[y]);
+                }
+            }
+            if (PASS != GRADIENTS) continue;
+            const int row = i * SIDE + x;
+            const __m512i upper = (__m512i)_mm512_cvtne2ps_pbh(right[0], left[0]);
+            const __m512i lower = (__m512i)_mm512_cvtne2ps_pbh(right[1], left[1]);
+            _mm512_store_si512(block.shares.at + row * QUERIES + g, upper);
+            _mm512_store_si512(block.shares.at + (row + 1) * QUERIES + g, lower);
+            bf16 *pairs = block.pairs.at + row * QUERIES + 2 * g;
+            _mm512_store_si512(pairs, _mm512_permutex2var_epi16(upper, low, lower));
+            _mm512_store_si512(pairs + SIDE, _mm512_permutex2var_epi16(upper, high, lower));
+        }
+        if (PASS != GRADIENTS) {
+            _mm512_store_ps(sum + t, left_sum);
+            _mm512_store_ps(sum + t + 16, right_sum);
+        }
+    }
+
+    // Order that pairs the elements from `first` on of one register with those of another.
+    static __m512i pair_order(int first) {
+        alignas(64) int16_t order[32];
+        for (int i = 0; i < 32; i++) order[i] = static_cast<int16_t>(first + i / 2 + i % 2 * 32);
+        return _mm512_load_si512(order);
+    }
+
+    void leave_out_domains(float *logits, int64_t panel, int64_t t) {
+        const __m512 nothing = _mm512_set1_ps(NOTHING);
+        for (int n = 0; n < 2 * SIDE; n++) {
+            const __m512 has = _mm512_set1_ps(domain.at[panel * SIDE + n / 2]);
+            const __m512 wants = _mm512_load_ps(wanted.at + t + n % 2 * 16);
+            _mm512_mask_store_ps(logits + n * 16, _mm512_cmp_ps_mask(has, wants, _CMP_NEQ_OQ), nothing);
+        }
+    }
+
+    void add_gradients(Block &block, int count, int64_t q, int wide, float *to_query) {
+        for (int64_t d = 0; d < dim; d += SIDE)
+            for (int g = 0; g < wide; g += SIDE)
+                product<true>(to_query + d * rows + q + g, rows, block.across.at + d * ITEMS, ITEMS,
+                              block.pairs.at + 2 * g, 2 * QUERIES, count * SIDE);
+        for (int i = 0; i < count; i++)
+            for (int64_t d = 0; d < dim; d += SIDE)
+                product<true>(block.gradient.at + i * SIDE * dim + d, dim, block.shares.at + i * SIDE * QUERIES,
+                              QUERIES, weighted.at + q * dim + 2 * d, 2 * dim, wide);
+    }
+};
+
+}  // namespace
+
+// 0: the system lets this process use AMX.
+extern "C" int flm_softmax_refused() { return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_TILES) != 0; }
+
+// 0: done; 1: no memory.
+extern "C" int flm_softmax(const Problem *problem) {
+    try {
+        Softmax(*problem).run();
+        return 0;
+    } catch (const std::bad_alloc &) {
+        return 1;
+    }
+}

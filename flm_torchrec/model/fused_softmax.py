@@ -1,0 +1,164 @@
+"""The softmax of bf16 products as native code: no logits in memory, and several times faster; on CPUs with AMX.
+
+`fused_softmax.cpp` is compiled at the first use, by the C++ compiler of this machine for its processor, and kept in the
+user's cache. Where that cannot be, `why_not_fused` says why, and `softmax` computes the same with PyTorch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import stat
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flm_torchrec.files import replacing_file
+from flm_torchrec.safe_text import first_line
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+CPU_INFO = Path("/proc/cpuinfo")
+NEEDED = {"amx_bf16", "amx_tile", "avx512_bf16", "avx512bw", "avx512dq", "avx512vl"}
+"""Instructions of the processor."""
+OPTIONS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w")
+MOST_SECONDS = 60
+"""Of the compiler."""
+
+
+class _Problem(ctypes.Structure):
+    """As in fused_softmax.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "weighted", "items", "log_q", "truth", "target")),
+        *((name, ctypes.c_void_p) for name in ("hidden_rows", "hidden_columns", "domain", "wanted")),
+        *((name, ctypes.c_void_p) for name in ("log_sum", "query_grad", "items_grad")),
+        *((name, ctypes.c_int64) for name in ("queries", "candidates", "dim", "hidden", "threads")),
+    )
+
+
+class Unavailable(Exception):
+    """The native code cannot be used; the message says why."""
+
+
+def why_not_fused(precision: torch.dtype | None, device: torch.device) -> str:
+    """Why a softmax that could be fused is not, in a few words; empty where it is, or where it is not meant to be."""
+    if precision != torch.bfloat16 or device.type != "cpu":
+        return ""
+    found = _library()
+    return found if isinstance(found, str) else ""
+
+
+def can_fuse(query: Tensor, items: Tensor, precision: torch.dtype) -> bool:
+    """Whether `fused_softmax` takes these, [T, D] and [C, D]."""
+    if precision != torch.bfloat16 or query.device.type != "cpu" or not len(query) or not len(items):
+        return False
+    single = query.dtype == items.dtype == torch.float32
+    return single and not isinstance(_library(), str)
+
+
+def fused_softmax(
+    scaled: Tensor,
+    weighted: Tensor,
+    items: Tensor,
+    log_q: Tensor,
+    target: Tensor,
+    left_out: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[T] losses without weight; [T, D] sum of the items by their shares, [C, D] sum of the weighted queries by theirs.
+
+    Products are of bf16, sums are fp32. At one thread the bits repeat.
+
+    Args:
+        scaled, weighted: [T, D] queries, and times their weights.
+        items: [C, D].
+        log_q: [C] what logits are lowered by, but for the target's.
+        target: [T] int64.
+        left_out: [P] queries in ascending order and [P] candidates that they leave out, int64; [C] domains.
+    """
+    rows, columns, domain = left_out
+    truth = (scaled * items[target]).sum(1)
+    like = torch.contiguous_format
+    outputs = [torch.empty_like(x, memory_format=like) for x in (truth, scaled, items)]
+    losses, query_grad, items_grad = outputs
+    places = None if domain is None else domain.float()
+    wanted = None if places is None else places[target]
+    inputs = [scaled, weighted, items, log_q, truth, target, rows, columns, places, wanted]
+    held = [None if x is None else x.contiguous() for x in inputs]
+    problem = _Problem(
+        *(None if x is None else x.data_ptr() for x in [*held, *outputs]),
+        *(*scaled.shape[:1], *items.shape, 0 if rows is None else len(rows), torch.get_num_threads()),
+    )
+    library = _library()
+    assert not isinstance(library, str)
+    if library.flm_softmax(ctypes.byref(problem)):
+        raise MemoryError(f"no memory for a softmax of {len(scaled)} queries and {len(items)} candidates")
+    return losses.sub_(truth), query_grad, items_grad
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The native code; or why there is none, in a few words."""
+    try:
+        return _load()
+    except Unavailable as error:
+        return str(error)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"it cannot be built: {first_line(error)}"
+
+
+def _load() -> ctypes.CDLL:
+    flags = _processor()
+    missing = NEEDED - flags
+    if missing:
+        raise Unavailable(f"the processor has no {min(missing)}")
+    content = [SOURCE.read_text(encoding="utf-8"), *OPTIONS, *sorted(flags)]
+    name = hashlib.sha256("\n".join(content).encode()).hexdigest()[:32]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flm_torchrec" / "kernels"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    code = folder / f"{name}.so"
+    with _one_at_a_time(folder):
+        if not code.exists():
+            _compile(code)
+        for path in (folder, code):
+            status = path.stat()
+            if status.st_uid not in (0, os.geteuid()) or stat.S_IMODE(status.st_mode) & 0o022:
+                raise Unavailable(f"{path} may be written by others")
+        library = ctypes.CDLL(str(code))
+    if library.flm_softmax_refused():
+        raise Unavailable("the system does not allow AMX")
+    return library
+
+
+def _processor() -> set[str]:
+    """Names of the instructions of the processor; empty where Linux does not say."""
+    text = CPU_INFO.read_text(encoding="utf-8", errors="replace") if CPU_INFO.is_file() else ""
+    lines = [line for line in text.splitlines() if line.startswith("flags")]
+    return set(lines[0].partition(":")[2].split()) if lines else set()
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until no other process is here; ranks of a host build once."""
+    with (folder / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(code: Path) -> None:
+    compiler = os.environ.get("CXX") or "c++"
+    with replacing_file(code) as fresh:
+        command = [*compiler.split(), *OPTIONS, str(SOURCE), "-o", str(fresh)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=MOST_SECONDS, check=False)
+        except FileNotFoundError as error:
+            raise Unavailable(f"there is no C++ compiler {compiler!r}; install g++, or set CXX") from error
+        if done.returncode:
+            raise Unavailable(f"{compiler}: {first_line(Exception(done.stderr or done.returncode))}")
+        fresh.chmod(0o700)

@@ -1,0 +1,175 @@
+"""The softmax as native code, beside that of PyTorch and beside cross-entropy in double precision."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flm_torchrec.cli import main
+from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.model import fused_softmax, softmax
+from flm_torchrec.model.fused_softmax import why_not_fused
+from flm_torchrec.model.softmax import CandidateVectors, Hidden, sampled_softmax
+
+BF16, CPU = torch.bfloat16, torch.device("cpu")
+native = pytest.mark.skipif(bool(why_not_fused(BF16, CPU)), reason="no native softmax here")
+
+
+@pytest.fixture
+def unbuilt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty cache, as on a new machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fused_softmax._library.cache_clear()
+    yield tmp_path
+    fused_softmax._library.cache_clear()
+
+
+class Case:
+    """Queries near their targets; some candidates are taken out, hidden, of another domain."""
+
+    def __init__(self, queries: int, items: int, dim: int, seed: int = 0, domains: int = 1) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.items = F.normalize(torch.randn(items, dim, generator=g), dim=1)
+        self.target = torch.randint(0, items // 2, (queries,), generator=g)
+        noise = F.normalize(torch.randn(queries, dim, generator=g), dim=1)
+        self.query = F.normalize(noise + 0.5 * self.items[self.target], dim=1)
+        self.log_q = -6 * torch.rand(items, generator=g)
+        self.log_q[items // 2 :][::3] = math.inf
+        self.domain = torch.randint(0, domains, (items,), generator=g)
+        left_out = torch.rand(queries, items, generator=g) < 0.1
+        left_out[torch.arange(queries), self.target] = False
+        self.hidden = left_out
+        self.weight = 2 * torch.rand(queries, generator=g)
+        self.scale = torch.tensor(14.0)
+
+    def found(self, precision: torch.dtype) -> list[Tensor]:
+        """The loss and its gradients by query, items and scale."""
+        leaves = [x.clone().requires_grad_() for x in (self.query, self.items, self.scale)]
+        candidates = CandidateVectors(leaves[1], self.log_q, self.domain, precision)
+        hidden = Hidden(*torch.nonzero(self.hidden).T)
+        loss = sampled_softmax(leaves[0], candidates, self.target, leaves[2], hidden, self.weight)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    def exact(self) -> list[Tensor]:
+        """The same by cross-entropy in double precision."""
+        leaves = [x.double().requires_grad_() for x in (self.query, self.items, self.scale)]
+        logits = leaves[2] * leaves[0] @ leaves[1].T
+        own = F.one_hot(self.target, len(self.items)).bool()
+        lowered = torch.where(own, logits, logits - self.log_q)
+        foreign = self.domain[self.target][:, None] != self.domain
+        losses = F.cross_entropy(lowered.masked_fill(self.hidden | foreign, -math.inf), self.target, reduction="none")
+        loss = (losses * self.weight).sum()
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """Of the loss and of each gradient, relative."""
+    return [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+
+
+@native
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("queries", "items", "dim", "domains"), [(1, 4, 5, 1), (70, 300, 40, 3), (300, 1_000, 64, 1)])
+def test_native_code_and_pytorch_have_the_loss_and_gradients_of_cross_entropy(
+    monkeypatch: pytest.MonkeyPatch, queries: int, items: int, dim: int, domains: int, threads: int
+) -> None:
+    """bf16 rounds the factors of products to 9 bits; PyTorch also rounds the logits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        case = Case(queries, items, dim, domains=domains)
+        ours = errors(case.found(BF16), case.exact())
+        monkeypatch.setattr(softmax, "can_fuse", lambda *_: False)
+        plain = errors(case.found(BF16), case.exact())
+    finally:
+        torch.set_num_threads(before)
+    assert max(ours) < 8e-3 and max(plain) < 2e-2
+    assert queries == 1 or sum(ours) < sum(plain)
+
+
+@native
+def test_targets_far_below_other_candidates_are_exact_too() -> None:
+    """Exponentials are taken relative to the target's, and would be infinite here."""
+    case = Case(40, 100, 32)
+    case.scale, case.query = torch.tensor(100.0), -case.items[case.target]
+    exact, found = case.exact(), case.found(BF16)
+    most = -math.log(softmax.TINY) * case.weight.sum()
+    assert exact[0] > 1.2 * most
+    torch.testing.assert_close(found[0], most)
+    assert max(errors(found[1:], exact[1:])) < 8e-3
+
+
+@native
+def test_bits_repeat_at_one_thread_and_nan_stays() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        case = Case(100, 500, 64)
+        first, second = case.found(BF16), case.found(BF16)
+        case.query[3, 0] = math.nan
+        broken = case.found(BF16)[0]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert broken.isnan()
+
+
+def test_without_a_compiler_it_is_told_and_pytorch_does_it(monkeypatch: pytest.MonkeyPatch, unbuilt: Path) -> None:
+    monkeypatch.setattr(fused_softmax, "_processor", lambda: fused_softmax.NEEDED)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert why_not_fused(BF16, CPU) == "there is no C++ compiler 'no-such-compiler'; install g++, or set CXX"
+    monkeypatch.setattr(softmax, "_fused", lambda *_: pytest.fail("no native code"))
+    case = Case(70, 300, 40)
+    assert max(errors(case.found(BF16), case.exact())) < 2e-2
+    assert not list(unbuilt.rglob("*.so"))
+
+
+def test_training_says_it_once_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, unbuilt: Path, small: PreparedData, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(fused_softmax, "_processor", set)
+    options = [f"--data.path={small.path}", "--model.dim=8", "--train.max_steps=2", f"--train.run={tmp_path / 'run'}"]
+    assert main(["train", *options, "--loss.precision=bf16"]) == 0
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert log.count("softmax by PyTorch, which is slower than native code: the processor has no amx_bf16") == 1
+
+
+def test_another_processor_and_a_failed_build_are_told(monkeypatch: pytest.MonkeyPatch, unbuilt: Path) -> None:
+    monkeypatch.setattr(fused_softmax, "_processor", lambda: fused_softmax.NEEDED - {"amx_bf16"})
+    assert why_not_fused(BF16, CPU) == "the processor has no amx_bf16"
+    assert why_not_fused(torch.float32, CPU) == why_not_fused(BF16, torch.device("cuda")) == ""
+    fused_softmax._library.cache_clear()
+    monkeypatch.setattr(fused_softmax, "_processor", lambda: fused_softmax.NEEDED)
+    compiler = unbuilt / "cxx"
+    compiler.write_text("#!/bin/sh\necho 'error: no such option' >&2\nexit 1\n")
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert why_not_fused(BF16, CPU) == f"{compiler}: error: no such option"
+
+
+@native
+def test_processes_that_start_at_once_build_once(monkeypatch: pytest.MonkeyPatch, unbuilt: Path) -> None:
+    """Each opens the lock for itself, as two processes do."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    built = Path(fused_softmax._load()._name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(unbuilt))
+    builds: list[Path] = []
+
+    def build(code: Path) -> None:
+        builds.append(code)
+        shutil.copy(built, code)
+
+    monkeypatch.setattr(fused_softmax, "_compile", build)
+    with ThreadPoolExecutor(2) as pool:
+        libraries = list(pool.map(lambda _: fused_softmax._load(), range(2)))
+    assert len(builds) == 1 and [x._name for x in libraries] == [str(builds[0])] * 2
+    builds[0].chmod(0o722)
+    assert why_not_fused(BF16, CPU) == f"{builds[0]} may be written by others"
