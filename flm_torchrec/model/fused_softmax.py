@@ -89,7 +89,7 @@ def fused_softmax(
     losses, query_grad, items_grad = outputs
     places = None if domain is None else domain.float()
     wanted = None if places is None else places[target]
-    inputs = [scaled, weighted, items, log_q, truth, target, rows, columns, places, wanted]
+    inputs = [scaled, weighted, items, log_q.float(), truth, target, rows, columns, places, wanted]
     held = [None if x is None else x.contiguous() for x in inputs]
     problem = _Problem(
         *(None if x is None else x.data_ptr() for x in [*held, *outputs]),
