@@ -65,7 +65,8 @@ class Events:
 
     def with_context(self, features: int) -> np.ndarray:
         """[n, features] int32: the context; all unknown where none is given."""
-        return self.context if self.context.shape[1] else np.full((len(self), features), -1, np.int32)
+        given = self.context.shape[1]
+        return self.context if given or not features else np.full((len(self), features), -1, np.int32)
 
     def take(self, index: np.ndarray | slice) -> Self:
         """The events at an index, in its order."""

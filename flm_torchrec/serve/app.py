@@ -53,13 +53,13 @@ from flm_torchrec.serve.middleware import (
     parse,
     read_body,
 )
-from flm_torchrec.serve.quick import QuickRequests, traced_elsewhere
+from flm_torchrec.serve.quick import QuickRequests, QuickRoute, never, traced_elsewhere
 from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.service import Service
 from flm_torchrec.serve.swapping import CanaryTerms
 from flm_torchrec.serve.tracing import telemetry
 from flm_torchrec.serve.variants import Variants
-from flm_torchrec.serve.workers import Workers, one_thread
+from flm_torchrec.serve.workers import Settle, Workers, one_thread
 
 PAGE = Path(__file__).parent / "page"
 M = TypeVar("M", bound=BaseModel)
@@ -222,20 +222,26 @@ def _read_routes(app: FastAPI, served: Variants, workers: Workers, measures: Ser
 
 
 def _write_routes(app: FastAPI, served: Variants, workers: Workers, limits: ServerLimits, quick: QuickRequests) -> None:
-    def post(operation: Operation, message: type[M], answer: Callable[[M], Awaitable[Any]]) -> None:
-        async def answered(body: bytes, state: dict[str, Any]) -> bytes:
+    def post(
+        operation: Operation,
+        message: type[M],
+        answer: Callable[[M], Awaitable[Any]],
+        soon: Callable[[M, Settle], bool] = never,
+    ) -> None:
+        def read(body: bytes, state: dict[str, Any]) -> M:
             asked = parse(message, body)
             state["exports"] = served.names(asked)
-            return json_bytes(await answer(asked))
+            return asked
 
         async def route(request: Request) -> Response:
             body = await read_body(request, limits.body_bytes, limits.body_seconds)
-            return Response(await answered(body, request.scope["state"]), media_type="application/json")
+            answered = await answer(read(body, request.scope["state"]))
+            return Response(json_bytes(answered), media_type="application/json")
 
         operation.add(app, message)(route)  # for the description
         direct = DirectRoute(operation.path, route, methods=["POST"])
         app.router.routes.insert(0, direct)
-        quick.add(direct, answered)
+        quick.add(QuickRoute(direct, read, answer, soon))
 
     def in_thread(answer: Callable[[M], Any]) -> Callable[[M], Awaitable[Any]]:
         return lambda asked: workers.do(lambda: answer(asked))
@@ -247,7 +253,8 @@ def _write_routes(app: FastAPI, served: Variants, workers: Workers, limits: Serv
                 raise Refused(answer.status, f"requests.{position}: {answer}")
         return {"answers": answers}
 
-    post(Operation("/v1/recommend", "recommend", Recommended), Recommend, workers.recommend)
+    recommend = Operation("/v1/recommend", "recommend", Recommended)
+    post(recommend, Recommend, workers.recommend, workers.recommend_soon)
     post(Operation("/v1/recommend/batch", "recommend_batch", RecommendedBatch), RecommendBatch, batch)
     post(
         Operation("/v1/similar", "similar", Recommended),

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import resource
+import select
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ SPARE = 128
 """File descriptors kept for files: loading another export opens some."""
 PIECE = 4096
 """Bytes of a header that are looked at at once."""
+LOOK_AGAIN = 0.01
+"""Seconds until an idle connection is closed whose next request lay unread when its time was over."""
 FEWEST = 16
 """Minimum of connections with which the server starts."""
 
@@ -159,6 +162,20 @@ class GuardedProtocol(H11Protocol):
         self.waiting.drop(self)
         self.answered = True
         self._note()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """As of uvicorn, unless the next request is here and was not read yet, as the event loop was busy."""
+        if self._has_unread():
+            self.timeout_keep_alive_task = self.loop.call_later(LOOK_AGAIN, self.timeout_keep_alive_handler)
+        else:
+            super().timeout_keep_alive_handler()
+
+    def _has_unread(self) -> bool:
+        if self.transport.is_closing():
+            return False
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket"), select.POLLIN)
+        return bool(poll.poll(0))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the deadlines."""

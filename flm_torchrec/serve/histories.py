@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flm_torchrec.data.history import NO_EVENTS, Events
+from flm_torchrec.data.history import NO_CONTEXT, NO_EVENTS, Events
 from flm_torchrec.serve.event_store import DAY
 from flm_torchrec.serve.live_event import LiveEvent
 from flm_torchrec.serve.loaded_export import LoadedExport
@@ -108,5 +108,7 @@ def _coded_contexts(
     Raises:
         Refused: there is no such feature, or a value does not fit.
     """
+    if not loaded.tower.contexts and not any(contexts):
+        return NO_CONTEXT
     codes = [context_codes(loaded, c, f"{where}.{n}.context", left_out) for n, c in enumerate(contexts)]
     return np.array(codes, np.int32).reshape(len(codes), len(loaded.tower.contexts))

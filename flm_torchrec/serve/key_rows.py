@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -57,6 +58,11 @@ class KeyRows(Mapping[str, int]):
                 self.found.clear()
             self.found[key] = row
         return row
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of a mapping."""
+        row = self.found.get(key)
+        return super().get(key, default) if row is None else row
 
     def _search(self, key: str) -> int:
         least = crc32(key.encode("utf-8", "replace")) << 32

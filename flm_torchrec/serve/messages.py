@@ -51,7 +51,7 @@ class Event(Message):
     value: Finite | None = None
     timestamp: Seconds | None = None
     """Seconds since 1970; without it the usual gap after the event before."""
-    context: Context = {}
+    context: Context = Field(default_factory=dict)
     """By feature of events, such as the device, its value; one that is not given or null is unknown."""
 
 
@@ -59,7 +59,7 @@ class Whom(Message):
     """The user of a request: a known one, a history, features, all or none of them."""
 
     user: Key | None = None
-    history: Annotated[list[Event], Field(max_length=MOST_HISTORY)] = []
+    history: Annotated[list[Event], Field(max_length=MOST_HISTORY)] = Field(default_factory=list)
     """Oldest first. The history of a known user follows the events that are known."""
     features: Features | None = None
     """Features of the user, in place of the known user's own."""
@@ -78,16 +78,16 @@ class Recommend(Whom):
     head: Head = FUSED
     k: Annotated[int, Field(ge=1, le=MOST_K)] = 10
     exclude_seen: bool = True
-    filter: Annotated[dict[Key, Values], Field(max_length=20)] = {}
+    filter: Annotated[dict[Key, Values], Field(max_length=20)] = Field(default_factory=dict)
     """By feature: values of which an item must have at least one."""
     explain: bool = False
     offset: Annotated[int, Field(ge=0, le=MOST_K)] = 0
     """Items to pass over: those of earlier pages."""
     diversity: Annotated[float, Field(ge=0, le=1)] = 0.0
     """0: by score alone; towards 1: items that are unlike each other."""
-    boost: Annotated[dict[Key, dict[Key, Finite]], Field(max_length=20)] = {}
+    boost: Annotated[dict[Key, dict[Key, Finite]], Field(max_length=20)] = Field(default_factory=dict)
     """By feature and value: what is added to the score of an item that has the value; negative buries it."""
-    pinned: Annotated[list[Key], Field(max_length=MOST_VALUES)] = []
+    pinned: Annotated[list[Key], Field(max_length=MOST_VALUES)] = Field(default_factory=list)
     """Items that come first, in this order."""
 
     @property
@@ -112,9 +112,9 @@ class Similar(Message):
     vector: Annotated[list[Finite], Field(min_length=1, max_length=65_536)] | None = None
     """As wide as item vectors."""
     k: Annotated[int, Field(ge=1, le=MOST_K)] = 10
-    exclude: Annotated[list[Key], Field(max_length=MOST_HISTORY)] = []
+    exclude: Annotated[list[Key], Field(max_length=MOST_HISTORY)] = Field(default_factory=list)
     """Items to leave out."""
-    filter: Annotated[dict[Key, Values], Field(max_length=20)] = {}
+    filter: Annotated[dict[Key, Values], Field(max_length=20)] = Field(default_factory=dict)
     """As of `Recommend`."""
     explain: bool = False
     split_by: Key | None = None
@@ -136,7 +136,7 @@ class SimilarUsers(Whom):
     """For which user to give users alike."""
 
     k: Annotated[int, Field(ge=1, le=MOST_K)] = 10
-    exclude: Annotated[list[Key], Field(max_length=MOST_HISTORY)] = []
+    exclude: Annotated[list[Key], Field(max_length=MOST_HISTORY)] = Field(default_factory=list)
     """Users to leave out."""
     explain: bool = False
 
@@ -158,7 +158,7 @@ class NewItem(Message):
 
     item: StoredKey
     title: Annotated[str, Field(max_length=2000, pattern=r"^[^\x00]*$")] = ""
-    features: Features = {}
+    features: Features = Field(default_factory=dict)
 
 
 class NewEvent(Event):

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -24,8 +24,16 @@ from starlette.types import Scope
 from flm_torchrec.serve.access import Access
 from flm_torchrec.serve.event_store import StoreError
 from flm_torchrec.serve.hosts import host_names, is_known
-from flm_torchrec.serve.middleware import HEADERS, RequestRecords, error_response, request_id, stopping_response
+from flm_torchrec.serve.middleware import (
+    HEADERS,
+    RequestRecords,
+    error_response,
+    json_bytes,
+    request_id,
+    stopping_response,
+)
 from flm_torchrec.serve.resolve import Refused
+from flm_torchrec.serve.workers import Settle
 
 HEADER = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e]*\r\n"
 PLAIN = re.compile(rb"POST (/[a-z0-9/]{1,64}) HTTP/1\.1\r\n((?:%b){1,64})\r\n" % HEADER)
@@ -38,8 +46,26 @@ OTHERWISE = frozenset(
 ALIVE = (b"", b"keep-alive")
 KINDS = (b"application/json", b"application/json; charset=utf-8", b"application/json;charset=utf-8")
 LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
-Answer = Callable[[bytes, dict[str, Any]], Awaitable[bytes]]
-"""A body and the request's state → the body of the answer."""
+Done = Callable[[Response], None]
+"""Sends an answer."""
+
+
+def never(asked: Any, settle: Settle) -> bool:
+    """No request of a route is answered in the event loop."""
+    return False
+
+
+@dataclass(frozen=True)
+class QuickRoute:
+    """How the requests of a route are answered."""
+
+    route: Route
+    read: Callable[[bytes, dict[str, Any]], Any]
+    """A body and the request's state → the message; a body that is none raises Refused."""
+    answer: Callable[[Any], Awaitable[Any]]
+    """A message → what to answer."""
+    soon: Callable[[Any, Settle], bool]
+    """As of `Workers.recommend_soon`."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +96,11 @@ class QuickRequests:
         self.access = access
         self.records = records
         self.most = min(most, MOST_BYTES)
-        self.routes: dict[bytes, tuple[Route, Answer]] = {}
+        self.routes: dict[bytes, QuickRoute] = {}
 
-    def add(self, route: Route, answer: Answer) -> None:
+    def add(self, route: QuickRoute) -> None:
         """Answer a route's requests."""
-        self.routes[route.path.encode()] = route, answer
+        self.routes[route.route.path.encode()] = route
 
     def take(self, data: bytes, client: tuple[str, int] | None) -> QuickRequest | None:
         """The request that the data are, if it is a plain one, and may be answered; it counts for its client's rate."""
@@ -86,7 +112,7 @@ class QuickRequests:
         headers = {name.lower(): value.strip(b" \t") for name, _, value in lines}
         if len(headers) < len(lines) or not self._is_plain(headers, len(data) - found.end()):
             return None
-        route, _ = self.routes[found[1]]
+        route = self.routes[found[1]].route
         scope: dict[str, Any] = {"type": "http", "method": "POST", "path": route.path, "headers": list(headers.items())}
         scope |= {"client": client, "route": route, "state": {}}
         return QuickRequest(scope, data[found.end() :], begun) if self.access.admits(scope) else None
@@ -102,23 +128,55 @@ class QuickRequests:
             and is_known(headers.get(b"host", b"").decode("ascii"), self.hosts)
         )
 
-    async def answer(self, request: QuickRequest) -> Response:
-        """The answer, whatever happens; it is counted and timed."""
+    def begin(self, request: QuickRequest, done: Done) -> Coroutine[Any, Any, None] | None:
+        """Answer a request: at once, or in one of the event loop's next turns; or else return what is left to await.
+
+        `done` gets the answer, whatever happens; it is counted and timed.
+        """
         scope = request.scope
-        _, answer = self.routes[scope["path"].encode()]
-        given = scope["state"]["request_id"] = request_id(scope)
+        scope["state"]["request_id"] = request_id(scope)
+        route = self.routes[scope["path"].encode()]
+
+        def settle(found: Any) -> None:
+            done(self._answered(request, found))
+
         try:
-            response = Response(await answer(request.body, scope["state"]), media_type="application/json")
-        except (Refused, StoreError) as error:
-            response = error_response(error)
-        except asyncio.CancelledError:  # the server stops, and the request has had its time
-            response = stopping_response()
+            asked = route.read(request.body, scope["state"])
+            if route.soon(asked, settle):
+                return None
         except Exception as error:
-            logging.getLogger("uvicorn.error").error("Exception in an answer\n", exc_info=error)
-            response = PlainTextResponse("Internal Server Error", 500, {"Connection": "close"})
-        response.raw_headers += [*HEADERS, (b"x-request-id", given.encode())]
+            settle(error)
+            return None
+        return self._waiting(route.answer(asked), settle)
+
+    async def _waiting(self, answer: Awaitable[Any], settle: Callable[[Any], None]) -> None:
+        try:
+            found = await answer
+        except (Exception, asyncio.CancelledError) as error:
+            found = error
+        settle(found)
+
+    def _answered(self, request: QuickRequest, found: Any) -> Response:
+        """The answer that was found, or that tells why there is none."""
+        scope = request.scope
+        response = _response(found)
+        response.raw_headers += [*HEADERS, (b"x-request-id", scope["state"]["request_id"].encode())]
         self.records.add(scope, response.status_code, time.perf_counter() - request.begun)
         return response
+
+
+def _response(found: Any) -> Response:
+    try:
+        if isinstance(found, BaseException):
+            raise found
+        return Response(json_bytes(found), media_type="application/json")
+    except (Refused, StoreError) as error:
+        return error_response(error)
+    except asyncio.CancelledError:  # the server stops, and the request has had its time
+        return stopping_response()
+    except Exception as error:
+        logging.getLogger("uvicorn.error").error("Exception in an answer\n", exc_info=error)
+        return PlainTextResponse("Internal Server Error", 500, {"Connection": "close"})
 
 
 def encoded(response: Response, before: list[tuple[bytes, bytes]]) -> bytes:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import h11
+from starlette.responses import Response
 from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 
 from flm_torchrec.serve.connections import GuardedProtocol
@@ -84,12 +86,13 @@ class QuickProtocol(GuardedProtocol):
         self.waiting.drop(self)
         cycle = QuickCycle(self.server_state.default_headers)
         self.cycle = cycle  # type: ignore[assignment]
-        task = self.loop.create_task(self._answer(request, cycle))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        left = self.quick.begin(request, partial(self._answer, cycle))
+        if left is not None:
+            task = self.loop.create_task(left)
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
 
-    async def _answer(self, request: QuickRequest, cycle: QuickCycle) -> None:
-        response = await self.quick.answer(request)
+    def _answer(self, cycle: QuickCycle, response: Response) -> None:
         cycle.response_started = cycle.response_complete = True
         if cycle.disconnected or self.transport.is_closing():
             return

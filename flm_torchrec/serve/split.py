@@ -72,8 +72,11 @@ def apart(
     asked: Sequence[Asked], groups: Sequence[Group], answer: Callable[[Group, list[Asked]], Sequence[Answer]]
 ) -> list[Answer]:
     """Answers in the order of `asked`, where the requests of each group are answered together."""
+    different = dict.fromkeys(groups)
+    if len(different) == 1:
+        return list(answer(groups[0], list(asked)))
     found: dict[int, Answer] = {}
-    for group in dict.fromkeys(groups):
+    for group in different:
         places = [n for n, other in enumerate(groups) if other == group]
         found |= dict(zip(places, answer(group, [asked[n] for n in places]), strict=True))
     return [found[n] for n in range(len(asked))]

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import faiss
@@ -21,6 +22,8 @@ from flm_torchrec.serve.variants import Variants
 Result = TypeVar("Result")
 Asked = TypeVar("Asked")
 Answer = dict[str, Any]
+Settle = Callable[[Answer | Exception], None]
+"""Takes an answer, or why there is none. It does not raise."""
 LONGEST_TURN = 0.004
 """Seconds of processor time for which answers may hold up the event loop, which also accepts and reads."""
 MEASURED = 20
@@ -59,6 +62,25 @@ class Workers:
         with self._slot():
             return await self.recommending.answer(request)
 
+    def recommend_soon(self, request: Recommend, settle: Settle) -> bool:
+        """As of `recommend`, but without a task: `settle` gets the answer in one of the event loop's next turns.
+
+        False: the request takes too long for that; `settle` is not called.
+
+        Raises:
+            Refused: too many requests are running or waiting.
+        """
+        if not self.recommending.is_quick(request):
+            return False
+        self._enter()
+
+        def settled(answer: Answer | Exception) -> None:
+            self.running -= 1
+            settle(answer)
+
+        self.recommending.soon(request, settled)
+        return True
+
     async def add_event(self, event: NewEvent) -> Answer:
         """Keep an event, in one transaction with other events that wait for the disk.
 
@@ -76,13 +98,16 @@ class Workers:
         Raises:
             Refused: too many requests are running or waiting.
         """
-        if self.running >= self.most:
-            raise Refused(503, f"overloaded: {self.most} requests are under way; try again in a second")
-        self.running += 1
+        self._enter()
         try:
             yield
         finally:
             self.running -= 1
+
+    def _enter(self) -> None:
+        if self.running >= self.most:
+            raise Refused(503, f"overloaded: {self.most} requests are under way; try again in a second")
+        self.running += 1
 
 
 class Pace:
@@ -143,6 +168,10 @@ class Batches(Generic[Asked]):
         self.running = 0
         self.tasks: set[asyncio.Task[None]] = set()
         """Kept from the garbage collector; a task that has ended is here for a moment longer."""
+        self.quick: deque[tuple[Asked, Settle]] = deque()
+        """Requests for the next turn of the event loop."""
+        self.turning = False
+        """Whether there is a next turn."""
 
     async def answer(self, request: Asked) -> Answer:
         """The answer to one request.
@@ -151,40 +180,66 @@ class Batches(Generic[Asked]):
             Refused: the request is refused.
         """
         future: asyncio.Future[Answer | Refused] = asyncio.get_running_loop().create_future()
-        self.asked.append((request, future))
-        if self.running < self.most:
-            self.running += 1
-            task = asyncio.create_task(self._run())
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
+        if self.is_quick(request):
+            self.soon(request, partial(_settle, future))
+        else:
+            self.asked.append((request, future))
+            if self.running < self.most:
+                self.running += 1
+                task = asyncio.create_task(self._run())
+                self.tasks.add(task)
+                task.add_done_callback(self.tasks.discard)
         answer = await future
         if isinstance(answer, Refused):
             raise answer
         return answer
 
+    def is_quick(self, request: Asked) -> bool:
+        """Whether a request may be answered in the event loop."""
+        return self.pace is not None and _is_plain(request) and self.pace.turn() > 0
+
+    def soon(self, request: Asked, settle: Settle) -> None:
+        """Answer a quick request in one of the event loop's next turns, with others that come in this one."""
+        self.quick.append((request, settle))
+        if not self.turning:
+            self.turning = True
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def _turn(self) -> None:
+        """Answer as many as fit into a turn; one at least, also if they have become slow meanwhile."""
+        assert self.pace is not None
+        most = max(1, min(self.pace.turn(), MOST_BATCH))
+        taken = [self.quick.popleft() for _ in range(min(len(self.quick), most))]
+        answers: Sequence[Answer | Exception]
+        try:
+            answers, seconds = self._timed([request for request, _ in taken])
+            self.pace.note(seconds, len(taken))
+        except Exception as error:  # each request gets the error: none may stay without an answer
+            answers = [error] * len(taken)
+        self.turning = bool(self.quick)
+        if self.turning:  # these are sent, and others read, before the next turn
+            asyncio.get_running_loop().call_soon(self._turn)
+        for (_, settle), answer in zip(taken, answers, strict=True):
+            settle(answer)
+
     async def _run(self) -> None:
+        """Answer by threads, until no request waits."""
         while self.asked:
-            turn = self.pace.turn() if self.pace is not None else 0
-            taken = [self.asked.popleft() for _ in range(min(len(self.asked), turn or MOST_BATCH, MOST_BATCH))]
+            taken = [self.asked.popleft() for _ in range(min(len(self.asked), MOST_BATCH))]
             taken = [(request, future) for request, future in taken if not future.done()]
             try:
                 answers = await self._answers([r for r, _ in taken])
-            except Exception as error:  # each request gets the error: none may stay without an answer
+            except Exception as error:
                 answers = [error] * len(taken)  # type: ignore[list-item]
             for (_, future), answer in zip(taken, answers, strict=True):
                 _settle(future, answer)
-            if turn and self.asked:
-                await asyncio.sleep(0)  # these are sent, and others read, before the next turn
         self.running -= 1  # at once: a request that comes before the task is gone would wait for the next one
 
     async def _answers(self, requests: list[Asked]) -> Sequence[Answer | Refused]:
         loop = asyncio.get_running_loop()
-        if self.pace is None or not all(getattr(request, "plain", False) for request in requests):
+        if self.pace is None or not all(map(_is_plain, requests)):
             return await loop.run_in_executor(self.pool, self.make, requests)
-        if not 0 < len(requests) <= self.pace.turn():
-            answers, seconds = await loop.run_in_executor(self.pool, self._timed, requests)
-        else:
-            answers, seconds = self._timed(requests)
+        answers, seconds = await loop.run_in_executor(self.pool, self._timed, requests)
         self.pace.note(seconds, max(1, len(requests)))
         return answers
 
@@ -194,7 +249,12 @@ class Batches(Generic[Asked]):
         return self.make(requests), time.thread_time() - begin
 
 
+def _is_plain(request: Any) -> bool:
+    return bool(getattr(request, "plain", False))
+
+
 def _settle(future: asyncio.Future[Any], answer: Any) -> None:
+    """Give a future its answer, or the error; a refusal is an answer."""
     if future.done():  # the client has gone
         return
     if isinstance(answer, Exception) and not isinstance(answer, Refused):

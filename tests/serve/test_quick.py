@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import h11
@@ -20,7 +21,8 @@ from flm_torchrec.serve import server as server_module
 from flm_torchrec.serve.access import Access, read_keys
 from flm_torchrec.serve.app import ServerLimits, create_app
 from flm_torchrec.serve.middleware import json_bytes
-from flm_torchrec.serve.quick import QuickRequest, QuickRequests
+from flm_torchrec.serve.quick import Done, QuickRequest, QuickRequests
+from flm_torchrec.serve.quick_connections import QuickProtocol
 from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.service import Service
 from tests.serve.fake_service import ANSWER, FakeService
@@ -72,13 +74,13 @@ class Served:
 
     def __init__(self, app: FastAPI, port: int, service: Answering) -> None:
         self.app, self.port, self.service, self.quick = app, port, service, 0
-        answer = app.state.quick.answer
+        begin = app.state.quick.begin
 
-        async def counting(request: QuickRequest) -> Any:
+        def counting(request: QuickRequest, done: Done) -> Any:
             self.quick += 1
-            return await answer(request)
+            return begin(request, done)
 
-        app.state.quick.answer = counting
+        app.state.quick.begin = counting
 
     def connect(self, sent: bytes = b"") -> socket.socket:
         made = socket.create_connection(("127.0.0.1", self.port), timeout=60)
@@ -208,9 +210,34 @@ def test_an_idle_connection_ends(monkeypatch: pytest.MonkeyPatch) -> None:
         assert made.recv(1) == b""
 
 
+@pytest.mark.parametrize("headers", [[], [WHOLE]])
+def test_a_request_that_comes_just_as_the_idle_time_is_over_is_answered(
+    monkeypatch: pytest.MonkeyPatch, headers: list[str]
+) -> None:
+    monkeypatch.setattr(server_module, "IDLE_SECONDS", 0.2)
+    handler, due, sent = QuickProtocol.timeout_keep_alive_handler, threading.Event(), threading.Event()
+
+    def late(connection: QuickProtocol) -> None:
+        """The event loop is busy, so what is sent now is not read before the connection's time is over."""
+        due.set()
+        sent.wait(60)
+        handler(connection)
+
+    monkeypatch.setattr(QuickProtocol, "timeout_keep_alive_handler", late)
+    service = Answering()
+    app = create_app(cast(Service, service), ServerLimits(keys=KEYS))
+    with running(app) as port, Served(app, port, service).connect(asking("u1", *headers)) as made:
+        read(made)
+        assert due.wait(60)
+        made.sendall(asking("u2", *headers))
+        sent.set()
+        assert read(made)[2].endswith(b'"u2"}')
+        assert made.recv(1) == b""  # and then it is closed
+
+
 def quick(rate: float = 0.0) -> QuickRequests:
     made = QuickRequests(["localhost"], Access(read_keys("read 0123456789abcdef", "x"), rate), cast(Any, None), 1000)
-    made.routes[b"/v1/recommend"] = cast(Any, type("Route", (), {"path": "/v1/recommend"})), cast(Any, None)
+    made.routes[b"/v1/recommend"] = cast(Any, SimpleNamespace(route=SimpleNamespace(path="/v1/recommend")))
     return made
 
 

@@ -90,7 +90,7 @@ def test_more_than_fit_into_a_turn_are_answered_in_several() -> None:
         (None, [Request(1)]),
         (Pace(), [Request(1)]),
         (known(2 * LONGEST_TURN), [Request(1)]),
-        (known(LONGEST_TURN / 8), [Request(1), Request(2, plain=False)]),
+        (known(LONGEST_TURN / 8), [Request(2, plain=False)]),
     ],
     ids=["never", "not measured", "slow", "not plain"],
 )

@@ -204,7 +204,7 @@ class PackagedTower:
         arrays = (
             *(_padded(column, there) for column in columns), lengths,
             added if len(added) else np.zeros((1, self.dim), np.float32),
-            np.array([q.user for q in queries]), np.stack(profiles), np.array(given),
+            np.array([q.user for q in queries]), np.array(profiles), np.array(given),
             *([_padded(coded.context, there)] if self.contexts else []),
         )  # fmt: skip
         with torch.inference_mode():
@@ -273,8 +273,12 @@ class PackagedTower:
             shown: the last events of each history, one history after the other.
             lengths: [histories] how many of each.
         """
-        begins = np.cumsum(lengths) - lengths
         previous = previous_times(shown.timestamp)
+        if len(histories) == 1:
+            (history,) = histories
+            previous[:1] = history.timestamp[-len(shown) - 1 :][:1]
+            return self.coding.code(shown, previous, shown.timestamp[:1])
+        begins = np.cumsum(lengths) - lengths
         for history, begin, length in zip(histories, begins.tolist(), lengths.tolist(), strict=True):
             if length:
                 previous[begin] = history.timestamp[max(0, len(history) - length - 1)]
