@@ -166,17 +166,17 @@ class QuickRequests:
 
 
 def _response(found: Any) -> Response:
-    try:
-        if isinstance(found, BaseException):
-            raise found
-        return Response(json_bytes(found), media_type="application/json")
-    except (Refused, StoreError) as error:
-        return error_response(error)
-    except asyncio.CancelledError:  # the server stops, and the request has had its time
+    if isinstance(found, (Refused, StoreError)):
+        return error_response(found)
+    if isinstance(found, asyncio.CancelledError):  # the server stops, and the request has had its time
         return stopping_response()
-    except Exception as error:
-        logging.getLogger("uvicorn.error").error("Exception in an answer\n", exc_info=error)
-        return PlainTextResponse("Internal Server Error", 500, {"Connection": "close"})
+    if not isinstance(found, Exception):
+        try:
+            return Response(json_bytes(found), media_type="application/json")
+        except ValueError as error:
+            found = error
+    logging.getLogger("uvicorn.error").error("Exception in an answer\n", exc_info=found)
+    return PlainTextResponse("Internal Server Error", 500, {"Connection": "close"})
 
 
 def encoded(response: Response, before: list[tuple[bytes, bytes]]) -> bytes:

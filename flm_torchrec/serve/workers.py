@@ -164,7 +164,8 @@ class Batches(Generic[Asked]):
         self.make = make
         self.most = most
         self.pace = pace
-        self.asked: deque[tuple[Asked, asyncio.Future[Answer | Refused]]] = deque()
+        self.asked: deque[tuple[Asked, Settle]] = deque()
+        """Requests for a thread."""
         self.running = 0
         self.tasks: set[asyncio.Task[None]] = set()
         """Kept from the garbage collector; a task that has ended is here for a moment longer."""
@@ -180,15 +181,8 @@ class Batches(Generic[Asked]):
             Refused: the request is refused.
         """
         future: asyncio.Future[Answer | Refused] = asyncio.get_running_loop().create_future()
-        if self.is_quick(request):
-            self.soon(request, partial(_settle, future))
-        else:
-            self.asked.append((request, future))
-            if self.running < self.most:
-                self.running += 1
-                task = asyncio.create_task(self._run())
-                self.tasks.add(task)
-                task.add_done_callback(self.tasks.discard)
+        way = self.soon if self.is_quick(request) else self._later
+        way(request, partial(_settle, future))
         answer = await future
         if isinstance(answer, Refused):
             raise answer
@@ -205,20 +199,35 @@ class Batches(Generic[Asked]):
             self.turning = True
             asyncio.get_running_loop().call_soon(self._turn)
 
+    def _later(self, request: Asked, settle: Settle) -> None:
+        """Answer a request by a thread."""
+        self.asked.append((request, settle))
+        if self.running < self.most:
+            self.running += 1
+            task = asyncio.create_task(self._run())
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+
     def _turn(self) -> None:
-        """Answer as many as fit into a turn; one at least, also if they have become slow meanwhile."""
+        """Answer as many quick requests as fit into a turn. If they take too long by now, leave them to threads."""
         assert self.pace is not None
-        most = max(1, min(self.pace.turn(), MOST_BATCH))
+        most = min(self.pace.turn(), MOST_BATCH)
+        while self.quick and not most:
+            self._later(*self.quick.popleft())
         taken = [self.quick.popleft() for _ in range(min(len(self.quick), most))]
+        self.turning = bool(self.quick)
+        if self.turning:  # the answers are sent, and others read, before the next turn
+            asyncio.get_running_loop().call_soon(self._turn)
+        if taken:
+            self._answer_here(taken, self.pace)
+
+    def _answer_here(self, taken: Sequence[tuple[Asked, Settle]], pace: Pace) -> None:
         answers: Sequence[Answer | Exception]
         try:
             answers, seconds = self._timed([request for request, _ in taken])
-            self.pace.note(seconds, len(taken))
+            pace.note(seconds, len(taken))
         except Exception as error:  # each request gets the error: none may stay without an answer
             answers = [error] * len(taken)
-        self.turning = bool(self.quick)
-        if self.turning:  # these are sent, and others read, before the next turn
-            asyncio.get_running_loop().call_soon(self._turn)
         for (_, settle), answer in zip(taken, answers, strict=True):
             settle(answer)
 
@@ -226,13 +235,13 @@ class Batches(Generic[Asked]):
         """Answer by threads, until no request waits."""
         while self.asked:
             taken = [self.asked.popleft() for _ in range(min(len(self.asked), MOST_BATCH))]
-            taken = [(request, future) for request, future in taken if not future.done()]
+            answers: Sequence[Answer | Exception]
             try:
-                answers = await self._answers([r for r, _ in taken])
+                answers = await self._answers([request for request, _ in taken])
             except Exception as error:
-                answers = [error] * len(taken)  # type: ignore[list-item]
-            for (_, future), answer in zip(taken, answers, strict=True):
-                _settle(future, answer)
+                answers = [error] * len(taken)
+            for (_, settle), answer in zip(taken, answers, strict=True):
+                settle(answer)
         self.running -= 1  # at once: a request that comes before the task is gone would wait for the next one
 
     async def _answers(self, requests: list[Asked]) -> Sequence[Answer | Refused]:
@@ -240,7 +249,7 @@ class Batches(Generic[Asked]):
         if self.pace is None or not all(map(_is_plain, requests)):
             return await loop.run_in_executor(self.pool, self.make, requests)
         answers, seconds = await loop.run_in_executor(self.pool, self._timed, requests)
-        self.pace.note(seconds, max(1, len(requests)))
+        self.pace.note(seconds, len(requests))
         return answers
 
     def _timed(self, requests: list[Asked]) -> tuple[Sequence[Answer | Refused], float]:

@@ -25,6 +25,7 @@ from flm_torchrec.serve.quick import Done, QuickRequest, QuickRequests
 from flm_torchrec.serve.quick_connections import QuickProtocol
 from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.service import Service
+from flm_torchrec.serve.workers import MEASURED
 from tests.serve.fake_service import ANSWER, FakeService
 from tests.serve.serving import ADMIN_KEY, KEYS, running
 
@@ -39,8 +40,11 @@ class Answering(FakeService):
     def __init__(self) -> None:
         super().__init__()
         self.began, self.go_on = threading.Event(), threading.Event()
+        self.in_thread: list[bool] = []
+        """Of each batch: whether one of the app's threads has answered, or else the event loop."""
 
     def recommend(self, requests: Any) -> list[Any]:
+        self.in_thread.append(threading.current_thread().name.startswith("flm"))
         names = [request.user for request in requests]
         if "slow" in names:
             self.began.set()
@@ -122,6 +126,23 @@ def test_answers_are_those_of_the_framework(served: Served, sent: bytes) -> None
     whole = sent.replace(b"Host: localhost\r\n", f"Host: localhost\r\n{WHOLE}\r\n".encode(), 1)
     quick, other, again = served.told(sent, whole, sent)
     assert quick == other == again and served.quick == 2
+
+
+def test_answers_are_the_same_from_a_thread_and_from_the_event_loop(served: Served) -> None:
+    sent = [asking("u7"), asking("nobody"), post(b'{"k": 0}', KEY), post(b'{"user": "u", "item": "i"}', KEY)]
+    first = served.told(*sent)
+    served.told(*[asking("u1")] * MEASURED)
+    assert served.told(*sent) == first and served.quick == len(sent) * 2 + MEASURED
+    assert served.service.in_thread[:2] == [True, True] and served.service.in_thread[-2:] == [False, False]
+
+
+def test_requests_that_come_together_are_answered_by_one_turn(served: Served) -> None:
+    served.told(*[asking("u1")] * MEASURED)
+    users = [f"u{n}" for n in range(8)]
+    made = [served.connect(asking(user)) for user in users]
+    assert [json.loads(read(one)[2])["user"] for one in made] == users
+    for one in made:
+        one.close()
 
 
 def test_refused_requests_take_the_usual_way(served: Served) -> None:

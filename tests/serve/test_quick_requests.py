@@ -98,6 +98,21 @@ def test_all_others_are_answered_by_a_thread(pace: Pace | None, requests: list[R
     assert not any(in_loop(asked(pace, *requests)))
 
 
+def test_requests_that_have_become_slow_are_left_to_threads() -> None:
+    pace = known(LONGEST_TURN / 2)
+
+    def slower(requests: Sequence[Request]) -> list[Any]:
+        pace.note(LONGEST_TURN * 1000, 1)
+        return answers(requests)
+
+    async def ask() -> list[Any]:
+        batches: Batches[Request] = Batches(pool, slower, 1, pace)
+        return await asyncio.gather(*(batches.answer(Request(n)) for n in range(4)))
+
+    with ThreadPoolExecutor(1) as pool:
+        assert in_loop(asyncio.run(asyncio.wait_for(ask(), 60))) == [True, True, False, False]
+
+
 def test_errors_in_the_loop_reach_the_request_that_has_them() -> None:
     first, second = asked(known(1e-4), Request(7), Request(1))
     assert isinstance(first, Refused) and in_loop([second]) == [True]
