@@ -136,7 +136,7 @@ def test_answers_are_the_same_from_a_thread_and_from_the_event_loop(served: Serv
     assert served.service.in_thread[:2] == [True, True] and served.service.in_thread[-2:] == [False, False]
 
 
-def test_requests_that_come_together_are_answered_by_one_turn(served: Served) -> None:
+def test_requests_of_several_connections_get_answers_of_their_own(served: Served) -> None:
     served.told(*[asking("u1")] * MEASURED)
     users = [f"u{n}" for n in range(8)]
     made = [served.connect(asking(user)) for user in users]
