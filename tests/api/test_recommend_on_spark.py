@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,7 @@ def test_partitions_get_the_answers_of_one_process(exported: Path, monkeypatch: 
             "timestamp": 1_700_000_000 + rng.permutation(rows) * 60,
         }
     )
+    monkeypatch.setenv("PYSPARK_PYTHON", sys.executable)  # else the first python3 of PATH
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
     builder = SparkSession.builder.master("local[2]").config("spark.driver.host", "127.0.0.1")
     builder = builder.config("spark.ui.enabled", "false").config("spark.sql.shuffle.partitions", "2")
