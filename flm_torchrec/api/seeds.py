@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from flm_torchrec.config import Config, load_config
@@ -10,6 +11,22 @@ from flm_torchrec.training.identity import made_with
 
 OF_A_RUN = ("data.path", "train.run", "train.seed", "train.existing")
 """Settings in which the runs of several seeds may differ."""
+
+
+def add_seeds(parser: argparse.ArgumentParser, place: str) -> None:
+    """Add `--seeds RUN …` to a command that takes a run.
+
+    Args:
+        place: where the means and deviations stand.
+    """
+    parser.add_argument(
+        "--seeds",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help=f"runs of the same settings with other seeds, for means and deviations in the {place}",
+    )
 
 
 def check_seed(run: Path, config: Config, other: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from flm_torchrec.api.hub import push
+from flm_torchrec.api.seeds import add_seeds
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -19,14 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder of 'flm train'")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to write; it must not exist")
-    parser.add_argument(
-        "--seeds",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="RUN",
-        help="runs of the same settings with other seeds, for means and deviations in the model card",
-    )
+    add_seeds(parser, "model card")
     parser.set_defaults(run=run)
 
 

@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from flm_torchrec.api.seeds import check_seed
+from flm_torchrec.api.seeds import add_seeds, check_seed
 from flm_torchrec.config import Config, add_data_path, given_overrides, load_config
 from flm_torchrec.errors import FlmError, RunError
 from flm_torchrec.files import telling, write_text
@@ -26,14 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder of 'flm train'")
     parser.add_argument("--output", type=Path, metavar="FILE", help="page to write (default: RUN/report.html)")
     parser.add_argument("--export", type=Path, metavar="DIR", help="export of the run, for nearest items")
-    parser.add_argument(
-        "--seeds",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="RUN",
-        help="runs of the same settings with other seeds, for means and deviations in the headline",
-    )
+    add_seeds(parser, "headline")
     add_data_path(parser)
     parser.set_defaults(run=run)
 

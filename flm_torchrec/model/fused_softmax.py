@@ -10,7 +10,6 @@ import ctypes
 import fcntl
 import hashlib
 import os
-import stat
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from flm_torchrec.files import replacing_file
+from flm_torchrec.machine_code import code_folder, open_to_others
 from flm_torchrec.safe_text import first_line
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -120,15 +120,14 @@ def _load() -> ctypes.CDLL:
         raise Unavailable(f"the processor has no {min(missing)}")
     content = [SOURCE.read_text(encoding="utf-8"), *OPTIONS, *sorted(flags)]
     name = hashlib.sha256("\n".join(content).encode()).hexdigest()[:32]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flm_torchrec" / "kernels"
+    folder = code_folder("kernels")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     code = folder / f"{name}.so"
     with _one_at_a_time(folder):
         if not code.exists():
             _compile(code)
         for path in (folder, code):
-            status = path.stat()
-            if status.st_uid not in (0, os.geteuid()) or stat.S_IMODE(status.st_mode) & 0o022:
+            if open_to_others(path):
                 raise Unavailable(f"{path} may be written by others")
         library = ctypes.CDLL(str(code))
     if library.flm_softmax_refused():

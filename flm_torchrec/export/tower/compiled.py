@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import re
-import stat
 import tempfile
 import time
 import warnings
@@ -33,6 +32,7 @@ from flm_torchrec.documents import MOST_JSON_BYTES, Unreadable, parse_json, read
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.tower.layout import FOLDER, USER
 from flm_torchrec.files import make_parent, replacing_file, sha256, telling
+from flm_torchrec.machine_code import code_folder, open_to_others
 from flm_torchrec.safe_text import first_line
 
 CALLS = 4
@@ -92,7 +92,7 @@ def machine() -> dict[str, str]:
 
 def cache_folder() -> Path:
     """Where compiled programs are: `flm_torchrec/towers` in `$XDG_CACHE_HOME`, by default `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flm_torchrec" / "towers"
+    return code_folder("towers")
 
 
 def compile_tower(export: Path) -> str:
@@ -144,8 +144,7 @@ def why_not(code: Path) -> str:
     try:
         record = parse_json(read_text(_record(code), MOST_JSON_BYTES))
         for path in (code.parent, code, _record(code)):
-            status = path.stat()
-            if status.st_uid not in (0, os.geteuid()) or stat.S_IMODE(status.st_mode) & 0o022:
+            if open_to_others(path):
                 return f"{path} may be written by others"
         there = record if isinstance(record, dict) else {}
         for name, here in machine().items():

@@ -1,0 +1,22 @@
+"""Machine code that this package has compiled: where it is kept, and whether it may be loaded."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+
+def code_folder(name: str) -> Path:
+    """`flm_torchrec/name` in `$XDG_CACHE_HOME`, by default in `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flm_torchrec" / name
+
+
+def open_to_others(path: Path) -> bool:
+    """Whether somebody else than this user and root may have written a file or folder: code there is never loaded.
+
+    Raises:
+        OSError: it is not there, or may not be looked at.
+    """
+    status = path.stat()
+    return status.st_uid not in (0, os.geteuid()) or bool(stat.S_IMODE(status.st_mode) & 0o022)
