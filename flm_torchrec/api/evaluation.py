@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from flm_torchrec.training.job import Job
 
 Split = Literal["test", "valid"]
+SAMPLE_SEED = 0
+"""Not `train.seed`: runs that differ in it are compared on the same users."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class EvaluateOptions:
     sample: bool = False
     """Load and rank only the users that a run with `data.stream` validated on."""
     drawn: int = 0
-    """Rank only so many users, drawn by `train.seed`; 0: all. Baselines learn from the events of all."""
+    """Rank only so many users, the same for all runs of one split; 0: all. Baselines learn from the events of all."""
     by: Sequence[str] = ()
     """Of "items", "users" and "events": break results down by how popular the item is, how much is known of the user,
     and the kind of the next event."""
@@ -85,12 +87,13 @@ def evaluate_run(run: str | os.PathLike[str], options: EvaluateOptions, keep_ran
         if options.users:
             examples = examples.take(_rows_of(options.users, job.data, examples.user))
         if options.drawn:
-            examples = examples.take(sampled(len(examples), options.drawn, job.config.train.seed))
+            examples = examples.take(sampled(len(examples), options.drawn, SAMPLE_SEED))
         if options.windows:
             examples = _rolled(job, held_out, examples, options.windows)
         by = tuple(dict.fromkeys(options.by))
         task = EvaluationTask(job.data, examples, options.split, job.events.seen, splits.cold_items, keep_ranks, by)
         evaluation = evaluate(task, job.encoder(examples), job.comm, job.config.eval)
+        evaluation = replace(evaluation, examples=examples.digest(job.data))
         if options.windows:
             evaluation = replace(evaluation, ranked="pairs of user and window, every item ranked")
         oracle = _oracle(job.data, examples)

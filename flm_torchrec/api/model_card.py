@@ -18,6 +18,8 @@ from flm_torchrec.training.identity import VOCABULARY
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from flm_torchrec.report.headline import Table
+
 EVALUATION, TITLE = "evaluation-test.json", "test, {:,} users, every item ranked"
 CARD = """---
 library_name: flm_torchrec
@@ -121,10 +123,15 @@ def _of_seeds(run: Path, seeds: Sequence[Path]) -> str:
     file = run / EVALUATION
     try:
         first = read_json(file)
-        tables = [table_of(other, "test", first) for other in seeds]
-        return markdown_metrics(TITLE.format(int(first["users"])), first["table"], tables)
+        tables = [_shown(table_of(other, "test", first)) for other in seeds]
+        return markdown_metrics(TITLE.format(int(first["users"])), _shown(first["table"]), tables)
     except (Unreadable, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"--seeds: {file} cannot be read; run 'flm evaluate --run {run}' first") from error
+
+
+def _shown(table: Table) -> Table:
+    """A table with names that cannot change the text around them."""
+    return {visible(name): {visible(metric): value for metric, value in row.items()} for name, row in table.items()}
 
 
 def _metrics(run: Path, meta: Mapping[str, Any]) -> str:
@@ -133,11 +140,10 @@ def _metrics(run: Path, meta: Mapping[str, Any]) -> str:
     try:
         found = read_json(file) if file.is_file() else None
         if found is not None:
-            rows, users = {visible(name): row for name, row in found["table"].items()}, int(found["users"])
-            return markdown_metrics(TITLE.format(users), rows)
+            return markdown_metrics(TITLE.format(int(found["users"])), _shown(found["table"]))
     except (Unreadable, KeyError, TypeError, ValueError, AttributeError):
         pass  # the card then has the metrics of the checkpoint, as if nothing had been evaluated
-    rows = {}
+    rows: Table = {}
     for name, value in meta["valid"].items():
         head, metric = name.split("/")
         rows.setdefault(head, {})[metric] = value

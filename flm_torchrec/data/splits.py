@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -37,6 +38,14 @@ class Examples:
         """The examples at an index, in its order."""
         label, until = (None if part is None else part[index] for part in (self.label, self.until))
         return Examples(self.user[index], self.end[index], label, until)
+
+    def digest(self, data: PreparedData) -> str:
+        """The same for the same predictions on the same data, whichever of the events are loaded."""
+        start = data.offsets[self.user]
+        found = hashlib.blake2b(data.fingerprint.encode(), digest_size=16)
+        for part in (self.user, self.end - start, () if self.until is None else self.until - start):
+            found.update(np.asarray(part, "<i8").tobytes())
+        return found.hexdigest()
 
 
 @dataclass(frozen=True)

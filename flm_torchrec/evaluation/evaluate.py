@@ -44,13 +44,15 @@ class Evaluation:
     """What the reader of the table should know of it, a line each."""
     ranked: str = "users, every item ranked"
     """What the examples are, and what is ranked for them."""
+    examples: str = ""
+    """`Examples.digest` of what was ranked: evaluations of which it differs cannot be averaged."""
     ranks: dict[str, np.ndarray] = field(default_factory=dict)
     """[users] by scorer: the rank of each true item, where the task keeps them."""
 
     def to_json(self) -> dict[str, Any]:
         """The content of `evaluation-SPLIT.json`."""
         tables = {"table": self.table, "segments": self.segments, "lists": self.lists}
-        return {"split": self.split, "users": self.users, **tables}
+        return {"split": self.split, "users": self.users, "examples": self.examples, **tables}
 
 
 @dataclass(frozen=True)

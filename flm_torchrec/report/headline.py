@@ -67,7 +67,7 @@ def table_of(run: Path, split: str, first: dict[str, Any]) -> Table:
         first: the evaluation of the first seed.
 
     Raises:
-        RunError: the run was not evaluated in the same way.
+        RunError: the run was not evaluated in the same way, or on other events.
     """
     try:
         found = record_of(_file(run, split), f"'flm evaluate --run {run} --split {split}' writes it")
@@ -78,6 +78,11 @@ def table_of(run: Path, split: str, first: dict[str, Any]) -> Table:
         n: list(row) for n, row in first["table"].items()
     }:
         raise RunError(f"--seeds: {_file(run, split)} has other rows or metrics; evaluate both runs in the same way")
+    if not found.get("examples") or found["examples"] != first.get("examples"):
+        raise RunError(
+            f"--seeds: {_file(run, split)} ranked other users or events than the first run did, or does not say which;"
+            f" evaluate both runs anew, with the same options of 'flm evaluate --split {split}'"
+        )
     return table
 
 

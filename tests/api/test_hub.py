@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flm_torchrec.api import hub
+from flm_torchrec.api.evaluation import EvaluateOptions, evaluate_run
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.errors import RunError
@@ -84,6 +86,32 @@ def test_other_seeds_give_the_card_deviations(
     card = (folder / hub.CARD).read_text()
     assert f"{record['table']['fused']['ndcg@10'] - 0.1:.4f} ± 0.1414" in card and "of 2 trainings" in card
     assert "one training" in (pushed / hub.CARD).read_text()
+
+
+def test_names_of_an_evaluation_cannot_change_the_card(run: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for seed, folder in enumerate(folders):
+        shutil.copytree(run, folder)
+        (folder / "config.yaml").write_text((run / "config.yaml").read_text().replace("seed: 0", f"seed: {seed}"))
+        record = json.loads((run / "evaluation-test.json").read_text())
+        record["table"]["a\n# b"] = record["table"]["content"]
+        (folder / "evaluation-test.json").write_text(json.dumps(record))
+    for number, seeds in enumerate(([], folders[1:])):
+        hub.push(folders[0], tmp_path / str(number), seeds)
+        card = (tmp_path / str(number) / hub.CARD).read_text()
+        assert r"| a\n# b |" in card and "\n# b" not in card
+
+
+def test_the_seeds_rank_a_sample_of_the_same_users(run: Path, tmp_path: Path, small: PreparedData) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    (other / "config.yaml").write_text((run / "config.yaml").read_text().replace("seed: 0", "seed: 1"))
+    options = EvaluateOptions(drawn=9, overrides=["eval.baselines=[]"])
+    found, same = (evaluate_run(folder, options) for folder in (run, other))
+    assert found.examples.user.tolist() == same.examples.user.tolist()
+    assert found.evaluation.examples == same.evaluation.examples
+    rest = found.examples.take(np.arange(8))
+    assert rest.digest(small) != found.evaluation.examples == found.examples.digest(small)
 
 
 def test_neither_writes_over_what_is_there(run: Path, pushed: Path, capsys: pytest.CaptureFixture[str]) -> None:

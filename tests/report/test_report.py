@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> Path:
     lines.append({"step": 2, "seconds": 2.0, "valid/fused/ndcg@10": 0.1, "valid/content/ndcg@10": 0.2})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')
     table = {"popularity": {"hr@10": 0.125}, "fused": {"hr@10": 0.25, "mrr": 0.0625}}
-    record = {"split": "test", "users": 7, "table": table, "segments": {"<b>cold</b>": table}}
+    record = {"split": "test", "users": 7, "examples": "7a", "table": table, "segments": {"<b>cold</b>": table}}
     (folder / "evaluation-test.json").write_text(json.dumps(record))
     shards = [{"rank": r, "offset": [r * 512, 0], "size": [512, 32]} for r in (0, 1)]
     tables = {"item_id": {"module": "item_id", "sharding_type": "row_wise", "kernel": "fused", "shards": shards}}
@@ -218,6 +218,8 @@ def test_several_seeds_give_means_and_deviations(run: Path) -> None:
         ("seed", "the same seed"),
         ("evaluation", "is not there"),
         ("rows", "other rows"),
+        ("users", "ranked other users or events"),
+        ("older", "ranked other users or events"),
         ("data", "other data"),
     ],
 )
@@ -229,6 +231,11 @@ def test_a_run_that_is_no_other_seed_is_refused(
         (other / "evaluation-test.json").unlink()
     if fault == "rows":
         (other / "evaluation-test.json").write_text(json.dumps({"table": {"fused": {"mrr": 0.5}}}))
+    if fault in ("users", "older"):
+        for folder in [run, other] if fault == "older" else [other]:
+            record = json.loads((folder / "evaluation-test.json").read_text())
+            record |= {"examples": "7b" if fault == "users" else ""}
+            (folder / "evaluation-test.json").write_text(json.dumps(record))
     if fault == "data":
         (other / "vocabulary/fingerprint").write_text("x")
     assert main(["report", str(run), "--seeds", str(other / "none" if fault == "folder" else other)]) == 2
