@@ -72,8 +72,8 @@ def redact_address(address: str) -> str:
     return redact(address, address)
 
 
-def first_line(error: Exception, *addresses: str) -> str:
-    """The first line of an error, at most 200 characters, without the secrets of the addresses."""
+def first_line(error: BaseException | str, *addresses: str) -> str:
+    """The first line of an error or of its text, at most 200 characters, without the secrets of the addresses."""
     lines = redact(str(error), *addresses).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 

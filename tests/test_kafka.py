@@ -12,7 +12,7 @@ from flm_torchrec.training.follow import kafka as stream_kafka
 from flm_torchrec.training.follow.sources import open_source
 
 
-def test_a_topic_is_read_from_where_it_was_left() -> None:
+def test_a_topic_is_read_from_where_it_was_left(capfd: pytest.CaptureFixture[str]) -> None:
     kafka = pytest.importorskip("confluent_kafka")
     producer = kafka.Producer({"test.mock.num.brokers": 1})  # a broker of librdkafka's own, in this process
     broker = next(iter(producer.list_topics(timeout=10).brokers.values()))
@@ -34,8 +34,10 @@ def test_a_topic_is_read_from_where_it_was_left() -> None:
     producer.flush(10)
     again = open_source(url).after(chunk.position)
     assert again is not None and [row["n"] for _, row in again.rows] == [5]
-    with pytest.raises(DataError, match="is the broker there"):
+    capfd.readouterr()
+    with pytest.raises(DataError, match="kafka://127.0.0.1:1/events.* is the broker there"):
         open_source("kafka://127.0.0.1:1/events")
+    assert "rdkafka" not in capfd.readouterr().err
 
 
 def test_a_topic_is_told_from_others_and_its_new_partitions_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from tests.evaluation.test_ranking import Alone
 from tests.export.opensearch_stand_in import OpenSearchStandIn
 from tests.export.test_export import MadeUp
 
+REFUSED = r"no connection \(Connection refused\); start the server, or mend the address"
 EMPTY = {"title": "", "attributes": {}, "model_version": ""}
 OPTIONS = ExportOptions(quantise="fp16", part_rows=64)
 CLIENTS = {
@@ -141,9 +142,15 @@ def test_users_are_loaded_and_taken_out_by_key(to: str, source: ExportSource, tm
         ("milvus:{d}/folder", "items", "a file that ends in .db"),
         ("lancedb:{d}/file/l", "items", "lancedb"),
         ("opensearch:127.0.0.1:9200", "items", "the address of a server"),
-        ("opensearch:http://u:secret@127.0.0.1:1", "items", "127.0.0.1"),
+        ("opensearch:http://u:secret@127.0.0.1:1", "items", rf"@127.0.0.1:1: {REFUSED}$"),
+        ("opensearch:https://none.invalid:1", "items", r"none.invalid:1: no connection \([A-Z][^<>]*\); start"),
+        ("qdrant:http://secret@127.0.0.1:1", "items", rf"127.0.0.1:1: {REFUSED}$"),
         ("opensearch:http://u:secret@127.0.0.1:1", "Items", "lower case"),
-        ("postgresql://nobody:secret@127.0.0.1:1/none", "items", "127.0.0.1"),
+        (
+            "postgresql://nobody:secret@127.0.0.1:1/none",
+            "items",
+            "127.0.0.1:1/none: no connection .*refused.*; start the",
+        ),
     ],
 )
 def test_a_wrong_place_is_one_line(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import re
+import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ STORES = {
 """By the start of --to: module and class. The module's name is also that of the extra that installs the client."""
 BATCH = 1_000
 """Rows that are sent at once."""
+NO_ANSWER = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 """Names of collections that every database takes."""
 
@@ -76,7 +79,18 @@ def opened(to: str, collection: str, entity: Entity = "items") -> Iterator[Store
     except RunError as error:
         raise RunError(redact(str(error), to)) from error
     except (*opener.errors, OSError, ValueError) as error:
-        raise RunError(f"--to {shown}: {first_line(error, to)}") from error
+        raise RunError(f"--to {shown}: {_reason(error, to)}") from error
+
+
+def _reason(error: BaseException, to: str) -> str:
+    """Why a store failed. Clients bury what the network said under names of their own classes."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, NO_ANSWER):
+            told = cause.strerror if isinstance(cause, OSError) and cause.strerror else cause
+            return f"no connection ({first_line(told, to)}); start the server, or mend the address"
+        cause = cause.__cause__ or cause.__context__
+    return first_line(error, to)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,10 @@ class Milvus:
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
         self.collection = collection
         self.key = key
-        self.client = MilvusClient(location)
+        try:
+            self.client = MilvusClient(location)
+        except MilvusException as error:
+            raise ConnectionError(error.message) if "://" in location else error from error
 
     def create(self, dim: int) -> None:
         """As of `Store`."""

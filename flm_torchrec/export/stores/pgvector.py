@@ -29,7 +29,10 @@ class PgVector:
     def __init__(self, location: str, collection: str, key: str) -> None:
         self.collection = collection
         self.key = key
-        self.connection = psycopg.connect(location)
+        try:
+            self.connection = psycopg.connect(location)
+        except psycopg.OperationalError as error:
+            raise ConnectionError(str(error)) from error
 
     def create(self, dim: int) -> None:
         """As of `Store`."""

@@ -15,6 +15,8 @@ PATIENCE = 5.0
 """Seconds in which Kafka must answer, or bring the first message of a chunk."""
 LINGER = 0.5
 """Seconds in which Kafka may bring the other messages."""
+CRITICAL = 2
+"""Level of syslog."""
 RELIST = 30.0
 """Seconds after which the partitions of a topic are listed again."""
 
@@ -36,6 +38,7 @@ class KafkaTopic:
         self.avro = avro
         self.messages: list[str] = []
         settings = {"bootstrap.servers": servers, "group.id": "flm_torchrec", "enable.auto.commit": False}
+        settings |= {"log_level": CRITICAL}  # it logs each try to connect; a failure is raised, or is in `messages`
         self.consumer = confluent_kafka.Consumer({**settings, "auto.offset.reset": "error"})
         try:
             listing = self.consumer.list_topics(topic, PATIENCE)
