@@ -6,12 +6,12 @@ and `items.rows.npy` has the row of each item in the index; without that file it
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import faiss
 import numpy as np
@@ -22,9 +22,22 @@ from flm_torchrec.export.manifest import RECALL, IndexKind, IndexReport, Manifes
 from flm_torchrec.export.mapped import IN_MEMORY, MappedFiles
 from flm_torchrec.export.memory import check_fits
 from flm_torchrec.export.parts import ExportRows
+from flm_torchrec.export.shards import (
+    LEAST_ROWS,
+    IndexShards,
+    distinct_vectors,
+    map_codes,
+    memory_of_shards,
+    reason_of,
+    shards_for,
+    write_index,
+)
 from flm_torchrec.export.vectors import decode, unit
 
 INDEX, ROWS = "items.faiss", "items.rows.npy"
+BuiltKind = Literal["flat", "hnsw", "ivfpq"]
+FLAT = "flat.fp32"
+"""Vectors of a flat index, while it is built."""
 
 SAMPLE = 256
 """Users by which the recall of each head is measured."""
@@ -36,12 +49,6 @@ SLACK = 8
 """Results asked for beyond k where scores are summed again: the k best must be among them."""
 LINKS, CONSTRUCTION = 32, 200
 """HNSW's M and efConstruction (Malkov & Yashunin, IEEE TPAMI 2020)."""
-TRAINING_ROWS = 39
-"""Training vectors for each centroid; faiss warns of fewer."""
-BITS = 8
-"""Bits of one number of a product quantisation code."""
-LISTS = 32_768
-"""Maximum of inverted lists."""
 GROUP_BYTES = 32
 """Of an item in `Groups`."""
 COPIED = 65_536
@@ -175,10 +182,8 @@ def top(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.nda
 
 def check_index(kind: IndexKind, items: int) -> None:
     """Raise RunError where there are too few items to train the index."""
-    if kind == "ivfpq" and items < TRAINING_ROWS << BITS:
-        raise RunError(
-            f"--index ivfpq: trains on {TRAINING_ROWS << BITS} items at least, not {items}; use flat or hnsw"
-        )
+    if kind == "ivfpq" and items < LEAST_ROWS:
+        raise RunError(f"--index ivfpq: trains on {LEAST_ROWS} items at least, not {items}; use flat or hnsw")
 
 
 def check_memory(kind: IndexKind, items: int, width: int) -> None:
@@ -187,39 +192,64 @@ def check_memory(kind: IndexKind, items: int, width: int) -> None:
     Raises:
         RunError: it does not.
     """
-    of_vector = {"none": 0, "flat": 4 * width, "hnsw": 4 * width + 8 * LINKS, "ivfpq": width}[kind]
-    needed = items * (of_vector and of_vector + GROUP_BYTES)
+    of_index = {"hnsw": items * (4 * width + 8 * LINKS), "ivfpq": memory_of_shards(items, width)}
+    needed = 0 if kind == "none" else items * GROUP_BYTES + of_index.get(kind, 0)
     instead = "--index none, and search in a vector database ('flm load')"
     check_fits(needed, f"--index {kind}", f"{items:,} items", instead)
 
 
 def build_index(folder: Path, manifest: Manifest, kind: IndexKind, promised: float = RECALL) -> IndexReport | None:
-    """Write the index over the distinct embeddings. In memory are the index and one part of the items.
+    """Write the index over the distinct embeddings. In memory are a graph or the codes, and one part of the items.
 
     Recall is measured for each head with a sample of users, and the minimum over heads counts. If it is less than
     promised, or there are too few distinct vectors to train the index, a flat index is written, and the report says so.
     """
     if kind == "none":
         return None
+    with TemporaryDirectory(dir=folder) as work:
+        return _build(folder, manifest, (kind, promised), Path(work))
+
+
+def merge_shards(folder: Path, manifest: Manifest, shards: IndexShards, promised: float = RECALL) -> IndexReport:
+    """As `build_index` for an ivfpq index whose shards were built apart.
+
+    Raises:
+        RunError: as of `IndexShards.merge`.
+    """
+    with TemporaryDirectory(dir=shards.work) as work:
+        return _build(folder, manifest, ("ivfpq", promised), Path(work), shards)
+
+
+def _build(
+    folder: Path,
+    manifest: Manifest,
+    asked: tuple[BuiltKind, float],
+    work: Path,
+    shards: IndexShards | None = None,
+) -> IndexReport:
+    wanted, promised = asked
     items = ExportRows(folder, manifest, "items")
-    groups = _groups(items)
+    groups = groups_of(items)
     users = ExportRows(folder, manifest, "users").sample(REPRESENTATIONS, SAMPLE)
     queries = np.concatenate([decode(users[head])[:SAMPLE] for head in REPRESENTATIONS])
     best, _ = brute_force(items.vectors("embedding"), queries, min(max(CUTS), manifest.items))
-    wanted = kind
-    if kind == "ivfpq" and len(groups) < TRAINING_ROWS << BITS:
-        kind = "flat"
-    found, parameters, recall = _tuned(items, groups, kind, queries, best, promised)
+    kind: BuiltKind = "flat" if wanted == "ivfpq" and len(groups) < LEAST_ROWS else wanted
+    if kind == "ivfpq" and shards is None:
+        shards = IndexShards.train(items, groups.first, work, shards_for(items, len(groups)))
+        for shard in range(shards.plan.shards):
+            shards.build(shard)
+    found, parameters = _new(kind, items, groups, shards, work)
+    effort, recall = _tuned(items, found, kind, (queries, best), promised)
     if _min_recall(recall) < promised:
         kind = "flat"
-        found, parameters, recall = _tuned(items, groups, kind, queries, best, promised)
-    with (folder / INDEX).open("wb") as stream:  # faiss's own writer does not report a disk that is full at the end
-        faiss.write_index(found.index, faiss.PyCallbackIOWriter(stream.write))  # type: ignore[attr-defined]
+        found, parameters = _new(kind, items, groups, None, work)
+        effort, recall = _tuned(items, found, kind, (queries, best), promised)
+    write_index(found.index, folder / INDEX)
     size = (folder / INDEX).stat().st_size
     if len(groups) < manifest.items:
         np.save(folder / ROWS, groups.row.astype(np.int32), allow_pickle=False)
         size += (folder / ROWS).stat().st_size
-    return IndexReport(kind, parameters, recall, size / manifest.items, len(groups), promised, wanted)
+    return IndexReport(kind, parameters | effort, recall, size / manifest.items, len(groups), promised, wanted)
 
 
 def open_index(folder: Path, manifest: Manifest, mapped: MappedFiles = IN_MEMORY) -> ItemIndex | None:
@@ -243,8 +273,7 @@ def open_index(folder: Path, manifest: Manifest, mapped: MappedFiles = IN_MEMORY
         index = faiss.read_index(str(mapped.copy(file)), flags)
         _set(index, {k: v for k, v in report.parameters.items() if k in EFFORT})
     except (RuntimeError, MemoryError) as error:
-        reason = (str(error).splitlines() or ["too large"])[0].rpartition("cpp:")[2].partition(": ")[2]
-        raise RunError(f"{file}: faiss cannot read it ({reason or 'not an index'}); export again") from error
+        raise RunError(f"{file}: faiss cannot read it ({reason_of(error)}); export again") from error
     rows = report.rows or manifest.items
     alike = index.d == manifest.dim and index.ntotal == rows and index.metric_type == faiss.METRIC_INNER_PRODUCT
     if not alike or not isinstance(index, TYPES[report.kind]):
@@ -263,9 +292,9 @@ def exact_index(items: ExportRows, index: ItemIndex | None) -> ItemIndex:
         flat = faiss.downcast_index(flat.storage)
     if index is not None and isinstance(flat, faiss.IndexFlat):
         return replace(index, index=flat, owner=index.index)
-    groups = _groups(items) if index is None else index.groups
+    groups = groups_of(items) if index is None else index.groups
     flat = faiss.IndexFlatIP(items.dim)
-    for vectors in _distinct(items, groups):
+    for vectors in distinct_vectors(items, groups.first, range(len(items.files))):
         flat.add(vectors)
     return ItemIndex(flat, groups)
 
@@ -305,15 +334,20 @@ def brute_force(blocks: Iterator[np.ndarray], queries: np.ndarray, k: int) -> tu
     return heap.D, heap.I
 
 
-def _groups(items: ExportRows) -> Groups:
+def groups_of(items: ExportRows) -> Groups:
     """Groups of items with equal vectors, by a digest of 128 bits; rows are in order of their first item."""
     digests = [
         np.frombuffer(b"".join(blake2b(vector, digest_size=16).digest() for vector in vectors + 0.0), np.uint64)
         for vectors in items.vectors("embedding")  # + 0.0: minus zero is zero
     ]
     pairs = np.concatenate(digests).reshape(-1, 2)
+    del digests
     order = np.lexsort((pairs[:, 1], pairs[:, 0]))  # stable: equal vectors stay in order of id
-    fresh = np.concatenate([[True], (np.diff(pairs[order].view(np.int64), axis=0) != 0).any(1)])
+    fresh = np.zeros(len(order), bool)
+    fresh[0] = True
+    for half in range(2):
+        ordered = pairs[order, half]
+        fresh[1:] |= ordered[1:] != ordered[:-1]
     first = np.minimum.reduceat(order, np.flatnonzero(fresh))
     rank = np.empty(len(first), np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
@@ -338,24 +372,25 @@ def _read_groups(folder: Path, items: int, rows: int) -> Groups:
 
 
 def _tuned(
-    items: ExportRows, groups: Groups, kind: IndexKind, queries: np.ndarray, best: np.ndarray, promised: float
-) -> tuple[ItemIndex, dict[str, int], dict[str, dict[str, float]]]:
-    """The index with the minimum effort that reaches the promised recall, or with the maximum; parameters; recall."""
-    index, parameters = _new(kind, items, groups)
-    for vectors in _distinct(items, groups):
-        index.add(vectors)
-    found = ItemIndex(index, groups)
+    items: ExportRows, found: ItemIndex, kind: IndexKind, known: tuple[np.ndarray, np.ndarray], promised: float
+) -> tuple[dict[str, int], dict[str, dict[str, float]]]:
+    """Set the minimum effort that reaches the promised recall, or the maximum; the effort, and the recall.
+
+    Args:
+        known: queries, and the scores of their best items.
+    """
+    queries, best = known
+    effort: dict[str, int] = {}
     recall: dict[str, dict[str, float]] = {}
-    for step in STEPS[kind]:
-        _set(index, step)
+    for effort in STEPS[kind]:
+        _set(found.index, effort)
         scores, ids = found.search(queries, best.shape[1])
         if kind == "ivfpq":  # its own scores are of rounded vectors
             scores = _scores(items, queries, ids)
         recall = _recall(scores, best)
-        parameters |= step
         if _min_recall(recall) >= promised:
             break
-    return found, parameters, recall
+    return effort, recall
 
 
 def _min_recall(recall: dict[str, dict[str, float]]) -> float:
@@ -363,32 +398,25 @@ def _min_recall(recall: dict[str, dict[str, float]]) -> float:
     return min(r[f"@{max(CUTS)}"] for r in recall.values())
 
 
-def _distinct(items: ExportRows, groups: Groups) -> Iterator[np.ndarray]:
-    """The vectors of the index in order of row, part by part: [n, D]."""
-    start = 0
-    for vectors in items.vectors("embedding"):
-        low, high = np.searchsorted(groups.first, [start, start + len(vectors)])
-        yield np.ascontiguousarray(vectors[groups.first[low:high] - start])
-        start += len(vectors)
-
-
-def _new(kind: IndexKind, items: ExportRows, groups: Groups) -> tuple[faiss.Index, dict[str, int]]:
-    dim, rows = items.dim, len(groups)
+def _new(
+    kind: IndexKind, items: ExportRows, groups: Groups, shards: IndexShards | None, work: Path
+) -> tuple[ItemIndex, dict[str, int]]:
+    """An index of all vectors, and how it was built. It may map files of `work`, or of the folder of the shards."""
+    if shards is not None:
+        return ItemIndex(shards.merge(), groups), dict(shards.plan.parameters)
+    blocks = distinct_vectors(items, groups.first, range(len(items.files)))
     if kind == "flat":
-        return faiss.IndexFlatIP(dim), {}
-    if kind == "hnsw":
-        graph = faiss.IndexHNSWFlat(dim, LINKS, faiss.METRIC_INNER_PRODUCT)
-        graph.hnsw.efConstruction = CONSTRUCTION
-        return graph, {"M": LINKS, "efConstruction": CONSTRUCTION}
-    # About 4 √N lists (faiss guidelines), a byte of code for about four numbers, and fp16 vectors that re-rank what
-    # the codes find.
-    lists = min(LISTS, 2 ** round(math.log2(4 * math.sqrt(rows))))
-    lists = min(lists, rows // TRAINING_ROWS)
-    m = max(m for m in range(1, max(2, dim // 4 + 1)) if dim % m == 0)
-    index = faiss.index_factory(dim, f"OPQ{m},IVF{lists},PQ{m}x{BITS},Refine(SQfp16)", faiss.METRIC_INNER_PRODUCT)
-    step = max(1, rows // (TRAINING_ROWS * max(lists, 1 << BITS)))
-    index.train(np.concatenate([vectors[::step] for vectors in _distinct(items, groups)]))
-    return index, {"m": m, "nlist": lists}
+        with (work / FLAT).open("wb") as stream:
+            for vectors in blocks:
+                stream.write(vectors.data)
+        flat = faiss.IndexFlatIP(items.dim)
+        flat.referenced_objects = [map_codes(flat, work / FLAT, len(groups))]  # type: ignore[attr-defined]
+        return ItemIndex(flat, groups), {}
+    graph = faiss.IndexHNSWFlat(items.dim, LINKS, faiss.METRIC_INNER_PRODUCT)
+    graph.hnsw.efConstruction = CONSTRUCTION
+    for vectors in blocks:
+        graph.add(vectors)
+    return ItemIndex(graph, groups), {"M": LINKS, "efConstruction": CONSTRUCTION}
 
 
 def _set(index: faiss.Index, values: dict[str, int]) -> None:

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from flm_torchrec.config.heads import HEADS, REPRESENTATIONS
 from flm_torchrec.documents import MOST_JSON_BYTES, Unreadable, parse_json, read_text
 from flm_torchrec.errors import RunError
-from flm_torchrec.files import sha256
+from flm_torchrec.files import sha256, write_text
 from flm_torchrec.mixture import Mixture
 from flm_torchrec.safe_text import visible
 
@@ -98,8 +98,8 @@ class Manifest:
     """`rows_digest` of the exports of which this is a copy without forgotten users: all other rows are the same."""
 
     def save(self, folder: Path) -> None:
-        """Write `manifest.json` into the folder of the export."""
-        (folder / FILE).write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+        """Write `manifest.json` into the folder of the export; a reader finds a whole one."""
+        write_text(folder / FILE, json.dumps(asdict(self), indent=2))
 
     def listing(self, folder: Path) -> Manifest:
         """The manifest with the sha256 of every file of the folder. Files that it lists already are not read again."""

@@ -1,11 +1,11 @@
 """How much memory and time an export takes as the catalogue grows, beside writing the same bytes and no more.
 
-    python tools/benchmarks/export.py --items 1000000 10000000 --dim 64 --index none --output /tmp/bench
+    python -m tools.benchmarks.export --items 1000000 10000000 --dim 64 --index none --output /tmp/bench
 
-Each size is exported by a process of its own, whose peak of resident memory it prints, from an encoder that makes
-vectors up (clusters of normal deviates), block by block: what remains is the export's own. The floor writes bytes as
-many as the export's to one file on the same disk and takes their sha256, in the same process. The last line is the
-growth of the peak per million items.
+Each size is exported by a process of its own, from an encoder that makes vectors up (clusters of normal deviates),
+block by block: what remains is the export's own. "peak" is its resident memory, "held" that without pages of mapped
+files. The floor writes bytes as many as the export's to one file on the same disk and takes
+their sha256, in the same process. The last line is the growth of the peak per million items.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from flm_torchrec.export.manifest import IndexKind, Quantise, Storage
 from flm_torchrec.export.write import ExportOptions, ExportSource, export
 from flm_torchrec.files import sha256
 from flm_torchrec.mixture import Mixture
+from tools.benchmarks.memory import PERIOD, held_by
 
 USERS = 2_000
 BRANDS = 1_000
@@ -187,7 +188,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         process = multiprocessing.get_context("spawn").Process(target=measure, args=(folder, items, args.dim, options))
         process.start()
-        process.join()
+        held = 0
+        while process.exitcode is None:
+            held = max(held, held_by(process.pid or 0))
+            process.join(PERIOD)
         if process.exitcode != 0:
             raise SystemExit(f"the export of {items} items failed; see above")
         r = json.loads((folder / "result.json").read_text())
@@ -195,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found.append(r)
         line = f"{items:>11,} items x {args.dim}: {r['seconds']:7.1f} s, {items / r['seconds']:>9,.0f} items/s,"
         line += f" {r['seconds'] / r['floor']:.1f} x the floor; {r['written'] / 1e9:.2f} GB written"
-        line += f"; peak {r['peak'] / 1e6:,.0f} MB, {r['before'] / 1e6:,.0f} before it"
+        line += f"; peak {r['peak'] / 1e6:,.0f} MB, {r['before'] / 1e6:,.0f} before it; held {held / 1e6:,.0f}"
         line += f", {r['index'] / 1e6:,.0f} the index" if r["index"] else ""
         print(line + (f"; recall@100 {r['recall']:.4f}, {r['parameters']}" if r["index"] else ""), flush=True)
     if len(found) > 1:

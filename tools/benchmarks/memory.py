@@ -131,7 +131,7 @@ def watch(command: Sequence[str]) -> Peak:
         for one in tree:
             with suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):  # ended meanwhile
                 resident += one.memory_info().rss
-                held += _held(one.pid)
+                held += held_by(one.pid)
                 busy[one.pid] = sum(one.cpu_times()[:2])
         cost.held, cost.resident = max(cost.held, held), max(cost.resident, resident)
         time.sleep(PERIOD)
@@ -141,7 +141,7 @@ def watch(command: Sequence[str]) -> Peak:
     return cost
 
 
-def _held(pid: int) -> int:
+def held_by(pid: int) -> int:
     """Anonymous bytes of a process, resident."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon"):
@@ -159,13 +159,13 @@ def load(path: Path, on_disk: bool) -> str:
 
     def sample() -> None:
         while not stop.wait(PERIOD / 5):
-            peaks[0] = max(peaks[0], _held(os.getpid()))
+            peaks[0] = max(peaks[0], held_by(os.getpid()))
 
-    before = _held(os.getpid())
+    before = held_by(os.getpid())
     sampler = threading.Thread(target=sample)
     sampler.start()
     data = load_prepared(path, on_disk=on_disk)
-    events, loading = len(data.item), max(peaks[0], _held(os.getpid()))
+    events, loading = len(data.item), max(peaks[0], held_by(os.getpid()))
     mask = split(data, "leave-one-out", 0.1).train_mask(data)
     TrainStats.of(data, mask, values=True)
     data.item_counts(mask)
