@@ -8,6 +8,7 @@ folder as one table.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -143,6 +144,12 @@ class ExportRows:
             if len(seen) and not 0 <= seen.min() <= seen.max() < self.manifest.items:
                 raise RunError(f"{file}: column 'seen' names items that are not there; export again")
         return table
+
+    def only(self, parts: Sequence[int]) -> ExportRows:
+        """The rows of some of `files` alone."""
+        some = copy(self)
+        some.files = [self.files[part] for part in parts]
+        return some
 
     def parts(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """All parts in order of id, or the named columns of them."""

@@ -17,7 +17,7 @@ from flm_torchrec.data.dataset import Ragged
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.attributes import allowed_items
 from flm_torchrec.export.index import ItemIndex, open_index
-from flm_torchrec.export.manifest import load_manifest
+from flm_torchrec.export.manifest import Manifest, load_manifest, read_manifest
 from flm_torchrec.export.parts import ExportRows, single_array
 from flm_torchrec.export.ranker import MOST_RESULTS, LeftOut, Ranker
 from flm_torchrec.export.vectors import decode
@@ -61,13 +61,18 @@ class RecommendOptions:
 class ExportRecommender:
     """Recommends items to the users of an export.
 
+    Args:
+        checked: the manifest, where the files were checked already, as by another process; None: all files are read.
+
     Raises:
         RunError: the export is missing, incomplete or changed.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, checked: Manifest | None = None) -> None:
         self.folder = Path(folder)
-        self.manifest = load_manifest(self.folder)
+        self.manifest = load_manifest(self.folder) if checked is None else read_manifest(self.folder)
+        if checked not in (None, self.manifest):
+            raise RunError(f"{self.folder}: has changed since it was checked; begin again")
         self.index = open_index(self.folder, self.manifest)
         self.items = ExportRows(self.folder, self.manifest, "items")
         self.users = ExportRows(self.folder, self.manifest, "users")
