@@ -35,7 +35,7 @@ def test_a_topic_is_read_from_where_it_was_left(capfd: pytest.CaptureFixture[str
     again = open_source(url).after(chunk.position)
     assert again is not None and [row["n"] for _, row in again.rows] == [5]
     capfd.readouterr()
-    with pytest.raises(DataError, match="kafka://127.0.0.1:1/events.* is the broker there"):
+    with pytest.raises(DataError, match=r"kafka://127.0.0.1:1/events.* is the broker there"):
         open_source("kafka://127.0.0.1:1/events")
     assert "rdkafka" not in capfd.readouterr().err
 

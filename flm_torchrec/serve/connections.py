@@ -10,6 +10,7 @@ import select
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import h11
@@ -25,6 +26,8 @@ SPARE = 128
 """File descriptors kept for files: loading another export opens some."""
 PIECE = 4096
 """Bytes of a header that are looked at at once."""
+LOOKED_AT = 32
+"""Connections among which one without an unread request is looked for, where one must be closed."""
 LOOK_AGAIN = 0.01
 """Seconds until an idle connection is closed whose next request lay unread when its time was over."""
 FEWEST = 16
@@ -97,8 +100,12 @@ class Waiting:
         self.clients.pop(connection, None)
 
     def first(self) -> GuardedProtocol | None:
-        """The one to close where there are too many; None: the server waits for none."""
-        return next(iter(self.strangers or self.clients), None)
+        """The one to close where there are too many; None: the server waits for none.
+
+        One of which something came that the server has not read yet, as it was busy, is spared if another can go.
+        """
+        candidates = list(islice(self.strangers or self.clients, LOOKED_AT))
+        return next((one for one in candidates if not one.has_unread()), next(iter(candidates), None))
 
 
 class GuardedProtocol(H11Protocol):
@@ -165,12 +172,13 @@ class GuardedProtocol(H11Protocol):
 
     def timeout_keep_alive_handler(self) -> None:
         """As of uvicorn, unless the next request is here and was not read yet, as the event loop was busy."""
-        if self._has_unread():
+        if self.has_unread():
             self.timeout_keep_alive_task = self.loop.call_later(LOOK_AGAIN, self.timeout_keep_alive_handler)
         else:
             super().timeout_keep_alive_handler()
 
-    def _has_unread(self) -> bool:
+    def has_unread(self) -> bool:
+        """Whether the client has sent what was not read yet, or has closed the connection."""
         if self.transport.is_closing():
             return False
         poll = select.poll()

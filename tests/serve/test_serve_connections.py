@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -122,6 +123,29 @@ def test_a_client_that_was_answered_gives_way_after_silent_ones(address: tuple[s
     assert answer(client).removeprefix(b"2").startswith(b"HTTP/1.1 200")
     for one in held:
         one.close()
+
+
+@dataclass(eq=False)
+class Silent:
+    """What `Waiting` needs of a connection."""
+
+    answered: bool = True
+    unread: bool = False
+
+    def has_unread(self) -> bool:
+        return self.unread
+
+
+def test_a_connection_with_a_request_that_was_not_read_yet_is_spared() -> None:
+    waiting, asking, idle = Waiting(), Silent(unread=True), Silent()
+    assert waiting.first() is None
+    waiting.add(asking)  # type: ignore[arg-type]
+    assert waiting.first() is asking  # there is no other
+    waiting.add(idle)  # type: ignore[arg-type]
+    assert waiting.first() is idle
+    stranger = Silent(answered=False, unread=True)
+    waiting.add(stranger)  # type: ignore[arg-type]
+    assert waiting.first() is stranger  # such may be thousands, and a client that was answered is worth more
 
 
 def test_a_later_request_of_a_connection_has_its_time_too(address: tuple[str, int]) -> None:
