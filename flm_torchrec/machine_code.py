@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
+
+CPU_INFO = Path("/proc/cpuinfo")
+INSTRUCTIONS = re.compile(r"^(?:flags|features|isa)\s*:(.*)$", re.MULTILINE | re.IGNORECASE)
+"""Of x86, of ARM and s390, of RISC-V."""
+
+
+def processor_instructions() -> set[str]:
+    """Names of the instructions of this processor, in lower case; empty where the system does not say."""
+    text = CPU_INFO.read_text(encoding="utf-8", errors="replace") if CPU_INFO.is_file() else ""
+    found = INSTRUCTIONS.search(text)
+    return set(found[1].lower().split()) if found else set()
 
 
 def code_folder(name: str) -> Path:

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from flm_torchrec.files import replacing_file
-from flm_torchrec.machine_code import code_folder, open_to_others
+from flm_torchrec.machine_code import code_folder, open_to_others, processor_instructions
 from flm_torchrec.safe_text import first_line
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-CPU_INFO = Path("/proc/cpuinfo")
 NEEDED = {"amx_bf16", "amx_tile", "avx512_bf16", "avx512bw", "avx512dq", "avx512vl"}
 """Instructions of the processor."""
 OPTIONS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w")
@@ -114,7 +113,7 @@ def _library() -> ctypes.CDLL | str:
 
 
 def _load() -> ctypes.CDLL:
-    flags = _processor()
+    flags = processor_instructions()
     missing = NEEDED - flags
     if missing:
         raise Unavailable(f"the processor has no {min(missing)}")
@@ -135,13 +134,6 @@ def _load() -> ctypes.CDLL:
     return library
 
 
-def _processor() -> set[str]:
-    """Names of the instructions of the processor; empty where Linux does not say."""
-    text = CPU_INFO.read_text(encoding="utf-8", errors="replace") if CPU_INFO.is_file() else ""
-    lines = [line for line in text.splitlines() if line.startswith("flags")]
-    return set(lines[0].partition(":")[2].split()) if lines else set()
-
-
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Wait until no other process is here; ranks of a host build once."""
@@ -159,5 +151,5 @@ def _compile(code: Path) -> None:
         except FileNotFoundError as error:
             raise Unavailable(f"there is no C++ compiler {compiler!r}; install g++, or set CXX") from error
         if done.returncode:
-            raise Unavailable(f"{compiler}: {first_line(Exception(done.stderr or done.returncode))}")
+            raise Unavailable(f"{compiler}: {first_line(done.stderr or str(done.returncode))}")
         fresh.chmod(0o700)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from flm_torchrec import machine_code
 from flm_torchrec.cli import main
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.tower import compiled
@@ -165,13 +166,19 @@ def test_code_that_does_not_fit_is_never_loaded(
 def test_instructions_of_the_processor_count(code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "cpuinfo"
     text.write_text("processor : 0\nflags\t: avx avx2\ncpu MHz : 1\n")
-    monkeypatch.setattr(compiled, "CPU_INFO", text)
+    monkeypatch.setattr(machine_code, "CPU_INFO", text)
     older = compiled.machine()
     text.write_text("processor : 0\nflags\t: avx2 avx\ncpu MHz : 2\n")
     assert compiled.machine() == older  # the same ones, in another order
     text.write_text("processor : 0\nflags\t: avx avx2 amx_bf16\ncpu MHz : 1\n")
     assert compiled.machine() != older
     assert why_not(code) == "it was compiled for another processor"
+    text.write_text("processor : 0\nBogoMIPS : 50\nFeatures\t: fp ASIMD\n")
+    assert machine_code.processor_instructions() == {"fp", "asimd"}
+    text.write_text("model : 0\ncpu MHz : 1\n")
+    unknown = compiled.machine()
+    text.write_text("model : 0\ncpu MHz : 2\n")
+    assert machine_code.processor_instructions() == set() and compiled.machine() == unknown
 
 
 def test_where_nothing_was_compiled_nothing_is_told(program: ExportedProgram) -> None:

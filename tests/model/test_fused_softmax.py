@@ -123,7 +123,7 @@ def test_bits_repeat_at_one_thread_and_nan_stays() -> None:
 
 
 def test_without_a_compiler_it_is_told_and_pytorch_does_it(monkeypatch: pytest.MonkeyPatch, unbuilt: Path) -> None:
-    monkeypatch.setattr(fused_softmax, "_processor", lambda: fused_softmax.NEEDED)
+    monkeypatch.setattr(fused_softmax, "processor_instructions", lambda: fused_softmax.NEEDED)
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert why_not_fused(BF16, CPU) == "there is no C++ compiler 'no-such-compiler'; install g++, or set CXX"
     monkeypatch.setattr(softmax, "_fused", lambda *_: pytest.fail("no native code"))
@@ -135,7 +135,7 @@ def test_without_a_compiler_it_is_told_and_pytorch_does_it(monkeypatch: pytest.M
 def test_training_says_it_once_and_goes_on(
     monkeypatch: pytest.MonkeyPatch, unbuilt: Path, small: PreparedData, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(fused_softmax, "_processor", set)
+    monkeypatch.setattr(fused_softmax, "processor_instructions", set)
     options = [f"--data.path={small.path}", "--model.dim=8", "--train.max_steps=2", f"--train.run={tmp_path / 'run'}"]
     assert main(["train", *options, "--loss.precision=bf16"]) == 0
     log = (tmp_path / "run" / "train.log").read_text()
@@ -143,11 +143,11 @@ def test_training_says_it_once_and_goes_on(
 
 
 def test_another_processor_and_a_failed_build_are_told(monkeypatch: pytest.MonkeyPatch, unbuilt: Path) -> None:
-    monkeypatch.setattr(fused_softmax, "_processor", lambda: fused_softmax.NEEDED - {"amx_bf16"})
+    monkeypatch.setattr(fused_softmax, "processor_instructions", lambda: fused_softmax.NEEDED - {"amx_bf16"})
     assert why_not_fused(BF16, CPU) == "the processor has no amx_bf16"
     assert why_not_fused(torch.float32, CPU) == why_not_fused(BF16, torch.device("cuda")) == ""
     fused_softmax._library.cache_clear()
-    monkeypatch.setattr(fused_softmax, "_processor", lambda: fused_softmax.NEEDED)
+    monkeypatch.setattr(fused_softmax, "processor_instructions", lambda: fused_softmax.NEEDED)
     compiler = unbuilt / "cxx"
     compiler.write_text("#!/bin/sh\necho 'error: no such option' >&2\nexit 1\n")
     compiler.chmod(0o700)

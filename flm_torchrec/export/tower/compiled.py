@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import tempfile
 import time
 import warnings
@@ -32,14 +31,13 @@ from flm_torchrec.documents import MOST_JSON_BYTES, Unreadable, parse_json, read
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.tower.layout import FOLDER, USER
 from flm_torchrec.files import make_parent, replacing_file, sha256, telling
-from flm_torchrec.machine_code import code_folder, open_to_others
+from flm_torchrec.machine_code import code_folder, open_to_others, processor_instructions
 from flm_torchrec.safe_text import first_line
 
 CALLS = 4
 """Calls that may run at once; more wait."""
 TABLES = "tables."
 """Beginning of the names of the tensors that have a row for each item, user, kind of event or gap."""
-CPU_INFO = Path("/proc/cpuinfo")
 WITHOUT = "start without --compile"
 OPTIONS = {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp.threads": 1}
 """The wrapper only calls the kernels, and -O1 takes as long for it as the kernels take. One thread: else the code would
@@ -79,9 +77,7 @@ def program_key(program: ExportedProgram) -> str:
 
 def machine() -> dict[str, str]:
     """What compiled code needs: a version of PyTorch, a kind of machine, and the instructions of its processor."""
-    text = CPU_INFO.read_text(encoding="utf-8", errors="replace") if CPU_INFO.is_file() else platform.processor()
-    flags = re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    instructions = " ".join(sorted(flags[0].split())) if flags else text
+    instructions = " ".join(sorted(processor_instructions())) or platform.processor()
     capability = torch.backends.cpu.get_cpu_capability()
     return {
         "version of PyTorch": torch.__version__,
