@@ -7,25 +7,22 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.config.schema import EvalConfig
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import COLD_ITEM, Examples
-from flm_torchrec.errors import ConfigError
 from flm_torchrec.evaluation.baselines import EASE, ContentKNN, ItemKNN, Markov, Popularity, Random
-from flm_torchrec.evaluation.head_scorer import ONE_VECTOR, HeadScorer, ItemShares, check_room
+from flm_torchrec.evaluation.head_scorer import ONE_VECTOR, HeadScorer, ItemShares
 from flm_torchrec.evaluation.lists import ItemFacts, Targets, list_metrics, target_metrics
-from flm_torchrec.evaluation.protocol import Collectives, Encoder, Scorer
+from flm_torchrec.evaluation.memory import check_events, check_vectors, left_out
+from flm_torchrec.evaluation.protocol import Collectives, Encoder, Of, Scorer
 from flm_torchrec.evaluation.ranking import Blocks, Ranked, RankingProblem, count_ranks, rank_targets
 from flm_torchrec.evaluation.segments import labels_by
 
 COVERAGE_AT = 10
 CONTENT_ALONE, IDS_ALONE = "content alone", "ids alone"
-EVENT_BYTES = 24
-"""Bytes of a training event in item-kNN and in Markov, while they are made."""
 ROWS = (*EvalConfig().baselines, *REPRESENTATIONS, ONE_VECTOR, CONTENT_ALONE, IDS_ALONE)
 """Rows that a table can have."""
 
@@ -79,6 +76,8 @@ def evaluate_heads(
     Raises:
         RunError: a vector or a score is not a number.
     """
+    shares = ItemShares(data.schema.items, config.item_block, comm)
+    check_vectors(shares.count, encoder.dim, comm.device)
     scorer = HeadScorer(encoder, data.schema.items, config.item_block, comm)
     ranked = rank_targets(RankingProblem(data, examples, blocks_of(config)), scorer, comm)
     return {
@@ -105,9 +104,9 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
     segments = list(_segments(labels_by(task.by, data, examples, task.train_mask)))
     targets = Targets.of(data, examples)
     notes = [*left_out(config, items), *_untested(data, examples)]
-    check_memory(config, data.count(task.train_mask))
-    shares, heads = ItemShares(items, config.item_block, comm), 1 if task.cold_items is None else 3
-    check_room((shares.last - shares.first) * heads, encoder.dim, comm)  # before the baselines take their time
+    check_events(config, data.count(task.train_mask))
+    shares = ItemShares(items, config.item_block, comm)
+    check_vectors(len(_heads(task)) * shares.count, encoder.dim, comm.device)
     result = Evaluation(task.split, len(examples), {}, notes=notes)
     if data.item_domain is not None:
         result = replace(result, ranked="events, every item of the event's domain ranked")
@@ -156,18 +155,19 @@ def _item_facts(task: EvaluationTask, scorers: list[Scorer]) -> ItemFacts:
 
 
 def _scorers(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: EvalConfig) -> list[Scorer]:
-    """Baselines, heads, and the scorers for cold items, in the order of the table."""
+    """Baselines, heads, and chance where items are held out, in the order of the table."""
+    baselines = _baselines(task, config)
     items, block = task.data.schema.items, config.item_block
-    scorers = [*_baselines(task, config), HeadScorer(encoder, items, block, comm)]
+    heads = [HeadScorer(encoder, items, block, comm, *of) for of in _heads(task)]
+    chance = [Random()] if task.cold_items is not None and "random" in config.baselines else []
+    return [*baselines, *heads[:1], *chance, *heads[1:]]
+
+
+def _heads(task: EvaluationTask) -> list[tuple[Of, dict[str, str] | None]]:
+    """Which vectors of the items are scored, and by which heads, as of `HeadScorer`; more where items are held out."""
     if task.cold_items is None:
-        return scorers
-    if "random" in config.baselines:
-        scorers.append(Random())
-    return [
-        *scorers,
-        HeadScorer(encoder, items, block, comm, "content", {CONTENT_ALONE: "content"}),
-        HeadScorer(encoder, items, block, comm, "id", {IDS_ALONE: "collaborative"}),
-    ]
+        return [("all", None)]
+    return [("all", None), ("content", {CONTENT_ALONE: "content"}), ("id", {IDS_ALONE: "collaborative"})]
 
 
 def _baselines(task: EvaluationTask, config: EvalConfig) -> list[Scorer]:
@@ -185,41 +185,6 @@ def _baselines(task: EvaluationTask, config: EvalConfig) -> list[Scorer]:
     if "EASE-R" in config.baselines and data.schema.items <= config.ease_items:
         baselines.append(EASE(data, task.train_mask, examples))
     return baselines
-
-
-def check_memory(config: EvalConfig, events: int) -> None:
-    """Check that the baselines that keep something of each training event fit into the free memory.
-
-    Raises:
-        ConfigError: they do not.
-    """
-    free = psutil.virtual_memory().available
-    for name in ("item-kNN", "Markov"):
-        if name in config.baselines and EVENT_BYTES * events > free:
-            raise ConfigError(
-                f"eval.baselines: {name} needs {EVENT_BYTES * events / 2**30:,.1f} GiB for {events:,} training events"
-                f" ({EVENT_BYTES} bytes each), and {free / 2**30:,.1f} GiB are free; leave it out of eval.baselines"
-            )
-
-
-def left_out(config: EvalConfig, items: int) -> list[str]:
-    """Why a baseline that is asked for will not be in the table, a line each.
-
-    Raises:
-        ConfigError: EASE-R is allowed so many items, and this machine has not so much memory free.
-    """
-    needed, free = 8 * items**2, psutil.virtual_memory().available
-    size = f"{items:,} items would need {needed / 2**30:,.1f} GiB (8 items^2 bytes)"
-    if "EASE-R" not in config.baselines or config.ease_items == 0:
-        return []
-    if items > config.ease_items:
-        return [f"EASE-R is left out: {size}, and eval.ease_items is {config.ease_items:,}; raise that to rank by it"]
-    if needed > free:
-        raise ConfigError(
-            f"eval.ease_items: {size}, and {free / 2**30:,.1f} GiB are free; leave EASE-R out of eval.baselines, or set"
-            f" eval.ease_items below {items}"
-        )
-    return []
 
 
 def _ranks_of_all(ranked: Ranked, name: str, examples: int, comm: Collectives) -> np.ndarray:

@@ -8,7 +8,6 @@ from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -43,23 +42,23 @@ class ItemShares:
     @property
     def spread(self) -> bool:
         """Whether a process has a part of the items only."""
-        return 1 < self.comm.world_size <= self._count
+        return 1 < self.comm.world_size <= self._blocks
 
     @property
-    def _count(self) -> int:
+    def _blocks(self) -> int:
         return -(-self.items // self.block)
 
     @property
     def ranges(self) -> list[Range]:
         """Of all items."""
-        return self._ranges(0, self._count)
+        return self._ranges(0, self._blocks)
 
     @cached_property
     def of_process(self) -> list[list[Range]]:
         """By process, neighbouring ranges."""
         if not self.spread:
             return [self.ranges] * self.comm.world_size
-        cuts = np.linspace(0, self._count, self.comm.world_size + 1).astype(int).tolist()
+        cuts = np.linspace(0, self._blocks, self.comm.world_size + 1).astype(int).tolist()
         return [self._ranges(first, last) for first, last in pairwise(cuts)]
 
     def _ranges(self, first: int, last: int) -> list[Range]:
@@ -74,6 +73,11 @@ class ItemShares:
     def first(self) -> int:
         """The first item of this process."""
         return self.own[0][0] if self.spread else 0
+
+    @property
+    def count(self) -> int:
+        """Items of this process."""
+        return self.last - self.first
 
     @property
     def last(self) -> int:
@@ -118,7 +122,7 @@ class HeadScorer:
         self.names = tuple(self.heads)
         self.shares = ItemShares(items, block, comm)
         self.first = self.shares.first
-        self.vectors = _room_for(self.shares.last - self.first, encoder.dim, comm)  # [items of this process, D]
+        self.vectors = torch.empty(self.shares.count, encoder.dim, device=comm.device)  # [items of this process, D]
         for (start, stop), vectors in item_vectors(encoder, self.shares, of):
             self.vectors[start - self.first : stop - self.first] = vectors
         bad = comm.all_reduce_sum(torch.tensor(int(not torch.isfinite(self.vectors).all())))
@@ -218,30 +222,6 @@ def item_vectors(encoder: Encoder, shares: ItemShares, of: Of) -> Iterator[tuple
         vectors = F.pad(encoder.items(np.arange(start, stop), of), (0, 0, 0, shares.block - (stop - start)))
         for (begin, end), gathered in zip(turns, comm.all_gather(vectors), strict=False):
             yield (begin, end), gathered[: end - begin]
-
-
-def _room_for(items: int, dim: int, comm: Collectives) -> Tensor:
-    """[items, dim] float32 on the device of this process, to be filled.
-
-    Raises:
-        RunError: as of `check_room`.
-    """
-    check_room(items, dim, comm)
-    return torch.empty(items, dim, device=comm.device)
-
-
-def check_room(items: int, dim: int, comm: Collectives) -> None:
-    """Raise RunError where the device of this process has no memory left for so many vectors [items, dim] float32."""
-    device = comm.device
-    on_gpu = device.type == "cuda"
-    needed = 4 * items * dim
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
-    if needed > free:
-        raise RunError(
-            f"ranking {items:,} items of {dim} numbers needs {needed / 2**30:.1f} GiB on each"
-            f" {'GPU' if on_gpu else 'rank'}, and {free / 2**30:.1f} GiB are free: rank on more machines, whose ranks"
-            " share the items, or train a narrower model.dim"
-        )
 
 
 def _check(finite: bool, what: str) -> None:

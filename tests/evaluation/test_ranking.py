@@ -39,9 +39,10 @@ from flm_torchrec.evaluation.baselines import (
     _nearest,
     _seen,
 )
-from flm_torchrec.evaluation.evaluate import EvaluationTask, check_memory, evaluate, left_out
+from flm_torchrec.evaluation.evaluate import EvaluationTask, evaluate
 from flm_torchrec.evaluation.head_scorer import HeadScorer, log_sum_exp
 from flm_torchrec.evaluation.lists import ItemFacts, list_metrics
+from flm_torchrec.evaluation.memory import check_events, check_vectors, left_out
 from flm_torchrec.evaluation.metrics import RankCounts
 from flm_torchrec.evaluation.protocol import Of, Scorer
 from flm_torchrec.evaluation.ranking import Blocks, RankingProblem, count_ranks, rank_targets
@@ -463,12 +464,14 @@ def test_limits_are_told_with_their_numbers_and_the_way_round(monkeypatch: pytes
     assert left_out(asked, 353) == []
     with pytest.raises(ConfigError, match=r"ease_items: 354 items .* set eval\.ease_items below 354"):
         left_out(asked, 354)
-    check_memory(EvalConfig(), 41_666)
-    check_memory(EvalConfig(baselines=("popularity", "EASE-R")), 10**9)
+    check_events(EvalConfig(), 41_666)
+    check_events(EvalConfig(baselines=("popularity", "EASE-R")), 10**9)
     with pytest.raises(ConfigError, match=r"item-kNN needs 22\.4 GiB for 1,000,000,000 training events \(24 bytes"):
-        check_memory(EvalConfig(), 10**9)
+        check_events(EvalConfig(), 10**9)
     with pytest.raises(ConfigError, match=r"Markov needs .*leave it out of eval\.baselines"):
-        check_memory(EvalConfig(baselines=("Markov",)), 41_667)
-    HeadScorer(RandomEncoder(2, 100, 0), 100, 7, Alone())
-    with pytest.raises(RunError, match=r"ranking 90,000,000 items of 4 numbers needs 1\.3 GiB on each rank"):
-        HeadScorer(RandomEncoder(2, 100, 0), 90_000_000, 7, Alone())
+        check_events(EvalConfig(baselines=("Markov",)), 41_667)
+    check_vectors(62_500, 4, Alone().device)
+    with pytest.raises(
+        RunError, match=r"ranking by 90,000,000 vectors of items of 4 numbers needs 1\.3 GiB on each rank"
+    ):
+        check_vectors(90_000_000, 4, Alone().device)

@@ -232,14 +232,13 @@ def test_a_follower_keeps_contexts_and_weights(followed: Followed, capsys: pytes
     assert main(["follow", "--run", run, *wrong]) == 2 and "did you mean 'device'?" in capsys.readouterr().err
     last = part.filter(pl.col("user") == 0).sort("timestamp")
     contexts = last.select("context_device", "context_place").to_numpy()
-    for on_disk in (False, True):
-        data = load_prepared(followed.folder / "data", on_disk=on_disk)
-        known = followed_data(followed.folder / "live", data, {"parts": 2, "growths": 1, "expire_after": 0})
-        assert known.weight is not None
-        own, new = slice(known.offsets[1] - 3, known.offsets[1]), slice(known.offsets[USERS], known.offsets[USERS + 1])
-        np.testing.assert_array_equal(known.context[own], contexts)
-        assert known.weight[own].tolist() == last["weight"].to_list()
-        assert known.context[new].tolist() == [[2, -1]] and known.weight[new].tolist() == [2]
+    data = load_prepared(followed.folder / "data", on_disk=True)
+    known = followed_data(followed.folder / "live", data, {"parts": 2, "growths": 1, "expire_after": 0})
+    assert known.weight is not None
+    own, new = slice(known.offsets[1] - 3, known.offsets[1]), slice(known.offsets[USERS], known.offsets[USERS + 1])
+    np.testing.assert_array_equal(known.context[own], contexts)
+    assert known.weight[own].tolist() == last["weight"].to_list()
+    assert known.context[new].tolist() == [[2, -1]] and known.weight[new].tolist() == [2]
     assert describe(known.path, known.schema.of("event", sparse=True)[0])["values"] == ["laptop", "phone", "tv"]
 
 

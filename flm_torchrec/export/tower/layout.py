@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 FOLDER = "tower"
@@ -54,3 +56,9 @@ class Description(BaseModel):
     value_scale: Number
     gaps: Annotated[int, Field(ge=1, le=1 << 20)]
     features: list[FeatureDescription]
+
+
+def history_types(contexts: Iterable[str]) -> dict[str, pa.DataType]:
+    """Columns of `histories.parquet`, each a list of this type for each user: those of `contexts` are codes."""
+    types = {"item": pa.int32(), "event": pa.int32(), "value": pa.float32(), "timestamp": pa.int64()}
+    return types | dict.fromkeys(contexts, pa.int32())

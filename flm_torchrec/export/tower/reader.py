@@ -23,14 +23,20 @@ from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.export.mapped import IN_MEMORY, MappedFiles
 from flm_torchrec.export.parts import single_array
 from flm_torchrec.export.tower.compiled import UserFunction, load_compiled
-from flm_torchrec.export.tower.layout import DESCRIPTION, FOLDER, HISTORIES, ITEM, PROFILE, USER, Description
+from flm_torchrec.export.tower.layout import (
+    DESCRIPTION,
+    FOLDER,
+    HISTORIES,
+    ITEM,
+    PROFILE,
+    USER,
+    Description,
+    history_types,
+)
 from flm_torchrec.export.vectors import unit
 from flm_torchrec.names import nearest
 from flm_torchrec.safe_text import first_line
 
-HISTORY_TYPES = {"item": pa.int32(), "timestamp": pa.int64(), "event": pa.int32(), "value": pa.float32()}
-"""Columns of the file of histories: lists of this type. Features of events have columns of their own."""
-CONTEXT_TYPE = pa.int32()
 MOST_APART = 1e-4
 """Absolute and relative difference of compiled code and program from which on the code is not trusted."""
 LEAST_MAPPED = 65_536
@@ -80,7 +86,7 @@ class PackagedTower:
             self.features = [FeatureValues.described(f.model_dump()) for f in description.features]
             self.contexts = [f for f in self.features if f.entity == "event"]
             """Features of events, in the order of their codes."""
-            self.types = HISTORY_TYPES | {f"{CONTEXT}{f.name}": CONTEXT_TYPE for f in self.contexts}
+            self.types = history_types([f"{CONTEXT}{f.name}" for f in self.contexts])
             self.histories = mapped.table("histories", lambda: _histories(folder / HISTORIES, self.types))
         except ValidationError as error:
             problem = error.errors(include_url=False, include_context=False, include_input=False)[0]

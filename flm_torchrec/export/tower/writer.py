@@ -26,7 +26,7 @@ from flm_torchrec.data.order_statistics import order_statistics
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.memory import check_fits
-from flm_torchrec.export.tower.layout import DESCRIPTION, FOLDER, HISTORIES, ITEM, PROFILE, USER
+from flm_torchrec.export.tower.layout import DESCRIPTION, FOLDER, HISTORIES, ITEM, PROFILE, USER, history_types
 from flm_torchrec.export.tower.programs import ContentProgram, PackagedTable, Precision, UserInputs, UserProgram
 from flm_torchrec.model.tower import Tower
 
@@ -228,9 +228,8 @@ def _save(program: nn.Module, arguments: tuple[Tensor, ...], shapes: tuple[Any, 
 def _write_histories(data: PreparedData, most: int, file: Path) -> None:
     """Write each user's last `most` events: a row for each user in order of id, oldest event first."""
     columns = {"item": data.item, "event": data.event, "value": data.value, "timestamp": data.timestamp}
-    types = {"item": pa.int32(), "event": pa.int32(), "value": pa.float32(), "timestamp": pa.int64()}
     contexts = context_columns(data.schema)
-    types |= dict.fromkeys(contexts, pa.int32())
+    types = history_types(contexts)
     schema = pa.schema([(name, pa.list_(kind)) for name, kind in types.items()])
     with pq.ParquetWriter(file, schema) as writer:
         for block in _blocks(data.schema.users):

@@ -25,7 +25,7 @@ from flm_torchrec.data.schema import Entity, Schema
 from flm_torchrec.data.splits import Examples, Splits
 from flm_torchrec.data.train_stats import TrainStats
 from flm_torchrec.files import replacing_file
-from flm_torchrec.training.follow.events import FIELDS, LEARNED, NewEvents, append, append_on_disk
+from flm_torchrec.training.follow.events import FIELDS, LEARNED, NewEvents, append_on_disk
 
 ENTITIES: tuple[Entity, ...] = ("user", "item")
 DAY = 86400
@@ -165,7 +165,7 @@ def followed_data(run: Path, data: PreparedData, taken: dict[str, int]) -> Follo
     """The data of a follower's run.
 
     Args:
-        data: the prepared data of the run.
+        data: the prepared data of the run, with their events on disk.
         taken: `published` of the follower's state: how much of its folder belongs to the model.
 
     Raises:
@@ -178,10 +178,7 @@ def followed_data(run: Path, data: PreparedData, taken: dict[str, int]) -> Follo
     if parts:
         new: NewEvents = NewEvents.concat(parts)
         now = int(new.timestamp.max(initial=0))
-        if before.units is not None:
-            grown, is_new = append_on_disk(before, new)
-        else:
-            grown, _, is_new = append(before, np.zeros(len(before.item), bool), new)
+        grown, is_new = append_on_disk(before, new)
     columns = {f.name: getattr(grown, f.name) for f in fields(PreparedData)}
     if (segment := before.segment) is not None:
 
