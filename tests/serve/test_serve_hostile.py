@@ -66,6 +66,7 @@ def event(**more: Any) -> dict[str, Any]:
         ("/v1/recommend/batch", {"requests": [{}] * 65}, 422, "requests: List should have at most 64 items"),
         ("/v1/items", {"item": "n", "features": {"genr": "war"}}, 422, "no item feature 'genr'; did you mean 'genre'"),
         ("/v1/events", {"user": "u1"}, 422, "item: Field required"),
+        ("/v1/events", {"user": "u1", "item": "i1", "weight": 2.0}, 422, "weight: Extra inputs are not permitted"),
         ("/v1/events", {"user": "u1", "item": "i1", "timestamp": 2**33}, 422, "is in the future"),
         (
             "/v1/events",
