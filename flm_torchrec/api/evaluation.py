@@ -85,7 +85,7 @@ def evaluate_run(run: str | os.PathLike[str], options: EvaluateOptions, keep_ran
         splits = job.events.splits
         examples = held_out = splits.test if options.split == "test" else splits.valid
         if options.users:
-            examples = examples.take(_rows_of(options.users, job.data, examples.user))
+            examples = examples.take(_rows_of(list(dict.fromkeys(options.users)), job.data, examples.user))
         if options.drawn:
             examples = examples.take(sampled(len(examples), options.drawn, SAMPLE_SEED))
         if options.windows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -19,6 +19,8 @@ from flm_torchrec.config.schema import Config
 from flm_torchrec.documents import Unreadable, parse_yaml, read_yaml, shortened
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.names import nearest
+
+COMMAND_LINE = "command line"
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), preset: str | None = None) -> Config:
@@ -42,7 +44,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), p
         if not isinstance(values[section], dict):
             raise ConfigError(f"{path}: '{section}' is not a section; write its fields below it")
         values[section][name] = text if _is_text(section, name) else _value(key, text)
-    return from_dict(values, source=str(path or "command line"))
+    given = {override.partition("=")[0] for override in overrides}
+    return from_dict(values, str(path or COMMAND_LINE), given)
 
 
 def _under(values: dict[str, Any], preset: str, path: str | Path | None) -> dict[str, Any]:
@@ -72,11 +75,12 @@ def overrides_of(given: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return overrides
 
 
-def from_dict(values: dict[str, Any], source: str) -> Config:
+def from_dict(values: dict[str, Any], source: str, given: Collection[str] = ()) -> Config:
     """Build the config from nested values.
 
     Args:
         source: names the origin of the values in errors.
+        given: settings such as `train.seed` that the command line gave in place of the source.
 
     Raises:
         ConfigError: an unknown key or a value out of range.
@@ -85,7 +89,8 @@ def from_dict(values: dict[str, Any], source: str) -> Config:
     try:
         return TypeAdapter(Config).validate_python(values)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_problem(error)}") from error
+        where = COMMAND_LINE if ".".join(map(str, error.errors()[0]["loc"][:2])) in given else source
+        raise ConfigError(f"{where}: {_problem(error)}") from error
 
 
 def first_problem(error: ValidationError, depth: int | None = None) -> str:

@@ -63,7 +63,9 @@ class PrepareOptions:
     ] = 0
     min_user_events: Annotated[Number, Field(description="as --k-core, of users alone")] = 0
     min_item_events: Annotated[Number, Field(description="as --k-core, of items alone")] = 0
-    min_value: Annotated[float | None, Field(title="X", description="drop events of a lower value")] = None
+    min_value: Annotated[
+        float | None, Field(title="X", allow_inf_nan=False, description="drop events of a lower value")
+    ] = None
     dedup: Annotated[
         Literal["none", "exact", "consecutive", "first", "last", "window"],
         Field(

@@ -103,8 +103,10 @@ def test_an_export_is_kept_up_to_date_and_loaded(
 
 
 def test_one_user_can_be_evaluated(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", "--run", str(finished), "--user", "u5", "--markdown"]) == 0
-    assert "| fused |" in capsys.readouterr().out
+    for again in ([], ["--user", "u5"]):  # named twice it counts once
+        assert main(["evaluate", "--run", str(finished), "--user", "u5", *again]) == 0
+        shown = capsys.readouterr().out
+        assert "fused" in shown and "test: 1 users" in shown
 
 
 def test_rows_are_compared_with_a_row_and_with_another_run(

@@ -59,6 +59,15 @@ def test_a_wrong_override_is_one_line_that_names_it(override: str, message: str)
     assert "\n" not in str(error.value)
 
 
+def test_a_wrong_value_is_told_with_where_it_came_from(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("train: {batch_size: 0}\n")
+    with pytest.raises(ConfigError, match=r"^command line: eval\.ks: "):
+        load_config(file, ["train.batch_size=4", "eval.ks=[0]"])
+    with pytest.raises(ConfigError, match=rf"^{file}: train\.batch_size: "):
+        load_config(file, ["eval.ks=[5]"])
+
+
 def test_a_preset_is_below_the_file_and_the_file_below_the_options(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("model: {dim: 32}\ntrain: {seed: 3}\n")

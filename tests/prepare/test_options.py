@@ -94,6 +94,8 @@ def test_flm_prepare_keeps_its_options_and_defaults() -> None:
     ("given", "message"),
     [
         (["--k-core", "-1"], "--k-core -1: must be at least 0"),
+        (["--min-value", "nan"], "--min-value nan: must be a number"),
+        (["--min-value", "inf"], "--min-value inf: must be a number"),
         (["--quantiles", "1"], "--quantiles 1: must be at least 2"),
         (["--threads", "-2"], "--threads -2: must be at least 0"),
         (["--max-dropped", "nan"], "--max-dropped nan: must be a share, from 0 to 1"),
