@@ -25,6 +25,7 @@ class Batch(Pipelineable):
     item_ids: KeyedJaggedTensor  # what to look up in the tables of items, see `item_lookups`; stride N, every length 1
     item_features: KeyedJaggedTensor  # one key per sparse item feature, stride N
     item_dense: Tensor  # [N, F_item]
+    item_sketch: Tensor  # [N, D] fixed vectors of what the features say, see `sketch.Sketches`
     item_domain: Tensor  # [N] int64: number of the item's domain in joint data; [0] in other data
     item_known: Tensor  # [N] float: 1 where a training event has the item, else 0: then its id says nothing
     users: KeyedJaggedTensor  # key user_id and one key per sparse user feature, stride B

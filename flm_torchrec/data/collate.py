@@ -15,6 +15,7 @@ from flm_torchrec.data.hashing import item_lookups, remap_ids
 from flm_torchrec.data.history import HISTORY_KEYS, CodedEvents, Events, HistoryCoding
 from flm_torchrec.data.negatives import Candidates
 from flm_torchrec.data.schema import Feature
+from flm_torchrec.data.sketch import Sketches
 from flm_torchrec.data.train_stats import TrainStats
 
 
@@ -55,6 +56,10 @@ class Assembler:
         labels: [interactions, labels] float32, 1 or 0, NaN where there is none. With labels, `stats` should hide the
             values, which the labels come from.
         kind_weights: [kinds of events] float32: what a target of each counts; None: 1, of every kind.
+        width: of the sketches of items, `model.dim`; 0: for batches that no model takes.
+
+    Raises:
+        DataError: the vocabulary of a feature of items is missing.
     """
 
     def __init__(
@@ -64,8 +69,10 @@ class Assembler:
         stats: TrainStats | None = None,
         labels: np.ndarray | None = None,
         kind_weights: np.ndarray | None = None,
+        width: int = 0,
     ) -> None:
         self.data = data
+        self.sketches = Sketches(data, width)
         self.stats = TrainStats.of(data, train_mask, values=labels is None) if stats is None else stats
         self.contexts = [f.name for f in data.schema.of("event", sparse=True)]
         self.coding = HistoryCoding(
@@ -166,6 +173,7 @@ class Assembler:
             item_ids=_kjt({key: Ragged(np.arange(len(ids) + 1), asked) for key, asked in lookups.items()}),
             item_features=self._item_features(ids),
             item_dense=torch.from_numpy(self.data.items.dense[ids]),
+            item_sketch=torch.from_numpy(self.sketches.of(ids)),
             item_domain=torch.from_numpy(self.item_domain[ids] if len(self.item_domain) else self.item_domain),
             item_known=torch.from_numpy(self.stats.items[ids]),
             users=self._users(tokens.user),

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from flm_torchrec.model.dropout import Dropout
+from flm_torchrec.model.layout import Layout
+
+GAIN = 4.0
+"""First length of a sketch in an item's vector, where the row of its id has length 1."""
+RECENCY = 0.7
+"""First value of what an item counts in the content head, of what the item after it counts."""
+START = 0.1
+"""First length of what the content head's layers add, to a vector of length 1."""
 
 
 class Head(nn.Module):
@@ -20,6 +29,46 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[T, inputs] → [T, D]."""
         return self.layers(x)
+
+
+class ItemContent(nn.Module):
+    """Features and sketches of items → contents [N, D]: gain x sketch + MLP(features), the MLP at first a constant.
+
+    A sketch keeps how alike the features of two items are (`data.sketch`). The layers have to learn that, and do not
+    where events are few; so they begin with nothing to add.
+    """
+
+    def __init__(self, inputs: int, dim: int) -> None:
+        super().__init__()
+        self.mlp = mlp(inputs, dim)
+        nn.init.zeros_(self.mlp[-1].weight)
+        self.gain = nn.Parameter(torch.tensor([GAIN]))
+
+    def forward(self, features: Tensor, sketch: Tensor) -> Tensor:
+        """[N, inputs], [N, D] → [N, D]."""
+        return self.gain * sketch + self.mlp(features)
+
+
+class ContentHead(nn.Module):
+    """h = direction of the recent items' contents + MLP([mean of the items' contents; profile of the user]).
+
+    The MLP has almost nothing to add at first, so that an untrained head compares the features of items with those of
+    the history, as the baseline content-kNN does.
+    """
+
+    def __init__(self, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.learned = Head(2 * dim, dim, dropout)
+        norm = self.learned.layers[-1]
+        nn.init.zeros_(norm.weight)
+        nn.init.normal_(norm.bias, std=START / dim**0.5)  # a user without history has a direction too
+        self.recency = nn.Parameter(torch.tensor([RECENCY]).logit())
+
+    def forward(self, contents: Tensor, profile: Tensor, layout: Layout) -> Tensor:
+        """[items of …, D], zero where there is no item, and [B, D] → [R, D]."""
+        recent = layout.recent(contents, torch.sigmoid(self.recency))
+        learned = self.learned(torch.cat([layout.mean(contents), layout.each(profile)], 1))
+        return F.normalize(recent, dim=1, eps=START) + learned
 
 
 class CollaborativeHead(nn.Module):

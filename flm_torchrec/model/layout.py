@@ -39,6 +39,13 @@ class Layout(Protocol):
     def mean(self, items: Tensor) -> Tensor:
         """[items of …, D] → [R, D]: mean over the items up to each represented token; zeros without any."""
 
+    def recent(self, items: Tensor, keep: Tensor) -> Tensor:
+        """[items of …, D], zero where there is no item → [R, D]: sum over the items up to each represented token.
+
+        Args:
+            keep: [1], below 1: what an item counts, of what the item after it counts.
+        """
+
     def begin(self, prefix: Tensor, events: Tensor) -> Tensor:
         """[R, D] of `each` and [events of …, D] → […, D]: the tokens, the prefix of each sequence first."""
 
@@ -77,6 +84,11 @@ class Padded:
     def mean(self, items: Tensor) -> Tensor:
         """As of `Layout`; items [B, L - 1, D] are zero at padding."""
         return items.sum(1) / self.lengths.clamp(min=1).unsqueeze(1)
+
+    def recent(self, items: Tensor, keep: Tensor) -> Tensor:
+        """As of `Layout`; items [B, L - 1, D] are zero at padding."""
+        age = (self.lengths.unsqueeze(1) - 1 - self.position[:-1]).clamp(min=0)  # [B, L - 1]
+        return ((keep.log() * age).exp().unsqueeze(2) * items).sum(1)
 
     def begin(self, prefix: Tensor, events: Tensor) -> Tensor:
         """As of `Layout`; events [B, L - 1, D]."""
@@ -160,6 +172,18 @@ class Jagged:
         total = torch.cumsum(items, 0)
         before = self.each(F.pad(total, (0, 0, 1, 0))[self.first])  # sum of all earlier sequences
         return (self._shown(total) - before) / self._shown(self.position).clamp(min=1).unsqueeze(1)
+
+    def recent(self, items: Tensor, keep: Tensor) -> Tensor:
+        """As of `Layout`; items [T, D] are zero at a prefix.
+
+        By doubling: after k rounds a token has the sum over 2^k items.
+        """
+        total, reach, longest = items, 1, max((longest for _, longest in self.shapes), default=0)
+        while reach < longest:
+            before = F.pad(total, (0, 0, reach, 0))[: len(total)]
+            total = total + keep * before * (self.position >= reach).unsqueeze(1)
+            keep, reach = keep**2, 2 * reach
+        return self._shown(total)
 
     def others(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """[T, D] of the item after each token → [T, D]: mean over the other items of its sequence; [T, 1]: how many.

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from flm_torchrec.config.heads import FUSED, HEADS
 from flm_torchrec.config.schema import ModelConfig
 from flm_torchrec.model.fusion import FUSIONS
-from flm_torchrec.model.heads import CollaborativeHead, Head, mlp
+from flm_torchrec.model.heads import CollaborativeHead, ContentHead, ItemContent, mlp
 from flm_torchrec.model.layout import Ends, Jagged, Layout
 from flm_torchrec.model.space import place, width
 from flm_torchrec.model.transformer import CausalTransformer
@@ -54,6 +54,7 @@ class DenseInputs(Protocol):
     """What the tower takes from a batch beside rows of tables; see `data.batch.Batch`."""
 
     item_dense: Tensor  # [N, item_dense]
+    item_sketch: Tensor  # [N, D]
     item_known: Tensor  # [N] 1 where the id was trained, else 0
     user_dense: Tensor  # [B, user_dense]
     user_known: Tensor  # [B]
@@ -112,12 +113,12 @@ class Tower(nn.Module):
         super().__init__()
         dim = config.dim
         self.config = config
-        self.item_content = mlp(widths.item_features * dim + widths.item_dense, dim)
+        self.item_content = ItemContent(widths.item_features * dim + widths.item_dense, dim)
         self.user_content = mlp(widths.user_features * dim + widths.user_dense, dim)
         self.event = nn.Linear(widths.history * dim + 1, dim)
         self.start = nn.Parameter(torch.zeros(dim))
         self.transformer = CausalTransformer(config, widths.max_tokens)
-        self.content_head = Head(2 * dim, dim, config.dropout)
+        self.content_head = ContentHead(dim, config.dropout)
         self.collaborative_head = CollaborativeHead(dim, config.embedding_dropout)
         self.fusion = FUSIONS[config.fusion](width(dim))
 
@@ -127,7 +128,7 @@ class Tower(nn.Module):
         known = batch.item_known.unsqueeze(1)
         item_id = embedded.item_id * self._shown(batch.item_known, self.config.id_dropout)
         source, target = embedded.item_source * known, embedded.item_target * known
-        content = self._content(torch.cat([embedded.item_features, batch.item_dense], 1))
+        content = self._content(torch.cat([embedded.item_features, batch.item_dense], 1), batch.item_sketch)
         vectors = item_id + content
         user_id, user_features = embedded.user[:, :dim], embedded.user[:, dim:]
         seen = Sequences(
@@ -157,7 +158,7 @@ class Tower(nn.Module):
             events = events + seen.context
         sources = layout.mean(self.collaborative_head.dropout(seen.item_source))
         heads = {
-            "content": self.content_head(torch.cat([layout.mean(seen.item_content), layout.each(seen.profile)], 1)),
+            "content": self.content_head(seen.item_content, seen.profile, layout),
             "collaborative": self.collaborative_head(
                 layout.each(seen.user_id), layout.mean(seen.item_id), sources, layout.count
             ),
@@ -206,11 +207,11 @@ class Tower(nn.Module):
             return target
         return target * torch.rsqrt((target**2).sum(1, keepdim=True) + SOFTENING)
 
-    def _content(self, features: Tensor) -> Tensor:
-        """[N, F] → [N, D]; without features all items have the same content, which is computed once."""
+    def _content(self, features: Tensor, sketch: Tensor) -> Tensor:
+        """[N, F], [N, D] → [N, D]; without features all items have the same content, which is computed once."""
         if features.shape[1]:
-            return self.item_content(features)
-        return self.item_content(features[:1]).expand(len(features), -1)
+            return self.item_content(features, sketch)
+        return self.item_content(features[:1], sketch[:1]).expand(len(features), -1)
 
     def _shown(self, known: Tensor, dropout: float) -> Tensor:
         """[n, 1]: 0 where the id is unknown or, in training, hidden at random (DropoutNet, NeurIPS 2017)."""

@@ -44,7 +44,7 @@ class ModelEncoder:
     ) -> None:
         self.dim = width(config.model.dim)
         self.max_history = config.data.max_history
-        self.assembler = Assembler(data, data.no_events, train_stats)
+        self.assembler = Assembler(data, data.no_events, train_stats, width=config.model.dim)
         self.model = model
         self.data = data
         self.examples = examples

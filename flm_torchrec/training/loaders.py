@@ -39,6 +39,7 @@ def make_loader(data: PreparedData, events: RunEvents, config: Config, comm: Com
         stats=events.stats(data, values=labels is None),
         labels=labels,
         kind_weights=weights_of(data, config),
+        width=config.model.dim,
     )
     negatives = Negatives(counts, drawn, config.loss.negative_power, drawn_share(config, comm))
     return TrainLoader(spans, assembler, negatives, sharing, shares)
@@ -51,7 +52,8 @@ def _make_stream_loader(
     assert stream is not None
     check_domains(data, stream.counts)
     plan = LanePlan(stream, config.data.max_history, sharing)
-    assembler = Assembler(data, events.learned_from, stream.stats, labels, weights_of(data, config))
+    kinds = weights_of(data, config)
+    assembler = Assembler(data, events.learned_from, stream.stats, labels, kinds, config.model.dim)
     drawn = config.loss.negatives if labels is None else 0
     negatives = Negatives(stream.counts, drawn, config.loss.negative_power, drawn_share(config, comm))
     return StreamLoader(plan, assembler, negatives)

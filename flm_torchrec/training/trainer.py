@@ -120,7 +120,9 @@ def train(job: Job, logger: RunLogger, validate: Validate | None = None, start: 
     checkpoints.check_space()
     chosen = (lambda: {}) if validate else (lambda: _fusion(job))
     parts = TrainingParts(job.model, job.optimizer, job.loader, config.train, comm, logger, checkpoints, chosen)
-    finished = run_loop(parts, validate or rank_validation, progress, validate_first=bool(job.loaded or start))
+    # An untrained content head compares features, and few users may teach it nothing better.
+    first = bool(config.finetune.source) or start is not None
+    finished = run_loop(parts, validate or rank_validation, progress, validate_first=first)
     logger.say(
         f"{finished.steps} steps in {finished.seconds:.0f} s;"
         f" best {config.train.select} {finished.best:.4f} at step {finished.best_step}"

@@ -57,7 +57,10 @@ def make_tower(
         "relative_bias": relative,
         "similarity": similarity,
     }
-    return MadeTower(widths, ModelConfig(dim=DIM, user_id_dropout=0.1, **chosen)).eval()
+    tower = MadeTower(widths, ModelConfig(dim=DIM, user_id_dropout=0.1, **chosen)).eval()
+    for begins_at_zero in (tower.item_content.mlp[-1], tower.content_head.learned.layers[-1]):
+        torch.nn.init.normal_(begins_at_zero.weight, std=0.3)  # as after training
+    return tower
 
 
 def inputs(items: int = 7, lengths: tuple[int, ...] = (3, 1, 4), seed: int = 1) -> dict:
@@ -76,6 +79,7 @@ def inputs(items: int = 7, lengths: tuple[int, ...] = (3, 1, 4), seed: int = 1) 
     )
     return {
         "looked": looked, "item_dense": torch.randn(items, 1, generator=g), "item_known": torch.ones(items),
+        "item_sketch": torch.nn.functional.normalize(torch.randn(items, DIM, generator=g)),
         "user_dense": torch.randn(users, 2, generator=g), "user_known": torch.ones(users),
         "value": torch.zeros(count), "time": torch.arange(count), "lengths": torch.tensor(lengths), "tokens": tokens,
         "targets": torch.zeros(count, dtype=torch.int64),
@@ -192,6 +196,46 @@ def test_the_content_head_knows_no_ids_and_the_collaborative_head_nothing_else()
     assert changes("item_source") == {"collaborative", "fused"}
     assert changes("item_context") == {"sequential", "fused"}
     assert changes("item_target") == set()
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.floats(0.05, 0.95))
+def test_recent_items_count_more(lengths: list[int], keep: float) -> None:
+    """Token by token, in each layout."""
+    items = torch.randn(sum(lengths), 3, dtype=torch.float64)
+    wanted, begin = [], 0
+    for length in lengths:
+        items[begin : begin + min(1, length)] = 0  # the prefix
+        wanted += [sum(keep ** (n - m) * items[begin + m] for m in range(n + 1)) for n in range(length)]
+        begin += length
+    rate, time = torch.tensor([keep], dtype=torch.float64), torch.zeros(sum(lengths), dtype=torch.int64)
+    found = Jagged(torch.tensor(lengths), time).recent(items, rate)
+    torch.testing.assert_close(found, torch.stack(wanted) if wanted else items)
+    alone = [items.new_zeros(len(lengths), 12, 3), torch.zeros(len(lengths), 13, dtype=torch.int64)]
+    for row, part in enumerate(items.split(lengths)):
+        alone[0][row, : max(0, len(part) - 1)] = part[1:]
+    last = torch.tensor(lengths).cumsum(0) - 1
+    padded = Padded(torch.tensor(lengths) - 1, alone[1]).recent(alone[0], rate)
+    there = torch.tensor(lengths) > 0
+    torch.testing.assert_close(padded[there], found[last[there]])
+
+
+def test_an_untrained_content_head_compares_features_with_those_of_the_history() -> None:
+    """The last item counts most. A token without history has a direction, and a bounded gradient."""
+    torch.manual_seed(0)
+    widths = Widths(item_features=2, item_dense=1, user_features=1, user_dense=2, history=2, max_tokens=6)
+    tower, batch = MadeTower(widths, ModelConfig(dim=DIM)).eval(), inputs()
+    batch["looked"].item_id *= DIM**-0.5  # rows of length 1, as tables begin
+    out = tower(**batch)
+    sketches, head = batch["item_sketch"], used("content", out.representations["content"])
+    torch.testing.assert_close(head.norm(dim=1), torch.ones(8))
+    tokens = batch["tokens"]
+    recent = sketches[tokens[7]] + 0.7 * sketches[tokens[6]] + 0.49 * sketches[tokens[5]]
+    assert torch.cosine_similarity(head[7], recent, 0) > 0.97
+    cosines = torch.cosine_similarity(used("content", out.content_items), sketches)
+    assert (cosines > 0.97).all() and (torch.cosine_similarity(used("content", out.items), sketches) > 0.9).all()
+    gradient = torch.autograd.grad(head[0].sum(), tower.content_head.learned.layers[-1].bias)[0]
+    assert 0 < gradient.norm() < 100
 
 
 def test_the_collaborative_head_does_not_see_order() -> None:

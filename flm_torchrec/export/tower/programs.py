@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import fbgemm_gpu  # noqa: F401 (registers the operators)
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from flm_torchrec.config.heads import HEADS, REPRESENTATIONS
 from flm_torchrec.model.layout import Padded
@@ -60,18 +61,46 @@ class PackagedTable(nn.Module):
         return self.codes[ids].float() * scale[..., :1] + scale[..., 1:]
 
 
+class SketchProgram(nn.Module):
+    """Features of items → their sketches, as of `data.sketch.Sketches`.
+
+    Args:
+        table: what each code adds, with rows as of the table of the `ContentProgram` beside it.
+        dense: [F, D] what each number adds.
+    """
+
+    dense: Tensor
+
+    def __init__(self, table: PackagedTable, dense: Tensor) -> None:
+        super().__init__()
+        self.table = table
+        self.register_buffer("dense", dense)
+
+    def forward(self, rows: Tensor, present: Tensor, dense: Tensor) -> Tensor:
+        """[N, features, C] rows, [N, features, C, 1] bool and [N, F] → [N, D]."""
+        of_features = F.normalize((self.table(rows) * present).sum(2), dim=2).sum(1)
+        return F.normalize(of_features + F.normalize(dense @ self.dense, dim=1), dim=1)
+
+
 class ContentProgram(nn.Module):
     """Features of items or of users → content vectors.
 
     All sparse features share one table; the rows of feature f start at `offset[f]`.
+
+    Args:
+        layers: of pooled features, and of sketches where there are any.
+        sketch: of items.
     """
 
     offset: Tensor
 
-    def __init__(self, mlp: nn.Module, table: PackagedTable, offset: list[int]) -> None:
+    def __init__(
+        self, layers: nn.Module, table: PackagedTable, offset: list[int], sketch: SketchProgram | None = None
+    ) -> None:
         super().__init__()
-        self.mlp = mlp
+        self.layers = layers
         self.table = table
+        self.sketch = sketch
         self.features = len(offset)
         self.register_buffer("offset", torch.tensor(offset, dtype=torch.int64))
 
@@ -80,12 +109,11 @@ class ContentProgram(nn.Module):
 
         A feature is the mean of its rows. Tables that sum have features of one code, where mean and sum are the same.
         """
-        if self.features == 0:
-            return self.mlp(dense)
         present = (codes >= 0).unsqueeze(3)  # [N, features, C, 1]
-        rows = self.table(codes.clamp(min=0) + self.offset[None, :, None]) * present
-        pooled = rows.sum(2) / present.sum(2).clamp(min=1)
-        return self.mlp(torch.cat([pooled.flatten(1), dense], 1))
+        rows = codes.clamp(min=0) + self.offset[None, :, None]
+        pooled = (self.table(rows) * present).sum(2) / present.sum(2).clamp(min=1)
+        joined = torch.cat([pooled.flatten(1), dense], 1)
+        return self.layers(joined) if self.sketch is None else self.layers(joined, self.sketch(rows, present, dense))
 
 
 class UserInputs(NamedTuple):

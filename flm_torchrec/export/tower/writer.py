@@ -24,10 +24,18 @@ from flm_torchrec.data.event_files import context_columns
 from flm_torchrec.data.feature_values import describe
 from flm_torchrec.data.order_statistics import order_statistics
 from flm_torchrec.data.schema import Feature, Schema
+from flm_torchrec.data.sketch import Sketches
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.memory import check_fits
 from flm_torchrec.export.tower.layout import DESCRIPTION, FOLDER, HISTORIES, ITEM, PROFILE, USER, history_types
-from flm_torchrec.export.tower.programs import ContentProgram, PackagedTable, Precision, UserInputs, UserProgram
+from flm_torchrec.export.tower.programs import (
+    ContentProgram,
+    PackagedTable,
+    Precision,
+    SketchProgram,
+    UserInputs,
+    UserProgram,
+)
 from flm_torchrec.model.tower import Tower
 
 ENTITIES = ("item", "user", "event")
@@ -159,8 +167,13 @@ def _content(
     sizes = [f.cardinality for f in features]
     offset = [sum(sizes[:position]) for position in range(len(sizes))]
     blocks = [model.rows(f.name, block, entity) for f in features for block in _blocks(f.cardinality)]
-    mlp = model.dense.item_content if entity == "item" else model.dense.user_content
-    exact = ContentProgram(mlp, PackagedTable(blocks, sum(sizes), dim, "fp32"), offset)
+    layers = model.dense.item_content if entity == "item" else model.dense.user_content
+
+    def program(precision: Precision) -> ContentProgram:
+        sketch = _sketch(data, features, dim, precision) if entity == "item" else None
+        return ContentProgram(layers, PackagedTable(blocks, sum(sizes), dim, precision), offset, sketch)
+
+    exact = program("fp32")
     source = data.items if entity == "item" else data.users
     count = data.schema.items if entity == "item" else data.schema.users
 
@@ -168,7 +181,14 @@ def _content(
         for block in _blocks(count):
             yield exact(_padded_codes(source, features, block), torch.from_numpy(source.dense[block]))
 
-    return ContentProgram(mlp, PackagedTable(blocks, sum(sizes), dim, precision), offset), contents()
+    return program(precision), contents()
+
+
+def _sketch(data: PreparedData, features: tuple[Feature, ...], dim: int, precision: Precision) -> SketchProgram:
+    sketches = Sketches(data, dim)
+    rows = (torch.from_numpy(sketches.rows(f.name, block)) for f in features for block in _blocks(f.cardinality))
+    table = PackagedTable(rows, sum(f.cardinality for f in features), dim, precision)
+    return SketchProgram(table, torch.from_numpy(sketches.dense))
 
 
 def _padded_codes(source: EntityFeatures, features: tuple[Feature, ...], rows: np.ndarray) -> Tensor:

@@ -398,7 +398,13 @@ class _Follower:
         config, known, comm = self.config, self.histories, self.comm
         return TrainLoader(
             new_windows(known.data, is_new, config.data.max_history),
-            Assembler(known.data, known.learnable, known.train_stats, kind_weights=weights_of(known.data, config)),
+            Assembler(
+                known.data,
+                known.learnable,
+                known.train_stats,
+                kind_weights=weights_of(known.data, config),
+                width=config.model.dim,
+            ),
             Negatives(known.counts, config.loss.negatives, config.loss.negative_power, drawn_share(config, comm)),
             Sharing(config.train.batch_size, config.train.seed, comm.rank, comm.world_size),
         )

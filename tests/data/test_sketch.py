@@ -1,0 +1,70 @@
+"""Sketches of items: about as alike as their features, the same in all data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+import flm_torchrec as flm
+from flm_torchrec.data.dataset import PreparedData, load_prepared
+from flm_torchrec.data.sketch import Sketches
+from flm_torchrec.data.splits import split
+from flm_torchrec.errors import DataError
+from flm_torchrec.evaluation.baselines import ContentKNN
+
+
+def test_products_are_about_the_cosines_of_features(small: PreparedData) -> None:
+    """As content-kNN has them; the error falls with the root of the width."""
+    exact = ContentKNN(small, split(small, "leave-one-out", 0.1).valid).content
+    cosines = (exact @ exact.T).toarray()
+    errors = []
+    for width in (100, 6400):
+        found = Sketches(small, width).of(np.arange(small.schema.items))
+        assert found.shape == (small.schema.items, width) and found.dtype == np.float32
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+        errors.append(np.sqrt(np.mean((found @ found.T - cosines) ** 2)))
+    assert errors[0] < 0.12 and errors[1] < errors[0] / 4
+
+
+def test_items_of_a_batch_have_the_sketches_that_they_have_among_all(small: PreparedData) -> None:
+    sketches = Sketches(small, 24)
+    ids = np.array([7, 3, 99, 3])
+    np.testing.assert_allclose(sketches.of(ids), sketches.of(np.arange(100))[ids], atol=1e-6)
+    assert sketches.of(ids[:0]).shape == (0, 24)
+    assert Sketches(small, 0).of(ids).shape == (4, 0)
+
+
+def prepared(folder: Path, items: dict[str, list[object]]) -> PreparedData:
+    count = len(items["item"])
+    events = pl.DataFrame({"user_id": ["a", "b"] * count, "item_id": items["item"] * 2, "timestamp": range(2 * count)})
+    kinds = {"brand": "categorical", "words": "text"}
+    flm.prepare(events, folder, items=pl.DataFrame(items), item_key="item", item_features=kinds, min_count=1)
+    return load_prepared(folder)
+
+
+def test_a_value_says_the_same_under_another_code(tmp_path: Path) -> None:
+    """Two data sets give the codes of values in another order; an item without features has a sketch of zeros."""
+    one = prepared(tmp_path / "one", {"item": ["x", "y"], "brand": ["acme", "zeta"], "words": ["red hat", "blue hat"]})
+    other = prepared(
+        tmp_path / "other",
+        {"item": ["q", "r", "s", "t"], "brand": [None, "zeta", "acme", "zeta"], "words": [None, "hat", "hat", "hat"]},
+    )
+    rows = {}
+    for data in (one, other):
+        codes = dict(zip(pl.read_parquet(data.path / "vocab/item_brand.parquet")["value"], range(9), strict=False))
+        sketches = Sketches(data, 32)
+        rows[data.path] = np.sign(sketches.rows("brand", np.array([codes["acme"], codes["zeta"]])))
+    np.testing.assert_array_equal(*rows.values())
+    assert not np.array_equal(*rows[one.path])
+    nothing = other.item_keys.index("q")
+    found = Sketches(other, 32).of(np.arange(4))
+    assert not found[nothing].any() and found[1 - min(nothing, 1)].any()
+
+
+def test_a_vocabulary_that_is_missing_is_told(small: PreparedData, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="vocab"):
+        Sketches(replace(small, path=tmp_path), 8)
