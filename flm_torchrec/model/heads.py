@@ -41,7 +41,9 @@ class ItemContent(nn.Module):
     def __init__(self, inputs: int, dim: int) -> None:
         super().__init__()
         self.mlp = mlp(inputs, dim)
-        nn.init.zeros_(self.mlp[-1].weight)
+        last = self.mlp[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
         self.gain = nn.Parameter(torch.tensor([GAIN]))
 
     def forward(self, features: Tensor, sketch: Tensor) -> Tensor:
@@ -60,6 +62,7 @@ class ContentHead(nn.Module):
         super().__init__()
         self.learned = Head(2 * dim, dim, dropout)
         norm = self.learned.layers[-1]
+        assert isinstance(norm, nn.LayerNorm)
         nn.init.zeros_(norm.weight)
         nn.init.normal_(norm.bias, std=START / dim**0.5)  # a user without history has a direction too
         self.recency = nn.Parameter(torch.tensor([RECENCY]).logit())

@@ -58,8 +58,9 @@ def make_tower(
         "similarity": similarity,
     }
     tower = MadeTower(widths, ModelConfig(dim=DIM, user_id_dropout=0.1, **chosen)).eval()
-    for begins_at_zero in (tower.item_content.mlp[-1], tower.content_head.learned.layers[-1]):
-        torch.nn.init.normal_(begins_at_zero.weight, std=0.3)  # as after training
+    for layers in (tower.item_content.mlp, tower.content_head.learned.layers):
+        weight, _ = layers[-1].parameters()
+        torch.nn.init.normal_(weight, std=0.3)  # as after training
     return tower
 
 
@@ -202,13 +203,14 @@ def test_the_content_head_knows_no_ids_and_the_collaborative_head_nothing_else()
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.floats(0.05, 0.95))
 def test_recent_items_count_more(lengths: list[int], keep: float) -> None:
     """Token by token, in each layout."""
-    items = torch.randn(sum(lengths), 3, dtype=torch.float64)
-    wanted, begin = [], 0
+    items, rate = torch.randn(sum(lengths), 3, dtype=torch.float64), torch.tensor([keep], dtype=torch.float64)
+    wanted, begin = list[Tensor](), 0
     for length in lengths:
         items[begin : begin + min(1, length)] = 0  # the prefix
-        wanted += [sum(keep ** (n - m) * items[begin + m] for m in range(n + 1)) for n in range(length)]
+        rows = items[begin : begin + length]
+        wanted += [rate ** torch.arange(n, -1, -1) @ rows[: n + 1] for n in range(length)]
         begin += length
-    rate, time = torch.tensor([keep], dtype=torch.float64), torch.zeros(sum(lengths), dtype=torch.int64)
+    time = torch.zeros(sum(lengths), dtype=torch.int64)
     found = Jagged(torch.tensor(lengths), time).recent(items, rate)
     torch.testing.assert_close(found, torch.stack(wanted) if wanted else items)
     alone = [items.new_zeros(len(lengths), 12, 3), torch.zeros(len(lengths), 13, dtype=torch.int64)]
@@ -234,7 +236,8 @@ def test_an_untrained_content_head_compares_features_with_those_of_the_history()
     assert torch.cosine_similarity(head[7], recent, 0) > 0.97
     cosines = torch.cosine_similarity(used("content", out.content_items), sketches)
     assert (cosines > 0.97).all() and (torch.cosine_similarity(used("content", out.items), sketches) > 0.9).all()
-    gradient = torch.autograd.grad(head[0].sum(), tower.content_head.learned.layers[-1].bias)[0]
+    _, bias = tower.content_head.learned.layers[-1].parameters()
+    gradient = torch.autograd.grad(head[0].sum(), bias)[0]
     assert 0 < gradient.norm() < 100
 
 
