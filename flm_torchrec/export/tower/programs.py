@@ -67,6 +67,8 @@ class SketchProgram(nn.Module):
     Args:
         table: what each code adds, with rows as of the table of the `ContentProgram` beside it.
         dense: [F, D] what each number adds.
+
+    One row of zeros more is kept of the numbers: torch.export.save fails where several tensors are empty.
     """
 
     dense: Tensor
@@ -74,12 +76,12 @@ class SketchProgram(nn.Module):
     def __init__(self, table: PackagedTable, dense: Tensor) -> None:
         super().__init__()
         self.table = table
-        self.register_buffer("dense", dense)
+        self.register_buffer("dense", F.pad(dense, (0, 0, 0, 1)))
 
     def forward(self, rows: Tensor, present: Tensor, dense: Tensor) -> Tensor:
         """[N, features, C] rows, [N, features, C, 1] bool and [N, F] → [N, D]."""
         of_features = F.normalize((self.table(rows) * present).sum(2), dim=2).sum(1)
-        return F.normalize(of_features + F.normalize(dense @ self.dense, dim=1), dim=1)
+        return F.normalize(of_features + F.normalize(F.pad(dense, (0, 1)) @ self.dense, dim=1), dim=1)
 
 
 class ContentProgram(nn.Module):

@@ -186,8 +186,9 @@ def _content(
 
 def _sketch(data: PreparedData, features: tuple[Feature, ...], dim: int, precision: Precision) -> SketchProgram:
     sketches = Sketches(data, dim)
-    rows = (torch.from_numpy(sketches.rows(f.name, block)) for f in features for block in _blocks(f.cardinality))
-    table = PackagedTable(rows, sum(f.cardinality for f in features), dim, precision)
+    rows = [torch.from_numpy(sketches.rows(f.name, block)) for f in features for block in _blocks(f.cardinality)]
+    # Never empty, as `SketchProgram` says.
+    table = PackagedTable([*rows, torch.zeros(1, dim)], sum(f.cardinality for f in features) + 1, dim, precision)
     return SketchProgram(table, torch.from_numpy(sketches.dense))
 
 
