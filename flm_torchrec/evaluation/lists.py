@@ -78,7 +78,7 @@ def _diversity(top: np.ndarray, fetch: Callable[[Tensor], Tensor], comm: Collect
     most = max(int(lists) for lists in comm.all_gather(torch.tensor(len(top), device=comm.device)))
     for start in range(0, most, BLOCK):
         ids = torch.from_numpy(top[start : start + BLOCK])
-        unit = F.normalize(fetch(ids.clamp(min=0)).double(), dim=2) * (ids >= 0)[:, :, None]  # [b, K, D]
+        unit = F.normalize(fetch(ids.clamp(min=0)).cpu().double(), dim=2) * (ids >= 0)[:, :, None]  # [b, K, D]
         pairs = unit.sum(1).square().sum(1) - unit.square().sum((1, 2))  # twice the sum of the cosines of the pairs
         k = (ids >= 0).sum(1)
         total += int(((1 - pairs / (k * (k - 1)))[k > 1] * UNIT).round().sum())
