@@ -17,6 +17,8 @@ from flm_torchrec.data.schema import Feature
 WORD_BITS = 64
 SHORTEST = 1e-12
 """Length below which a vector counts as zeros."""
+KEPT_BYTES = 256 * 2**20
+"""Sketches of all items that take at most so much memory are made once, others in every batch."""
 
 
 class Sketches:
@@ -47,9 +49,23 @@ class Sketches:
         """By feature, [cardinality] float32."""
         numbers = [f"{f.name}/{n}" for f in data.schema.of("item", sparse=False) for n in range(f.width)]
         self.dense = self._signs(_hashes(numbers))  # [F, width]
+        items = data.schema.items
+        keeps = 4 * items * width <= KEPT_BYTES
+        self.kept = np.empty((items, width), np.float32) if keeps else None
+        self.made = np.zeros(items if keeps else 0, bool)
+        """By item, whether `kept` has its sketch."""
 
     def of(self, ids: np.ndarray) -> np.ndarray:
         """[n] items → [n, width] float32."""
+        if self.kept is None:
+            return self._make(ids)
+        new = np.unique(ids[~self.made[ids]])
+        if len(new):
+            self.kept[new] = self._make(new)
+            self.made[new] = True  # after the rows: another thread may ask for them meanwhile
+        return self.kept[ids]
+
+    def _make(self, ids: np.ndarray) -> np.ndarray:
         total = np.zeros((len(ids), self.width), np.float32)
         for feature in self.features:
             taken = self.items.sparse[feature.name].take(ids)

@@ -30,10 +30,17 @@ def test_products_are_about_the_cosines_of_features(small: PreparedData) -> None
     assert errors[0] < 0.12 and errors[1] < errors[0] / 4
 
 
-def test_items_of_a_batch_have_the_sketches_that_they_have_among_all(small: PreparedData) -> None:
+@pytest.mark.parametrize("kept_bytes", [0, 2**20])
+def test_items_of_a_batch_have_the_sketches_that_they_have_among_all(
+    small: PreparedData, monkeypatch: pytest.MonkeyPatch, kept_bytes: int
+) -> None:
+    """Whether sketches are made once or in every batch."""
+    monkeypatch.setattr("flm_torchrec.data.sketch.KEPT_BYTES", kept_bytes)
     sketches = Sketches(small, 24)
     ids = np.array([7, 3, 99, 3])
-    np.testing.assert_allclose(sketches.of(ids), sketches.of(np.arange(100))[ids], atol=1e-6)
+    found = sketches.of(ids)
+    np.testing.assert_allclose(found, Sketches(small, 24).of(np.arange(100))[ids], atol=1e-6)
+    np.testing.assert_allclose(found, sketches.of(np.arange(100))[ids], atol=1e-6)
     assert sketches.of(ids[:0]).shape == (0, 24)
     assert Sketches(small, 0).of(ids).shape == (4, 0)
 
