@@ -82,7 +82,8 @@ class _TransformerBlock(nn.Module):
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             scores = bias(time).masked_fill(~_seen(time), -torch.inf)
-            mixed = F.scaled_dot_product_attention(q, k, v, scores.to(q.dtype))
+            # Attention over no token would give the bias no gradient, which a rank without events owes the others.
+            mixed = F.scaled_dot_product_attention(q, k, v, scores.to(q.dtype)) if q.numel() else scores @ v
         return mixed.transpose(1, 2).flatten(2)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -136,6 +136,7 @@ def test_sequences_of_a_batch_do_not_touch_each_other() -> None:
 
 @settings(max_examples=30)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.sampled_from(sorted(BLOCKS)), st.booleans())
+@example([0], "transformer", True)
 def test_attention_in_buckets_is_attention_of_each_sequence_alone(
     lengths: list[int], block: Any, relative: bool
 ) -> None:
