@@ -15,6 +15,9 @@ RECENCY = 0.7
 """First value of what an item counts in the content head, of what the item after it counts."""
 START = 0.1
 """First length of what the content head's layers add, to a vector of length 1."""
+FASTER = 10.0
+"""AdamW changes a number by about its learning rate in a step. A number that shapes a whole head has to move further
+than a weight of a layer does, so it is held divided by this."""
 
 
 class Head(nn.Module):
@@ -44,11 +47,11 @@ class ItemContent(nn.Module):
         last = self.mlp[-1]
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
-        self.gain = nn.Parameter(torch.tensor([GAIN]))
+        self.log_gain = nn.Parameter(torch.tensor([GAIN]).log() / FASTER)
 
     def forward(self, features: Tensor, sketch: Tensor) -> Tensor:
         """[N, inputs], [N, D] → [N, D]."""
-        return self.gain * sketch + self.mlp(features)
+        return (FASTER * self.log_gain).exp() * sketch + self.mlp(features)
 
 
 class ContentHead(nn.Module):
@@ -63,15 +66,16 @@ class ContentHead(nn.Module):
         self.learned = Head(2 * dim, dim, dropout)
         norm = self.learned.layers[-1]
         assert isinstance(norm, nn.LayerNorm)
-        nn.init.zeros_(norm.weight)
-        nn.init.normal_(norm.bias, std=START / dim**0.5)  # a user without history has a direction too
-        self.recency = nn.Parameter(torch.tensor([RECENCY]).logit())
+        nn.init.constant_(norm.weight, (2 * dim) ** -0.5)
+        nn.init.normal_(norm.bias, std=(2 * dim) ** -0.5)  # a user without history has a direction too
+        self.scale = nn.Parameter(torch.tensor([START]) / FASTER)
+        self.recency = nn.Parameter(torch.tensor([RECENCY]).logit() / FASTER)
 
     def forward(self, contents: Tensor, profile: Tensor, layout: Layout) -> Tensor:
         """[items of …, D], zero where there is no item, and [B, D] → [R, D]."""
-        recent = layout.recent(contents, torch.sigmoid(self.recency))
+        recent = layout.recent(contents, torch.sigmoid(FASTER * self.recency))
         learned = self.learned(torch.cat([layout.mean(contents), layout.each(profile)], 1))
-        return F.normalize(recent, dim=1, eps=START) + learned
+        return F.normalize(recent, dim=1, eps=START) + FASTER * self.scale * learned
 
 
 class CollaborativeHead(nn.Module):
