@@ -165,6 +165,11 @@ def test_a_wrong_place_is_one_line(
     assert "\n" not in str(told.value) and "secret" not in str(told.value)
 
 
+def test_the_option_that_names_a_store_is_told() -> None:
+    with pytest.raises(RunError, match=r"^--store 'qdrnt:x': wants KIND:PLACE"):
+        UserCollection.of("qdrnt:x").find(["u1"])
+
+
 def test_what_opensearch_refuses_is_one_line(opensearch: OpenSearchStandIn) -> None:
     pytest.importorskip("opensearchpy", reason="install flm_torchrec[opensearch]")
     rows = StoreRows(["a", "k" * 513], np.ones((2, 4), np.float32), [EMPTY] * 2)

@@ -37,7 +37,7 @@ class UserCollection:
         local = kind in STORES and kind != "postgresql" and "://" not in place
         if local and place and not Path(place).exists():
             raise RunError(f"--store {self}: {place} not found; give the --to of 'flm load'")
-        with opened(self.to, self.collection, "users") as store:
+        with opened(self.to, self.collection, "users", "--store") as store:
             return {found for batch in _batches(keys) for found in store.find(batch)}
 
     def forget(self, keys: Sequence[str]) -> int:
@@ -47,7 +47,7 @@ class UserCollection:
             RunError: as of `find`, or the database refuses the change.
         """
         gone = 0
-        with opened(self.to, self.collection, "users") as store:
+        with opened(self.to, self.collection, "users", "--store") as store:
             for batch in _batches(keys):
                 found = store.find(batch)
                 gone += len(found)

@@ -51,8 +51,8 @@ class LoadReport:
 
 
 @contextmanager
-def opened(to: str, collection: str, entity: Entity = "items") -> Iterator[Store]:
-    """The store of items or users that `--to` names.
+def opened(to: str, collection: str, entity: Entity = "items", option: str = "--to") -> Iterator[Store]:
+    """The store of items or users that an option names.
 
     Raises:
         RunError: the store is unknown, not installed or not there, or it refuses a request.
@@ -61,7 +61,7 @@ def opened(to: str, collection: str, entity: Entity = "items") -> Iterator[Store
     shown = redact_address(to)
     if kind not in STORES or not location:
         raise RunError(
-            f"--to '{shown}': wants KIND:PLACE, KIND one of {', '.join(STORES)}; {nearest(kind, list(STORES))}"
+            f"{option} '{shown}': wants KIND:PLACE, KIND one of {', '.join(STORES)}; {nearest(kind, list(STORES))}"
         )
     if not NAME.fullmatch(collection):
         raise RunError(f"--collection '{collection}': use letters, digits and underscores, 63 at most")
@@ -69,7 +69,7 @@ def opened(to: str, collection: str, entity: Entity = "items") -> Iterator[Store
     try:
         opener = getattr(importlib.import_module(f"flm_torchrec.export.stores.{module}"), name)
     except ModuleNotFoundError as error:
-        raise RunError(f"--to {kind}: needs {error.name}; pip install 'flm_torchrec[{module}]'") from error
+        raise RunError(f"{option} {kind}: needs {error.name}; pip install 'flm_torchrec[{module}]'") from error
     try:
         store = opener(to if kind == "postgresql" else location, collection, f"{entity[:-1]}_key")
         try:
@@ -79,7 +79,7 @@ def opened(to: str, collection: str, entity: Entity = "items") -> Iterator[Store
     except RunError as error:
         raise RunError(redact(str(error), to)) from error
     except (*opener.errors, OSError, ValueError) as error:
-        raise RunError(f"--to {shown}: {_reason(error, to)}") from error
+        raise RunError(f"{option} {shown}: {_reason(error, to)}") from error
 
 
 def _reason(error: BaseException, to: str) -> str:
