@@ -12,8 +12,8 @@ user is uniform, its item follows Zipf's law. Equal numbers give equal files. Th
 each as a process of its own. Several numbers of events give a table with a part for each. The memory of the process and
 its children is read every 50 ms. "held" is what only these processes have (RssAnon): it must be there. "resident" also
 counts pages of files, which the system takes back when it needs them. "CPU s" is time on all cores: it says more than
-seconds where other work runs beside. With --folder, data and measurements stay there: the same call measures only what
-is not in measured.json yet.
+seconds where other work runs beside; give --threads 1 there, or threads wait for each other. With --folder, data and
+measurements stay there: the same call measures only what is not in measured.json yet.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def commands(folder: Path, args: argparse.Namespace) -> dict[str, list[str]]:
             *("train", "--data.path", str(folder / "data"), "--train.run", str(folder / "run")),
             *("--data.stream", "true", "--train.max_steps", str(args.steps), "--train.eval_every", str(args.steps)),
             *("--model.dim", str(args.dim), "--train.batch_size", "256", "--train.eval_users", str(args.sample)),
-            *("--train.existing", "replace"),
+            *("--train.existing", "replace", "--distributed.threads", str(args.threads)),
         ],
         "evaluate --sample": ["evaluate", *run, "--sample", "--eval.baselines", "[popularity,item-kNN]"],
         "evaluate --sample N": [
@@ -221,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--all-items", action="store_true", help="keep items without events (default: those with some)")
     parser.add_argument("--steps", type=int, default=50, help="of training (default: 50)")
     parser.add_argument("--dim", type=int, default=32, help="width of the model (default: 32)")
+    parser.add_argument("--threads", type=int, default=0, help="of training and what uses its run (default: 0, cores)")
     parser.add_argument("--sample", type=int, default=1000, help="users that are validated on (default: 1000)")
     parser.add_argument("--rank", type=int, default=10_000, help="N of evaluate --sample N (default: 10000)")
     parser.add_argument("--memory", default="2GiB", help="of flm prepare (default: 2GiB)")
