@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flm_torchrec.config.heads import REPRESENTATIONS
+from flm_torchrec.config.heads import FUSED, REPRESENTATIONS
 from flm_torchrec.config.schema import LossConfig
 from flm_torchrec.model.rows import Gather, Rows, Shared, dealt
+from flm_torchrec.model.scale import unit
 from flm_torchrec.model.softmax import CandidateVectors, Hidden, inclusion_log_probability, sampled_softmax
-from flm_torchrec.model.space import used
+from flm_torchrec.model.space import OWN_VECTORS, used
 from flm_torchrec.model.tower import Encoded
 
 if TYPE_CHECKING:
@@ -98,7 +99,10 @@ class NextItemLoss:
 
     def rows(self, batch: Batch, encoded: Encoded) -> Rows:
         """The candidates of this rank; where each rank has its own targets, its part of the drawn negatives."""
-        vectors, ids = encoded.items[batch.candidates], batch.items[batch.candidates]
+        ids = batch.items[batch.candidates]
+        # Where all items are candidates, each is one once, in the same order.
+        every = self.config.negatives == "all" and len(ids) == len(batch.items)
+        vectors = encoded.items if every else F.embedding(batch.candidates, encoded.items)
         numbers = self._numbers(batch)
         if not self.apart:
             return Rows(vectors, ids, numbers)
@@ -115,11 +119,13 @@ class NextItemLoss:
         count = torch.where(shared.weight > 0, shared.weight, 1.0)
         domain = candidates.numbers[:, -1].contiguous() if self.by_domain else None
         vectors = candidates.vectors
+        halves = [half.contiguous() for half in vectors.chunk(2, 1)]  # once: backward joins the halves' gradients
 
         def loss(query: Tensor, name: str, hidden: Hidden | None) -> Tensor:
             """Mean over all ranks' targets, this rank's share."""
             scale = self.log_scale[name].clamp(max=MAX_LOG_SCALE).exp()
-            items = CandidateVectors(used(name, vectors), log_q, domain, PRECISIONS[self.config.precision])
+            own = vectors if name == FUSED else halves[name in OWN_VECTORS]
+            items = CandidateVectors(own, log_q, domain, PRECISIONS[self.config.precision])
             query, target, hidden = counted.only(used(name, query), wanted, hidden)
             return sampled_softmax(query, items, target, scale, hidden, counted.weight) / count
 
@@ -159,7 +165,7 @@ class NextItemLoss:
         own = batch.candidates[: len(batch.candidates) - self._drawn_here()]
         return replace(
             shared,
-            vectors=torch.cat([encoded.items[own], shared.vectors]),
+            vectors=torch.cat([F.embedding(own, encoded.items), shared.vectors]),
             ids=torch.cat([batch.items[own], shared.ids]),
             numbers=torch.cat([self._numbers(batch)[: len(own)], shared.numbers]),
             real=torch.cat([torch.ones_like(own, dtype=torch.bool), shared.real]),
@@ -228,8 +234,8 @@ class AttributeContrast:
     def _own(self, batch: Batch, encoded: Encoded) -> Rows:
         mine = torch.unique(batch.targets)
         # An item that came after training has a row of zeros, where the gradient of a unit vector has no bound.
-        ids = F.normalize(used("content", encoded.id_items[mine]), dim=1, eps=SHORTEST)
-        contents = F.normalize(used("content", encoded.content_items[mine]), dim=1)
+        ids = F.normalize(F.embedding(mine, encoded.ids), dim=1, eps=SHORTEST)
+        contents = unit(F.embedding(mine, encoded.contents))
         domain = batch.item_domain[mine, None].to(ids.dtype) if self.by_domain else ids.new_zeros(len(mine), 0)
         return Rows(torch.cat([ids, contents], 1), batch.items[mine], domain)
 

@@ -158,7 +158,8 @@ class _SampledSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         query_grad, items_grad, scale_grad = ctx.saved_tensors
-        return query_grad * grad, items_grad * grad, scale_grad * grad, None
+        # In place, so a second backward is refused by autograd.
+        return query_grad.mul_(grad), items_grad.mul_(grad), scale_grad * grad, None
 
 
 def _fused(scaled: Tensor, weighted: Tensor, items: Tensor, fixed: _Fixed) -> tuple[Tensor, Tensor, Tensor]:

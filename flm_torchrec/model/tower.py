@@ -14,6 +14,7 @@ from flm_torchrec.config.schema import ModelConfig
 from flm_torchrec.model.fusion import FUSIONS
 from flm_torchrec.model.heads import CollaborativeHead, ContentHead, ItemContent, mlp
 from flm_torchrec.model.layout import Ends, Jagged, Layout
+from flm_torchrec.model.scale import softened_unit, unit
 from flm_torchrec.model.space import place, width
 from flm_torchrec.model.transformer import CausalTransformer
 
@@ -87,12 +88,22 @@ class Encoded:
     """Outputs of the tower for a batch."""
 
     items: Tensor  # [N, S]
-    id_items: Tensor  # [N, S]: from ids alone
-    content_items: Tensor  # [N, S]: from features alone, as an item without a known id has
+    ids: Tensor  # [N, D]: rows of the table of ids
+    contents: Tensor  # [N, D]: of features alone; in training not scaled, as a step needs few of them
     representations: dict[str, Tensor]
     """By name of REPRESENTATIONS, [T, S] at each token; where there is nothing to predict, [R, S] at the last token of
     each of the R sequences that have tokens."""
     left_out: Tensor | None = None  # [T, S] in training: the collaborative head of all items but the target
+
+    @property
+    def id_items(self) -> Tensor:
+        """[N, S]: from ids alone."""
+        return torch.cat([self.ids, self.items.chunk(2, 1)[1]], 1)
+
+    @property
+    def content_items(self) -> Tensor:
+        """[N, S]: from features alone, as an item without a known id has."""
+        return place("content", self.contents)
 
 
 class Tower(nn.Module):
@@ -126,29 +137,32 @@ class Tower(nn.Module):
         """Rows of tables and a batch → `Encoded`. In training, random ids are hidden."""
         dim = self.config.dim
         known = batch.item_known.unsqueeze(1)
-        item_id = embedded.item_id * self._shown(batch.item_known, self.config.id_dropout)
-        source, target = embedded.item_source * known, embedded.item_target * known
+        shown = self._shown(batch.item_known, self.config.id_dropout)
         content = self._content(torch.cat([embedded.item_features, batch.item_dense], 1), batch.item_sketch)
-        vectors = item_id + content
+        vectors = torch.addcmul(content, embedded.item_id, shown)
+        real = (batch.tokens < len(known)).unsqueeze(1)  # no prefix
+        at = batch.tokens.clamp(max=len(known) - 1)
+        both = torch.cat([at, batch.targets])
+        sources = F.embedding(both, embedded.item_source) * known[both]
         user_id, user_features = embedded.user[:, :dim], embedded.user[:, dim:]
         seen = Sequences(
             user_id=user_id * self._shown(batch.user_known, self.config.user_id_dropout),
             profile=self.user_content(torch.cat([user_features, batch.user_dense], 1)),
-            item_id=_gather(item_id, batch.tokens),
-            item_source=_gather(source, batch.tokens),
-            item_context=_gather(embedded.item_context * known, batch.tokens),
-            item_content=_gather(content, batch.tokens),
+            item_id=F.embedding(at, embedded.item_id) * (shown[at] * real),
+            item_source=sources[: len(at)] * real,
+            item_context=F.embedding(at, embedded.item_context) * (known[at] * real),
+            item_content=F.embedding(at, content) * real,
             event=torch.cat([embedded.history, batch.value.unsqueeze(1)], 1),
             context=embedded.context,
         )
         learns = self.training or len(batch.targets) > 0
         layout = Jagged(batch.lengths, batch.time) if learns else Ends(batch.lengths, batch.time)
         return Encoded(
-            items=torch.cat([self._unit(vectors), self._scored(target)], 1),
-            id_items=torch.cat([embedded.item_id, self._scored(target)], 1),
-            content_items=place("content", self._unit(content)),
+            items=torch.cat([self._unit(vectors), self._scored(embedded.item_target, known)], 1),
+            ids=embedded.item_id,
+            contents=content if self.training else self._unit(content),
             representations=self.represent(seen, layout),
-            left_out=self._left_out(seen.user_id, source[batch.targets], layout) if self.training else None,
+            left_out=self._left_out(seen.user_id, sources[len(at) :], layout) if self.training else None,
         )
 
     def represent(self, seen: Sequences, layout: Layout) -> dict[str, Tensor]:
@@ -195,17 +209,17 @@ class Tower(nn.Module):
 
     def _unit(self, x: Tensor) -> Tensor:
         """[n, D] → [n, D], of length 1 where scores are cosines."""
-        return F.normalize(x, dim=1) if self.config.similarity == "cosine" else x
+        return unit(x) if self.config.similarity == "cosine" else x
 
-    def _scored(self, target: Tensor) -> Tensor:
-        """[N, D] → [N, D], of length almost 1 where scores are cosines, and zero for a row of zeros.
+    def _scored(self, target: Tensor, known: Tensor) -> Tensor:
+        """[N, D] → [N, D], of length almost 1 where scores are cosines; zero for a row of zeros or where not known.
 
         An item that came after training has a row of zeros. The gradient of a unit vector has no bound there, and would
         fill the row's optimizer state for good.
         """
         if self.config.similarity != "cosine":
-            return target
-        return target * torch.rsqrt((target**2).sum(1, keepdim=True) + SOFTENING)
+            return target * known
+        return softened_unit(target, SOFTENING, known)
 
     def _content(self, features: Tensor, sketch: Tensor) -> Tensor:
         """[N, F], [N, D] → [N, D]; without features all items have the same content, which is computed once."""
@@ -218,8 +232,3 @@ class Tower(nn.Module):
         if self.training and dropout > 0:
             known = known * (torch.rand_like(known) >= dropout)
         return known.unsqueeze(1)
-
-
-def _gather(rows: Tensor, tokens: Tensor) -> Tensor:
-    """[N, D], [T] → [T, D]; zeros at a prefix token, whose index is N."""
-    return F.pad(rows, (0, 0, 0, 1))[tokens]

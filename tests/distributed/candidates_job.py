@@ -34,8 +34,8 @@ class Vectors:
     """What the tower gives; leaves of autograd."""
 
     items: Tensor
-    id_items: Tensor
-    content_items: Tensor
+    ids: Tensor
+    contents: Tensor
     query: Tensor
     left_out: Tensor
 
@@ -66,11 +66,12 @@ def made(rank: int, kind: str, ranks: CandidateRanks, negatives: int, weighted: 
         items=items, targets=torch.searchsorted(items, targets), candidates=torch.searchsorted(items, candidates),
         lengths=lengths, log_not_sampled=sampled[candidates], item_domain=items % DOMAINS,
     )  # fmt: skip
-    shapes = [len(items), len(items), len(items), len(targets), len(targets)]
+    places = [len(items), len(items), len(items), len(targets), len(targets)]
+    shapes = zip(places, (2 * DIM, DIM, DIM, 2 * DIM, 2 * DIM), strict=True)
     # Short vectors: the softmax bounds probabilities at the least float32, the loss written out does not.
-    vectors = Vectors(*((torch.randn(n, 2 * DIM, generator=noise) / 4).requires_grad_() for n in shapes))
+    vectors = Vectors(*((torch.randn(shape, generator=noise) / 4).requires_grad_() for shape in shapes))
     with torch.no_grad():
-        vectors.id_items[0] = 0.0  # an id that says nothing yet
+        vectors.ids[0] = 0.0  # an id that says nothing yet
     return batch, vectors
 
 
@@ -129,9 +130,9 @@ def _contrast(made_by: list[tuple[Any, Vectors]], rank: int, near: list[int], jo
     for r in near:
         batch, vectors = made_by[r]
         for at in torch.unique(batch.targets):
-            one = vectors.id_items[at]
+            one = vectors.ids[at]
             if bool(one.any()):
-                both = F.normalize(one[:DIM], dim=0, eps=SHORTEST), F.normalize(vectors.content_items[at, :DIM], dim=0)
+                both = F.normalize(one, dim=0, eps=SHORTEST), F.normalize(vectors.contents[at], dim=0)
                 pairs.setdefault(int(batch.items[at]), (r, *both))
     if not pairs:
         return made_by[rank][1].items.sum() * 0
