@@ -121,7 +121,8 @@ class Jagged:
 
     def __init__(self, lengths: Tensor, time: Tensor) -> None:
         self.lengths = lengths
-        self.sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)  # [T]
+        sequences = torch.arange(len(lengths), device=lengths.device)
+        self.sequence = torch.repeat_interleave(sequences, lengths, output_size=len(time))  # [T]
         self.first = torch.cumsum(lengths, 0) - lengths  # [B] the first token of each sequence
         self.position = torch.arange(len(self.sequence), device=lengths.device) - self.first[self.sequence]  # [T]
         order = torch.argsort(lengths, stable=True)

@@ -274,7 +274,8 @@ def hidden_of(lengths: Tensor, columns: Tensor, whole: bool, had: Tensor | None 
         whole: all items of the target's sequence but the target; else those before it.
         had: [T] bool, the targets whose items count as had by the user; None: all.
     """
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)  # [T]
+    sequences = torch.arange(len(lengths), device=lengths.device)
+    sequence = torch.repeat_interleave(sequences, lengths, output_size=len(columns))  # [T]
     first = (torch.cumsum(lengths, 0) - lengths)[sequence]
     token = torch.arange(len(sequence), device=lengths.device)
     count = lengths[sequence] if whole else token - first
@@ -285,7 +286,8 @@ def hidden_of(lengths: Tensor, columns: Tensor, whole: bool, had: Tensor | None 
     kept = column != columns[row]
     if had is not None:
         kept &= had[other]
-    return Hidden(row[kept], column[kept])
+    pairs = kept.nonzero().flatten()  # once: each look-up by a mask would wait for a GPU
+    return Hidden(row[pairs], column[pairs])
 
 
 def columns_of(candidates: Tensor, real: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
