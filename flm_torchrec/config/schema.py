@@ -230,7 +230,9 @@ class DistributedConfig:
             " divides the ranks; 1: all ranks are one group"
         ),
     ] = 1
-    threads: Annotated[int, Field(ge=0, le=4096, description="CPU threads per rank; 0: cores / local ranks")] = 0
+    threads: Annotated[
+        int, Field(ge=0, le=4096, description="CPU threads per rank; 0: OMP_NUM_THREADS, or cores / local ranks")
+    ] = 0
     memory_gib: Annotated[
         float, Field(ge=0, le=1e6, description="memory the planner may fill per rank, in GiB; 0: what the device has")
     ] = 0.0

@@ -166,7 +166,7 @@ def process_group(config: DistributedConfig) -> Iterator[Comm]:
     if device.type == "cpu":
         # Every rank takes part in this collective, also a rank with a given number of threads.
         share = max(1, len(os.sched_getaffinity(0)) // ranks_on_this_host(comm))
-        torch.set_num_threads(config.threads or share)
+        torch.set_num_threads(config.threads or _asked_threads(local_world_size) or share)
     try:
         yield comm
     except RuntimeError as error:
@@ -175,6 +175,16 @@ def process_group(config: DistributedConfig) -> Iterator[Comm]:
         raise RunError(_lost_ranks(dist.PrefixStore("roll-call", store), config.timeout, error)) from error
     finally:
         dist.destroy_process_group()
+
+
+def _asked_threads(local_world_size: int) -> int:
+    """What OMP_NUM_THREADS asks for; 0: nothing.
+
+    Where it is not set, torchrun sets it to 1 for each of several ranks, which asks for nothing.
+    """
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # the others are for nested regions
+    asked = int(first) if first.isdecimal() else 0
+    return 0 if asked == 1 and local_world_size > 1 else asked
 
 
 def silence_warnings() -> None:
