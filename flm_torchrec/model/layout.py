@@ -177,9 +177,10 @@ class Jagged:
     def recent(self, items: Tensor, keep: Tensor) -> Tensor:
         """As of `Layout`; items [T, D] are zero at a prefix.
 
-        By doubling: after k rounds a token has the sum over 2^k items.
+        By doubling: after k rounds a token has the sum over 2^k items. One round at least gives `keep` its gradient, which
+        a rank without events owes the others.
         """
-        total, reach, longest = items, 1, max((longest for _, longest in self.shapes), default=0)
+        total, reach, longest = items, 1, max([2, *(longest for _, longest in self.shapes)])
         while reach < longest:
             before = F.pad(total, (0, 0, reach, 0))[: len(total)]
             total = total + keep * before * (self.position >= reach).unsqueeze(1)

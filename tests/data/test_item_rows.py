@@ -124,7 +124,8 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     assert main(["prepare", "--source", "synthetic", *recipe, "--output", str(folder / "data")]) == 0
     options = [f"--{option}" for option in SMALL]
     paths = [f"--data.path={folder / 'data'}", f"--train.run={folder / 'run'}"]
-    launch_ranks(2, ["-m", "flm_torchrec", "--", "train", *paths, *options, "--train.max_steps=24", *NO_DROPOUT])
+    steps = ["--train.max_steps=24", "--train.eval_every=24"]  # the last step is the best one: it is what goes on
+    launch_ranks(2, ["-m", "flm_torchrec", "--", "train", *paths, *options, *steps, *NO_DROPOUT])
     return folder / "run"
 
 

@@ -93,7 +93,7 @@ def test_rules_add_to_scores(service: Service, client: TestClient) -> None:
     assert keys(few) == [key for key in keys(found) if set(plain[key]["attributes"]["genre"]) & set(genres)][:4]
 
 
-@pytest.mark.parametrize("diversity", [0.6, 1.0])
+@pytest.mark.parametrize("diversity", [0.8, 1.0])
 def test_diverse_items_are_those_of_maximal_marginal_relevance(
     service: Service, client: TestClient, diversity: float
 ) -> None:
