@@ -177,8 +177,8 @@ class Jagged:
     def recent(self, items: Tensor, keep: Tensor) -> Tensor:
         """As of `Layout`; items [T, D] are zero at a prefix.
 
-        By doubling: after k rounds a token has the sum over 2^k items. One round at least gives `keep` its gradient, which
-        a rank without events owes the others.
+        By doubling: after k rounds a token has the sum over 2^k items. One round at least gives `keep` its gradient,
+        which a rank without events owes the others.
         """
         total, reach, longest = items, 1, max([2, *(longest for _, longest in self.shapes)])
         while reach < longest:
