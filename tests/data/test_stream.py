@@ -375,7 +375,7 @@ def test_evaluation_and_export_from_disk_are_those_from_memory(
         manifests.append((tmp_path / place / "manifest.json").read_bytes())
     assert tables[0] == tables[1] and manifests[0] == manifests[1]  # the manifest has the digest of each file
     with monkeypatch.context() as small:
-        small.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+        small.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100))
         small.setattr(restore, "restore", lambda *_, **__: pytest.fail("the model is loaded"))
         for more, told in (
             ([], "--index flat: takes"),
