@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flm_torchrec.config.heads import FUSED, REPRESENTATIONS
+from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.config.schema import LossConfig
 from flm_torchrec.model.rows import Gather, Rows, Shared, dealt
 from flm_torchrec.model.scale import unit
 from flm_torchrec.model.softmax import CandidateVectors, Hidden, inclusion_log_probability, sampled_softmax
-from flm_torchrec.model.space import OWN_VECTORS, used
+from flm_torchrec.model.space import used, used_by_each
 from flm_torchrec.model.tower import Encoded
 
 if TYPE_CHECKING:
@@ -119,13 +119,12 @@ class NextItemLoss:
         count = torch.where(shared.weight > 0, shared.weight, 1.0)
         domain = candidates.numbers[:, -1].contiguous() if self.by_domain else None
         vectors = candidates.vectors
-        halves = [half.contiguous() for half in vectors.chunk(2, 1)]  # once: backward joins the halves' gradients
+        own = used_by_each(vectors)
 
         def loss(query: Tensor, name: str, hidden: Hidden | None) -> Tensor:
             """Mean over all ranks' targets, this rank's share."""
             scale = self.log_scale[name].clamp(max=MAX_LOG_SCALE).exp()
-            own = vectors if name == FUSED else halves[name in OWN_VECTORS]
-            items = CandidateVectors(own, log_q, domain, PRECISIONS[self.config.precision])
+            items = CandidateVectors(own[name], log_q, domain, PRECISIONS[self.config.precision])
             query, target, hidden = counted.only(used(name, query), wanted, hidden)
             return sampled_softmax(query, items, target, scale, hidden, counted.weight) / count
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from flm_torchrec.config.heads import FUSED
+from flm_torchrec.config.heads import FUSED, HEADS
 
 OWN_VECTORS = ("collaborative",)
 """Heads that score by the second half of the space; the others use the first."""
@@ -31,3 +31,12 @@ def place(head: str, h: Tensor) -> Tensor:
 def used(representation: str, x: Tensor) -> Tensor:
     """[n, 2 D] vectors of the space → [n, D], the half that a head uses; [n, 2 D] for the fusion."""
     return x if representation == FUSED else x.chunk(2, 1)[representation in OWN_VECTORS]
+
+
+def used_by_each(x: Tensor) -> dict[str, Tensor]:
+    """[n, 2 D] vectors → by representation what `used` gives, in one piece; heads of one half share it.
+
+    Backward then joins the gradients of the two halves once.
+    """
+    halves = [half.contiguous() for half in x.chunk(2, 1)]
+    return {FUSED: x} | {head: halves[head in OWN_VECTORS] for head in HEADS}
