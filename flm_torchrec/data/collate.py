@@ -56,10 +56,7 @@ class Assembler:
         labels: [interactions, labels] float32, 1 or 0, NaN where there is none. With labels, `stats` should hide the
             values, which the labels come from.
         kind_weights: [kinds of events] float32: what a target of each counts; None: 1, of every kind.
-        width: of the sketches of items, `model.dim`; 0: for batches that no model takes.
-
-    Raises:
-        DataError: the vocabulary of a feature of items is missing.
+        sketches: of items, of the width `model.dim`; None: for batches that no model takes.
     """
 
     def __init__(
@@ -69,10 +66,10 @@ class Assembler:
         stats: TrainStats | None = None,
         labels: np.ndarray | None = None,
         kind_weights: np.ndarray | None = None,
-        width: int = 0,
+        sketches: Sketches | None = None,
     ) -> None:
         self.data = data
-        self.sketches = Sketches(data, width)
+        self.sketches = Sketches(data, 0) if sketches is None else sketches
         self.stats = TrainStats.of(data, train_mask, values=labels is None) if stats is None else stats
         self.contexts = [f.name for f in data.schema.of("event", sparse=True)]
         self.coding = HistoryCoding(

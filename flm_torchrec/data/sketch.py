@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.sparse as sp
 
-from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.data.dataset import PreparedData, Ragged
 from flm_torchrec.data.event_files import as_data_error
 from flm_torchrec.data.feature_values import describe
 from flm_torchrec.data.hashing import mix
@@ -45,7 +45,7 @@ class Sketches:
         self.features = data.schema.of("item", sparse=True) if width else ()
         self.keys = {f.name: _keys(data, f) for f in self.features}
         """By feature, [cardinality] uint64 of its values."""
-        self.weights = {f.name: self._rarity(f) for f in self.features}
+        self.weights = {f.name: rarity(data.items.sparse[f.name], f.cardinality) for f in self.features}
         """By feature, [cardinality] float32."""
         numbers = [f"{f.name}/{n}" for f in data.schema.of("item", sparse=False) for n in range(f.width)]
         self.dense = self._signs(_hashes(numbers))  # [F, width]
@@ -81,19 +81,19 @@ class Sketches:
         """[n] codes of a feature → [n, width] float32: what each adds, before the feature is made as long as others."""
         return self._signs(self.keys[feature][codes]) * self.weights[feature][codes, None]
 
-    def _rarity(self, feature: Feature) -> np.ndarray:
-        held = self.items.sparse[feature.name]
-        of_item = np.repeat(np.arange(len(held)), held.lengths)
-        once = np.unique(of_item * feature.cardinality + held.values) % feature.cardinality
-        counts = np.bincount(once, minlength=feature.cardinality)
-        return np.log1p(len(held) / np.maximum(counts, 1)).astype(np.float32)
-
     def _signs(self, keys: np.ndarray) -> np.ndarray:
         """[n] uint64 → [n, width] float32 of 1 / sqrt(width) and its negative."""
         words = -(-self.width // WORD_BITS)
         numbered = keys[:, None] + np.arange(words, dtype=np.uint64)  # wraps around
         bits = np.unpackbits(mix(numbered.view(np.int64)).astype("<u8").view(np.uint8), axis=1)[:, : self.width]
         return (2 * bits.astype(np.float32) - 1) * np.float32(max(1, self.width) ** -0.5)
+
+
+def rarity(held: Ragged, codes: int) -> np.ndarray:
+    """Codes of a feature of each item → [codes] float32: log(1 + items / items that have it)."""
+    of_item = np.repeat(np.arange(len(held)), held.lengths)
+    once = np.unique(of_item * codes + held.values) % codes
+    return np.log1p(len(held) / np.maximum(np.bincount(once, minlength=codes), 1)).astype(np.float32)
 
 
 def _keys(data: PreparedData, feature: Feature) -> np.ndarray:

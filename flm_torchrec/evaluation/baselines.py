@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flm_torchrec.data.columns import new_column
 from flm_torchrec.data.dataset import PreparedData, Ragged, spans
+from flm_torchrec.data.sketch import rarity
 from flm_torchrec.data.splits import Examples
 
 EASE_L2 = 100.0
@@ -243,8 +244,7 @@ def _weighted(values: Ragged, items: int) -> sp.csr_matrix:
     codes = 1 + int(values.values.max(initial=0))
     held = sp.csr_matrix((ones, values.values, values.offsets), shape=(items, codes))
     held.sum_duplicates()
-    idf = np.log1p(items / np.maximum(np.bincount(held.indices, minlength=codes), 1)).astype(np.float32)
-    held.data = idf[held.indices]
+    held.data = rarity(values, codes)[held.indices]
     return _unit_rows(held)
 
 

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from flm_torchrec.config import Config
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.collate import Assembler
-from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import Examples
-from flm_torchrec.data.train_stats import TrainStats
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.evaluation.protocol import Of
 from flm_torchrec.mixture import Mixture
@@ -29,24 +27,23 @@ class ModelEncoder:
     All methods are collective: every rank calls them equally often, if need be with nothing to encode.
 
     Args:
-        train_stats: what the events that the model has learned from say of ids and values.
+        assembler: of batches to encode.
         config: its `eval` bounds the users and items of one call.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        data: PreparedData,
-        train_stats: TrainStats,
+        assembler: Assembler,
         examples: Examples,
         comm: Comm,
         config: Config,
     ) -> None:
         self.dim = width(config.model.dim)
         self.max_history = config.data.max_history
-        self.assembler = Assembler(data, data.no_events, train_stats, width=config.model.dim)
+        self.assembler = assembler
         self.model = model
-        self.data = data
+        self.data = assembler.data
         self.examples = examples
         self.comm = comm
         self.check: Callable[[], None] = lambda: None

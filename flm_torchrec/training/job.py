@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from flm_torchrec.config import Config
+from flm_torchrec.data.collate import Assembler
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.data.train_stats import TrainStats
@@ -120,6 +121,11 @@ class Job:
             return self.loader.assembler.stats
         return self.events.stats(self.data, values=True)
 
+    @cached_property
+    def encoding(self) -> Assembler:
+        """Builds batches to encode; their items have the sketches of the training batches."""
+        return Assembler(self.data, self.data.no_events, self.train_stats, sketches=self.loader.assembler.sketches)
+
     def encoder(self, examples: Examples) -> ModelEncoder:
         """The model as an encoder of the examples' users and of items."""
-        return ModelEncoder(self.model, self.data, self.train_stats, examples, self.comm, self.config)
+        return ModelEncoder(self.model, self.encoding, examples, self.comm, self.config)

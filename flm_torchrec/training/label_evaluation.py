@@ -97,7 +97,7 @@ def _loader(job: Job, labels: np.ndarray) -> Loader:
     data, comm, config = job.data, job.comm, job.config
     splits = spans_of(data, labels)
     stats, mask = job.events.stats(data, values=False), splits.train_mask(data)
-    assembler = _UserAssembler(data, mask, stats, labels, width=config.model.dim)
+    assembler = _UserAssembler(data, mask, stats, labels, sketches=job.loader.assembler.sketches)
     none_drawn = Negatives(np.ones(data.schema.items), 0, 1.0)
     sharing = Sharing(config.train.batch_size, 0, comm.rank, comm.world_size)
     if data.units is not None:

@@ -11,6 +11,7 @@ from flm_torchrec.data.domain_shares import DomainShares, check_domains
 from flm_torchrec.data.lanes import LanePlan
 from flm_torchrec.data.loader import Loader, Sharing, TrainLoader
 from flm_torchrec.data.negatives import DrawnShare, Negatives
+from flm_torchrec.data.sketch import Sketches
 from flm_torchrec.data.stream_loader import StreamLoader
 from flm_torchrec.data.weights import kind_weights
 from flm_torchrec.data.windows import windows
@@ -39,7 +40,7 @@ def make_loader(data: PreparedData, events: RunEvents, config: Config, comm: Com
         stats=events.stats(data, values=labels is None),
         labels=labels,
         kind_weights=weights_of(data, config),
-        width=config.model.dim,
+        sketches=Sketches(data, config.model.dim),
     )
     negatives = Negatives(counts, drawn, config.loss.negative_power, drawn_share(config, comm))
     return TrainLoader(spans, assembler, negatives, sharing, shares)
@@ -52,8 +53,8 @@ def _make_stream_loader(
     assert stream is not None
     check_domains(data, stream.counts)
     plan = LanePlan(stream, config.data.max_history, sharing)
-    kinds = weights_of(data, config)
-    assembler = Assembler(data, events.learned_from, stream.stats, labels, kinds, config.model.dim)
+    kinds, sketches = weights_of(data, config), Sketches(data, config.model.dim)
+    assembler = Assembler(data, events.learned_from, stream.stats, labels, kinds, sketches)
     drawn = config.loss.negatives if labels is None else 0
     negatives = Negatives(stream.counts, drawn, config.loss.negative_power, drawn_share(config, comm))
     return StreamLoader(plan, assembler, negatives)

@@ -55,7 +55,7 @@ def test_codes_are_those_of_the_log(data: PreparedData) -> None:
 
 def representations(job: Job, data: PreparedData, user: int) -> dict[str, torch.Tensor]:
     """[3, S] what the heads say before each of a user's last three events."""
-    assembler = Assembler(data, job.events.learned_from, job.train_stats, width=job.config.model.dim)
+    assembler = Assembler(data, job.events.learned_from, job.train_stats, sketches=job.loader.assembler.sketches)
     end = int(data.offsets[user + 1])
     job.model.eval()
     found = []

@@ -169,8 +169,10 @@ def _content(
     blocks = [model.rows(f.name, block, entity) for f in features for block in _blocks(f.cardinality)]
     layers = model.dense.item_content if entity == "item" else model.dense.user_content
 
+    sketches = Sketches(data, dim if entity == "item" else 0)
+
     def program(precision: Precision) -> ContentProgram:
-        sketch = _sketch(data, features, dim, precision) if entity == "item" else None
+        sketch = _sketch(sketches, features, dim, precision) if entity == "item" else None
         return ContentProgram(layers, PackagedTable(blocks, sum(sizes), dim, precision), offset, sketch)
 
     exact = program("fp32")
@@ -184,8 +186,7 @@ def _content(
     return program(precision), contents()
 
 
-def _sketch(data: PreparedData, features: tuple[Feature, ...], dim: int, precision: Precision) -> SketchProgram:
-    sketches = Sketches(data, dim)
+def _sketch(sketches: Sketches, features: tuple[Feature, ...], dim: int, precision: Precision) -> SketchProgram:
     rows = [torch.from_numpy(sketches.rows(f.name, block)) for f in features for block in _blocks(f.cardinality)]
     # Never empty, as `SketchProgram` says.
     table = PackagedTable([*rows, torch.zeros(1, dim)], sum(f.cardinality for f in features) + 1, dim, precision)

@@ -20,6 +20,7 @@ from flm_torchrec.data.collate import Assembler
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.loader import Sharing, TrainLoader
 from flm_torchrec.data.negatives import Negatives
+from flm_torchrec.data.sketch import Sketches
 from flm_torchrec.data.vocabulary import ENTITIES, RowMatch
 from flm_torchrec.errors import ConfigError, Interrupted, RunError
 from flm_torchrec.files import ANOTHER, mend_inside, replacing_file, telling, write_text
@@ -403,7 +404,7 @@ class _Follower:
                 known.learnable,
                 known.train_stats,
                 kind_weights=weights_of(known.data, config),
-                width=config.model.dim,
+                sketches=Sketches(known.data, config.model.dim),
             ),
             Negatives(known.counts, config.loss.negatives, config.loss.negative_power, drawn_share(config, comm)),
             Sharing(config.train.batch_size, config.train.seed, comm.rank, comm.world_size),
