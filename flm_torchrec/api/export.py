@@ -138,6 +138,7 @@ def export_run(
 def _check_sizes(run: Path, choices: ExportChoices) -> None:
     """Raise RunError where a run has too few or too many items, or too many rows for the memory, to be exported so."""
     from flm_torchrec.data.schema import Schema
+    from flm_torchrec.data.sketch import kept_bytes
     from flm_torchrec.export.tower.writer import check_memory
     from flm_torchrec.export.write import check_items
     from flm_torchrec.model.space import width
@@ -146,7 +147,8 @@ def _check_sizes(run: Path, choices: ExportChoices) -> None:
     check_has_model(run)
     schema = Schema.load(run / VOCABULARY / "schema.yaml")
     dim = read_config(run).model.dim
-    check_items("none" if choices.since else choices.index or "flat", schema.items, width(dim))
+    index = "none" if choices.since else choices.index or "flat"
+    check_items(index, schema.items, width(dim), kept_bytes(schema.items, dim))
     if choices.tower != "none":
         check_memory(schema, dim, choices.tower)
 

@@ -50,10 +50,15 @@ class Sketches:
         numbers = [f"{f.name}/{n}" for f in data.schema.of("item", sparse=False) for n in range(f.width)]
         self.dense = self._signs(_hashes(numbers))  # [F, width]
         items = data.schema.items
-        keeps = 4 * items * width <= KEPT_BYTES
+        keeps = kept_bytes(items, width) > 0
         self.kept = np.empty((items, width), np.float32) if keeps else None
         self.made = np.zeros(items if keeps else 0, bool)
         """By item, whether `kept` has its sketch."""
+
+    @property
+    def growth(self) -> int:
+        """Bytes that sketches not made yet will take, once they are asked for."""
+        return 4 * self.width * int(np.count_nonzero(~self.made))
 
     def of(self, ids: np.ndarray) -> np.ndarray:
         """[n] items → [n, width] float32."""
@@ -87,6 +92,12 @@ class Sketches:
         numbered = keys[:, None] + np.arange(words, dtype=np.uint64)  # wraps around
         bits = np.unpackbits(mix(numbered.view(np.int64)).astype("<u8").view(np.uint8), axis=1)[:, : self.width]
         return (2 * bits.astype(np.float32) - 1) * np.float32(max(1, self.width) ** -0.5)
+
+
+def kept_bytes(items: int, width: int) -> int:
+    """Of the sketches that a process keeps, float32 in host memory; 0 where each batch makes its own."""
+    needed = 4 * items * width
+    return needed if needed <= KEPT_BYTES else 0
 
 
 def rarity(held: Ragged, codes: int) -> np.ndarray:

@@ -77,7 +77,7 @@ def evaluate_heads(
         RunError: a vector or a score is not a number.
     """
     shares = ItemShares(data.schema.items, config.item_block, comm)
-    check_vectors(shares.count, encoder.dim, comm.device)
+    check_vectors(shares.count, encoder, comm.device)
     scorer = HeadScorer(encoder, data.schema.items, config.item_block, comm)
     ranked = rank_targets(RankingProblem(data, examples, blocks_of(config)), scorer, comm)
     return {
@@ -106,7 +106,7 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
     notes = [*left_out(config, items), *_untested(data, examples)]
     check_events(config, data.count(task.train_mask))
     shares = ItemShares(items, config.item_block, comm)
-    check_vectors(len(_heads(task)) * shares.count, encoder.dim, comm.device)
+    check_vectors(len(_heads(task)) * shares.count, encoder, comm.device)
     result = Evaluation(task.split, len(examples), {}, notes=notes)
     if data.item_domain is not None:
         result = replace(result, ranked="events, every item of the event's domain ranked")

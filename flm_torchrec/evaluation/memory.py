@@ -7,19 +7,21 @@ import torch
 
 from flm_torchrec.config.schema import EvalConfig
 from flm_torchrec.errors import ConfigError, RunError
+from flm_torchrec.evaluation.protocol import Encoder
 
 EVENT_BYTES = 24
 """Bytes of a training event in item-kNN and in Markov, while they are made."""
 GIB = 2**30
 
 
-def check_vectors(count: int, dim: int, device: torch.device) -> None:
-    """Raise RunError where a device has no memory left for so many vectors of items, [count, dim] float32."""
+def check_vectors(count: int, encoder: Encoder, device: torch.device) -> None:
+    """Raise RunError where a device has no memory left for so many vectors of items, float32, and what makes them."""
     on_gpu = device.type == "cuda"
-    needed, free = 4 * count * dim, torch.cuda.mem_get_info(device)[0] if on_gpu else _free()
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else _free()
+    needed = 4 * count * encoder.dim + (0 if on_gpu else encoder.growth)
     if needed > free:
         raise RunError(
-            f"ranking by {count:,} vectors of items of {dim} numbers needs {needed / GIB:.1f} GiB on each"
+            f"ranking by {count:,} vectors of items of {encoder.dim} numbers needs {needed / GIB:.1f} GiB on each"
             f" {'GPU' if on_gpu else 'rank'}, and {free / GIB:.1f} GiB are free: rank on more machines, whose ranks"
             " share the items, or train a narrower model.dim"
         )

@@ -21,6 +21,10 @@ class Encoder(Protocol):
     dim: int
 
     @property
+    def growth(self) -> int:
+        """Bytes of host memory that encoding all items will keep, beside what is held already."""
+
+    @property
     def mixture(self) -> Mixture | None:
         """How the heads' scores become the fused one, where that is no dot product."""
 

@@ -85,17 +85,18 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise RunError(f"{output}: exists; give another --output, or --overwrite to replace it")
 
 
-def check_items(index: IndexKind, items: int, width: int) -> None:
+def check_items(index: IndexKind, items: int, width: int, growth: int) -> None:
     """Check the number of items before an export begins.
 
     Args:
         width: numbers of an item's vector.
+        growth: bytes that encoding all items keeps.
 
     Raises:
         RunError: there are too few for the index, or more than an export can number or the index has memory for.
     """
     check_index(index, items)
-    check_memory(index, items, width)
+    check_memory(index, items, width, growth)
     if items > MOST_ITEMS:
         raise RunError(
             f"export: {items:,} items; an export numbers {MOST_ITEMS:,} at most (int32): prepare with a larger"
@@ -155,7 +156,7 @@ def export(
         RunError: there are too few items for the index, another job writes the output, or the disk cannot be written.
             No file is left then.
     """
-    check_items(options.index, source.data.schema.items, source.encoder.dim)
+    check_items(options.index, source.data.schema.items, source.encoder.dim, source.encoder.growth)
     manifest = blank_manifest(source, options)
     with claimed(output, overwrite, comm), fresh_folder(output, comm) as fresh:
         quality = None

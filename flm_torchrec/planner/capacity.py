@@ -47,7 +47,7 @@ def report(workload: Workload, cluster: Cluster, planned: PlannedTables, pipelin
         "optimizer": workload.optimizer,
         "pipeline": pipeline.value,
         "capacity": cluster.capacity,
-        "for_tables": int(cluster.capacity * (1 - RESERVED)) - workload.dense_bytes,
+        "for_tables": int(cluster.capacity * (1 - RESERVED)) - workload.dense_bytes - _sketches(workload, cluster)[0],
         "tables": _tables(planned),
         "ranks": ranks,
         "critical_rank": critical["rank"],
@@ -70,6 +70,7 @@ def _whole_step(work: StepWork, cluster: Cluster, tables_ms: dict[str, float]) -
 
 def _ranks(workload: Workload, cluster: Cluster, planned: PlannedTables) -> list[dict[str, Any]]:
     cuda = cluster.hardware.device == "cuda"
+    in_device, in_host = _sketches(workload, cluster)
     zero = Storage(hbm=0, ddr=0)
     parts = [dict.fromkeys(TABLE_PARTS, zero) for _ in range(cluster.world_size)]
     perfs = [Perf(0, 0, 0, 0) for _ in range(cluster.world_size)]
@@ -85,12 +86,18 @@ def _ranks(workload: Workload, cluster: Cluster, planned: PlannedTables) -> list
             "device": {
                 **{name: part.hbm if cuda else part.ddr for name, part in parts[rank].items()},
                 "dense": workload.dense_bytes,
+                "sketches": in_device,
             },
-            "host": {name: part.ddr if cuda else 0 for name, part in parts[rank].items()},
+            "host": {**{name: part.ddr if cuda else 0 for name, part in parts[rank].items()}, "sketches": in_host},
             "ms": _milliseconds(perfs[rank]),
         }
         for rank in range(cluster.world_size)
     ]
+
+
+def _sketches(workload: Workload, cluster: Cluster) -> tuple[int, int]:
+    """Bytes of a rank's sketches: in the memory that is planned, and in the host memory of a GPU."""
+    return (0, workload.sketch_bytes) if cluster.hardware.device == "cuda" else (workload.sketch_bytes, 0)
 
 
 def _milliseconds(perf: Perf) -> dict[str, float]:

@@ -154,11 +154,15 @@ class StorageEstimator(EmbeddingStorageEstimator):
 
 
 class Reservation(FixedPercentageStorageReservation):
-    """Reserves a share of the memory, and that of the dense part. TorchRec reserves nothing on a CPU; this does."""
+    """Reserves a share of the memory, on a CPU too, where TorchRec reserves nothing; and the dense part and sketches.
 
-    def __init__(self, dense_bytes: int) -> None:
+    Args:
+        host_bytes: in host memory beside the tables.
+    """
+
+    def __init__(self, dense_bytes: int, host_bytes: int) -> None:
         super().__init__(RESERVED)
-        self.dense_bytes = dense_bytes
+        self.dense_bytes, self.host_bytes = dense_bytes, host_bytes
 
     def reserve(
         self,
@@ -173,8 +177,10 @@ class Reservation(FixedPercentageStorageReservation):
         for device in reserved.devices:
             if topology.compute_device == "cuda":
                 device.storage.hbm = max(0, device.storage.hbm - self.dense_bytes)
+                device.storage.ddr = max(0, device.storage.ddr - self.host_bytes)
             else:
-                device.storage.ddr = max(0, int(device.storage.ddr * (1 - RESERVED)) - self.dense_bytes)
+                room = int(device.storage.ddr * (1 - RESERVED))
+                device.storage.ddr = max(0, room - self.dense_bytes - self.host_bytes)
         return reserved
 
 

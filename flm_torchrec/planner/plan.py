@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -17,8 +17,7 @@ from flm_torchrec.config.schema import DistributedConfig
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.distributed.replicas import group_of
 from flm_torchrec.errors import ConfigError
-from flm_torchrec.planner.constraints import Lookup, constraints, read_rules, table_configs
-from flm_torchrec.planner.estimate import dense_bytes
+from flm_torchrec.planner.constraints import constraints, read_rules, table_configs
 from flm_torchrec.planner.plan_file import load_plan
 from flm_torchrec.planner.solve import DENSE, Infeasible, solve
 from flm_torchrec.planner.workload import Workload
@@ -28,18 +27,14 @@ def make_plan(
     model: nn.Module,
     comm: Comm,
     config: DistributedConfig,
-    batch_size: int,
-    optimizer: str,
-    lookups: Callable[[], Mapping[str, Lookup]],
+    workload: Callable[[], Workload],
 ) -> ShardingPlan:
     """Plan the model's tables over the ranks of one replica, or read the plan of `config.plan`. Collective.
 
     Every rank gets the same plan.
 
     Args:
-        batch_size: sequences of a rank in a step.
-        optimizer: of the tables, by its name in the config.
-        lookups: gives the look-ups of one sequence, by feature. Only the rank that plans calls it.
+        workload: gives the work of a rank. Only the rank that plans calls it.
 
     Raises:
         ConfigError: the tables do not fit, with the table at fault; or a file does not fit the model.
@@ -51,12 +46,10 @@ def make_plan(
             if config.plan:
                 return load_plan(Path(config.plan), model, group)
             rules = read_rules(config, [table.name for table in table_configs(model)])
-            by_feature = lookups()
-            allowed = constraints(model, rules, by_feature)
+            work = workload()
+            allowed = constraints(model, rules, work.lookups)
             topology, pipeline = _topology(comm, group, config), pipeline_of(comm.device.type)
-            # With fsdp each rank holds a slice of the dense part.
-            dense = dense_bytes(model) // (comm.world_size if config.dense == "fsdp" else 1)
-            return solve(Workload(model, batch_size, by_feature, optimizer, dense), topology, allowed, pipeline).plan
+            return solve(work, topology, allowed, pipeline).plan
         except Infeasible as error:
             if error.table == DENSE:
                 return ConfigError(str(error))

@@ -21,7 +21,7 @@ PARTS = {
     "pipeline": "pipeline",
     "dense": "dense",
 }
-"""Parts of a rank's memory and their column headers."""
+"""Parts of a rank's memory and their column headers; sketches, which are in host memory, come after them."""
 TIMES = ("compute", "communication", "prefetch")
 TABLE_HEADER = ("table", "rows", "dim", "weights", "ids/sample", "sharding", "kernel", "ranks")
 STYLE = "body{font:15px system-ui;max-width:60em;margin:2em auto}td,th{padding:2px 10px;text-align:right}"
@@ -82,7 +82,7 @@ def tables_of(made: dict[str, Any]) -> list[TextTable]:
     """The embedding tables and the ranks of a plan."""
     shown = made["ranks"][:MOST_RANKS_SHOWN]
     of = f" (the first {len(shown)} of {len(made['ranks'])})" if len(shown) < len(made["ranks"]) else ""
-    header = ["rank", *PARTS.values(), "device", "host (UVM)", "compute ms", "comm. ms", "prefetch ms"]
+    header = ["rank", *PARTS.values(), "sketches", "device", "host", "compute ms", "comm. ms", "prefetch ms"]
     return [
         TextTable("tables", TABLE_HEADER, [_table_cells(table) for table in made["tables"]]),
         TextTable(f"ranks{of}", header, [_rank_cells(rank) for rank in shown]),
@@ -97,6 +97,7 @@ def _table_cells(table: dict[str, Any]) -> list[str]:
 
 def _rank_cells(rank: dict[str, Any]) -> list[str]:
     parts = [size(rank["device"][name]) for name in PARTS]
+    parts.append(size(sum(rank[memory]["sketches"] for memory in ("device", "host"))))
     totals = [size(sum(rank[memory].values())) for memory in ("device", "host")]
     return [str(rank["rank"]), *parts, *totals, *(f"{rank['ms'][name]:.3f}" for name in TIMES)]
 

@@ -64,12 +64,13 @@ def solve(
     """
     model, batch_size = workload.model, workload.batch_size
     _refuse_dense(topology, workload.dense_bytes)
+    reservation = Reservation(workload.dense_bytes, workload.sketch_bytes)
     enumerator = Enumerator(topology, batch_size, constraints, workload.optimizer, pipeline)
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch_size,
         enumerator=enumerator,
-        storage_reservation=Reservation(workload.dense_bytes),
+        storage_reservation=reservation,
         # Without TorchRec's grid search, which takes minutes for a thousand ranks.
         proposer=[GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()],
         constraints=constraints,
@@ -79,7 +80,7 @@ def solve(
     try:
         plan = planner.plan(model, sharders())
     except PlannerError as error:
-        free = Reservation(workload.dense_bytes).reserve(topology, batch_size, model, sharders(), constraints)
+        free = reservation.reserve(topology, batch_size, model, sharders(), constraints)
         raise _infeasible(enumerator.enumerate(model, sharders()), free, error) from error
     except RuntimeError as error:
         if "No available sharding type" not in str(error):

@@ -25,5 +25,7 @@ class Workload:
     """Of the tables, by its name in the config."""
     dense_bytes: int
     """Memory of a rank that the dense part takes in training."""
+    sketch_bytes: int = 0
+    """Host memory of a rank that the sketches of items take, on a GPU too."""
     step: StepWork | None = None
     """What a step does beside the tables; None: not known, as of a spec."""

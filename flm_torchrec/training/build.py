@@ -11,6 +11,7 @@ from torchrec.distributed.types import ShardingPlan
 
 from flm_torchrec.config import Config
 from flm_torchrec.data.schema import Schema
+from flm_torchrec.data.sketch import kept_bytes
 from flm_torchrec.data.weights import label_weights
 from flm_torchrec.distributed.candidates import CandidateRanks
 from flm_torchrec.distributed.comm import Comm
@@ -20,7 +21,9 @@ from flm_torchrec.errors import ConfigError
 from flm_torchrec.model.label import LabelDense
 from flm_torchrec.model.pretrain import Dense, PretrainModel
 from flm_torchrec.planner.constraints import Lookup
+from flm_torchrec.planner.estimate import dense_bytes
 from flm_torchrec.planner.plan import make_plan
+from flm_torchrec.planner.workload import Workload
 
 
 def set_precision(config: Config, device: torch.device) -> None:
@@ -48,9 +51,21 @@ def build(
     if freeze:
         model.tower.freeze(config.finetune.tower)
     check_managed(model, comm.world_size, config.distributed.sharding)
-    batch_size = -(-config.train.batch_size // comm.world_size)
-    plan = make_plan(model, comm, config.distributed, batch_size, config.train.sparse_optimizer, count_lookups)
-    sliced = model.tower.sliceable() if config.distributed.dense == "fsdp" else []
+    fsdp = config.distributed.dense == "fsdp"
+
+    def workload() -> Workload:
+        return Workload(
+            model=model,
+            batch_size=-(-config.train.batch_size // comm.world_size),
+            lookups=count_lookups(),
+            optimizer=config.train.sparse_optimizer,
+            # With fsdp each rank holds a slice of the dense part.
+            dense_bytes=dense_bytes(model) // (comm.world_size if fsdp else 1),
+            sketch_bytes=kept_bytes(schema.items, config.model.dim),
+        )
+
+    plan = make_plan(model, comm, config.distributed, workload)
+    sliced = model.tower.sliceable() if fsdp else []
     return shard(model, plan, comm, config.train, sliced, config.distributed.replicas), plan
 
 

@@ -49,6 +49,11 @@ class ModelEncoder:
         self.check: Callable[[], None] = lambda: None
 
     @property
+    def growth(self) -> int:
+        """Bytes of the items' sketches that are kept and not made yet."""
+        return self.assembler.sketches.growth
+
+    @property
     def mixture(self) -> Mixture | None:
         """The mixture that scores in place of the fused vector, if one does."""
         model: PretrainModel = self.model.module  # type: ignore[assignment]

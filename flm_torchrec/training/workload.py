@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from flm_torchrec.config import Config
+from flm_torchrec.data.sketch import kept_bytes
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.planner.estimate import dense_bytes
 from flm_torchrec.planner.workload import Workload
@@ -37,6 +38,7 @@ def workload_per_rank(config: Config) -> Callable[[int], Workload]:
             lookups=lookups_of(loader),
             optimizer=config.train.sparse_optimizer,
             dense_bytes=dense_bytes(model),
+            sketch_bytes=kept_bytes(data.schema.items, config.model.dim),
             step=step_work(model, config, loader, small),
         )
 

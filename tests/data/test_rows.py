@@ -21,6 +21,7 @@ from flm_torchrec.distributed.shard import make_optimizer, shard
 from flm_torchrec.errors import ConfigError, DataError
 from flm_torchrec.model.tables import EVICTION_INTERVAL, item_tables, user_tables
 from flm_torchrec.planner.plan import make_plan
+from flm_torchrec.planner.workload import Workload
 from flm_torchrec.prepare.options import PrepareOptions
 from flm_torchrec.prepare.prepare import prepare
 from flm_torchrec.prepare.sources import synthetic
@@ -148,7 +149,9 @@ def test_a_row_that_a_new_id_takes_starts_from_nothing() -> None:
     with process_group(DistributedConfig(device="cpu", threads=1)) as comm:
         _, managed = user_tables(schema, dim=4)
         assert managed is not None
-        plan = make_plan(managed, comm, DistributedConfig(), 8, config.sparse_optimizer, dict)
+        plan = make_plan(
+            managed, comm, DistributedConfig(), lambda: Workload(managed, 8, {}, config.sparse_optimizer, 0)
+        )
         model = shard(managed, plan, comm, config)
         optimizer = make_optimizer(model, config)
 

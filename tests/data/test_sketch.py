@@ -11,7 +11,7 @@ import pytest
 
 import flm_torchrec as flm
 from flm_torchrec.data.dataset import PreparedData, load_prepared
-from flm_torchrec.data.sketch import Sketches
+from flm_torchrec.data.sketch import Sketches, kept_bytes
 from flm_torchrec.data.splits import split
 from flm_torchrec.errors import DataError
 from flm_torchrec.evaluation.baselines import ContentKNN
@@ -30,15 +30,18 @@ def test_products_are_about_the_cosines_of_features(small: PreparedData) -> None
     assert errors[0] < 0.12 and errors[1] < errors[0] / 4
 
 
-@pytest.mark.parametrize("kept_bytes", [0, 2**20])
+@pytest.mark.parametrize("most", [0, 2**20])
 def test_items_of_a_batch_have_the_sketches_that_they_have_among_all(
-    small: PreparedData, monkeypatch: pytest.MonkeyPatch, kept_bytes: int
+    small: PreparedData, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
     """Whether sketches are made once or in every batch."""
-    monkeypatch.setattr("flm_torchrec.data.sketch.KEPT_BYTES", kept_bytes)
-    sketches = Sketches(small, 24)
+    monkeypatch.setattr("flm_torchrec.data.sketch.KEPT_BYTES", most)
+    sketches, items = Sketches(small, 24), small.schema.items
     ids = np.array([7, 3, 99, 3])
+    kept = sketches.growth
     found = sketches.of(ids)
+    assert kept == kept_bytes(items, 24) == (4 * 24 * items if most else 0)
+    assert sketches.growth == max(0, kept - 3 * 4 * 24)
     np.testing.assert_allclose(found, Sketches(small, 24).of(np.arange(100))[ids], atol=1e-6)
     np.testing.assert_allclose(found, sketches.of(np.arange(100))[ids], atol=1e-6)
     assert sketches.of(ids[:0]).shape == (0, 24)

@@ -116,6 +116,7 @@ class RandomEncoder:
     """Fixed random vectors, small integers so that ties happen."""
 
     dim = 4
+    growth = 0
     mixture = None
 
     def __init__(self, users: int, items: int, seed: int = 0) -> None:
@@ -470,8 +471,12 @@ def test_limits_are_told_with_their_numbers_and_the_way_round(monkeypatch: pytes
         check_events(EvalConfig(), 10**9)
     with pytest.raises(ConfigError, match=r"Markov needs .*leave it out of eval\.baselines"):
         check_events(EvalConfig(baselines=("Markov",)), 41_667)
-    check_vectors(62_500, 4, Alone().device)
+    encoder = RandomEncoder(1, 1)
+    check_vectors(62_500, encoder, Alone().device)
     with pytest.raises(
         RunError, match=r"ranking by 90,000,000 vectors of items of 4 numbers needs 1\.3 GiB on each rank"
     ):
-        check_vectors(90_000_000, 4, Alone().device)
+        check_vectors(90_000_000, encoder, Alone().device)
+    encoder.growth = 1
+    with pytest.raises(RunError, match="ranking by 62,500 vectors"):
+        check_vectors(62_500, encoder, Alone().device)

@@ -45,6 +45,7 @@ from tools.benchmarks import export as bench_export
 class MadeUp:
     """Distinct random vectors, so that no two scores are equal; those of `changed` items and of user 5 are others."""
 
+    growth = 0
     mixture: Mixture | None = None
 
     def __init__(self, data: PreparedData, changed: Collection[int] = (), dim: int = 16) -> None:

@@ -91,6 +91,20 @@ def test_memory_is_what_the_sizes_say(tmp_path: Path) -> None:
     assert made["balance"]["memory"] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(("hardware", "place"), [("h100", "host"), ("xeon-8480", "device")])
+def test_sketches_are_in_host_memory(tmp_path: Path, hardware: str, place: str) -> None:
+    cluster, asked = make_cluster(hardware, 1, 2), question(spec(tmp_path))
+    work = replace(asked.workload(2), sketch_bytes=2**28)
+    without, made = asked.report(cluster), replace(asked, workload=lambda _: work).report(cluster)
+    assert [rank[place]["sketches"] for rank in made["ranks"]] == [2**28] * 2
+    assert without["for_tables"] - made["for_tables"] == (2**28 if place == "device" else 0)
+    room = cluster.topology().devices[0].storage.ddr
+    full = replace(work, sketch_bytes=room)
+    rules = Rules(kernels=["fused_uvm"] if place == "host" else ["fused"])
+    with pytest.raises(Infeasible, match="host memory"):
+        replace(asked, workload=lambda _: full, rules=rules).report(cluster)
+
+
 def test_rows_that_are_looked_up_more_weigh_on_their_rank(tmp_path: Path) -> None:
     asked = question(spec(tmp_path), sharding_types=("row_wise",))
     even = asked.workload(2)

@@ -31,6 +31,7 @@ class Planted:
     """Heads whose vector is the true item's plus noise of a given size, drawn apart for each."""
 
     dim = DIM
+    growth = 0
     mixture = None
 
     def __init__(self, data: PreparedData, examples: Examples, noise: dict[str, float]) -> None:

@@ -34,7 +34,7 @@ class Kept:
     """An encoder that has made all vectors in advance."""
 
     def __init__(self, encoder: Encoder, users: int, items: int, block: int) -> None:
-        self.dim, self.mixture = encoder.dim, encoder.mixture
+        self.dim, self.growth, self.mixture = encoder.dim, 0, encoder.mixture
         blocks = [encoder.users(np.arange(s, min(s + block, users))) for s in range(0, users, block)]
         self.heads = {head: torch.cat([b[head] for b in blocks]) for head in REPRESENTATIONS}
         self.vectors = torch.cat([encoder.items(np.arange(s, min(s + block, items))) for s in range(0, items, block)])

@@ -67,6 +67,7 @@ class Alone:
 class MadeUp:
     """Vectors of norm 1 around random centres, the same for the same ids."""
 
+    growth = 0
     mixture: Mixture | None = None
 
     def __init__(self, dim: int) -> None:

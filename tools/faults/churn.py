@@ -26,6 +26,7 @@ from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.distributed.shard import make_optimizer, shard
 from flm_torchrec.model.tables import EVICTION_INTERVAL, ManagedIds, user_tables
 from flm_torchrec.planner.plan import make_plan
+from flm_torchrec.planner.workload import Workload
 
 WARM_UP = 50
 """Steps before memory is first read: by then buffers and allocator have reached their size."""
@@ -80,7 +81,8 @@ def churn(table: Table, ids: int, dim: int, batch: int, regulars: int, comm: Com
     schema = Schema("churn", "churn", users=users, items=1, interactions=1, tables={"user_id": table})
     config = TrainConfig(sparse_lr=0.1)
     users_alone = Users(schema, dim)
-    plan = make_plan(users_alone, comm, DistributedConfig(), batch, config.sparse_optimizer, dict)
+    work = Workload(users_alone, batch, {}, config.sparse_optimizer, dense_bytes=0)
+    plan = make_plan(users_alone, comm, DistributedConfig(), lambda: work)
     model = shard(users_alone, plan, comm, config)
     optimizer = make_optimizer(model, config)
     managed = [m for m in model.modules() if isinstance(m, ManagedIds)]

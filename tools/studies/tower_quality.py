@@ -32,7 +32,7 @@ class Packaged:
 
     def __init__(self, tower: PackagedTower, data: PreparedData, examples: Examples, exact: Encoder) -> None:
         self.tower, self.data, self.examples, self.exact = tower, data, examples, exact
-        self.dim, self.mixture = tower.space, exact.mixture
+        self.dim, self.growth, self.mixture = tower.space, exact.growth, exact.mixture
 
     def users(self, rows: np.ndarray) -> dict[str, Tensor]:
         """As of `evaluation.protocol.Encoder`."""

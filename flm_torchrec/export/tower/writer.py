@@ -24,7 +24,7 @@ from flm_torchrec.data.event_files import context_columns
 from flm_torchrec.data.feature_values import describe
 from flm_torchrec.data.order_statistics import order_statistics
 from flm_torchrec.data.schema import Feature, Schema
-from flm_torchrec.data.sketch import Sketches
+from flm_torchrec.data.sketch import Sketches, kept_bytes
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.memory import check_fits
 from flm_torchrec.export.tower.layout import DESCRIPTION, FOLDER, HISTORIES, ITEM, PROFILE, USER, history_types
@@ -66,13 +66,14 @@ class TowerSource(Protocol):
 
 
 def check_memory(schema: Schema, dim: int, precision: Precision) -> None:
-    """Check that the packaged tables fit into the free memory.
+    """Check that the packaged tables, and the sketches of the items that are encoded before, fit into the free memory.
 
     Raises:
         RunError: they do not.
     """
     needed = (4 * schema.items + 2 * schema.users) * (dim + 8 if precision == "int8" else 4 * dim)
     rows = f"{schema.items:,} items and {schema.users:,} users"
+    needed += kept_bytes(schema.items, dim)
     check_fits(needed, f"--tower {precision}", rows, "--tower none, or on a larger machine")
 
 
