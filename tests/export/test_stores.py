@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -208,3 +210,43 @@ def test_a_missing_client_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setitem(__import__("sys").modules, CLIENTS[kind], None)
         with pytest.raises(RunError, match=rf"pip install 'flm_torchrec\[{module}\]'"), opened(f"{kind}:x", "items"):
             pass
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [(502, "<html><body>\nBad Gateway</body></html>"), (404, "<html>\nnone</html>"), "Hi", {}, ["a"], {"a": 1}],
+)
+def test_a_server_that_is_no_opensearch_is_told_in_one_line(answer: Any) -> None:
+    client = pytest.importorskip("opensearchpy", reason="install flm_torchrec[opensearch]")
+    from flm_torchrec.export.stores.opensearch import OpenSearchIndex
+
+    def get_mapping(index: str) -> Any:
+        if isinstance(answer, tuple):
+            status, body = answer
+            raise (client.NotFoundError if status == 404 else client.TransportError)(status, "text", body)
+        return answer
+
+    store = OpenSearchIndex("http://127.0.0.1:1", "items", "item_id")
+    stranger: Any = SimpleNamespace(indices=SimpleNamespace(get_mapping=get_mapping))
+    store.client = stranger
+    with pytest.raises(RunError, match="does not answer as OpenSearch does; check host and port") as told:
+        store.create(8)
+    assert "\n" not in str(told.value)
+
+
+def test_postgresql_is_waited_for_a_while_unless_the_address_says_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    psycopg = pytest.importorskip("psycopg", reason="install flm_torchrec[pgvector]")
+    pytest.importorskip("pgvector", reason="install flm_torchrec[pgvector]")
+    from flm_torchrec.export.stores.pgvector import PgVector
+
+    waits = []
+
+    def connect(location: str) -> None:
+        waits.append(int(psycopg.conninfo.conninfo_to_dict(location)["connect_timeout"]))
+        raise psycopg.OperationalError("refused")
+
+    monkeypatch.setattr(psycopg, "connect", connect)
+    for asked in "", "?connect_timeout=3":
+        with pytest.raises(ConnectionError, match="refused"):
+            PgVector(f"postgresql://127.0.0.1:1/none{asked}", "items", "item_id")
+    assert waits == [10, 3]

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from opensearchpy import NotFoundError, OpenSearch, OpenSearchException, helpers
+from opensearchpy import NotFoundError, OpenSearch, OpenSearchException, TransportError, helpers
 
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.stores.protocol import StoreRows
@@ -17,6 +17,9 @@ LONGEST_KEY = 512
 """In bytes: what OpenSearch takes for the id of a document."""
 SECONDS = 60
 """In which the server must answer."""
+NOT_OPENSEARCH = "--to opensearch: the server at this address does not answer as OpenSearch does; check host and port"
+REFUSED = (401, 403)
+"""Status of an answer that may be no JSON."""
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 """Names of indices: no capital letters, no underscore in front."""
 SPACE = "innerproduct"
@@ -107,11 +110,20 @@ class OpenSearchIndex:
         """The mapping of the index, by field; None where there is no index."""
         try:
             mapping = self.client.indices.get_mapping(index=self.collection)
-        except NotFoundError:
-            return None
+        except TransportError as error:
+            if isinstance(error.status_code, int) and error.status_code not in REFUSED and type(error.info) is not dict:
+                raise RunError(NOT_OPENSEARCH) from error
+            if isinstance(error, NotFoundError):
+                return None
+            raise
+        if type(mapping) is not dict or not mapping:
+            raise RunError(NOT_OPENSEARCH)
         if len(mapping) > 1:
             raise RunError(f"collection '{self.collection}': is an alias of several indices; name one of them")
-        return next(iter(mapping.values()))["mappings"].get("properties", {})
+        (index,) = mapping.values()
+        if type(index) is not dict or type(index.get("mappings")) is not dict:
+            raise RunError(NOT_OPENSEARCH)
+        return index["mappings"].get("properties", {})
 
     def _bulk(self, actions: Iterable[dict[str, Any]]) -> None:
         """Send actions; a document that is to be deleted may be gone.

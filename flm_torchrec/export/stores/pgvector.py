@@ -6,11 +6,14 @@ import numpy as np
 import psycopg
 from pgvector.psycopg import register_vector
 from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.types.json import Jsonb
 
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.stores.protocol import StoreRows
 
+SECONDS = 10
+"""In which the server must answer, unless the address has `connect_timeout`."""
 CREATE = (
     "CREATE TABLE IF NOT EXISTS {table} ({key} text PRIMARY KEY, title text NOT NULL, attributes jsonb NOT NULL,"
     " model_version text NOT NULL, embedding vector({dim}) NOT NULL)"
@@ -30,7 +33,8 @@ class PgVector:
         self.collection = collection
         self.key = key
         try:
-            self.connection = psycopg.connect(location)
+            waits = {"connect_timeout": SECONDS, **conninfo_to_dict(location)}["connect_timeout"]
+            self.connection = psycopg.connect(make_conninfo(location, connect_timeout=waits))
         except psycopg.OperationalError as error:
             raise ConnectionError(str(error)) from error
 
