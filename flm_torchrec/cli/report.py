@@ -11,7 +11,7 @@ from flm_torchrec.config import Config, add_data_path, given_overrides, load_con
 from flm_torchrec.errors import FlmError, RunError
 from flm_torchrec.files import telling, write_text
 from flm_torchrec.safe_text import visible
-from flm_torchrec.training.identity import own_data
+from flm_torchrec.training.identity import check_is_run, own_data
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -38,10 +38,7 @@ def run(args: argparse.Namespace) -> None:
         RunError: there is no run folder, or the folder of the page does not exist.
     """
     folder = args.run_folder
-    if not (folder / "config.yaml").is_file():
-        inner = [str(file.parent) for file in sorted(folder.glob("*/config.yaml"))]
-        hint = f"; give one of {', '.join(inner)}" if inner else f"; make one with 'flm train --train.run {folder}'"
-        raise RunError(f"{folder}: no config.yaml, so no run folder{hint}")
+    check_is_run(folder)
     output = args.output or folder / "report.html"
     if not output.parent.is_dir():
         raise RunError(f"{output.parent}: not found; --output must be in a folder that is there")

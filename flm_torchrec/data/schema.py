@@ -11,6 +11,7 @@ import yaml
 
 from flm_torchrec.documents import read_yaml
 from flm_torchrec.errors import DataError
+from flm_torchrec.folders import kind_of
 from flm_torchrec.names import nearest
 
 Kind = Literal["categorical", "multi_categorical", "text", "numeric", "quantile", "dense"]
@@ -155,6 +156,8 @@ class Schema:
             DataError: the file is missing, is no YAML, or has an unknown key, kind, table, or an impossible size.
         """
         if not path.is_file():
+            if kind := kind_of(path.parent):
+                raise DataError(f"{path.parent}: is {kind}, not prepared data; give a folder of 'flm prepare --output'")
             raise DataError(
                 f"{path}: not found; give the folder that 'flm prepare --output' wrote, or prepare your logs first"
                 " ('flm prepare --help')"

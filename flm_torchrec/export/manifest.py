@@ -15,6 +15,7 @@ from flm_torchrec.config.heads import HEADS, REPRESENTATIONS
 from flm_torchrec.documents import MOST_JSON_BYTES, Unreadable, parse_json, read_text
 from flm_torchrec.errors import RunError
 from flm_torchrec.files import sha256, write_text
+from flm_torchrec.folders import EXPORT, kind_of
 from flm_torchrec.mixture import Mixture
 from flm_torchrec.safe_text import visible
 
@@ -137,6 +138,8 @@ def read_manifest(folder: Path) -> Manifest:
         RunError: there is no export, it has another format, or its fields contradict each other.
     """
     file = folder / FILE
+    if (kind := kind_of(folder)) not in ("", EXPORT):
+        raise RunError(f"{folder}: is {kind}, not an export; give a folder of 'flm export --output'")
     if not file.is_file():
         raise RunError(f"{file}: not found; make the export with 'flm export --output {folder}'")
     manifest = read_strictly(file, Manifest)

@@ -25,7 +25,8 @@ from flm_torchrec.export.manifest import DELTA, FILE, FORMAT, RECALL, IndexKind,
 from flm_torchrec.export.parts import PART_ROWS, Entity, part_name, write_part
 from flm_torchrec.export.quality import Quality, ValidationSet
 from flm_torchrec.export.vectors import encode
-from flm_torchrec.files import new_folder, put_in_place, remove, telling, temporary
+from flm_torchrec.files import new_folder, put_in_place, remove, resolved, telling, temporary
+from flm_torchrec.folders import DATA, EXPORT, kind_of
 
 MOST_ITEMS = 2**31 - 1
 """Items of an export: seen items, histories and rows of the index are stored as int32."""
@@ -70,11 +71,15 @@ class ExportOptions:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Check that nothing is replaced but an older export, and that only with `overwrite`.
+    """Check that nothing is replaced but an older export, and that only with `overwrite`, and nothing is written into
+    prepared data or another export, which are replaced whole.
 
     Raises:
-        RunError: the output is a file, another folder, or an export without `overwrite`.
+        RunError: the output is a file, another folder, an export without `overwrite`, or in one of these.
     """
+    for folder in resolved(output).parents:
+        if (kind := kind_of(folder)) in (DATA, EXPORT):
+            raise RunError(f"{output}: lies in {folder}, {kind}, which is replaced whole; give another --output")
     if output.is_file():
         raise RunError(f"{output}: is a file; give another --output")
     if not output.exists() or not any(output.iterdir()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,6 +17,8 @@ from flm_torchrec.serve.redis_store import RedisStore
 
 POSTGRESQL = ("postgresql://", "postgres://")
 REDIS = ("redis://", "rediss://")
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+"""How an address begins that is no file."""
 
 
 class LiveTransaction(Protocol):
@@ -95,10 +98,10 @@ def open_store(address: str | None, limits: StoreLimits | None = None) -> LiveSt
         return PostgresStore(address, limits)
     if address.startswith(REDIS):
         return RedisStore(address, limits)
-    if "://" in address:
+    if SCHEME.match(address):
         raise RunError(
-            f"--events {redact_address(address)}: give a file, or the address of a database: postgresql://USER@HOST/NAME"
-            " or redis://HOST:PORT/NUMBER"
+            f"--events {redact_address(address)}: no such kind of store; give a file (./NAME if its name has a colon),"
+            " postgresql://USER@HOST/NAME, redis://HOST:PORT/NUMBER, or none: in memory, of 'flm serve' alone"
         )
     return EventStore(Path(address), limits)
 

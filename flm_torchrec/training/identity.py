@@ -11,6 +11,7 @@ from flm_torchrec.config import Config, load_config
 from flm_torchrec.data.dataset import PreparedData, fingerprint_of, fingerprints_before
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.errors import RunError
+from flm_torchrec.folders import PUSHED, kind_of
 
 VOCABULARY = "vocabulary"
 """Folder of a run: what the rows of its tables stand for."""
@@ -53,16 +54,29 @@ def check_has_model(run: Path) -> None:
     from flm_torchrec.training.checkpoint.manager import BEST
     from flm_torchrec.training.checkpoint.storage import read_meta
 
-    if not (run / "config.yaml").is_file():
-        inner = [str(file.parent) for file in sorted(run.glob("*/config.yaml"))]
-        mend = f"give one of {', '.join(inner)}" if inner else f"make one with 'flm train --train.run {run}'"
-        raise RunError(f"{run}: no config.yaml, so no run folder; {mend}")
+    check_is_run(run)
     if not (run / BEST).exists():
         command = f"'flm train --config {run / 'config.yaml'} --train.run {run} --train.existing resume'"
         if load_config(run / "config.yaml").finetune.source:
             command = "the 'flm finetune' that began it and --train.existing resume"
         raise RunError(f"{run}: stopped before its first validation, so it has no best model yet; go on with {command}")
     read_meta(run / BEST)
+
+
+def check_is_run(run: Path) -> None:
+    """Raise RunError unless it is a run folder; the message says what it is, or how to get one."""
+    kind = kind_of(run)
+    if kind == PUSHED:
+        raise RunError(f"{run}: is {kind}, not a run; make a run of it with 'flm pull {run} RUN'")
+    if (run / "config.yaml").is_file():
+        return
+    if kind:
+        raise RunError(
+            f"{run}: no config.yaml, so no run folder: it is {kind}; give a folder of 'flm train --train.run'"
+        )
+    inner = [str(file.parent) for file in sorted(run.glob("*/config.yaml"))]
+    mend = f"give one of {', '.join(inner)}" if inner else f"make one with 'flm train --train.run {run}'"
+    raise RunError(f"{run}: no config.yaml, so no run folder; {mend}")
 
 
 def made_with(run: Path) -> str:

@@ -259,7 +259,8 @@ def test_a_database_of_no_use_is_one_line_without_its_password(database: str) ->
         (database, "a store of format 9"),
         ("postgresql://nobody:hidden@127.0.0.1:1/none", "127.0.0.1"),
         ("postgresql://nobody:hidden@127.0.0.1:1/none?nonsense=1", "nonsense"),
-        ("mysql://nobody:hidden@127.0.0.1", "give a file, or the address of a database"),
+        ("mysql://nobody:hidden@127.0.0.1", "no such kind of store; give a file"),
+        ("memory:", "no such kind of store; give a file"),
     ):
         with pytest.raises(RunError, match=reason) as told:
             open_store(address)

@@ -295,7 +295,10 @@ class Checkpoints:
         wanted = set().union(*self.comm.gather(names(state)))
         extra = {name for name in there if not name.startswith((RNG, BESIDE))} - wanted
         if extra:
-            raise RunError(f"{folder}: holds {min(extra)}, which this model lacks; resume with the settings of the run")
+            raise RunError(
+                f"{folder}: holds {min(extra)}, which this model lacks; resume with the settings of the run;"
+                f" {storage.OLDER}"
+            )
         fill_by_key(folder, state, matches, self.comm)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict({"state": state["optimizer"]})

@@ -35,6 +35,8 @@ from flm_torchrec.files import new_folder, put_in_place, remove, sha256, tempora
 META = "meta.json"
 SUMS = "SHA256SUMS"
 PART = ".sums"
+OLDER = "if an older version made it, train again with this one"
+"""What to do where tensors are missing, or one too many."""
 MOST_METADATA = 2**20
 """Maximum bytes of .metadata, beyond as many as the shards have: it describes them in a fraction of their size."""
 MOST_NESTED = 1000
@@ -80,7 +82,8 @@ def read(folder: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None)
     try:
         dcp.load(tensors, storage_reader=_Reader(folder), planner=_Planner(), process_group=group)
     except (dcp.api.CheckpointException, OSError, EOFError, *UNREADABLE) as error:
-        raise RunError(f"{folder}: the checkpoint does not fit this model ({_reason(error)})") from error
+        reason = f"the checkpoint does not fit this model ({_reason(error)})"
+        raise RunError(f"{folder}: {reason}; {OLDER}") from error
 
 
 def read_all(folder: Path) -> dict[str, torch.Tensor]:

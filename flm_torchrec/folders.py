@@ -1,0 +1,22 @@
+"""What a folder holds, by its files: a command that is given another kind of folder than it wants can say so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PUSHED = "a folder of 'flm push'"
+DATA = "prepared data"
+EXPORT = "an export"
+KINDS = {
+    PUSHED: ("config.yaml", "manifest.json"),
+    "a run": ("config.yaml",),
+    DATA: ("schema.yaml", "interactions"),
+    EXPORT: ("manifest.json", "map.parquet"),
+    "a delta": ("delta.json",),
+}
+"""By kind, what is in such a folder; the first kind that fits is it."""
+
+
+def kind_of(folder: Path) -> str:
+    """The kind of a folder, of KINDS; empty where it is none of them."""
+    return next((kind for kind, names in KINDS.items() if all((folder / n).exists() for n in names)), "")
