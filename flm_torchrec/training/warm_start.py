@@ -222,7 +222,8 @@ def _check_fits(state: Path, job: Job, matches: dict[str, RowMatch]) -> None:
     differ = sorted(there.keys() ^ here.keys())
     if differ:
         where = "the run lacks" if differ[0] in here else "this model lacks"
-        raise RunError(f"{state}: {where} {differ[0].removeprefix(MODEL)}; go on with the settings of the run")
+        differs = f"{where} {differ[0].removeprefix(MODEL)}"
+        raise RunError(f"{state}: {differs}; go on with the settings of the run; {storage.OLDER}")
     for name, size in here.items():
         weight = weight_of(name, matches)
         first = 1 if weight is not None and matches[weight].origin is not None else 0
