@@ -186,17 +186,17 @@ def check_index(kind: IndexKind, items: int) -> None:
         raise RunError(f"--index ivfpq: trains on {LEAST_ROWS} items at least, not {items}; use flat or hnsw")
 
 
-def check_memory(kind: IndexKind, items: int, width: int, beside: int = 0) -> None:
+def check_memory(kind: IndexKind, items: int, width: int, growth: int = 0) -> None:
     """Check that an index over vectors of so many numbers fits into the free memory; it is built on rank 0.
 
     Args:
-        beside: bytes that are taken until the index is built.
+        growth: bytes that encoding all items keeps until the index is built.
 
     Raises:
         RunError: it does not.
     """
     of_index = {"hnsw": items * (4 * width + 8 * LINKS), "ivfpq": memory_of_shards(items, width)}
-    needed = 0 if kind == "none" else items * GROUP_BYTES + of_index.get(kind, 0) + beside
+    needed = 0 if kind == "none" else items * GROUP_BYTES + of_index.get(kind, 0) + growth
     instead = "--index none, and search in a vector database ('flm load')"
     check_fits(needed, f"--index {kind}", f"{items:,} items", instead)
 

@@ -33,7 +33,7 @@ class PgVector:
         self.collection = collection
         self.key = key
         try:
-            waits = {"connect_timeout": SECONDS, **conninfo_to_dict(location)}["connect_timeout"]
+            waits = conninfo_to_dict(location).get("connect_timeout", SECONDS)
             self.connection = psycopg.connect(make_conninfo(location, connect_timeout=waits))
         except psycopg.OperationalError as error:
             raise ConnectionError(str(error)) from error
