@@ -142,8 +142,9 @@ def test_what_cannot_be_followed_is_told(run: Path, source: Path, tmp_path: Path
     assert "kafka://HOST:PORT/TOPIC" in told("--source", "kafka://there")
     assert "did you mean 'user'?" in told("--columns", "usr=u")
     assert "exists and is no run folder" in told("--output", str(source))
-    (source / "a.parquet").write_bytes(b"PAR1 and no more PAR1")
-    assert "a.parquet: not a readable Parquet file" in told()
+    (source / "0.parquet").write_bytes(b"PAR1 and no more PAR1")
+    assert "0.parquet: not a readable Parquet file" in told()
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_goes_on_with_its_own_source_alone(

@@ -141,11 +141,12 @@ def follow(run: Path, url: str, output: Path, options: FollowOptions, overrides:
             if config.train.warm_start:
                 know_learned(job)
             guard = Guard(comm, "stop", output / NON_FINITE)
+            first = comm.on_main(lambda: _first(source, output))
             with open_run_folder(config, inputs.data, comm, 0) as logger, guard:
                 follower = _Follower(job, logger, guard, encoder, options)
                 del job
                 follower.resume(source)
-                follower.take_all(source, new_items)
+                follower.take_all(source, new_items, first)
                 return follower.totals()
 
 
@@ -162,6 +163,11 @@ def _config_of(run: Path, output: Path, overrides: Sequence[str]) -> Config:
             f" with --output {run}, or prepare the data again and train with --train.warm_start {run}"
         )
     return replace(config, train=replace(config.train, run=str(output)))
+
+
+def _first(source: EventSource, output: Path) -> Chunk | None:
+    """The first chunk for a new output, so that a source that cannot be read leaves no folder behind; else None."""
+    return None if (output / "config.yaml").is_file() else source.after(source.resume({}))
 
 
 def _slower(config: Config) -> Config:
@@ -229,8 +235,11 @@ class _Follower:
             self.histories.expire()
         self._save()
 
-    def take_all(self, source: EventSource, new_items: ItemFeed) -> None:
+    def take_all(self, source: EventSource, new_items: ItemFeed, first: Chunk | None) -> None:
         """Learn from chunk after chunk.
+
+        Args:
+            first: a chunk that was read already.
 
         Raises:
             Interrupted: asked to stop; the state is saved.
@@ -238,7 +247,8 @@ class _Follower:
         """
         while not self.comm.any(self.guard.asked)[0]:
             self._take_items(new_items)
-            chunk = self.comm.on_main(lambda: source.after(self.progress.following["source"]))
+            chunk = first or self.comm.on_main(lambda: source.after(self.progress.following["source"]))
+            first = None
             self._log_messages(source)
             if chunk is not None:
                 self._take(chunk)
