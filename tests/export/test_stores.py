@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -229,12 +231,56 @@ def test_a_server_that_is_no_opensearch_is_told_in_one_line(answer: Any) -> None
     store = OpenSearchIndex("http://127.0.0.1:1", "items", "item_id")
     stranger: Any = SimpleNamespace(indices=SimpleNamespace(get_mapping=get_mapping))
     store.client = stranger
-    with pytest.raises(RunError, match="does not answer as OpenSearch does; check host and port") as told:
+    with pytest.raises(ValueError, match="does not answer as OpenSearch does; check host and port") as told:
         store.create(8)
     assert "\n" not in str(told.value)
 
 
-def test_postgresql_is_waited_for_a_while_unless_the_address_says_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def stranger() -> Iterator[Any]:
+    """A server that gives the same answer to everything: `status` and `body`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(server.status)
+            self.send_header("Content-Length", str(len(server.body)))
+            self.end_headers()
+            self.wfile.write(server.body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.filterwarnings("ignore:Failed to obtain server version")
+def test_a_server_that_is_no_qdrant_is_told_in_one_line(stranger: Any) -> None:
+    pytest.importorskip("qdrant_client", reason="install flm_torchrec[qdrant]")
+
+    address = f"qdrant:http://127.0.0.1:{stranger.server_port}"
+
+    def told() -> str:
+        with pytest.raises(RunError) as error, opened(address, "items", option="--store") as store:
+            store.find(["i1"])
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    no_handler = b'{"error": "no handler found for uri [/collections/items/exists]", "status": 400}'
+    for stranger.status, stranger.body in (
+        (200, b"{}"), (200, b"[]"), (200, b"<html>\nHi</html>"), (404, b"<html>\nnone</html>"), (400, no_handler),
+    ):  # fmt: skip
+        assert told() == f"--store {address}: the server does not answer as Qdrant does; check host and port"
+    stranger.status, stranger.body = 500, b'{"status": {"error": "disk full"}, "time": 0}'
+    assert told() == f"--store {address}: Unexpected Response: 500 (Internal Server Error)"
+    stranger.status, stranger.body = 401, b"Must provide an API key or an Authorization bearer token"
+    assert told() == f"--store {address}: Unexpected Response: 401 (Unauthorized)"
+
+
+def test_postgresql_is_waited_for_a_while_unless_the_user_says_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
     psycopg = pytest.importorskip("psycopg", reason="install flm_torchrec[pgvector]")
     pytest.importorskip("pgvector", reason="install flm_torchrec[pgvector]")
     from flm_torchrec.export.stores.pgvector import PgVector
@@ -246,7 +292,10 @@ def test_postgresql_is_waited_for_a_while_unless_the_address_says_how_long(monke
         raise psycopg.OperationalError("refused")
 
     monkeypatch.setattr(psycopg, "connect", connect)
-    for asked in "", "?connect_timeout=3":
-        with pytest.raises(ConnectionError, match="refused"):
-            PgVector(f"postgresql://127.0.0.1:1/none{asked}", "items", "item_id")
-    assert waits == [10, 3]
+    monkeypatch.delenv("PGCONNECT_TIMEOUT", raising=False)
+    for _ in range(2):
+        for asked in "", "?connect_timeout=3":
+            with pytest.raises(ConnectionError, match="refused"):
+                PgVector(f"postgresql://127.0.0.1:1/none{asked}", "items", "item_id")
+        monkeypatch.setenv("PGCONNECT_TIMEOUT", "7")
+    assert waits == [10, 3, 7, 3]

@@ -17,7 +17,7 @@ LONGEST_KEY = 512
 """In bytes: what OpenSearch takes for the id of a document."""
 SECONDS = 60
 """In which the server must answer."""
-NOT_OPENSEARCH = "--to opensearch: the server at this address does not answer as OpenSearch does; check host and port"
+NOT_OPENSEARCH = "the server does not answer as OpenSearch does; check host and port"
 REFUSED = (401, 403)
 """Status of an answer that may be no JSON."""
 NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -112,17 +112,17 @@ class OpenSearchIndex:
             mapping = self.client.indices.get_mapping(index=self.collection)
         except TransportError as error:
             if isinstance(error.status_code, int) and error.status_code not in REFUSED and type(error.info) is not dict:
-                raise RunError(NOT_OPENSEARCH) from error
+                raise ValueError(NOT_OPENSEARCH) from error
             if isinstance(error, NotFoundError):
                 return None
             raise
         if type(mapping) is not dict or not mapping:
-            raise RunError(NOT_OPENSEARCH)
+            raise ValueError(NOT_OPENSEARCH)
         if len(mapping) > 1:
             raise RunError(f"collection '{self.collection}': is an alias of several indices; name one of them")
         (index,) = mapping.values()
         if type(index) is not dict or type(index.get("mappings")) is not dict:
-            raise RunError(NOT_OPENSEARCH)
+            raise ValueError(NOT_OPENSEARCH)
         return index["mappings"].get("properties", {})
 
     def _bulk(self, actions: Iterable[dict[str, Any]]) -> None:

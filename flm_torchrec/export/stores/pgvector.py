@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import psycopg
 from pgvector.psycopg import register_vector
@@ -13,7 +15,7 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.export.stores.protocol import StoreRows
 
 SECONDS = 10
-"""In which the server must answer, unless the address has `connect_timeout`."""
+"""In which the server must answer, unless the address has `connect_timeout`, or the environment PGCONNECT_TIMEOUT."""
 CREATE = (
     "CREATE TABLE IF NOT EXISTS {table} ({key} text PRIMARY KEY, title text NOT NULL, attributes jsonb NOT NULL,"
     " model_version text NOT NULL, embedding vector({dim}) NOT NULL)"
@@ -33,7 +35,8 @@ class PgVector:
         self.collection = collection
         self.key = key
         try:
-            waits = conninfo_to_dict(location).get("connect_timeout", SECONDS)
+            asked = conninfo_to_dict(location).get("connect_timeout")
+            waits = asked or os.environ.get("PGCONNECT_TIMEOUT", SECONDS)
             self.connection = psycopg.connect(make_conninfo(location, connect_timeout=waits))
         except psycopg.OperationalError as error:
             raise ConnectionError(str(error)) from error
