@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+CONFIG, MANIFEST, MAP = "config.yaml", "manifest.json", "map.parquet"
+DELTA = "delta.json"
+"""A delta of exports has this file in place of a manifest."""
 PUSHED = "a folder of 'flm push'"
 DATA = "prepared data"
 EXPORT = "an export"
 KINDS = {
-    PUSHED: ("config.yaml", "manifest.json"),
-    "a run": ("config.yaml",),
+    PUSHED: (CONFIG, MANIFEST),
+    "a run": (CONFIG,),
     DATA: ("schema.yaml", "interactions"),
-    EXPORT: ("manifest.json", "map.parquet"),
-    "a delta": ("delta.json",),
+    EXPORT: (MANIFEST, MAP),
+    "a delta": (DELTA,),
 }
 """By kind, what is in such a folder; the first kind that fits is it."""
 

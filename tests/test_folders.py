@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from flm_torchrec.api.hub import pull
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.errors import FlmError
 from flm_torchrec.export.manifest import read_manifest
@@ -31,6 +32,11 @@ def test_the_kind_of_a_wrong_folder_is_told(folders: Path) -> None:
         Schema.load(folders / "run/schema.yaml")
     with pytest.raises(FlmError, match="data: is prepared data, not an export; give a folder of 'flm export --output'"):
         read_manifest(folders / "data")
+    for name, kind in (("run", "a run"), ("data", "prepared data"), ("export", "an export")):
+        with pytest.raises(
+            FlmError, match=f"{name}: is {kind}, not a folder of 'flm push'; make one with 'flm push RUN"
+        ):
+            pull(folders / name, folders / "new")
     with pytest.raises(FlmError, match="no run folder: it is an export; give a folder of"):
         check_is_run(folders / "export")
     with pytest.raises(FlmError, match="a folder of 'flm push', not a run; make a run of it with 'flm pull"):

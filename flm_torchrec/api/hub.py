@@ -24,10 +24,11 @@ from flm_torchrec.data.schema import Schema
 from flm_torchrec.documents import Unreadable, read_json
 from flm_torchrec.errors import RunError
 from flm_torchrec.files import make_parent, replacing, sha256, telling, write_text
+from flm_torchrec.folders import CONFIG, MANIFEST, PUSHED, kind_of
 from flm_torchrec.training.identity import FINGERPRINT, VOCABULARY, check_has_model
 
 FORMAT = 1
-MANIFEST, META, CONFIG, CARD = "manifest.json", "meta.json", "config.yaml", "README.md"
+META, CARD = "meta.json", "README.md"
 INSIDE = re.compile(r"(?:vocabulary/(?:vocab/)?)?[A-Za-z0-9_][\w.-]{0,200}")
 """Paths that a hub folder may hold."""
 MODEL = "model."
@@ -157,11 +158,13 @@ def _fingerprint(folder: Path) -> str:
 
 def _checked(folder: Path) -> _Manifest:
     """The manifest of a folder whose files are as it says."""
+    if (kind := kind_of(folder)) not in ("", PUSHED):
+        raise RunError(f"{folder}: is {kind}, not {PUSHED}; make one with 'flm push RUN FOLDER'")
     file = folder / MANIFEST
     try:
         manifest = _Manifest.model_validate(read_json(file))
     except (Unreadable, OSError) as error:
-        raise RunError(f"{file}: not readable ({error}); is this a folder of 'flm push'?") from error
+        raise RunError(f"{file}: not readable ({error}); is this {PUSHED}?") from error
     except ValidationError as error:
         raise RunError(f"{file}: {first_problem(error)}; copy the folder anew") from error
     if manifest.format != FORMAT:

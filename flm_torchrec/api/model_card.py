@@ -106,7 +106,7 @@ def model_card(run: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
         layers=config.model.layers,
         dense=dense,
         tables=sum(tensor.numel() for tensor in tensors.values()) - dense,
-        select=config.train.select,
+        select=visible(config.train.select),
         step=meta["step"],
         metrics=_of_seeds(run, seeds) if seeds else _metrics(run, meta),
         trainings=SEVERAL.format(len(seeds) + 1, config.train.seed) if seeds else ONE,
@@ -145,6 +145,6 @@ def _metrics(run: Path, meta: Mapping[str, Any]) -> str:
         pass  # the card then has the metrics of the checkpoint, as if nothing had been evaluated
     rows: Table = {}
     for name, value in meta["valid"].items():
-        head, metric = name.split("/")
-        rows.setdefault(head, {})[metric] = value
-    return markdown_metrics("validation", {"fused": rows["fused"]} if "fused" in rows else rows)
+        row, _, metric = name.rpartition("/")
+        rows.setdefault(row, {})[metric] = value
+    return markdown_metrics("validation", {"fused": rows["fused"]} if "fused" in rows else _shown(rows))

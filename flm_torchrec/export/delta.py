@@ -28,7 +28,6 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.protocol import Collectives
 from flm_torchrec.export.index import build_index
 from flm_torchrec.export.manifest import (
-    DELTA,
     FILE,
     RECALL,
     STRICT,
@@ -56,6 +55,7 @@ from flm_torchrec.export.write import (
     together,
 )
 from flm_torchrec.files import replacing, sha256, telling
+from flm_torchrec.folders import DELTA
 
 REMOVED = "removed"
 JOIN_MEMORY = "1GB"

@@ -14,8 +14,8 @@ from flm_torchrec.errors import RunError
 from flm_torchrec.export.manifest import Manifest, MapMethod
 from flm_torchrec.export.parts import ExportRows, read_part, write_part
 from flm_torchrec.export.vectors import decode, unit
+from flm_torchrec.folders import MAP
 
-FILE = "map.parquet"
 MOST_ITEMS = 20_000
 """Maximum of items on the map; of a larger catalogue it shows a sample with a fixed seed."""
 NEIGHBOURS = 15
@@ -47,7 +47,7 @@ def method_of(asked: MapMethod | None) -> MapMethod:
 
 def method_used(folder: Path) -> MapMethod:
     """How the map of an export or a delta that was just written is drawn."""
-    return pq.read_schema(folder / FILE).metadata[b"method"].decode()  # type: ignore[return-value]
+    return pq.read_schema(folder / MAP).metadata[b"method"].decode()  # type: ignore[return-value]
 
 
 def shown_rows(items: int) -> np.ndarray:
@@ -107,7 +107,7 @@ def write_map(folder: Path, manifest: Manifest, method: MapMethod) -> None:
     drawn = place(rows, np.concatenate(found), method)
     told = {"method": drawn.method} | ({} if drawn.variance is None else {"variance": repr(drawn.variance)})
     x, y = drawn.positions.T
-    write_part(folder / FILE, pa.table({"item_id": drawn.rows, "x": x, "y": y}).replace_schema_metadata(told))
+    write_part(folder / MAP, pa.table({"item_id": drawn.rows, "x": x, "y": y}).replace_schema_metadata(told))
 
 
 def read_map(folder: Path, manifest: Manifest) -> ItemMap | None:
@@ -116,17 +116,17 @@ def read_map(folder: Path, manifest: Manifest) -> ItemMap | None:
     Raises:
         RunError: the file is damaged, or it is the map of another export.
     """
-    if FILE not in manifest.sha256:
+    if MAP not in manifest.sha256:
         return None
-    table = read_part(folder / FILE, ["item_id", "x", "y"])
+    table = read_part(folder / MAP, ["item_id", "x", "y"])
     told = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
     try:
         rows = table["item_id"].to_numpy()
         positions = np.stack([table[name].to_numpy() for name in ("x", "y")], 1).astype(np.float32)
         variance = float(told["variance"]) if told["method"] == "pca" else None
     except (KeyError, ValueError, TypeError, pa.ArrowException) as error:
-        raise RunError(f"{folder / FILE}: not a map of items ({error}); export again") from error
+        raise RunError(f"{folder / MAP}: not a map of items ({error}); export again") from error
     sound = 0 < len(rows) <= MOST_ITEMS and rows[0] >= 0 and rows[-1] < manifest.items and (np.diff(rows) > 0).all()
     if not sound or told["method"] not in ("umap", "pca") or not (np.abs(positions) <= 1).all():
-        raise RunError(f"{folder / FILE}: not the map of these {manifest.items} items; export again")
+        raise RunError(f"{folder / MAP}: not the map of these {manifest.items} items; export again")
     return ItemMap(told["method"], rows, positions, variance)  # type: ignore[arg-type]

@@ -15,13 +15,11 @@ from flm_torchrec.config.heads import HEADS, REPRESENTATIONS
 from flm_torchrec.documents import MOST_JSON_BYTES, Unreadable, parse_json, read_text
 from flm_torchrec.errors import RunError
 from flm_torchrec.files import sha256, write_text
-from flm_torchrec.folders import EXPORT, kind_of
+from flm_torchrec.folders import DELTA, EXPORT, MANIFEST, kind_of
 from flm_torchrec.mixture import Mixture
 from flm_torchrec.safe_text import visible
 
-FILE = "manifest.json"
-DELTA = "delta.json"
-"""A delta has this file instead."""
+FILE = MANIFEST
 FORMAT = 4
 READABLE = (2, 3, 4)
 """Format 2 has no `rows` in the report of its index, format 3 no mixture."""

@@ -21,12 +21,12 @@ from flm_torchrec.evaluation.protocol import Collectives, Encoder, Of
 from flm_torchrec.export.attributes import Keys
 from flm_torchrec.export.index import build_index, check_index, check_memory
 from flm_torchrec.export.item_map import write_map
-from flm_torchrec.export.manifest import DELTA, FILE, FORMAT, RECALL, IndexKind, Manifest, MapMethod, Quantise, Storage
+from flm_torchrec.export.manifest import FILE, FORMAT, RECALL, IndexKind, Manifest, MapMethod, Quantise, Storage
 from flm_torchrec.export.parts import PART_ROWS, Entity, part_name, write_part
 from flm_torchrec.export.quality import Quality, ValidationSet
 from flm_torchrec.export.vectors import encode
 from flm_torchrec.files import new_folder, put_in_place, remove, resolved, telling, temporary
-from flm_torchrec.folders import DATA, EXPORT, kind_of
+from flm_torchrec.folders import DATA, DELTA, EXPORT, kind_of
 
 MOST_ITEMS = 2**31 - 1
 """Items of an export: seen items, histories and rows of the index are stored as int32."""

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from flm_torchrec.api import hub
 from flm_torchrec.api.evaluation import EvaluateOptions, evaluate_run
+from flm_torchrec.api.model_card import model_card
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.errors import RunError
@@ -100,6 +101,15 @@ def test_names_of_an_evaluation_cannot_change_the_card(run: Path, tmp_path: Path
         hub.push(folders[0], tmp_path / str(number), seeds)
         card = (tmp_path / str(number) / hub.CARD).read_text()
         assert r"| a\n# b |" in card and "\n# b" not in card
+
+
+def test_names_of_labels_cannot_change_the_card(run: Path, tmp_path: Path) -> None:
+    (folder := tmp_path / "run").mkdir()
+    (folder / "config.yaml").write_text((run / "config.yaml").read_text())
+    shutil.copytree(run / "vocabulary", folder / "vocabulary")
+    labels = {"label/auc": 0.625, "label/a\n# b/auc": 0.75, "label/buy/auc": 0.5}
+    card = model_card(folder, {"step": 1, "valid": labels}, {})
+    assert "| label | 0.6250 |\n" in card and "| label/a\\n# b | 0.7500 |\n" in card and "\n# b" not in card
 
 
 def test_the_seeds_rank_a_sample_of_the_same_users(run: Path, tmp_path: Path, small: PreparedData) -> None:

@@ -18,10 +18,11 @@ from flm_torchrec.config.heads import FUSED, REPRESENTATIONS
 from flm_torchrec.data.keys import are_tombstones
 from flm_torchrec.errors import RunError
 from flm_torchrec.export.delta import load_delta
-from flm_torchrec.export.manifest import DELTA, load_manifest
+from flm_torchrec.export.manifest import load_manifest
 from flm_torchrec.export.parts import ATTRIBUTE, VIEWS, Entity, ExportRows
 from flm_torchrec.export.stores.protocol import Store, StoreRows
 from flm_torchrec.export.vectors import decode
+from flm_torchrec.folders import DELTA
 from flm_torchrec.names import nearest
 from flm_torchrec.safe_text import first_line, redact, redact_address
 
