@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from flm_torchrec.training.job import Job
 
 Split = Literal["test", "valid"]
-SAMPLE_SEED = 0
-"""Not `train.seed`: runs that differ in it are compared on the same users."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,6 @@ def evaluate_run(run: str | os.PathLike[str], options: EvaluateOptions, keep_ran
             raise RunError(f"{name} {number}: give 1 or more")
     check_versions()
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
-    from flm_torchrec.data.splits import sampled
     from flm_torchrec.evaluation.evaluate import EvaluationTask, evaluate
     from flm_torchrec.training.restore import restore
 
@@ -86,8 +83,7 @@ def evaluate_run(run: str | os.PathLike[str], options: EvaluateOptions, keep_ran
         examples = held_out = splits.test if options.split == "test" else splits.valid
         if options.users:
             examples = examples.take(_rows_of(list(dict.fromkeys(options.users)), job.data, examples.user))
-        if options.drawn:
-            examples = examples.take(sampled(len(examples), options.drawn, SAMPLE_SEED))
+        examples = examples.drawn(options.drawn)
         if options.windows:
             examples = _rolled(job, held_out, examples, options.windows)
         by = tuple(dict.fromkeys(options.by))

@@ -154,7 +154,7 @@ class Run:
             by: segments too: "items" (head, tail, without training events), "users" (new, of few events, of many),
                 "events" (kinds of the next event).
             windows: of a time split: cut the held-out period into so many windows, with predictions in each.
-            sample: rank for so many users alone, drawn once by `train.seed`; baselines learn from all. 0: all users.
+            sample: rank for so many users alone, the same in all runs of one split; 0: all. Baselines learn from all.
             settings: of section `eval`, such as `ks=[10]` or `baselines=[]`.
 
         Returns:

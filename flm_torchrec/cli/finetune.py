@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from flm_torchrec.config import add_overrides, given_overrides, load_config, sections
-from flm_torchrec.errors import ConfigError
+from flm_torchrec.config import add_overrides, given_options, given_overrides, load_config, sections
+from flm_torchrec.errors import ConfigError, RunError
 
 FROM_SOURCE = "that of the source"
 FINETUNE_DEFAULTS = {
@@ -32,6 +32,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--no-control", action="store_true", help="leave the control out")
+    parser.add_argument(
+        "--sample",
+        type=int,
+        metavar="N",
+        help="rank only N users of the test, drawn once, the same ones before and after training (default: all users)",
+    )
     add_overrides(parser, sections(), FINETUNE_DEFAULTS)
     parser.set_defaults(run=run)
 
@@ -40,8 +46,10 @@ def run(args: argparse.Namespace) -> None:
     """Fine-tune a pretrained run beside its control, and print the test metrics of both.
 
     Raises:
-        FlmError: a setting, the source, the data or the run folder is wrong.
+        FlmError: an option, a setting, the source, the data or the run folder is wrong.
     """
+    if args.sample is not None and args.sample < 1:
+        raise RunError(f"--sample {args.sample}: give 1 user or more")
     overrides = given_overrides(args)
     source = load_config(None, [one for one in overrides if one.startswith("finetune.")]).finetune.source
     if not source:
@@ -49,6 +57,11 @@ def run(args: argparse.Namespace) -> None:
     # Imported here: PyTorch takes seconds, and a wrong option should be reported at once.
     from flm_torchrec.training.finetune import finetune, source_config
 
-    for start, test in finetune(source_config(Path(source), overrides), not args.no_control).items():
+    config = source_config(Path(source), overrides)
+    report = finetune(config, not args.no_control, args.sample or 0, given_options(args))
+    ranked = report.get("ranked")
+    if ranked and ranked["users"] < ranked["of"]:
+        print(f"{ranked['users']} of {ranked['of']} test users are ranked, drawn once")
+    for start, test in report.get("test", {}).items():
         shown = [name for name in test if name.startswith(("label/", "fused/"))]
         print(f"test, {start}: " + "  ".join(f"{name} {test[name]:.4f}" for name in shown))

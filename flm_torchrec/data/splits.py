@@ -17,6 +17,8 @@ from flm_torchrec.errors import DataError
 
 COLD_ITEM = "cold item"
 """Label of the examples whose next item is held out."""
+SAMPLE_SEED = 0
+"""Of users who are drawn to be ranked. Not `train.seed`: runs that differ in it are compared on the same users."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class Examples:
         """The examples at an index, in its order."""
         label, until = (None if part is None else part[index] for part in (self.label, self.until))
         return Examples(self.user[index], self.end[index], label, until)
+
+    def drawn(self, most: int) -> Examples:
+        """`most` of the examples, the same ones at each call, or all where there are no more; 0: all."""
+        return self.take(sampled(len(self), most, SAMPLE_SEED)) if most else self
 
     def digest(self, data: PreparedData) -> str:
         """The same for the same predictions on the same data, whichever of the events are loaded."""

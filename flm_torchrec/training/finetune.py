@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from flm_torchrec.config import Config, load_config
+from flm_torchrec.data.splits import Examples
 from flm_torchrec.data.weights import label_weights
 from flm_torchrec.errors import ConfigError, RunError
 from flm_torchrec.evaluation.evaluate import evaluate_heads
@@ -49,13 +51,20 @@ def source_config(source: Path, overrides: list[str]) -> Config:
     return config
 
 
-def finetune(config: Config, control: bool) -> dict[str, Any]:
+def finetune(
+    config: Config, control: bool, sample: int = 0, options: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Fine-tune into RUN/pretrained and, as a control, train the same from new weights into RUN/scratch; collective.
 
     The best checkpoint is chosen on validation.
 
-    Returns, on rank 0, test metrics by the weights that training started from; under `found` are those of the source
-    before any step, where the source can do the task. The same is written to RUN/finetune.json.
+    Args:
+        sample: rank only so many test users, the same ones before and after each training; 0: all.
+        options: options of the command, which all ranks must have been given alike.
+
+    Returns, on rank 0, the content of RUN/finetune.json. `test` has test metrics by the weights that training started
+    from; under `found` are those of the source before any step, where the source can do the task. `ranked` says for how
+    many of the test users, where the task is to rank.
 
     Raises:
         FlmError: config, data or run folder is wrong; before anything is written where that can be known.
@@ -63,8 +72,36 @@ def finetune(config: Config, control: bool) -> dict[str, Any]:
     root = Path(config.train.run)
     if root.resolve() == Path(config.finetune.source).resolve():
         raise RunError(f"{root}: is the source itself; give another --train.run")
+    tuning = config.finetune
+    if sample and tuning.task == "label":
+        raise ConfigError("--sample: users are ranked for the next item, and not to tell labels; leave it out")
+    check_trackers(config.train.trackers)
+    _check_select(config)
+    runs = _trainings(config, control)
+    test: dict[str, Any] = {}
+    with open_inputs(config, options=options) as inputs, claimed(root, inputs.comm):
+        everyone = inputs.events.splits.test
+        tested = everyone.drawn(sample)
+        for run in runs:
+            check_run_folder(run, inputs.comm)
+        for run in runs:
+            test |= _finetune_once(JobInputs.of(run, inputs.data, inputs.comm), tested)
+        if not inputs.comm.main:
+            return {}
+        done: dict[str, Any] = {"ranked": {"users": len(tested), "of": len(everyone)}}
+        if tuning.task == "label":
+            done = {"labels": list(label_weights(tuning.labels))}
+        report = {"task": tuning.task, **done, "share": tuning.share, "test": test}
+        with telling(root, ANOTHER_RUN):
+            write_text(root / "finetune.json", json.dumps(report, indent=2))
+    return report
+
+
+def _trainings(config: Config, control: bool) -> list[Config]:
+    """The config of each training, in a folder of its own."""
+    root = Path(config.train.run)
     starts: tuple[Literal["pretrained", "scratch"], ...] = ("pretrained", "scratch") if control else ("pretrained",)
-    runs = [
+    return [
         replace(
             config,
             train=replace(config.train, run=str(root / start)),
@@ -72,22 +109,6 @@ def finetune(config: Config, control: bool) -> dict[str, Any]:
         )
         for start in starts
     ]
-    check_trackers(config.train.trackers)
-    for run in runs:
-        _check_select(run)
-    test: dict[str, Any] = {}
-    with open_inputs(config) as inputs, claimed(root, inputs.comm):
-        for run in runs:
-            check_run_folder(run, inputs.comm)
-        for run in runs:
-            test |= _finetune_once(JobInputs.of(run, inputs.data, inputs.comm))
-        if inputs.comm.main:
-            tuning = config.finetune
-            labels = {"labels": list(label_weights(tuning.labels))} if tuning.task == "label" else {}
-            report = {"task": tuning.task, **labels, "share": tuning.share, "test": test}
-            with telling(root, ANOTHER_RUN):
-                write_text(root / "finetune.json", json.dumps(report, indent=2))
-    return test if inputs.comm.main else {}
 
 
 def _check_select(config: Config) -> None:
@@ -100,27 +121,30 @@ def _check_select(config: Config) -> None:
         raise ConfigError(f"train.select: no label metric '{config.train.select}'; choose of {', '.join(known)}")
 
 
-def _finetune_once(inputs: JobInputs) -> dict[str, dict[str, float]]:
-    """Train into the run folder of the inputs' config; test metrics by the weights that training started from."""
+def _finetune_once(inputs: JobInputs, tested: Examples) -> dict[str, dict[str, float]]:
+    """Train into the run folder of the inputs' config; test metrics by the weights that training started from.
+
+    Args:
+        tested: what is ranked, where the task is to rank.
+    """
     config, data, comm = inputs.config, inputs.data, inputs.comm
     job = Job(inputs)
     job.loaded = load_source(job)
-    labels, splits = job.events.labels, job.events.splits
+    labels = job.events.labels
 
-    def measure(part: Literal["valid", "test"], check: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def test_metrics() -> dict[str, float]:
         if labels is not None:
-            return evaluate_labels(job, getattr(labels, part), check)
-        examples = getattr(splits, part)
-        return evaluate_heads(data, examples, job.encoder(examples), comm, config.eval)
+            return evaluate_labels(job, labels.test)
+        return evaluate_heads(data, tested, job.encoder(tested), comm, config.eval)
 
     with claimed(config.train.run, comm), open_run_folder(config, data, comm, job.total_steps) as logger:
         logger.say(f"{config.finetune.task} from {config.finetune.start} weights")
         for line in (job.loaded or "all new").splitlines():
             logger.say(line)
-        test = {"found": measure("test")} if job.loaded and labels is None else {}
-        train(job, logger, None if labels is None else lambda check: measure("valid", check))
+        test = {"found": test_metrics()} if job.loaded and labels is None else {}
+        train(job, logger, None if labels is None else partial(evaluate_labels, job, labels.valid))
         load_checkpoint(Path(config.train.run) / BEST, job.model, comm)
-        test[config.finetune.start] = measure("test")
+        test[config.finetune.start] = test_metrics()
         for start, metrics in test.items():
             logger.scalars(job.total_steps, {f"test/{start}/{name}": value for name, value in metrics.items()})
     return test

@@ -10,7 +10,7 @@ import numpy as np
 from flm_torchrec.config import Config
 from flm_torchrec.data.cohort import LabelRule, Labels, label_events, of_cohort
 from flm_torchrec.data.dataset import PreparedData, load_prepared
-from flm_torchrec.data.splits import Examples, Splits, SplitSettings, split, split_by
+from flm_torchrec.data.splits import SAMPLE_SEED, Examples, Splits, SplitSettings, split, split_by
 from flm_torchrec.data.survey import EventStream, StreamedData, hide_values, load_streamed, stream_of
 from flm_torchrec.data.train_stats import TrainStats
 from flm_torchrec.data.weights import check_labels, label_weights, target_kinds
@@ -70,7 +70,7 @@ def load_data(config: Config, on_disk: bool = False) -> PreparedData:
             settings.features,
             SplitSettings(settings.split, settings.holdout, settings.target_events),
             config.train.eval_users,
-            config.train.seed,
+            SAMPLE_SEED,
         )
     else:
         data = with_targets(load_prepared(settings.path, settings.features, on_disk=on_disk or settings.stream), config)

@@ -118,25 +118,35 @@ def test_what_is_frozen_stays(source: Path, small: PreparedData, tower: str, mov
 def test_next_item_for_new_users_with_its_control(
     source: Path, small: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "tuned"
+    """Ranked for a sample of users: those whom an evaluation of each run ranks for."""
+    run, sample = tmp_path / "tuned", ["--sample", "9"]
     new = ["--finetune.cohort", "new", "--finetune.share", "0.5", "--data.split", "leave-one-out"]
-    assert tune(source, run, *new) == 0
+    assert tune(source, run, *new, *sample) == 0
     report = json.loads((run / "finetune.json").read_text())
     assert set(report["test"]) == {"found", "pretrained", "scratch"} and "fused/ndcg@10" in report["test"]["scratch"]
-    assert "test, pretrained: " in capsys.readouterr().out
     with restore(run / "pretrained") as restored:
         assert restored.job.config.finetune.start == "pretrained"
-    assert main(["evaluate", "--run", str(run / "pretrained")]) == 0
-    table = json.loads((run / "pretrained" / "evaluation-test.json").read_text())["table"]
-    assert table["fused"]["ndcg@10"] == pytest.approx(report["test"]["pretrained"]["fused/ndcg@10"])
+        everyone = len(restored.job.events.splits.test)
+    printed = capsys.readouterr().out
+    assert report["ranked"] == {"users": 9, "of": everyone} and everyone > 9
+    assert f"9 of {everyone} test users are ranked, drawn once" in printed and "test, pretrained: " in printed
+    for start in ("pretrained", "scratch"):
+        assert main(["evaluate", "--run", str(run / start), "--eval.baselines", "[]", *sample]) == 0
+        evaluation = json.loads((run / start / "evaluation-test.json").read_text())
+        assert evaluation["users"] == 9
+        assert evaluation["table"]["fused"]["mrr"] == pytest.approx(report["test"][start]["fused/mrr"])
 
 
-def test_a_new_domain_gets_new_tables_and_the_old_tower(source: Path, tmp_path: Path) -> None:
+def test_a_new_domain_gets_new_tables_and_the_old_tower(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     raw = synthetic.read(synthetic.Recipe(users=60, items=110, events=10, seed=5))
     prepare(dataclasses.replace(raw, name="other"), tmp_path / "other", PrepareOptions())
     run = tmp_path / "tuned"
     other = ["--data.path", str(tmp_path / "other"), "--data.split", "leave-one-out", "--no-control"]
     assert tune(source, run, *other) == 0
+    ranked = json.loads((run / "finetune.json").read_text())["ranked"]
+    assert ranked["users"] == ranked["of"] > 9 and "drawn once" not in capsys.readouterr().out
     log = (run / "pretrained" / "train.log").read_text()
     assert "new: " in log and "item_id.embeddings.item_id.weight" in log and "dense.tower.transformer" not in log
 
@@ -226,6 +236,8 @@ def test_wrong_requests_end_in_one_line(source: Path, tmp_path: Path, capsys: py
     assert main(["train", "--config", str(config)]) == 2 and "flm finetune" in capsys.readouterr().err
     label = ["--finetune.source", str(source), "--train.run", str(tmp_path / "t"), "--finetune.task", "label"]
     assert "label/auc" in error(*label, "--train.select", "label/auk")
+    assert "--sample: users are ranked for the next item" in error(*label, "--sample", "5")
+    assert "give 1 user or more" in error("--finetune.source", str(source), "--train.run", "x", "--sample", "0")
 
 
 def test_vectors_of_another_encoder_are_refused(

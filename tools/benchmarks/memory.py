@@ -54,6 +54,7 @@ COMMANDS = (
     "evaluate --user",
     "export",
     "finetune",
+    "finetune --sample N",
     "follow",
 )
 """What can be measured: `evaluate --sample N` and `--user` have baselines that learn from the events of all users."""
@@ -180,6 +181,11 @@ def load(path: Path, on_disk: bool) -> str:
 def commands(folder: Path, args: argparse.Namespace) -> dict[str, list[str]]:
     """Options of `flm` by the name of what they measure."""
     run = ["--run", str(folder / "run")]
+    finetune = [
+        *("finetune", "--finetune.source", str(folder / "run"), "--train.run", str(folder / "tuned")),
+        *("--no-control", "--train.max_steps", str(args.steps), "--train.eval_every", str(args.steps)),
+        *("--train.eval_users", str(args.sample), "--train.existing", "replace"),
+    ]
     return {
         "prepare": [
             *("prepare", "--source", "parquet", "--input", str(folder / "logs"), "--output", str(folder / "data")),
@@ -200,11 +206,8 @@ def commands(folder: Path, args: argparse.Namespace) -> dict[str, list[str]]:
         ],
         "evaluate --user": ["evaluate", *run, "--user", "u1", "--eval.baselines", "[popularity,item-kNN]"],
         "export": ["export", *run, "--output", str(folder / "export"), "--overwrite"],
-        "finetune": [
-            *("finetune", "--finetune.source", str(folder / "run"), "--train.run", str(folder / "tuned")),
-            *("--no-control", "--train.max_steps", str(args.steps), "--train.eval_every", str(args.steps)),
-            *("--train.eval_users", str(args.sample), "--train.existing", "replace"),
-        ],
+        "finetune": finetune,
+        "finetune --sample N": [*finetune, "--sample", str(args.rank)],
         "follow": [
             *("follow", *run, "--source", str(folder / "new"), "--output", str(folder / "followed"), "--once"),
             *("--admit-after", "0"),
@@ -223,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dim", type=int, default=32, help="width of the model (default: 32)")
     parser.add_argument("--threads", type=int, default=0, help="of training and what uses its run (default: 0, cores)")
     parser.add_argument("--sample", type=int, default=1000, help="users that are validated on (default: 1000)")
-    parser.add_argument("--rank", type=int, default=10_000, help="N of evaluate --sample N (default: 10000)")
+    parser.add_argument("--rank", type=int, default=10_000, help="N of --sample N (default: 10000)")
     parser.add_argument("--memory", default="2GiB", help="of flm prepare (default: 2GiB)")
     parser.add_argument("--folder", type=Path, help="keep data, run and export here (default: a temporary folder)")
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS, help="measure only these")
