@@ -103,7 +103,9 @@ def kept_bytes(items: int, width: int) -> int:
 def rarity(held: Ragged, codes: int) -> np.ndarray:
     """Codes of a feature of each item → [codes] float32: log(1 + items / items that have it)."""
     of_item = np.repeat(np.arange(len(held)), held.lengths)
-    once = np.unique(of_item * codes + held.values) % codes
+    # Sorted, as np.unique puts integers into a hash table, which takes many times longer where most of them differ.
+    pairs = np.sort(of_item * codes + held.values)
+    once = pairs[np.diff(pairs, prepend=-1) > 0] % codes
     return np.log1p(len(held) / np.maximum(np.bincount(once, minlength=codes), 1)).astype(np.float32)
 
 

@@ -10,8 +10,8 @@ import polars as pl
 import pytest
 
 import flm_torchrec as flm
-from flm_torchrec.data.dataset import PreparedData, load_prepared
-from flm_torchrec.data.sketch import Sketches, kept_bytes
+from flm_torchrec.data.dataset import PreparedData, Ragged, load_prepared
+from flm_torchrec.data.sketch import Sketches, kept_bytes, rarity
 from flm_torchrec.data.splits import split
 from flm_torchrec.errors import DataError
 from flm_torchrec.evaluation.baselines import ContentKNN
@@ -28,6 +28,13 @@ def test_products_are_about_the_cosines_of_features(small: PreparedData) -> None
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
         errors.append(np.sqrt(np.mean((found @ found.T - cosines) ** 2)))
     assert errors[0] < 0.12 and errors[1] < errors[0] / 4
+
+
+def test_rarity_counts_an_item_once() -> None:
+    """However often a value is among its values; a value of no item is as rare as one of a single item."""
+    held = Ragged(np.array([0, 3, 3, 4, 5]), np.array([2, 0, 2, 2, 1]))
+    np.testing.assert_allclose(rarity(held, 4), np.log1p(4 / np.array([1, 1, 2, 1])), rtol=1e-6)
+    np.testing.assert_allclose(rarity(Ragged(np.zeros(3, np.int64), np.zeros(0, np.int64)), 2), np.log1p(2), rtol=1e-6)
 
 
 @pytest.mark.parametrize("most", [0, 2**20])
