@@ -34,7 +34,9 @@ def arrow_of(frame: object, where: str) -> pa.Table:
         raise no_table(frame, where)
     try:
         table = frame if isinstance(frame, pa.Table) else _converted(frame, where)
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+    except OverflowError as error:
+        raise DataError(f"{where}: cannot be read ({first_line(error)}); give integers over 64 bits as text") from error
+    except (pa.ArrowException, TypeError, ValueError) as error:
         raise DataError(f"{where}: cannot be read ({first_line(error)}); give each column one type") from error
     if not len(table):
         raise DataError(f"{where}: has no rows; give a table with data")

@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -68,11 +69,20 @@ def overrides_of(given: Mapping[str, Mapping[str, Any]]) -> list[str]:
             raise ConfigError(f"{section}: give a mapping such as {section}={{'field': value}}, not {content!r:.60}")
         for name, value in content.items():
             try:
-                text = str(value) if _is_text(section, name) else json.dumps(value)
+                text = str(value) if _is_text(section, name) else json.dumps(value, default=_number)
             except TypeError as error:
                 raise ConfigError(f"{section}.{name}: {value!r:.60} is no setting; give a number or a text") from error
             overrides.append(f"{section}.{name}={text}")
     return overrides
+
+
+def _number(value: object) -> int | float:
+    """A number of numpy as one of Python."""
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError
 
 
 def from_dict(values: dict[str, Any], source: str, given: Collection[str] = ()) -> Config:

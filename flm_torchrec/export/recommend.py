@@ -113,7 +113,7 @@ class ExportRecommender:
     def check(self, options: RecommendOptions) -> None:
         """Raise RunError where the head is unknown, k is no number of items, or the filter is no mapping."""
         if isinstance(options.k, bool) or not isinstance(options.k, int | np.integer) or options.k < 1:
-            raise RunError(f"-k {options.k}: ask for at least 1 item")
+            raise RunError(f"-k {options.k}: ask for at least 1 item, as a whole number")
         if options.head not in self.manifest.heads:
             raise RunError(f"--head '{options.head}': choose one of {', '.join(self.manifest.heads)}")
         if not isinstance(options.filter, Mapping):

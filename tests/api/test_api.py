@@ -174,6 +174,8 @@ WRONG_TABLES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "objects": (lambda: pl.DataFrame({"who": pl.Series([object()], dtype=pl.Object), "what": ["i"]}),
         {"columns": {"user": "who", "item": "what"}}, "events: column 'who' has objects of Python"),
     "name of two lines": (lambda: pl.DataFrame({"w\nho": ["u"]}), {"columns": COLUMNS}, r"It has: w\nho"),
+    "huge": (lambda: pytest.importorskip("pandas").DataFrame({"user_id": [2**70], "item_id": ["i"]}), {},
+        "give integers over 64 bits as text"),
     "feature": (
         lambda: pl.DataFrame(rows()),
         {"columns": COLUMNS, "items": pl.DataFrame({"what": [1, 1], "b": ["x", "y"]}), "item_key": "what"}
@@ -190,6 +192,15 @@ def test_a_wrong_table_is_one_line_and_leaves_nothing(tmp_path: Path, name: str)
         flm.prepare(make(), tmp_path / "out", **options)
     assert told in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_named_json_is_read_as_json_lines(tmp_path: Path) -> None:
+    columns = {"user": "user_id", "item": "item_id"}
+    (tmp_path / "log.json").write_text("".join(f'{{"user_id": {n % 9}, "item_id": {n % 7}}}\n' for n in range(60)))
+    assert flm.prepare(tmp_path / "log.json", tmp_path / "out", columns=columns).report["rows_kept"] == 60
+    (tmp_path / "list.json").write_text('[{"user_id": 1, "item_id": 2}]')
+    with pytest.raises(FlmError, match=r"malformed: not a JSON object.* jsonl has an object a line"):
+        flm.prepare(tmp_path / "list.json", tmp_path / "list", columns=columns)
 
 
 def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -336,7 +347,7 @@ WRONG_QUESTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "NaN": (lambda r: r.recommend(np.array([1.0, np.nan])), "users: row 2 has no id"),
     "types": (lambda r: r.recommend(["u1", 2]), "users: ids of several types"),
     "k 0": (lambda r: r.recommend(["u1"], 0), "-k 0: ask for at least 1"),
-    "k text": (lambda r: r.recommend(["u1"], "5"), "-k 5: ask for at least 1 item"),
+    "k text": (lambda r: r.recommend(["u1"], "5"), "-k 5: ask for at least 1 item, as a whole number"),
     "k large": (lambda r: r.recommend(["u1"], 10**6), "-k 1000000: the export has 149 items"),
     "head": (lambda r: r.recommend(["u1"], head="x"), "--head 'x': choose one of"),
     "filter": (lambda r: r.recommend(["u1"], filter={"gnre": ["war"]}), "did you mean 'genre'?"),

@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 from typing import get_type_hints
 
+import numpy as np
 import pytest
 
 from flm_torchrec.config import Config, add_config_arguments, config_from_arguments, load_config, to_yaml
 from flm_torchrec.config.accepts import accepts
-from flm_torchrec.config.load import sections
+from flm_torchrec.config.load import overrides_of, sections
 from flm_torchrec.config.presets import PRESETS
 from flm_torchrec.errors import ConfigError
 from tests.conftest import ROOT
@@ -147,6 +148,13 @@ def test_a_list_may_be_written_with_commas_and_one_value_without() -> None:
     assert load_config(None, ["data.features=title,brand"]).data.features == ("title", "brand")
     assert load_config(None, ["data.features=title"]).data.features == ("title",)
     assert load_config(None, ["data.features=none"]).data.features == "none"
+
+
+def test_numbers_of_numpy_are_taken() -> None:
+    given = {"train": {"epochs": np.int64(3), "dense_lr": np.float32(0.5)}}
+    assert overrides_of(given) == ["train.epochs=3", "train.dense_lr=0.5"]
+    with pytest.raises(ConfigError, match=r"train.epochs: .* is no setting; give a number or a text"):
+        overrides_of({"train": {"epochs": object()}})
 
 
 def test_a_text_is_taken_as_it_is_written() -> None:

@@ -140,7 +140,7 @@ def test_users_are_loaded_and_taken_out_by_key(to: str, source: ExportSource, tm
     ("to", "collection", "message"),
     [
         ("qdrnt:x", "items", "did you mean 'qdrant'"),
-        ("qdrant", "items", "wants KIND:PLACE"),
+        ("qdrant", "items", "wants KIND:PLACE, .*; give the place, such as qdrant:"),
         ("qdrant:{d}/q", "my items", "letters, digits and underscores"),
         ("qdrant:{d}/file/q", "items", "file"),
         ("milvus:{d}/folder", "items", "a file that ends in .db"),

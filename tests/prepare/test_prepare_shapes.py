@@ -153,8 +153,17 @@ def test_a_name_that_is_not_there_names_those_that_are(tmp_path: Path, kind: str
     file = written(tmp_path, kind, [{"usr": "a", "i": "x", "price": 1}])
     with pytest.raises(DataError, match=r"no column 'user'; did you mean 'usr'\? It has: usr, i, price"):
         events(file, "user=user,item=i")
-    with pytest.raises(DataError, match="no column 'nme'; It has: usr, i, price"):
+    with pytest.raises(DataError, match="no column 'nme'; it has: usr, i, price"):
         described(file, {"nme": "text"})
+
+
+@pytest.mark.parametrize(("sign", "given"), [(";", ","), ("\t", ","), ("|", ","), (",", ";")])
+def test_another_separator_is_told(tmp_path: Path, sign: str, given: str) -> None:
+    (tmp_path / "l.csv").write_text(f"user{sign}item\na{sign}b\n")
+    shown = sign.replace("\t", r"\t")
+    told = f"no column 'user'; read it with its separator (--separator '{shown}'). It has: user"
+    with pytest.raises(DataError, match=re.escape(told)):
+        events(tmp_path / "l.csv", "user=user,item=item", form=TextForm(separator=given))
 
 
 def test_an_object_where_a_value_should_be_names_its_fields(tmp_path: Path) -> None:

@@ -61,9 +61,8 @@ def opened(to: str, collection: str, entity: Entity = "items", option: str = "--
     kind, _, location = to.partition(":")
     shown = redact_address(to)
     if kind not in STORES or not location:
-        raise RunError(
-            f"{option} '{shown}': wants KIND:PLACE, KIND one of {', '.join(STORES)}; {nearest(kind, list(STORES))}"
-        )
+        hint = f"give the place, such as {kind}:…" if kind in STORES else nearest(kind, list(STORES))
+        raise RunError(f"{option} '{shown}': wants KIND:PLACE, KIND one of {', '.join(STORES)}; {hint}")
     if not NAME.fullmatch(collection):
         raise RunError(f"--collection '{collection}': use letters, digits and underscores, 63 at most")
     module, name = STORES[kind]

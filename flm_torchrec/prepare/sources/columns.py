@@ -6,6 +6,10 @@ from collections.abc import Callable, Sequence
 
 from flm_torchrec.errors import DataError
 from flm_torchrec.names import LISTED, closest
+from flm_torchrec.safe_text import visible
+
+SEPARATORS = ";\t|,"
+"""Signs that separate the columns of files called CSV."""
 
 
 def alternatives(wanted: str) -> tuple[str, ...]:
@@ -47,9 +51,13 @@ def find_all(columns: Sequence[str], present: Sequence[str], where: str, note: C
 
 
 def no_column(where: str, wanted: str, present: Sequence[str]) -> DataError:
-    """The error of a column that is missing: the nearest name, and all names."""
+    """The error of a column that is missing: the nearest name, or the sign that separates columns, and all names."""
     parts = alternatives(wanted)
     close = [name for part in parts for name in closest(part, present)]
-    hint = f" did you mean '{close[0]}'?" if close else ""
+    signs = [sign for sign in SEPARATORS if sign in present[0]] if len(present) == 1 else []
+    if signs:
+        hint = f" read it with its separator (--separator '{visible(signs[0])}'). It"
+    else:
+        hint = f" did you mean '{close[0]}'? It" if close else " it"
     listed = ", ".join(present[:LISTED]) + (f" and {len(present) - LISTED} more" if len(present) > LISTED else "")
-    return DataError(f"{where}: no column '{wanted}';{hint} It has: {listed or 'none'}")
+    return DataError(f"{where}: no column '{wanted}';{hint} has: {listed or 'none'}")

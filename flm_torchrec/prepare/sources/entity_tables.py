@@ -32,6 +32,7 @@ from flm_torchrec.prepare.sources.source_data import Shard
 from flm_torchrec.prepare.sources.tables import cast
 
 NUMERIC = ("numeric", "quantile")
+JSON = (".json", ".json.gz")
 
 
 def read_table(table: EntityTable, form: TextForm, dropped: Dropped) -> pl.DataFrame:
@@ -114,7 +115,7 @@ class KindColumn:
 def source_of(location: str) -> str:
     """The format, by the ending of the name or, in a folder, of the first file with a known ending; else CSV.
 
-    A local folder may also be one of LAKEHOUSES.
+    A local folder may also be one of LAKEHOUSES. A file *.json is taken for JSON lines, as many are.
     """
     folder = Path(location)
     if folder.is_dir() and (kind := lakehouse_of(*system_of(location))):
@@ -124,7 +125,7 @@ def source_of(location: str) -> str:
         for source, endings in ENDINGS.items():
             if name.endswith(endings):
                 return source
-    return "csv"
+    return "jsonl" if location.endswith(JSON) else "csv"
 
 
 def _shards(
