@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.errors import DataError
+from flm_torchrec.safe_text import first_line
 
 EVENT_COLUMNS = ("item_id", "timestamp", "event", "value")
 WEIGHT = "weight"
@@ -46,7 +47,9 @@ def as_data_error(file: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+        raise DataError(
+            f"{file}: not a readable Parquet file ({first_line(error)}); put a whole copy in its place"
+        ) from error
 
 
 def check_columns(file: Path, columns: Sequence[str], present: Sequence[str]) -> None:

@@ -85,14 +85,15 @@ def _markdown(title: str, columns: list[str], rows: dict[str, list[str]]) -> str
 
 
 def markdown_metrics(title: str, rows: Mapping[str, Metrics], seeds: Sequence[Mapping[str, Metrics]] = ()) -> str:
-    """A table with a row for each name, and the metrics of the first row as columns.
+    """A table with a row for each name, and a column for each metric; of several seeds, for those of the first row.
 
     Args:
         seeds: the same rows of other seeds; the numbers are then means with their deviation.
     """
-    columns = list(next(iter(rows.values())))
     if not seeds:
+        columns = list(dict.fromkeys(metric for row in rows.values() for metric in row))
         return _markdown(title, columns, {name: _cells(metrics, columns) for name, metrics in rows.items()})
+    columns = list(next(iter(rows.values())))
     cells = {name: [mean_and_deviation([t[name][c] for t in (rows, *seeds)]) for c in columns] for name in rows}
     return _markdown(title, columns, cells)
 

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flm_torchrec.data.dataset import DOMAIN, PreparedData
+from flm_torchrec.data.event_files import as_data_error
 from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.export.parts import ATTRIBUTE, ExportRows, single_array
 from flm_torchrec.names import COMPARED, nearest, nearest_key
@@ -33,10 +34,8 @@ class Keys:
         self.values = {f.column: _vocabulary(data, f.name) for f in features}
         self.domain = [DOMAIN] if entity == "item" and data.schema.domains else []
         path = data.path / f"{entity}s.parquet"
-        try:
+        with as_data_error(path):
             self.file = pq.ParquetFile(path)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: not a readable Parquet file ({error})") from error
         groups = range(self.file.num_row_groups)
         self.ends = np.cumsum([self.file.metadata.row_group(g).num_rows for g in groups])
         self.row_group: tuple[int, pa.Table] | None = None  # its number, and its rows

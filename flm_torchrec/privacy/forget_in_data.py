@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flm_torchrec.data.dataset import fingerprint_of, read_report
+from flm_torchrec.data.event_files import as_data_error
 from flm_torchrec.data.history import CONTEXT
 from flm_torchrec.data.keys import tombstone
 from flm_torchrec.data.schema import Feature, Schema
@@ -94,10 +95,8 @@ def unused_codes(folder: Path, features: Sequence[Feature]) -> np.ndarray:
 def _opened(file: Path) -> pq.ParquetFile:
     if not file.is_file():
         raise DataError(f"{file}: not found; prepare the data again")
-    try:
+    with as_data_error(file):
         return pq.ParquetFile(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
 
 
 def _event_files(folder: Path) -> list[Path]:

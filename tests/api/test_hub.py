@@ -107,9 +107,10 @@ def test_names_of_labels_cannot_change_the_card(run: Path, tmp_path: Path) -> No
     (folder := tmp_path / "run").mkdir()
     (folder / "config.yaml").write_text((run / "config.yaml").read_text())
     shutil.copytree(run / "vocabulary", folder / "vocabulary")
-    labels = {"label/auc": 0.625, "label/a\n# b/auc": 0.75, "label/buy/auc": 0.5}
+    labels = {"label/auc": 0.625, "label/a\n# b/auc": 0.75, "label/buy/auc": 0.5, "label/buy/ne": 1}
     card = model_card(folder, {"step": 1, "valid": labels}, {})
-    assert "| label | 0.6250 |\n" in card and "| label/a\\n# b | 0.7500 |\n" in card and "\n# b" not in card
+    assert "| label | 0.6250 |  |\n" in card and "| label/a\\n# b | 0.7500 |  |\n" in card and "\n# b" not in card
+    assert "| validation | auc | ne |\n" in card and "| label/buy | 0.5000 | 1.0000 |\n" in card
 
 
 def test_the_seeds_rank_a_sample_of_the_same_users(run: Path, tmp_path: Path, small: PreparedData) -> None:
