@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flm_torchrec.model.fused_softmax import can_fuse, fused_softmax
+from flm_torchrec.model.attention_softmax import Allowed, attended_softmax, can_attend, why_not_attended
+from flm_torchrec.model.fused_softmax import can_fuse, fused_softmax, why_not_fused
 from flm_torchrec.model.softmax_tiles import TINY, Scored, Tiles, tiled_softmax
 
 CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**29}
@@ -16,8 +17,9 @@ CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**29}
 LEAST_ROWS = 128
 """Minimum of queries in a chunk, however many candidates: each chunk reads and writes the gradients of all of them."""
 MOST_BYTES = {"cpu": 2**27, "cuda": 2**30}
-"""Where the logits of so few queries take more, they are made twice, in tiles of `TILE_ROWS` queries."""
+"""Where the logits of so few queries take more, a GPU's kernels hold none; else they are made twice, in tiles."""
 TILE_ROWS = 1024
+"""Queries of a tile."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,13 @@ def tile_shape(queries: int, candidates: int, precision: torch.dtype, device: to
     return rows, CHUNK_BYTES[device.type] // (precision.itemsize * rows)
 
 
+def why_pytorch(candidates: int, width: int, precision: torch.dtype, device: torch.device) -> str:
+    """Why PyTorch makes a softmax that native code or kernels should make, in a few words; empty where none should."""
+    if device.type == "cpu":
+        return why_not_fused(precision, device)
+    return why_not_attended(width, precision, device) if tile_shape(1, candidates, precision, device) else ""
+
+
 @dataclass(frozen=True)
 class _Fixed:
     """What a softmax has no gradient of."""
@@ -146,6 +155,8 @@ class _SampledSoftmax(torch.autograd.Function):
             loss, query_grad, items_grad = _fused(scaled, weighted, items, fixed)
         elif shape is None:
             loss, query_grad, items_grad = _in_chunks(scaled, weighted, items, fixed)
+        elif can_attend(query, items, fixed.precision):
+            loss, query_grad, items_grad = _attended(scaled, weighted, items, fixed)
         else:
             loss, query_grad, items_grad = _in_tiles(scaled, weighted, items, fixed, shape)
         query_grad -= items[fixed.target]
@@ -199,6 +210,16 @@ def _in_chunks(scaled: Tensor, weighted: Tensor, items: Tensor, fixed: _Fixed) -
         else:
             items_grad += widened.copy_(torch.mm(shares.T, low_weighted[at : at + chunk], out=narrow))
     return loss, query_grad, items_grad
+
+
+def _attended(scaled: Tensor, weighted: Tensor, items: Tensor, fixed: _Fixed) -> tuple[Tensor, Tensor, Tensor]:
+    """What `tiled_softmax` gives, by the kernels of a GPU."""
+    query, low_weighted, low_items = (x.to(fixed.precision) for x in (scaled, weighted, items))
+    truth = (scaled * items[fixed.target]).sum(1)
+    scored = Scored(query, low_weighted, low_items, -fixed.log_q.float(), truth, fixed.domain)
+    hidden = None if fixed.hidden is None else (fixed.hidden.rows, fixed.hidden.columns)
+    losses, of_query, of_items = attended_softmax(scored, Allowed(fixed.target, hidden))
+    return fixed.weighted(losses.clamp_(max=-math.log(TINY))).sum(), of_query, of_items
 
 
 def _in_tiles(

@@ -16,9 +16,9 @@ from flm_torchrec.data.splits import Examples, sampled
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.evaluation.evaluate import blocks_of, evaluate_heads
 from flm_torchrec.evaluation.ranking import RankingProblem
-from flm_torchrec.model.fused_softmax import why_not_fused
 from flm_torchrec.model.losses import PRECISIONS
 from flm_torchrec.model.pretrain import PretrainModel
+from flm_torchrec.model.softmax import why_pytorch
 from flm_torchrec.names import nearest
 from flm_torchrec.planner.plan_file import describe
 from flm_torchrec.training.by_key import know_learned
@@ -104,7 +104,9 @@ def train(job: Job, logger: RunLogger, validate: Validate | None = None, start: 
         f" events to learn from; {comm.world_size} {'ranks' if comm.world_size > 1 else 'rank'} on"
         f" {comm.device.type}"
     )
-    if reason := why_not_fused(PRECISIONS[config.loss.precision], comm.device):
+    candidates = data.schema.items if config.loss.negatives == "all" else config.loss.negatives
+    precision = PRECISIONS[config.loss.precision]
+    if reason := why_pytorch(candidates, config.model.dim, precision, comm.device):
         logger.say(f"softmax by PyTorch, which is slower than native code: {reason}")
     if data.item_domain is not None:
         sizes = zip(data.schema.domains, np.bincount(data.item_domain), strict=True)
