@@ -191,10 +191,16 @@ def _flops(shapes: tuple[Any, ...]) -> int:
 
 def _product_seconds(name: str, shapes: tuple[Any, ...], dtype: torch.dtype) -> float:
     """Time of one product of these shapes alone, the best of three."""
-    a, b = (torch.empty_strided(*shape, dtype=dtype).uniform_() for shape in shapes)
+    a, b = (_filled(size, stride, dtype) for size, stride in shapes)
     out = torch.empty(*a.shape[:-1], b.shape[-1], dtype=dtype)
     product = torch.bmm if name == "bmm" else torch.mm
     return min(_seconds(lambda: product(a, b, out=out)) for _ in range(3))
+
+
+def _filled(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Random numbers; elements may share memory, as those of an expanded tensor do."""
+    last = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    return torch.rand(1 + last).to(dtype).as_strided(size, stride)
 
 
 def _copy_rate() -> float:
