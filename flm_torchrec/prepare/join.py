@@ -204,8 +204,8 @@ class Joining:
         ordered_only = [domain.name for domain in self.domains if not domain.schema.timestamps]
         if ordered_only:
             warnings.append(
-                f"{', '.join(ordered_only)}: no timestamps, so the events of a user of several domains are merged by"
-                " their place in each domain's sequence"
+                f"{', '.join(ordered_only)}: no timestamps, so the events of a user of several domains stand"
+                " together, a domain after the other"
             )
         if not shared:
             warnings.append("no user of one domain is a user of another: domains meet in words and values alone")

@@ -45,12 +45,13 @@ class DomainEvents:
             checks.add(*columns)
         return checks.offsets
 
-    def parts(self, number: int, timed: bool) -> Iterator[pl.DataFrame]:
+    def parts(self, number: int, domains: int, timed: bool) -> Iterator[pl.DataFrame]:
         """The rows with the ids of the joint data, in parts, and by what they are sorted: `at`, `domain` and `row`.
 
         Args:
-            number: of this domain.
-            timed: `at` is the time; else the place in the user's sequence, as a share of its length.
+            number: of this domain, of so many `domains`.
+            timed: `at` is the time; else the place of this domain among those of the user, which stay together: one
+                user begins with the first domain, the next one with the second, so that each is learnt after others.
         """
         row = 0
         for batch in self.groups.batches(["user_id", *EVENT_COLUMNS], ["segment", WEIGHT, *self.contexts]):
@@ -58,7 +59,6 @@ class DomainEvents:
             rows = np.arange(row, row + len(own))
             row += len(own)
             time = batch["timestamp"].to_numpy()
-            first, end = self.offsets[own], self.offsets[own + 1]
             columns = {
                 "user_id": self.users[own],
                 "item_id": batch["item_id"].to_numpy().astype(np.int64) + self.first_item,
@@ -66,7 +66,7 @@ class DomainEvents:
                 "event": self.events[batch["event"].to_numpy()],
                 "value": batch["value"].to_numpy(),
                 WEIGHT: batch[WEIGHT].to_numpy() if WEIGHT in batch.schema.names else np.ones(len(own), np.float32),
-                "at": time.astype(np.int64) if timed else (rows - first + 1) / (end - first),
+                "at": time.astype(np.int64) if timed else (self.users[own] + number) % domains,
                 "domain": np.full(len(own), number, np.int16),
                 "row": rows,
                 **{name: _recoded(batch, name, codes) for name, codes in self.contexts.items()},
@@ -116,7 +116,7 @@ def write_joined(
 def _deal(domains: Sequence[DomainEvents], bucket_of: np.ndarray, work: Path, timed: bool) -> None:
     """Write each part's rows of each bucket to a file `work/BUCKET/DOMAIN-PART.parquet`."""
     for number, domain in enumerate(domains):
-        for part, frame in enumerate(domain.parts(number, timed)):
+        for part, frame in enumerate(domain.parts(number, len(domains), timed)):
             of_row = bucket_of[frame["user_id"].to_numpy()]
             for bucket in np.unique(of_row).tolist():
                 file = work / f"{bucket:06d}" / f"{number:05d}-{part:07d}.parquet"

@@ -183,6 +183,8 @@ def test_each_domain_keeps_its_events_features_and_split(made: list[Made]) -> No
         assert joint.schema.timestamps == all(one.timestamps for one in made)
         times = [joint.timestamp[a:b] for a, b in zip(joint.offsets[:-1], joint.offsets[1:], strict=True)]
         assert all((np.diff(time) >= 0).all() for time in times)
+        if not joint.schema.timestamps:
+            check_order(joint)
         splits, mask = None, None
         if any(len(events) > 2 for one in made for events in one.users.values()):
             splits = split(joint, "leave-one-out", 0.1)
@@ -191,6 +193,16 @@ def test_each_domain_keeps_its_events_features_and_split(made: list[Made]) -> No
             check_part(joint, folder)
             if splits is not None and mask is not None:
                 check_split(joint, splits, mask, folder)
+
+
+def check_order(joint: PreparedData) -> None:
+    """Without timestamps a user's events of a domain stay together, and users begin with each domain in turn."""
+    assert joint.item_domain is not None
+    count = len(joint.schema.domains)
+    for user, (start, end) in enumerate(zip(joint.offsets[:-1], joint.offsets[1:], strict=True)):
+        found = joint.item_domain[joint.item[start:end]]
+        own = [one for one in np.roll(np.arange(count), user % count) if one in found]
+        assert found[np.diff(found, prepend=-1) != 0].tolist() == own
 
 
 def check_part(joint: PreparedData, folder: Path) -> None:
