@@ -50,7 +50,19 @@ class RankingProblem:
     data: PreparedData
     examples: Examples
     blocks: Blocks = Blocks()
-    among: np.ndarray | None = None  # [items] bool: rank only these; None: all
+    among: np.ndarray | None = None  # [items] bool: rank only these, of the examples whose next item is one; None: all
+
+    @property
+    def ranked(self) -> np.ndarray:
+        """[n] indices of the examples that are ranked, in order."""
+        if self.among is None:
+            return np.arange(len(self.examples))
+        return np.flatnonzero(self.among[self.data.item[self.examples.end]])
+
+    @property
+    def outside(self) -> Tensor | None:
+        """[n] int64 items that are never ranked, in order; None: all are."""
+        return None if self.among is None else torch.from_numpy(np.flatnonzero(~self.among))
 
     @property
     def domain(self) -> Tensor | None:
@@ -92,15 +104,17 @@ def rank_targets(problem: RankingProblem, scorer: Scorer, comm: Collectives, top
     rows: list[np.ndarray] = []
     ranks: dict[str, list[np.ndarray]] = {n: [] for n in scorer.names}
     top: dict[str, list[np.ndarray]] = {n: [] for n in scorer.names}
-    domain, shares = problem.domain, ItemShares(problem.data.schema.items, problem.blocks.items, comm)
-    for every in block_rounds(len(problem.examples), problem.blocks.users, comm):
+    shares = ItemShares(problem.data.schema.items, problem.blocks.items, comm)
+    chosen, limits = problem.ranked, _Limits(problem.domain, problem.outside)
+    for places in block_rounds(len(chosen), problem.blocks.users, comm):
+        every = [chosen[block] for block in places]
         own = every[comm.rank]
         scored = every if shares.spread else [own]
         users = scorer.blocks(own, scored)
         if not any(map(len, scored)):
             continue
         pairs = zip(users, scored, strict=True)
-        blocks = [_Block(scorer, part, *target_and_seen(problem, indices), domain) for part, indices in pairs]
+        blocks = [_Block(scorer, part, *target_and_seen(problem, indices), limits) for part, indices in pairs]
         rows.append(own)
         for name in scorer.names:
             rank, best = _rank_round(blocks, name, shares, top_k)
@@ -125,6 +139,16 @@ def count_ranks(ranked: Ranked, name: str, items: int, comm: Collectives, ks: tu
 
 
 @dataclass(frozen=True)
+class _Limits:
+    """Which items are ranked, beside what a user has had."""
+
+    domain: Tensor | None
+    """[items] of joint data: only the items of the true item's domain are ranked."""
+    outside: Tensor | None
+    """[n] items that are never ranked, in order."""
+
+
+@dataclass(frozen=True)
 class _Block:
     """Users that are ranked together."""
 
@@ -133,8 +157,7 @@ class _Block:
     """What the scorer's `blocks` gave."""
     target: Tensor  # [b] int64: the true items
     seen: Seen
-    domain: Tensor | None
-    """[items] of joint data: only the items of the true item's domain are ranked."""
+    limits: _Limits
 
     def scores(self, name: str, start: int, stop: int) -> Tensor:
         """[b, stop - start] scores of the items `start:stop`; -inf for items that are left out."""
@@ -142,9 +165,13 @@ class _Block:
         here = (self.seen.items >= start) & (self.seen.items < stop)
         left_out = self.seen.rows[here].to(scores.device), (self.seen.items[here] - start).to(scores.device)
         scores[left_out] = -torch.inf
-        if self.domain is not None:
-            wanted, domain = self.domain[self.target].to(scores.device), self.domain[start:stop].to(scores.device)
-            scores.masked_fill_(wanted[:, None] != domain, -torch.inf)
+        domain, outside = self.limits.domain, self.limits.outside
+        if domain is not None:
+            wanted, found = domain[self.target].to(scores.device), domain[start:stop].to(scores.device)
+            scores.masked_fill_(wanted[:, None] != found, -torch.inf)
+        if outside is not None:
+            first, last = torch.searchsorted(outside, torch.tensor([start, stop])).tolist()
+            scores.index_fill_(1, outside[first:last].to(scores.device) - start, -torch.inf)
         return scores
 
     def truth(self, name: str, shares: ItemShares) -> Tensor:
@@ -157,7 +184,7 @@ class _Block:
         """Count and keep the items of these ranges that score at least as high as `truth` [b]."""
         target = self.target.to(truth.device, torch.int64)
         above, found, lists = torch.zeros_like(target), torch.zeros_like(truth), []
-        alike = self.scorer.alike and self.domain is None
+        alike = self.scorer.alike and self.limits.domain is None
         for start, stop in ranges:
             counted = self._count_alike if alike else self._count_each
             more, own, best = counted(name, (start, stop), truth, top_k)
@@ -300,9 +327,5 @@ def target_and_seen(problem: RankingProblem, indices: np.ndarray) -> tuple[Tenso
         had = data.targets[data.event[known]]
         rows, known = rows[had], known[had]
     items = data.item[known]
-    if problem.among is not None:
-        outside = np.flatnonzero(~problem.among)
-        rows = np.concatenate([rows, np.repeat(np.arange(len(target)), len(outside))])
-        items = np.concatenate([items, np.tile(outside, len(target))])
     kept = items != target[rows]
     return torch.from_numpy(target), Seen(torch.from_numpy(rows[kept]), torch.from_numpy(items[kept]))

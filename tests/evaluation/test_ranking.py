@@ -421,10 +421,11 @@ def test_held_out_items_are_ranked_among_all_and_among_themselves(small: Prepare
     assert set(found.segments) == {"warm", "cold user", "cold item", "cold item, among those alone"}
     assert found.segments["cold item, among those alone"]["popularity"]["hr@5"] == 0.0  # all tie, ties count against
     ranked = rank_targets(RankingProblem(small, splits.test, among=cold), Random(), Alone())
-    rows = np.flatnonzero(splits.test.label == COLD_ITEM)
-    assert ranked.ranks["random"][rows].max() <= cold.sum()
+    assert ranked.rows.tolist() == np.flatnonzero(cold[small.item[splits.test.end]]).tolist()
+    assert ranked.ranks["random"].max() <= cold.sum()
+    chosen = splits.test.label[ranked.rows] == COLD_ITEM  # type: ignore[index]
     assert found.segments["cold item, among those alone"]["random"]["hr@5"] == np.mean(
-        ranked.ranks["random"][rows] <= 5
+        ranked.ranks["random"][chosen] <= 5
     )
 
 
