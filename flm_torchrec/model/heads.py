@@ -19,6 +19,10 @@ FASTER = 10.0
 """AdamW changes a number by about its learning rate in a step. A number that shapes a whole head has to move further
 than a weight of a layer does, so it is held divided by this."""
 
+OF_A_DOMAIN = ("item_content.log_gain", "item_content.mlp.2.weight", "content_head.scale", "content_head.recency")
+"""Parameters of the tower: how the content head weighs its comparison of features, and how much layers add to it. What
+one domain learnt of these is worse for another than the first values are (docs/domains.md)."""
+
 
 class Head(nn.Module):
     """Inputs of a head at each token [T, inputs] → the feature space [T, D]."""

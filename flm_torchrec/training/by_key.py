@@ -12,6 +12,7 @@ from flm_torchrec.data.schema import Entity
 from flm_torchrec.data.vocabulary import ENTITIES, RowKeys, RowMatch, match_rows
 from flm_torchrec.distributed.rows import held_by_rank
 from flm_torchrec.errors import DataError, FlmError, RunError
+from flm_torchrec.model import heads
 from flm_torchrec.training.build import make_model
 from flm_torchrec.training.checkpoint import storage
 from flm_torchrec.training.checkpoint.by_key import MODEL, fill_by_key, table_weights, weight_of
@@ -21,6 +22,7 @@ from flm_torchrec.training.job import Job
 
 DENSE = "dense."
 """Beginning of the names of the dense part."""
+OF_A_DOMAIN = {f"{DENSE}tower.{name}" for name in heads.OF_A_DOMAIN}
 
 
 def vocabularies(run: Path, job: Job) -> tuple[RowKeys, RowKeys]:
@@ -76,7 +78,7 @@ def load_source(job: Job) -> str | None:
     """Put what the fine-tuning's source has into the job's model, unless the job starts from scratch; collective.
 
     Rows of users and items move by key where both data are of one domain. Tables whose rows cannot be moved begin anew,
-    as do parts of the tower whose shapes differ.
+    as do parts of the tower whose shapes differ, and in another domain those that are a domain's own.
 
     Returns lines that say what was taken over; None if nothing was to be.
 
@@ -148,7 +150,9 @@ def _load_matching(folder: Path, job: Job, matches: dict[str, RowMatch]) -> str:
     shared = {
         name: tensor
         for name, tensor in state.items()
-        if (size := there.get(f"{MODEL}{name}")) is not None and _fits(name, size, tensor, matches)
+        if (job.same_tables or name not in OF_A_DOMAIN)
+        and (size := there.get(f"{MODEL}{name}")) is not None
+        and _fits(name, size, tensor, matches)
     }
     if not shared:
         raise RunError(f"{folder}: nothing in it fits this model; fine-tune with the model settings of the source")

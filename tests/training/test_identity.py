@@ -17,6 +17,7 @@ import torch
 
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData, fingerprint_of
+from flm_torchrec.model.heads import OF_A_DOMAIN
 from flm_torchrec.prepare.options import PrepareOptions
 from flm_torchrec.prepare.prepare import prepare
 from flm_torchrec.prepare.sources import synthetic
@@ -238,6 +239,8 @@ def test_fine_tuning_on_another_domain_takes_no_rows_of_users_and_items(project:
     fresh, log = tuned(project, "--data.path", "data")
     assert "item_id.embeddings.item_id.weight" in fresh and "users.embedding_bags.user_id.weight" in fresh
     assert "item_genre" not in fresh and "another domain, so users and items begin anew" in log
+    # Neither how the content head weighs its comparison, nor what layers learnt to add to it, but what they learnt it from.
+    assert set(re.findall(r"tower\.[\w.]+", fresh)) == {f"tower.{name}" for name in OF_A_DOMAIN}
 
 
 def test_a_run_that_was_stopped_before_its_first_validation_says_how_to_go_on(
