@@ -239,7 +239,6 @@ def test_fine_tuning_on_another_domain_takes_no_rows_of_users_and_items(project:
     fresh, log = tuned(project, "--data.path", "data")
     assert "item_id.embeddings.item_id.weight" in fresh and "users.embedding_bags.user_id.weight" in fresh
     assert "item_genre" not in fresh and "another domain, so users and items begin anew" in log
-    # Neither how the content head weighs its comparison, nor what layers learnt to add to it, but what they learnt it from.
     assert set(re.findall(r"tower\.[\w.]+", fresh)) == {f"tower.{name}" for name in OF_A_DOMAIN}
 
 
