@@ -123,6 +123,10 @@ class _Fixed:
         weight = self.weight[at : at + len(values)]
         return values * (weight if values.dim() == 1 else weight[:, None])
 
+    def total(self, losses: Tensor) -> Tensor:
+        """[T] losses, which this overwrites → [] their weighted sum; the probability of a target is TINY at least."""
+        return self.weighted(losses.clamp_(max=-math.log(TINY))).sum()
+
     def hide_other_domains(self, logits: Tensor, at: int) -> None:
         """Leave the candidates of other domains out of the logits [t, C] of the queries from `at` on."""
         if self.domain is not None:
@@ -178,7 +182,7 @@ def _fused(scaled: Tensor, weighted: Tensor, items: Tensor, fixed: _Fixed) -> tu
     rows, columns = (None, None) if fixed.hidden is None else (fixed.hidden.rows, fixed.hidden.columns)
     left_out = rows, columns, fixed.domain
     losses, of_query, of_items = fused_softmax(scaled, weighted, items, fixed.log_q, fixed.target, left_out)
-    return fixed.weighted(losses.clamp_(max=-math.log(TINY))).sum(), of_query, of_items
+    return fixed.total(losses), of_query, of_items
 
 
 def _in_chunks(scaled: Tensor, weighted: Tensor, items: Tensor, fixed: _Fixed) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,7 +223,7 @@ def _attended(scaled: Tensor, weighted: Tensor, items: Tensor, fixed: _Fixed) ->
     scored = Scored(query, low_weighted, low_items, -fixed.log_q.float(), truth, fixed.domain)
     hidden = None if fixed.hidden is None else (fixed.hidden.rows, fixed.hidden.columns)
     losses, of_query, of_items = attended_softmax(scored, Allowed(fixed.target, hidden))
-    return fixed.weighted(losses.clamp_(max=-math.log(TINY))).sum(), of_query, of_items
+    return fixed.total(losses), of_query, of_items
 
 
 def _in_tiles(

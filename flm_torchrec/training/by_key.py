@@ -12,7 +12,7 @@ from flm_torchrec.data.schema import Entity
 from flm_torchrec.data.vocabulary import ENTITIES, RowKeys, RowMatch, match_rows
 from flm_torchrec.distributed.rows import held_by_rank
 from flm_torchrec.errors import DataError, FlmError, RunError
-from flm_torchrec.model import heads
+from flm_torchrec.model.heads import OF_A_DOMAIN
 from flm_torchrec.training.build import make_model
 from flm_torchrec.training.checkpoint import storage
 from flm_torchrec.training.checkpoint.by_key import MODEL, fill_by_key, table_weights, weight_of
@@ -22,7 +22,7 @@ from flm_torchrec.training.job import Job
 
 DENSE = "dense."
 """Beginning of the names of the dense part."""
-OF_A_DOMAIN = {f"{DENSE}tower.{name}" for name in heads.OF_A_DOMAIN}
+TOWER = f"{DENSE}tower."
 
 
 def vocabularies(run: Path, job: Job) -> tuple[RowKeys, RowKeys]:
@@ -150,7 +150,7 @@ def _load_matching(folder: Path, job: Job, matches: dict[str, RowMatch]) -> str:
     shared = {
         name: tensor
         for name, tensor in state.items()
-        if (job.same_tables or name not in OF_A_DOMAIN)
+        if (job.same_tables or name.removeprefix(TOWER) not in OF_A_DOMAIN)
         and (size := there.get(f"{MODEL}{name}")) is not None
         and _fits(name, size, tensor, matches)
     }

@@ -11,15 +11,13 @@ import numpy as np
 from opensearchpy import NotFoundError, OpenSearch, OpenSearchException, TransportError, helpers
 
 from flm_torchrec.errors import RunError
-from flm_torchrec.export.stores.protocol import StoreRows
+from flm_torchrec.export.stores.protocol import REFUSED, StoreRows
 
 LONGEST_KEY = 512
 """In bytes: what OpenSearch takes for the id of a document."""
 SECONDS = 60
 """In which the server must answer."""
 NOT_OPENSEARCH = "the server does not answer as OpenSearch does; check host and port"
-REFUSED = (401, 403)
-"""Status of an answer that may be no JSON."""
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 """Names of indices: no capital letters, no underscore in front."""
 SPACE = "innerproduct"

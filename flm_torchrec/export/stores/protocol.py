@@ -7,6 +7,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+REFUSED = (401, 403)
+"""Status of an HTTP server's answer that may be no JSON."""
+
 
 @dataclass(frozen=True)
 class StoreRows:

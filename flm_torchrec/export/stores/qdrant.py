@@ -11,13 +11,11 @@ from qdrant_client import QdrantClient, models
 from qdrant_client.http.exceptions import ApiException, ResponseHandlingException, UnexpectedResponse
 
 from flm_torchrec.errors import RunError
-from flm_torchrec.export.stores.protocol import StoreRows
+from flm_torchrec.export.stores.protocol import REFUSED, StoreRows
 
 SPACE = uuid.uuid5(uuid.NAMESPACE_URL, "flm_torchrec")
 """Qdrant has no strings as ids. The id of a point is the UUID of its key in this namespace."""
 NOT_QDRANT = "the server does not answer as Qdrant does; check host and port"
-REFUSED = (401, 403)
-"""Status of an answer that may be no JSON."""
 
 
 class Qdrant:

@@ -24,6 +24,7 @@ from flm_torchrec.data.sketch import Sketches
 from flm_torchrec.data.vocabulary import ENTITIES, RowMatch
 from flm_torchrec.errors import ConfigError, Interrupted, RunError
 from flm_torchrec.files import ANOTHER, mend_inside, replacing_file, telling, write_text
+from flm_torchrec.folders import CONFIG
 from flm_torchrec.training.build import make_model
 from flm_torchrec.training.by_key import know_learned
 from flm_torchrec.training.checkpoint.by_key import table_weights
@@ -167,7 +168,7 @@ def _config_of(run: Path, output: Path, overrides: Sequence[str]) -> Config:
 
 def _first(source: EventSource, output: Path) -> Chunk | None:
     """The first chunk for a new output, so that a source that cannot be read leaves no folder behind; else None."""
-    return None if (output / "config.yaml").is_file() else source.after(source.resume({}))
+    return None if (output / CONFIG).is_file() else source.after(source.resume({}))
 
 
 def _slower(config: Config) -> Config:
