@@ -133,10 +133,11 @@ def test_fine_tuning_is_studied_by_share(small: PreparedData, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_transfer_is_studied_beside_the_same_from_scratch(small: PreparedData, tmp_path: Path) -> None:
+def test_transfer_is_studied_beside_the_same_from_scratch(domain_folders: list[Path], tmp_path: Path) -> None:
     settings = [f"--{key}={value}" for key, value in QUICK.items() if key != "train.max_steps"]
     output = tmp_path / "study"
-    command = ["--sources", str(small.path), "--target", str(small.path), "--output", str(output)]
+    books, shop = map(str, domain_folders)
+    command = ["--sources", books, "--target", shop, "--output", str(output), "--shared-users"]
     few = ["--shares", "0.3", "--steps", "2", "--pretrain", "--train.max_steps 2"]
     refused = study("transfer.py", *command, "--shares", "0.3", "1", "--steps", "2", "--", *settings)
     assert refused.returncode == 2 and "1 numbers for 2 shares" in refused.stderr and not output.exists()
@@ -144,11 +145,16 @@ def test_transfer_is_studied_beside_the_same_from_scratch(small: PreparedData, t
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ")[:4] for line in done.stdout.split("\n\n")[0].splitlines()[2:]]
     kinds = {"all": "fused", "warm": "fused", "cold user": "fused", "cold item": "content alone"}
+    kinds |= {"shared user": "fused", "other user": "fused"}
     assert rows == [["| 30%", kind, row, "1"] for kind, row in kinds.items()]
     scratch = json.loads((output / "0.3-0/scratch/evaluation-test.json").read_text())
     assert f"{scratch['segments']['cold item']['content alone']['ndcg@10']:.4f}" in done.stdout
     near = scratch["segments"]["warm"]["content-kNN"]["ndcg@10"]
     assert next(line for line in done.stdout.splitlines() if "| warm |" in line).endswith(f"| {near:.4f} |")
+    tables = [scratch["segments"][kind]["fused"] for kind in ("shared user", "other user")]
+    assert min(t["hr@10"] for t in tables) <= scratch["table"]["fused"]["hr@10"] <= max(t["hr@10"] for t in tables)
+    compared = [line.split(" | ")[2] for line in done.stdout.split("\n\n")[1].splitlines()[2:]]
+    assert compared == ["all", "shared user", "other user"]
     assert (output / "transfer.svg").read_text().startswith("<?xml")
     # Nothing that is finished is done again.
     written = (output / "0.3-0/finetune.json").stat().st_mtime_ns

@@ -8,8 +8,10 @@ For each seed, one run is pretrained on the sources. For each share of the targe
 that run and trains its control from new weights with the same steps. The target's split is cold-start, so that warm
 events, held-out items and held-out users have rows of their own. Each row also has what features alone reach without
 training (content-kNN), which both should pass. Options after `--` are those of both trainings.
-Finished runs are not trained again. An interval is that of a paired bootstrap over the users of one seed
-(`flm evaluate --against`).
+Where a key means the same person in the sources and in the target, `--shared-users` adds rows for the users whom a
+source has and for the others, whether or not they are in the share.
+Finished runs are not trained again. An interval is that of a paired bootstrap over the users of one seed, as of
+`flm evaluate --against`.
 """
 
 from __future__ import annotations
@@ -18,23 +20,34 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from flm_torchrec.api.evaluation import Evaluated, EvaluateOptions, evaluate_run, write_evaluation
+from flm_torchrec.data.keys import are_tombstones
+from flm_torchrec.errors import FlmError
+from flm_torchrec.evaluation.evaluate import Evaluation
+from flm_torchrec.evaluation.metrics import RankCounts
+from flm_torchrec.evaluation.paired import differences
 from tools.studies.finetune_study import Results, plot, run_flm, told
 
-ALL = "all"
-ROWS = {ALL: "fused", "warm": "fused", "cold user": "fused", "cold item": "content alone"}
+ALL, SHARED, OTHER = "all", "shared user", "other user"
+KINDS = {"warm": "fused", "cold user": "fused", "cold item": "content alone"}
 """Kinds of events, as `flm evaluate` names them, with the row of its table that is shown."""
+ROWS = {ALL: "fused", **KINDS, SHARED: "fused", OTHER: "fused"}
 METRICS = ("hr@10", "ndcg@10")
+LESS = "fused ndcg@10 less scratch"
+"""Entry of the evaluation of a fine-tuning: by kind of user, the difference and its interval."""
 KNN = "content-kNN"
 """Baseline that learns from nothing."""
-PLOTTED = ("warm", "cold user", "cold item")
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,8 @@ class TransferStudy:
     """Options of pretraining alone."""
     options: Sequence[str]
     """Options of both trainings."""
+    shared: np.ndarray | None = None
+    """[users] bool: users of the target whom a source has too; None: the keys of sources and target mean others."""
 
     def source(self, seed: int) -> Path:
         """The run pretrained with a seed."""
@@ -67,37 +82,50 @@ class TransferStudy:
         return _flm("train", run, "--data.path", *self.sources, *settings, *self.options, *self.pretrain)
 
     def tune(self, share: float, seed: int) -> str | None:
-        """Fine-tune on a share with a seed, and compare with the control, unless done → what went wrong, or None."""
+        """Fine-tune on a share with a seed, and train the control, unless done → what went wrong, or None."""
         folder = self.tuned(share, seed)
-        if not (folder / "finetune.json").is_file():
-            steps = str(self.steps[share])
-            settings = {
-                "--finetune.source": self.source(seed),
-                "--finetune.share": share,
-                "--data.path": self.target,
-                "--data.split": "cold-start",
-                "--train.run": folder,
-                "--train.seed": seed,
-                "--train.epochs": steps,
-                "--train.max_steps": steps,
-                "--train.existing": "replace",
-            }
-            given = [str(part) for pair in settings.items() for part in pair]
-            if failed := _flm("finetune", folder, *given, *self.options):
-                return failed
-        for start, against in ("scratch", []), ("pretrained", ["--against", str(folder / "scratch")]):
-            run = folder / start
-            if (run / "evaluation-test.json").is_file():
-                continue
-            if failed := _flm("evaluate", run, "--run", str(run), "--eval.baselines", f"[{KNN}]", *against):
-                return failed
+        if (folder / "finetune.json").is_file():
+            return None
+        steps = str(self.steps[share])
+        settings = {
+            "--finetune.source": self.source(seed),
+            "--finetune.share": share,
+            "--data.path": self.target,
+            "--data.split": "cold-start",
+            "--train.run": folder,
+            "--train.seed": seed,
+            "--train.epochs": steps,
+            "--train.max_steps": steps,
+            "--train.existing": "replace",
+        }
+        given = [str(part) for pair in settings.items() for part in pair]
+        return _flm("finetune", folder, *given, *self.options)
+
+    def compare(self, share: float, seed: int) -> str | None:
+        """Rank the test events of a fine-tuning and of its control, unless done → what went wrong, or None."""
+        folder = self.tuned(share, seed)
+        done = 1 if self.shared is None else 2  # kinds of users that are told apart at least
+        if not (folder / "finetune.json").is_file() or len(differences_of(folder)) >= done:
+            return None
+        options = EvaluateOptions(overrides=[f"eval.baselines=[{KNN}]"])
+        try:
+            scratch, tuned = (
+                evaluate_run(folder / start, options, keep_ranks=True) for start in ("scratch", "pretrained")
+            )
+            kinds = kinds_of(tuned, self.shared)
+            write_evaluation(folder / "scratch", with_kinds(scratch, kinds))
+            mine, theirs = (found.evaluation.ranks["fused"] for found in (tuned, scratch))
+            less = {kind: asdict(differences(mine[c], theirs[c], (10,))["ndcg@10"]) for kind, c in kinds.items()}
+            write_evaluation(folder / "pretrained", with_kinds(tuned, kinds), {LESS: less})
+        except FlmError as error:
+            return f"{folder}: {error}"
         return None
 
     def finished(self) -> Iterator[tuple[float, int, Path]]:
         """Share, seed and folder of each fine-tuning that was compared."""
         for share in self.steps:
             for seed in self.seeds:
-                if (self.tuned(share, seed) / "pretrained/evaluation-test.json").is_file():
+                if differences_of(self.tuned(share, seed)):
                     yield share, seed, self.tuned(share, seed)
 
 
@@ -105,6 +133,43 @@ def _flm(verb: str, run: Path, *arguments: str) -> str | None:
     """Run a command with its output in RUN.VERB.log → what went wrong, or None."""
     log = run.parent / f"{run.name}.{verb}.log"
     return None if run_flm([verb, *arguments], log) else f"{run}: flm {verb} failed, see {log}"
+
+
+def differences_of(folder: Path) -> dict[str, dict[str, float]]:
+    """By kind of user, how much better a fine-tuning is than its control; nothing where they were not compared yet."""
+    file = folder / "pretrained/evaluation-test.json"
+    return json.loads(file.read_text(encoding="utf-8")).get(LESS, {}) if file.is_file() else {}
+
+
+def shared_users(sources: Sequence[str], target: str) -> np.ndarray:
+    """[users] bool: users of the target whose key a source has too. Who was forgotten is shared with nobody."""
+    theirs = pa.chunked_array([chunk for source in sources for chunk in _user_keys(source).chunks], pa.string())
+    return pc.is_in(_user_keys(target), value_set=theirs, skip_nulls=True).to_numpy()
+
+
+def _user_keys(folder: str) -> pa.ChunkedArray:
+    users = pq.read_table(Path(folder) / "users.parquet", columns=["user_id", "user_key"])
+    keys = users["user_key"].cast(pa.string())
+    return pc.if_else(are_tombstones(keys, users["user_id"]), None, keys)
+
+
+def kinds_of(found: Evaluated, shared: np.ndarray | None) -> dict[str, np.ndarray]:
+    """By kind of user that has examples, those examples [E] bool: all and, where `shared` is known, its two kinds."""
+    kinds = {ALL: np.ones(len(found.examples), bool)}
+    if shared is not None:
+        kinds |= {SHARED: shared[found.examples.user], OTHER: ~shared[found.examples.user]}
+    return {kind: chosen for kind, chosen in kinds.items() if chosen.any()}
+
+
+def with_kinds(found: Evaluated, kinds: Mapping[str, np.ndarray]) -> Evaluation:
+    """The evaluation, and a segment for each kind of user."""
+    ranks = found.evaluation.ranks
+    tables = {
+        kind: {row: RankCounts(np.bincount(r[chosen] - 1), {}).metrics(found.ks) for row, r in ranks.items()}
+        for kind, chosen in kinds.items()
+        if kind != ALL
+    }
+    return replace(found.evaluation, segments={**found.evaluation.segments, **tables})
 
 
 def collect(study: TransferStudy) -> Results:
@@ -147,12 +212,11 @@ def markdown(study: TransferStudy, results: Results) -> str:
 
 
 def intervals(study: TransferStudy) -> str:
-    """For each share and seed, how much better the fused row is with the sources than from scratch."""
-    lines = ["| share | seed | fused ndcg@10, pretrained less scratch |", "|---|---|---|"]
+    """For each share, seed and kind of user, how much better the fused row is with the sources than from scratch."""
+    lines = ["| share | seed | events | fused ndcg@10, pretrained less scratch |", "|---|---|---|---|"]
     for share, seed, folder in study.finished():
-        found = json.loads((folder / "pretrained/evaluation-test.json").read_text(encoding="utf-8"))
-        d = found["comparison"]["rows"]["fused"]["ndcg@10"]
-        lines.append(f"| {share:.0%} | {seed} | {d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}] |")
+        for kind, d in differences_of(folder).items():
+            lines.append(f"| {share:.0%} | {seed} | {kind} | {d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}] |")
     return "\n".join(lines)
 
 
@@ -172,6 +236,11 @@ def read_study() -> tuple[TransferStudy, int]:
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 200, 800], help="one for each share")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="(default: 0)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default: 1)")
+    parser.add_argument(
+        "--shared-users",
+        action="store_true",
+        help="keys of users mean the same people in sources and target: rows for those whom a source has",
+    )
     parser.add_argument("--pretrain", default="", metavar="OPTIONS", help="options of pretraining alone, in one string")
     parser.add_argument("options", nargs="*", metavar="-- OPTIONS", help="options of both trainings")
     args = parser.parse_args()
@@ -180,9 +249,15 @@ def read_study() -> tuple[TransferStudy, int]:
     for folder in (*args.sources, args.target):
         if not (Path(folder) / "schema.yaml").is_file():
             parser.error(f"{folder}: no schema.yaml; give folders that 'flm prepare --output' wrote")
+    shared = shared_users(args.sources, args.target) if args.shared_users else None
+    if shared is not None and not shared.any():
+        parser.error(
+            f"--shared-users: no user of {args.target} is in a source; prepare all with the keys of the same people"
+        )
     steps = dict(zip(args.shares, args.steps, strict=True))
     pretrain = shlex.split(args.pretrain)
-    return TransferStudy(args.output, args.sources, args.target, steps, args.seeds, pretrain, args.options), args.jobs
+    study = TransferStudy(args.output, args.sources, args.target, steps, args.seeds, pretrain, args.options, shared)
+    return study, args.jobs
 
 
 def main() -> int:
@@ -193,10 +268,11 @@ def main() -> int:
         if not failures:
             tunings = [(share, seed) for share in study.steps for seed in study.seeds]
             failures = [failed for failed in pool.map(lambda one: study.tune(*one), tunings) if failed]
+            failures += [failed for one in tunings if (failed := study.compare(*one))]
     results = collect(study)
     print(f"{markdown(study, results)}\n\n{intervals(study)}")
     if results:
-        plot(results, list(study.steps), [f"{kind} ndcg@10" for kind in PLOTTED], study.folder / "transfer.svg")
+        plot(results, list(study.steps), [f"{kind} ndcg@10" for kind in KINDS], study.folder / "transfer.svg")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0
