@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tools.benchmarks.train import ENVIRONMENT, OURS  # noqa: E402
+from tools.benchmarks.train import ENVIRONMENT  # noqa: E402
 
 
 def start(ranks: int, steps: int, settings: Sequence[str]) -> subprocess.Popen[str]:
@@ -31,7 +31,7 @@ def start(ranks: int, steps: int, settings: Sequence[str]) -> subprocess.Popen[s
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(port)]
-    command = [sys.executable, "-W", "ignore", *launcher, "-m", OURS]
+    command = [sys.executable, "-W", "ignore", *launcher, "-m", "tools.benchmarks.train_ours"]
     spec = json.dumps({"config": "", "settings": list(settings)})
     environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(

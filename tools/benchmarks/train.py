@@ -1,16 +1,22 @@
 """This project's trainer beside others, on the same data, settings and threads, in turn; prints Markdown.
 
-    python tools/benchmarks/train.py --data data/beauty --recbole-python /tmp/recbole/bin/python --quality --roofline
+    python tools/benchmarks/train.py --data data/beauty --recbole-python /tmp/recbole/bin/python \\
+        --rectools-python /tmp/rectools/bin/python --implicit-python /tmp/implicit/bin/python \\
+        --quality --peer-rates 0.001 0.003 0.01 --roofline
 
-The others: SASRec in plain PyTorch (tools/benchmarks/train_plain.py), and RecBole's SASRec in its own environment:
+The others: SASRec in plain PyTorch (tools/benchmarks/train_plain.py); and, each in an environment of its own and only
+if its python is given, RecBole's SASRec, RecTools' SASRec and eSASRec, and implicit's ALS and BPR:
 
     python -m venv /tmp/recbole && /tmp/recbole/bin/pip install torch==2.13.0    # the CPU build
     /tmp/recbole/bin/pip install --no-deps recbole==1.2.1                        # its ray is not needed
     /tmp/recbole/bin/pip install numpy==1.26.4 pandas==2.2.3 scipy==1.17.1 scikit-learn==1.9.1 pyyaml tqdm \\
         colorlog==4.7.2 colorama==0.4.4 tensorboard==2.21.0 thop tabulate plotly texttable psutil
+    python -m venv /tmp/rectools && /tmp/rectools/bin/pip install torch==2.13.0  # the CPU build
+    /tmp/rectools/bin/pip install 'rectools[torch]==0.19.0'
+    python -m venv /tmp/implicit && /tmp/implicit/bin/pip install implicit==0.7.3
 
 Each trainer is a process that waits for its turn. Compared are sequences per second and targets per second, because
-RecBole learns one target per sequence, and the others learn one target per position.
+RecBole learns one target per sequence, and the others learn one target per position. ALS and BPR know no sequences.
 """
 
 from __future__ import annotations
@@ -23,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +40,11 @@ from flm_torchrec.data.splits import split
 from flm_torchrec.data.windows import windows
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS, PLAIN, RECBOLE = (f"tools.benchmarks.train_{name}" for name in ("ours", "plain", "recbole"))
-"""Modules of the trainers."""
+OTHERS = ("recbole", "rectools", "implicit")
+"""Packages of the trainers that have environments of their own."""
+PRECISIONS = ("fp32", "bf16")
+SAMPLED = 2048
+"""Negatives of our default softmax."""
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 ALONE = ["data.features=none", "model.block=transformer", "loss.content=0", "loss.collaborative=0", "loss.attribute=0"]
 """Settings for our sequential head alone, without anything that SASRec lacks."""
@@ -50,19 +59,34 @@ class Answer:
     peak_mib: float
 
 
+@dataclass(frozen=True)
+class Described:
+    """A trainer that can be started."""
+
+    name: str
+    kind: str
+    """Its module is tools/benchmarks/train_KIND.py."""
+    spec: dict[str, Any]
+    python: str = sys.executable
+    folder: Path | None = None
+    """Where it runs; None: here."""
+    validate_every: int | None = None
+    """Steps between two validations; None: as asked for."""
+
+
 class TrainerProcess:
     """A process that runs a trainer and answers requests; see `tools.benchmarks.train_peer`."""
 
-    def __init__(self, name: str, python: str, module: str, spec: dict[str, Any], folder: Path | None = None) -> None:
-        self.name = name
+    def __init__(self, described: Described) -> None:
+        self.name = described.name
         self.process = subprocess.Popen(
-            [python, "-m", module, json.dumps(spec)],
+            [described.python, "-m", f"tools.benchmarks.train_{described.kind}", json.dumps(described.spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
             env=ENVIRONMENT,
-            cwd=folder,
+            cwd=described.folder,
         )
 
     def ask(self, do: str, **arguments: int) -> Answer:
@@ -128,65 +152,131 @@ def write_for_others(data: PreparedData, length: int, folder: Path) -> None:
     np.savetxt(folder / "bench" / "bench.inter", rows, "%d", "\t", header=header, comments="")
 
 
-def trainers(args: argparse.Namespace, path: str, folder: Path) -> list[TrainerProcess]:
-    """Start all trainers."""
-    shared = ("threads", "length", "dim", "layers", "heads", "dropout", "batch_size", "lr")
+def versions(args: argparse.Namespace) -> dict[str, str]:
+    """Versions of the other libraries whose python is given.
+
+    Raises:
+        SystemExit: one of these cannot be run, or lacks the library.
+    """
+    found = {}
+    for package in OTHERS:
+        if python := getattr(args, f"{package}_python"):
+            asked = f"import importlib.metadata as m; print(m.version({package!r}))"
+            try:
+                done = subprocess.run([python, "-c", asked], capture_output=True, text=True)
+            except OSError as error:
+                raise SystemExit(f"--{package}-python {python}: {error.strerror}; name the python to run") from None
+            if done.returncode:
+                raise SystemExit(f"--{package}-python {python}: lacks {package}; --help says how it is installed")
+            found[package] = done.stdout.strip()
+    return found
+
+
+def trainers(args: argparse.Namespace, path: str, items: int, folder: Path) -> list[Described]:
+    """All trainers that take part."""
+
+    def ours(name: str, *more: str) -> Described:
+        return Described(f"ours, {name}", "ours", {"config": "", "settings": our_settings(args, path, *more)})
+
+    found = [
+        ours("sequential head alone, bf16", *ALONE, "loss.precision=bf16"),
+        ours("sequential head alone, fp32", *ALONE, "loss.precision=fp32"),
+        ours("three heads, bf16", "loss.precision=bf16"),
+    ]
+    if items > SAMPLED:
+        found.append(ours("three heads, bf16, 2,048 negatives", "loss.precision=bf16", f"loss.negatives={SAMPLED}"))
+    shared = ("threads", "length", "dim", "layers", "heads", "dropout", "batch_size")
     spec = {name: getattr(args, name) for name in shared}
     spec |= {"seed": 0, "file": str(folder / "plain.npz"), "folder": str(folder)}
+    found += [Described(f"plain PyTorch, {p}", "plain", {**spec, "lr": args.lr, "precision": p}) for p in PRECISIONS]
 
-    def ours(name: str, *more: str) -> TrainerProcess:
-        return TrainerProcess(name, sys.executable, OURS, {"config": "", "settings": our_settings(args, path, *more)})
+    def other(name: str, package: str, every: int | None = None, **more: Any) -> None:
+        if python := getattr(args, f"{package}_python"):
+            # They write logs into their working folder, so they run in the temporary one.
+            found.append(Described(name, package, {**spec, **more}, os.path.abspath(python), folder, every))
 
-    started = [
-        ours("ours, sequential head alone, bf16", *ALONE, "loss.precision=bf16"),
-        ours("ours, sequential head alone, fp32", *ALONE, "loss.precision=fp32"),
-        ours("ours, three heads, bf16", "loss.precision=bf16"),
-        *(
-            TrainerProcess(f"plain PyTorch, {p}", sys.executable, PLAIN, {**spec, "precision": p})
-            for p in ("fp32", "bf16")
-        ),
-    ]
-    if args.recbole_python:
-        # RecBole writes logs into its working folder, so it runs in the temporary one.
-        started.append(TrainerProcess("RecBole, fp32", os.path.abspath(args.recbole_python), RECBOLE, spec, folder))
-    return started
+    other("RecBole's SASRec, fp32", "recbole", lr=args.lr)
+    for model in ("SASRec", "eSASRec"):
+        other(f"RecTools' {model}, fp32", "rectools", lr=args.lr, model=model)
+    other("implicit's ALS, fp32", "implicit", every=1, model="ALS")
+    other("implicit's BPR, fp32", "implicit", every=1, model="BPR", lr=args.lr)
+    return found
 
 
 def speed(args: argparse.Namespace, running: list[TrainerProcess]) -> None:
     """Print the speed and memory of all trainers, measured in turn."""
-    rates: dict[str, list[float]] = {t.name: [] for t in running}
-    targets: dict[str, list[float]] = {t.name: [] for t in running}
+    rates: dict[str, list[tuple[float, float]]] = {t.name: [] for t in running}  # sequences/s, targets/s
     peaks: dict[str, float] = {}
     for trainer in running:
         trainer.ask("steps", count=2)
     for _ in range(args.rounds):
         for trainer in running:
             answer = trainer.ask("steps", count=args.steps)
-            rates[trainer.name].append(answer.result[0] / answer.seconds)
-            targets[trainer.name].append(answer.result[1] / answer.seconds)
+            rates[trainer.name].append((answer.result[0] / answer.seconds, answer.result[1] / answer.seconds))
             peaks[trainer.name] = answer.peak_mib
-    others = [t.name for t in running if not t.name.startswith("ours")]
-    print("| trainer | sequences/s | targets/s | peak MiB |", *(f"× {name} |" for name in others))
-    print("|---" * (4 + len(others)) + "|")
+    print("| trainer | sequences/s | targets/s | peak MiB |\n" + "|---" * 4 + "|")
+    for name, turns in rates.items():
+        sequences, targets = (statistics.median(part) for part in zip(*turns, strict=True))
+        print(f"| {name} | {f'{sequences:.0f}' if sequences else '–'} | {targets:.0f} | {peaks[name]:.0f} |")
+    ours = [name for name in rates if name.startswith("ours")]
+    print("\n| sequences/s and targets/s, in times those of |", *(f"{name} |" for name in ours))
+    print("|---" * (1 + len(ours)) + "|")
     for name in rates:
-        ratios = [statistics.median(a / b for a, b in zip(rates[name], rates[o], strict=True)) for o in others]
-        numbers = [statistics.median(rates[name]), statistics.median(targets[name]), peaks[name]]
-        cells = [*(f"{number:.0f}" for number in numbers), *(f"{ratio:.2f}" for ratio in ratios)]
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+        cells = (f"{_times(rates[one], rates[name], 0)}, {_times(rates[one], rates[name], 1)}" for one in ours)
+        print(f"| {name} |", *(f"{cell} |" for cell in cells), flush=True)
 
 
-def quality(args: argparse.Namespace, running: list[TrainerProcess]) -> None:
-    """Print the seconds of training until validation NDCG@10 reaches the target, without the time of validations."""
-    print(f"\n| trainer | seconds to NDCG@10 = {args.target} | sequences | targets | NDCG@10 |\n" + "|---" * 5 + "|")
-    for trainer in running:
-        seconds, sequences, learnt, score = 0.0, 0, 0, 0.0
-        while score < args.target and seconds < args.limit:
-            answer = trainer.ask("steps", count=args.validate_every)
-            seconds += answer.seconds
-            sequences, learnt = sequences + answer.result[0], learnt + answer.result[1]
-            score = trainer.ask("validate").result
-        reached = f"{seconds:.1f}" if score >= args.target else f"not in {seconds:.0f}"
-        print(f"| {trainer.name} | {reached} | {sequences} | {learnt} | {score:.4f} |", flush=True)
+def _times(ours: list[tuple[float, float]], others: list[tuple[float, float]], part: int) -> str:
+    """Median over the turns of our rate over another's."""
+    if not others[0][part]:
+        return "–"
+    return f"{statistics.median(a[part] / b[part] for a, b in zip(ours, others, strict=True)):.3g}"
+
+
+class Contender:
+    """A trainer on its way to the target."""
+
+    def __init__(self, described: Described, every: int) -> None:
+        self.process, self.every = TrainerProcess(described), described.validate_every or every
+        self.seconds, self.sequences, self.targets, self.score = 0.0, 0, 0, 0.0
+
+    def advance(self) -> None:
+        """Train until the next validation, and validate."""
+        answer = self.process.ask("steps", count=self.every)
+        self.seconds += answer.seconds
+        self.sequences += answer.result[0]
+        self.targets += answer.result[1]
+        self.score = self.process.ask("validate").result
+
+
+def race(args: argparse.Namespace, tried: list[Described]) -> tuple[Contender, list[Contender]]:
+    """Train in turn until one reaches the target, or all have had their seconds; the best, and all."""
+    with ExitStack() as stack:
+        running = [Contender(one, args.validate_every) for one in tried]
+        for contender in running:
+            stack.callback(contender.process.close)
+        while max(a.score for a in running) < args.target and (going := [a for a in running if a.seconds < args.limit]):
+            for contender in going:
+                contender.advance()
+    reached = [a for a in running if a.score >= args.target]
+    return min(reached, key=lambda a: a.seconds) if reached else max(running, key=lambda a: a.score), running
+
+
+def quality(args: argparse.Namespace, described: list[Described]) -> None:
+    """Print the seconds of training until validation NDCG@10 reaches the target, without the time of validations.
+
+    Each trainer is started anew. One that has a learning rate tries all of `--peer-rates` at once; the best is bold.
+    """
+    titles = ("trainer", "rate", f"seconds to NDCG@10 = {args.target}", "sequences", "targets", "NDCG@10")
+    print(f"\n| {' | '.join(titles)} |\n" + "|---" * len(titles) + "|")
+    for one in described:
+        rates = args.peer_rates if "lr" in one.spec else [None]
+        best, contenders = race(args, [replace(one, spec={**one.spec, "lr": rate}) if rate else one for rate in rates])
+        for rate, a in zip(rates, contenders, strict=True):
+            name = f"**{one.name}**" if a is best else one.name
+            reached = f"{a.seconds:.1f}" if a.score >= args.target else f"not in {a.seconds:.0f}"
+            row = [name, rate or "", reached, a.sequences or "–", a.targets, f"{a.score:.4f}"]
+            print("|", *(f"{cell} |" for cell in row), flush=True)
 
 
 def inside(args: argparse.Namespace, running: list[TrainerProcess]) -> None:
@@ -216,7 +306,7 @@ def growth(args: argparse.Namespace, path: str) -> None:
         running = []
         for setting in cases:
             spec = {"config": "", "settings": our_settings(args, path, "loss.precision=bf16", setting)}
-            running.append(TrainerProcess(setting, sys.executable, OURS, spec))
+            running.append(TrainerProcess(Described(setting, "ours", spec)))
             stack.callback(running[-1].close)
         for trainer in running:
             trainer.ask("steps", count=2)  # warm-up
@@ -231,37 +321,50 @@ def growth(args: argparse.Namespace, path: str) -> None:
         print(f"| {name} | {ms:.1f} | {targets:.0f} | {each:.1f} |", flush=True)
 
 
+def compare(args: argparse.Namespace, path: str) -> None:
+    """Print the tables of one prepared folder."""
+    with tempfile.TemporaryDirectory() as name:
+        data = load_prepared(path)
+        write_for_others(data, args.length, Path(name))
+        described = trainers(args, path, data.schema.items, Path(name))
+        print(f"\n{path}, {args.threads} threads, batch {args.batch_size}, length {args.length}:\n")
+        with ExitStack() as measured:
+            running = [TrainerProcess(one) for one in described]
+            for trainer in running:
+                measured.callback(trainer.close)
+            speed(args, running)
+            if args.roofline:
+                inside(args, running)
+        if args.quality:
+            quality(args, described)
+
+
 def main() -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["data/beauty"], help="prepared folders (default: %(default)s)")
-    parser.add_argument("--recbole-python", default="", help="python of RecBole's environment; empty: without it")
+    for name in OTHERS:
+        parser.add_argument(f"--{name}-python", default="", help=f"python of {name}'s environment; empty: without it")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each trainer (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="steps of a turn (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each trainer (default: %(default)s)")
     for name, value in {"dim": 64, "layers": 2, "heads": 2, "length": 50, "batch_size": 256, "epochs": 10}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="default: %(default)s")
     parser.add_argument("--dropout", type=float, default=0.1, help="default: %(default)s")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of the others' Adam (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of the others (default: %(default)s)")
     parser.add_argument("--quality", action="store_true", help="time to the target too")
     parser.add_argument("--target", type=float, default=0.030, help="validation NDCG@10 (default: %(default)s)")
     parser.add_argument("--limit", type=float, default=120, help="most seconds to it (default: %(default)s)")
     parser.add_argument("--validate-every", type=int, default=40, help="steps between (default: %(default)s)")
     parser.add_argument("--roofline", action="store_true", help="stages and roofline of our steps too")
     parser.add_argument("--growth", action="store_true", help="cost by length and batch too")
+    help_rates = "learning rates that each of the others tries on its way to the target (default: --lr)"
+    parser.add_argument("--peer-rates", type=float, nargs="+", help=help_rates)
     args = parser.parse_args()
+    args.peer_rates = args.peer_rates or [args.lr]
+    print("; ".join(f"{name} {version}" for name, version in versions(args).items()))
     for path in args.data:
-        with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-            write_for_others(load_prepared(path), args.length, Path(name))
-            running = trainers(args, path, Path(name))
-            for trainer in running:
-                stack.callback(trainer.close)
-            print(f"\n{path}, {args.threads} threads, batch {args.batch_size}, length {args.length}:\n")
-            speed(args, running)
-            if args.quality:
-                quality(args, running)
-            if args.roofline:
-                inside(args, running)
+        compare(args, path)
         if args.growth:
             growth(args, path)
 

@@ -1,6 +1,7 @@
 """The protocol between tools/benchmarks/train.py and the trainers that it compares: JSON lines in both directions.
 
-Each trainer is a process. This module imports only the standard library, because RecBole has its own environment.
+Each trainer is a process. This module imports only the standard library and NumPy, because other libraries' trainers
+have environments of their own.
 """
 
 from __future__ import annotations
@@ -12,15 +13,36 @@ import sys
 import time
 from typing import Any, Protocol
 
+import numpy as np
+
 
 class Trainer(Protocol):
-    """One way to train a sequential recommender. A trainer may have further methods, which are called by name."""
+    """One way to train a recommender. A trainer may have further methods, which are called by name."""
 
     def steps(self, count: int) -> tuple[int, int]:
-        """Run training steps, input included; the number of sequences and of targets."""
+        """Run training steps, input included; the number of sequences (0: it has none) and of targets."""
 
     def validate(self) -> float:
         """NDCG@10 on validation, ranking all items."""
+
+
+class Validation:
+    """What is known of each user and the item that comes next, from the file that `train.write_for_others` writes."""
+
+    def __init__(self, file: str) -> None:
+        data = np.load(file)
+        self.items = int(data["items"])
+        """Items are numbered from 1 to this."""
+        lengths = np.diff(data["valid_offsets"])
+        known = np.ones(lengths.sum(), bool)
+        known[data["valid_offsets"][1:] - 1] = False
+        self.user = np.repeat(np.arange(len(lengths)), lengths)[known]  # [known events]
+        self.item = data["valid"][known]  # [known events]
+        self.last = data["valid"][~known]  # [users]
+
+    def ndcg(self, ranks: np.ndarray) -> float:
+        """NDCG@10, given the ranks [hits] of the last items among the ten best, from 1 on."""
+        return float((1 / np.log2(1 + ranks)).sum() / len(self.last))
 
 
 def serve(trainer: Trainer) -> None:
