@@ -134,8 +134,8 @@ def test_the_rate_that_is_first_at_the_target_is_taken(
     class Process:
         """NDCG@10 grows by a tenth of the rate at each validation; a step takes a second."""
 
-        def __init__(self, described: train.Described) -> None:
-            self.name, self.rate, self.steps = described.name, described.spec.get("lr", 0.05), 0
+        def __init__(self, entrant: train.Entrant) -> None:
+            self.name, self.rate, self.steps = entrant.name, entrant.spec.get("lr", 0.05), 0
 
         def ask(self, do: str, count: int = 0) -> train.Answer:
             self.steps += count
@@ -146,14 +146,14 @@ def test_the_rate_that_is_first_at_the_target_is_taken(
 
     monkeypatch.setattr(train, "TrainerProcess", Process)
     args = Namespace(target=0.03, limit=100, validate_every=1, peer_rates=[0.1, 0.15])
-    described = [train.Described("theirs", "plain", {"lr": 9}), train.Described("ours", "ours", {}, validate_every=4)]
-    train.quality(args, described)
+    entrants = [train.Entrant("theirs", "plain", {"lr": 9}), train.Entrant("ours", "ours", {}, validate_every=4)]
+    train.quality(args, entrants)
     assert capsys.readouterr().out.splitlines()[3:] == [
         "| theirs | 0.1 | not in 2 | 4 | 6 | 0.0200 |",
         "| **theirs** | 0.15 | 2.0 | 4 | 6 | 0.0300 |",
         "| **ours** |  | 8.0 | 16 | 24 | 0.0400 |",
     ]
-    train.quality(Namespace(**{**vars(args), "limit": 1}), described[:1])
+    train.quality(Namespace(**{**vars(args), "limit": 1}), entrants[:1])
     assert "| **theirs** | 0.15 | not in 1 | 2 | 3 | 0.0150 |" in capsys.readouterr().out
     assert closed == ["theirs", "theirs", "ours", "theirs", "theirs"]
 

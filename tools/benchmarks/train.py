@@ -60,7 +60,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Described:
+class Entrant:
     """A trainer that can be started."""
 
     name: str
@@ -77,16 +77,16 @@ class Described:
 class TrainerProcess:
     """A process that runs a trainer and answers requests; see `tools.benchmarks.train_peer`."""
 
-    def __init__(self, described: Described) -> None:
-        self.name = described.name
+    def __init__(self, entrant: Entrant) -> None:
+        self.name = entrant.name
         self.process = subprocess.Popen(
-            [described.python, "-m", f"tools.benchmarks.train_{described.kind}", json.dumps(described.spec)],
+            [entrant.python, "-m", f"tools.benchmarks.train_{entrant.kind}", json.dumps(entrant.spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
             env=ENVIRONMENT,
-            cwd=described.folder,
+            cwd=entrant.folder,
         )
 
     def ask(self, do: str, **arguments: int) -> Answer:
@@ -172,11 +172,11 @@ def versions(args: argparse.Namespace) -> dict[str, str]:
     return found
 
 
-def trainers(args: argparse.Namespace, path: str, items: int, folder: Path) -> list[Described]:
+def trainers(args: argparse.Namespace, path: str, items: int, folder: Path) -> list[Entrant]:
     """All trainers that take part."""
 
-    def ours(name: str, *more: str) -> Described:
-        return Described(f"ours, {name}", "ours", {"config": "", "settings": our_settings(args, path, *more)})
+    def ours(name: str, *more: str) -> Entrant:
+        return Entrant(f"ours, {name}", "ours", {"config": "", "settings": our_settings(args, path, *more)})
 
     found = [
         ours("sequential head alone, bf16", *ALONE, "loss.precision=bf16"),
@@ -188,12 +188,12 @@ def trainers(args: argparse.Namespace, path: str, items: int, folder: Path) -> l
     shared = ("threads", "length", "dim", "layers", "heads", "dropout", "batch_size")
     spec = {name: getattr(args, name) for name in shared}
     spec |= {"seed": 0, "file": str(folder / "plain.npz"), "folder": str(folder)}
-    found += [Described(f"plain PyTorch, {p}", "plain", {**spec, "lr": args.lr, "precision": p}) for p in PRECISIONS]
+    found += [Entrant(f"plain PyTorch, {p}", "plain", {**spec, "lr": args.lr, "precision": p}) for p in PRECISIONS]
 
     def other(name: str, package: str, every: int | None = None, **more: Any) -> None:
         if python := getattr(args, f"{package}_python"):
             # They write logs into their working folder, so they run in the temporary one.
-            found.append(Described(name, package, {**spec, **more}, os.path.abspath(python), folder, every))
+            found.append(Entrant(name, package, {**spec, **more}, os.path.abspath(python), folder, every))
 
     other("RecBole's SASRec, fp32", "recbole", lr=args.lr)
     for model in ("SASRec", "eSASRec"):
@@ -233,11 +233,11 @@ def _times(ours: list[tuple[float, float]], others: list[tuple[float, float]], p
     return f"{statistics.median(a[part] / b[part] for a, b in zip(ours, others, strict=True)):.3g}"
 
 
-class Contender:
+class Attempt:
     """A trainer on its way to the target."""
 
-    def __init__(self, described: Described, every: int) -> None:
-        self.process, self.every = TrainerProcess(described), described.validate_every or every
+    def __init__(self, entrant: Entrant, every: int) -> None:
+        self.process, self.every = TrainerProcess(entrant), entrant.validate_every or every
         self.seconds, self.sequences, self.targets, self.score = 0.0, 0, 0, 0.0
 
     def advance(self) -> None:
@@ -249,30 +249,30 @@ class Contender:
         self.score = self.process.ask("validate").result
 
 
-def race(args: argparse.Namespace, tried: list[Described]) -> tuple[Contender, list[Contender]]:
+def race(args: argparse.Namespace, tried: list[Entrant]) -> tuple[Attempt, list[Attempt]]:
     """Train in turn until one reaches the target, or all have had their seconds; the best, and all."""
     with ExitStack() as stack:
-        running = [Contender(one, args.validate_every) for one in tried]
-        for contender in running:
-            stack.callback(contender.process.close)
+        running = [Attempt(one, args.validate_every) for one in tried]
+        for attempt in running:
+            stack.callback(attempt.process.close)
         while max(a.score for a in running) < args.target and (going := [a for a in running if a.seconds < args.limit]):
-            for contender in going:
-                contender.advance()
+            for attempt in going:
+                attempt.advance()
     reached = [a for a in running if a.score >= args.target]
     return min(reached, key=lambda a: a.seconds) if reached else max(running, key=lambda a: a.score), running
 
 
-def quality(args: argparse.Namespace, described: list[Described]) -> None:
+def quality(args: argparse.Namespace, entrants: list[Entrant]) -> None:
     """Print the seconds of training until validation NDCG@10 reaches the target, without the time of validations.
 
     Each trainer is started anew. One that has a learning rate tries all of `--peer-rates` at once; the best is bold.
     """
     titles = ("trainer", "rate", f"seconds to NDCG@10 = {args.target}", "sequences", "targets", "NDCG@10")
     print(f"\n| {' | '.join(titles)} |\n" + "|---" * len(titles) + "|")
-    for one in described:
+    for one in entrants:
         rates = args.peer_rates if "lr" in one.spec else [None]
-        best, contenders = race(args, [replace(one, spec={**one.spec, "lr": rate}) if rate else one for rate in rates])
-        for rate, a in zip(rates, contenders, strict=True):
+        best, attempts = race(args, [replace(one, spec={**one.spec, "lr": rate}) if rate else one for rate in rates])
+        for rate, a in zip(rates, attempts, strict=True):
             name = f"**{one.name}**" if a is best else one.name
             reached = f"{a.seconds:.1f}" if a.score >= args.target else f"not in {a.seconds:.0f}"
             row = [name, rate or "", reached, a.sequences or "–", a.targets, f"{a.score:.4f}"]
@@ -306,7 +306,7 @@ def growth(args: argparse.Namespace, path: str) -> None:
         running = []
         for setting in cases:
             spec = {"config": "", "settings": our_settings(args, path, "loss.precision=bf16", setting)}
-            running.append(TrainerProcess(Described(setting, "ours", spec)))
+            running.append(TrainerProcess(Entrant(setting, "ours", spec)))
             stack.callback(running[-1].close)
         for trainer in running:
             trainer.ask("steps", count=2)  # warm-up
@@ -326,17 +326,17 @@ def compare(args: argparse.Namespace, path: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         data = load_prepared(path)
         write_for_others(data, args.length, Path(name))
-        described = trainers(args, path, data.schema.items, Path(name))
+        entrants = trainers(args, path, data.schema.items, Path(name))
         print(f"\n{path}, {args.threads} threads, batch {args.batch_size}, length {args.length}:\n")
         with ExitStack() as measured:
-            running = [TrainerProcess(one) for one in described]
+            running = [TrainerProcess(one) for one in entrants]
             for trainer in running:
                 measured.callback(trainer.close)
             speed(args, running)
             if args.roofline:
                 inside(args, running)
         if args.quality:
-            quality(args, described)
+            quality(args, entrants)
 
 
 def main() -> None:
