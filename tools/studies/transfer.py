@@ -10,8 +10,8 @@ events, held-out items and held-out users have rows of their own. Each row also 
 training (content-kNN), which both should pass. Options after `--` are those of both trainings.
 Where a key means the same person in the sources and in the target, `--shared-users` adds rows for the users whom a
 source has and for the others, whether or not they are in the share.
-Finished runs are not trained again. An interval is that of a paired bootstrap over the users of one seed, as of
-`flm evaluate --against`.
+Finished runs are not trained again. An interval is that of a paired bootstrap over the test events of one seed,
+as of `flm evaluate --against`.
 """
 
 from __future__ import annotations
