@@ -148,7 +148,9 @@ def test_the_rate_that_is_first_at_the_target_is_taken(
     args = Namespace(target=0.03, limit=100, validate_every=1, peer_rates=[0.1, 0.15])
     entrants = [train.Entrant("theirs", "plain", {"lr": 9}), train.Entrant("ours", "ours", {}, validate_every=4)]
     train.quality(args, entrants)
-    assert capsys.readouterr().out.splitlines()[3:] == [
+    told = capsys.readouterr()
+    assert told.err.splitlines()[1] == "theirs 0.15: 2 sequences, 3 targets, 1.0 s, NDCG@10 0.0150"
+    assert told.out.splitlines()[3:] == [
         "| theirs | 0.1 | not in 2 | 4 | 6 | 0.0200 |",
         "| **theirs** | 0.15 | 2.0 | 4 | 6 | 0.0300 |",
         "| **ours** |  | 8.0 | 16 | 24 | 0.0400 |",

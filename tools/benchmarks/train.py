@@ -237,16 +237,19 @@ class Attempt:
     """A trainer on its way to the target."""
 
     def __init__(self, entrant: Entrant, every: int) -> None:
+        self.name, self.rate = entrant.name, entrant.spec.get("lr", "")
         self.process, self.every = TrainerProcess(entrant), entrant.validate_every or every
         self.seconds, self.sequences, self.targets, self.score = 0.0, 0, 0, 0.0
 
     def advance(self) -> None:
-        """Train until the next validation, and validate."""
+        """Train until the next validation, validate, and tell the result on standard error."""
         answer = self.process.ask("steps", count=self.every)
         self.seconds += answer.seconds
         self.sequences += answer.result[0]
         self.targets += answer.result[1]
         self.score = self.process.ask("validate").result
+        counts = f"{self.sequences} sequences, {self.targets} targets, {self.seconds:.1f} s"
+        print(f"{self.name} {self.rate}: {counts}, NDCG@10 {self.score:.4f}", file=sys.stderr, flush=True)
 
 
 def race(args: argparse.Namespace, tried: list[Entrant]) -> tuple[Attempt, list[Attempt]]:
@@ -270,12 +273,12 @@ def quality(args: argparse.Namespace, entrants: list[Entrant]) -> None:
     titles = ("trainer", "rate", f"seconds to NDCG@10 = {args.target}", "sequences", "targets", "NDCG@10")
     print(f"\n| {' | '.join(titles)} |\n" + "|---" * len(titles) + "|")
     for one in entrants:
-        rates = args.peer_rates if "lr" in one.spec else [None]
-        best, attempts = race(args, [replace(one, spec={**one.spec, "lr": rate}) if rate else one for rate in rates])
-        for rate, a in zip(rates, attempts, strict=True):
-            name = f"**{one.name}**" if a is best else one.name
+        tried = [replace(one, spec={**one.spec, "lr": rate}) for rate in args.peer_rates] if "lr" in one.spec else [one]
+        best, attempts = race(args, tried)
+        for a in attempts:
+            name = f"**{a.name}**" if a is best else a.name
             reached = f"{a.seconds:.1f}" if a.score >= args.target else f"not in {a.seconds:.0f}"
-            row = [name, rate or "", reached, a.sequences or "–", a.targets, f"{a.score:.4f}"]
+            row = [name, a.rate, reached, a.sequences or "–", a.targets, f"{a.score:.4f}"]
             print("|", *(f"{cell} |" for cell in row), flush=True)
 
 
