@@ -199,7 +199,7 @@ def trainers(args: argparse.Namespace, path: str, items: int, folder: Path) -> l
     for model in ("SASRec", "eSASRec"):
         other(f"RecTools' {model}, fp32", "rectools", lr=args.lr, model=model)
     other("implicit's ALS, fp32", "implicit", every=1, model="ALS")
-    other("implicit's BPR, fp32", "implicit", every=1, model="BPR", lr=args.lr)
+    other("implicit's BPR, fp32", "implicit", model="BPR", lr=args.lr)
     return found
 
 
