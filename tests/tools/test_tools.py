@@ -102,7 +102,11 @@ def test_a_study_is_run_once_and_told_in_markdown(small: PreparedData, tmp_path:
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [({"model.dimm": 3}, "did you mean 'dim'"), ({"model.dim": 7}, "model.dim 7")],
+    [
+        ({"model.dimm": 3}, "did you mean 'dim'"),
+        ({"model.dim": 7}, "model.dim 7"),
+        ({"without": "context"}, "'context' is no piece"),
+    ],
 )
 def test_a_wrong_study_is_refused_before_anything_runs(
     small: PreparedData, tmp_path: Path, change: dict, told: str

@@ -1,9 +1,10 @@
 """Train variants of a config with several seeds, evaluate each, print mean ± std as a Markdown table.
 
-    python tools/studies/ablate.py configs/studies/heads.yaml --output runs/heads --seeds 0 1 2
+    python -m tools.studies.ablate configs/studies/heads.yaml --output runs/heads --seeds 0 1 2
 
 A study is a YAML file: `config`, the file that all variants start from (or --config); `settings`, overrides for all of
-them; and `variants`, overrides by name. Finished runs are not trained again: call it again after an interruption, or
+them; and `variants`, overrides by name. `without: PIECE` in a variant leaves a piece out of the model that no setting
+leaves out, see `tools/studies/without.py`. Finished runs are not trained again: call it again after an interruption, or
 with more seeds or variants. A run that was made with other settings than the study has now is refused.
 """
 
@@ -29,8 +30,14 @@ from flm_torchrec.documents import Unreadable, read_json, read_yaml
 from flm_torchrec.errors import ConfigError, FlmError, RunError
 from flm_torchrec.names import nearest
 from flm_torchrec.tuning.process import FLM, threads_of, train_command
+from tools.studies.without import PIECES
 
 BASELINES = EvalConfig().baselines
+WITHOUT = "without"
+"""Key of a variant that is no setting."""
+LACKING = "tools.studies.without"
+FINISHED = "finished"
+"""File of a trained run; its text is the piece that the model lacks."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,8 @@ class StudyRun:
     variant: str
     seed: int
     config: Config
+    without: str | None = None
+    """A piece that the model lacks, of `without.PIECES`."""
 
     @property
     def folder(self) -> Path:
@@ -48,9 +57,12 @@ class StudyRun:
 
 
 def read_study(
-    file: Path, config: str | None, output: Path, seeds: Sequence[int], only: Sequence[str]
+    file: Path, config: str | None, given: Sequence[str], output: Path, seeds: Sequence[int], only: Sequence[str]
 ) -> list[StudyRun]:
     """All runs of a study, every config checked; `config` in place of the file's own.
+
+    Args:
+        given: KEY=VALUE, in place of the study's settings, not of a variant's.
 
     Raises:
         ConfigError: the file, a variant or a setting in it is wrong.
@@ -58,6 +70,8 @@ def read_study(
     try:
         study = read_yaml(file)
         start, shared, variants = config or study["config"], study.get("settings") or {}, study["variants"]
+        set_here = {pair.partition("=")[0]: pair for pair in given}
+        shared = {key: value for key, value in shared.items() if key not in set_here}
         variants = {name: {**shared, **(changes or {})} for name, changes in variants.items()}
     except (Unreadable, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
@@ -71,12 +85,19 @@ def read_study(
     for name in only or variants:
         for seed in seeds:
             folder = output / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{seed}"
-            settings = {**variants[name], "train.seed": seed, "train.run": str(folder), "train.existing": "replace"}
-            overrides = [
+            changes = variants[name].copy()
+            without = changes.pop(WITHOUT, None)
+            if without is not None and without not in PIECES:
+                raise ConfigError(
+                    f"{file}: {name}: {WITHOUT}: {without!r} is no piece; {nearest(str(without), PIECES)}"
+                )
+            settings = {**changes, "train.seed": seed, "train.run": str(folder), "train.existing": "replace"}
+            overrides = [pair for key, pair in set_here.items() if key not in settings]
+            overrides += [
                 f"{key}={yaml.safe_dump(value, default_flow_style=True).split(chr(10))[0]}"
                 for key, value in settings.items()
             ]
-            runs.append(StudyRun(name, seed, load_config(start, overrides)))
+            runs.append(StudyRun(name, seed, load_config(start, overrides), without))
     folders = [run.folder for run in runs]
     if len(set(folders)) < len(folders):
         raise ConfigError(f"{file}: two variants have names that differ in signs alone; rename one")
@@ -100,24 +121,28 @@ def result_of(run: StudyRun, split: str) -> dict[str, Any] | None:
 
 
 def _as_configured(run: StudyRun) -> bool:
-    """Whether the folder was made with the run's settings, on however many threads."""
+    """Whether the folder was made with the run's settings and pieces, on however many threads."""
     made = load_config(run.folder / "config.yaml")
-    return replace(made, distributed=run.config.distributed) == run.config
+    lacks = (run.folder / FINISHED).read_text(encoding="utf-8")
+    return replace(made, distributed=run.config.distributed) == run.config and lacks == (run.without or "")
 
 
 def execute(run: StudyRun, split: str, threads: int) -> str | None:
     """Train and evaluate in processes of their own → what went wrong, or None."""
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     steps = [train_command(run.config, run.folder.with_suffix(".yaml"), threads)]
-    if (run.folder / "finished").is_file() and _as_configured(run):
+    if (run.folder / FINISHED).is_file() and _as_configured(run):
         steps = []
+    steps.append([*FLM, "evaluate", "--run", str(run.folder), "--split", split])
     log = run.folder.with_suffix(".log")
     with log.open("w", encoding="utf-8") as output:
-        for step in [*steps, [*FLM, "evaluate", "--run", str(run.folder), "--split", split]]:
-            if subprocess.run(step, stdout=output, stderr=subprocess.STDOUT).returncode:
+        for step in steps:
+            verb, options = step[len(FLM)], step[len(FLM) + 1 :]
+            command = step if run.without is None else [sys.executable, "-m", LACKING, run.without, verb, *options]
+            if subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode:
                 return f"{run.variant}, seed {run.seed}: failed, see {log}"
-            if step[3] == "train":
-                (run.folder / "finished").touch()
+            if verb == "train":
+                (run.folder / FINISHED).write_text(run.without or "", encoding="utf-8")
     return None
 
 
@@ -165,6 +190,9 @@ def main() -> int:
     )
     parser.add_argument("study", type=Path, help="YAML file of variants")
     parser.add_argument("--config", metavar="FILE", help="config to start from (default: the study's)")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all variants, but for their own"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the runs (required)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="(default: 0)")
     parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="these variants alone (default: all)")
@@ -178,7 +206,7 @@ def main() -> int:
     try:
         if args.jobs < 1:
             raise ConfigError(f"--jobs {args.jobs}: must be at least 1")
-        runs = read_study(args.study, args.config, args.output, args.seeds, args.only)
+        runs = read_study(args.study, args.config, args.set, args.output, args.seeds, args.only)
         todo = [] if args.table else [run for run in runs if result_of(run, args.split) is None]
         threads = threads_of(args.jobs)
         with ThreadPoolExecutor(args.jobs) as pool:
