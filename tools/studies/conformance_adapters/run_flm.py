@@ -10,8 +10,9 @@ from tools.studies.conformance_adapters.prepared import prepared
 from tools.studies.conformance_adapters.protocol import K, Task, task_of
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "model": {"dim": 128, "embedding_dropout": 0.1},
-    "train": {"epochs": 5, "batch_size": 64, "eval_users": 2000, "trackers": []},
+    "model": {"dim": 128, "layers": 0, "embedding_dropout": 0.1, "id_dropout": 0},
+    "loss": {"negatives": "all"},
+    "train": {"epochs": 3, "batch_size": 64, "trackers": []},
     "eval": {"ks": [10]},
     "distributed": {"threads": 1},
 }
