@@ -153,11 +153,14 @@ class Jagged:
                 self.sizes.append(sum(sizes[first:last]))
             first, limit = last, 2 * limit
         self.slots: list[Tensor] = []  # of each bucket, [its tokens] index among its padded tokens
-        begin = 0
+        begin, padded = 0, 0
+        slots: list[Tensor] = []  # as above, among the padded tokens of all buckets
         parts = zip(self.shapes, sequence.split(self.sizes), position.split(self.sizes), strict=True)
         for (count, longest), sequences, positions in parts:
             self.slots.append((sequences - begin) * longest + positions)
-            begin += count
+            slots.append(self.slots[-1] + padded)
+            begin, padded = begin + count, padded + count * longest
+        self.slot = torch.cat([self.back[:0], *slots])[self.back]  # [T] by token
 
     @property
     def count(self) -> Tensor:
@@ -166,26 +169,36 @@ class Jagged:
 
     def each(self, x: Tensor) -> Tensor:
         """As of `Layout`, [R, D]."""
-        return x[self._shown(self.sequence)]
+        return x.index_select(0, self._shown(self.sequence))
 
     def mean(self, items: Tensor) -> Tensor:
         """As of `Layout`; items [T, D] are zero at a prefix."""
-        total = torch.cumsum(items, 0)
-        before = self.each(F.pad(total, (0, 0, 1, 0))[self.first])  # sum of all earlier sequences
-        return (self._shown(total) - before) / self._shown(self.position).clamp(min=1).unsqueeze(1)
+        longest = max((longest for _, longest in self.shapes), default=0)
+        before = torch.arange(longest, device=items.device).clamp(min=1)  # [L] items up to each token
+        return self._summed(items, _seen(longest, items) / before[:, None])
 
     def recent(self, items: Tensor, keep: Tensor) -> Tensor:
-        """As of `Layout`; items [T, D] are zero at a prefix.
+        """As of `Layout`; items [T, D] are zero at a prefix."""
+        longest = max((longest for _, longest in self.shapes), default=0)
+        position = torch.arange(longest, device=items.device)
+        age = (position[:, None] - position).clamp(min=0)  # [L, L]
+        # A rank without events owes the others the gradient of `keep`.
+        return self._summed(items, _seen(longest, items) * keep**age) + 0.0 * keep
 
-        By doubling: after k rounds a token has the sum over 2^k items. One round at least gives `keep` its gradient,
-        which a rank without events owes the others.
+    def _summed(self, items: Tensor, counts: Tensor) -> Tensor:
+        """[T, D] → [R, D] sum over each represented token's sequence; counts [L, L]: of the token j in the sum at i.
+
+        As products with padded sequences: along tokens, sums take a pass for each power of two, and running sums one
+        thread a column on a GPU.
         """
-        total, reach, longest = items, 1, max([2, *(longest for _, longest in self.shapes)])
-        while reach < longest:
-            before = F.pad(total, (0, 0, reach, 0))[: len(total)]
-            total = total + keep * before * (self.position >= reach).unsqueeze(1)
-            keep, reach = keep**2, 2 * reach
-        return self._shown(total)
+        padded = items.new_zeros(sum(count * longest for count, longest in self.shapes), items.shape[1])
+        parts = padded.index_copy_(0, self.slot, items).split([count * longest for count, longest in self.shapes])
+        summed = [
+            torch.bmm(counts[:longest, :longest].expand(count, -1, -1), part.unflatten(0, (count, longest)))
+            for part, (count, longest) in zip(parts, self.shapes, strict=True)
+        ]
+        rows = torch.cat([items.new_zeros(0, items.shape[1]), *(s.flatten(0, 1) for s in summed)])
+        return rows.index_select(0, self._shown(self.slot))
 
     def others(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """[T, D] of the item after each token → [T, D]: mean over the other items of its sequence; [T, 1]: how many.
@@ -194,7 +207,7 @@ class Jagged:
         """
         total = targets.new_zeros(len(self.lengths), targets.shape[1]).index_add(0, self.sequence, targets)
         count = (self.lengths[self.sequence] - 1).float().unsqueeze(1)
-        return (total[self.sequence] - targets) / count.clamp(min=1), count
+        return (total.index_select(0, self.sequence) - targets) / count.clamp(min=1), count
 
     def begin(self, prefix: Tensor, events: Tensor) -> Tensor:
         """As of `Layout`; events [T, D], of which those at a prefix are not used."""
@@ -220,7 +233,7 @@ class Jagged:
     def _pad(self, part: Tensor, bucket: int) -> Tensor:
         count, longest = self.shapes[bucket]
         empty = part.new_zeros(count * longest, part.shape[1])
-        return empty.index_copy(0, self.slots[bucket], part).unflatten(0, (count, longest))
+        return empty.index_copy_(0, self.slots[bucket], part).unflatten(0, (count, longest))
 
 
 class Ends(Jagged):
@@ -243,3 +256,8 @@ class Ends(Jagged):
 
     def _shown(self, x: Tensor) -> Tensor:
         return x[self.ends]
+
+
+def _seen(length: int, like: Tensor) -> Tensor:
+    """[L, L] 1 where the token j does not come after the token i, else 0."""
+    return torch.ones(length, length, dtype=like.dtype, device=like.device).tril()
