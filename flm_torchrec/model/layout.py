@@ -153,14 +153,11 @@ class Jagged:
                 self.sizes.append(sum(sizes[first:last]))
             first, limit = last, 2 * limit
         self.slots: list[Tensor] = []  # of each bucket, [its tokens] index among its padded tokens
-        begin, padded = 0, 0
-        slots: list[Tensor] = []  # as above, among the padded tokens of all buckets
+        begin = 0
         parts = zip(self.shapes, sequence.split(self.sizes), position.split(self.sizes), strict=True)
         for (count, longest), sequences, positions in parts:
             self.slots.append((sequences - begin) * longest + positions)
-            slots.append(self.slots[-1] + padded)
-            begin, padded = begin + count, padded + count * longest
-        self.slot = torch.cat([self.back[:0], *slots])[self.back]  # [T] by token
+            begin += count
 
     @property
     def count(self) -> Tensor:
@@ -173,32 +170,30 @@ class Jagged:
 
     def mean(self, items: Tensor) -> Tensor:
         """As of `Layout`; items [T, D] are zero at a prefix."""
-        longest = max((longest for _, longest in self.shapes), default=0)
-        before = torch.arange(longest, device=items.device).clamp(min=1)  # [L] items up to each token
-        return self._summed(items, _seen(longest, items) / before[:, None])
+        return self._summed(items, lambda position, _: 1.0 / position.clamp(min=1))
 
     def recent(self, items: Tensor, keep: Tensor) -> Tensor:
         """As of `Layout`; items [T, D] are zero at a prefix."""
-        longest = max((longest for _, longest in self.shapes), default=0)
-        position = torch.arange(longest, device=items.device)
-        age = (position[:, None] - position).clamp(min=0)  # [L, L]
         # A rank without events owes the others the gradient of `keep`.
-        return self._summed(items, _seen(longest, items) * keep**age) + 0.0 * keep
+        return self._summed(items, lambda _, age: keep**age) + 0.0 * keep
 
-    def _summed(self, items: Tensor, counts: Tensor) -> Tensor:
-        """[T, D] → [R, D] sum over each represented token's sequence; counts [L, L]: of the token j in the sum at i.
+    def _summed(self, items: Tensor, count: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """[T, D] → [R, D]: sums over the tokens up to each represented token.
 
         As products with padded sequences: along tokens, sums take a pass for each power of two, and running sums one
         thread a column on a GPU.
+
+        Args:
+            count: [L, 1] position of a token and [L, L] how many tokens ago another one was → what that one counts.
         """
-        padded = items.new_zeros(sum(count * longest for count, longest in self.shapes), items.shape[1])
-        parts = padded.index_copy_(0, self.slot, items).split([count * longest for count, longest in self.shapes])
-        summed = [
-            torch.bmm(counts[:longest, :longest].expand(count, -1, -1), part.unflatten(0, (count, longest)))
-            for part, (count, longest) in zip(parts, self.shapes, strict=True)
-        ]
-        rows = torch.cat([items.new_zeros(0, items.shape[1]), *(s.flatten(0, 1) for s in summed)])
-        return rows.index_select(0, self._shown(self.slot))
+
+        def summed(part: Tensor, time: Tensor) -> Tensor:
+            position = torch.arange(time.shape[1], device=time.device)
+            age = position[:, None] - position  # below 0: a later token
+            counts = count(position[:, None], age.clamp(min=0)) * (age >= 0)
+            return torch.bmm(counts.expand(len(part), -1, -1), part)
+
+        return self.represented(self.mix(self.group(items), summed))
 
     def others(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """[T, D] of the item after each token → [T, D]: mean over the other items of its sequence; [T, 1]: how many.
@@ -256,8 +251,3 @@ class Ends(Jagged):
 
     def _shown(self, x: Tensor) -> Tensor:
         return x[self.ends]
-
-
-def _seen(length: int, like: Tensor) -> Tensor:
-    """[L, L] 1 where the token j does not come after the token i, else 0."""
-    return torch.ones(length, length, dtype=like.dtype, device=like.device).tril()

@@ -11,9 +11,12 @@ import os
 import resource
 import sys
 import time
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+
+Batch = TypeVar("Batch")
 
 
 class Trainer(Protocol):
@@ -43,6 +46,12 @@ class Validation:
     def ndcg(self, ranks: np.ndarray) -> float:
         """NDCG@10, given the ranks [hits] of the last items among the ten best, from 1 on."""
         return float((1 / np.log2(1 + ranks)).sum() / len(self.last))
+
+
+def endless(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of one epoch after the other."""
+    while True:
+        yield from loader
 
 
 def serve(trainer: Trainer) -> None:

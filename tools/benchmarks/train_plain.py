@@ -7,7 +7,6 @@ real position, AdamW over one `nn.Embedding`. Kang & McAuley, ICDM 2018, with th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from tools.benchmarks.train_peer import serve, specification
+from tools.benchmarks.train_peer import endless, serve, specification
 
 CLIP = 1.0
 
@@ -58,12 +57,7 @@ class Plain:
         loader: DataLoader = DataLoader(
             train, spec["batch_size"], shuffle=True, collate_fn=lambda part: pad_sequence(part, batch_first=True)
         )
-        self.batches = self._batches(loader)
-
-    @staticmethod
-    def _batches(loader: DataLoader) -> Iterator[Tensor]:
-        while True:
-            yield from loader
+        self.batches = endless(loader)
 
     def steps(self, count: int) -> tuple[int, int]:
         """Run training steps; the number of sequences and of targets."""

@@ -5,11 +5,9 @@ RecBole makes n - 1 sequences of a user with n events, each a prefix with one ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
-from tools.benchmarks.train_peer import serve, specification
+from tools.benchmarks.train_peer import endless, serve, specification
 
 
 class RecBole:
@@ -54,11 +52,7 @@ class RecBole:
         self.model = get_model("SASRec")(config, self.train._dataset)
         self.trainer = get_trainer(config["MODEL_TYPE"], "SASRec")(config, self.model)
         self.trainer.eval_collector.data_collect(self.train)
-        self.batches = self._batches()
-
-    def _batches(self) -> Iterator:  # type: ignore[type-arg]
-        while True:
-            yield from self.train
+        self.batches = endless(self.train)
 
     def steps(self, count: int) -> tuple[int, int]:
         """The body of RecBole's own epoch (`Trainer._train_epoch`), for as many steps as asked for."""

@@ -7,12 +7,11 @@ benchmark. Both learn from the newest events of a user alone, and pad all sequen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from tools.benchmarks.train_peer import Validation, serve, specification
+from tools.benchmarks.train_peer import Validation, endless, serve, specification
 
 
 class RecTools:
@@ -50,12 +49,7 @@ class RecTools:
         self.module.on_train_start()
         self.module.trainer = None  # so that a step logs nothing
         self.optimizer = self.module.configure_optimizers()
-        self.batches = self._batches()
-
-    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        loader = self.model.data_preparator.get_dataloader_train()
-        while True:
-            yield from loader
+        self.batches = endless(self.model.data_preparator.get_dataloader_train())
 
     def steps(self, count: int) -> tuple[int, int]:
         """Steps of RecTools' Lightning module without Lightning's loop, so without its cost."""

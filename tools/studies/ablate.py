@@ -134,14 +134,14 @@ def execute(run: StudyRun, split: str, threads: int) -> str | None:
     if (run.folder / FINISHED).is_file() and _as_configured(run):
         steps = []
     steps.append([*FLM, "evaluate", "--run", str(run.folder), "--split", split])
+    program = FLM if run.without is None else (sys.executable, "-m", LACKING, run.without)
     log = run.folder.with_suffix(".log")
     with log.open("w", encoding="utf-8") as output:
         for step in steps:
-            verb, options = step[len(FLM)], step[len(FLM) + 1 :]
-            command = step if run.without is None else [sys.executable, "-m", LACKING, run.without, verb, *options]
+            command = [*program, *step[len(FLM) :]]
             if subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode:
                 return f"{run.variant}, seed {run.seed}: failed, see {log}"
-            if verb == "train":
+            if step[len(FLM)] == "train":
                 (run.folder / FINISHED).write_text(run.without or "", encoding="utf-8")
     return None
 
