@@ -25,5 +25,6 @@ class Dropout(nn.Module):
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
         draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
-        return x * (kept * (1 / (1 - self.p)))
+        # In place, as numbers: a bool would be made five times as slowly, and widened twice as slowly.
+        kept = draws.view(torch.int16)[: x.numel()].view(x.shape).ge_(round(self.p * 2**16) - 2**15)
+        return x * kept.to(x.dtype).mul_(1 / (1 - self.p))

@@ -41,6 +41,7 @@ class LabelDense(Dense):
         labels: Mapping[str, float] = MappingProxyType({"value": 1.0}),
     ) -> None:
         super().__init__(schema, model, loss, max_tokens, gather)
+        self.tower.learns_fused = True
         self.label_weights = dict(labels)
         first, *others = (_label_head(width(model.dim), model.dropout) for _ in labels)
         self.label_head = first

@@ -63,7 +63,7 @@ class Dense(nn.Module):
             history=len(HISTORY_KEYS),
             max_tokens=max_tokens,
         )
-        self.tower = Tower(widths, model)
+        self.tower = Tower(widths, model, learns_fused=loss.fused > 0)
         described = widths.item_features + widths.item_dense > 0
         self.losses = make_losses(loss, described, gather, joint=len(schema.domains) > 1)
         # What the losses learn is registered here, so that checkpoints know it by these names.

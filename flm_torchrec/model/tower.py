@@ -92,7 +92,7 @@ class Encoded:
     contents: Tensor  # [N, D]: of features alone; in training not scaled, as a step needs few of them
     representations: dict[str, Tensor]
     """By name of REPRESENTATIONS, [T, S] at each token; where there is nothing to predict, [R, S] at the last token of
-    each of the R sequences that have tokens."""
+    each of the R sequences that have tokens. In training the fusion has no row where no loss learns from it."""
     left_out: Tensor | None = None  # [T, S] in training: the collaborative head of all items but the target
 
     @property
@@ -118,12 +118,16 @@ class Tower(nn.Module):
       like it (FPMC: Rendle et al., WWW 2010).
 
     A score is the dot product of a representation with an item vector, see `space`.
+
+    Args:
+        widths, config: of its inputs, and of itself.
+        learns_fused: a loss learns from the fusion. Else training makes it of no token at all, [0, S].
     """
 
-    def __init__(self, widths: Widths, config: ModelConfig) -> None:
+    def __init__(self, widths: Widths, config: ModelConfig, learns_fused: bool = True) -> None:
         super().__init__()
         dim = config.dim
-        self.config = config
+        self.config, self.learns_fused = config, learns_fused
         self.item_content = ItemContent(widths.item_features * dim + widths.item_dense, dim)
         self.user_content = mlp(widths.user_features * dim + widths.user_dense, dim)
         self.event = nn.Linear(widths.history * dim + 1, dim)
@@ -179,7 +183,10 @@ class Tower(nn.Module):
             "sequential": self.transformer(layout.begin(layout.each(seen.profile) + self.start, events), layout),
         }
         heads = {name: place(name, self._unit(h)) for name, h in heads.items()}
-        return {**heads, FUSED: self._unit(self.fusion(torch.stack([heads[name] for name in HEADS], 1)))}
+        parts = [heads[name] for name in HEADS]
+        if self.training and not self.learns_fused:
+            parts = [h.detach()[:0] for h in parts]  # its parameters owe other ranks a gradient of zero all the same
+        return {**heads, FUSED: self._unit(self.fusion(torch.stack(parts, 1)))}
 
     def _left_out(self, user: Tensor, targets: Tensor, layout: Jagged) -> Tensor:
         """[B, D] ids of users, [T, D] sources of targets → [T, S]: the collaborative head without each target."""

@@ -100,7 +100,7 @@ class _HSTUBlock(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, layout: Layout, bias: _RelativeBias | None) -> Tensor:
-        u, vqk = F.silu(self.uvqk(self.input_norm(x))).tensor_split([x.shape[-1]], -1)
+        u, vqk = F.silu(self.uvqk(self.input_norm(x))).split([x.shape[-1], 3 * x.shape[-1]], -1)
         mixed = layout.mix(vqk, lambda part, time: self._attend(part, time, bias))
         return x + self.dropout(self.out(self.mixed_norm(mixed) * u))
 

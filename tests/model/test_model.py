@@ -95,6 +95,19 @@ def test_every_head_gives_a_vector_in_the_one_space(fusion: str) -> None:
     assert all(h.shape == (8, 2 * DIM) for h in out.representations.values())
 
 
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_fusion_that_no_loss_learns_from_costs_nothing_in_training(fusion: str) -> None:
+    """Its parameters have a gradient of zero, for which other ranks wait; evaluation makes it."""
+    tower, batch = make_tower(fusion), inputs()
+    tower.learns_fused = False
+    assert len(tower(**batch).representations["fused"]) == 8
+    unlearned = tower.train()(**batch).representations
+    assert [len(unlearned[name]) for name in REPRESENTATIONS] == [8, 8, 8, 0]
+    torch.cat(list(unlearned.values())).sum().backward()
+    assert all(not p.grad.any() for p in tower.fusion.parameters() if p.grad is not None)
+    assert all(p.grad is not None for p in tower.parameters())
+
+
 @settings(max_examples=20)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.sampled_from(sorted(BLOCKS)), st.booleans())
 def test_the_last_tokens_alone_are_as_among_all(lengths: list[int], block: str, relative: bool) -> None:
