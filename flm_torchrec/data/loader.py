@@ -103,4 +103,11 @@ class TrainLoader(Loader):
         user, start, end = self.windows.user[own], self.windows.start[own], self.windows.end[own]
         missing = -(-len(batch) // world_size) - len(own)
         pad = np.zeros(missing, np.int64)
-        return np.concatenate([user, pad]), np.concatenate([start, pad]), np.concatenate([end, pad])
+        user, start, end = (np.concatenate([part, pad]) for part in (user, start, end))
+        order = shortest_first(start, end)
+        return user[order], start[order], end[order]
+
+
+def shortest_first(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """[B] spans of events → [B] the order in which a batch holds them: attention then need not sort their tokens."""
+    return np.argsort(end - start, kind="stable")

@@ -15,7 +15,7 @@ from flm_torchrec.data.columns import EventBlock
 from flm_torchrec.data.dataset import spans
 from flm_torchrec.data.event_files import WEIGHT, context_columns
 from flm_torchrec.data.lanes import Deal, LanePlan, merged
-from flm_torchrec.data.loader import Loader
+from flm_torchrec.data.loader import Loader, shortest_first
 from flm_torchrec.data.negatives import Candidates, Negatives
 from flm_torchrec.data.prefetch import Prefetch
 from flm_torchrec.data.windows import cut
@@ -142,17 +142,15 @@ class StreamLoader(Loader):
         )
 
     def _batch(self, parts: list[LoadedWindows], sequences: int, drawn: Candidates) -> Batch:
-        """The batch of all parts, with empty sequences at the end up to `sequences`."""
+        """The batch of all parts, with empty sequences beside them up to `sequences`."""
         windows = joined(parts, self.assembler.events.take(slice(0, 0)))
         pad = np.zeros(sequences - len(windows), np.int64)
         begin = windows.offsets[:-1]
+        parts_of = windows.user, begin + windows.before, windows.offsets[1:], begin
+        user, start, end, begin = (np.concatenate([part, pad]) for part in parts_of)
+        order = shortest_first(start, end)
         return self.assembler.training(
-            user=np.concatenate([windows.user, pad]),
-            start=np.concatenate([begin + windows.before, pad]),
-            end=np.concatenate([windows.offsets[1:], pad]),
-            drawn=drawn,
-            events=windows.events,
-            begin=np.concatenate([begin, pad]),
+            user=user[order], start=start[order], end=end[order], drawn=drawn, events=windows.events, begin=begin[order]
         )
 
 

@@ -5,8 +5,9 @@ A sequence is a prefix token, which stands for the user, and then one token for 
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -15,6 +16,8 @@ from torch.nn import functional as F
 
 SHORT = 8
 """Sequences up to this length are padded together; so are those up to twice it, up to four times it, and so on."""
+MANY = 32
+"""So many sequences of one length, the longest of those that would be padded together, are by themselves, unpadded."""
 FEW = 4
 """Rows below which a product of matrices is rounded in another way on CPUs."""
 
@@ -113,6 +116,7 @@ class Jagged:
 
     With padding, attention costs the longest length squared for each sequence, and most sequences are much shorter
     than the longest. So `group` sorts sequences by length, and `mix` pads only those of similar length together.
+    Sequences that are sorted already, as those of training, are not moved.
 
     Args:
         lengths: [B] tokens of each sequence, the prefix included; 0 is a sequence without tokens.
@@ -125,38 +129,45 @@ class Jagged:
         self.sequence = torch.repeat_interleave(sequences, lengths, output_size=len(time))  # [T]
         self.first = torch.cumsum(lengths, 0) - lengths  # [B] the first token of each sequence
         self.position = torch.arange(len(self.sequence), device=lengths.device) - self.first[self.sequence]  # [T]
-        order = torch.argsort(lengths, stable=True)
-        nth = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=order.device))
-        self.tokens = torch.argsort(nth[self.sequence], stable=True)  # [T] in the order of `mix`
-        self.back = torch.empty_like(self.tokens).index_copy(
-            0, self.tokens, torch.arange(len(self.tokens), device=order.device)
-        )
-        self._make_buckets(lengths[order], nth[self.sequence][self.tokens], self.position[self.tokens])
-        parts = time[self.tokens].split(self.sizes)
+        sizes = lengths.tolist()
+        self.tokens: Tensor | None = None  # [T] in the order of `mix`; None: they are in this order
+        self.back: Tensor | None = None  # [T] where each token is in that order
+        nth = self.sequence  # [T] of each token, the place of its sequence in that order
+        if sizes != sorted(sizes):
+            nth = _inverse(torch.argsort(lengths, stable=True))[self.sequence]
+            self.tokens = torch.argsort(nth, stable=True)
+            self.back = _inverse(self.tokens)
+        self._make_buckets(sorted(sizes), self.group(nth), self.group(self.position))
+        parts = self.group(time).split(self.sizes)
         self.times = [self._pad(part.unsqueeze(1), n).squeeze(2) for n, part in enumerate(parts)]
 
-    def _make_buckets(self, lengths: Tensor, sequence: Tensor, position: Tensor) -> None:
+    def _make_buckets(self, lengths: list[int], sequence: Tensor, position: Tensor) -> None:
         """Split the sequences, sorted by length, into buckets of similar length.
 
         Args:
-            lengths: [B] tokens.
+            lengths: by sequence, tokens.
             sequence: [T] number of each token's sequence.
             position: [T].
         """
         self.shapes: list[tuple[int, int]] = []  # of each bucket, sequences and longest length
         self.sizes: list[int] = []  # of each bucket, tokens
-        sizes, first, limit = lengths.tolist(), 0, SHORT
-        while first < len(sizes):
-            last = bisect_right(sizes, limit)
+        cuts, limit = [0], SHORT
+        while cuts[-1] < len(lengths):
+            last = bisect_right(lengths, limit)
+            if last > cuts[-1]:
+                longest = bisect_left(lengths, lengths[last - 1])
+                cuts += [longest, last] if last - longest >= MANY else [last]
+            limit *= 2
+        for first, last in pairwise(cuts):
             if last > first:
-                self.shapes.append((last - first, sizes[last - 1]))
-                self.sizes.append(sum(sizes[first:last]))
-            first, limit = last, 2 * limit
-        self.slots: list[Tensor] = []  # of each bucket, [its tokens] index among its padded tokens
+                self.shapes.append((last - first, lengths[last - 1]))
+                self.sizes.append(sum(lengths[first:last]))
+        self.slots: list[Tensor | None] = []  # of each bucket, [its tokens] index among its padded tokens; None: all
         begin = 0
         parts = zip(self.shapes, sequence.split(self.sizes), position.split(self.sizes), strict=True)
         for (count, longest), sequences, positions in parts:
-            self.slots.append((sequences - begin) * longest + positions)
+            full = len(sequences) == count * longest
+            self.slots.append(None if full else (sequences - begin) * longest + positions)
             begin += count
 
     @property
@@ -210,11 +221,11 @@ class Jagged:
 
     def group(self, x: Tensor) -> Tensor:
         """As of `Layout`."""
-        return x.index_select(0, self.tokens)
+        return x if self.tokens is None else x.index_select(0, self.tokens)
 
     def represented(self, x: Tensor) -> Tensor:
         """As of `Layout`, [R, D]."""
-        return x.index_select(0, self._shown(self.back))
+        return self._shown(x) if self.back is None else x.index_select(0, self._shown(self.back))
 
     def _shown(self, x: Tensor) -> Tensor:
         """[T, …] of all tokens → [R, …] of those that are represented: here all."""
@@ -222,13 +233,14 @@ class Jagged:
 
     def mix(self, x: Tensor, attend: Attend) -> Tensor:
         """As of `Layout`."""
-        mixed = [attend(self._pad(part, n), self.times[n]) for n, part in enumerate(x.split(self.sizes))]
-        return torch.cat([m.flatten(0, 1).index_select(0, slots) for m, slots in zip(mixed, self.slots, strict=True)])
+        mixed = [attend(self._pad(part, n), self.times[n]).flatten(0, 1) for n, part in enumerate(x.split(self.sizes))]
+        return torch.cat([m if at is None else m.index_select(0, at) for m, at in zip(mixed, self.slots, strict=True)])
 
     def _pad(self, part: Tensor, bucket: int) -> Tensor:
-        count, longest = self.shapes[bucket]
-        empty = part.new_zeros(count * longest, part.shape[1])
-        return empty.index_copy_(0, self.slots[bucket], part).unflatten(0, (count, longest))
+        (count, longest), slots = self.shapes[bucket], self.slots[bucket]
+        if slots is not None:
+            part = part.new_zeros(count * longest, part.shape[1]).index_copy_(0, slots, part)
+        return part.unflatten(0, (count, longest))
 
 
 class Ends(Jagged):
@@ -251,3 +263,8 @@ class Ends(Jagged):
 
     def _shown(self, x: Tensor) -> Tensor:
         return x[self.ends]
+
+
+def _inverse(order: Tensor) -> Tensor:
+    """[n] a permutation → [n] the one that undoes it."""
+    return torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=order.device))
