@@ -17,6 +17,7 @@ from flm_torchrec.distributed.replicas import average_replicas
 from flm_torchrec.model.pretrain import Outputs
 from flm_torchrec.model.tables import look_up_in_turn
 from flm_torchrec.training.guard import Guard
+from flm_torchrec.training.kept_memory import keep_memory
 from flm_torchrec.training.schedule import Schedule
 
 
@@ -36,6 +37,7 @@ class PlainSteps:
         self.schedule = schedule
         self.device = device
         self.guard = guard
+        keep_memory()
 
     def take(self, batches: Iterator[Batch], step: int) -> Outputs | None:
         """Learn from the next batch; None if the guard left it out.
