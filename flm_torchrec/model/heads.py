@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from flm_torchrec.model.dropout import Dropout
 from flm_torchrec.model.layout import Layout
+from flm_torchrec.model.scale import unit
 
 GAIN = 4.0
 """First length of a sketch in an item's vector, where the row of its id has length 1."""
@@ -79,7 +79,7 @@ class ContentHead(nn.Module):
         """[items of …, D], zero where there is no item, and [B, D] → [R, D]."""
         recent = layout.recent(contents, torch.sigmoid(FASTER * self.recency))
         learned = self.learned(torch.cat([layout.mean(contents), layout.each(profile)], 1))
-        return F.normalize(recent, dim=1, eps=START) + FASTER * self.scale * learned
+        return unit(recent, START) + FASTER * self.scale * learned
 
 
 class CollaborativeHead(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -105,15 +107,53 @@ class _HSTUBlock(nn.Module):
         return x + self.dropout(self.out(self.mixed_norm(mixed) * u))
 
     def _attend(self, vqk: Tensor, time: Tensor, bias: _RelativeBias | None) -> Tensor:
+        seen = _seen(time).to(vqk.dtype)
+        counts = seen / seen.sum(1, keepdim=True)
+        if bias is None and torch.is_grad_enabled():
+            return _Pointwise.apply(vqk, counts, self.heads)
         v, q, k = _split(vqk, self.heads)
         scores = q * q.shape[3] ** -0.5 @ k.transpose(2, 3)  # [b, heads, L, L]
         scores = scores if bias is None else scores + bias(time)
-        seen = _seen(time).to(scores.dtype)
-        mixed = F.silu(scores) * (seen / seen.sum(1, keepdim=True)) @ v
-        return mixed.transpose(1, 2).flatten(2)
+        return (F.silu(scores) * counts @ v).transpose(1, 2).flatten(2)
+
+
+class _Pointwise(torch.autograd.Function):
+    """[b, L, 3 D] v, q and k of all heads, [L, L] what a key counts for a query → [b, L, D] (SiLU(Q K^T / root) counts) V.
+
+    The same as autograd makes of the formula, but head by head on views, so that no factor and no gradient is copied.
+    """
+
+    @staticmethod
+    def forward(ctx, vqk: Tensor, counts: Tensor, heads: int) -> Tensor:  # type: ignore[override]
+        ctx.heads, mixed, kept = heads, [], []
+        for v, q, k in _heads(vqk, heads):
+            scores = torch.bmm(q, k.transpose(1, 2)).mul_(q.shape[2] ** -0.5)  # [b, L, L]
+            weights = F.silu(scores).mul_(counts)
+            mixed.append(torch.bmm(weights, v))
+            kept += [scores, weights]
+        ctx.save_for_backward(vqk, counts, *kept)
+        return torch.cat(mixed, 2)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        vqk, counts, *kept = ctx.saved_tensors
+        grads: list[list[Tensor]] = []
+        parts = zip(_heads(vqk, ctx.heads), grad.chunk(ctx.heads, 2), kept[::2], kept[1::2], strict=True)
+        for (v, q, k), of_mixed, scores, weights in parts:
+            of_weights = torch.bmm(of_mixed, v.transpose(1, 2)).mul_(counts)
+            of_scores = torch.ops.aten.silu_backward(of_weights, scores).mul_(q.shape[2] ** -0.5)
+            of_v = torch.bmm(weights.transpose(1, 2), of_mixed)
+            grads.append([of_v, torch.bmm(of_scores, k), torch.bmm(of_scores.transpose(1, 2), q)])
+        return torch.cat([of_head for part in zip(*grads, strict=True) for of_head in part], 2), None, None
 
 
 BLOCKS = {"transformer": _TransformerBlock, "hstu": _HSTUBlock}
+
+
+def _heads(x: Tensor, heads: int) -> Iterator[tuple[Tensor, ...]]:
+    """[b, L, 3 * D] → by head, three of [b, L, D / heads], views."""
+    parts = x.chunk(3 * heads, 2)
+    return zip(parts[:heads], parts[heads : 2 * heads], parts[2 * heads :], strict=True)
 
 
 def _split(x: Tensor, heads: int) -> tuple[Tensor, ...]:

@@ -122,6 +122,22 @@ def test_the_last_tokens_alone_are_as_among_all(lengths: list[int], block: str, 
         torch.testing.assert_close(found[: len(last)], every[name][last], rtol=1e-5, atol=1e-6)
 
 
+def test_pointwise_attention_has_the_gradients_that_autograd_makes_of_its_formula() -> None:
+    """A bias, here of zeros, leaves the gradients to autograd."""
+    lengths = torch.tensor([3, 0, 1, 2, 6])
+    found = []
+    for relative in (False, True):
+        torch.manual_seed(0)
+        config = ModelConfig(dim=DIM, block="hstu", relative_bias=relative)
+        model = CausalTransformer(config, 6).double().eval()
+        x = torch.randn(12, DIM, dtype=torch.float64, requires_grad=True)
+        out = model(x, Jagged(lengths, torch.zeros(12, dtype=torch.int64)))
+        (out**2 * torch.arange(DIM)).sum().backward()
+        found.append({"x": x.grad, "out": out} | {n: p.grad for n, p in model.blocks.named_parameters()})
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], msg=name)
+
+
 @pytest.mark.parametrize(("block", "relative"), [(b, r) for b in BLOCKS for r in (False, True)])
 def test_no_head_sees_a_later_token(block: str, relative: bool) -> None:
     tower, batch = make_tower(block=block, relative=relative), inputs()
@@ -150,6 +166,7 @@ def test_sequences_of_a_batch_do_not_touch_each_other() -> None:
 @settings(max_examples=30)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.sampled_from(sorted(BLOCKS)), st.booleans())
 @example([0], "transformer", True)
+@example([5] * 40 + [3, 7], "hstu", False)
 def test_attention_in_buckets_is_attention_of_each_sequence_alone(
     lengths: list[int], block: Any, relative: bool
 ) -> None:

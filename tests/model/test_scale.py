@@ -27,8 +27,12 @@ def rows(dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize(
     ("fast", "plain"),
-    [(unit, F.normalize), (lambda x: softened_unit(x, 0.01, KNOWN.to(x.dtype)), written_out)],
-    ids=["unit", "softened"],
+    [
+        (unit, F.normalize),
+        (lambda x: unit(x, 0.1), lambda x: F.normalize(x, eps=0.1)),
+        (lambda x: softened_unit(x, 0.01, KNOWN.to(x.dtype)), written_out),
+    ],
+    ids=["unit", "longer", "softened"],
 )
 def test_values_and_gradients_are_those_of_the_formula(
     fast: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor]
