@@ -180,16 +180,16 @@ class Jagged:
         return x.index_select(0, self._shown(self.sequence))
 
     def mean(self, items: Tensor) -> Tensor:
-        """As of `Layout`; items [T, D] are zero at a prefix."""
+        """As of `Layout`; items [T, D], of which those at a prefix are not used."""
         return self._summed(items, lambda position, _: 1.0 / position.clamp(min=1))
 
     def recent(self, items: Tensor, keep: Tensor) -> Tensor:
-        """As of `Layout`; items [T, D] are zero at a prefix."""
+        """As of `Layout`; items [T, D], of which those at a prefix are not used."""
         # A rank without events owes the others the gradient of `keep`.
         return self._summed(items, lambda _, age: keep**age) + 0.0 * keep
 
     def _summed(self, items: Tensor, count: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """[T, D] → [R, D]: sums over the tokens up to each represented token.
+        """[T, D] → [R, D]: sums over the tokens up to each represented token, but for the prefix.
 
         As products with padded sequences: along tokens, sums take a pass for each power of two, and running sums one
         thread a column on a GPU.
@@ -201,7 +201,7 @@ class Jagged:
         def summed(part: Tensor, time: Tensor) -> Tensor:
             position = torch.arange(time.shape[1], device=time.device)
             age = position[:, None] - position  # below 0: a later token
-            counts = count(position[:, None], age.clamp(min=0)) * (age >= 0)
+            counts = count(position[:, None], age.clamp(min=0)) * ((age >= 0) & (position > 0))
             return torch.bmm(counts.expand(len(part), -1, -1), part)
 
         return self.represented(self.mix(self.group(items), summed))

@@ -70,7 +70,7 @@ class DenseInputs(Protocol):
 class Sequences:
     """What the heads see of B sequences, whose tokens lie in memory as a `Layout` says.
 
-    All that is of an item is zero at a prefix and at padding.
+    All that is of an item is zero at padding, and not used at a prefix.
     """
 
     item_id: Tensor  # […, D]
@@ -143,19 +143,17 @@ class Tower(nn.Module):
         known = batch.item_known.unsqueeze(1)
         shown = self._shown(batch.item_known, self.config.id_dropout)
         content = self._content(torch.cat([embedded.item_features, batch.item_dense], 1), batch.item_sketch)
-        vectors = torch.addcmul(content, embedded.item_id, shown)
-        real = (batch.tokens < len(known)).unsqueeze(1)  # no prefix
-        at = batch.tokens.clamp(max=len(known) - 1)
-        both = torch.cat([at, batch.targets])
-        sources = F.embedding(both, embedded.item_source) * known[both]
+        ids, sources = embedded.item_id * shown, embedded.item_source * known
+        vectors = content + ids
+        at = batch.tokens.clamp(max=len(known) - 1)  # any item at a prefix, where layouts of tokens use none
         user_id, user_features = embedded.user[:, :dim], embedded.user[:, dim:]
         seen = Sequences(
             user_id=user_id * self._shown(batch.user_known, self.config.user_id_dropout),
             profile=self.user_content(torch.cat([user_features, batch.user_dense], 1)),
-            item_id=F.embedding(at, embedded.item_id) * (shown[at] * real),
-            item_source=sources[: len(at)] * real,
-            item_context=F.embedding(at, embedded.item_context) * (known[at] * real),
-            item_content=F.embedding(at, content) * real,
+            item_id=F.embedding(at, ids),
+            item_source=F.embedding(at, sources),
+            item_context=F.embedding(at, embedded.item_context * known),
+            item_content=F.embedding(at, content),
             event=torch.cat([embedded.history, batch.value.unsqueeze(1)], 1),
             context=embedded.context,
         )
@@ -166,7 +164,9 @@ class Tower(nn.Module):
             ids=embedded.item_id,
             contents=content if self.training else self._unit(content),
             representations=self.represent(seen, layout),
-            left_out=self._left_out(seen.user_id, sources[len(at) :], layout) if self.training else None,
+            left_out=self._left_out(seen.user_id, F.embedding(batch.targets, sources), layout)
+            if self.training
+            else None,
         )
 
     def represent(self, seen: Sequences, layout: Layout) -> dict[str, Tensor]:
