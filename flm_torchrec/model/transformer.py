@@ -118,9 +118,9 @@ class _HSTUBlock(nn.Module):
 
 
 class _Pointwise(torch.autograd.Function):
-    """[b, L, 3 D] v, q and k of all heads, [L, L] what a key counts for a query → [b, L, D] (SiLU(Q K^T / root) counts) V.
+    """[b, L, 3 D] v, q and k of all heads, [L, L] what a key counts for a query → [b, L, D] without a bias.
 
-    The same as autograd makes of the formula, but head by head on views, so that no factor and no gradient is copied.
+    As autograd makes it of the formula, but head by head on views, so that no factor and no gradient is copied.
     """
 
     @staticmethod
