@@ -150,6 +150,15 @@ class LossConfig:
             description="weight beside the collaborative loss of predicting each event from all others of its window"
         ),
     ] = 1.0
+    mixture: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="what part of a target's weight goes to the heads that are sure of it, as in a mixture of the"
+            " heads: for data where each event has one cause; 0: a target counts 1 for every head",
+        ),
+    ] = 0.0
     seen: Annotated[
         Literal["hidden", "negatives"],
         Field(

@@ -28,7 +28,7 @@ using bf16 = uint16_t;
 using std::int64_t;
 
 struct Problem {  // as in fused_softmax.py
-    const float *query, *weighted;  // [T, D] scaled; the same times the queries' weights
+    const float *query, *weighted;  // [T, D] scaled; the same times the queries' weights, or null: log_sum alone
     const float *items, *log_q;     // [C, D], [C]
     const float *truth;             // [T] logit of the target
     const int64_t *target;          // [T]
@@ -131,8 +131,8 @@ class Softmax {
     explicit Softmax(const Problem &problem)
         : p(problem), rows((p.queries + SIDE - 1) / SIDE * SIDE), dim((p.dim + SIDE - 1) / SIDE * SIDE),
           panels((p.candidates + SIDE - 1) / SIDE), threads(std::max<int64_t>(1, std::min(p.threads, panels))),
-          query(rows * dim), weighted(rows * dim), reference(rows), truth(rows), correction(panels * SIDE),
-          domain(panels * SIDE), wanted(rows), sums(threads * rows), of_query(threads * rows * dim) {
+          query(rows * dim), weighted(p.weighted ? rows * dim : 0), reference(rows), truth(rows), correction(panels * SIDE),
+          domain(panels * SIDE), wanted(rows), sums(threads * rows), of_query(p.weighted ? threads * rows * dim : 0) {
         pack_queries();
         for (int64_t c = 0; c < panels * SIDE; c++) {
             correction.at[c] = c < p.candidates ? std::max(-p.log_q[c] * LOG2_E, NOTHING) : NOTHING;
@@ -157,6 +157,7 @@ class Softmax {
             reference.at[t] += std::log2(sums.at[t]);
             p.log_sum[t] = reference.at[t] / LOG2_E;
         }
+        if (!p.weighted) return;
         pass<GRADIENTS>();
         for (int64_t first = 0; first < p.queries; first += SIDE)
             for (int64_t d = 0; d < p.dim; d++)
@@ -188,6 +189,7 @@ class Softmax {
             narrow(p.query + t * p.dim, row.at, p.dim, LOG2_E);
             bf16 *to = query.at + t / SIDE * SIDE * dim + t % SIDE * 2;
             for (int64_t d = 0; d < p.dim; d++) to[d / 2 * 2 * SIDE + d % 2] = row.at[d];
+            if (!p.weighted) continue;
             narrow(p.weighted + t * p.dim, row.at, p.dim, 1);
             for (int64_t d = 0; d < p.dim; d++) weighted.at[(t / 2 * dim + d) * 2 + t % 2] = row.at[d];
         }

@@ -62,13 +62,12 @@ def can_fuse(query: Tensor, items: Tensor, precision: torch.dtype) -> bool:
     return single and not isinstance(_library(), str)
 
 
+LeftOut = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""[P] queries in ascending order and [P] candidates that they leave out, int64; [C] domains."""
+
+
 def fused_softmax(
-    scaled: Tensor,
-    weighted: Tensor,
-    items: Tensor,
-    log_q: Tensor,
-    target: Tensor,
-    left_out: tuple[Tensor | None, Tensor | None, Tensor | None],
+    scaled: Tensor, weighted: Tensor, items: Tensor, log_q: Tensor, target: Tensor, left_out: LeftOut
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[T] losses without weight; [T, D] sum of the items by their shares, [C, D] sum of the weighted queries by theirs.
 
@@ -79,26 +78,43 @@ def fused_softmax(
         items: [C, D].
         log_q: [C] what logits are lowered by, but for the target's.
         target: [T] int64.
-        left_out: [P] queries in ascending order and [P] candidates that they leave out, int64; [C] domains.
     """
-    rows, columns, domain = left_out
-    truth = torch.einsum("td,td->t", scaled, items.index_select(0, target))
     like = torch.contiguous_format
-    outputs = [torch.empty_like(x, memory_format=like) for x in (truth, scaled, items)]
-    losses, query_grad, items_grad = outputs
+    query_grad, items_grad = (torch.empty_like(x, memory_format=like) for x in (scaled, items))
+    losses = _run([scaled, weighted], items, log_q, target, left_out, [query_grad, items_grad])
+    return losses, query_grad, items_grad
+
+
+def fused_losses(scaled: Tensor, items: Tensor, log_q: Tensor, target: Tensor, left_out: LeftOut) -> Tensor:
+    """[T] losses of `fused_softmax` alone."""
+    return _run([scaled, None], items, log_q, target, left_out, [None, None])
+
+
+def _run(
+    queries: list[Tensor | None],
+    items: Tensor,
+    log_q: Tensor,
+    target: Tensor,
+    left_out: LeftOut,
+    gradients: list[Tensor | None],
+) -> Tensor:
+    scaled, (rows, columns, domain) = queries[0], left_out
+    assert scaled is not None
+    truth = torch.einsum("td,td->t", scaled, items.index_select(0, target))
+    losses = torch.empty_like(truth)
     places = None if domain is None else domain.float()
     wanted = None if places is None else places[target]
-    inputs = [scaled, weighted, items, log_q.float(), truth, target, rows, columns, places, wanted]
+    inputs = [*queries, items, log_q.float(), truth, target, rows, columns, places, wanted]
     held = [None if x is None else x.contiguous() for x in inputs]
     problem = _Problem(
-        *(None if x is None else x.data_ptr() for x in [*held, *outputs]),
+        *(None if x is None else x.data_ptr() for x in [*held, losses, *gradients]),
         *(*scaled.shape[:1], *items.shape, 0 if rows is None else len(rows), torch.get_num_threads()),
     )
     library = _library()
     assert not isinstance(library, str)
     if library.flm_softmax(ctypes.byref(problem)):
         raise MemoryError(f"no memory for a softmax of {len(scaled)} queries and {len(items)} candidates")
-    return losses.sub_(truth), query_grad, items_grad
+    return losses.sub_(truth)
 
 
 @cache

@@ -6,7 +6,7 @@ Ranks wait for each other's gradients, so a parameter without one would stop the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,12 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flm_torchrec.config.heads import REPRESENTATIONS
+from flm_torchrec.config.heads import HEADS, REPRESENTATIONS
 from flm_torchrec.config.schema import LossConfig
+from flm_torchrec.model.responsibility import weights_by_head
 from flm_torchrec.model.rows import Gather, Rows, Shared, dealt
 from flm_torchrec.model.scale import unit
-from flm_torchrec.model.softmax import CandidateVectors, Hidden, inclusion_log_probability, sampled_softmax
+from flm_torchrec.model.softmax import (
+    CandidateVectors,
+    Hidden,
+    inclusion_log_probability,
+    log_probability,
+    sampled_softmax,
+)
 from flm_torchrec.model.space import used, used_by_each
+from flm_torchrec.model.targets import CountedTargets, columns_of, hidden_of
 from flm_torchrec.model.tower import Encoded
 
 if TYPE_CHECKING:
@@ -115,36 +123,45 @@ class NextItemLoss:
         columns, repeated = columns_of(candidates.ids, candidates.real, batch.items)
         log_q = self._log_q(candidates.numbers, shared.near).masked_fill(repeated | ~candidates.real, math.inf)
         wanted = columns[batch.targets]
-        counted = _Counted.of(batch.weight)
+        counted = CountedTargets.of(batch.weight)
         count = torch.where(shared.weight > 0, shared.weight, 1.0)
         domain = candidates.numbers[:, -1].contiguous() if self.by_domain else None
-        vectors = candidates.vectors
-        own = used_by_each(vectors)
+        own = used_by_each(candidates.vectors)
+        before = self._hidden(batch, wanted, whole=False)
 
-        def loss(query: Tensor, name: str, hidden: Hidden | None) -> Tensor:
-            """Mean over all ranks' targets, this rank's share."""
+        def question(query: Tensor, name: str, hidden: Hidden | None) -> _Question:
             scale = self.log_scale[name].clamp(max=MAX_LOG_SCALE).exp()
             items = CandidateVectors(own[name], log_q, domain, PRECISIONS[self.config.precision])
-            query, target, hidden = counted.only(used(name, query), wanted, hidden)
-            return sampled_softmax(query, items, target, scale, hidden, counted.weight) / count
+            return _Question(name, items, scale, *counted.only(used(name, query), wanted, hidden))
 
-        total, losses = vectors.new_zeros(()), {}
-        before = self._hidden(batch, wanted, whole=False)
+        total, asked = candidates.vectors.new_zeros(()), dict[str, _Question]()
         for name, query in encoded.representations.items():
-            weight = getattr(self.config, name)
-            if weight == 0:
+            if getattr(self.config, name) == 0:
                 total = total + 0.0 * (query.sum() + self.log_scale[name])
                 continue
-            value = loss(query, name, before)
+            asked[name] = question(query, name, before)
+        if self.config.collaborative * self.config.left_out > 0 and encoded.left_out is not None:
+            asked["left_out"] = question(encoded.left_out, "collaborative", self._hidden(batch, wanted, whole=True))
+        by_head, losses = self._by_head(asked), dict[str, Tensor]()
+        for name, one in asked.items():
+            value = one.loss(_product(counted.weight, by_head.get(one.representation))) / count
             losses[name] = value.detach()
-            total = total + weight * value
-        weight = self.config.collaborative * self.config.left_out
-        if weight > 0 and encoded.left_out is not None:
-            others = self._hidden(batch, wanted, whole=True)
-            value = loss(encoded.left_out, "collaborative", others)
-            losses["left_out"] = value.detach()
+            weight = getattr(self.config, one.representation) * (self.config.left_out if name == "left_out" else 1.0)
             total = total + weight * value
         return total, losses
+
+    def _by_head(self, asked: Mapping[str, _Question]) -> dict[str, Tensor]:
+        """By head, [t] what the targets count for it; empty where all count alike.
+
+        How sure the collaborative head is of a target is read from all others of its sequence, if that is learned: from
+        earlier items it knows the targets by heart.
+        """
+        if self.config.mixture == 0:
+            return {}
+        sure = {name: asked[name] for name in HEADS if name in asked}
+        if "left_out" in asked:
+            sure["collaborative"] = asked["left_out"]
+        return weights_by_head({name: one.log_probability() for name, one in sure.items()}, self.config.mixture)
 
     def _numbers(self, batch: Batch) -> Tensor:
         """[C, 2] `log_not_sampled`; [C, 3] with the candidate's domain last, where that counts."""
@@ -240,65 +257,25 @@ class AttributeContrast:
 
 
 @dataclass(frozen=True)
-class _Counted:
-    """The targets that count in the losses."""
+class _Question:
+    """Which items follow, asked of a representation."""
 
-    rows: Tensor | None  # [t] int64; None: all T
-    weight: Tensor | None  # [t]; None: all count 1
+    representation: str
+    items: CandidateVectors
+    scale: Tensor  # []
+    query: Tensor  # [t, D]
+    target: Tensor  # [t] column among the items
+    hidden: Hidden | None
 
-    @classmethod
-    def of(cls, weight: Tensor | None) -> _Counted:
-        """Args: [T] weights of all targets."""
-        if weight is None:
-            return cls(None, None)
-        rows = weight.nonzero().flatten()
-        return cls(None, weight) if len(rows) == len(weight) else cls(rows, weight[rows])
+    def loss(self, weight: Tensor | None) -> Tensor:
+        """[] sum over the targets of weight x loss; weight [t], None: 1."""
+        return sampled_softmax(self.query, self.items, self.target, self.scale, self.hidden, weight)
 
-    def only(self, query: Tensor, target: Tensor, hidden: Hidden | None) -> tuple[Tensor, Tensor, Hidden | None]:
-        """[T, D] queries, [T] targets and what is hidden of them → those that count, [t, D] and [t]."""
-        if self.rows is None:
-            return query, target, hidden
-        if hidden is not None:
-            place = torch.full_like(target, -1)
-            place[self.rows] = torch.arange(len(self.rows), device=place.device)
-            kept = place[hidden.rows] >= 0
-            hidden = Hidden(place[hidden.rows][kept], hidden.columns[kept])
-        return query[self.rows], target[self.rows], hidden
+    def log_probability(self) -> Tensor:
+        """[t] of the targets, without gradient."""
+        return log_probability(self.query, self.items, self.target, self.scale, self.hidden)
 
 
-def hidden_of(lengths: Tensor, columns: Tensor, whole: bool, had: Tensor | None = None) -> Hidden:
-    """[B] lengths, [T] columns of the targets → the candidates that the query of each target leaves out.
-
-    Args:
-        whole: all items of the target's sequence but the target; else those before it.
-        had: [T] bool, the targets whose items count as had by the user; None: all.
-    """
-    sequences = torch.arange(len(lengths), device=lengths.device)
-    sequence = torch.repeat_interleave(sequences, lengths, output_size=len(columns))  # [T]
-    first = (torch.cumsum(lengths, 0) - lengths)[sequence]
-    token = torch.arange(len(sequence), device=lengths.device)
-    count = lengths[sequence] if whole else token - first
-    row = torch.repeat_interleave(token, count)  # [P]
-    nth = torch.arange(len(row), device=lengths.device) - (torch.cumsum(count, 0) - count)[row]
-    other = first[row] + nth
-    column = columns[other]
-    kept = column != columns[row]
-    if had is not None:
-        kept &= had[other]
-    pairs = kept.nonzero().flatten()  # once: each look-up by a mask would wait for a GPU
-    return Hidden(row[pairs], column[pairs])
-
-
-def columns_of(candidates: Tensor, real: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """[n] first column of each wanted id among the candidates, any column where it is none; [C] bool: a later copy.
-
-    Args:
-        candidates: [C] ids.
-        real: [C] bool, False at padding.
-        wanted: [n] ids.
-    """
-    ordered, order = torch.sort(candidates.masked_fill(~real, torch.iinfo(candidates.dtype).max), stable=True)
-    copies = F.pad(ordered[1:] == ordered[:-1], (1, 0))
-    repeated = torch.zeros_like(real)
-    repeated[order] = copies
-    return order[torch.searchsorted(ordered, wanted).clamp(max=len(order) - 1)], repeated
+def _product(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """[t] of two weights of which None is 1."""
+    return left if right is None else right if left is None else left * right

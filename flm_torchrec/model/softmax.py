@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flm_torchrec.model.attention_softmax import Allowed, attended_softmax, can_attend, why_not_attended
-from flm_torchrec.model.fused_softmax import can_fuse, fused_softmax, why_not_fused
+from flm_torchrec.model.fused_softmax import can_fuse, fused_losses, fused_softmax, why_not_fused
 from flm_torchrec.model.softmax_tiles import TINY, Scored, Tiles, tiled_softmax
 
 CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**29}
@@ -85,6 +86,25 @@ def sampled_softmax(
     return _SampledSoftmax.apply(query, candidates.vectors, scale, fixed)
 
 
+@torch.no_grad()
+def log_probability(
+    query: Tensor, candidates: CandidateVectors, target: Tensor, scale: Tensor, hidden: Hidden | None = None
+) -> Tensor:
+    """[T] log-probability of each query's target, which `sampled_softmax` makes greater; arguments as there."""
+    items = candidates.vectors
+    precision = candidates.precision or items.dtype
+    fixed = _Fixed(target, candidates.log_q, hidden, precision, candidates.domain, None)
+    scaled = query * scale
+    if can_fuse(query, items, precision):
+        return -fused_losses(scaled, items, fixed.log_q, target, fixed.left_out)
+    rows = max(1, CHUNK_BYTES[query.device.type] // (precision.itemsize * max(1, len(items))))
+    found = torch.empty_like(scaled[:, 0])
+    for at, logits, own in _logits_by_chunk(scaled, items, fixed, rows):
+        wide = logits.to(items.dtype)
+        found[at : at + len(logits)] = wide.view(-1)[own] - wide.logsumexp(1)
+    return found
+
+
 def chunk_rows(candidates: int, precision: torch.dtype, device: torch.device) -> int:
     """Queries whose logits are held at once."""
     return max(LEAST_ROWS, CHUNK_BYTES[device.type] // (precision.itemsize * max(1, candidates)))
@@ -115,6 +135,12 @@ class _Fixed:
     precision: torch.dtype
     domain: Tensor | None
     weight: Tensor | None
+
+    @property
+    def left_out(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """As native code takes it."""
+        rows, columns = (None, None) if self.hidden is None else (self.hidden.rows, self.hidden.columns)
+        return rows, columns, self.domain
 
     def weighted(self, values: Tensor, at: int = 0) -> Tensor:
         """[n] or [n, D] values of the queries from `at` on, times their weights."""
@@ -179,41 +205,49 @@ class _SampledSoftmax(torch.autograd.Function):
 
 def _fused(scaled: Tensor, weighted: Tensor, items: Tensor, fixed: _Fixed) -> tuple[Tensor, Tensor, Tensor]:
     """What `tiled_softmax` gives, by native code."""
-    rows, columns = (None, None) if fixed.hidden is None else (fixed.hidden.rows, fixed.hidden.columns)
-    left_out = rows, columns, fixed.domain
-    losses, of_query, of_items = fused_softmax(scaled, weighted, items, fixed.log_q, fixed.target, left_out)
+    losses, of_query, of_items = fused_softmax(scaled, weighted, items, fixed.log_q, fixed.target, fixed.left_out)
     return fixed.total(losses), of_query, of_items
 
 
 def _in_chunks(scaled: Tensor, weighted: Tensor, items: Tensor, fixed: _Fixed) -> tuple[Tensor, Tensor, Tensor]:
     """What `tiled_softmax` gives, chunk by chunk of queries: one pass over the logits."""
-    target, precision = fixed.target, fixed.precision
+    precision = fixed.precision
     loss = scaled.new_zeros(())
     query_grad, items_grad = torch.empty_like(scaled), torch.zeros_like(items)
-    low_items, low_scaled, low_weighted, corrections = (
-        x.to(precision) for x in (items, scaled, weighted, -fixed.log_q)
-    )
-    chunk = chunk_rows(len(items), precision, scaled.device)
-    buffer = low_items.new_empty(min(chunk, len(scaled)), len(items))
+    low_items, low_weighted = items.to(precision), weighted.to(precision)
     narrow, widened = torch.empty_like(low_items), torch.empty_like(items)  # mixed precisions would make copies
-    truth = (scaled * items[target]).sum(1).to(precision)  # [T]
-    first = torch.arange(len(buffer), device=scaled.device) * len(items)
-    hidden = fixed.hidden_by_chunk(chunk, len(items))
-    for number, at in enumerate(range(0, len(scaled), chunk)):
-        part = low_scaled[at : at + chunk]
-        logits = torch.addmm(corrections, part, low_items.T, out=buffer[: len(part)])  # [t, C]
-        logits.view(-1).index_fill_(0, hidden[number], -torch.inf)
-        fixed.hide_other_domains(logits, at)
-        own = first[: len(part)] + target[at : at + chunk]
-        logits.view(-1)[own] = truth[at : at + chunk]  # scatter_ would copy all of the logits
+    rows = chunk_rows(len(items), precision, scaled.device)
+    for at, logits, own in _logits_by_chunk(scaled, items, fixed, rows):
+        chunk = slice(at, at + len(logits))
         shares = torch.softmax(logits, 1, out=logits)
         loss -= fixed.weighted(shares.view(-1)[own].to(items.dtype).clamp(min=TINY).log(), at).sum()
-        query_grad[at : at + chunk] = shares @ low_items
+        query_grad[chunk] = shares @ low_items
         if precision == items.dtype:
-            items_grad.addmm_(shares.T, low_weighted[at : at + chunk])
+            items_grad.addmm_(shares.T, low_weighted[chunk])
         else:
-            items_grad += widened.copy_(torch.mm(shares.T, low_weighted[at : at + chunk], out=narrow))
+            items_grad += widened.copy_(torch.mm(shares.T, low_weighted[chunk], out=narrow))
     return loss, query_grad, items_grad
+
+
+def _logits_by_chunk(scaled: Tensor, items: Tensor, fixed: _Fixed, rows: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Chunk by chunk of `rows` queries: its first query, its logits [t, C] and [t] where its targets are in them, flat.
+
+    The logits share memory.
+    """
+    target, precision = fixed.target, fixed.precision
+    low_items, low_scaled, corrections = (x.to(precision) for x in (items, scaled, -fixed.log_q))
+    buffer = low_items.new_empty(min(rows, len(scaled)), len(items))
+    truth = (scaled * items[target]).sum(1).to(precision)  # [T]
+    first = torch.arange(len(buffer), device=scaled.device) * len(items)
+    hidden = fixed.hidden_by_chunk(rows, len(items))
+    for number, at in enumerate(range(0, len(scaled), rows)):
+        part = low_scaled[at : at + rows]
+        logits = torch.addmm(corrections, part, low_items.T, out=buffer[: len(part)])
+        logits.view(-1).index_fill_(0, hidden[number], -torch.inf)
+        fixed.hide_other_domains(logits, at)
+        own = first[: len(part)] + target[at : at + rows]
+        logits.view(-1)[own] = truth[at : at + rows]  # scatter_ would copy all of the logits
+        yield at, logits, own
 
 
 def _attended(scaled: Tensor, weighted: Tensor, items: Tensor, fixed: _Fixed) -> tuple[Tensor, Tensor, Tensor]:

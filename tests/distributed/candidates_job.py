@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flm_torchrec.config.heads import HEADS
 from flm_torchrec.config.schema import DistributedConfig, LossConfig
 from flm_torchrec.distributed.candidates import CandidateRanks
 from flm_torchrec.distributed.comm import Comm, process_group
@@ -27,6 +28,7 @@ from flm_torchrec.model.rows import share
 
 ITEMS, DIM, DOMAINS = 40, 8, 3
 DRAWN = 21  # divides by no number of ranks here
+MIXTURE = 0.7
 
 
 @dataclass
@@ -81,7 +83,7 @@ def expected(
     """The losses of a rank, written out: targets of the ranks `near` and the drawn items of `pool` are candidates.
 
     Args:
-        joint: only those of a target's own domain are.
+        joint: only those of a target's own domain are, and a target counts more for the heads that are sure of it.
     """
     batch, own = made_by[rank]
     targets = sum(len(b.targets) for b, _ in made_by)
@@ -102,14 +104,14 @@ def expected(
     matrix = torch.stack([v for v, _ in known.values()])
     missing = torch.stack([p for _, p in known.values()])
     log_q = torch.log(-torch.expm1(in_batch * missing[:, 0] + negatives * missing[:, 1]))
-    found: dict[str, Tensor] = {}
+    by_target: dict[str, Tensor] = {}
     sequence = torch.repeat_interleave(torch.arange(len(batch.lengths)), batch.lengths).tolist()
     wanted = [int(batch.items[t]) for t in batch.targets]
     queries = {**own.representations, "left_out": own.left_out}
     for name, whole in queries.items():
         half = slice(DIM, None) if name in ("collaborative", "left_out") else slice(0, DIM)
         query, seen = whole[:, half], matrix[:, half]
-        summed = query.sum() * 0
+        losses = [query.sum() * 0] * len(wanted)
         for t, item in enumerate(wanted):
             others = [u for u in range(len(wanted)) if sequence[u] == sequence[t] and (name == "left_out" or u < t)]
             hidden = {wanted[u] for u in others if had[u]} - {item}
@@ -117,10 +119,15 @@ def expected(
             true = torch.tensor([i == item for i in ids])
             scores = seen @ query[t] / 0.07 - torch.where(true, 0.0, log_q)  # a target is a candidate with certainty
             kept = torch.tensor([i not in hidden for i in ids])
-            summed = (
-                summed - weight[t] * F.log_softmax(scores[kept], 0)[[i for i in ids if i not in hidden].index(item)]
-            )
-        found[name] = summed / total
+            losses[t] = -F.log_softmax(scores[kept], 0)[[i for i in ids if i not in hidden].index(item)]
+        by_target[name] = torch.stack(losses) if wanted else query.sum(1)
+    if joint:
+        sure = [by_target["left_out" if name == "collaborative" else name] for name in HEADS]
+        shares = torch.softmax(-torch.stack(sure).detach(), 0)
+        counts = dict(zip(HEADS, 1 - MIXTURE + MIXTURE * 3 * shares, strict=True))
+        counts["left_out"] = counts["collaborative"]
+        by_target = {name: losses * counts[name] for name, losses in by_target.items()}
+    found = {name: (losses * weight).sum() / total for name, losses in by_target.items()}
     found["attribute"] = _contrast(made_by, rank, near, joint) * in_batch / targets
     return found
 
@@ -169,7 +176,7 @@ class Counted(CandidateRanks):
 
 def compare(comm: Comm, kind: str, negatives: int, joint: bool) -> Counted:
     """Loss by loss and gradient by gradient; of joint data, the targets have weights too."""
-    config = LossConfig(negatives=negatives, attribute=0.5)
+    config = LossConfig(negatives=negatives, attribute=0.5, mixture=MIXTURE if joint else 0.0)
     ranks = Counted(comm, kind)  # type: ignore[arg-type]
     ranks.check()
     losses: tuple[Loss, ...] = make_losses(config, described=True, gather=ranks, joint=joint)

@@ -17,7 +17,7 @@ from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.model import fused_softmax, softmax
 from flm_torchrec.model.fused_softmax import why_not_fused
-from flm_torchrec.model.softmax import CandidateVectors, Hidden, sampled_softmax
+from flm_torchrec.model.softmax import CandidateVectors, Hidden, log_probability, sampled_softmax
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
 native = pytest.mark.skipif(bool(why_not_fused(BF16, CPU)), reason="no native softmax here")
@@ -58,15 +58,23 @@ class Case:
         loss = sampled_softmax(leaves[0], candidates, self.target, leaves[2], hidden, self.weight)
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
-    def exact(self) -> list[Tensor]:
-        """The same by cross-entropy in double precision."""
-        leaves = [x.double().requires_grad_() for x in (self.query, self.items, self.scale)]
+    def log_probability(self) -> Tensor:
+        """[T] of the targets, by bf16."""
+        candidates = CandidateVectors(self.items, self.log_q, self.domain, BF16)
+        return log_probability(self.query, candidates, self.target, self.scale, Hidden(*torch.nonzero(self.hidden).T))
+
+    def losses(self, *leaves: Tensor) -> Tensor:
+        """[T] by cross-entropy, of query, items and scale."""
         logits = leaves[2] * leaves[0] @ leaves[1].T
         own = F.one_hot(self.target, len(self.items)).bool()
         lowered = torch.where(own, logits, logits - self.log_q)
         foreign = self.domain[self.target][:, None] != self.domain
-        losses = F.cross_entropy(lowered.masked_fill(self.hidden | foreign, -math.inf), self.target, reduction="none")
-        loss = (losses * self.weight).sum()
+        return F.cross_entropy(lowered.masked_fill(self.hidden | foreign, -math.inf), self.target, reduction="none")
+
+    def exact(self) -> list[Tensor]:
+        """What `found` gives, by cross-entropy in double precision."""
+        leaves = [x.double().requires_grad_() for x in (self.query, self.items, self.scale)]
+        loss = (self.losses(*leaves) * self.weight).sum()
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
@@ -86,9 +94,10 @@ def test_native_code_and_pytorch_have_the_loss_and_gradients_of_cross_entropy(
     torch.set_num_threads(threads)
     try:
         case = Case(queries, items, dim, domains=domains)
-        ours = errors(case.found(BF16), case.exact())
+        exact = [*case.exact(), -case.losses(case.query.double(), case.items.double(), case.scale.double())]
+        ours = errors([*case.found(BF16), case.log_probability()], exact)
         monkeypatch.setattr(softmax, "can_fuse", lambda *_: False)
-        plain = errors(case.found(BF16), case.exact())
+        plain = errors([*case.found(BF16), case.log_probability()], exact)
     finally:
         torch.set_num_threads(before)
     assert max(ours) < 8e-3 and max(plain) < 2e-2

@@ -29,9 +29,9 @@ from flm_torchrec.model import softmax
 from flm_torchrec.model.dropout import Dropout
 from flm_torchrec.model.fusion import FUSIONS
 from flm_torchrec.model.layout import Jagged, Padded
-from flm_torchrec.model.losses import columns_of, hidden_of
 from flm_torchrec.model.softmax import CandidateVectors, Hidden, inclusion_log_probability, sampled_softmax
 from flm_torchrec.model.space import used
+from flm_torchrec.model.targets import columns_of, hidden_of
 from flm_torchrec.model.tower import EmbeddingOutputs, Encoded, Tower, Widths
 from flm_torchrec.model.transformer import BLOCKS, CausalTransformer
 
