@@ -37,7 +37,8 @@ class PlainSteps:
         self.schedule = schedule
         self.device = device
         self.guard = guard
-        keep_memory()
+        if device.type == "cpu":
+            keep_memory()
 
     def take(self, batches: Iterator[Batch], step: int) -> Outputs | None:
         """Learn from the next batch; None if the guard left it out.
