@@ -1,5 +1,7 @@
 """A step of training with the softmax in fp32, in bf16 by PyTorch and in bf16 by native code, in turn in one process.
 
+And by native code with `loss.mixture`, which asks each softmax for probabilities before.
+
     python tools/benchmarks/softmax_step.py --data data/beauty data.max_history=50
 
 Prints the time of a step of each, and ratios. Further arguments are settings of the config.
@@ -12,6 +14,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -22,17 +25,24 @@ from flm_torchrec.model.fused_softmax import why_not_fused
 from flm_torchrec.training.job import open_job
 from tools.benchmarks.train_ours import Ours
 
-WAYS = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "native": (torch.bfloat16, True)}
-"""By name, the precision of products, and whether native code makes them."""
+WAYS = {
+    "fp32": (torch.float32, False, 0.0),
+    "bf16": (torch.bfloat16, False, 0.0),
+    "native": (torch.bfloat16, True, 0.0),
+    "native, mixture": (torch.bfloat16, True, 0.8),
+}
+"""By name, the precision of products, whether native code makes them, and `loss.mixture`."""
 
 
 @contextmanager
 def way(trainer: Ours, name: str) -> Iterator[None]:
     """All softmaxes of the model this way."""
-    precision, native = WAYS[name]
+    precision, native, mixture = WAYS[name]
     for part in trainer.job.model.module.dense.losses:
         if isinstance(part, losses.AttributeContrast):
             part.precision = precision
+        if isinstance(part, losses.NextItemLoss):
+            part.config = replace(part.config, mixture=mixture)
     fused = softmax.can_fuse if native else lambda *_: False
     with mock.patch.dict(losses.PRECISIONS, bf16=precision), mock.patch.object(softmax, "can_fuse", fused):
         yield
