@@ -82,7 +82,8 @@ class NextItemLoss:
     """sum over representations k of weight_k L_k; L_k is a sampled softmax of the next item, at every token.
 
     The collaborative head, which sees no order, also predicts each item from all others of its sequence
-    (leave-one-out). The items that a user has had are no negatives (`loss.seen`).
+    (leave-one-out). The items that a user has had are no negatives (`loss.seen`). A target may count more for the heads
+    that are sure of it (`loss.mixture`, see `responsibility`).
 
     Each L_k is a mean over the targets by their weights: sum of weight x loss, divided by the sum of weights. Targets
     of weight 0 are candidates and history alone; an item of a kind of event that is not predicted has not been had.
