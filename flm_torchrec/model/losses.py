@@ -47,6 +47,9 @@ SHORTEST = 0.1
 class Loss(Protocol):
     """A part of L. Its value is this rank's share of the mean over all ranks."""
 
+    learns_fused: bool
+    """It reads the representation of the fusion, which training makes for such losses alone."""
+
     def learned(self) -> dict[str, nn.Parameter | nn.ParameterDict]:
         """What it learns beside tables and tower, by its name in the state of `Dense`."""
 
@@ -94,6 +97,7 @@ class NextItemLoss:
 
     def __init__(self, config: LossConfig, gather: Gather, by_domain: bool = False) -> None:
         self.config = config
+        self.learns_fused = config.fused > 0
         self.gather = gather
         self.by_domain = by_domain
         self.drawn = 0 if config.negatives == "all" else config.negatives
@@ -208,6 +212,8 @@ class AttributeContrast:
     Args:
         by_domain: an item is told from those of its own domain alone.
     """
+
+    learns_fused = False
 
     def __init__(self, config: LossConfig, gather: Gather, by_domain: bool = False) -> None:
         self.weight = config.attribute

@@ -63,9 +63,10 @@ class Dense(nn.Module):
             history=len(HISTORY_KEYS),
             max_tokens=max_tokens,
         )
-        self.tower = Tower(widths, model, learns_fused=loss.fused > 0)
         described = widths.item_features + widths.item_dense > 0
-        self.losses = make_losses(loss, described, gather, joint=len(schema.domains) > 1)
+        losses = make_losses(loss, described, gather, joint=len(schema.domains) > 1)
+        self.tower = Tower(widths, model, learns_fused=any(part.learns_fused for part in losses))
+        self.losses = losses
         # What the losses learn is registered here, so that checkpoints know it by these names.
         for part in self.losses:
             for name, value in part.learned().items():
