@@ -102,12 +102,18 @@ class TrainLoader(Loader):
         own = batch[self.sharing.rank :: world_size]
         user, start, end = self.windows.user[own], self.windows.start[own], self.windows.end[own]
         missing = -(-len(batch) // world_size) - len(own)
-        pad = np.zeros(missing, np.int64)
-        user, start, end = (np.concatenate([part, pad]) for part in (user, start, end))
-        order = shortest_first(start, end)
-        return user[order], start[order], end[order]
+        user, start, end = shortest_first(missing, user, start, end)
+        return user, start, end
 
 
-def shortest_first(start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """[B] spans of events → [B] the order in which a batch holds them: attention then need not sort their tokens."""
-    return np.argsort(end - start, kind="stable")
+def shortest_first(
+    empty: int, user: np.ndarray, start: np.ndarray, end: np.ndarray, *more: np.ndarray
+) -> list[np.ndarray]:
+    """Numbers [n] of each span of events → [empty + n], as a batch holds them: attention need not sort their tokens.
+
+    Args:
+        empty: spans without events that are added, whose numbers are 0.
+    """
+    pad = np.zeros(empty, np.int64)
+    order = np.argsort(np.concatenate([end - start, pad]), kind="stable")
+    return [np.concatenate([part, pad])[order] for part in (user, start, end, *more)]

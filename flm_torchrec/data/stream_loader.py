@@ -144,14 +144,11 @@ class StreamLoader(Loader):
     def _batch(self, parts: list[LoadedWindows], sequences: int, drawn: Candidates) -> Batch:
         """The batch of all parts, with empty sequences beside them up to `sequences`."""
         windows = joined(parts, self.assembler.events.take(slice(0, 0)))
-        pad = np.zeros(sequences - len(windows), np.int64)
-        begin = windows.offsets[:-1]
-        parts_of = windows.user, begin + windows.before, windows.offsets[1:], begin
-        user, start, end, begin = (np.concatenate([part, pad]) for part in parts_of)
-        order = shortest_first(start, end)
-        return self.assembler.training(
-            user=user[order], start=start[order], end=end[order], drawn=drawn, events=windows.events, begin=begin[order]
+        first = windows.offsets[:-1]
+        user, start, end, begin = shortest_first(
+            sequences - len(windows), windows.user, first + windows.before, windows.offsets[1:], first
         )
+        return self.assembler.training(user, start, end, drawn=drawn, events=windows.events, begin=begin)
 
 
 class _Lanes:

@@ -81,33 +81,33 @@ def fused_softmax(
     """
     like = torch.contiguous_format
     query_grad, items_grad = (torch.empty_like(x, memory_format=like) for x in (scaled, items))
-    losses = _run([scaled, weighted], items, log_q, target, left_out, [query_grad, items_grad])
+    losses = fused_losses(scaled, items, log_q, target, left_out, (weighted, query_grad, items_grad))
     return losses, query_grad, items_grad
 
 
-def fused_losses(scaled: Tensor, items: Tensor, log_q: Tensor, target: Tensor, left_out: LeftOut) -> Tensor:
-    """[T] losses of `fused_softmax` alone."""
-    return _run([scaled, None], items, log_q, target, left_out, [None, None])
-
-
-def _run(
-    queries: list[Tensor | None],
+def fused_losses(
+    scaled: Tensor,
     items: Tensor,
     log_q: Tensor,
     target: Tensor,
     left_out: LeftOut,
-    gradients: list[Tensor | None],
+    gradients: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    scaled, (rows, columns, domain) = queries[0], left_out
-    assert scaled is not None
+    """[T] losses, arguments as of `fused_softmax`.
+
+    Args:
+        gradients: the weighted queries, and where the sums by shares of items and of weighted queries are written.
+    """
+    rows, columns, domain = left_out
+    weighted, *sums = gradients or (None, None, None)
     truth = torch.einsum("td,td->t", scaled, items.index_select(0, target))
     losses = torch.empty_like(truth)
     places = None if domain is None else domain.float()
     wanted = None if places is None else places[target]
-    inputs = [*queries, items, log_q.float(), truth, target, rows, columns, places, wanted]
+    inputs = [scaled, weighted, items, log_q.float(), truth, target, rows, columns, places, wanted]
     held = [None if x is None else x.contiguous() for x in inputs]
     problem = _Problem(
-        *(None if x is None else x.data_ptr() for x in [*held, losses, *gradients]),
+        *(None if x is None else x.data_ptr() for x in [*held, losses, *sums]),
         *(*scaled.shape[:1], *items.shape, 0 if rows is None else len(rows), torch.get_num_threads()),
     )
     library = _library()

@@ -48,16 +48,13 @@ def test_the_gradients_are_those_of_a_mixture_of_softmaxes(queries: int, items: 
     leaves = [vectors, *asked.values()]
     by_head = torch.stack([-F.cross_entropy(q @ vectors.T, target, reduction="none") for q in asked.values()])
     mixed = -heads * torch.logsumexp(by_head, 0).sum()
-    candidates, one = (
-        CandidateVectors(vectors, torch.zeros(items, dtype=torch.double)),
-        torch.ones((), dtype=vectors.dtype),
-    )
+    candidates = CandidateVectors(vectors, torch.zeros(items, dtype=torch.double))
+    one = torch.ones((), dtype=torch.double)
     sure = {name: log_probability(q, candidates, target, one) for name, q in asked.items()}
     weights = weights_by_head(sure, 1.0)
     losses = [sampled_softmax(q, candidates, target, one, None, weights[name]) for name, q in asked.items()]
-    for a, b in zip(
-        torch.autograd.grad(torch.stack(losses).sum(), leaves), torch.autograd.grad(mixed, leaves), strict=True
-    ):
+    total = torch.stack(losses).sum()
+    for a, b in zip(torch.autograd.grad(total, leaves), torch.autograd.grad(mixed, leaves), strict=True):
         torch.testing.assert_close(a, b)
 
 
