@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flm_torchrec.model.dropout import Dropout
+from flm_torchrec.model.elapsed import BUCKETS
 from flm_torchrec.model.layout import Layout
 from flm_torchrec.model.scale import unit
 
@@ -19,7 +20,13 @@ FASTER = 10.0
 """AdamW changes a number by about its learning rate in a step. A number that shapes a whole head has to move further
 than a weight of a layer does, so it is held divided by this."""
 
-OF_A_DOMAIN = ("item_content.log_gain", "item_content.mlp.2.weight", "content_head.scale", "content_head.recency")
+OF_A_DOMAIN = (
+    "item_content.log_gain",
+    "item_content.mlp.2.weight",
+    "content_head.scale",
+    "content_head.recency",
+    "content_head.elapsed",
+)
 """Parameters of the tower: how the content head weighs its comparison of features, and how much layers add to it. What
 one domain learnt of these is worse for another than the first values are (docs/domains.md)."""
 
@@ -61,11 +68,13 @@ class ItemContent(nn.Module):
 class ContentHead(nn.Module):
     """h = direction of the recent items' contents + MLP([mean of the items' contents; profile of the user]).
 
+    An item counts by how many items ago it was and, in data with times, by how long ago.
+
     The MLP has almost nothing to add at first, so that an untrained head compares the features of items with those of
     the history, as the baseline content-kNN does.
     """
 
-    def __init__(self, dim: int, dropout: float) -> None:
+    def __init__(self, dim: int, dropout: float, timed: bool) -> None:
         super().__init__()
         self.learned = Head(2 * dim, dim, dropout)
         norm = self.learned.layers[-1]
@@ -74,10 +83,12 @@ class ContentHead(nn.Module):
         nn.init.normal_(norm.bias, std=(2 * dim) ** -0.5)  # a user without history has a direction too
         self.scale = nn.Parameter(torch.tensor([START]) / FASTER)
         self.recency = nn.Parameter(torch.tensor([RECENCY]).logit() / FASTER)
+        self.elapsed = nn.Parameter(torch.zeros(1, BUCKETS)) if timed else None
 
     def forward(self, contents: Tensor, profile: Tensor, layout: Layout) -> Tensor:
         """[items of …, D], zero where there is no item, and [B, D] → [R, D]."""
-        recent = layout.recent(contents, torch.sigmoid(FASTER * self.recency))
+        old = None if self.elapsed is None else (FASTER * self.elapsed).exp()
+        recent = layout.recent(contents, torch.sigmoid(FASTER * self.recency), old)
         learned = self.learned(torch.cat([layout.mean(contents), layout.each(profile)], 1))
         return unit(recent, START) + FASTER * self.scale * learned
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flm_torchrec.model.elapsed import by_elapsed
+
 SHORT = 8
 """Sequences up to this length are padded together; so are those up to twice it, up to four times it, and so on."""
 MANY = 32
@@ -42,11 +44,12 @@ class Layout(Protocol):
     def mean(self, items: Tensor) -> Tensor:
         """[items of …, D] → [R, D]: mean over the items up to each represented token; zeros without any."""
 
-    def recent(self, items: Tensor, keep: Tensor) -> Tensor:
+    def recent(self, items: Tensor, keep: Tensor, old: Tensor | None) -> Tensor:
         """[items of …, D], zero where there is no item → [R, D]: sum over the items up to each represented token.
 
         Args:
             keep: [1], below 1: what an item counts, of what the item after it counts.
+            old: [1, BUCKETS] of `by_elapsed`, a factor of what an item counts by the time since then; None: 1.
         """
 
     def begin(self, prefix: Tensor, events: Tensor) -> Tensor:
@@ -88,10 +91,14 @@ class Padded:
         """As of `Layout`; items [B, L - 1, D] are zero at padding."""
         return items.sum(1) / self.lengths.clamp(min=1).unsqueeze(1)
 
-    def recent(self, items: Tensor, keep: Tensor) -> Tensor:
+    def recent(self, items: Tensor, keep: Tensor, old: Tensor | None) -> Tensor:
         """As of `Layout`; items [B, L - 1, D] are zero at padding."""
         age = (self.lengths.unsqueeze(1) - 1 - self.position[:-1]).clamp(min=0)  # [B, L - 1]
-        return ((keep.log() * age).exp().unsqueeze(2) * items).sum(1)
+        counts = (keep.log() * age).exp()
+        if old is not None:
+            now = self.time.gather(1, self.lengths.unsqueeze(1))  # [B, 1]
+            counts = counts * by_elapsed(old, now, self.time[:, 1:])[0, :, 0]
+        return (counts.unsqueeze(2) * items).sum(1)
 
     def begin(self, prefix: Tensor, events: Tensor) -> Tensor:
         """As of `Layout`; events [B, L - 1, D]."""
@@ -181,27 +188,31 @@ class Jagged:
 
     def mean(self, items: Tensor) -> Tensor:
         """As of `Layout`; items [T, D], of which those at a prefix are not used."""
-        return self._summed(items, lambda position, _: 1.0 / position.clamp(min=1))
+        return self._summed(items, lambda position, _age, _time: 1.0 / position.clamp(min=1))
 
-    def recent(self, items: Tensor, keep: Tensor) -> Tensor:
+    def recent(self, items: Tensor, keep: Tensor, old: Tensor | None) -> Tensor:
         """As of `Layout`; items [T, D], of which those at a prefix are not used."""
-        # A rank without events owes the others the gradient of `keep`.
-        return self._summed(items, lambda _, age: keep**age) + 0.0 * keep
+        # A rank without events owes the others these gradients.
+        if old is None:
+            return self._summed(items, lambda _position, age, _time: keep**age) + 0.0 * keep
+        found = self._summed(items, lambda _position, age, time: keep**age * by_elapsed(old, time, time)[0])
+        return found + 0.0 * (keep + old.sum())
 
-    def _summed(self, items: Tensor, count: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def _summed(self, items: Tensor, count: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """[T, D] → [R, D]: sums over the tokens up to each represented token, but for the prefix.
 
         As products with padded sequences: along tokens, sums take a pass for each power of two, and running sums one
         thread a column on a GPU.
 
         Args:
-            count: [L, 1] position of a token and [L, L] how many tokens ago another one was → what that one counts.
+            count: [L, 1] position of a token, [L, L] how many tokens ago another one was and [b, L] times → what that
+                one counts, [L, L] or [b, L, L].
         """
 
         def summed(part: Tensor, time: Tensor) -> Tensor:
             position = torch.arange(time.shape[1], device=time.device)
             age = position[:, None] - position  # below 0: a later token
-            counts = count(position[:, None], age.clamp(min=0)) * ((age >= 0) & (position > 0))
+            counts = count(position[:, None], age.clamp(min=0), time) * ((age >= 0) & (position > 0))
             return torch.bmm(counts.expand(len(part), -1, -1), part)
 
         return self.represented(self.mix(self.group(items), summed))

@@ -62,6 +62,7 @@ class Dense(nn.Module):
             user_dense=sum(f.width for f in schema.of("user", sparse=False)),
             history=len(HISTORY_KEYS),
             max_tokens=max_tokens,
+            timed=schema.timestamps,
         )
         described = widths.item_features + widths.item_dense > 0
         losses = make_losses(loss, described, gather, joint=len(schema.domains) > 1)

@@ -35,6 +35,8 @@ class Widths:
     history: int
     """Tables of the event itself: its kind, the time before it."""
     max_tokens: int
+    timed: bool = True
+    """Events have times."""
 
 
 @dataclass
@@ -133,7 +135,7 @@ class Tower(nn.Module):
         self.event = nn.Linear(widths.history * dim + 1, dim)
         self.start = nn.Parameter(torch.zeros(dim))
         self.transformer = CausalTransformer(config, widths.max_tokens)
-        self.content_head = ContentHead(dim, config.dropout)
+        self.content_head = ContentHead(dim, config.dropout, widths.timed)
         self.collaborative_head = CollaborativeHead(dim, config.embedding_dropout)
         self.fusion = FUSIONS[config.fusion](width(dim))
 

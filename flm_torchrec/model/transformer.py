@@ -10,10 +10,8 @@ from torch.nn import functional as F
 
 from flm_torchrec.config.schema import ModelConfig
 from flm_torchrec.model.dropout import Dropout
+from flm_torchrec.model.elapsed import BUCKETS, by_elapsed
 from flm_torchrec.model.layout import Layout
-
-TIME_BUCKETS = 33
-"""Time between two events, in log2 seconds."""
 
 
 class CausalTransformer(nn.Module):
@@ -49,14 +47,12 @@ class _RelativeBias(nn.Module):
     def __init__(self, heads: int, max_tokens: int) -> None:
         super().__init__()
         self.position = nn.Parameter(torch.zeros(heads, max_tokens))
-        self.time = nn.Parameter(torch.zeros(heads, TIME_BUCKETS))
+        self.time = nn.Parameter(torch.zeros(heads, BUCKETS))
 
     def forward(self, clock: Tensor) -> Tensor:
         position = torch.arange(clock.shape[1], device=clock.device)
         back = (position[:, None] - position[None, :]).clamp(min=0)  # [L, L]
-        since = (clock[:, :, None] - clock[:, None, :]).abs() + 1
-        bucket = since.float().log2().long().clamp(max=TIME_BUCKETS - 1)  # [B, L, L]
-        return self.position[:, back] + self.time[:, bucket].transpose(0, 1)
+        return (self.position[:, back].unsqueeze(1) + by_elapsed(self.time, clock, clock)).transpose(0, 1)
 
 
 class _TransformerBlock(nn.Module):
@@ -109,25 +105,28 @@ class _HSTUBlock(nn.Module):
     def _attend(self, vqk: Tensor, time: Tensor, bias: _RelativeBias | None) -> Tensor:
         seen = _seen(time).to(vqk.dtype)
         counts = seen / seen.sum(1, keepdim=True)
-        if bias is None and torch.is_grad_enabled():
-            return _Pointwise.apply(vqk, counts, self.heads)
+        added = None if bias is None else bias(time)
+        if torch.is_grad_enabled():
+            return _Pointwise.apply(vqk, counts, self.heads, added)
         v, q, k = _split(vqk, self.heads)
         scores = q * q.shape[3] ** -0.5 @ k.transpose(2, 3)  # [b, heads, L, L]
-        scores = scores if bias is None else scores + bias(time)
+        scores = scores if added is None else scores + added
         return (F.silu(scores) * counts @ v).transpose(1, 2).flatten(2)
 
 
 class _Pointwise(torch.autograd.Function):
-    """[b, L, 3 D] v, q and k of all heads, [L, L] what a key counts for a query → [b, L, D] without a bias.
+    """[b, L, 3 D] v, q and k of all heads, [L, L] what a key counts for a query, bias [b, heads, L, L] → [b, L, D].
 
     As autograd makes it of the formula, but head by head on views, so that no factor and no gradient is copied.
     """
 
     @staticmethod
-    def forward(ctx, vqk: Tensor, counts: Tensor, heads: int) -> Tensor:  # type: ignore[override]
-        ctx.heads, mixed, kept = heads, [], []
-        for v, q, k in _heads(vqk, heads):
+    def forward(ctx, vqk: Tensor, counts: Tensor, heads: int, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.heads, ctx.biased, mixed, kept = heads, bias is not None, [], []
+        for head, (v, q, k) in enumerate(_heads(vqk, heads)):
             scores = torch.bmm(q, k.transpose(1, 2)).mul_(q.shape[2] ** -0.5)  # [b, L, L]
+            if bias is not None:
+                scores += bias[:, head]
             weights = F.silu(scores).mul_(counts)
             mixed.append(torch.bmm(weights, v))
             kept += [scores, weights]
@@ -138,13 +137,16 @@ class _Pointwise(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         vqk, counts, *kept = ctx.saved_tensors
         grads: list[list[Tensor]] = []
+        of_bias: list[Tensor] = []
         parts = zip(_heads(vqk, ctx.heads), grad.chunk(ctx.heads, 2), kept[::2], kept[1::2], strict=True)
         for (v, q, k), of_mixed, scores, weights in parts:
             of_weights = torch.bmm(of_mixed, v.transpose(1, 2)).mul_(counts)
-            of_scores = torch.ops.aten.silu_backward(of_weights, scores).mul_(q.shape[2] ** -0.5)
+            of_bias.append(torch.ops.aten.silu_backward(of_weights, scores))
+            of_scores = of_bias[-1] * q.shape[2] ** -0.5
             of_v = torch.bmm(weights.transpose(1, 2), of_mixed)
             grads.append([of_v, torch.bmm(of_scores, k), torch.bmm(of_scores.transpose(1, 2), q)])
-        return torch.cat([of_head for part in zip(*grads, strict=True) for of_head in part], 2), None, None
+        of_vqk = torch.cat([of_head for part in zip(*grads, strict=True) for of_head in part], 2)
+        return of_vqk, None, None, torch.stack(of_bias).transpose(0, 1) if ctx.biased else None
 
 
 BLOCKS = {"transformer": _TransformerBlock, "hstu": _HSTUBlock}

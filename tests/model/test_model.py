@@ -27,6 +27,7 @@ from flm_torchrec.data.windows import Windows, windows
 from flm_torchrec.errors import DataError
 from flm_torchrec.model import softmax
 from flm_torchrec.model.dropout import Dropout
+from flm_torchrec.model.elapsed import BUCKETS
 from flm_torchrec.model.fusion import FUSIONS
 from flm_torchrec.model.layout import Jagged, Padded
 from flm_torchrec.model.softmax import CandidateVectors, Hidden, inclusion_log_probability, sampled_softmax
@@ -122,20 +123,24 @@ def test_the_last_tokens_alone_are_as_among_all(lengths: list[int], block: str, 
         torch.testing.assert_close(found[: len(last)], every[name][last], rtol=1e-5, atol=1e-6)
 
 
-def test_pointwise_attention_has_the_gradients_that_autograd_makes_of_its_formula() -> None:
-    """A bias, here of zeros, leaves the gradients to autograd."""
-    lengths = torch.tensor([3, 0, 1, 2, 6])
-    found = []
-    for relative in (False, True):
-        torch.manual_seed(0)
-        config = ModelConfig(dim=DIM, block="hstu", relative_bias=relative)
-        model = CausalTransformer(config, 6).double().eval()
-        x = torch.randn(12, DIM, dtype=torch.float64, requires_grad=True)
-        out = model(x, Jagged(lengths, torch.zeros(12, dtype=torch.int64)))
-        (out**2 * torch.arange(DIM)).sum().backward()
-        found.append({"x": x.grad, "out": out} | {n: p.grad for n, p in model.blocks.named_parameters()})
-    for name, value in found[0].items():
-        torch.testing.assert_close(value, found[1][name], msg=name)
+@pytest.mark.parametrize("relative", [False, True])
+def test_pointwise_attention_has_the_gradients_of_its_formula(relative: bool) -> None:
+    """By finite differences; where nothing learns, the formula itself gives the same."""
+    torch.manual_seed(0)
+    lengths, time = torch.tensor([3, 0, 1, 6]), torch.tensor([0, 0, 5, 0, 0, 0, 1, 9, 70, 70])
+    config = ModelConfig(dim=DIM, block="hstu", layers=1, relative_bias=relative)
+    model = CausalTransformer(config, 6).double().eval()
+    for number in model.biases.parameters():
+        torch.nn.init.normal_(number)
+    names, values = zip(*model.named_parameters(), strict=True)
+
+    def out(x: Tensor, *given: Tensor) -> Tensor:
+        return torch.func.functional_call(model, dict(zip(names, given, strict=True)), (x, Jagged(lengths, time)))
+
+    x = torch.randn(10, DIM, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(out, (x, *values))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, Jagged(lengths, time)), out(x, *values))
 
 
 @pytest.mark.parametrize(("block", "relative"), [(b, r) for b in BLOCKS for r in (False, True)])
@@ -231,24 +236,30 @@ def test_the_content_head_knows_no_ids_and_the_collaborative_head_nothing_else()
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.floats(0.05, 0.95))
-def test_recent_items_count_more(lengths: list[int], keep: float) -> None:
-    """Token by token, in each layout."""
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.floats(0.05, 0.95), st.booleans())
+def test_recent_items_count_more(lengths: list[int], keep: float, timed: bool) -> None:
+    """Token by token, in each layout; by their place and, where events have times, by how long ago they were."""
     items, rate = torch.randn(sum(lengths), 3, dtype=torch.float64), torch.tensor([keep], dtype=torch.float64)
+    time, old = torch.randint(0, 1000, (sum(lengths),)), torch.rand(1, BUCKETS, dtype=torch.float64)
     wanted, begin = list[Tensor](), 0
     for length in lengths:
         items[begin : begin + min(1, length)] = 0  # the prefix
-        rows = items[begin : begin + length]
-        wanted += [rate ** torch.arange(n, -1, -1) @ rows[: n + 1] for n in range(length)]
+        time[begin : begin + length] = time[begin : begin + length].sort().values
+        rows, clock = items[begin : begin + length], time[begin : begin + length]
+        for n in range(length):
+            counts = rate ** torch.arange(n, -1, -1)
+            if timed:
+                counts = counts * old[0, [int(math.log2(clock[n] - then + 1)) for then in clock[: n + 1]]]
+            wanted.append(counts @ rows[: n + 1])
         begin += length
-    time = torch.zeros(sum(lengths), dtype=torch.int64)
-    found = Jagged(torch.tensor(lengths), time).recent(items, rate)
+    found = Jagged(torch.tensor(lengths), time).recent(items, rate, old if timed else None)
     torch.testing.assert_close(found, torch.stack(wanted) if wanted else items)
     alone = [items.new_zeros(len(lengths), 12, 3), torch.zeros(len(lengths), 13, dtype=torch.int64)]
-    for row, part in enumerate(items.split(lengths)):
+    for row, (part, clock) in enumerate(zip(items.split(lengths), time.split(lengths), strict=True)):
         alone[0][row, : max(0, len(part) - 1)] = part[1:]
+        alone[1][row, : len(part)] = clock
     last = torch.tensor(lengths).cumsum(0) - 1
-    padded = Padded(torch.tensor(lengths) - 1, alone[1]).recent(alone[0], rate)
+    padded = Padded(torch.tensor(lengths).sub(1).clamp(min=0), alone[1]).recent(alone[0], rate, old if timed else None)
     there = torch.tensor(lengths) > 0
     torch.testing.assert_close(padded[there], found[last[there]])
 

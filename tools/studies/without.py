@@ -58,8 +58,8 @@ def without_comparison() -> None:
     def item_forward(self: ItemContent, features: Tensor, sketch: Tensor) -> Tensor:
         return self.mlp(features) + 0.0 * self.log_gain
 
-    def head_init(self: ContentHead, dim: int, dropout: float) -> None:
-        head(self, dim, dropout)
+    def head_init(self: ContentHead, dim: int, dropout: float, timed: bool) -> None:
+        head(self, dim, dropout, timed)
         norm = self.learned.layers[-1]
         assert isinstance(norm, nn.LayerNorm)
         norm.reset_parameters()

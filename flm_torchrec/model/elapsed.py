@@ -1,0 +1,34 @@
+"""Learned numbers by the time between two events, one for each power of two of seconds (HSTU: Zhai et al., ICML 2024)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BUCKETS = 33
+"""In log2 seconds."""
+
+
+def by_elapsed(numbers: Tensor, now: Tensor, then: Tensor) -> Tensor:
+    """[n, BUCKETS] numbers, [B, Q] and [B, L] seconds → [n, B, Q, L]: those of the time from `then` to `now`."""
+    seconds = ((now.unsqueeze(2) - then.unsqueeze(1)).abs() + 1).float()
+    bucket = seconds.log2().clamp(max=BUCKETS - 1).int()  # [B, Q, L]
+    return _Taken.apply(numbers, bucket) if torch.is_grad_enabled() else numbers[:, bucket]
+
+
+class _Taken(torch.autograd.Function):
+    """[n, R] numbers, […] indices → [n, …]. Autograd would sort the indices for the gradient, or copy it."""
+
+    @staticmethod
+    def forward(ctx, numbers: Tensor, at: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(at)
+        ctx.shape = numbers.shape
+        return numbers.index_select(1, at.flatten()).unflatten(1, at.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (at,) = ctx.saved_tensors
+        total = grad.new_zeros(ctx.shape)
+        for row, part in zip(total, grad, strict=True):
+            row.index_add_(0, at.flatten(), part.flatten())
+        return total, None
