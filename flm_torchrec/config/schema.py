@@ -106,7 +106,9 @@ class ModelConfig:
     block: Annotated[
         Literal["transformer", "hstu"], Field(description="of the sequential head: softmax or pointwise attention")
     ] = "hstu"
-    relative_bias: Annotated[bool, Field(description="bias of attention by distance in position and in time")] = False
+    relative_bias: Annotated[
+        bool, Field(description="bias of attention by distance in position and in time, where events have times")
+    ] = True
     similarity: Annotated[
         Literal["dot", "cosine"], Field(description="of representation and item; cosine: all vectors have length 1")
     ] = "cosine"

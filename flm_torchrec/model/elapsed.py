@@ -1,4 +1,4 @@
-"""Learned numbers by the time between two events, one for each power of two of seconds (HSTU: Zhai et al., ICML 2024)."""
+"""Learned numbers by the time between two events, for each power of two of seconds (HSTU: Zhai et al., ICML 2024)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ def by_elapsed(numbers: Tensor, now: Tensor, then: Tensor) -> Tensor:
     """[n, BUCKETS] numbers, [B, Q] and [B, L] seconds → [n, B, Q, L]: those of the time from `then` to `now`."""
     seconds = ((now.unsqueeze(2) - then.unsqueeze(1)).abs() + 1).float()
     bucket = seconds.log2().clamp(max=BUCKETS - 1).int()  # [B, Q, L]
-    return _Taken.apply(numbers, bucket) if torch.is_grad_enabled() else numbers[:, bucket]
+    return _Taken.apply(numbers, bucket) if torch.is_grad_enabled() else _take(numbers, bucket)
+
+
+def _take(numbers: Tensor, at: Tensor) -> Tensor:
+    return numbers.index_select(1, at.flatten()).view(len(numbers), *at.shape)
 
 
 class _Taken(torch.autograd.Function):
@@ -23,7 +27,7 @@ class _Taken(torch.autograd.Function):
     def forward(ctx, numbers: Tensor, at: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(at)
         ctx.shape = numbers.shape
-        return numbers.index_select(1, at.flatten()).unflatten(1, at.shape)
+        return _take(numbers, at)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]

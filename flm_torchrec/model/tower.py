@@ -134,7 +134,7 @@ class Tower(nn.Module):
         self.user_content = mlp(widths.user_features * dim + widths.user_dense, dim)
         self.event = nn.Linear(widths.history * dim + 1, dim)
         self.start = nn.Parameter(torch.zeros(dim))
-        self.transformer = CausalTransformer(config, widths.max_tokens)
+        self.transformer = CausalTransformer(config, widths.max_tokens, widths.timed)
         self.content_head = ContentHead(dim, config.dropout, widths.timed)
         self.collaborative_head = CollaborativeHead(dim, config.embedding_dropout)
         self.fusion = FUSIONS[config.fusion](width(dim))

@@ -22,15 +22,17 @@ class CausalTransformer(nn.Module):
         config: layers, attention heads, dropout, `block` (a name of BLOCKS) and `relative_bias`, which adds to each
             attention score a learned bias by distance in position and in time.
         max_tokens: longest sequence, prefix included.
+        timed: events have times; else there is no bias, as that of positions alone changed nothing (docs/results.md).
     """
 
-    def __init__(self, config: ModelConfig, max_tokens: int) -> None:
+    def __init__(self, config: ModelConfig, max_tokens: int, timed: bool = True) -> None:
         super().__init__()
         heads, layers = config.attention_heads, range(config.layers)
+        biased = layers if config.relative_bias and timed else range(0)
         self.position = nn.Parameter(torch.randn(max_tokens, config.dim) * 0.02)
         self.dropout = Dropout(config.embedding_dropout)
         self.blocks = nn.ModuleList(BLOCKS[config.block](config.dim, heads, config.dropout) for _ in layers)
-        self.biases = nn.ModuleList(_RelativeBias(heads, max_tokens) for _ in layers if config.relative_bias)
+        self.biases = nn.ModuleList(_RelativeBias(heads, max_tokens) for _ in biased)
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:

@@ -46,6 +46,20 @@ def test_the_content_head_is_a_network_alone() -> None:
     torch.testing.assert_close(before.representations["content"], after.representations["content"])
 
 
+def test_the_content_head_goes_by_the_place_of_an_item_alone() -> None:
+    """Not by how long ago the item was."""
+
+    def content(hours: int) -> torch.Tensor:
+        tower, batch = make_tower(), inputs()
+        if tower.content_head.elapsed is not None:
+            torch.nn.init.uniform_(tower.content_head.elapsed, generator=torch.Generator().manual_seed(0))
+        return tower(**{**batch, "time": batch["time"] * hours * 3600}).representations["content"]
+
+    assert not torch.allclose(content(1), content(50))
+    PIECES["elapsed"]()
+    torch.testing.assert_close(content(1), content(50))
+
+
 @pytest.mark.parametrize("arguments", [["rows", "train"], ["comparison", "export"]])
 def test_what_there_is_not_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as refused:

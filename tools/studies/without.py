@@ -66,7 +66,8 @@ def without_comparison() -> None:
 
     def head_forward(self: ContentHead, contents: Tensor, profile: Tensor, layout: Layout) -> Tensor:
         learned = self.learned(torch.cat([layout.mean(contents), layout.each(profile)], 1))
-        return learned + 0.0 * F.pad(self.scale + self.recency, (0, learned.shape[1] - 1))
+        unused = self.scale + self.recency + (0.0 if self.elapsed is None else self.elapsed.sum())
+        return learned + 0.0 * F.pad(unused, (0, learned.shape[1] - 1))
 
     for owner, name, method in (
         (ItemContent, "__init__", item_init),
@@ -77,10 +78,21 @@ def without_comparison() -> None:
         _put(owner, name, method)
 
 
+def without_elapsed() -> None:
+    """The content head counts an item by its place in the history alone, not by how long ago it was."""
+    init = ContentHead.__init__
+
+    def changed(self: ContentHead, dim: int, dropout: float, timed: bool) -> None:
+        init(self, dim, dropout, False)
+
+    _put(ContentHead, "__init__", changed)
+
+
 PIECES: dict[str, Callable[[], None]] = {
     "context rows": without_context_rows,
     "collaborative rows": without_collaborative_rows,
     "comparison": without_comparison,
+    "elapsed": without_elapsed,
 }
 """What can be left out that no setting leaves out."""
 
