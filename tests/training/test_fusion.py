@@ -23,6 +23,7 @@ from flm_torchrec.evaluation.ranking import Blocks, RankingProblem, count_ranks,
 from flm_torchrec.training import trainer
 from flm_torchrec.training.fusion_weights import ChosenFusion, choose_fusion
 from flm_torchrec.training.restore import restore
+from tests.evaluation.test_ranking import Alone, together
 
 DIM = 16
 
@@ -78,6 +79,20 @@ def test_heads_that_know_different_things_are_added_up(small: PreparedData, comm
 def test_a_head_of_noise_is_left_out(small: PreparedData, comm: Comm) -> None:
     weights, score, alone = chosen(small, comm, {"content": 1e3, "collaborative": 0.3, "sequential": 0.3})
     assert weights["content"] == 0 and weights["collaborative"] > 0 and score >= max(alone) - 1e-4
+
+
+def test_any_number_of_ranks_chooses_alike(small: PreparedData) -> None:
+    """Also where a rank has no examples."""
+    examples = split(small, "leave-one-out", 0.1).valid
+    problem, config = RankingProblem(small, examples, Blocks(50, 64)), load_config(None, [])
+
+    def choose(comm: Alone) -> ChosenFusion:
+        encoder = Planted(small, examples, {"content": 1.0, "collaborative": 0.5, "sequential": 0.7, "fused": 0.0})
+        return choose_fusion(problem, encoder, [10.0] * len(HEADS), comm, config)
+
+    alone = choose(Alone())
+    assert max(alone.weights) == 1 and min(alone.weights) > 0
+    assert together(2, choose) == [alone] * 2 and together(5, choose) == [alone] * 5
 
 
 def test_a_head_that_was_not_trained_takes_no_part(small: PreparedData, comm: Comm) -> None:
