@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -9,11 +12,27 @@ BUCKETS = 33
 """In log2 seconds."""
 
 
-def by_elapsed(numbers: Tensor, now: Tensor, then: Tensor) -> Tensor:
-    """[n, BUCKETS] numbers, [B, Q] and [B, L] seconds → [n, B, Q, L]: those of the time from `then` to `now`."""
-    seconds = ((now.unsqueeze(2) - then.unsqueeze(1)).abs() + 1).float()
-    bucket = seconds.log2().clamp(max=BUCKETS - 1).int()  # [B, Q, L]
-    return _Taken.apply(numbers, bucket) if torch.is_grad_enabled() else _take(numbers, bucket)
+@dataclass
+class Clock:
+    """The times of padded sequences."""
+
+    seconds: Tensor  # [B, L]
+
+    @cached_property
+    def between(self) -> Tensor:
+        """[B, L, L] `elapsed` of every two tokens of a sequence."""
+        return elapsed(self.seconds, self.seconds)
+
+
+def elapsed(now: Tensor, then: Tensor) -> Tensor:
+    """[B, Q] and [B, L] seconds → [B, Q, L] int32 from 0 to BUCKETS - 1: the time from `then` to `now`."""
+    seconds = (now.unsqueeze(2) - then.unsqueeze(1)).abs() + 1
+    return seconds.float().log2().clamp(max=BUCKETS - 1).int()
+
+
+def by_elapsed(numbers: Tensor, between: Tensor) -> Tensor:
+    """[n, BUCKETS] numbers, […] of `elapsed` → [n, …]."""
+    return _Taken.apply(numbers, between) if torch.is_grad_enabled() else _take(numbers, between)
 
 
 def _take(numbers: Tensor, at: Tensor) -> Tensor:

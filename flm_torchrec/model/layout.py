@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flm_torchrec.model.elapsed import by_elapsed
+from flm_torchrec.model.elapsed import Clock, by_elapsed, elapsed
 
 SHORT = 8
 """Sequences up to this length are padded together; so are those up to twice it, up to four times it, and so on."""
@@ -23,7 +23,7 @@ MANY = 32
 FEW = 4
 """Rows below which a product of matrices is rounded in another way on CPUs."""
 
-Attend = Callable[[Tensor, Tensor], Tensor]
+Attend = Callable[[Tensor, Clock], Tensor]
 """[b, L, parts * D] projections and [b, L] times of padded sequences → [b, L, D]."""
 
 
@@ -75,7 +75,7 @@ class Padded:
 
     def __init__(self, lengths: Tensor, time: Tensor) -> None:
         self.lengths = lengths
-        self.time = time
+        self.clock = Clock(time)
         self.position = torch.arange(time.shape[1], device=time.device)
 
     @property
@@ -96,8 +96,8 @@ class Padded:
         age = (self.lengths.unsqueeze(1) - 1 - self.position[:-1]).clamp(min=0)  # [B, L - 1]
         counts = (keep.log() * age).exp()
         if old is not None:
-            now = self.time.gather(1, self.lengths.unsqueeze(1))  # [B, 1]
-            counts = counts * by_elapsed(old, now, self.time[:, 1:])[0, :, 0]
+            now = self.clock.seconds.gather(1, self.lengths.unsqueeze(1))  # [B, 1]
+            counts = counts * by_elapsed(old, elapsed(now, self.clock.seconds[:, 1:]))[0, :, 0]
         return (counts.unsqueeze(2) * items).sum(1)
 
     def begin(self, prefix: Tensor, events: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class Padded:
 
     def mix(self, x: Tensor, attend: Attend) -> Tensor:
         """As of `Layout`."""
-        return attend(x, self.time)
+        return attend(x, self.clock)
 
 
 class Jagged:
@@ -146,7 +146,7 @@ class Jagged:
             self.back = _inverse(self.tokens)
         self._make_buckets(sorted(sizes), self.group(nth), self.group(self.position))
         parts = self.group(time).split(self.sizes)
-        self.times = [self._pad(part.unsqueeze(1), n).squeeze(2) for n, part in enumerate(parts)]
+        self.clocks = [Clock(self._pad(part.unsqueeze(1), n).squeeze(2)) for n, part in enumerate(parts)]
 
     def _make_buckets(self, lengths: list[int], sequence: Tensor, position: Tensor) -> None:
         """Split the sequences, sorted by length, into buckets of similar length.
@@ -188,17 +188,17 @@ class Jagged:
 
     def mean(self, items: Tensor) -> Tensor:
         """As of `Layout`; items [T, D], of which those at a prefix are not used."""
-        return self._summed(items, lambda position, _age, _time: 1.0 / position.clamp(min=1))
+        return self._summed(items, lambda position, _age, _clock: 1.0 / position.clamp(min=1))
 
     def recent(self, items: Tensor, keep: Tensor, old: Tensor | None) -> Tensor:
         """As of `Layout`; items [T, D], of which those at a prefix are not used."""
         # A rank without events owes the others these gradients.
         if old is None:
-            return self._summed(items, lambda _position, age, _time: keep**age) + 0.0 * keep
-        found = self._summed(items, lambda _position, age, time: keep**age * by_elapsed(old, time, time)[0])
+            return self._summed(items, lambda _position, age, _clock: keep**age) + 0.0 * keep
+        found = self._summed(items, lambda _position, age, clock: keep**age * by_elapsed(old, clock.between)[0])
         return found + 0.0 * (keep + old.sum())
 
-    def _summed(self, items: Tensor, count: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    def _summed(self, items: Tensor, count: Callable[[Tensor, Tensor, Clock], Tensor]) -> Tensor:
         """[T, D] → [R, D]: sums over the tokens up to each represented token, but for the prefix.
 
         As products with padded sequences: along tokens, sums take a pass for each power of two, and running sums one
@@ -209,10 +209,10 @@ class Jagged:
                 one counts, [L, L] or [b, L, L].
         """
 
-        def summed(part: Tensor, time: Tensor) -> Tensor:
-            position = torch.arange(time.shape[1], device=time.device)
+        def summed(part: Tensor, clock: Clock) -> Tensor:
+            position = torch.arange(part.shape[1], device=part.device)
             age = position[:, None] - position  # below 0: a later token
-            counts = count(position[:, None], age.clamp(min=0), time) * ((age >= 0) & (position > 0))
+            counts = count(position[:, None], age.clamp(min=0), clock) * ((age >= 0) & (position > 0))
             return torch.bmm(counts.expand(len(part), -1, -1), part)
 
         return self.represented(self.mix(self.group(items), summed))
@@ -244,7 +244,7 @@ class Jagged:
 
     def mix(self, x: Tensor, attend: Attend) -> Tensor:
         """As of `Layout`."""
-        mixed = [attend(self._pad(part, n), self.times[n]).flatten(0, 1) for n, part in enumerate(x.split(self.sizes))]
+        mixed = [attend(self._pad(part, n), self.clocks[n]).flatten(0, 1) for n, part in enumerate(x.split(self.sizes))]
         return torch.cat([m if at is None else m.index_select(0, at) for m, at in zip(mixed, self.slots, strict=True)])
 
     def _pad(self, part: Tensor, bucket: int) -> Tensor:

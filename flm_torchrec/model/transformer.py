@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from flm_torchrec.config.schema import ModelConfig
 from flm_torchrec.model.dropout import Dropout
-from flm_torchrec.model.elapsed import BUCKETS, by_elapsed
+from flm_torchrec.model.elapsed import BUCKETS, Clock, by_elapsed
 from flm_torchrec.model.layout import Layout
 
 
@@ -51,10 +51,10 @@ class _RelativeBias(nn.Module):
         self.position = nn.Parameter(torch.zeros(heads, max_tokens))
         self.time = nn.Parameter(torch.zeros(heads, BUCKETS))
 
-    def forward(self, clock: Tensor) -> Tensor:
-        position = torch.arange(clock.shape[1], device=clock.device)
+    def forward(self, clock: Clock) -> Tensor:
+        position = torch.arange(clock.seconds.shape[1], device=clock.seconds.device)
         back = (position[:, None] - position[None, :]).clamp(min=0)  # [L, L]
-        return (self.position[:, back].unsqueeze(1) + by_elapsed(self.time, clock, clock)).transpose(0, 1)
+        return (self.position[:, back].unsqueeze(1) + by_elapsed(self.time, clock.between)).transpose(0, 1)
 
 
 class _TransformerBlock(nn.Module):
@@ -72,16 +72,16 @@ class _TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, bias: _RelativeBias | None) -> Tensor:
         qkv = self.qkv(self.attention_norm(x))
-        x = x + self.dropout(self.out(layout.mix(qkv, lambda part, time: self._attend(part, time, bias))))
+        x = x + self.dropout(self.out(layout.mix(qkv, lambda part, clock: self._attend(part, clock, bias))))
         return x + self.dropout(self.mlp(self.norm(x)))
 
-    def _attend(self, qkv: Tensor, time: Tensor, bias: _RelativeBias | None) -> Tensor:
+    def _attend(self, qkv: Tensor, clock: Clock, bias: _RelativeBias | None) -> Tensor:
         # Padding comes after a sequence's tokens, so the causal mask is enough to hide it from them.
         q, k, v = _split(qkv, self.heads)
         if bias is None:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            scores = bias(time).masked_fill(~_seen(time), -torch.inf)
+            scores = bias(clock).masked_fill(~_seen(clock), -torch.inf)
             # Attention over no token would give the bias no gradient, which a rank without events owes the others.
             mixed = F.scaled_dot_product_attention(q, k, v, scores.to(q.dtype)) if q.numel() else scores @ v
         return mixed.transpose(1, 2).flatten(2)
@@ -101,13 +101,13 @@ class _HSTUBlock(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, bias: _RelativeBias | None) -> Tensor:
         u, vqk = F.silu(self.uvqk(self.input_norm(x))).split([x.shape[-1], 3 * x.shape[-1]], -1)
-        mixed = layout.mix(vqk, lambda part, time: self._attend(part, time, bias))
+        mixed = layout.mix(vqk, lambda part, clock: self._attend(part, clock, bias))
         return x + self.dropout(self.out(self.mixed_norm(mixed) * u))
 
-    def _attend(self, vqk: Tensor, time: Tensor, bias: _RelativeBias | None) -> Tensor:
-        seen = _seen(time).to(vqk.dtype)
+    def _attend(self, vqk: Tensor, clock: Clock, bias: _RelativeBias | None) -> Tensor:
+        seen = _seen(clock).to(vqk.dtype)
         counts = seen / seen.sum(1, keepdim=True)
-        added = None if bias is None else bias(time)
+        added = None if bias is None else bias(clock)
         if torch.is_grad_enabled():
             return _Pointwise.apply(vqk, counts, self.heads, added)
         v, q, k = _split(vqk, self.heads)
@@ -165,6 +165,7 @@ def _split(x: Tensor, heads: int) -> tuple[Tensor, ...]:
     return x.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def _seen(time: Tensor) -> Tensor:
+def _seen(clock: Clock) -> Tensor:
     """[L, L] bool: the key does not come after the query."""
-    return torch.ones(time.shape[1], time.shape[1], dtype=torch.bool, device=time.device).tril()
+    length = clock.seconds.shape[1]
+    return torch.ones(length, length, dtype=torch.bool, device=clock.seconds.device).tril()
