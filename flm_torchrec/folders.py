@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-CONFIG, MANIFEST, MAP = "config.yaml", "manifest.json", "map.parquet"
+CONFIG, SCHEMA, MANIFEST, MAP = "config.yaml", "schema.yaml", "manifest.json", "map.parquet"
 DELTA = "delta.json"
 """A delta of exports has this file in place of a manifest."""
 PUSHED = "a folder of 'flm push'"
@@ -13,7 +13,7 @@ EXPORT = "an export"
 KINDS = {
     PUSHED: (CONFIG, MANIFEST),
     "a run": (CONFIG,),
-    DATA: ("schema.yaml", "interactions"),
+    DATA: (SCHEMA, "interactions"),
     EXPORT: (MANIFEST, MAP),
     "a delta": (DELTA,),
 }

@@ -15,6 +15,7 @@ from flm_torchrec._versions import check_versions
 from flm_torchrec.config import first_problem
 from flm_torchrec.errors import ConfigError, RunError
 from flm_torchrec.export.manifest import RECALL, IndexKind, Manifest, MapMethod, Quantise, Storage, read_manifest
+from flm_torchrec.folders import SCHEMA
 
 if TYPE_CHECKING:
     from flm_torchrec.export.delta import Delta
@@ -145,7 +146,7 @@ def _check_sizes(run: Path, choices: ExportChoices) -> None:
     from flm_torchrec.training.identity import VOCABULARY, check_has_model, read_config
 
     check_has_model(run)
-    schema = Schema.load(run / VOCABULARY / "schema.yaml")
+    schema = Schema.load(run / VOCABULARY / SCHEMA)
     dim = read_config(run).model.dim
     index = "none" if choices.since else choices.index or "flat"
     check_items(index, schema.items, width(dim), kept_bytes(schema.items, dim))

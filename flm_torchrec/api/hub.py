@@ -24,7 +24,7 @@ from flm_torchrec.data.schema import Schema
 from flm_torchrec.documents import Unreadable, read_json
 from flm_torchrec.errors import RunError
 from flm_torchrec.files import make_parent, replacing, sha256, telling, write_text
-from flm_torchrec.folders import CONFIG, MANIFEST, PUSHED, kind_of
+from flm_torchrec.folders import CONFIG, MANIFEST, PUSHED, SCHEMA, kind_of
 from flm_torchrec.training.identity import FINGERPRINT, VOCABULARY, check_has_model
 
 FORMAT = 1
@@ -121,7 +121,7 @@ def pull(folder: str | os.PathLike[str], run: str | os.PathLike[str]) -> None:
     _refuse_existing(run)
     manifest = _checked(folder)
     load_config(folder / CONFIG)
-    Schema.load(folder / VOCABULARY / "schema.yaml")
+    Schema.load(folder / VOCABULARY / SCHEMA)
     meta = storage.read_meta(folder)
     if not isinstance(meta, dict) or meta.get("data") != _fingerprint(folder):
         raise RunError(f"{folder / META}: is of other data than {folder / FINGERPRINT}; copy the folder anew")

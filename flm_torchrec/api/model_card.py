@@ -12,6 +12,7 @@ from flm_torchrec.data.schema import Schema
 from flm_torchrec.documents import Unreadable, read_json
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.report import markdown_metrics
+from flm_torchrec.folders import CONFIG, SCHEMA
 from flm_torchrec.safe_text import visible
 from flm_torchrec.training.identity import VOCABULARY
 
@@ -87,10 +88,10 @@ def model_card(run: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
     Raises:
         RunError: a run of `seeds` differs in more than its seed, or was not evaluated in the same way.
     """
-    config = load_config(run / "config.yaml")
+    config = load_config(run / CONFIG)
     for other in seeds:
         check_seed(run, config, other)
-    schema = Schema.load(run / VOCABULARY / "schema.yaml")
+    schema = Schema.load(run / VOCABULARY / SCHEMA)
     dense = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("model.dense."))
     return CARD.format(
         name=visible(run.resolve().name),

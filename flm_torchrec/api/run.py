@@ -12,6 +12,7 @@ from flm_torchrec._versions import check_versions
 from flm_torchrec.config import load_config, overrides_of
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.files import path_of
+from flm_torchrec.folders import CONFIG
 
 if TYPE_CHECKING:
     from flm_torchrec.api.evaluation import Split
@@ -135,7 +136,7 @@ class Run:
     @property
     def config(self) -> Config:
         """The settings that the run was made with."""
-        return load_config(self.path / "config.yaml")
+        return load_config(self.path / CONFIG)
 
     def evaluate(
         self,

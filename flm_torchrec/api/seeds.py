@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flm_torchrec.config import Config, load_config
 from flm_torchrec.errors import RunError
+from flm_torchrec.folders import CONFIG
 from flm_torchrec.training.identity import made_with
 
 OF_A_RUN = ("data.path", "train.run", "train.seed", "train.existing")
@@ -31,9 +32,9 @@ def add_seeds(parser: argparse.ArgumentParser, place: str) -> None:
 
 def check_seed(run: Path, config: Config, other: Path) -> None:
     """Raise RunError where another run differs in more than its seed and its folder."""
-    if not (other / "config.yaml").is_file():
+    if not (other / CONFIG).is_file():
         raise RunError(f"--seeds {other}: no config.yaml, so no run folder")
-    theirs, ours = load_config(other / "config.yaml", []).by_name(), config.by_name()
+    theirs, ours = load_config(other / CONFIG, []).by_name(), config.by_name()
     apart = [name for name, value in ours.items() if theirs[name] != value and name not in OF_A_RUN]
     if apart:
         raise RunError(

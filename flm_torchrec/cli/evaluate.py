@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from flm_torchrec.api.evaluation import Evaluated, EvaluateOptions, evaluate_run, write_evaluation
 from flm_torchrec.config import add_data_path, add_overrides, given_options, given_overrides
 from flm_torchrec.errors import RunError
+from flm_torchrec.folders import CONFIG
 
 if TYPE_CHECKING:
     from flm_torchrec.data.splits import Examples
@@ -130,7 +131,7 @@ def _check_against(run_folder: str, against: str) -> None:
 
     if against in ROWS:
         return
-    if not (Path(against) / "config.yaml").is_file():
+    if not (Path(against) / CONFIG).is_file():
         raise RunError(f"--against '{against}': neither a run folder nor a row; rows are {', '.join(ROWS)}")
     if read_meta(Path(against) / BEST)["data"] != read_meta(Path(run_folder) / BEST)["data"]:
         raise RunError(f"--against {against}: was trained on other data than {run_folder}; no events are common")
@@ -147,7 +148,7 @@ def _compared(against: str, found: Evaluated, options: EvaluateOptions) -> Compa
     ranks = found.evaluation.ranks
     if against in ranks:
         others = {name: ranks[against] for name in ranks if name != against}
-    elif not (Path(against) / "config.yaml").is_file():
+    elif not (Path(against) / CONFIG).is_file():
         raise RunError(f"--against '{against}': this table has no such row; its rows are {', '.join(ranks)}")
     else:
         heads_alone = replace(options, overrides=[*options.overrides, "eval.baselines=[]"])

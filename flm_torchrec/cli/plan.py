@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flm_torchrec.config import add_config_arguments, config_from_arguments, given_overrides, to_yaml
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.files import write_text
+from flm_torchrec.folders import CONFIG
 
 if TYPE_CHECKING:
     from flm_torchrec.planner.hardware import Cluster
@@ -161,8 +162,8 @@ def _emit(args: argparse.Namespace, cluster: Cluster) -> None:
     folder, config = Path(args.output), config_from_arguments(args)
     own = replace(config.distributed, plan=str(folder / "plan.json"), device=cluster.hardware.device)
     name, written = LAUNCH_FILES[args.emit]
-    write_text(folder / "config.yaml", to_yaml(replace(config, distributed=own)))
-    write_text(folder / name, written(cluster, folder / "config.yaml"))
+    write_text(folder / CONFIG, to_yaml(replace(config, distributed=own)))
+    write_text(folder / name, written(cluster, folder / CONFIG))
     if not args.json:
         print(f"{folder / name}: {cluster.nodes} nodes, {cluster.per_node} ranks each, {folder / 'plan.json'}")
 

@@ -10,6 +10,7 @@ from flm_torchrec.api.seeds import add_seeds, check_seed
 from flm_torchrec.config import Config, add_data_path, given_overrides, load_config
 from flm_torchrec.errors import FlmError, RunError
 from flm_torchrec.files import telling, write_text
+from flm_torchrec.folders import CONFIG
 from flm_torchrec.safe_text import visible
 from flm_torchrec.training.identity import check_is_run, own_data
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     if not output.parent.is_dir():
         raise RunError(f"{output.parent}: not found; --output must be in a folder that is there")
     overrides = given_overrides(args)
-    config = load_config(folder / "config.yaml", overrides)
+    config = load_config(folder / CONFIG, overrides)
     for other in args.seeds:
         check_seed(folder, config, other)
     # Imported here: a wrong option should be reported at once.

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import DTypeLike
 
+from flm_torchrec.folders import SCHEMA
 from flm_torchrec.data.columns import CodedText, EventBlock, new_column
 from flm_torchrec.data.disk_columns import Units
 from flm_torchrec.data.event_files import as_data_error, check_columns
@@ -49,7 +50,7 @@ def fingerprint_of(path: Path) -> str:
     Raises:
         DataError: a file is missing or cannot be read.
     """
-    named = [Path("schema.yaml"), Path("items.parquet"), Path("users.parquet")]
+    named = [Path(SCHEMA), Path("items.parquet"), Path("users.parquet")]
     found = [*(path / "interactions").glob("*.parquet"), *(path / "vocab").glob("*.parquet")]
     digest = hashlib.sha256()
     for name in sorted([*named, *(file.relative_to(path) for file in found)]):
@@ -215,7 +216,7 @@ class PreparedData:
     def save_vocabulary(self, folder: Path) -> None:
         """Write what the rows of the tables mean: the schema, keys of users and items, values behind codes."""
         folder.mkdir(exist_ok=True)
-        shutil.copy(self.path / "schema.yaml", folder)
+        shutil.copy(self.path / SCHEMA, folder)
         for entity in ("user", "item"):
             file = f"{entity}s.parquet"
             pq.write_table(_read(self.path / file, [f"{entity}_id", f"{entity}_key"]), folder / file)
@@ -276,7 +277,7 @@ def load_prepared(
         DataError: a file is missing or corrupt, lacks a column, or has an id outside the vocabulary.
     """
     path = Path(path)
-    schema = Schema.load(path / "schema.yaml")
+    schema = Schema.load(path / SCHEMA)
     if features != "all":
         schema = schema.keeping(() if features == "none" else features, path)
     groups, units = RowGroups(path), None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flm_torchrec.folders import SCHEMA
 from flm_torchrec.data.dataset import PreparedData, domain_of_items, load_prepared
 from flm_torchrec.data.event_files import RowChecks, event_columns
 from flm_torchrec.data.order_statistics import order_statistics
@@ -64,7 +65,7 @@ def load_streamed(
         DataError: as `load_prepared` and `split`.
         ConfigError: an event to predict is none of the data.
     """
-    schema = Schema.load(path / "schema.yaml")
+    schema = Schema.load(path / SCHEMA)
     if features != "all":
         schema = schema.keeping(() if features == "none" else features, path)
     targets = target_kinds(schema, how.target_events)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from flm_torchrec.folders import SCHEMA
 from flm_torchrec.data.hashing import HeldIds
 from flm_torchrec.data.history import HISTORY_KEYS
 from flm_torchrec.data.schema import ITEM_TABLES, Entity, Feature, Schema
@@ -38,7 +39,7 @@ class RowKeys:
         Raises:
             DataError: the folder has no schema, or lacks a feature.
         """
-        schema = Schema.load(folder / "schema.yaml")
+        schema = Schema.load(folder / SCHEMA)
         if features != "all":
             schema = schema.keeping(() if features == "none" else features, folder)
         return cls(folder, schema)

@@ -19,6 +19,7 @@ from flm_torchrec.charts import Curves, Histogram, wide
 from flm_torchrec.data.schema import Schema, sparsity
 from flm_torchrec.data.times import LATEST, year
 from flm_torchrec.errors import DataError
+from flm_torchrec.folders import SCHEMA
 from flm_torchrec.inspection.bins import fitting
 from flm_torchrec.pages import Bars, PageTable, Part, Section
 from flm_torchrec.prepare import sql
@@ -65,7 +66,7 @@ def opened(folder: Path, memory: int) -> Iterator[Inspection]:
     Raises:
         DataError: no prepared data, or a file that is not readable.
     """
-    schema = Schema.load(folder / "schema.yaml")
+    schema = Schema.load(folder / SCHEMA)
     files = sorted((folder / "interactions").glob("*.parquet"))
     if not files:
         raise DataError(f"{folder / 'interactions'}: no Parquet file; prepare the data again")

@@ -20,6 +20,7 @@ from flm_torchrec.data.row_groups import RowGroups
 from flm_torchrec.data.schema import Entity, Feature, Schema, sparsity
 from flm_torchrec.errors import DataError
 from flm_torchrec.files import replacing, telling
+from flm_torchrec.folders import SCHEMA
 from flm_torchrec.prepare.engine import DuckEngine
 from flm_torchrec.prepare.interactions import InteractionCounts
 from flm_torchrec.prepare.join_entities import join_items, join_users, write_standardised
@@ -47,7 +48,7 @@ def read_domains(folders: Sequence[str | Path]) -> list[Domain]:
             if other.resolve() == folder.resolve():
                 raise DataError(f"{folder}: is given twice; name each folder once")
             raise DataError(f"{folder}: is called '{name}', as {other} is; rename one: it is the name of the domain")
-        schema = Schema.load(folder / "schema.yaml")
+        schema = Schema.load(folder / SCHEMA)
         if schema.domains:
             raise DataError(f"{folder}: is joint data of {', '.join(schema.domains)}; give the folders it was made of")
         if schema.items < 2:
@@ -133,7 +134,7 @@ class Joining:
         schema = self._schema(users.count, items, counts.per_user.events, events, timed, features)
         report = self._report(schema, counts, users.shared)
         (folder / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
-        schema.save(folder / "schema.yaml")  # last: what has a schema is complete
+        schema.save(folder / SCHEMA)  # last: what has a schema is complete
         return report
 
     @property

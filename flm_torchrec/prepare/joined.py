@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flm_torchrec.claim import InUse, claim
 from flm_torchrec.errors import DataError
+from flm_torchrec.folders import SCHEMA
 from flm_torchrec.prepare.join import Joining, made_of, read_domains
 from flm_torchrec.prepare.join_features import Domain, joint_features
 from flm_torchrec.prepare.memory import memory_bytes
@@ -44,7 +45,7 @@ def _is_there(domains: Sequence[Domain], output: Path, replace: bool) -> bool:
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
-    if not (output / "schema.yaml").is_file():
+    if not (output / SCHEMA).is_file():
         raise DataError(f"{output}: exists and holds no prepared data, so it is not replaced; give another --train.run")
     found = made_of(output)
     if found == {domain.name: domain.fingerprint for domain in domains}:

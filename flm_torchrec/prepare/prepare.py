@@ -20,6 +20,7 @@ from flm_torchrec.data.keys import RULE
 from flm_torchrec.data.schema import Entity, Schema, sparsity
 from flm_torchrec.errors import DataError
 from flm_torchrec.files import put_in_place
+from flm_torchrec.folders import SCHEMA
 from flm_torchrec.prepare.dropped import check_share_dropped, how_to_mend, warnings_of
 from flm_torchrec.prepare.engine import DuckEngine, Engine
 from flm_torchrec.prepare.entities import (
@@ -158,7 +159,7 @@ class Preparation:
         _write_vocabularies(folder, encoded)
         report = self._report(read, schema, counts, written["item"])
         (folder / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
-        schema.save(folder / "schema.yaml")  # last: what has a schema is complete
+        schema.save(folder / SCHEMA)  # last: what has a schema is complete
         return report
 
     def _cleaned(self, interactions: Interactions, read: ShardReport) -> tuple[list[str], dict[Entity, int]]:
@@ -225,7 +226,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    if not (output / "schema.yaml").is_file():
+    if not (output / SCHEMA).is_file():
         raise DataError(f"{output}: exists and holds no prepared data, so it is not replaced; give another --output")
     if not overwrite:
         raise DataError(f"{output}: exists; give another --output, or --overwrite to replace it")

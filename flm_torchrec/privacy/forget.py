@@ -23,6 +23,7 @@ from flm_torchrec.data.vocabulary import first_row
 from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.export.forget import AFTERWARDS, refuse_leftovers
 from flm_torchrec.files import leftovers, mend, mend_inside, replacing, replacing_file, telling
+from flm_torchrec.folders import CONFIG, SCHEMA
 from flm_torchrec.privacy.forget_in_data import (
     forget_rows,
     forgotten_users,
@@ -144,14 +145,14 @@ def _refuse_remains(remains: Mapping[Place, Collection[str]], done: Sequence[str
 
 def _check(folder: Path, runs: Sequence[Path]) -> None:
     """Raise where a folder is not what it should be, before anything is changed."""
-    Schema.load(folder / "schema.yaml")
+    Schema.load(folder / SCHEMA)
     fingerprints = (fingerprint_of(folder), *fingerprints_before(folder))
     for run in runs:
-        if not (run / "config.yaml").is_file() or not (run / FINGERPRINT).is_file():
+        if not (run / CONFIG).is_file() or not (run / FINGERPRINT).is_file():
             raise RunError(f"{run}: no run folder (it lacks config.yaml or {FINGERPRINT}); give one of 'flm train'")
         if made_with(run) not in fingerprints:
             raise RunError(f"{run}: made with other data than {folder}; give the --data of its config.yaml")
-        if Schema.load(run / VOCABULARY / "schema.yaml").table("user_id").kind == "zch":
+        if Schema.load(run / VOCABULARY / SCHEMA).table("user_id").kind == "zch":
             raise RunError(
                 f"{run}: its user_id table is managed (zch), where rows pass from user to user and no one's can be"
                 " told for sure; forget in --data alone, delete this run and train anew"
@@ -193,7 +194,7 @@ def _forget_in_run(run: Path, data: PreparedData, gone: np.ndarray, keys: set[st
     line = f"{len(gone)} forgotten users' rows set to zero in {len(checkpoints)} checkpoints"
     kind = data.schema.table("user_id").kind
     line += "; its user_id table is hashed, so users who share these rows lose them too" if kind == "hash" else ""
-    if load_config(run / "config.yaml").data.split != "leave-one-out":
+    if load_config(run / CONFIG).data.split != "leave-one-out":
         line += "; its split is drawn over all events, so it may change: compare no metrics with those from before"
     return Removal(str(run), "run", {"users": len(gone), "checkpoints": len(checkpoints)}, line)
 

@@ -22,6 +22,7 @@ from flm_torchrec.data.keys import tombstone
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.errors import DataError
 from flm_torchrec.files import replacing, write_text
+from flm_torchrec.folders import SCHEMA
 from flm_torchrec.names import closest
 
 
@@ -63,7 +64,7 @@ def forget_rows(folder: Path, keys: Iterable[str]) -> dict[str, int]:
     users = ids[[key in gone for key in all_keys]]
     before = fingerprint_of(folder)
     report = read_report(folder)
-    schema = Schema.load(folder / "schema.yaml")
+    schema = Schema.load(folder / SCHEMA)
     try:
         with replacing(folder) as fresh:
             (fresh / "interactions").mkdir()
@@ -76,7 +77,7 @@ def forget_rows(folder: Path, keys: Iterable[str]) -> dict[str, int]:
             _copy_vocabularies(folder, fresh, schema, used)
             counts = {"users": len(users), "events": schema.interactions - kept}
             write_text(fresh / "report.json", json.dumps(_without(report, gone, counts, before), indent=2))
-            replace(schema, interactions=kept).save(fresh / "schema.yaml")
+            replace(schema, interactions=kept).save(fresh / SCHEMA)
     except (OSError, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise DataError(f"{folder}: not rewritten ({reason}); what was there is kept") from error
@@ -210,7 +211,7 @@ def replacement(feature: Feature, code: int, values: Sequence[str]) -> str:
 def replaced_values(folder: Path) -> dict[str, dict[int, str]]:
     """By feature of users or events, what has taken the place of values that nobody has any more, by their codes."""
     found = {}
-    for feature, file in _vocabularies(folder, Schema.load(folder / "schema.yaml")):
+    for feature, file in _vocabularies(folder, Schema.load(folder / SCHEMA)):
         values = pq.read_table(file).sort_by("code")["value"].to_pylist()
         now = {code: value for code, value in enumerate(values) if value == replacement(feature, code, values)}
         found[feature.name] = {c: v for c, v in now.items() if feature.kind != "quantile" or c > 0}

@@ -15,6 +15,7 @@ from flm_torchrec.data.weights import label_weights
 from flm_torchrec.errors import ConfigError, RunError
 from flm_torchrec.evaluation.evaluate import evaluate_heads
 from flm_torchrec.files import telling, write_text
+from flm_torchrec.folders import CONFIG
 from flm_torchrec.training.by_key import load_source
 from flm_torchrec.training.checkpoint.manager import BEST, load_checkpoint
 from flm_torchrec.training.identity import check_has_model, open_run, refuse_forgotten
@@ -41,12 +42,12 @@ def source_config(source: Path, overrides: list[str]) -> Config:
     given = {o.partition("=")[0] for o in overrides}
     if "train.run" not in given:
         raise ConfigError("--train.run: name the folder to write, beside that of the source")
-    task = load_config(source / "config.yaml", overrides).finetune.task
+    task = load_config(source / CONFIG, overrides).finetune.task
     select = [f"train.select={LABEL_SELECT}"] if task == "label" and "train.select" not in given else []
     settings = ["train.existing=refuse", "train.warm_start=", *ANY_RANKS, *overrides, *select]
     if "data.path" not in given:
         return open_run(source, settings)
-    config = load_config(source / "config.yaml", settings)
+    config = load_config(source / CONFIG, settings)
     refuse_forgotten(source, Path(config.data.path))
     return config
 

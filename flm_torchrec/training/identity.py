@@ -11,7 +11,7 @@ from flm_torchrec.config import Config, load_config
 from flm_torchrec.data.dataset import PreparedData, fingerprint_of, fingerprints_before
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.errors import RunError
-from flm_torchrec.folders import PUSHED, kind_of
+from flm_torchrec.folders import CONFIG, PUSHED, SCHEMA, kind_of
 
 VOCABULARY = "vocabulary"
 """Folder of a run: what the rows of its tables stand for."""
@@ -41,7 +41,7 @@ def read_config(run: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         FlmError: the config is no config, or there is no such run.
     """
-    config = load_config(run / "config.yaml", overrides)
+    config = load_config(run / CONFIG, overrides)
     if not config.finetune.source or any(override.startswith("finetune.source=") for override in overrides):
         return config
     source = _source(_candidates(run, config.finetune.source), run)
@@ -57,7 +57,7 @@ def check_has_model(run: Path) -> None:
     check_is_run(run)
     if not (run / BEST).exists():
         command = f"'flm train --config {run / 'config.yaml'} --train.run {run} --train.existing resume'"
-        if load_config(run / "config.yaml").finetune.source:
+        if load_config(run / CONFIG).finetune.source:
             command = "the 'flm finetune' that began it and --train.existing resume"
         raise RunError(f"{run}: stopped before its first validation, so it has no best model yet; go on with {command}")
     read_meta(run / BEST)
@@ -68,7 +68,7 @@ def check_is_run(run: Path) -> None:
     kind = kind_of(run)
     if kind == PUSHED:
         raise RunError(f"{run}: is {kind}, not a run; make a run of it with 'flm pull {run} RUN'")
-    if (run / "config.yaml").is_file():
+    if (run / CONFIG).is_file():
         return
     if kind:
         raise RunError(
@@ -113,7 +113,7 @@ def of_one_domain(run: Path, data: PreparedData) -> bool:
 
     Keys of two domains may be equal by chance. So the data must be those of the run, or have their name and source.
     """
-    schema = Schema.load(run / VOCABULARY / "schema.yaml")
+    schema = Schema.load(run / VOCABULARY / SCHEMA)
     same_name = (schema.name, schema.source) == (data.schema.name, data.schema.source)
     return same_name or has_ids_of(run, data.path, data.fingerprint)
 
@@ -129,7 +129,7 @@ def own_data(run: Path, config: Config, given: bool = False) -> Path:
     """
     wanted = made_with(run)
     paths = [Path(config.data.path)] if given else _candidates(run, config.data.path)
-    there = [path for path in paths if (path / "schema.yaml").is_file()]
+    there = [path for path in paths if (path / SCHEMA).is_file()]
     for path in there:
         if fingerprint_of(path) == wanted:
             return path
@@ -146,7 +146,7 @@ def own_data(run: Path, config: Config, given: bool = False) -> Path:
 
 def _source(paths: Sequence[Path], run: Path) -> Path:
     for path in paths:
-        if (path / "config.yaml").is_file():
+        if (path / CONFIG).is_file():
             return path
     raise RunError(
         f"{run}: the run that it was fine-tuned from is not at {paths[0]}; put it back there, or set"
@@ -163,6 +163,6 @@ def _candidates(run: Path, path: str) -> list[Path]:
     file = run / STARTED_IN
     if file.is_file():
         start = Path(file.read_text(encoding="utf-8"))
-        began = load_config(run / "config.yaml").train.run
+        began = load_config(run / CONFIG).train.run
         paths += [start / path, run / os.path.relpath(start / path, start / began)]
     return list(dict.fromkeys(paths))

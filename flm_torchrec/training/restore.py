@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flm_torchrec.errors import RunError
+from flm_torchrec.folders import CONFIG
 from flm_torchrec.training.by_key import know_learned
 from flm_torchrec.training.checkpoint.manager import BEST, load_checkpoint
 from flm_torchrec.training.checkpoint.storage import read_meta
@@ -61,5 +62,5 @@ def restore(
         meta = load_checkpoint(run / BEST, job.model, inputs.comm)
         if config.train.warm_start:
             know_learned(job)
-        digest = hashlib.sha256((run / "config.yaml").read_bytes()).hexdigest()[:8]
+        digest = hashlib.sha256((run / CONFIG).read_bytes()).hexdigest()[:8]
         yield Restored(job=job, version=f"{run.name}-{meta['step']}-{digest}")

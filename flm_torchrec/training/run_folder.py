@@ -12,6 +12,7 @@ from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.errors import RunError
 from flm_torchrec.files import replacing, telling, write_text
+from flm_torchrec.folders import CONFIG
 from flm_torchrec.training.checkpoint.storage import refuse_other_data
 from flm_torchrec.training.identity import FINGERPRINT, STARTED_IN, made_with, refuse_forgotten
 from flm_torchrec.training.logger import RunLogger
@@ -70,7 +71,7 @@ def resumes(config: Config, restarted: bool) -> bool:
         raise RunError(f"{folder}: is a file; give another --train.run")
     if not folder.exists() or not any(folder.iterdir()):
         return False
-    if not (folder / "config.yaml").is_file():
+    if not (folder / CONFIG).is_file():
         raise RunError(f"{folder}: exists and is no run folder, so it is not replaced; give another --train.run")
     if restarted:
         return True
@@ -80,7 +81,7 @@ def resumes(config: Config, restarted: bool) -> bool:
         )
     if config.train.existing == "replace":
         return False
-    if changed := _changed(load_config(folder / "config.yaml"), config):
+    if changed := _changed(load_config(folder / CONFIG), config):
         raise RunError(
             f"{folder}: was made with {changed}; resume with the same settings, or start anew with --train.existing"
             " replace"
@@ -114,13 +115,13 @@ def open_run_folder(config: Config, data: PreparedData, comm: Comm, steps: int) 
             refuse_forgotten(folder, data.path)
             refuse_other_data(folder, made_with(folder), data.fingerprint)
             write_text(folder / STARTED_IN, str(Path.cwd()))
-            write_text(folder / "config.yaml", to_yaml(config))
+            write_text(folder / CONFIG, to_yaml(config))
             return
         with replacing(folder) as fresh:
             data.save_vocabulary(fresh / "vocabulary")
             (fresh / FINGERPRINT).write_text(data.fingerprint, encoding="ascii")
             (fresh / STARTED_IN).write_text(str(Path.cwd()), encoding="utf-8")
-            (fresh / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            (fresh / CONFIG).write_text(to_yaml(config), encoding="utf-8")
 
     loggers: list[RunLogger] = []
 
@@ -132,7 +133,7 @@ def open_run_folder(config: Config, data: PreparedData, comm: Comm, steps: int) 
 
     comm.on_main(begin)
     comm.set_flag(_opened(config))
-    blind = [rank for rank, sees in enumerate(comm.gather((folder / "config.yaml").is_file())) if not sees]
+    blind = [rank for rank, sees in enumerate(comm.gather((folder / CONFIG).is_file())) if not sees]
     if blind:
         raise RunError(f"{folder}: not seen by rank {blind[0]}; --train.run must be on storage that all nodes share")
     return loggers[0] if comm.main else RunLogger(None, steps, resumed)

@@ -9,6 +9,7 @@ from flm_torchrec.config import Config
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.distributed.alike import Given, check_alike, digest_of
 from flm_torchrec.distributed.comm import Comm
+from flm_torchrec.folders import CONFIG
 from flm_torchrec.training.checkpoint.manager import BEST
 from flm_torchrec.training.checkpoint.storage import SUMS
 
@@ -33,5 +34,5 @@ def check_same_inputs(
     for name, folder in (("the run", run), *sources):
         if folder:
             best = Path(folder) / BEST
-            inputs[name] = Given(digest_of(Path(folder) / "config.yaml", best / SUMS)[:12], str(folder))
+            inputs[name] = Given(digest_of(Path(folder) / CONFIG, best / SUMS)[:12], str(folder))
     check_alike(comm, config, inputs)

@@ -14,6 +14,7 @@ from flm_torchrec.data.schema import Feature
 from flm_torchrec.data.vocabulary import RowKeys, RowMatch
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.errors import ConfigError, DataError, RunError
+from flm_torchrec.folders import CONFIG
 from flm_torchrec.training.by_key import entity_tables, match_tables, told, vocabularies
 from flm_torchrec.training.checkpoint import storage
 from flm_torchrec.training.checkpoint.by_key import MODEL, weight_of
@@ -45,9 +46,9 @@ def warm_config(source: Path, overrides: Sequence[str]) -> Config:
         raise ConfigError("--train.run: name the folder to write, beside that of the run to go on from")
     run = Path(given["train.run"])
     if not source.exists() and states_of(run):
-        return load_config(run / "config.yaml", overrides)
+        return load_config(run / CONFIG, overrides)
     check_has_model(source)
-    config = load_config(source / "config.yaml", ["train.existing=refuse", *ANY_RANKS, *overrides])
+    config = load_config(source / CONFIG, ["train.existing=refuse", *ANY_RANKS, *overrides])
     if "data.path" in given:
         return config
     return replace(config, data=replace(config.data, path=str(own_data(source, config))))

@@ -21,6 +21,7 @@ from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.times import seconds
 from flm_torchrec.data.windows import Windows, cut
 from flm_torchrec.errors import ConfigError
+from flm_torchrec.folders import SCHEMA
 from flm_torchrec.names import nearest
 from flm_torchrec.prepare.clean import WEIGHT_RULES, rules
 from flm_torchrec.training.follow.ids import IdIntake, KnownIds
@@ -60,7 +61,7 @@ class RowForm:
 
     def check(self, vocabulary: Path) -> None:
         """Raise ConfigError where a name is given for a field that no event of a run has."""
-        known = fields_of(Schema.load(vocabulary / "schema.yaml"))
+        known = fields_of(Schema.load(vocabulary / SCHEMA))
         for name, column in self.columns.items():
             if name not in known:
                 raise ConfigError(f"--columns '{name}={column}': write it as FIELD=NAME; {nearest(name, known)}")
@@ -94,7 +95,7 @@ class EventEncoder:
     ) -> None:
         self.time_unit = form.time_unit
         self.intake = intake
-        self.schema = Schema.load(vocabulary / "schema.yaml") if schema is None else schema
+        self.schema = Schema.load(vocabulary / SCHEMA) if schema is None else schema
         self.ids = KnownIds(vocabulary)
         self.events = {name: code for code, name in enumerate(self.schema.events)}
         described = [describe(vocabulary, f) for f in self.schema.of("event", sparse=True)]

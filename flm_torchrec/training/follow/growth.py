@@ -25,6 +25,7 @@ from flm_torchrec.data.schema import Entity, Schema
 from flm_torchrec.data.splits import Examples, Splits
 from flm_torchrec.data.train_stats import TrainStats
 from flm_torchrec.files import replacing_file
+from flm_torchrec.folders import SCHEMA
 from flm_torchrec.training.follow.events import FIELDS, LEARNED, NewEvents, append_on_disk
 
 ENTITIES: tuple[Entity, ...] = ("user", "item")
@@ -233,6 +234,6 @@ def publish_vocabulary(data: Path, folder: Path, growths: int, target: Path) -> 
             pq.write_table(table, fresh)
     with replacing_file(target / "report.json") as fresh:
         shutil.copy(data / "report.json", fresh)
-    schema = Schema.load(data / "schema.yaml")
-    with replacing_file(target / "schema.yaml") as fresh:
+    schema = Schema.load(data / SCHEMA)
+    with replacing_file(target / SCHEMA) as fresh:
         replace(schema, users=counts["user"], items=counts["item"]).save(fresh)

@@ -16,6 +16,7 @@ from flm_torchrec.data.feature_values import FeatureValues, codes_of, describe, 
 from flm_torchrec.data.keys import json_text, keys
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.errors import DataError
+from flm_torchrec.folders import SCHEMA
 
 LISTS = ("multi_categorical", "text")
 """Kinds of which an item has several codes."""
@@ -57,7 +58,7 @@ class ItemRows:
     def __init__(self, folder: Path, followed: Path) -> None:
         self.file = folder / "items.parquet"
         self.followed = followed
-        self.schema = Schema.load(folder / "schema.yaml")
+        self.schema = Schema.load(folder / SCHEMA)
         with as_data_error(self.file):
             self.columns = pq.read_schema(self.file).remove_metadata()
         features = [f for f in self.schema.features if f.entity == "item"]
