@@ -1,4 +1,4 @@
-// A softmax and its gradients whose logits never leave the cache, for processors with AMX and its bf16 products.
+// A softmax and its gradients whose logits never leave the cache, for processors with bf16 products: AMX, or AVX-512 alone.
 //
 // Two passes over tiles of 32 candidates x 32 queries (compare Dao et al., FlashAttention, 2022): the first adds up each
 // query's exponentials, the second makes the logits anew and adds up both gradients. Inputs of products are bf16; logits
@@ -20,8 +20,8 @@
 #include <new>
 #include <vector>
 
-#if !defined(__AMX_BF16__) || !defined(__AVX512BF16__)
-#error "this processor has no products of bf16 matrices (AMX)"
+#if !defined(__AVX512BF16__)
+#error "this processor, or this compiler, has no products of bf16 (avx512_bf16)"
 #endif
 
 using bf16 = uint16_t;
@@ -62,10 +62,21 @@ template <class T> struct Buffer {  // zeros, at the beginning of a line of the 
     ~Buffer() { std::free(at); }
 };
 
+#ifdef __AMX_BF16__
+
 struct TileSetting {  // Intel 64 manual, volume 1, 18.3: palette 1, eight registers of 16 rows of 64 bytes
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+struct Tiles {  // the registers of this thread, while it is alive
+    Tiles() {
+        const TileSetting setting;
+        _tile_loadconfig(&setting);
+    }
+    Tiles(const Tiles &) = delete;
+    ~Tiles() { _tile_release(); }
 };
 
 // c [32, 32] = or += a [32, depth] b [depth, 32]; b lies in pairs of rows, [depth / 2][columns][2]. Steps in elements.
@@ -98,6 +109,42 @@ inline void product(float *c, int64_t c_step, const bf16 *a, int64_t a_step, con
     _tile_stored(2, low, c_step * 4);
     _tile_stored(3, low + 16, c_step * 4);
 }
+
+#else
+
+struct Tiles {
+    Tiles() {}
+};
+
+// The same, eight rows of c in registers at a time.
+template <bool ADD>
+inline void product(float *c, int64_t c_step, const bf16 *a, int64_t a_step, const bf16 *b, int64_t b_step, int depth) {
+    constexpr int ROWS = 8;
+    for (int first = 0; first < SIDE; first += ROWS, c += ROWS * c_step, a += ROWS * a_step) {
+        __m512 left[ROWS], right[ROWS];
+        for (int r = 0; r < ROWS; r++) {
+            left[r] = ADD ? _mm512_loadu_ps(c + r * c_step) : _mm512_setzero_ps();
+            right[r] = ADD ? _mm512_loadu_ps(c + r * c_step + 16) : _mm512_setzero_ps();
+        }
+        for (int k = 0; k < depth; k += 2) {
+            const __m512bh low = (__m512bh)_mm512_loadu_si512(b + k / 2 * b_step);
+            const __m512bh high = (__m512bh)_mm512_loadu_si512(b + k / 2 * b_step + 32);
+            for (int r = 0; r < ROWS; r++) {
+                int32_t two;
+                std::memcpy(&two, a + r * a_step + k, sizeof two);
+                const __m512bh pair = (__m512bh)_mm512_set1_epi32(two);
+                left[r] = _mm512_dpbf16_ps(left[r], pair, low);
+                right[r] = _mm512_dpbf16_ps(right[r], pair, high);
+            }
+        }
+        for (int r = 0; r < ROWS; r++) {
+            _mm512_storeu_ps(c + r * c_step, left[r]);
+            _mm512_storeu_ps(c + r * c_step + 16, right[r]);
+        }
+    }
+}
+
+#endif
 
 inline __m512 power_of_two(__m512 x) {  // relative error below 3e-6, by a polynomial on [0, 1)
     const __m512 part = _mm512_reduce_ps(x, 1);
@@ -228,15 +275,13 @@ class Softmax {
         for (int64_t k = 0; k < threads; k++) {
             const unsigned control = _mm_getcsr();
             _mm_setcsr(control | FLUSH_DENORMALS);
-            const TileSetting setting;
-            _tile_loadconfig(&setting);
             try {
+                const Tiles tiles;
                 part<PASS>(k);
             } catch (const std::bad_alloc &) {
 #pragma omp atomic write
                 failed = true;
             }
-            _tile_release();
             _mm_setcsr(control);
         }
         if (failed) throw std::bad_alloc();
@@ -366,8 +411,14 @@ class Softmax {
 
 }  // namespace
 
-// 0: the system lets this process use AMX.
-extern "C" int flm_softmax_refused() { return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_TILES) != 0; }
+// 0: the system lets this process use AMX, or this code does not need it.
+extern "C" int flm_softmax_refused() {
+#ifdef __AMX_BF16__
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_TILES) != 0;
+#else
+    return 0;
+#endif
+}
 
 // 0: done; 1: no memory.
 extern "C" int flm_softmax(const Problem *problem) {

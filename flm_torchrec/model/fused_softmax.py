@@ -1,4 +1,4 @@
-"""The softmax of bf16 products as native code: no logits in memory, and several times faster; on CPUs with AMX.
+"""The softmax of bf16 products as native code: no logits in memory, and faster; on CPUs with AMX or avx512_bf16.
 
 `fused_softmax.cpp` is compiled at the first use, by the C++ compiler of this machine for its processor, and kept in the
 user's cache. Where that cannot be, `why_not_fused` says why, and `softmax` computes the same with PyTorch.
@@ -24,9 +24,11 @@ from flm_torchrec.machine_code import code_folder, open_to_others, processor_ins
 from flm_torchrec.safe_text import first_line
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-NEEDED = {"amx_bf16", "amx_tile", "avx512_bf16", "avx512bw", "avx512dq", "avx512vl"}
+NEEDED = {"avx512_bf16", "avx512bw", "avx512dq", "avx512vl"}
 """Instructions of the processor."""
 OPTIONS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w")
+WITHOUT_AMX = ("-mno-amx-bf16", "-mno-amx-tile")
+"""For a processor that has AMX, where the system does not allow it."""
 MOST_SECONDS = 60
 """Of the compiler."""
 
@@ -133,21 +135,25 @@ def _load() -> ctypes.CDLL:
     missing = NEEDED - flags
     if missing:
         raise Unavailable(f"the processor has no {min(missing)}")
-    content = [SOURCE.read_text(encoding="utf-8"), *OPTIONS, *sorted(flags)]
+    library = _built(flags, OPTIONS)
+    if library.flm_softmax_refused():
+        library = _built(flags, (*OPTIONS, *WITHOUT_AMX))
+    return library
+
+
+def _built(flags: set[str], options: tuple[str, ...]) -> ctypes.CDLL:
+    content = [SOURCE.read_text(encoding="utf-8"), *options, *sorted(flags)]
     name = hashlib.sha256("\n".join(content).encode()).hexdigest()[:32]
     folder = code_folder("kernels")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     code = folder / f"{name}.so"
     with _one_at_a_time(folder):
         if not code.exists():
-            _compile(code)
+            _compile(code, options)
         for path in (folder, code):
             if open_to_others(path):
                 raise Unavailable(f"{path} may be written by others")
-        library = ctypes.CDLL(str(code))
-    if library.flm_softmax_refused():
-        raise Unavailable("the system does not allow AMX")
-    return library
+        return ctypes.CDLL(str(code))
 
 
 @contextmanager
@@ -158,10 +164,10 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
         yield
 
 
-def _compile(code: Path) -> None:
+def _compile(code: Path, options: tuple[str, ...]) -> None:
     compiler = os.environ.get("CXX") or "c++"
     with replacing_file(code) as fresh:
-        command = [*compiler.split(), *OPTIONS, str(SOURCE), "-o", str(fresh)]
+        command = [*compiler.split(), *options, str(SOURCE), "-o", str(fresh)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=MOST_SECONDS, check=False)
         except FileNotFoundError as error:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,16 @@ def unbuilt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     fused_softmax._library.cache_clear()
     yield tmp_path
     fused_softmax._library.cache_clear()
+
+
+@pytest.fixture(params=["the processor's own", "without AMX"])
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the native code has."""
+    if request.param == "without AMX":
+        options = (*fused_softmax.OPTIONS, *fused_softmax.WITHOUT_AMX)
+        library = fused_softmax._built(fused_softmax.processor_instructions(), options)
+        assert not library.flm_softmax_refused()
+        monkeypatch.setattr(fused_softmax, "_library", lambda: library)
 
 
 class Case:
@@ -84,6 +95,7 @@ def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 
 @native
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("queries", "items", "dim", "domains"), [(1, 4, 5, 1), (70, 300, 40, 3), (300, 1_000, 64, 1)])
 def test_native_code_and_pytorch_have_the_loss_and_gradients_of_cross_entropy(
@@ -105,6 +117,7 @@ def test_native_code_and_pytorch_have_the_loss_and_gradients_of_cross_entropy(
 
 
 @native
+@pytest.mark.usefixtures("instructions")
 def test_targets_far_below_other_candidates_are_exact_too() -> None:
     """Exponentials are taken relative to the target's, and would be infinite here."""
     case = Case(40, 100, 32)
@@ -117,6 +130,7 @@ def test_targets_far_below_other_candidates_are_exact_too() -> None:
 
 
 @native
+@pytest.mark.usefixtures("instructions")
 def test_bits_repeat_at_one_thread_and_nan_stays() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -148,12 +162,12 @@ def test_training_says_it_once_and_goes_on(
     options = [f"--data.path={small.path}", "--model.dim=8", "--train.max_steps=2", f"--train.run={tmp_path / 'run'}"]
     assert main(["train", *options, "--loss.precision=bf16"]) == 0
     log = (tmp_path / "run" / "train.log").read_text()
-    assert log.count("softmax by PyTorch, which is slower than native code: the processor has no amx_bf16") == 1
+    assert log.count("softmax by PyTorch, which is slower than native code: the processor has no avx512_bf16") == 1
 
 
 def test_another_processor_and_a_failed_build_are_told(monkeypatch: pytest.MonkeyPatch, unbuilt: Path) -> None:
-    monkeypatch.setattr(fused_softmax, "processor_instructions", lambda: fused_softmax.NEEDED - {"amx_bf16"})
-    assert why_not_fused(BF16, CPU) == "the processor has no amx_bf16"
+    monkeypatch.setattr(fused_softmax, "processor_instructions", lambda: fused_softmax.NEEDED - {"avx512_bf16"})
+    assert why_not_fused(BF16, CPU) == "the processor has no avx512_bf16"
     assert why_not_fused(torch.float32, CPU) == why_not_fused(BF16, torch.device("cuda")) == ""
     fused_softmax._library.cache_clear()
     monkeypatch.setattr(fused_softmax, "processor_instructions", lambda: fused_softmax.NEEDED)
@@ -164,6 +178,21 @@ def test_another_processor_and_a_failed_build_are_told(monkeypatch: pytest.Monke
     assert why_not_fused(BF16, CPU) == f"{compiler}: error: no such option"
 
 
+def test_where_the_system_does_not_allow_amx_the_code_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def built(flags: set[str], options: tuple[str, ...]) -> SimpleNamespace:
+        asked.append(options)
+        refused = not set(fused_softmax.WITHOUT_AMX) <= set(options)
+        return SimpleNamespace(flm_softmax_refused=lambda: refused)
+
+    monkeypatch.setattr(fused_softmax, "_built", built)
+    monkeypatch.setattr(
+        fused_softmax, "processor_instructions", lambda: {*fused_softmax.NEEDED, "amx_bf16", "amx_tile"}
+    )
+    assert not fused_softmax._load().flm_softmax_refused() and len(asked) == 2
+
+
 @native
 def test_processes_that_start_at_once_build_once(monkeypatch: pytest.MonkeyPatch, unbuilt: Path) -> None:
     """Each opens the lock for itself, as two processes do."""
@@ -172,7 +201,7 @@ def test_processes_that_start_at_once_build_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(unbuilt))
     builds: list[Path] = []
 
-    def build(code: Path) -> None:
+    def build(code: Path, options: tuple[str, ...]) -> None:
         builds.append(code)
         shutil.copy(built, code)
 
