@@ -3,6 +3,11 @@
 `products` are the three products of matrices that a softmax and its gradients need, by PyTorch, alone.
 
 Prints the time of forward and backward of each, and ratios. `python tools/benchmarks/softmax.py --help`
+
+On a processor with AMX, as one that has avx512_bf16 alone would do it:
+
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python tools/benchmarks/softmax.py --precision bf16 --without-amx \
+        --ways native chunks
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flm_torchrec.model import softmax
+from flm_torchrec.model import fused_softmax, softmax
 from flm_torchrec.model.fused_softmax import why_not_fused
 from flm_torchrec.model.softmax import CandidateVectors, sampled_softmax
 
@@ -73,10 +78,15 @@ def main() -> None:
     parser.add_argument(
         "--ways", nargs="+", default=["plain", "chunks", "tiles"], help="and native, products; default: %(default)s"
     )
+    parser.add_argument("--without-amx", action="store_true", help="the native code does not use AMX")
     args = parser.parse_args()
     precision = torch.bfloat16 if args.precision == "bf16" else torch.float32
     if "native" in args.ways and (precision != torch.bfloat16 or why_not_fused(precision, torch.device("cpu"))):
         parser.error(f"native: {why_not_fused(precision, torch.device('cpu')) or 'needs --precision bf16'}")
+    if args.without_amx:
+        options = (*fused_softmax.OPTIONS, *fused_softmax.WITHOUT_AMX)
+        library = fused_softmax._built(fused_softmax.processor_instructions(), options)
+        mock.patch.object(fused_softmax, "_library", lambda: library).start()
     known = {
         "plain": plain,
         "chunks": ours(2**62, precision),

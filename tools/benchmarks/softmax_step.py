@@ -4,10 +4,7 @@ And by native code with `loss.mixture`, which asks each softmax for probabilitie
 
     python tools/benchmarks/softmax_step.py --data data/beauty data.max_history=50
 
-Prints the time of a step of each, and ratios. Further arguments are settings of the config. On a processor with AMX, as
-one that has avx512_bf16 alone would do it:
-
-    ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python tools/benchmarks/softmax_step.py --without-amx data.max_history=50
+Prints the time of a step of each, and ratios. Further arguments are settings of the config.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from unittest import mock
 import torch
 
 from flm_torchrec.config import load_config
-from flm_torchrec.model import fused_softmax, losses, softmax
+from flm_torchrec.model import losses, softmax
 from flm_torchrec.model.fused_softmax import why_not_fused
 from flm_torchrec.training.job import open_job
 from tools.benchmarks.train_ours import Ours
@@ -60,23 +57,14 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=1, help="1: processor time; else wall time (default: %(default)s)"
     )
-    parser.add_argument("--without-amx", action="store_true", help="native code that does not use AMX")
     parser.add_argument("settings", nargs="*", help="such as train.batch_size=64")
     args = parser.parse_args()
     if reason := why_not_fused(torch.bfloat16, torch.device("cpu")):
         parser.error(f"no native code here: {reason}")
-    library = fused_softmax._library()
-    if args.without_amx:
-        options = (*fused_softmax.OPTIONS, *fused_softmax.WITHOUT_AMX)
-        library = fused_softmax._built(fused_softmax.processor_instructions(), options)
     fixed = [f"data.path={args.data}", f"distributed.threads={args.threads}", "distributed.device=cpu"]
     clock = time.process_time if args.threads == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in WAYS}
-    used = mock.patch.object(fused_softmax, "_library", lambda: library)
-    with (
-        used,
-        open_job(load_config(None, [*fixed, "loss.negatives=all", "loss.precision=bf16", *args.settings])) as job,
-    ):
+    with open_job(load_config(None, [*fixed, "loss.negatives=all", "loss.precision=bf16", *args.settings])) as job:
         trainer = Ours(job)
         trainer.steps(2)
         for name in list(WAYS) * args.rounds:
