@@ -8,10 +8,8 @@ kept from all heads does not (stacking: Wolpert, Neural Networks 1992).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -30,8 +28,6 @@ BEST = 50
 """Best items of each head that are ranked again by every fusion that is tried."""
 WEIGHTS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
 """Weights that are tried for a head in a weighted sum."""
-SAMPLES = 20
-"""Samples of the examples, drawn with replacement, for which weights are chosen."""
 SCALES, BIASES = (0.5, 0.7, 0.85, 1.2, 1.5, 2.0), (-3.0, -1.5, -0.7, -0.3, 0.3, 0.7, 1.5, 3.0)
 """Factors of a head's scale, and changes of its bias, that are tried in a mixture."""
 ROUNDS = 2
@@ -75,7 +71,6 @@ class _Shortlists:
 
     Attributes:
         scores: [heads, n, C]; -inf for a second copy of an item.
-        drawn: [n, SAMPLES] int64: how often a sample has the example. The same at any number of ranks.
     """
 
     def __init__(self, problem: RankingProblem, encoder: Encoder, comm: Collectives) -> None:
@@ -85,13 +80,12 @@ class _Shortlists:
         scorer = _Remembering(encoder, items, problem.blocks.items, comm, heads=heads)
         ranked = rank_targets(problem, scorer, comm, top_k=BEST)
         # Ranks add up counts of this width, a rank without examples too.
-        parts, mine, done = [torch.zeros(len(HEADS), 0, 1 + len(HEADS) * min(BEST, items))], [np.zeros(0, int)], 0
+        parts, done = [torch.zeros(len(HEADS), 0, 1 + len(HEADS) * min(BEST, items))], 0
         for rows, users in zip(
             user_blocks(len(problem.examples), problem.blocks.users, comm), scorer.users, strict=True
         ):
             here = slice(done, done + len(rows))
             done += len(rows)
-            mine.append(rows)
             target = torch.from_numpy(problem.data.item[problem.examples.take(rows).end])
             ids = torch.cat([target[:, None], *(torch.from_numpy(ranked.top[name][here]) for name in HEADS)], 1)
             ids = torch.where(ids < 0, target[:, None], ids)  # where fewer items are ranked: a copy
@@ -101,8 +95,6 @@ class _Shortlists:
             scores = torch.stack([torch.einsum("bd,bcd->bc", users[name], vectors) for name in HEADS]).cpu()
             parts.append(scores.masked_fill(_copies(ids), -torch.inf))
         self.scores = torch.cat(parts, 1)
-        drawn = np.random.default_rng(0).poisson(1.0, (len(problem.examples), SAMPLES))
-        self.drawn = torch.from_numpy(drawn[np.concatenate(mine)])
 
     def ranks(self, fuse: Callable[[Tensor], Tensor]) -> Tensor:
         """[n] ranks of the true items, 1 is best, by fusing [heads, n, C] → [n, C]."""
@@ -114,17 +106,6 @@ class _Shortlists:
         counts = torch.bincount(self.ranks(fuse) - 1, minlength=self.scores.shape[2])
         return _metric_of(RankCounts(self.comm.all_reduce_sum(counts).numpy(), {}), metric)
 
-    def best_of_samples(self, fusions: Sequence[Callable[[Tensor], Tensor]], metric: str) -> list[int]:
-        """[SAMPLES]: for each sample, which of the fusions has the best metric; the first of equals."""
-        width = self.scores.shape[2]
-        counts = [
-            torch.zeros(width, SAMPLES, dtype=torch.int64).index_add_(0, self.ranks(fuse) - 1, self.drawn)
-            for fuse in fusions
-        ]
-        ranked = self.comm.all_reduce_sum(torch.stack(counts))  # [fusions, C, SAMPLES]
-        gains = torch.einsum("c,fcs->sf", _gains(torch.arange(1, width + 1), metric), ranked.double())
-        return [row.index(max(row)) for row in gains.tolist()]
-
 
 def choose_fusion(
     problem: RankingProblem, encoder: Encoder, temperatures: list[float], comm: Collectives, config: Config
@@ -133,10 +114,8 @@ def choose_fusion(
 
     The catalogue is ranked once, by each head. Every fusion that is tried ranks the heads' best items again.
 
-    A weighted sum: heads that `loss` does not train have weight 0. The others have the mean of the weights that are
-    best for each of SAMPLES samples of the examples, of all choices of WEIGHTS with a 1 (bagging: Breiman, Machine
-    Learning 1996). The best for the examples themselves would owe more to chance. The best head alone is kept where it
-    is better, so h is never worse than that head on these examples.
+    A weighted sum: heads that `loss` does not train have weight 0, the best head has weight 1; each other in turn takes
+    the best of WEIGHTS. The best head alone is among those tried, so h is never worse than that head on these examples.
 
     A mixture, for `model.fusion` late: scales start from the learned temperatures, biases such that all heads have the
     same mean mass; then each in turn takes the best of a few changes.
@@ -154,7 +133,10 @@ def choose_fusion(
         return lists.metric(lambda z: _sum(z, weights), metric)
 
     alone = [torch.eye(len(HEADS))[index] for index in trained]
-    weights = max([_bagged(lists, trained, metric), *alone], key=summed)
+    weights = max(alone, key=summed)
+    best = int(weights.argmax())
+    for index in [index for index in trained if index != best] * ROUNDS:
+        weights = max((_with(weights, index, value) for value in WEIGHTS), key=summed)
     chosen = tuple(weights.tolist())
     tried = {f"{FORMS[0]}/{metric}": summed(weights)}
     if config.model.fusion != "late" or len(trained) < len(HEADS):
@@ -166,16 +148,6 @@ def choose_fusion(
         return ChosenFusion(chosen, None, tried)
     scale, bias = mixed.tolist()
     return ChosenFusion(chosen, Mixture(tuple(scale), tuple(bias)), tried)
-
-
-def _bagged(lists: _Shortlists, trained: list[int], metric: str) -> Tensor:
-    """[heads] weights of a sum, the largest 1."""
-    choices = [values for values in product(WEIGHTS, repeat=len(trained)) if max(values) == 1]
-    grid = torch.zeros(len(choices), len(HEADS))
-    grid[:, trained] = torch.tensor(choices)
-    best = lists.best_of_samples([partial(_sum, weights=weights) for weights in grid], metric)
-    mean = grid[best].mean(0)
-    return (mean / mean.max()).round(decimals=2)
 
 
 def _best_mixture(lists: _Shortlists, temperatures: list[float], metric: str) -> Tensor:
