@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import DTypeLike
 
-from flm_torchrec.folders import SCHEMA
 from flm_torchrec.data.columns import CodedText, EventBlock, new_column
 from flm_torchrec.data.disk_columns import Units
 from flm_torchrec.data.event_files import as_data_error, check_columns
@@ -28,6 +27,7 @@ from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.documents import read_json
 from flm_torchrec.errors import DataError
 from flm_torchrec.files import sha256
+from flm_torchrec.folders import SCHEMA
 
 DOMAIN = "domain"
 """Column of items.parquet of joint data; also the attribute of their items in an export."""

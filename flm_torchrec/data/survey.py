@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from flm_torchrec.folders import SCHEMA
 from flm_torchrec.data.dataset import PreparedData, domain_of_items, load_prepared
 from flm_torchrec.data.event_files import RowChecks, event_columns
 from flm_torchrec.data.order_statistics import order_statistics
@@ -26,6 +25,7 @@ from flm_torchrec.data.splits import (
 )
 from flm_torchrec.data.train_stats import TrainStats, scale_of
 from flm_torchrec.data.weights import target_kinds
+from flm_torchrec.folders import SCHEMA
 
 
 @dataclass(frozen=True)

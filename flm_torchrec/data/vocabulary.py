@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from flm_torchrec.folders import SCHEMA
 from flm_torchrec.data.hashing import HeldIds
 from flm_torchrec.data.history import HISTORY_KEYS
 from flm_torchrec.data.schema import ITEM_TABLES, Entity, Feature, Schema
 from flm_torchrec.errors import DataError, RunError
+from flm_torchrec.folders import SCHEMA
 
 ENTITIES: dict[str, Entity] = {**dict.fromkeys(ITEM_TABLES, "item"), "user_id": "user"}
 """By the name that a batch looks ids up by, whose ids they are."""

@@ -143,10 +143,12 @@ class _Pointwise(torch.autograd.Function):
         parts = zip(_heads(vqk, ctx.heads), grad.chunk(ctx.heads, 2), kept[::2], kept[1::2], strict=True)
         for (v, q, k), of_mixed, scores, weights in parts:
             of_weights = torch.bmm(of_mixed, v.transpose(1, 2)).mul_(counts)
-            of_bias.append(torch.ops.aten.silu_backward(of_weights, scores))
-            of_scores = of_bias[-1] * q.shape[2] ** -0.5
+            of_scores = torch.ops.aten.silu_backward(of_weights, scores)
+            of_products = torch.bmm(of_scores, k), torch.bmm(of_scores.transpose(1, 2), q)
             of_v = torch.bmm(weights.transpose(1, 2), of_mixed)
-            grads.append([of_v, torch.bmm(of_scores, k), torch.bmm(of_scores.transpose(1, 2), q)])
+            grads.append([of_v, *(of_factor.mul_(q.shape[2] ** -0.5) for of_factor in of_products)])
+            if ctx.biased:
+                of_bias.append(of_scores)
         of_vqk = torch.cat([of_head for part in zip(*grads, strict=True) for of_head in part], 2)
         return of_vqk, None, None, torch.stack(of_bias).transpose(0, 1) if ctx.biased else None
 
