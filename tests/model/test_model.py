@@ -264,6 +264,21 @@ def test_recent_items_count_more(lengths: list[int], keep: float, timed: bool) -
     torch.testing.assert_close(padded[there], found[last[there]])
 
 
+@pytest.mark.parametrize("timed", [False, True])
+def test_times_count_where_events_have_them(timed: bool) -> None:
+    """In the content and the sequential head, never in the collaborative one."""
+    torch.manual_seed(0)
+    widths = Widths(item_features=2, item_dense=1, user_features=1, user_dense=2, history=2, max_tokens=6, timed=timed)
+    tower, batch = MadeTower(widths, ModelConfig(dim=DIM)).eval(), inputs()
+    for name, number in tower.named_parameters():
+        if "elapsed" in name or "biases" in name:
+            torch.nn.init.normal_(number)
+    before = tower(**batch).representations
+    after = tower(**{**batch, "time": batch["time"] * 1000}).representations
+    changed = {name for name in before if not torch.allclose(before[name], after[name])}
+    assert changed == ({"content", "sequential", "fused"} if timed else set())
+
+
 def test_an_untrained_content_head_compares_features_with_those_of_the_history() -> None:
     """The last item counts most. A token without history has a direction, and a bounded gradient."""
     torch.manual_seed(0)
