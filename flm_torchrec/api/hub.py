@@ -170,7 +170,7 @@ def _checked(folder: Path) -> _Manifest:
     if manifest.format != FORMAT:
         raise RunError(f"{file}: format {manifest.format}, this version reads {FORMAT}; update flm_torchrec")
     parts = {part.file for parts in manifest.tensors.values() for part in parts}
-    needed = {CONFIG, META, FINGERPRINT, f"{VOCABULARY}/schema.yaml", *parts}
+    needed = {CONFIG, META, FINGERPRINT, f"{VOCABULARY}/{SCHEMA}", *parts}
     if missing := sorted(needed - manifest.files.keys()):
         raise RunError(f"{file}: does not list '{missing[0]}'; copy the folder anew")
     if foreign := sorted(name for name in manifest.tensors if not name.startswith(MODEL)):

@@ -27,7 +27,7 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 NEEDED = {"avx512_bf16", "avx512bw", "avx512dq", "avx512vl"}
 """Instructions of the processor."""
 OPTIONS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w")
-WITHOUT_AMX = ("-mno-amx-bf16", "-mno-amx-tile")
+WITHOUT_AMX = (*OPTIONS, "-mno-amx-bf16", "-mno-amx-tile")
 """For a processor that has AMX, where the system does not allow it."""
 MOST_SECONDS = 60
 """Of the compiler."""
@@ -131,18 +131,15 @@ def _library() -> ctypes.CDLL | str:
 
 
 def _load() -> ctypes.CDLL:
-    flags = processor_instructions()
-    missing = NEEDED - flags
+    missing = NEEDED - processor_instructions()
     if missing:
         raise Unavailable(f"the processor has no {min(missing)}")
-    library = _built(flags, OPTIONS)
-    if library.flm_softmax_refused():
-        library = _built(flags, (*OPTIONS, *WITHOUT_AMX))
-    return library
+    library = _built(OPTIONS)
+    return _built(WITHOUT_AMX) if library.flm_softmax_refused() else library
 
 
-def _built(flags: set[str], options: tuple[str, ...]) -> ctypes.CDLL:
-    content = [SOURCE.read_text(encoding="utf-8"), *options, *sorted(flags)]
+def _built(options: tuple[str, ...]) -> ctypes.CDLL:
+    content = [SOURCE.read_text(encoding="utf-8"), *options, *sorted(processor_instructions())]
     name = hashlib.sha256("\n".join(content).encode()).hexdigest()[:32]
     folder = code_folder("kernels")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -74,7 +74,7 @@ def check_is_run(run: Path) -> None:
         raise RunError(
             f"{run}: no config.yaml, so no run folder: it is {kind}; give a folder of 'flm train --train.run'"
         )
-    inner = [str(file.parent) for file in sorted(run.glob("*/config.yaml"))]
+    inner = [str(file.parent) for file in sorted(run.glob(f"*/{CONFIG}"))]
     mend = f"give one of {', '.join(inner)}" if inner else f"make one with 'flm train --train.run {run}'"
     raise RunError(f"{run}: no config.yaml, so no run folder; {mend}")
 

@@ -37,8 +37,7 @@ def unbuilt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which the native code has."""
     if request.param == "without AMX":
-        options = (*fused_softmax.OPTIONS, *fused_softmax.WITHOUT_AMX)
-        library = fused_softmax._built(fused_softmax.processor_instructions(), options)
+        library = fused_softmax._built(fused_softmax.WITHOUT_AMX)
         assert not library.flm_softmax_refused()
         monkeypatch.setattr(fused_softmax, "_library", lambda: library)
 
@@ -181,7 +180,7 @@ def test_another_processor_and_a_failed_build_are_told(monkeypatch: pytest.Monke
 def test_where_the_system_does_not_allow_amx_the_code_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def built(flags: set[str], options: tuple[str, ...]) -> SimpleNamespace:
+    def built(options: tuple[str, ...]) -> SimpleNamespace:
         asked.append(options)
         refused = not set(fused_softmax.WITHOUT_AMX) <= set(options)
         return SimpleNamespace(flm_softmax_refused=lambda: refused)

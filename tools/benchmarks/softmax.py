@@ -84,8 +84,7 @@ def main() -> None:
     if "native" in args.ways and (precision != torch.bfloat16 or why_not_fused(precision, torch.device("cpu"))):
         parser.error(f"native: {why_not_fused(precision, torch.device('cpu')) or 'needs --precision bf16'}")
     if args.without_amx:
-        options = (*fused_softmax.OPTIONS, *fused_softmax.WITHOUT_AMX)
-        library = fused_softmax._built(fused_softmax.processor_instructions(), options)
+        library = fused_softmax._built(fused_softmax.WITHOUT_AMX)
         mock.patch.object(fused_softmax, "_library", lambda: library).start()
     known = {
         "plain": plain,
