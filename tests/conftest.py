@@ -95,7 +95,7 @@ def exported(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session", autouse=True)
 def traced_once() -> Iterator[None]:
-    """Exports of one test process trace programs of one form once."""
+    """Exports of one test process trace programs of one form once, and read them once."""
     from tests.exported_programs import keep_traces
 
     with pytest.MonkeyPatch.context() as patch:

@@ -1,8 +1,11 @@
-"""Programs of one form are traced once a test process: `torch.export.export` takes seconds, whatever the weights."""
+"""A test process traces programs of one form once, whatever the weights, and reads a file of a program once: each takes
+seconds."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from flm_torchrec.export.tower.programs import ContentProgram, UserProgram
+from flm_torchrec.files import sha256
 
 
 class Traced:
@@ -31,10 +35,33 @@ class Traced:
             self.known[form] = self.export(program, arguments, **options)
         exported = self.known[form]
         for name, value in values.items():
-            held = value.detach().clone()
-            old = exported.state_dict[name]
-            exported.state_dict[name] = nn.Parameter(held, False) if isinstance(old, nn.Parameter) else held
+            exported.state_dict[name] = _copied(value, exported.state_dict[name])
         return exported
+
+
+class Loaded:
+    """Calls `load` for the first file of each content. Later ones get the same graph with weights of their own, which
+    they may change.
+    """
+
+    def __init__(self, load: Callable[[Path], ExportedProgram]) -> None:
+        self.load = load
+        self.known: dict[str, ExportedProgram] = {}
+
+    def __call__(self, file: Path) -> ExportedProgram:
+        """As `torch.export.load`."""
+        content = sha256(file)
+        if content not in self.known:
+            self.known[content] = self.load(file)
+        program = copy.copy(self.known[content])
+        program._state_dict = {name: _copied(value, value) for name, value in program.state_dict.items()}
+        return program
+
+
+def _copied(value: Tensor, like: Tensor) -> Tensor:
+    """The value, as a parameter where `like` is one."""
+    held = value.detach().clone()
+    return nn.Parameter(held, False) if isinstance(like, nn.Parameter) else held
 
 
 def _settings(program: nn.Module) -> tuple[Any, ...]:
@@ -50,5 +77,6 @@ def _shapes(tensors: Any) -> tuple[Any, ...]:
 
 
 def keep_traces(patch: Any) -> None:
-    """Trace programs of one form once from now on."""
+    """Trace programs of one form once, and read each file of one once, from now on."""
     patch.setattr(torch.export, "export", Traced(torch.export.export))
+    patch.setattr(torch.export, "load", Loaded(torch.export.load))

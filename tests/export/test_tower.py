@@ -35,7 +35,7 @@ from tests.conftest import ROOT
 NONE_ADDED = np.zeros((0, 16), np.float32)
 MODELS = {
     "default": (),
-    "transformer": ("model.block=transformer", "model.fusion=gated", "loss.fused=1"),
+    "transformer": ("model.layers=2", "model.block=transformer", "model.fusion=gated", "loss.fused=1"),
     "dot product": ("model.relative_bias=true", "model.similarity=dot", "model.fusion=concat", "loss.fused=1"),
 }
 
@@ -45,7 +45,9 @@ ONE_AND_SLOW = ["default", *(pytest.param(name, marks=pytest.mark.slow) for name
 
 @contextmanager
 def made(data: PreparedData, *overrides: str) -> Iterator[Job]:
-    config = load_config(None, ["model.dim=16", "data.max_history=7", "distributed.device=cpu", *overrides])
+    """A model of one layer, unless an override says otherwise: most of the time is that of tracing layers."""
+    fixed = ["model.dim=16", "model.layers=1", "data.max_history=7", "distributed.device=cpu"]
+    config = load_config(None, [*fixed, *overrides])
     with open_job(config, data) as job:
         yield job
 
@@ -235,12 +237,12 @@ def test_an_added_item_in_a_history_is_its_content(small: PreparedData, tmp_path
     np.testing.assert_allclose(by_content.heads, by_row.heads, atol=1e-5)
 
 
-def test_hashed_and_managed_rows_are_packaged_too(tmp_path: Path) -> None:
+def test_hashed_and_managed_rows_are_packaged_too_and_so_are_two_layers(tmp_path: Path) -> None:
     recipe = synthetic.Recipe(users=60, items=100, events=8, seed=3)
     tables = parse_tables("user_id=zch:40,item_id=hash:30,brand=hash:7,genre=zch:9")
     prepare(synthetic.read(recipe), tmp_path / "data", PrepareOptions(tables=tables))
     users = np.arange(60)
-    with made(load_prepared(tmp_path / "data")) as job:
+    with made(load_prepared(tmp_path / "data"), "model.layers=2") as job:
         want = trained(job, users)
         np.testing.assert_allclose(packaged(package(job, tmp_path / "out"), users), want, atol=1e-5)
 

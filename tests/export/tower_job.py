@@ -18,7 +18,8 @@ from flm_torchrec.training.gathered import GatheredModel
 from flm_torchrec.training.job import open_job
 
 folder, target, *overrides = sys.argv[1:]
-config = load_config(None, ["model.dim=16", "data.max_history=7", "distributed.device=cpu", *overrides])
+fixed = ["model.dim=16", "model.layers=1", "data.max_history=7", "distributed.device=cpu"]
+config = load_config(None, [*fixed, *overrides])
 data = load_prepared(folder)
 with open_job(config, data) as job:
     users = np.arange(40)

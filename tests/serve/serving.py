@@ -49,7 +49,7 @@ def write_export(
     precision: Precision = "int8",
 ) -> None:
     """An export with a tower; its model's version is the folder's name. `change` may set its weights."""
-    settings = ["model.dim=16", "data.max_history=7", "distributed.device=cpu", f"train.seed={seed}"]
+    settings = ["model.dim=16", "model.layers=1", "data.max_history=7", "distributed.device=cpu", f"train.seed={seed}"]
     config = load_config(None, settings)
     with open_job(config, data) as job:
         change(job)
