@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from flm_torchrec.data.dataset import PreparedData
-from tests.conftest import ROOT
+from tests.distributed import steps_job
 
-JOB = str(ROOT / "tests" / "distributed" / "steps_job.py")
+JOB = str(Path(steps_job.__file__))
 SMALL = ["model.dim=16", "train.batch_size=31", "data.max_history=6", "train.sparse_lr=0.1"]
 
 
@@ -29,9 +26,7 @@ def one(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     found = {}
     for negatives in ("16", "all"):
         output = tmp_path_factory.mktemp("one") / "one.json"
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, JOB, str(small.path), str(output), *SMALL, f"loss.negatives={negatives}"]
-        subprocess.run(command, check=True, env=environment, capture_output=True)
+        steps_job.main(str(small.path), str(output), [*SMALL, f"loss.negatives={negatives}"])
         found[negatives] = json.loads(output.read_text())
     return found
 
@@ -68,30 +63,25 @@ def test_losses_and_ranks_do_not_depend_on_ranks_or_sharding(  # type: ignore[no
 
 
 def test_a_dense_part_in_slices_learns_alike(ranks, small: PreparedData, tmp_path: Path, one: dict[str, dict]) -> None:  # type: ignore[no-untyped-def]
-    """FSDP: the same losses, clipping included, and a checkpoint that one rank reads whole."""
-    sliced = "distributed.dense=fsdp"
-    many = steps(ranks, small, tmp_path / "many.json", 4, sliced, "loss.negatives=16")
+    """FSDP: the same losses, clipping included."""
+    many = steps(ranks, small, tmp_path / "many.json", 4, "distributed.dense=fsdp", "loss.negatives=16")
     np.testing.assert_allclose(many["losses"], one["16"]["losses"], rtol=1e-4)
-    run, options = tmp_path / "run", [f"--{pair}" for pair in (*SMALL, sliced)]
-    ranks(2, [*FLM, "train", f"--data.path={small.path}", f"--train.run={run}", "--train.epochs=2", *options])
-    found = []
-    for count in (2, 1):
-        ranks(count, [*FLM, "evaluate", "--run", str(run)])
-        found.append((run / "evaluation-test.json").read_text())
-    assert found[0] == found[1]
 
 
 FLM = ["-m", "flm_torchrec", "--"]
 
 
 def test_a_run_of_two_ranks_is_evaluated_alike_by_one_two_and_four(ranks, small: PreparedData, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """One checkpoint, three world sizes: every metric of every row to the last digit."""
+    """One checkpoint, written in slices by FSDP; three world sizes, with and without FSDP: every metric of every row to
+    the last digit."""
     run = tmp_path / "run"
-    options = [f"--{pair.split('=')[0]}={pair.split('=')[1]}" for pair in SMALL]
+    options = [f"--{pair}" for pair in (*SMALL, "distributed.dense=fsdp", "distributed.sharding=row_wise")]
     ranks(2, [*FLM, "train", f"--data.path={small.path}", f"--train.run={run}", "--train.epochs=2",
-              "--eval.user_block=16", "--eval.item_block=64", "--distributed.sharding=row_wise", *options])  # fmt: skip
-    found = []
-    for count in (1, 2, 4):
+              "--eval.user_block=16", "--eval.item_block=64", *options])  # fmt: skip
+    found, config = [], (run / "config.yaml").read_text()
+    assert "dense: fsdp" in config
+    for count, dense in ((2, "fsdp"), (1, "fsdp"), (4, "ddp")):
+        (run / "config.yaml").write_text(config.replace("dense: fsdp", f"dense: {dense}"))
         ranks(count, [*FLM, "evaluate", "--run", str(run), "--against", str(run)])
         found.append(json.loads((run / "evaluation-test.json").read_text()))
     assert found[0] == found[1] == found[2]
