@@ -17,7 +17,6 @@ from typing import Any, cast
 import pytest
 import yaml
 from fastapi.testclient import TestClient
-from kubernetes.client import ApiClient
 
 from flm_torchrec.cli.main import _parser
 from flm_torchrec.cli.serve_options import allowed_hosts
@@ -165,6 +164,8 @@ def test_who_writes_into_a_volume_may_and_does() -> None:
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda m: f"{m['kind']} {m['metadata']['name']}")
 def test_a_manifest_has_fields_of_its_kind_alone(manifest: dict[str, Any]) -> None:
     """The typed client drops a field that it does not know, so nothing may be missing afterwards."""
+    from kubernetes.client import ApiClient  # takes seconds, which processes of other tests need not spend
+
     client = ApiClient()
 
     typed = client.deserialize(SimpleNamespace(data=json.dumps(manifest)), KINDS[manifest["kind"]])
