@@ -25,6 +25,8 @@ class Sharing:
     seed: int
     rank: int = 0
     world_size: int = 1
+    moved: bool = False
+    """Each epoch cuts the events of a user into windows elsewhere."""
 
 
 class Loader(ABC):
@@ -88,19 +90,21 @@ class TrainLoader(Loader):
         """Batches of an epoch from step `first` on."""
         rng = np.random.default_rng([self.sharing.seed, number])
         order = rng.permutation(len(self.windows)) if self.shares is None else self.shares.order(rng)
+        # The share of a domain is counted in windows, which other cuts could give to another domain.
+        windows = self.windows.moved(rng) if self.sharing.moved and self.shares is None else self.windows
         size = self.sharing.batch_size
         for step in range(first, len(self)):
-            user, start, end = self._share(order[step * size : (step + 1) * size])
+            user, start, end = self._share(windows, order[step * size : (step + 1) * size])
             yield self.assembler.training(user, start, end, self.drawn(number, step))
 
-    def _share(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _share(self, windows: Windows, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """User, start and end of this rank's windows of a global batch.
 
         Empty spans are added so that every rank has equally many: pooling of sharded tables needs one stride.
         """
         world_size = self.sharing.world_size
         own = batch[self.sharing.rank :: world_size]
-        user, start, end = self.windows.user[own], self.windows.start[own], self.windows.end[own]
+        user, start, end = windows.user[own], windows.start[own], windows.end[own]
         missing = -(-len(batch) // world_size) - len(own)
         user, start, end = shortest_first(missing, user, start, end)
         return user, start, end

@@ -14,12 +14,26 @@ from flm_torchrec.data.splits import Splits
 class Windows:
     """Spans `start[w]:end[w]` of training events. Each event is the target of exactly one window."""
 
-    user: np.ndarray  # [windows] int64
+    user: np.ndarray  # [windows] int64, ascending; a user's windows are side by side, the newest first
     start: np.ndarray  # [windows] int64
     end: np.ndarray  # [windows] int64
+    longest: int
+    """Events of a window at most, which all windows of a user but the oldest have."""
 
     def __len__(self) -> int:
         return len(self.user)
+
+    def moved(self, rng: np.random.Generator) -> Windows:
+        """As many windows of the same events, cut elsewhere: so an event is not always as far from its window's start.
+
+        All cuts of a user are later by one number, drawn of those that the oldest window has room for. A user with one
+        window keeps it.
+        """
+        newest, oldest = (np.diff(self.user, **edge).astype(bool) for edge in ({"prepend": -1}, {"append": -1}))
+        room = (self.longest - (self.end - self.start)[oldest]) * ~newest[oldest]
+        later = rng.integers(0, room + 1)[np.cumsum(newest) - 1]
+        start, end = self.start + later * ~oldest, self.end + later * ~newest
+        return Windows(self.user, start, end, self.longest)
 
 
 def windows(data: PreparedData, splits: Splits, max_history: int) -> Windows:
@@ -34,7 +48,7 @@ def cut(users: np.ndarray, start: np.ndarray, end: np.ndarray, max_history: int)
     of_user = np.repeat(np.arange(len(users)), counts)  # [windows] index into `users`
     nth = np.arange(len(of_user)) - np.repeat(np.cumsum(counts) - counts, counts)  # [windows] from the newest
     ends = end[of_user] - nth * span
-    return Windows(users[of_user], np.maximum(ends - span, start[of_user]), ends)
+    return Windows(users[of_user], np.maximum(ends - span, start[of_user]), ends, span)
 
 
 def number_of_windows(start: np.ndarray, end: np.ndarray, max_history: int) -> np.ndarray:

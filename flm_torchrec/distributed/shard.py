@@ -14,7 +14,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.distributed.tensor import DTensor
-from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
+from torchrec.distributed.model_parallel import (
+    DataParallelWrapper,
+    DefaultDataParallelWrapper,
+    DistributedModelParallel,
+)
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.optim import Adagrad, Adam, RowWiseAdagrad
@@ -66,7 +70,7 @@ def shard(
     names = [name for name, p in model.named_parameters() if p in parameters]
     for module in sliced:
         fully_shard(module.to(comm.device), mesh=init_device_mesh(comm.device.type, (comm.world_size,)))
-    wrapper = DefaultDataParallelWrapper(params_to_ignore=names)
+    wrapper = DefaultDataParallelWrapper(params_to_ignore=names) if comm.world_size > 1 else _Alone()
     sharded: DistributedModelParallel
     if replicas > 1:
         check_replicable(model, plan, config.sparse_optimizer)
@@ -91,6 +95,13 @@ def shard(
     return sharded
 
 
+class _Alone(DataParallelWrapper):
+    """One rank shares no gradients. DDP would copy each of them all the same."""
+
+    def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
+        dmp.module.to(device)
+
+
 def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> CombinedOptimizer:
     """The fused optimizer of the tables, which steps in backward, and AdamW with clipping for the dense part."""
     dense = dict(in_backward_optimizer_filter(model.named_parameters()))
@@ -101,6 +112,7 @@ def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Comb
         return torch.optim.AdamW(
             [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=config.dense_lr,
+            fused=True,
         )
 
     world = torch.distributed.GroupMember.WORLD

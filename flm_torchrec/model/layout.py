@@ -18,6 +18,8 @@ from flm_torchrec.model.elapsed import Clock, by_elapsed, elapsed
 
 SHORT = 8
 """Sequences up to this length are padded together; so are those up to twice it, up to four times it, and so on."""
+SHORT_ON_GPU = 64
+"""A GPU waits for the launch of a kernel longer than it computes over so little padding."""
 MANY = 32
 """So many sequences of one length, the longest of those that would be padded together, are by themselves, unpadded."""
 FEW = 4
@@ -158,7 +160,7 @@ class Jagged:
         """
         self.shapes: list[tuple[int, int]] = []  # of each bucket, sequences and longest length
         self.sizes: list[int] = []  # of each bucket, tokens
-        cuts, limit = [0], SHORT
+        cuts, limit = [0], SHORT_ON_GPU if sequence.is_cuda else SHORT
         while cuts[-1] < len(lengths):
             last = bisect_right(lengths, limit)
             if last > cuts[-1]:

@@ -27,14 +27,15 @@ from flm_torchrec.planner.workload import Workload
 
 
 def set_precision(config: Config, device: torch.device) -> None:
-    """Let products of float32 matrices use TF32 where `loss.precision` says so.
+    """Let products of float32 matrices use TF32 on a GPU, if `loss.precision` is coarser than fp32.
 
     Raises:
         ConfigError: TF32 is asked for on a CPU.
     """
     if config.loss.precision == "tf32" and device.type != "cuda":
         raise ConfigError("loss.precision: tf32 is a precision of GPUs, and this runs on a CPU; use fp32 or bf16")
-    torch.set_float32_matmul_precision("high" if config.loss.precision == "tf32" else "highest")
+    rounded = device.type == "cuda" and config.loss.precision != "fp32"
+    torch.set_float32_matmul_precision("high" if rounded else "highest")
 
 
 def build(
