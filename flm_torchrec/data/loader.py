@@ -91,7 +91,8 @@ class TrainLoader(Loader):
         rng = np.random.default_rng([self.sharing.seed, number])
         order = rng.permutation(len(self.windows)) if self.shares is None else self.shares.order(rng)
         # The share of a domain is counted in windows, which other cuts could give to another domain.
-        windows = self.windows.moved(rng) if self.sharing.moved and self.shares is None else self.windows
+        moved = self.sharing.moved and self.shares is None
+        windows = self.windows.moved(self.sharing.seed, number) if moved else self.windows
         size = self.sharing.batch_size
         for step in range(first, len(self)):
             user, start, end = self._share(windows, order[step * size : (step + 1) * size])

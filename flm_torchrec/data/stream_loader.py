@@ -114,9 +114,9 @@ class StreamLoader(Loader):
         begin = stream.offsets[users]
         events = self._events(EventBlock(int(users[0]), stream.offsets[plan.units[unit] : plan.units[unit + 1] + 1]))
         windows = cut(users, begin, stream.train_end[users], plan.max_history)
-        rng = np.random.default_rng([self.sharing.seed, number, 0, unit])
-        order = rng.permutation(len(windows))
-        windows = windows.moved(rng) if self.sharing.moved else windows
+        if self.sharing.moved:
+            windows = windows.moved(self.sharing.seed, number)
+        order = np.random.default_rng([self.sharing.seed, number, 0, unit]).permutation(len(windows))
         user, start, end = windows.user[order], windows.start[order], windows.end[order]
         before = (start > stream.offsets[user]).astype(np.int64)
         lengths = end - start + before

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.data.hashing import mix
 from flm_torchrec.data.splits import Splits
 
 
@@ -23,17 +24,17 @@ class Windows:
     def __len__(self) -> int:
         return len(self.user)
 
-    def moved(self, rng: np.random.Generator) -> Windows:
+    def moved(self, seed: int, epoch: int) -> Windows:
         """As many windows of the same events, cut elsewhere: so an event is not always as far from its window's start.
 
-        All cuts of a user are later by one number, drawn of those that the oldest window has room for. A user with one
-        window keeps it.
+        All cuts of a user are later by one number, drawn of those that the oldest window has room for: so a user with
+        one window keeps it. The number depends on seed, epoch and user alone.
         """
-        newest, oldest = (np.diff(self.user, **edge).astype(bool) for edge in ({"prepend": -1}, {"append": -1}))
+        newest, oldest = (np.diff(self.user, **edge) != 0 for edge in ({"prepend": -1}, {"append": -1}))
         room = (self.longest - (self.end - self.start)[oldest]) * ~newest[oldest]
-        later = rng.integers(0, room + 1)[np.cumsum(newest) - 1]
-        start, end = self.start + later * ~oldest, self.end + later * ~newest
-        return Windows(self.user, start, end, self.longest)
+        drawn = mix(mix(mix(np.array([seed])) + np.uint64(epoch)) + self.user[newest].astype(np.uint64))
+        later = (drawn % (room + 1).astype(np.uint64)).astype(np.int64)[np.cumsum(newest) - 1]
+        return Windows(self.user, self.start + later * ~oldest, self.end + later * ~newest, self.longest)
 
 
 def windows(data: PreparedData, splits: Splits, max_history: int) -> Windows:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flm_torchrec.config.precision import precision_beside
 from flm_torchrec.planner.hardware import Cluster
 from flm_torchrec.planner.loss_work import KINDS, LossWork
 
@@ -58,13 +59,13 @@ def step_parts(
     ranks, node = cluster.world_size, cluster.per_node
     away = cluster.nodes > 1 and kind != "node"
     link = hardware.inter_gbps if away else hardware.intra_gbps
-    exact = cluster.tflops("tf32" if work.precision == "tf32" else "fp32")
+    beside = cluster.tflops(precision_beside(work.precision, hardware.device))
     parts = {
         "tables": tables["total"],
         "all_reduce": tables["dense_all_reduce"],
         "loss_sent": work.loss.sent(kind, ranks, node) / (link * 1e6),
         "loss_flop": work.loss.flop(kind, ranks, node) / (cluster.tflops(work.precision) * 1e9),
-        "dense_flop": work.dense_flop / (exact * 1e9),
+        "dense_flop": work.dense_flop / (beside * 1e9),
         "input": work.input_bytes / (hardware.host_link_gbps * 1e6) if hardware.device == "cuda" else 0.0,
     }
     return {**parts, "total": sum(parts.values())}

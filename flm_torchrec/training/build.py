@@ -10,6 +10,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
 from flm_torchrec.config import Config
+from flm_torchrec.config.precision import precision_beside
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.sketch import kept_bytes
 from flm_torchrec.data.weights import label_weights
@@ -27,15 +28,15 @@ from flm_torchrec.planner.workload import Workload
 
 
 def set_precision(config: Config, device: torch.device) -> None:
-    """Let products of float32 matrices use TF32 on a GPU, if `loss.precision` is coarser than fp32.
+    """Let products of float32 matrices use TF32 where `loss.precision` allows it.
 
     Raises:
         ConfigError: TF32 is asked for on a CPU.
     """
     if config.loss.precision == "tf32" and device.type != "cuda":
         raise ConfigError("loss.precision: tf32 is a precision of GPUs, and this runs on a CPU; use fp32 or bf16")
-    rounded = device.type == "cuda" and config.loss.precision != "fp32"
-    torch.set_float32_matmul_precision("high" if rounded else "highest")
+    beside = precision_beside(config.loss.precision, device.type)
+    torch.set_float32_matmul_precision("high" if beside == "tf32" else "highest")
 
 
 def build(

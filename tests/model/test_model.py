@@ -23,7 +23,7 @@ from flm_torchrec.data.loader import Sharing, TrainLoader
 from flm_torchrec.data.negatives import Negatives
 from flm_torchrec.data.prefetch import Prefetch
 from flm_torchrec.data.splits import split
-from flm_torchrec.data.windows import Windows, windows
+from flm_torchrec.data.windows import windows
 from flm_torchrec.errors import DataError
 from flm_torchrec.model import softmax
 from flm_torchrec.model.dropout import Dropout
@@ -494,24 +494,6 @@ def test_targets_are_found_among_the_candidates_of_all_ranks() -> None:
     place, repeated = columns_of(candidates, real, torch.tensor([9, 2, 4]))
     assert place.tolist() == [1, 3, 0]
     assert repeated.tolist() == [False, False, False, False, True, True]
-
-
-@given(st.lists(st.integers(0, 13), min_size=1, max_size=8), st.integers(1, 6))
-def test_each_training_event_is_the_target_of_one_window(events: list[int], history: int) -> None:
-    class Data:
-        offsets = np.concatenate([[0], np.cumsum(events)])
-        schema = type("S", (), {"users": len(events)})
-
-    class Splits:
-        train_end = Data.offsets[1:]
-
-    cut: Windows = windows(Data, Splits, history)  # type: ignore[arg-type]
-    covered = [e for s, t in zip(cut.start, cut.end, strict=True) for e in range(s, t)]
-    assert sorted(covered) == list(range(sum(events)))
-    assert all(t - s <= history + 1 for s, t in zip(cut.start, cut.end, strict=True))
-    assert all(
-        Data.offsets[u] <= s and t <= Data.offsets[u + 1] for u, s, t in zip(cut.user, cut.start, cut.end, strict=True)
-    )
 
 
 def loader(data: PreparedData, rank: int = 0, world_size: int = 1) -> TrainLoader:
