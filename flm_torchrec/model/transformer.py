@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 from flm_torchrec.config.schema import ModelConfig
 from flm_torchrec.model.dropout import Dropout
 from flm_torchrec.model.elapsed import BUCKETS, Clock, by_elapsed
-from flm_torchrec.model.layout import Layout
+from flm_torchrec.model.layout import LastAlone, Layout
 
 
 class CausalTransformer(nn.Module):
@@ -38,9 +40,14 @@ class CausalTransformer(nn.Module):
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """[…, D] → [R, D]; see `layout.Layout`."""
         x = layout.group(self.dropout(x + self.position[layout.position]))
-        for layer, block in enumerate(self.blocks):
-            x = block(x, layout, self.biases[layer] if self.biases else None)
-        return layout.represented(self.norm(x))
+        layers: list[Any] = list(zip(self.blocks, self.biases or [None] * len(self.blocks), strict=True))
+        last = layers.pop() if layers and isinstance(layout, LastAlone) else None
+        for block, bias in layers:
+            x = block(x, layout, bias)
+        if last is None:
+            return layout.represented(self.norm(x))
+        block, bias = last
+        return self.norm(block.at_last(x, layout, bias))
 
 
 class _RelativeBias(nn.Module):
@@ -55,6 +62,10 @@ class _RelativeBias(nn.Module):
         position = torch.arange(clock.seconds.shape[1], device=clock.seconds.device)
         back = (position[:, None] - position[None, :]).clamp(min=0)  # [L, L]
         return (self.position[:, back].unsqueeze(1) + by_elapsed(self.time, clock.between)).transpose(0, 1)
+
+    def at_last(self, layout: LastAlone) -> Tensor:
+        """[…, heads]: for the last token of each sequence, at the others."""
+        return (self.position[:, layout.age.clamp(min=0)] + by_elapsed(self.time, layout.since)).movedim(0, -1)
 
 
 class _TransformerBlock(nn.Module):
@@ -73,6 +84,14 @@ class _TransformerBlock(nn.Module):
     def forward(self, x: Tensor, layout: Layout, bias: _RelativeBias | None) -> Tensor:
         qkv = self.qkv(self.attention_norm(x))
         x = x + self.dropout(self.out(layout.mix(qkv, lambda part, clock: self._attend(part, clock, bias))))
+        return x + self.dropout(self.mlp(self.norm(x)))
+
+    def at_last(self, x: Tensor, layout: LastAlone, bias: _RelativeBias | None) -> Tensor:
+        """[…, D] → [R, D]: as `forward`, for the represented tokens alone."""
+        x = layout.in_order(x)
+        normed, (of_q, of_k, of_v) = self.attention_norm(x), _layers(self.qkv, 3)
+        scores = _scores(of_q(layout.last(normed)), of_k(normed), self.heads, layout, bias)
+        x = layout.last(x) + self.dropout(self.out(layout.collect(of_v(normed), layout.shares(scores))))
         return x + self.dropout(self.mlp(self.norm(x)))
 
     def _attend(self, qkv: Tensor, clock: Clock, bias: _RelativeBias | None) -> Tensor:
@@ -103,6 +122,15 @@ class _HSTUBlock(nn.Module):
         u, vqk = F.silu(self.uvqk(self.input_norm(x))).split([x.shape[-1], 3 * x.shape[-1]], -1)
         mixed = layout.mix(vqk, lambda part, clock: self._attend(part, clock, bias))
         return x + self.dropout(self.out(self.mixed_norm(mixed) * u))
+
+    def at_last(self, x: Tensor, layout: LastAlone, bias: _RelativeBias | None) -> Tensor:
+        """[…, D] → [R, D]: as `forward`, for the represented tokens alone."""
+        x = layout.in_order(x)
+        normed, (of_u, of_v, of_q, of_k) = self.input_norm(x), _layers(self.uvqk, 4)
+        last = layout.last(normed)
+        scores = _scores(F.silu(of_q(last)), F.silu(of_k(normed)), self.heads, layout, bias)
+        mixed = layout.collect(F.silu(of_v(normed)), F.silu(scores)) / (layout.count + 1)
+        return layout.last(x) + self.dropout(self.out(self.mixed_norm(mixed) * F.silu(of_u(last))))
 
     def _attend(self, vqk: Tensor, clock: Clock, bias: _RelativeBias | None) -> Tensor:
         seen = _seen(clock).to(vqk.dtype)
@@ -154,6 +182,19 @@ class _Pointwise(torch.autograd.Function):
 
 
 BLOCKS = {"transformer": _TransformerBlock, "hstu": _HSTUBlock}
+
+
+def _layers(joint: nn.Linear, parts: int) -> list[Callable[[Tensor], Tensor]]:
+    """The layers D → D that a layer D → parts * D joins."""
+    each = zip(joint.weight.chunk(parts), joint.bias.chunk(parts), strict=True)
+    return [partial(F.linear, weight=weight, bias=bias) for weight, bias in each]
+
+
+def _scores(q: Tensor, k: Tensor, heads: int, layout: LastAlone, bias: _RelativeBias | None) -> Tensor:
+    """[R, D] queries of the represented tokens, […, D] keys → […, heads]."""
+    width = k.shape[-1] // heads
+    scores = (layout.spread(q) * k).unflatten(-1, (heads, width)).sum(-1) * width**-0.5
+    return scores if bias is None else scores + bias.at_last(layout)
 
 
 def _heads(x: Tensor, heads: int) -> Iterator[tuple[Tensor, ...]]:
