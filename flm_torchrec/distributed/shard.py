@@ -105,6 +105,9 @@ class _Alone(DataParallelWrapper):
 def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> CombinedOptimizer:
     """The fused optimizer of the tables, which steps in backward, and AdamW with clipping for the dense part."""
     dense = dict(in_backward_optimizer_filter(model.named_parameters()))
+    world = torch.distributed.GroupMember.WORLD
+    # TorchRec skips a sliced parameter without a group, because it looks for a gradient of the local slice.
+    sliced = {p: [world] for p in dense.values() if isinstance(p, DTensor)}
 
     def adamw(params: list[nn.Parameter]) -> torch.optim.AdamW:
         decayed = [p for p in params if p.dim() >= 2]
@@ -112,12 +115,9 @@ def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Comb
         return torch.optim.AdamW(
             [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=config.dense_lr,
-            fused=True,
+            fused=not sliced,  # its kernel takes no sliced parameters beside others
         )
 
-    world = torch.distributed.GroupMember.WORLD
-    # TorchRec skips a sliced parameter without a group, because it looks for a gradient of the local slice.
-    sliced = {p: [world] for p in dense.values() if isinstance(p, DTensor)}
     clipped = GradientClippingOptimizer(
         KeyedOptimizerWrapper(dense, adamw),
         clipping=GradientClipping.NORM,
