@@ -17,11 +17,13 @@ import pytest
 import yaml
 
 from flm_torchrec.cli import main
+from flm_torchrec.config import load_config
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.export.tower.reader import TowerQuery
 from tests.conftest import ROOT
 from tests.processes import Forked, Peer, forked
 from tools.benchmarks import memory
+from tools.studies import ablate
 
 QUICK = {"model.dim": 8, "model.layers": 1, "train.batch_size": 32, "train.max_steps": 3, "eval.ks": [10]}
 
@@ -98,6 +100,15 @@ def test_a_study_is_run_once_and_told_in_markdown(small: PreparedData, tmp_path:
     write_study(file, small.path, **{"model.dropout": 0.4})
     refused = study("ablate.py", *command)
     assert refused.returncode == 2 and "other settings" in refused.stderr and len(refused.stderr.splitlines()) == 1
+
+
+def test_a_row_of_some_seeds_alone_is_a_mean_over_these(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation may choose a mixture with one seed, which has a row for its one vector, and a sum with another."""
+    tables = [{"fused": {"mrr": 0.1}}, {"fused": {"mrr": 0.3}, "fused, one vector": {"mrr": 0.2}}]
+    monkeypatch.setattr(ablate, "result_of", lambda run, split: {"table": tables[run.seed]})
+    runs = [ablate.StudyRun("all", seed, load_config(None, [])) for seed in (0, 1)]
+    rows = ablate.table(runs, "test", ["mrr"]).splitlines()[2:]
+    assert rows == ["| all | fused | 2 | 0.2000 ± 0.1414 |", "| all | fused, one vector | 1 | 0.2000 |"]
 
 
 @pytest.mark.parametrize(

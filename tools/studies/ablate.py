@@ -160,15 +160,16 @@ def table(runs: Sequence[StudyRun], split: str, metrics: Sequence[str]) -> str:
             tables_of.setdefault(run.variant, []).append(result["table"])
     for variant, tables in tables_of.items():
         loss = next(run.config.loss for run in runs if run.variant == variant)
-        for row in tables[0]:
+        # Where validation chose a mixture with some seeds and a sum with others, only those have a row of one vector.
+        for row in dict.fromkeys(row for table in tables for row in table):
             if row in shown or not _is_of_use(loss, row):
                 continue
             name = "" if row in BASELINES else variant
             if row in BASELINES:
                 shown.add(row)
-            values = [[t[row][m] for t in tables] for m in metrics]
+            values = [[t[row][m] for t in tables if row in t] for m in metrics]
             cells = [_cell(v if row not in BASELINES else v[:1]) for v in values]
-            lines.append(f"| {name} | {row} | {len(tables) if name else ''} | {' | '.join(cells)} |")
+            lines.append(f"| {name} | {row} | {len(values[0]) if name else ''} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
