@@ -17,12 +17,15 @@ unexport PYTHONDONTWRITEBYTECODE
 # README.md must work without the extras: in .venv while it has none, else in an environment of its own.
 BASE := $(if $(wildcard $(EXTRAS)),.venv-base,$(VENV))
 CODE = flm_torchrec launch tests tools examples
-# These begin first, so that neither process is left with a long file at the end.
-LONGEST = tests/tools tests/distributed tests/launch
 # Tests that run without the extras.
 IN_BASE = tests/training
 # The site: built where the extras are not, with requirements/docs.txt alone.
 SITE = tests/test_site.py
+# These begin first, so that no process is left with a long file at the end. After them each folder and file is named, not
+# `tests`: pytest takes what is in a folder that is named in the folder's order.
+LONGEST = tests/tools tests/distributed tests/export tests/launch tests/test_notebooks.py tests/test_extending.py
+OTHERS = $(filter-out tests/__pycache__ $(LONGEST) $(IN_BASE) $(SITE),$(patsubst %/,%,$(wildcard tests/*/)) \
+	$(wildcard tests/test_*.py))
 # A CUDA driver decides which build of torch and fbgemm can load.
 DRIVER := $(shell (ldconfig -p 2>/dev/null | grep -q libcuda.so.1 || command -v nvidia-smi >/dev/null 2>&1) && echo gpu || echo cpu)
 
@@ -124,8 +127,8 @@ test: $(STAMP)
 	$(MAKE) VENV=$(BASE) venv
 	$(MAKE) --jobs=2 --output-sync=target check-base test-base
 	$(MAKE) extras
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 5 --dist loadfile --no-loadscope-reorder -m "not slow" $(LONGEST) tests \
-		$(addprefix --ignore=,$(IN_BASE) $(SITE))
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 5 --dist loadfile --no-loadscope-reorder -m "not slow" \
+		$(LONGEST) $(OTHERS)
 
 test-slow: $(EXTRAS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
