@@ -26,6 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 settings.register_profile("default", max_examples=40, deadline=None)
 settings.load_profile("default")
 CHROMIUM = Path("/usr/bin/chromium")
+QUICK_JAVA = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:+UnlockDiagnosticVMOptions -XX:-BytecodeVerificationRemote"
+"""`JAVA_TOOL_OPTIONS` of Spark. Jobs this small end before the optimizing compiler, threads of the garbage collector,
+and checks of the classes of Spark pay."""
 NO_DROPOUT = [
     *("--model.dropout", "0", "--model.embedding_dropout", "0"),
     *("--model.id_dropout", "0", "--model.user_id_dropout", "0"),

@@ -21,6 +21,7 @@ from flm_torchrec.export.forget import forget_in_export
 from flm_torchrec.export.manifest import load_manifest
 from flm_torchrec.export.recommend import COLUMNS, ExportRecommender
 from flm_torchrec.export.write import ExportOptions, export
+from tests.conftest import QUICK_JAVA
 from tests.evaluation.test_ranking import Alone
 from tests.export.test_export import source_of
 
@@ -63,7 +64,7 @@ def session() -> Iterator[SparkSession]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYSPARK_PYTHON", sys.executable)  # else the first python3 of PATH
-        patched.setenv("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
+        patched.setenv("JAVA_TOOL_OPTIONS", QUICK_JAVA)
         builder = SparkSession.builder.master("local[2]").config("spark.driver.host", "127.0.0.1")
         builder = builder.config("spark.ui.enabled", "false").config("spark.sql.shuffle.partitions", "2")
         builder = builder.config("spark.sql.execution.arrow.maxRecordsPerBatch", "40")

@@ -23,7 +23,8 @@ from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.train import script_arguments
 
 TRAIN = ["train", "--data.path", "{data}", "--train.run", "{d}/r"]
-TINY = ["--model.dim", "16", "--train.batch_size", "32", "--data.max_history", "8", "--train.eval_every", "5"]
+TINY = ["--model.dim", "16", "--model.layers", "1", "--train.batch_size", "32", "--data.max_history", "8"]
+TINY += ["--train.eval_every", "5"]
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,8 @@ from tests.conftest import NO_DROPOUT
 from tests.processes import launch_ranks
 from tests.training.test_warm_start import shuffled
 
-SMALL = ["model.dim=8", "data.max_history=6", "train.batch_size=32", "distributed.device=cpu", "distributed.threads=1"]
+SMALL = ["model.dim=8", "model.layers=1", "data.max_history=6", "train.batch_size=32"]
+SMALL += ["distributed.device=cpu", "distributed.threads=1"]
 
 
 @contextmanager

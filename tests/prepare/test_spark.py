@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flm_torchrec.data.dataset import load_prepared
+from tests.conftest import QUICK_JAVA
 from tests.prepare.test_prepare_shards import HEADER, contents, flm, report, write_logs
 
 pytest.importorskip("pyspark", reason="the extra 'spark' is not installed")
@@ -17,8 +18,7 @@ pytestmark = pytest.mark.skipif(shutil.which("java") is None, reason="Spark need
 
 @pytest.fixture(autouse=True)
 def quick_java(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs this small end before the optimizing compiler and threads of the garbage collector pay."""
-    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", QUICK_JAVA)
 
 
 OF_EVENTS = ("--event-features", "Gerät:categorical", "--min-count", "2", "--min-users", "2")
