@@ -329,7 +329,7 @@ class Ends(Jagged):
 
     def last(self, x: Tensor) -> Tensor:
         """[…, D] → [R, D] of the represented tokens."""
-        return x[self.ends]
+        return self._shown(x)
 
     def spread(self, x: Tensor) -> Tensor:
         """[R, n] → […, n], at each token what the represented token of its sequence has."""
