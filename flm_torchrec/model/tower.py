@@ -13,7 +13,8 @@ from flm_torchrec.config.heads import FUSED, HEADS
 from flm_torchrec.config.schema import ModelConfig
 from flm_torchrec.model.fusion import FUSIONS
 from flm_torchrec.model.heads import CollaborativeHead, ContentHead, ItemContent, mlp
-from flm_torchrec.model.layout import Ends, Jagged, Layout
+from flm_torchrec.model.last_token import Ends
+from flm_torchrec.model.layout import Jagged, Layout
 from flm_torchrec.model.scale import softened_unit, unit
 from flm_torchrec.model.space import place, width
 from flm_torchrec.model.transformer import CausalTransformer

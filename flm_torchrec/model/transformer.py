@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from flm_torchrec.config.schema import ModelConfig
 from flm_torchrec.model.dropout import Dropout
 from flm_torchrec.model.elapsed import BUCKETS, Clock, by_elapsed
-from flm_torchrec.model.layout import LastAlone, Layout
+from flm_torchrec.model.last_token import LastAlone
+from flm_torchrec.model.layout import Layout
 
 
 class CausalTransformer(nn.Module):

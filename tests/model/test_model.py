@@ -29,7 +29,8 @@ from flm_torchrec.model import softmax
 from flm_torchrec.model.dropout import Dropout
 from flm_torchrec.model.elapsed import BUCKETS
 from flm_torchrec.model.fusion import FUSIONS
-from flm_torchrec.model.layout import Jagged, Padded
+from flm_torchrec.model.last_token import Padded
+from flm_torchrec.model.layout import Jagged
 from flm_torchrec.model.softmax import CandidateVectors, Hidden, inclusion_log_probability, sampled_softmax
 from flm_torchrec.model.space import used
 from flm_torchrec.model.targets import columns_of, hidden_of

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flm_torchrec.config.heads import HEADS, REPRESENTATIONS
-from flm_torchrec.model.layout import Padded
+from flm_torchrec.model.last_token import Padded
 from flm_torchrec.model.tower import Sequences, Tower
 
 Precision = Literal["int8", "fp32"]
