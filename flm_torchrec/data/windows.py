@@ -31,7 +31,7 @@ class Windows:
         one window keeps it. The number depends on seed, epoch and user alone.
         """
         newest, oldest = (np.diff(self.user, **edge) != 0 for edge in ({"prepend": -1}, {"append": -1}))
-        room = (self.longest - (self.end - self.start)[oldest]) * ~newest[oldest]
+        room = self.longest - (self.end - self.start)[oldest]
         drawn = mix(mix(mix(np.array([seed])) + np.uint64(epoch)) + self.user[newest].astype(np.uint64))
         later = (drawn % (room + 1).astype(np.uint64)).astype(np.int64)[np.cumsum(newest) - 1]
         return Windows(self.user, self.start + later * ~oldest, self.end + later * ~newest, self.longest)
