@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def precision_beside(precision: str, device: str) -> str:
-    """ "tf32" or "fp32": the precision of all products beside those of the softmax.
+    """Precision of all products beside those of the softmax, "tf32" or "fp32".
 
     Where the softmax is rounded to bf16, no other product on a GPU needs more than TF32.
 
