@@ -90,9 +90,7 @@ class TrainLoader(Loader):
         """Batches of an epoch from step `first` on."""
         rng = np.random.default_rng([self.sharing.seed, number])
         order = rng.permutation(len(self.windows)) if self.shares is None else self.shares.order(rng)
-        # The share of a domain is counted in windows, which other cuts could give to another domain.
-        moved = self.sharing.moved and self.shares is None
-        windows = self.windows.moved(self.sharing.seed, number) if moved else self.windows
+        windows = self.windows.moved(self.sharing.seed, number) if self.sharing.moved else self.windows
         size = self.sharing.batch_size
         for step in range(first, len(self)):
             user, start, end = self._share(windows, order[step * size : (step + 1) * size])

@@ -22,7 +22,9 @@ from flm_torchrec.training.run_events import RunEvents
 
 def make_loader(data: PreparedData, events: RunEvents, config: Config, comm: Comm) -> Loader:
     """This rank's training batches."""
-    sharing = Sharing(config.train.batch_size, config.train.seed, comm.rank, comm.world_size, moved=True)
+    # The share of a domain is counted in windows, which other cuts could give to another domain.
+    moved = config.data.domain_weights == "natural"
+    sharing = Sharing(config.train.batch_size, config.train.seed, comm.rank, comm.world_size, moved)
     if events.stream is not None:
         return _make_stream_loader(data, events, config, comm, sharing)
     spans = windows(data, events.splits, config.data.max_history)

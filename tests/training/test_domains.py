@@ -79,6 +79,13 @@ def test_shares_of_domains_are_kept_in_each_epoch(joint: PreparedData) -> None:
     assert torch.equal(first.items, again.items)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(("weights", "moved"), [("natural", True), ("books=2,shop=1", False)])
+def test_under_weights_each_epoch_cuts_histories_alike(joint: PreparedData, weights: str, moved: bool) -> None:
+    overrides = [f"data.path={joint.path}", f"data.domain_weights={weights}"]
+    with open_job(load_config(None, [*SMALL, *overrides]), joint) as job:
+        assert job.loader.sharing.moved is moved
+
+
 @pytest.mark.parametrize(
     ("weights", "told"),
     [
