@@ -5,6 +5,8 @@ They have sums over the tokens of a sequence, too, and what attention of the las
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,12 +36,12 @@ class Padded:
         """As of `Layout`, [B, 1]."""
         return self.lengths.float().unsqueeze(1)
 
-    @property
+    @cached_property
     def age(self) -> Tensor:
         """As of `Ends`, [B, L]; below 0 at padding."""
         return self.lengths.unsqueeze(1) - self.position
 
-    @property
+    @cached_property
     def since(self) -> Tensor:
         """As of `Ends`, [B, L]."""
         now = self.clock.seconds.gather(1, self.lengths.unsqueeze(1))  # [B, 1]
@@ -115,11 +117,16 @@ class Ends(Jagged):
         rows = torch.arange(len(ends), device=lengths.device)
         self.row = torch.repeat_interleave(rows, lengths[held], output_size=len(time))
         """[T] the represented token of each token's sequence."""
-        end = ends[self.row]
-        self.age = end - torch.arange(len(time), device=lengths.device)
+        self.end = ends[self.row]
+        """[T] the last token of each token's sequence."""
+        self.age = self.end - torch.arange(len(time), device=lengths.device)
         """[T] tokens from each token to the last of its sequence."""
-        self.since = elapsed(time[end, None], time[:, None]).flatten()
+        self.time = time
+
+    @cached_property
+    def since(self) -> Tensor:
         """[T] as of `elapsed`: the time from each token to the last of its sequence."""
+        return elapsed(self.time[self.end, None], self.time[:, None]).flatten()
 
     def mean(self, items: Tensor) -> Tensor:
         """As of `Layout`; items [T, D], of which those at a prefix are not used."""

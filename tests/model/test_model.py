@@ -66,6 +66,13 @@ def make_tower(
     return tower
 
 
+def let_times_count(tower: MadeTower) -> None:
+    """The numbers of times and distances, which begin as those that change nothing."""
+    for name, number in tower.named_parameters():
+        if "elapsed" in name or "biases" in name:
+            torch.nn.init.normal_(number)
+
+
 def inputs(items: int = 7, lengths: tuple[int, ...] = (3, 1, 4), seed: int = 1) -> dict:
     g = torch.Generator().manual_seed(seed)
     count, users = sum(lengths), len(lengths)
@@ -118,9 +125,7 @@ def test_the_last_tokens_alone_are_as_among_all(lengths: list[int], block: str, 
     """Where nothing is to be predicted. Also of one sequence alone. Bits differ on processors with AVX-512."""
     batch = inputs(lengths=tuple(lengths))
     tower = make_tower(block=block, relative=relative)
-    for name, number in tower.named_parameters():
-        if "elapsed" in name or "biases" in name:
-            torch.nn.init.normal_(number)
+    let_times_count(tower)
     every = tower(**batch).representations
     last = (batch["lengths"].cumsum(0) - 1)[batch["lengths"] > 0]
     batch["targets"] = batch["targets"][:0]
@@ -276,9 +281,7 @@ def test_times_count_where_events_have_them(timed: bool) -> None:
     torch.manual_seed(0)
     widths = Widths(item_features=2, item_dense=1, user_features=1, user_dense=2, history=2, max_tokens=6, timed=timed)
     tower, batch = MadeTower(widths, ModelConfig(dim=DIM)).eval(), inputs()
-    for name, number in tower.named_parameters():
-        if "elapsed" in name or "biases" in name:
-            torch.nn.init.normal_(number)
+    let_times_count(tower)
     before = tower(**batch).representations
     after = tower(**{**batch, "time": batch["time"] * 1000}).representations
     changed = {name for name in before if not torch.allclose(before[name], after[name])}
