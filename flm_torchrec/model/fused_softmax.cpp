@@ -1,11 +1,14 @@
 // A softmax and its gradients whose logits never leave the cache, for processors with bf16 products: AMX, or AVX-512 alone.
 //
-// Two passes over tiles of 32 candidates x 32 queries (compare Dao et al., FlashAttention, 2022): the first adds up each
-// query's exponentials, the second makes the logits anew and adds up both gradients. Inputs of products are bf16; logits
-// and sums are fp32. A tile has a row for each candidate, so that sums over candidates need no work across lanes, and so
-// that the shares are a left factor for the candidates' gradient as they lie.
+// Tiles of 32 candidates x 32 queries (compare Dao et al., FlashAttention, 2022). Inputs of products are bf16; logits and
+// sums are fp32. A tile has a row for each candidate, so that sums over candidates need no work across lanes, and so that
+// the shares are a left factor for the candidates' gradient as they lie.
 //
-// Threads take candidates, each a range of its own; queries' sums are added up in the order of the threads.
+// Few candidates: one pass. The exponentials of 128 queries for all candidates stay in the cache until their sums are
+// known. Threads take queries; the candidates' gradients are added up in the order of the threads.
+//
+// Many candidates: two passes. The first adds up each query's exponentials, the second makes the logits anew and adds up
+// both gradients. Threads take candidates; queries' sums are added up in the order of the threads.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -44,6 +47,7 @@ namespace {
 constexpr int SIDE = 32;           // of a tile of logits
 constexpr int ITEMS = 256;         // candidates of a block
 constexpr int QUERIES = 128;       // queries of a block
+constexpr int64_t FEW = 8192;      // candidates of one pass: the exponentials of a block of queries take 2 MiB
 constexpr float NOTHING = -1e30f;  // a logit whose exponential is 0
 constexpr float MOST = 1e30f;      // of a sum of exponentials
 constexpr float LOG2_E = 1.44269504088896341f;
@@ -171,7 +175,7 @@ struct Fixed {  // a logit that is no product: a query's own target, or a candid
     bool own;
 };
 
-enum Pass { LARGEST, SUM, GRADIENTS };
+enum Pass { LARGEST, SUM, GRADIENTS, ONCE };
 
 class Softmax {
   public:
@@ -189,6 +193,7 @@ class Softmax {
     }
 
     void run() {
+        if (p.weighted && p.candidates <= FEW && once()) return;
         // The target's own exponential is 1, so no sum is below 1; only if it is very large the largest logit is needed.
         if (!add_up()) {
             std::fill_n(sums.at, threads * rows, -INFINITY);
@@ -270,6 +275,10 @@ class Softmax {
     }
 
     template <Pass PASS> void pass() {
+        in_threads([this](int64_t thread) { part<PASS>(thread); });
+    }
+
+    template <class Work> void in_threads(const Work &work) {
         bool failed = false;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
         for (int64_t k = 0; k < threads; k++) {
@@ -277,7 +286,7 @@ class Softmax {
             _mm_setcsr(control | FLUSH_DENORMALS);
             try {
                 const Tiles tiles;
-                part<PASS>(k);
+                work(k);
             } catch (const std::bad_alloc &) {
 #pragma omp atomic write
                 failed = true;
@@ -285,6 +294,63 @@ class Softmax {
             _mm_setcsr(control);
         }
         if (failed) throw std::bad_alloc();
+    }
+
+    // All in one pass; false: a sum is too large.
+    bool once() {
+        const int64_t blocks = (panels * SIDE + ITEMS - 1) / ITEMS, size = panels * SIDE * dim;
+        Buffer<bf16> items(blocks * ITEMS * dim), across(blocks * ITEMS * dim);
+        for (int64_t b = 0; b < blocks; b++)
+            pack_items(items.at + b * ITEMS * dim, across.at + b * ITEMS * dim, b * ITEMS,
+                       std::min<int64_t>(ITEMS, panels * SIDE - b * ITEMS));
+        Buffer<float> gradients(threads * size);
+        in_threads([&](int64_t k) { queries_once(k, items.at, across.at, gradients.at + k * size); });
+        for (int64_t t = 0; t < p.queries; t++)
+            if (sums.at[t] > MOST) {
+                std::memset(of_query.at, 0, threads * rows * dim * sizeof(float));
+                return false;
+            }
+        in_threads([&](int64_t k) {
+            for (int64_t c = p.candidates * k / threads; c < p.candidates * (k + 1) / threads; c++)
+                for (int64_t d = 0; d < p.dim; d++) {
+                    float sum = 0;
+                    for (int64_t n = 0; n < threads; n++) sum += gradients.at[n * size + c * dim + d];
+                    p.items_grad[c * p.dim + d] = sum;
+                }
+        });
+        for (int64_t t = 0; t < p.queries; t++) p.log_sum[t] = (reference.at[t] + std::log2(sums.at[t])) / LOG2_E;
+        return true;
+    }
+
+    // The part of a thread: sums and gradients of its queries, and what they add to the candidates' gradients.
+    void queries_once(int64_t thread, const bf16 *items, const bf16 *across, float *gradient) {
+        const int64_t tiles = rows / SIDE, end = tiles * (thread + 1) / threads * SIDE;
+        Buffer<bf16> shares(panels * SIDE * QUERIES), pairs(ITEMS * QUERIES), scaled(QUERIES * dim), row(dim);
+        std::vector<int64_t> next(panels);
+        int64_t q = tiles * thread / threads * SIDE;
+        for (int64_t i = 0; i < panels; i++)
+            for (next[i] = begin[i]; next[i] < begin[i + 1] && fixed[next[i]].query < q;) next[i]++;
+        for (; q < end; q += QUERIES) {
+            const int wide = std::min<int64_t>(QUERIES, end - q);
+            for (int64_t first = 0; first < panels; first += ITEMS / SIDE) {
+                const int count = std::min<int64_t>(ITEMS / SIDE, panels - first);
+                for (int64_t i = first; i < first + count; i++)
+                    for (int g = 0; g < wide; g += SIDE)
+                        tile<ONCE>({items + i * SIDE * dim, shares.at + i * SIDE * QUERIES + g,
+                                    pairs.at + (i - first) * SIDE * QUERIES + 2 * g, next[i]},
+                                   i, q + g, sums.at);
+                add_to_queries(of_query.at + q, across + first * SIDE * dim, pairs.at, count, wide);
+            }
+            for (int64_t t = q; t < std::min(q + wide, p.queries); t++) {
+                const float share = 1 / sums.at[t];
+                for (int64_t d = 0; d < p.dim; d++) p.query_grad[t * p.dim + d] = share * of_query.at[d * rows + t];
+                narrow(p.weighted + t * p.dim, row.at, p.dim, share);
+                bf16 *to = scaled.at + (t - q) / 2 * 2 * dim + (t - q) % 2;
+                for (int64_t d = 0; d < p.dim; d++) to[2 * d] = row.at[d];
+            }
+            for (int64_t i = 0; i < panels; i++)
+                add_to_items(gradient + i * SIDE * dim, shares.at + i * SIDE * QUERIES, scaled.at, wide);
+        }
     }
 
     struct Block {
@@ -303,14 +369,20 @@ class Softmax {
         for (int64_t first = panels * thread / threads; first < end; first += ITEMS / SIDE) {
             const int count = std::min<int64_t>(ITEMS / SIDE, end - first);
             for (int i = 0; i < count; i++) block.next[i] = begin[first + i];
-            pack_items(block, first * SIDE, count * SIDE, PASS == GRADIENTS);
+            pack_items(block.items.at, PASS == GRADIENTS ? block.across.at : nullptr, first * SIDE, count * SIDE);
+            if (PASS == GRADIENTS) std::memset(block.gradient.at, 0, ITEMS * dim * sizeof(float));
             for (int64_t q = 0; q < rows; q += QUERIES) {
                 const int wide = std::min<int64_t>(QUERIES, rows - q);
                 for (int i = 0; i < count; i++)
                     for (int g = 0; g < wide; g += SIDE)
-                        tile<PASS>(block, first + i, i, q, g, sums.at + thread * rows);
-                if (PASS == GRADIENTS)
-                    add_gradients(block, count, q, wide, of_query.at + thread * rows * dim);
+                        tile<PASS>({block.items.at + i * SIDE * dim, block.shares.at + i * SIDE * QUERIES + g,
+                                    block.pairs.at + i * SIDE * QUERIES + 2 * g, block.next[i]},
+                                   first + i, q + g, sums.at + thread * rows);
+                if (PASS != GRADIENTS) continue;
+                add_to_queries(of_query.at + thread * rows * dim + q, block.across.at, block.pairs.at, count, wide);
+                for (int i = 0; i < count; i++)
+                    add_to_items(block.gradient.at + i * SIDE * dim, block.shares.at + i * SIDE * QUERIES,
+                                 weighted.at + q * dim, wide);
             }
             if (PASS == GRADIENTS)
                 for (int64_t c = first * SIDE; c < std::min((first + count) * SIDE, p.candidates); c++)
@@ -319,26 +391,31 @@ class Softmax {
         }
     }
 
-    void pack_items(Block &block, int64_t first, int count, bool gradients) {
+    // Candidates from `first` on: [ITEMS, dim], and if asked for [dim, ITEMS].
+    void pack_items(bf16 *items, bf16 *across, int64_t first, int count) {
         for (int i = 0; i < count; i++) {
-            bf16 *row = block.items.at + i * dim;
+            bf16 *row = items + i * dim;
             if (first + i < p.candidates) narrow(p.items + (first + i) * p.dim, row, p.dim, 1);
             else std::memset(row, 0, dim * sizeof(bf16));
         }
-        if (!gradients) return;
-        std::memset(block.gradient.at, 0, ITEMS * dim * sizeof(float));
+        if (!across) return;
         for (int64_t d = 0; d < dim; d++)
-            for (int i = 0; i < count; i++) block.across.at[d * ITEMS + i] = block.items.at[i * dim + d];
+            for (int i = 0; i < count; i++) across[d * ITEMS + i] = items[i * dim + d];
     }
 
-    // The logits of panel `panel`, the i-th of its block, by the queries from q + g on.
-    template <Pass PASS> void tile(Block &block, int64_t panel, int i, int64_t q, int g, float *sum) {
+    struct Place {
+        const bf16 *items;     // [32, dim] of the panel
+        bf16 *shares, *pairs;  // [32, QUERIES], [16][QUERIES][2] of the panel, from the first query of the tile on
+        int64_t &next;         // fixed logit of the panel
+    };
+
+    // The logits of a panel by the queries from t on.
+    template <Pass PASS> void tile(Place place, int64_t panel, int64_t t, float *sum) {
         alignas(64) float logits[SIDE * SIDE];
-        const int64_t t = q + g;
-        product<false>(logits, SIDE, block.items.at + i * SIDE * dim, dim, query.at + t * dim, 2 * SIDE, dim);
+        product<false>(logits, SIDE, place.items, dim, query.at + t * dim, 2 * SIDE, dim);
         const float *correct = correction.at + panel * SIDE;
         if (p.domain) leave_out_domains(logits, panel, t);
-        for (int64_t &n = block.next[i]; n < begin[panel + 1] && fixed[n].query < t + SIDE; n++) {
+        for (int64_t &n = place.next; n < begin[panel + 1] && fixed[n].query < t + SIDE; n++) {
             const Fixed &e = fixed[n];
             logits[e.item * SIDE + e.query - t] = e.own ? truth.at[e.query] - correct[e.item] : NOTHING;
         }
@@ -360,18 +437,17 @@ class Softmax {
                 }
                 left[y] = power_of_two(left[y]);
                 right[y] = power_of_two(right[y]);
-                if (PASS == SUM) {
+                if (PASS != GRADIENTS) {
                     left_sum = _mm512_add_ps(left_sum, left[y]);
                     right_sum = _mm512_add_ps(right_sum, right[y]);
                 }
             }
-            if (PASS != GRADIENTS) continue;
-            const int row = i * SIDE + x;
+            if (PASS == LARGEST || PASS == SUM) continue;
             const __m512i upper = (__m512i)_mm512_cvtne2ps_pbh(right[0], left[0]);
             const __m512i lower = (__m512i)_mm512_cvtne2ps_pbh(right[1], left[1]);
-            _mm512_store_si512(block.shares.at + row * QUERIES + g, upper);
-            _mm512_store_si512(block.shares.at + (row + 1) * QUERIES + g, lower);
-            bf16 *pairs = block.pairs.at + row * QUERIES + 2 * g;
+            _mm512_store_si512(place.shares + x * QUERIES, upper);
+            _mm512_store_si512(place.shares + (x + 1) * QUERIES, lower);
+            bf16 *pairs = place.pairs + x * QUERIES;
             _mm512_store_si512(pairs, _mm512_permutex2var_epi16(upper, low, lower));
             _mm512_store_si512(pairs + SIDE, _mm512_permutex2var_epi16(upper, high, lower));
         }
@@ -397,15 +473,18 @@ class Softmax {
         }
     }
 
-    void add_gradients(Block &block, int count, int64_t q, int wide, float *to_query) {
+    // [dim, wide] += the candidates of a block by their shares; a step of `rows`.
+    void add_to_queries(float *to, const bf16 *across, const bf16 *pairs, int count, int wide) {
         for (int64_t d = 0; d < dim; d += SIDE)
             for (int g = 0; g < wide; g += SIDE)
-                product<true>(to_query + d * rows + q + g, rows, block.across.at + d * ITEMS, ITEMS,
-                              block.pairs.at + 2 * g, 2 * QUERIES, count * SIDE);
-        for (int i = 0; i < count; i++)
-            for (int64_t d = 0; d < dim; d += SIDE)
-                product<true>(block.gradient.at + i * SIDE * dim + d, dim, block.shares.at + i * SIDE * QUERIES,
-                              QUERIES, weighted.at + q * dim + 2 * d, 2 * dim, wide);
+                product<true>(to + d * rows + g, rows, across + d * ITEMS, ITEMS, pairs + 2 * g, 2 * QUERIES,
+                              count * SIDE);
+    }
+
+    // [32, dim] of a panel += the queries by its shares in them.
+    void add_to_items(float *to, const bf16 *shares, const bf16 *queries, int wide) {
+        for (int64_t d = 0; d < dim; d += SIDE)
+            product<true>(to + d, dim, shares, QUERIES, queries + 2 * d, 2 * dim, wide);
     }
 };
 

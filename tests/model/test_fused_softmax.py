@@ -96,11 +96,16 @@ def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
 @native
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("queries", "items", "dim", "domains"), [(1, 4, 5, 1), (70, 300, 40, 3), (300, 1_000, 64, 1)])
+@pytest.mark.parametrize(
+    ("queries", "items", "dim", "domains"), [(1, 4, 5, 1), (70, 300, 40, 3), (300, 1_000, 64, 1), (70, 9_000, 40, 3)]
+)
 def test_native_code_and_pytorch_have_the_loss_and_gradients_of_cross_entropy(
     monkeypatch: pytest.MonkeyPatch, queries: int, items: int, dim: int, domains: int, threads: int
 ) -> None:
-    """bf16 rounds the factors of products to 9 bits; PyTorch also rounds the logits."""
+    """bf16 rounds the factors of products to 9 bits; PyTorch also rounds the logits.
+
+    A single query and few items: what is left of nearly equal vectors. Many items: two passes in place of one.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -111,21 +116,22 @@ def test_native_code_and_pytorch_have_the_loss_and_gradients_of_cross_entropy(
         plain = errors([*case.found(BF16), case.log_probability()], exact)
     finally:
         torch.set_num_threads(before)
-    assert max(ours) < 8e-3 and max(plain) < 2e-2
+    assert max(ours) < (3e-2 if queries == 1 else 8e-3) and max(plain) < (3e-2 if queries == 1 else 2e-2)
     assert queries == 1 or sum(ours) < sum(plain)
 
 
 @native
 @pytest.mark.usefixtures("instructions")
-def test_targets_far_below_other_candidates_are_exact_too() -> None:
+@pytest.mark.parametrize("items", [100, 9_000])
+def test_targets_far_below_other_candidates_are_exact_too(items: int) -> None:
     """Exponentials are taken relative to the target's, and would be infinite here."""
-    case = Case(40, 100, 32)
+    case = Case(40, items, 32)
     case.scale, case.query = torch.tensor(100.0), -case.items[case.target]
     exact, found = case.exact(), case.found(BF16)
     most = -math.log(softmax.TINY) * case.weight.sum()
     assert exact[0] > 1.2 * most
     torch.testing.assert_close(found[0], most)
-    assert max(errors(found[1:], exact[1:])) < 8e-3
+    assert max(errors(found[1:], exact[1:])) < 1.5e-2
 
 
 @native
