@@ -195,7 +195,8 @@ class LossConfig:
         Literal["fp32", "tf32", "bf16"],
         Field(
             description="of the products of the softmax, the bulk of a step's work; tf32: of all products of float32,"
-            " inputs rounded to 10 bits, on a GPU alone; bf16 has its other products in tf32 on a GPU"
+            " inputs rounded to 10 bits, on a GPU alone; bf16 has its other products in tf32 on a GPU, and those of"
+            " layers in bf16 on a CPU with avx512_bf16"
         ),
     ] = "fp32"
     temperature: Annotated[

@@ -7,30 +7,20 @@ user's cache. Where that cannot be, `why_not_fused` says why, and `softmax` comp
 from __future__ import annotations
 
 import ctypes
-import fcntl
-import hashlib
-import os
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from flm_torchrec.files import replacing_file
-from flm_torchrec.machine_code import code_folder, open_to_others, processor_instructions
-from flm_torchrec.safe_text import first_line
+from flm_torchrec.machine_code import processor_instructions
+from flm_torchrec.model.native_code import OPTIONS, Unavailable, built, why_none
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 NEEDED = {"avx512_bf16", "avx512bw", "avx512dq", "avx512vl"}
 """Instructions of the processor."""
-OPTIONS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w")
 WITHOUT_AMX = (*OPTIONS, "-mno-amx-bf16", "-mno-amx-tile")
 """For a processor that has AMX, where the system does not allow it."""
-MOST_SECONDS = 60
-"""Of the compiler."""
 
 
 class _Problem(ctypes.Structure):
@@ -42,10 +32,6 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("log_sum", "query_grad", "items_grad")),
         *((name, ctypes.c_int64) for name in ("queries", "candidates", "dim", "hidden", "threads")),
     )
-
-
-class Unavailable(Exception):
-    """The native code cannot be used; the message says why."""
 
 
 def why_not_fused(precision: torch.dtype | None, device: torch.device) -> str:
@@ -122,53 +108,12 @@ def fused_losses(
 @cache
 def _library() -> ctypes.CDLL | str:
     """The native code; or why there is none, in a few words."""
-    try:
-        return _load()
-    except Unavailable as error:
-        return str(error)
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"it cannot be built: {first_line(error)}"
+    return why_none(_load)
 
 
 def _load() -> ctypes.CDLL:
     missing = NEEDED - processor_instructions()
     if missing:
         raise Unavailable(f"the processor has no {min(missing)}")
-    library = _built(OPTIONS)
-    return _built(WITHOUT_AMX) if library.flm_softmax_refused() else library
-
-
-def _built(options: tuple[str, ...]) -> ctypes.CDLL:
-    content = [SOURCE.read_text(encoding="utf-8"), *options, *sorted(processor_instructions())]
-    name = hashlib.sha256("\n".join(content).encode()).hexdigest()[:32]
-    folder = code_folder("kernels")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    code = folder / f"{name}.so"
-    with _one_at_a_time(folder):
-        if not code.exists():
-            _compile(code, options)
-        for path in (folder, code):
-            if open_to_others(path):
-                raise Unavailable(f"{path} may be written by others")
-        return ctypes.CDLL(str(code))
-
-
-@contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Wait until no other process is here; ranks of a host build once."""
-    with (folder / "lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _compile(code: Path, options: tuple[str, ...]) -> None:
-    compiler = os.environ.get("CXX") or "c++"
-    with replacing_file(code) as fresh:
-        command = [*compiler.split(), *options, str(SOURCE), "-o", str(fresh)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=MOST_SECONDS, check=False)
-        except FileNotFoundError as error:
-            raise Unavailable(f"there is no C++ compiler {compiler!r}; install g++, or set CXX") from error
-        if done.returncode:
-            raise Unavailable(f"{compiler}: {first_line(done.stderr or str(done.returncode))}")
-        fresh.chmod(0o700)
+    library = built(SOURCE, OPTIONS)
+    return built(SOURCE, WITHOUT_AMX) if library.flm_softmax_refused() else library

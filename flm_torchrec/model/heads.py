@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from flm_torchrec.model.dropout import Dropout
 from flm_torchrec.model.elapsed import BUCKETS
 from flm_torchrec.model.layout import Layout
+from flm_torchrec.model.linear import Linear
 from flm_torchrec.model.scale import unit
 
 GAIN = 4.0
@@ -37,7 +38,7 @@ class Head(nn.Module):
     def __init__(self, inputs: int, dim: int, dropout: float) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            Dropout(dropout), nn.Linear(inputs, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim), nn.LayerNorm(dim)
+            Dropout(dropout), Linear(inputs, 2 * dim), nn.GELU(), Linear(2 * dim, dim), nn.LayerNorm(dim)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ class ItemContent(nn.Module):
         super().__init__()
         self.mlp = mlp(inputs, dim)
         last = self.mlp[-1]
-        assert isinstance(last, nn.Linear)
+        assert isinstance(last, Linear)
         nn.init.zeros_(last.weight)
         self.log_gain = nn.Parameter(torch.tensor([GAIN]).log() / FASTER)
 
@@ -105,7 +106,7 @@ class CollaborativeHead(nn.Module):
         super().__init__()
         self.two_tower = Head(2 * dim, dim, dropout)
         self.dropout = Dropout(dropout)
-        self.autoencoder = nn.Linear(dim, dim)
+        self.autoencoder = Linear(dim, dim)
 
     def forward(self, user: Tensor, ids: Tensor, sources: Tensor, count: Tensor) -> Tensor:
         """[R, D] of the user, [R, D] means over n items of their ids and of their sources, [R, 1] n → [R, D]."""
@@ -118,4 +119,4 @@ class CollaborativeHead(nn.Module):
 
 def mlp(inputs: int, dim: int) -> nn.Sequential:
     """[…, inputs] → […, dim], with one hidden layer of twice that width."""
-    return nn.Sequential(nn.Linear(inputs, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+    return nn.Sequential(Linear(inputs, 2 * dim), nn.GELU(), Linear(2 * dim, dim))

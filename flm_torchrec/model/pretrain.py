@@ -16,6 +16,7 @@ from flm_torchrec.data.history import HISTORY_KEYS
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.mixture import Mixture
 from flm_torchrec.model.fusion import LateFusion, SumFusion
+from flm_torchrec.model.linear import narrow
 from flm_torchrec.model.losses import MAX_LOG_SCALE, make_losses
 from flm_torchrec.model.rows import Gather, share
 from flm_torchrec.model.tables import (
@@ -67,6 +68,8 @@ class Dense(nn.Module):
         described = widths.item_features + widths.item_dense > 0
         losses = make_losses(loss, described, gather, joint=len(schema.domains) > 1)
         self.tower = Tower(widths, model, learns_fused=any(part.learns_fused for part in losses))
+        if loss.precision == "bf16":
+            narrow(self.tower)
         self.losses = losses
         # What the losses learn is registered here, so that checkpoints know it by these names.
         for part in self.losses:

@@ -15,6 +15,7 @@ from flm_torchrec.model.fusion import FUSIONS
 from flm_torchrec.model.heads import CollaborativeHead, ContentHead, ItemContent, mlp
 from flm_torchrec.model.last_token import Ends
 from flm_torchrec.model.layout import Jagged, Layout
+from flm_torchrec.model.linear import Linear
 from flm_torchrec.model.scale import softened_unit, unit
 from flm_torchrec.model.space import place, width
 from flm_torchrec.model.transformer import CausalTransformer
@@ -133,7 +134,7 @@ class Tower(nn.Module):
         self.config, self.learns_fused = config, learns_fused
         self.item_content = ItemContent(widths.item_features * dim + widths.item_dense, dim)
         self.user_content = mlp(widths.user_features * dim + widths.user_dense, dim)
-        self.event = nn.Linear(widths.history * dim + 1, dim)
+        self.event = Linear(widths.history * dim + 1, dim)
         self.start = nn.Parameter(torch.zeros(dim))
         self.transformer = CausalTransformer(config, widths.max_tokens, widths.timed)
         self.content_head = ContentHead(dim, config.dropout, widths.timed)

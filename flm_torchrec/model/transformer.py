@@ -14,7 +14,9 @@ from flm_torchrec.config.schema import ModelConfig
 from flm_torchrec.model.dropout import Dropout
 from flm_torchrec.model.elapsed import BUCKETS, Clock, by_elapsed
 from flm_torchrec.model.last_token import LastAlone
-from flm_torchrec.model.layout import Layout
+from flm_torchrec.model.layout import Jagged, Layout
+from flm_torchrec.model.linear import Linear
+from flm_torchrec.model.pointwise_attention import Sequences, can_attend, pointwise_attention
 
 
 class CausalTransformer(nn.Module):
@@ -76,10 +78,10 @@ class _TransformerBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.attention_norm = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.out = Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.mlp = nn.Sequential(Linear(dim, 4 * dim), nn.GELU(), Linear(4 * dim, dim))
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, layout: Layout, bias: _RelativeBias | None) -> Tensor:
@@ -114,14 +116,17 @@ class _HSTUBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.input_norm = nn.LayerNorm(dim)
-        self.uvqk = nn.Linear(dim, 4 * dim)
+        self.uvqk = Linear(dim, 4 * dim)
         self.mixed_norm = nn.LayerNorm(dim)
-        self.out = nn.Linear(dim, dim)
+        self.out = Linear(dim, dim)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, layout: Layout, bias: _RelativeBias | None) -> Tensor:
         u, vqk = F.silu(self.uvqk(self.input_norm(x))).split([x.shape[-1], 3 * x.shape[-1]], -1)
-        mixed = layout.mix(vqk, lambda part, clock: self._attend(part, clock, bias))
+        if isinstance(layout, Jagged) and can_attend(vqk):
+            mixed = layout.mix_unpadded(vqk, partial(self._attend_unpadded, bias))
+        else:
+            mixed = layout.mix(vqk, lambda part, clock: self._attend(part, clock, bias))
         return x + self.dropout(self.out(self.mixed_norm(mixed) * u))
 
     def at_last(self, x: Tensor, layout: LastAlone, bias: _RelativeBias | None) -> Tensor:
@@ -132,6 +137,11 @@ class _HSTUBlock(nn.Module):
         scores = _scores(F.silu(of_q(last)), F.silu(of_k(normed)), self.heads, layout, bias)
         mixed = layout.collect(F.silu(of_v(normed)), F.silu(scores)) / (layout.count + 1)
         return layout.last(x) + self.dropout(self.out(self.mixed_norm(mixed) * F.silu(of_u(last))))
+
+    def _attend_unpadded(self, bias: _RelativeBias | None, vqk: Tensor, first: Tensor, clock: Clock) -> Tensor:
+        biases = None if bias is None else (bias.position, bias.time)
+        between = None if bias is None else clock.between
+        return pointwise_attention(vqk, self.heads, Sequences(first, between), biases)
 
     def _attend(self, vqk: Tensor, clock: Clock, bias: _RelativeBias | None) -> Tensor:
         seen = _seen(clock).to(vqk.dtype)
@@ -185,7 +195,7 @@ class _Pointwise(torch.autograd.Function):
 BLOCKS = {"transformer": _TransformerBlock, "hstu": _HSTUBlock}
 
 
-def _layers(joint: nn.Linear, parts: int) -> list[Callable[[Tensor], Tensor]]:
+def _layers(joint: Linear, parts: int) -> list[Callable[[Tensor], Tensor]]:
     """The layers D → D that a layer D → parts * D joins."""
     each = zip(joint.weight.chunk(parts), joint.bias.chunk(parts), strict=True)
     return [partial(F.linear, weight=weight, bias=bias) for weight, bias in each]

@@ -17,6 +17,7 @@ from flm_torchrec.errors import ConfigError
 from flm_torchrec.evaluation.evaluate import blocks_of, evaluate_heads
 from flm_torchrec.evaluation.ranking import RankingProblem
 from flm_torchrec.model.losses import PRECISIONS
+from flm_torchrec.model.pointwise_attention import why_not_native
 from flm_torchrec.model.pretrain import PretrainModel
 from flm_torchrec.model.softmax import why_pytorch
 from flm_torchrec.names import nearest
@@ -108,6 +109,8 @@ def train(job: Job, logger: RunLogger, validate: Validate | None = None, start: 
     precision = PRECISIONS[config.loss.precision]
     if reason := why_pytorch(candidates, config.model.dim, precision, comm.device):
         logger.say(f"softmax by PyTorch, which is slower than native code: {reason}")
+    if config.model.block == "hstu" and config.model.layers and (reason := why_not_native(comm.device)):
+        logger.say(f"attention by PyTorch, which is slower than native code: {reason}")
     if data.item_domain is not None:
         sizes = zip(data.schema.domains, np.bincount(data.item_domain), strict=True)
         told = "; ".join(f"{name}: {count} items" for name, count in sizes)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData
-from flm_torchrec.model import fused_softmax, softmax
+from flm_torchrec.model import fused_softmax, native_code, pointwise_attention, softmax
 from flm_torchrec.model.fused_softmax import why_not_fused
 from flm_torchrec.model.softmax import CandidateVectors, Hidden, log_probability, sampled_softmax
 
@@ -28,16 +28,18 @@ native = pytest.mark.skipif(bool(why_not_fused(BF16, CPU)), reason="no native so
 def unbuilt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache, as on a new machine."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    fused_softmax._library.cache_clear()
+    for code in (fused_softmax, pointwise_attention):
+        code._library.cache_clear()
     yield tmp_path
-    fused_softmax._library.cache_clear()
+    for code in (fused_softmax, pointwise_attention):
+        code._library.cache_clear()
 
 
 @pytest.fixture(params=["the processor's own", "without AMX"])
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which the native code has."""
     if request.param == "without AMX":
-        library = fused_softmax._built(fused_softmax.WITHOUT_AMX)
+        library = native_code.built(fused_softmax.SOURCE, fused_softmax.WITHOUT_AMX)
         assert not library.flm_softmax_refused()
         monkeypatch.setattr(fused_softmax, "_library", lambda: library)
 
@@ -164,9 +166,11 @@ def test_training_says_it_once_and_goes_on(
     monkeypatch: pytest.MonkeyPatch, unbuilt: Path, small: PreparedData, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(fused_softmax, "processor_instructions", set)
+    monkeypatch.setenv("CXX", "no-such-compiler")
     options = [f"--data.path={small.path}", "--model.dim=8", "--train.max_steps=2", f"--train.run={tmp_path / 'run'}"]
     assert main(["train", *options, "--loss.precision=bf16"]) == 0
     log = (tmp_path / "run" / "train.log").read_text()
+    assert log.count("attention by PyTorch, which is slower than native code: there is no C++ compiler") == 1
     assert log.count("softmax by PyTorch, which is slower than native code: the processor has no avx512_bf16") == 1
 
 
@@ -186,12 +190,12 @@ def test_another_processor_and_a_failed_build_are_told(monkeypatch: pytest.Monke
 def test_where_the_system_does_not_allow_amx_the_code_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def built(options: tuple[str, ...]) -> SimpleNamespace:
+    def built(_source: Path, options: tuple[str, ...]) -> SimpleNamespace:
         asked.append(options)
         refused = not set(fused_softmax.WITHOUT_AMX) <= set(options)
         return SimpleNamespace(flm_softmax_refused=lambda: refused)
 
-    monkeypatch.setattr(fused_softmax, "_built", built)
+    monkeypatch.setattr(fused_softmax, "built", built)
     monkeypatch.setattr(
         fused_softmax, "processor_instructions", lambda: {*fused_softmax.NEEDED, "amx_bf16", "amx_tile"}
     )
@@ -206,11 +210,11 @@ def test_processes_that_start_at_once_build_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(unbuilt))
     builds: list[Path] = []
 
-    def build(code: Path, options: tuple[str, ...]) -> None:
+    def build(_source: Path, code: Path, options: tuple[str, ...]) -> None:
         builds.append(code)
         shutil.copy(built, code)
 
-    monkeypatch.setattr(fused_softmax, "_compile", build)
+    monkeypatch.setattr(native_code, "_compile", build)
     with ThreadPoolExecutor(2) as pool:
         libraries = list(pool.map(lambda _: fused_softmax._load(), range(2)))
     assert len(builds) == 1 and [x._name for x in libraries] == [str(builds[0])] * 2

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from flm_torchrec.model import fused_softmax, softmax
 from flm_torchrec.model.fused_softmax import why_not_fused
+from flm_torchrec.model.native_code import built
 from flm_torchrec.model.softmax import CandidateVectors, sampled_softmax
 
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -84,7 +85,7 @@ def main() -> None:
     if "native" in args.ways and (precision != torch.bfloat16 or why_not_fused(precision, torch.device("cpu"))):
         parser.error(f"native: {why_not_fused(precision, torch.device('cpu')) or 'needs --precision bf16'}")
     if args.without_amx:
-        library = fused_softmax._built(fused_softmax.WITHOUT_AMX)
+        library = built(fused_softmax.SOURCE, fused_softmax.WITHOUT_AMX)
         mock.patch.object(fused_softmax, "_library", lambda: library).start()
     known = {
         "plain": plain,

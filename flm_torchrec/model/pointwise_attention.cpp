@@ -1,0 +1,299 @@
+// HSTU's pointwise attention and its gradients, sequence by sequence, without padding; what is written in memory is what
+// goes in and what comes out. Of any processor: GCC and Clang make vectors of 16 floats of what it has.
+//
+// A token i mixes sum over j <= i of SiLU(scale q_i . k_j + position[i - j] + time[between_ij]) / (i + 1) v_j. Scores are
+// made 32 queries at a time, and anew for the gradients. Later keys are left out, so half of the products are not made.
+// Threads take sequences; the gradients of the biases are added up in the order of the threads.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+using std::int32_t;
+using std::int64_t;
+
+struct Problem {  // as in pointwise_attention.py
+    const float *vqk;        // [T, 3 D], rows a step apart: values, queries and keys of all heads
+    const int64_t *first;    // [B + 1] token of each sequence, and T
+    const int32_t *between;  // [B, L, L], L the side: bucket of the time between two tokens; null without biases
+    const float *position;   // [heads, P]
+    const float *time;       // [heads, buckets]
+    const float *grad;       // [T, D] of what was mixed; null: mix
+    float *mixed;            // [T, D] out
+    float *vqk_grad;         // [T, 3 D] out
+    float *position_grad, *time_grad;  // [heads, P], [heads, buckets] added to
+    int64_t step, sequences, side, dim, heads, positions, buckets, threads;
+};
+
+namespace {
+
+constexpr int WIDE = 16, ROWS = 8, BLOCK = 32;
+
+typedef float Lanes __attribute__((vector_size(64)));
+typedef float Unaligned __attribute__((vector_size(64), aligned(4)));
+typedef int32_t Whole __attribute__((vector_size(64)));
+
+inline Lanes load(const float *at) { return *reinterpret_cast<const Unaligned *>(at); }
+inline void store(float *at, Lanes x) { *reinterpret_cast<Unaligned *>(at) = x; }
+inline int64_t upto(int64_t n, int64_t side) { return (n + side - 1) / side * side; }
+
+inline Lanes sigmoid(Lanes x) {  // by the Taylor polynomial of 2^y on [-1/2, 1/2]: relative error below 2e-7
+    const Lanes most = Lanes{} + 80.0f;
+    x = x > most ? most : x < -most ? -most : x;
+    const Lanes power = x * -1.44269504088896341f;
+    const Lanes magic = Lanes{} + 12582912.0f;  // adding it rounds to a whole number
+    const Lanes whole = power + magic - magic, y = power - whole;
+    Lanes e = y * 1.5403530e-4f + 1.3333558e-3f;
+    e = e * y + 9.6181291e-3f;
+    e = e * y + 5.5504109e-2f;
+    e = e * y + 2.4022651e-1f;
+    e = e * y + 6.9314718e-1f;
+    e = e * y + 1.0f;
+    const Whole exponent = (__builtin_convertvector(whole, Whole) + 127) << 23;
+    return 1.0f / (1.0f + e * (Lanes)exponent);  // its bits
+}
+
+// c [ROWS, 16 COLUMNS] = or += a [ROWS, depth] b [depth, 16 COLUMNS]. Steps in floats; rows of b and c are contiguous.
+template <int COLUMNS>
+inline void product(float *c, int64_t c_step, const float *a, int64_t a_row, int64_t a_column, const float *b,
+                    int64_t b_step, int64_t depth, bool add) {
+    Lanes sum[ROWS][COLUMNS];
+    for (int r = 0; r < ROWS; r++)
+        for (int n = 0; n < COLUMNS; n++) sum[r][n] = add ? load(c + r * c_step + n * WIDE) : Lanes{};
+    for (int64_t k = 0; k < depth; k++) {
+        Lanes right[COLUMNS];
+        for (int n = 0; n < COLUMNS; n++) right[n] = load(b + k * b_step + n * WIDE);
+        for (int r = 0; r < ROWS; r++) {
+            const float left = a[r * a_row + k * a_column];
+            for (int n = 0; n < COLUMNS; n++) sum[r][n] += left * right[n];
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int n = 0; n < COLUMNS; n++) store(c + r * c_step + n * WIDE, sum[r][n]);
+}
+
+struct Left {  // a factor, and where its next row and its next column are
+    const float *at;
+    int64_t row, column;
+};
+
+// c [rows, columns] = or += a b; rows are a multiple of 8, columns of 16.
+void multiply(float *c, int64_t c_step, Left a, const float *b, int64_t b_step, int64_t rows, int64_t columns,
+              int64_t depth, bool add) {
+    for (int64_t r = 0; r < rows; r += ROWS) {
+        const float *left = a.at + r * a.row;
+        float *to = c + r * c_step;
+        int64_t n = 0;
+        for (; n + 2 * WIDE <= columns; n += 2 * WIDE)
+            product<2>(to + n, c_step, left, a.row, a.column, b + n, b_step, depth, add);
+        if (n < columns) product<1>(to + n, c_step, left, a.row, a.column, b + n, b_step, depth, add);
+    }
+}
+
+struct Buffer {  // zeros
+    float *at;
+    explicit Buffer(int64_t size) {
+        const size_t bytes = upto(std::max<int64_t>(size, 1) * 4, 64);
+        at = static_cast<float *>(std::aligned_alloc(64, bytes));
+        if (!at) throw std::bad_alloc();
+        std::memset(at, 0, bytes);
+    }
+    Buffer(const Buffer &) = delete;
+    ~Buffer() { std::free(at); }
+};
+
+class Worker {  // a thread's
+  public:
+    Worker(const Problem &problem, int64_t longest)
+        : p(problem), width(p.dim / p.heads), wide(upto(width, WIDE)), most(upto(longest, BLOCK)),
+          scale(1 / std::sqrt(static_cast<float>(width))), q(most * wide), k(most * wide), v(most * wide), g(most * wide),
+          across(wide * most), values_across(p.grad ? wide * most : 0), scores(BLOCK * most), weights(BLOCK * most),
+          out(BLOCK * wide), k_grad(most * wide), v_grad(most * wide), back(p.between ? p.positions + BLOCK + most : 0),
+          position_grad(p.between ? p.heads * (p.positions + BLOCK + most) : 0),
+          time_grad(p.between ? p.heads * p.buckets : 0) {}
+
+    void sequence(int64_t number) {
+        begin = p.first[number];
+        length = p.first[number + 1] - begin;
+        between = p.between ? p.between + number * p.side * p.side : nullptr;
+        for (head = 0; head < p.heads; head++) {
+            bring();
+            for (int64_t i = 0; i < length; i += BLOCK) p.grad ? learn(i) : mix(i);
+            if (!p.grad) continue;
+            put(k_grad.at, p.vqk_grad + 2 * p.dim, 3 * p.dim, 0, length);
+            put(v_grad.at, p.vqk_grad, 3 * p.dim, 0, length);
+        }
+    }
+
+    // Add the gradients of this thread's sequences.
+    void add_biases(float *of_position, float *of_time) const {
+        for (int64_t h = 0; h < p.heads; h++) {
+            const float *from = position_grad.at + h * (p.positions + BLOCK + most);
+            for (int64_t n = 0; n < p.positions; n++) of_position[h * p.positions + n] += from[p.positions - 1 - n];
+        }
+        for (int64_t n = 0; n < p.heads * p.buckets; n++) of_time[n] += time_grad.at[n];
+    }
+
+  private:
+    const Problem &p;
+    const int64_t width, wide, most;  // of a head; to a multiple of 16; the longest sequence, to a multiple of 32
+    const float scale;
+    Buffer q, k, v, g;              // [most, wide] of this sequence and head; zeros behind
+    Buffer across, values_across;   // [wide, most] keys, values
+    Buffer scores, weights;         // [BLOCK, most]
+    Buffer out, k_grad, v_grad;     // [BLOCK, wide], [most, wide] twice
+    Buffer back;                    // [P + …] biases of the positions, the farthest first
+    Buffer position_grad, time_grad;  // [heads, P + …], the farthest first; [heads, buckets]
+    const int32_t *between = nullptr;
+    int64_t begin = 0, length = 0, head = 0;
+
+    void bring() {
+        take(v, p.vqk, p.step);
+        take(q, p.vqk + p.dim, p.step);
+        take(k, p.vqk + 2 * p.dim, p.step);
+        turn(across, k);
+        if (p.between)
+            for (int64_t n = 0; n < p.positions; n++)
+                back.at[n] = p.position[head * p.positions + p.positions - 1 - n];
+        if (!p.grad) return;
+        take(g, p.grad, p.dim);
+        turn(values_across, v);
+        std::memset(k_grad.at, 0, most * wide * sizeof(float));
+        std::memset(v_grad.at, 0, most * wide * sizeof(float));
+    }
+
+    void take(Buffer &to, const float *from, int64_t step) {
+        for (int64_t i = 0; i < length; i++)
+            std::memcpy(to.at + i * wide, from + (begin + i) * step + head * width, width * sizeof(float));
+        std::memset(to.at + length * wide, 0, (most - length) * wide * sizeof(float));
+    }
+
+    void turn(Buffer &to, const Buffer &from) {
+        for (int64_t i = 0; i < upto(length, WIDE); i++)
+            for (int64_t d = 0; d < wide; d++) to.at[d * most + i] = from.at[i * wide + d];
+    }
+
+    void put(const float *from, float *to, int64_t step, int64_t i, int64_t count) {
+        for (int64_t r = 0; r < count; r++)
+            std::memcpy(to + (begin + i + r) * step + head * width, from + r * wide, width * sizeof(float));
+    }
+
+    int64_t rows(int64_t i) const { return std::min<int64_t>(BLOCK, length - i); }
+    int64_t columns(int64_t i) const { return upto(std::min(i + BLOCK, length), WIDE); }
+
+    // [rows, columns] scores of the queries from i on, before SiLU; of later keys too.
+    void score(int64_t i) {
+        multiply(scores.at, most, {q.at + i * wide, wide, 1}, across.at, most, upto(rows(i), ROWS), columns(i), wide,
+                 false);
+        for (int64_t r = 0; r < rows(i); r++) {
+            float *row = scores.at + r * most;
+            const int64_t query = i + r, keys = upto(query + 1, WIDE);
+            for (int64_t j = 0; j < keys; j += WIDE) {
+                Lanes x = load(row + j) * scale;
+                if (between) x += load(back.at + p.positions - 1 - query + j);
+                store(row + j, x);
+            }
+            if (!between) continue;
+            const int32_t *bucket = between + query * p.side;
+            const float *time = p.time + head * p.buckets;
+            for (int64_t j = 0; j <= query; j++) row[j] += time[bucket[j]];
+        }
+    }
+
+    // Zero from the key behind the query on.
+    void leave_later(float *row, int64_t query, int64_t i) {
+        std::memset(row + query + 1, 0, (columns(i) - query - 1) * sizeof(float));
+    }
+
+    void mix(int64_t i) {
+        score(i);
+        for (int64_t r = 0; r < upto(rows(i), ROWS); r++) {
+            float *row = scores.at + r * most;
+            const int64_t query = i + r;
+            const float count = 1.0f / (query + 1);
+            for (int64_t j = 0; j < upto(query + 1, WIDE); j += WIDE) {
+                const Lanes x = load(row + j);
+                store(row + j, x * sigmoid(x) * count);
+            }
+            if (query < length) leave_later(row, query, i);
+        }
+        multiply(out.at, wide, {scores.at, most, 1}, v.at, wide, upto(rows(i), ROWS), wide,
+                 std::min(i + BLOCK, length), false);
+        put(out.at, p.mixed, p.dim, i, rows(i));
+    }
+
+    void learn(int64_t i) {
+        const int64_t some = upto(rows(i), ROWS), keys = columns(i);
+        score(i);
+        multiply(weights.at, most, {g.at + i * wide, wide, 1}, values_across.at, most, some, keys, wide, false);
+        for (int64_t r = 0; r < rows(i); r++) {
+            float *score = scores.at + r * most, *weight = weights.at + r * most;
+            const int64_t query = i + r;
+            const float count = 1.0f / (query + 1);
+            for (int64_t j = 0; j < upto(query + 1, WIDE); j += WIDE) {
+                const Lanes x = load(score + j), s = sigmoid(x), of_weight = load(weight + j);
+                store(weight + j, x * s * count);
+                store(score + j, of_weight * count * s * (1.0f + x * (1.0f - s)));
+            }
+            leave_later(score, query, i);
+            leave_later(weight, query, i);
+            if (between) learn_biases(score, query);
+        }
+        for (int64_t r = rows(i); r < some; r++) {
+            std::memset(scores.at + r * most, 0, keys * sizeof(float));
+            std::memset(weights.at + r * most, 0, keys * sizeof(float));
+        }
+        multiply(out.at, wide, {scores.at, most, 1}, k.at, wide, some, wide, std::min(i + BLOCK, length), false);
+        for (int64_t n = 0; n < some * wide; n++) out.at[n] *= scale;
+        put(out.at, p.vqk_grad + p.dim, 3 * p.dim, i, rows(i));
+        for (int64_t n = 0; n < some * wide; n++) out.at[n] = q.at[i * wide + n] * scale;
+        multiply(k_grad.at, wide, {scores.at, 1, most}, out.at, wide, keys, wide, some, true);
+        multiply(v_grad.at, wide, {weights.at, 1, most}, g.at + i * wide, wide, keys, wide, some, true);
+    }
+
+    void learn_biases(const float *score, int64_t query) {
+        float *of_position = position_grad.at + head * (p.positions + BLOCK + most) + p.positions - 1 - query;
+        for (int64_t j = 0; j < upto(query + 1, WIDE); j += WIDE)
+            store(of_position + j, load(of_position + j) + load(score + j));
+        const int32_t *bucket = between + query * p.side;
+        float *of_time = time_grad.at + head * p.buckets;
+        for (int64_t j = 0; j <= query; j++) of_time[bucket[j]] += score[j];
+    }
+};
+
+void run(const Problem &p) {
+    const int64_t threads = std::max<int64_t>(1, std::min(p.threads, p.sequences));
+    int64_t longest = 0;
+    for (int64_t s = 0; s < p.sequences; s++) longest = std::max(longest, p.first[s + 1] - p.first[s]);
+    bool failed = false;
+#pragma omp parallel for ordered num_threads(threads) schedule(static, 1)
+    for (int64_t n = 0; n < threads; n++) {
+        try {
+            Worker worker(p, longest);
+            for (int64_t s = p.sequences * n / threads; s < p.sequences * (n + 1) / threads; s++) worker.sequence(s);
+#pragma omp ordered
+            if (p.grad && p.between) worker.add_biases(p.position_grad, p.time_grad);
+        } catch (const std::bad_alloc &) {
+#pragma omp atomic write
+            failed = true;
+        }
+    }
+    if (failed) throw std::bad_alloc();
+}
+
+}  // namespace
+
+// 0: done; 1: no memory.
+extern "C" int flm_pointwise_attention(const Problem *problem) {
+    try {
+        run(*problem);
+        return 0;
+    } catch (const std::bad_alloc &) {
+        return 1;
+    }
+}

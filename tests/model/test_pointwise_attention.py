@@ -1,0 +1,71 @@
+"""HSTU's attention as native code, beside that of PyTorch."""
+
+from __future__ import annotations
+
+import math
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flm_torchrec.config.schema import ModelConfig
+from flm_torchrec.model import transformer
+from flm_torchrec.model.layout import Jagged
+from flm_torchrec.model.pointwise_attention import why_not_native
+from flm_torchrec.model.transformer import CausalTransformer
+
+native = pytest.mark.skipif(bool(why_not_native(torch.device("cpu"))), reason="no native attention here")
+
+
+@native
+@settings(max_examples=30)
+@given(
+    st.lists(st.integers(0, 70), min_size=1, max_size=8),
+    st.sampled_from([(1, 8), (2, 20), (2, 64), (4, 96)]),
+    st.booleans(),
+    st.integers(1, 2),
+)
+@example([0, 0], (1, 8), True, 1)
+@example([1, 16, 17, 31, 32, 33, 64, 65], (2, 64), True, 2)
+def test_native_attention_and_that_of_pytorch_have_the_same_gradients(
+    lengths: list[int], shape: tuple[int, int], relative: bool, threads: int
+) -> None:
+    heads, dim = shape
+    torch.manual_seed(sum(lengths))
+    config = ModelConfig(dim=dim, attention_heads=heads, block="hstu", layers=2, relative_bias=relative)
+    model = CausalTransformer(config, 70).eval()
+    for number in model.biases.parameters():
+        torch.nn.init.normal_(number)
+    x = torch.randn(sum(lengths), dim, requires_grad=True)
+    layout = Jagged(torch.tensor(lengths), torch.randint(0, 10**8, (len(x),)).sort().values)
+    towards = torch.randn(len(x), dim)
+
+    def found() -> list[Tensor]:
+        out = model(x, layout)
+        return [out.detach(), *torch.autograd.grad(out, [x, *model.parameters()], towards)]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        native = found()
+        with mock.patch.object(transformer, "can_attend", lambda *_: False):
+            plain = found()
+    finally:
+        torch.set_num_threads(before)
+    for ours, theirs in zip(native, plain, strict=True):
+        assert float((ours - theirs).norm()) <= 2e-5 * float(theirs.norm()) + 1e-7
+        assert not any(x.isnan().any() for x in (ours, theirs))
+
+
+@native
+def test_native_attention_repeats_its_bits_and_passes_nan_on() -> None:
+    x, lengths = torch.randn(90, 16), torch.tensor([40, 50])
+    model = CausalTransformer(ModelConfig(dim=16, block="hstu"), 50).eval()
+    layout = Jagged(lengths, torch.arange(90))
+    assert torch.equal(model(x, layout), model(x, layout))
+    x[60, 0] = math.nan
+    broken = model(x, layout).isnan().any(1)
+    assert broken[60:].all() and not broken[:40].any()
