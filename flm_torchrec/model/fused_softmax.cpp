@@ -182,9 +182,10 @@ class Softmax {
     explicit Softmax(const Problem &problem)
         : p(problem), rows((p.queries + SIDE - 1) / SIDE * SIDE), dim((p.dim + SIDE - 1) / SIDE * SIDE),
           panels((p.candidates + SIDE - 1) / SIDE), threads(std::max<int64_t>(1, std::min(p.threads, panels))),
-          query(rows * dim), weighted(p.weighted ? rows * dim : 0), reference(rows), truth(rows), correction(panels * SIDE),
-          domain(panels * SIDE), wanted(rows), sums(threads * rows), of_query(p.weighted ? threads * rows * dim : 0) {
-        pack_queries();
+          query(rows * dim), reference(rows), truth(rows), correction(panels * SIDE), domain(panels * SIDE), wanted(rows),
+          sums(threads * rows) {
+        const int64_t tiles = rows / SIDE;
+        in_threads([=](int64_t k) { pack_queries(tiles * k / threads * SIDE, tiles * (k + 1) / threads * SIDE); });
         for (int64_t c = 0; c < panels * SIDE; c++) {
             correction.at[c] = c < p.candidates ? std::max(-p.log_q[c] * LOG2_E, NOTHING) : NOTHING;
             domain.at[c] = p.domain && c < p.candidates ? p.domain[c] : 0;
@@ -210,12 +211,16 @@ class Softmax {
             p.log_sum[t] = reference.at[t] / LOG2_E;
         }
         if (!p.weighted) return;
+        Buffer<bf16> packed(rows * dim);
+        Buffer<float> added(threads * rows * dim);
+        weighted = packed.at, of_query = added.at;
+        pack_weighted(weighted, 0, p.queries);
         pass<GRADIENTS>();
         for (int64_t first = 0; first < p.queries; first += SIDE)
             for (int64_t d = 0; d < p.dim; d++)
                 for (int64_t t = first; t < std::min(first + SIDE, p.queries); t++) {
                     float sum = 0;
-                    for (int64_t k = 0; k < threads; k++) sum += of_query.at[(k * dim + d) * rows + t];
+                    for (int64_t k = 0; k < threads; k++) sum += of_query[(k * dim + d) * rows + t];
                     p.query_grad[t * p.dim + d] = sum;
                 }
     }
@@ -224,26 +229,34 @@ class Softmax {
     const Problem &p;
     const int64_t rows, dim, panels, threads;  // queries and width, each a multiple of 32; panels of 32 candidates
     Buffer<bf16> query;                        // [rows / 32][dim / 2][32][2], in powers of two
-    Buffer<bf16> weighted;                     // [rows / 2][dim][2]
+    bf16 *weighted = nullptr;                  // [rows / 2][dim][2]
     Buffer<float> reference, truth;            // [rows] in powers of two: what is subtracted; the target's logit
     Buffer<float> correction, domain, wanted;
-    Buffer<float> sums, of_query;              // by thread: [rows]; [dim, rows]
+    Buffer<float> sums;                        // by thread: [rows]
+    float *of_query = nullptr;                 // by thread: [dim, rows]
     std::vector<int64_t> begin;                // [panels + 1] of a panel's fixed logits
     std::vector<Fixed> fixed;         // by panel, then by query
 
-    void pack_queries() {
+    void pack_queries(int64_t first, int64_t end) {
         Buffer<bf16> row(dim);
-        for (int64_t t = 0; t < rows; t++) {
+        for (int64_t t = first; t < end; t++) {
             reference.at[t] = -NOTHING;
             if (t >= p.queries) continue;
             reference.at[t] = truth.at[t] = p.truth[t] * LOG2_E;
             wanted.at[t] = p.wanted ? p.wanted[t] : 0;
             narrow(p.query + t * p.dim, row.at, p.dim, LOG2_E);
             bf16 *to = query.at + t / SIDE * SIDE * dim + t % SIDE * 2;
-            for (int64_t d = 0; d < p.dim; d++) to[d / 2 * 2 * SIDE + d % 2] = row.at[d];
-            if (!p.weighted) continue;
-            narrow(p.weighted + t * p.dim, row.at, p.dim, 1);
-            for (int64_t d = 0; d < p.dim; d++) weighted.at[(t / 2 * dim + d) * 2 + t % 2] = row.at[d];
+            for (int64_t d = 0; d < dim; d += 2) std::memcpy(to + d * SIDE, row.at + d, 2 * sizeof(bf16));
+        }
+    }
+
+    // Weighted queries → [./2][dim][2] from `to` on; over their sums of exponentials where `once` has these.
+    void pack_weighted(bf16 *to, int64_t first, int64_t end, bool over_sums = false) {
+        Buffer<bf16> row(dim);
+        for (int64_t t = first; t < end; t++) {
+            narrow(p.weighted + t * p.dim, row.at, p.dim, over_sums ? 1 / sums.at[t] : 1);
+            const int64_t at = over_sums ? t - first : t;
+            for (int64_t d = 0; d < p.dim; d++) to[(at / 2 * dim + d) * 2 + at % 2] = row.at[d];
         }
     }
 
@@ -306,10 +319,7 @@ class Softmax {
         Buffer<float> gradients(threads * size);
         in_threads([&](int64_t k) { queries_once(k, items.at, across.at, gradients.at + k * size); });
         for (int64_t t = 0; t < p.queries; t++)
-            if (sums.at[t] > MOST) {
-                std::memset(of_query.at, 0, threads * rows * dim * sizeof(float));
-                return false;
-            }
+            if (sums.at[t] > MOST) return false;
         in_threads([&](int64_t k) {
             for (int64_t c = p.candidates * k / threads; c < p.candidates * (k + 1) / threads; c++)
                 for (int64_t d = 0; d < p.dim; d++) {
@@ -325,13 +335,15 @@ class Softmax {
     // The part of a thread: sums and gradients of its queries, and what they add to the candidates' gradients.
     void queries_once(int64_t thread, const bf16 *items, const bf16 *across, float *gradient) {
         const int64_t tiles = rows / SIDE, end = tiles * (thread + 1) / threads * SIDE;
-        Buffer<bf16> shares(panels * SIDE * QUERIES), pairs(ITEMS * QUERIES), scaled(QUERIES * dim), row(dim);
+        Buffer<bf16> shares(panels * SIDE * QUERIES), pairs(ITEMS * QUERIES), scaled(QUERIES * dim);
+        Buffer<float> to_query(dim * QUERIES);
         std::vector<int64_t> next(panels);
         int64_t q = tiles * thread / threads * SIDE;
         for (int64_t i = 0; i < panels; i++)
             for (next[i] = begin[i]; next[i] < begin[i + 1] && fixed[next[i]].query < q;) next[i]++;
         for (; q < end; q += QUERIES) {
             const int wide = std::min<int64_t>(QUERIES, end - q);
+            std::memset(to_query.at, 0, dim * QUERIES * sizeof(float));
             for (int64_t first = 0; first < panels; first += ITEMS / SIDE) {
                 const int count = std::min<int64_t>(ITEMS / SIDE, panels - first);
                 for (int64_t i = first; i < first + count; i++)
@@ -339,15 +351,13 @@ class Softmax {
                         tile<ONCE>({items + i * SIDE * dim, shares.at + i * SIDE * QUERIES + g,
                                     pairs.at + (i - first) * SIDE * QUERIES + 2 * g, next[i]},
                                    i, q + g, sums.at);
-                add_to_queries(of_query.at + q, across + first * SIDE * dim, pairs.at, count, wide);
+                add_to_queries(to_query.at, QUERIES, across + first * SIDE * dim, pairs.at, count, wide);
             }
-            for (int64_t t = q; t < std::min(q + wide, p.queries); t++) {
-                const float share = 1 / sums.at[t];
-                for (int64_t d = 0; d < p.dim; d++) p.query_grad[t * p.dim + d] = share * of_query.at[d * rows + t];
-                narrow(p.weighted + t * p.dim, row.at, p.dim, share);
-                bf16 *to = scaled.at + (t - q) / 2 * 2 * dim + (t - q) % 2;
-                for (int64_t d = 0; d < p.dim; d++) to[2 * d] = row.at[d];
-            }
+            const int64_t last = std::min(q + wide, p.queries);
+            for (int64_t t = q; t < last; t++)
+                for (int64_t d = 0; d < p.dim; d++)
+                    p.query_grad[t * p.dim + d] = to_query.at[d * QUERIES + t - q] / sums.at[t];
+            pack_weighted(scaled.at, q, last, true);
             for (int64_t i = 0; i < panels; i++)
                 add_to_items(gradient + i * SIDE * dim, shares.at + i * SIDE * QUERIES, scaled.at, wide);
         }
@@ -379,10 +389,10 @@ class Softmax {
                                     block.pairs.at + i * SIDE * QUERIES + 2 * g, block.next[i]},
                                    first + i, q + g, sums.at + thread * rows);
                 if (PASS != GRADIENTS) continue;
-                add_to_queries(of_query.at + thread * rows * dim + q, block.across.at, block.pairs.at, count, wide);
+                add_to_queries(of_query + thread * rows * dim + q, rows, block.across.at, block.pairs.at, count, wide);
                 for (int i = 0; i < count; i++)
                     add_to_items(block.gradient.at + i * SIDE * dim, block.shares.at + i * SIDE * QUERIES,
-                                 weighted.at + q * dim, wide);
+                                 weighted + q * dim, wide);
             }
             if (PASS == GRADIENTS)
                 for (int64_t c = first * SIDE; c < std::min((first + count) * SIDE, p.candidates); c++)
@@ -473,11 +483,11 @@ class Softmax {
         }
     }
 
-    // [dim, wide] += the candidates of a block by their shares; a step of `rows`.
-    void add_to_queries(float *to, const bf16 *across, const bf16 *pairs, int count, int wide) {
+    // [dim, wide] += the candidates of a block by their shares.
+    void add_to_queries(float *to, int64_t step, const bf16 *across, const bf16 *pairs, int count, int wide) {
         for (int64_t d = 0; d < dim; d += SIDE)
             for (int g = 0; g < wide; g += SIDE)
-                product<true>(to + d * rows + g, rows, across + d * ITEMS, ITEMS, pairs + 2 * g, 2 * QUERIES,
+                product<true>(to + d * step + g, step, across + d * ITEMS, ITEMS, pairs + 2 * g, 2 * QUERIES,
                               count * SIDE);
     }
 

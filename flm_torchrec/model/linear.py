@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from flm_torchrec.machine_code import processor_instructions
 
+ROUND = 64
+"""Rows of a product are a multiple of this."""
+
 
 class Linear(nn.Linear):
     """As `nn.Linear`. Once `narrow`, training rounds the factors of its products to bf16, and the products too.
@@ -37,13 +40,26 @@ class _Narrow(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
-        low_x, low_weight = x.bfloat16(), weight.bfloat16()
+        low_x, low_weight = _low(x), weight.bfloat16()
         ctx.save_for_backward(low_x, low_weight)
-        return (low_x @ low_weight.T).float().add_(bias)
+        return (low_x @ low_weight.T)[: len(x)].float().add_(bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         low_x, low_weight = ctx.saved_tensors
-        low = grad.bfloat16()
-        of_x = (low @ low_weight).float() if ctx.needs_input_grad[0] else None
+        low = _low(grad)
+        of_x = (low @ low_weight)[: len(grad)].float() if ctx.needs_input_grad[0] else None
         return of_x, (low.T @ low_x).float(), grad.sum(0)
+
+
+def _low(x: Tensor) -> Tensor:
+    """[T, n] → [rows, n] of bf16, zeros behind the T rows.
+
+    The library compiles code for each shape of a product, and T differs at every step. So T is rounded up, by at most a
+    sixteenth and ROUND.
+    """
+    step = max(ROUND, 1 << len(x).bit_length() >> 5)
+    low = x.new_empty(-(-len(x) // step) * step, x.shape[1], dtype=torch.bfloat16)
+    low[: len(x)] = x
+    low[len(x) :] = 0
+    return low
