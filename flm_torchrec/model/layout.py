@@ -83,6 +83,8 @@ class Jagged:
         self.first = torch.cumsum(lengths, 0) - lengths  # [B] the first token of each sequence
         self.position = torch.arange(len(self.sequence), device=lengths.device) - self.first[self.sequence]  # [T]
         sizes = lengths.tolist()
+        self.bounds = [0, *accumulate(sorted(sizes))]
+        """[B + 1] in the order of `mix`, the first token of each sequence, and T."""
         self.tokens: Tensor | None = None  # [T] in the order of `mix`; None: they are in this order
         self.back: Tensor | None = None  # [T] where each token is in that order
         nth = self.sequence  # [T] of each token, the place of its sequence in that order
@@ -104,7 +106,6 @@ class Jagged:
         """
         self.shapes: list[tuple[int, int]] = []  # of each bucket, sequences and longest length
         self.sizes: list[int] = []  # of each bucket, tokens
-        self.starts: list[list[int]] = []  # of each bucket, the first token of each sequence, and how many it has
         cuts, limit = [0], SHORT_ON_GPU if sequence.is_cuda else SHORT
         while cuts[-1] < len(lengths):
             last = bisect_right(lengths, limit)
@@ -115,8 +116,7 @@ class Jagged:
         for first, last in pairwise(cuts):
             if last > first:
                 self.shapes.append((last - first, lengths[last - 1]))
-                self.starts.append([0, *accumulate(lengths[first:last])])
-                self.sizes.append(self.starts[-1][-1])
+                self.sizes.append(sum(lengths[first:last]))
         self.slots: list[Tensor | None] = []  # of each bucket, [its tokens] index among its padded tokens; None: all
         begin = 0
         parts = zip(self.shapes, sequence.split(self.sizes), position.split(self.sizes), strict=True)
@@ -194,12 +194,6 @@ class Jagged:
         """As of `Layout`."""
         mixed = [attend(self._pad(part, n), self.clocks[n]).flatten(0, 1) for n, part in enumerate(x.split(self.sizes))]
         return torch.cat([m if at is None else m.index_select(0, at) for m, at in zip(mixed, self.slots, strict=True)])
-
-    def mix_unpadded(self, x: Tensor, attend: Callable[[Tensor, Tensor, Clock], Tensor]) -> Tensor:
-        """As `mix`, by [t, parts * D] of sequences that lie one after the other, [b + 1] the first token of each and t,
-        and [b, L] times → [t, D]."""
-        parts = zip(x.split(self.sizes), self.starts, self.clocks, strict=True)
-        return torch.cat([attend(part, torch.tensor(first), clock) for part, first, clock in parts])
 
     def _pad(self, part: Tensor, bucket: int) -> Tensor:
         (count, longest), slots = self.shapes[bucket], self.slots[bucket]

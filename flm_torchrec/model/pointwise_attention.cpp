@@ -1,9 +1,10 @@
-// HSTU's pointwise attention and its gradients, sequence by sequence, without padding; what is written in memory is what
-// goes in and what comes out. Of any processor: GCC and Clang make vectors of 16 floats of what it has.
+// HSTU's pointwise attention and its gradients, sequence by sequence, without padding; nothing but what goes in and comes
+// out is in memory. Of any processor: GCC and Clang make vectors of 16 floats of what it has.
 //
-// A token i mixes sum over j <= i of SiLU(scale q_i . k_j + position[i - j] + time[between_ij]) / (i + 1) v_j. Scores are
-// made 32 queries at a time, and anew for the gradients. Later keys are left out, so half of the products are not made.
-// Threads take sequences; the gradients of the biases are added up in the order of the threads.
+// With u, v, q, k = SiLU(uvqk), a token i mixes the sum over j <= i of
+// SiLU(scale q_i . k_j + position[i - j] + time[between_ij]) / (i + 1) v_j. Scores are made 32 queries at a time, and anew
+// for the gradients. Later keys are left out, so half of the products are not made. Threads take sequences; the gradients
+// of the biases are added up in the order of the threads.
 
 #include <omp.h>
 
@@ -18,16 +19,17 @@ using std::int32_t;
 using std::int64_t;
 
 struct Problem {  // as in pointwise_attention.py
-    const float *vqk;        // [T, 3 D], rows a step apart: values, queries and keys of all heads
-    const int64_t *first;    // [B + 1] token of each sequence, and T
-    const int32_t *between;  // [B, L, L], L the side: bucket of the time between two tokens; null without biases
-    const float *position;   // [heads, P]
-    const float *time;       // [heads, buckets]
-    const float *grad;       // [T, D] of what was mixed; null: mix
-    float *mixed;            // [T, D] out
-    float *vqk_grad;         // [T, 3 D] out
+    const float *uvqk;             // [T, 4 D]
+    const int64_t *first;          // [B + 1] token of each sequence, and T
+    const int32_t *const *between; // [B] of [L, L], L the side: buckets of the times between two tokens; or null
+    const int64_t *side;           // [B]
+    const float *position;         // [heads, P]
+    const float *time;             // [heads, buckets]
+    const float *u_grad, *grad;    // [T, D] of u and of what was mixed; null: make these
+    float *u, *mixed;              // [T, D] out
+    float *uvqk_grad;              // [T, 4 D] out
     float *position_grad, *time_grad;  // [heads, P], [heads, buckets] added to
-    int64_t step, sequences, side, dim, heads, positions, buckets, threads;
+    int64_t sequences, dim, heads, positions, buckets, threads;
 };
 
 namespace {
@@ -56,6 +58,33 @@ inline Lanes sigmoid(Lanes x) {  // by the Taylor polynomial of 2^y on [-1/2, 1/
     e = e * y + 1.0f;
     const Whole exponent = (__builtin_convertvector(whole, Whole) + 127) << 23;
     return 1.0f / (1.0f + e * (Lanes)exponent);  // its bits
+}
+
+inline Lanes silu(Lanes x) { return x * sigmoid(x); }
+
+inline Lanes silu_slope(Lanes x) {
+    const Lanes s = sigmoid(x);
+    return s * (1.0f + x * (1.0f - s));
+}
+
+// to [n] = what `make` gives for 16 of x, and of y, at a time.
+template <class Make> inline void by_lanes(float *to, const float *x, const float *y, int64_t n, Make make) {
+    int64_t d = 0;
+    for (; d + WIDE <= n; d += WIDE) store(to + d, make(load(x + d), load(y + d)));
+    if (d == n) return;
+    float some[3][WIDE] = {};
+    std::memcpy(some[0], x + d, (n - d) * sizeof(float));
+    std::memcpy(some[1], y + d, (n - d) * sizeof(float));
+    store(some[2], make(load(some[0]), load(some[1])));
+    std::memcpy(to + d, some[2], (n - d) * sizeof(float));
+}
+
+inline void silu_of(float *to, const float *x, int64_t n) {
+    by_lanes(to, x, x, n, [](Lanes a, Lanes) { return silu(a); });
+}
+
+inline void silu_grad(float *to, const float *x, const float *grad, int64_t n) {
+    by_lanes(to, x, grad, n, [](Lanes a, Lanes g) { return g * silu_slope(a); });
 }
 
 // c [ROWS, 16 COLUMNS] = or += a [ROWS, depth] b [depth, 16 COLUMNS]. Steps in floats; rows of b and c are contiguous.
@@ -111,8 +140,8 @@ class Worker {  // a thread's
   public:
     Worker(const Problem &problem, int64_t longest)
         : p(problem), width(p.dim / p.heads), wide(upto(width, WIDE)), most(upto(longest, BLOCK)),
-          scale(1 / std::sqrt(static_cast<float>(width))), q(most * wide), k(most * wide), v(most * wide), g(most * wide),
-          across(wide * most), values_across(p.grad ? wide * most : 0), scores(BLOCK * most), weights(BLOCK * most),
+          scale(1 / std::sqrt(static_cast<float>(width))), q(most * wide), k(most * wide), v(most * wide),
+          g(p.grad ? most * wide : 0), across(wide * most), values_across(p.grad ? wide * most : 0), scores(BLOCK * most), weights(BLOCK * most),
           out(BLOCK * wide), k_grad(most * wide), v_grad(most * wide), back(p.between ? p.positions + BLOCK + most : 0),
           position_grad(p.between ? p.heads * (p.positions + BLOCK + most) : 0),
           time_grad(p.between ? p.heads * p.buckets : 0) {}
@@ -120,13 +149,19 @@ class Worker {  // a thread's
     void sequence(int64_t number) {
         begin = p.first[number];
         length = p.first[number + 1] - begin;
-        between = p.between ? p.between + number * p.side * p.side : nullptr;
+        between = p.between ? p.between[number] : nullptr;
+        side = p.between ? p.side[number] : 0;
+        for (int64_t t = begin; t < begin + length; t++) {
+            const float *x = p.uvqk + t * 4 * p.dim;
+            if (p.grad) silu_grad(p.uvqk_grad + t * 4 * p.dim, x, p.u_grad + t * p.dim, p.dim);
+            else silu_of(p.u + t * p.dim, x, p.dim);
+        }
         for (head = 0; head < p.heads; head++) {
             bring();
             for (int64_t i = 0; i < length; i += BLOCK) p.grad ? learn(i) : mix(i);
             if (!p.grad) continue;
-            put(k_grad.at, p.vqk_grad + 2 * p.dim, 3 * p.dim, 0, length);
-            put(v_grad.at, p.vqk_grad, 3 * p.dim, 0, length);
+            put_grad(k_grad.at, 3, 0, length);
+            put_grad(v_grad.at, 1, 0, length);
         }
     }
 
@@ -150,37 +185,45 @@ class Worker {  // a thread's
     Buffer back;                    // [P + …] biases of the positions, the farthest first
     Buffer position_grad, time_grad;  // [heads, P + …], the farthest first; [heads, buckets]
     const int32_t *between = nullptr;
-    int64_t begin = 0, length = 0, head = 0;
+    int64_t begin = 0, length = 0, side = 0, head = 0;
 
     void bring() {
-        take(v, p.vqk, p.step);
-        take(q, p.vqk + p.dim, p.step);
-        take(k, p.vqk + 2 * p.dim, p.step);
+        take(v, 1);
+        take(q, 2);
+        take(k, 3);
         turn(across, k);
         if (p.between)
             for (int64_t n = 0; n < p.positions; n++)
                 back.at[n] = p.position[head * p.positions + p.positions - 1 - n];
         if (!p.grad) return;
-        take(g, p.grad, p.dim);
+        for (int64_t i = 0; i < length; i++)
+            std::memcpy(g.at + i * wide, p.grad + (begin + i) * p.dim + head * width, width * sizeof(float));
+        leave(g);
         turn(values_across, v);
         std::memset(k_grad.at, 0, most * wide * sizeof(float));
         std::memset(v_grad.at, 0, most * wide * sizeof(float));
     }
 
-    void take(Buffer &to, const float *from, int64_t step) {
+    // The part of uvqk, of this head.
+    void take(Buffer &to, int64_t part) {
         for (int64_t i = 0; i < length; i++)
-            std::memcpy(to.at + i * wide, from + (begin + i) * step + head * width, width * sizeof(float));
-        std::memset(to.at + length * wide, 0, (most - length) * wide * sizeof(float));
+            silu_of(to.at + i * wide, p.uvqk + ((begin + i) * 4 + part) * p.dim + head * width, width);
+        leave(to);
     }
+
+    void leave(Buffer &to) { std::memset(to.at + length * wide, 0, (most - length) * wide * sizeof(float)); }
 
     void turn(Buffer &to, const Buffer &from) {
         for (int64_t i = 0; i < upto(length, WIDE); i++)
             for (int64_t d = 0; d < wide; d++) to.at[d * most + i] = from.at[i * wide + d];
     }
 
-    void put(const float *from, float *to, int64_t step, int64_t i, int64_t count) {
-        for (int64_t r = 0; r < count; r++)
-            std::memcpy(to + (begin + i + r) * step + head * width, from + r * wide, width * sizeof(float));
+    // Gradients of the queries, keys or values from i on.
+    void put_grad(const float *from, int64_t part, int64_t i, int64_t count) {
+        for (int64_t r = 0; r < count; r++) {
+            const int64_t at = ((begin + i + r) * 4 + part) * p.dim + head * width;
+            silu_grad(p.uvqk_grad + at, p.uvqk + at, from + r * wide, width);
+        }
     }
 
     int64_t rows(int64_t i) const { return std::min<int64_t>(BLOCK, length - i); }
@@ -199,7 +242,7 @@ class Worker {  // a thread's
                 store(row + j, x);
             }
             if (!between) continue;
-            const int32_t *bucket = between + query * p.side;
+            const int32_t *bucket = between + query * side;
             const float *time = p.time + head * p.buckets;
             for (int64_t j = 0; j <= query; j++) row[j] += time[bucket[j]];
         }
@@ -218,13 +261,14 @@ class Worker {  // a thread's
             const float count = 1.0f / (query + 1);
             for (int64_t j = 0; j < upto(query + 1, WIDE); j += WIDE) {
                 const Lanes x = load(row + j);
-                store(row + j, x * sigmoid(x) * count);
+                store(row + j, silu(x) * count);
             }
             if (query < length) leave_later(row, query, i);
         }
         multiply(out.at, wide, {scores.at, most, 1}, v.at, wide, upto(rows(i), ROWS), wide,
                  std::min(i + BLOCK, length), false);
-        put(out.at, p.mixed, p.dim, i, rows(i));
+        for (int64_t r = 0; r < rows(i); r++)
+            std::memcpy(p.mixed + (begin + i + r) * p.dim + head * width, out.at + r * wide, width * sizeof(float));
     }
 
     void learn(int64_t i) {
@@ -250,7 +294,7 @@ class Worker {  // a thread's
         }
         multiply(out.at, wide, {scores.at, most, 1}, k.at, wide, some, wide, std::min(i + BLOCK, length), false);
         for (int64_t n = 0; n < some * wide; n++) out.at[n] *= scale;
-        put(out.at, p.vqk_grad + p.dim, 3 * p.dim, i, rows(i));
+        put_grad(out.at, 2, i, rows(i));
         for (int64_t n = 0; n < some * wide; n++) out.at[n] = q.at[i * wide + n] * scale;
         multiply(k_grad.at, wide, {scores.at, 1, most}, out.at, wide, keys, wide, some, true);
         multiply(v_grad.at, wide, {weights.at, 1, most}, g.at + i * wide, wide, keys, wide, some, true);
@@ -260,7 +304,7 @@ class Worker {  // a thread's
         float *of_position = position_grad.at + head * (p.positions + BLOCK + most) + p.positions - 1 - query;
         for (int64_t j = 0; j < upto(query + 1, WIDE); j += WIDE)
             store(of_position + j, load(of_position + j) + load(score + j));
-        const int32_t *bucket = between + query * p.side;
+        const int32_t *bucket = between + query * side;
         float *of_time = time_grad.at + head * p.buckets;
         for (int64_t j = 0; j <= query; j++) of_time[bucket[j]] += score[j];
     }

@@ -22,10 +22,10 @@ class _Problem(ctypes.Structure):
     """As in pointwise_attention.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("vqk", "first", "between", "position", "time")),
-        *((name, ctypes.c_void_p) for name in ("grad", "mixed", "vqk_grad", "position_grad", "time_grad")),
-        *((name, ctypes.c_int64) for name in ("step", "sequences", "side", "dim", "heads", "positions", "buckets")),
-        ("threads", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("uvqk", "first", "between", "side", "position", "time")),
+        *((name, ctypes.c_void_p) for name in ("u_grad", "grad", "u", "mixed", "uvqk_grad")),
+        *((name, ctypes.c_void_p) for name in ("position_grad", "time_grad")),
+        *((name, ctypes.c_int64) for name in ("sequences", "dim", "heads", "positions", "buckets", "threads")),
     )
 
 
@@ -34,7 +34,8 @@ class Sequences:
     """B sequences whose tokens lie one after the other."""
 
     first: Tensor  # [B + 1] int64: the first token of each, and how many tokens there are
-    between: Tensor | None  # [B, L, L] int32 of `elapsed`; None: no biases
+    between: list[Tensor] | None
+    """[b, L, L] int32 of `elapsed`, of the first b sequences, of the next ones and so on; None: no biases."""
 
 
 def why_not_native(device: torch.device) -> str:
@@ -43,55 +44,60 @@ def why_not_native(device: torch.device) -> str:
     return found if isinstance(found, str) else ""
 
 
-def can_attend(vqk: Tensor) -> bool:
+def can_attend(uvqk: Tensor) -> bool:
     """Whether `pointwise_attention` takes these."""
-    return vqk.device.type == "cpu" and vqk.dtype == torch.float32 and not isinstance(_library(), str)
+    return uvqk.device.type == "cpu" and uvqk.dtype == torch.float32 and not isinstance(_library(), str)
 
 
-def pointwise_attention(vqk: Tensor, heads: int, sequences: Sequences, biases: tuple[Tensor, Tensor] | None) -> Tensor:
-    """[T, 3 D] values, queries and keys → [T, D].
+def pointwise_attention(
+    uvqk: Tensor, heads: int, sequences: Sequences, biases: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """[T, 4 D] gates, values, queries and keys before SiLU → [T, D] gates after it, [T, D] what each token mixes.
 
     Args:
         biases: of scores: [heads, P] by distance in position, [heads, BUCKETS] by time; None: no biases.
     """
-    found: Tensor = _Attended.apply(vqk, *(biases or (None, None)), heads, sequences)
+    found: tuple[Tensor, Tensor] = _Attended.apply(uvqk, *(biases or (None, None)), heads, sequences)
     return found
 
 
 class _Attended(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx, vqk: Tensor, position: Tensor | None, time: Tensor | None, heads: int, sequences: Sequences
-    ) -> Tensor:
-        vqk = vqk if vqk.stride(1) == 1 else vqk.contiguous()
-        mixed = vqk.new_empty(len(vqk), vqk.shape[1] // 3)
-        _call(vqk, (position, time), heads, sequences, mixed=mixed)
-        ctx.save_for_backward(vqk, position, time)
+        ctx, uvqk: Tensor, position: Tensor | None, time: Tensor | None, heads: int, sequences: Sequences
+    ) -> tuple[Tensor, Tensor]:
+        uvqk = uvqk.contiguous()
+        u, mixed = (uvqk.new_empty(len(uvqk), uvqk.shape[1] // 4) for _ in range(2))
+        _call(uvqk, (position, time), heads, sequences, u=u, mixed=mixed)
+        ctx.save_for_backward(uvqk, position, time)
         ctx.heads, ctx.sequences = heads, sequences
-        return mixed
+        return u, mixed
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        vqk, position, time = ctx.saved_tensors
-        of_vqk = torch.empty_like(vqk, memory_format=torch.contiguous_format)
+    def backward(ctx, u_grad: Tensor, grad: Tensor):  # type: ignore[override]
+        uvqk, position, time = ctx.saved_tensors
+        of_uvqk = torch.empty_like(uvqk)
         of_position, of_time = (None if x is None else torch.zeros_like(x) for x in (position, time))
-        given = {"vqk_grad": of_vqk, "position_grad": of_position, "time_grad": of_time}
-        _call(vqk, (position, time), ctx.heads, ctx.sequences, grad=grad.contiguous(), **given)
-        return of_vqk, of_position, of_time, None, None
+        given = {"uvqk_grad": of_uvqk, "position_grad": of_position, "time_grad": of_time}
+        grads = {"u_grad": u_grad.contiguous(), "grad": grad.contiguous()}
+        _call(uvqk, (position, time), ctx.heads, ctx.sequences, **grads, **given)
+        return of_uvqk, of_position, of_time, None, None
 
 
 def _call(
-    vqk: Tensor, biases: tuple[Tensor | None, Tensor | None], heads: int, sequences: Sequences, **given: Tensor | None
+    uvqk: Tensor, biases: tuple[Tensor | None, Tensor | None], heads: int, sequences: Sequences, **given: Tensor | None
 ) -> None:
     position, time = (None if x is None else x.detach().contiguous() for x in biases)
-    between = None if sequences.between is None else sequences.between.contiguous()
-    named = {"vqk": vqk, "first": sequences.first, "between": between, "position": position, "time": time, **given}
+    named = {"uvqk": uvqk, "first": sequences.first, "position": position, "time": time, **given}
+    if sequences.between is not None:
+        parts = [x.contiguous() for x in sequences.between]
+        at = [x.data_ptr() + x[0].nbytes * torch.arange(len(x)) for x in parts]
+        side = [torch.full((len(x),), x.shape[1]) for x in parts]
+        named |= {"between": torch.cat(at), "side": torch.cat(side)}
     problem = _Problem(
         **{name: x.data_ptr() for name, x in named.items() if x is not None},
-        step=vqk.stride(0),
         sequences=len(sequences.first) - 1,
-        side=0 if between is None else between.shape[1],
-        dim=vqk.shape[1] // 3,
+        dim=uvqk.shape[1] // 4,
         heads=heads,
         positions=0 if position is None else position.shape[1],
         buckets=0 if time is None else time.shape[1],
@@ -100,7 +106,7 @@ def _call(
     library = _library()
     assert not isinstance(library, str)
     if library.flm_pointwise_attention(ctypes.byref(problem)):
-        raise MemoryError(f"no memory for the attention of {len(vqk)} tokens")
+        raise MemoryError(f"no memory for the attention of {len(uvqk)} tokens")
 
 
 @cache

@@ -122,10 +122,13 @@ class _HSTUBlock(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, layout: Layout, bias: _RelativeBias | None) -> Tensor:
-        u, vqk = F.silu(self.uvqk(self.input_norm(x))).split([x.shape[-1], 3 * x.shape[-1]], -1)
-        if isinstance(layout, Jagged) and can_attend(vqk):
-            mixed = layout.mix_unpadded(vqk, partial(self._attend_unpadded, bias))
+        uvqk = self.uvqk(self.input_norm(x))
+        if isinstance(layout, Jagged) and can_attend(uvqk):
+            between = None if bias is None else [clock.between for clock in layout.clocks]
+            biases = None if bias is None else (bias.position, bias.time)
+            u, mixed = pointwise_attention(uvqk, self.heads, Sequences(torch.tensor(layout.bounds), between), biases)
         else:
+            u, vqk = F.silu(uvqk).split([x.shape[-1], 3 * x.shape[-1]], -1)
             mixed = layout.mix(vqk, lambda part, clock: self._attend(part, clock, bias))
         return x + self.dropout(self.out(self.mixed_norm(mixed) * u))
 
@@ -137,11 +140,6 @@ class _HSTUBlock(nn.Module):
         scores = _scores(F.silu(of_q(last)), F.silu(of_k(normed)), self.heads, layout, bias)
         mixed = layout.collect(F.silu(of_v(normed)), F.silu(scores)) / (layout.count + 1)
         return layout.last(x) + self.dropout(self.out(self.mixed_norm(mixed) * F.silu(of_u(last))))
-
-    def _attend_unpadded(self, bias: _RelativeBias | None, vqk: Tensor, first: Tensor, clock: Clock) -> Tensor:
-        biases = None if bias is None else (bias.position, bias.time)
-        between = None if bias is None else clock.between
-        return pointwise_attention(vqk, self.heads, Sequences(first, between), biases)
 
     def _attend(self, vqk: Tensor, clock: Clock, bias: _RelativeBias | None) -> Tensor:
         seen = _seen(clock).to(vqk.dtype)
