@@ -26,7 +26,7 @@ from flm_torchrec.model.softmax import (
     log_probability,
     sampled_softmax,
 )
-from flm_torchrec.model.space import used, used_by_each
+from flm_torchrec.model.space import used_by_each
 from flm_torchrec.model.targets import CountedTargets, columns_of, hidden_of
 from flm_torchrec.model.tower import Encoded
 
@@ -137,10 +137,10 @@ class NextItemLoss:
         def question(query: Tensor, name: str, hidden: Hidden | None) -> _Question:
             scale = self.log_scale[name].clamp(max=MAX_LOG_SCALE).exp()
             items = CandidateVectors(own[name], log_q, domain, PRECISIONS[self.config.precision])
-            return _Question(name, items, scale, *counted.only(used(name, query), wanted, hidden))
+            return _Question(name, items, scale, *counted.only(query, wanted, hidden))
 
         total, asked = candidates.vectors.new_zeros(()), dict[str, _Question]()
-        for name, query in encoded.representations.items():
+        for name, query in encoded.queries.items():
             if getattr(self.config, name) == 0:
                 total = total + 0.0 * (query.sum() + self.log_scale[name])
                 continue

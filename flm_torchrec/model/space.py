@@ -28,6 +28,11 @@ def place(head: str, h: Tensor) -> Tensor:
     return F.pad(h, (dim, 0) if head in OWN_VECTORS else (0, dim))
 
 
+def placed(queries: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By representation, [n, D] of the heads and [n, 2 D] of the fusion → [n, 2 D]."""
+    return {name: h if name == FUSED else place(name, h) for name, h in queries.items()}
+
+
 def used(representation: str, x: Tensor) -> Tensor:
     """[n, 2 D] vectors of the space → [n, D], the half that a head uses; [n, 2 D] for the fusion."""
     return x if representation == FUSED else x.chunk(2, 1)[representation in OWN_VECTORS]

@@ -17,7 +17,7 @@ from flm_torchrec.model.last_token import Ends
 from flm_torchrec.model.layout import Jagged, Layout
 from flm_torchrec.model.linear import Linear
 from flm_torchrec.model.scale import softened_unit, unit
-from flm_torchrec.model.space import place, width
+from flm_torchrec.model.space import place, placed, width
 from flm_torchrec.model.transformer import CausalTransformer
 
 SOFTENING = 0.01
@@ -94,10 +94,16 @@ class Encoded:
     items: Tensor  # [N, S]
     ids: Tensor  # [N, D]: rows of the table of ids
     contents: Tensor  # [N, D]: of features alone; in training not scaled, as a step needs few of them
-    representations: dict[str, Tensor]
-    """By name of REPRESENTATIONS, [T, S] at each token; where there is nothing to predict, [R, S] at the last token of
-    each of the R sequences that have tokens. In training the fusion has no row where no loss learns from it."""
-    left_out: Tensor | None = None  # [T, S] in training: the collaborative head of all items but the target
+    queries: dict[str, Tensor]
+    """By name of REPRESENTATIONS, at each token [T, D], the half of the space that a head uses, of the fusion [T, S];
+    where there is nothing to predict, [R, D] and [R, S] at the last token of each of the R sequences that have tokens.
+    In training the fusion has no row where no loss learns from it."""
+    left_out: Tensor | None = None  # [T, D] in training: the collaborative head of all items but the target
+
+    @property
+    def representations(self) -> dict[str, Tensor]:
+        """By name of REPRESENTATIONS, [T, S] or [R, S]: `queries` in the whole space."""
+        return placed(self.queries)
 
     @property
     def id_items(self) -> Tensor:
@@ -167,7 +173,7 @@ class Tower(nn.Module):
             items=torch.cat([self._unit(vectors), self._scored(embedded.item_target, known)], 1),
             ids=embedded.item_id,
             contents=content if self.training else self._unit(content),
-            representations=self.represent(seen, layout),
+            queries=self._queries(seen, layout),
             left_out=self._left_out(seen.user_id, F.embedding(batch.targets, sources), layout)
             if self.training
             else None,
@@ -175,6 +181,10 @@ class Tower(nn.Module):
 
     def represent(self, seen: Sequences, layout: Layout) -> dict[str, Tensor]:
         """Sequences → by name of REPRESENTATIONS, [R, S] at the R represented tokens of the layout."""
+        return placed(self._queries(seen, layout))
+
+    def _queries(self, seen: Sequences, layout: Layout) -> dict[str, Tensor]:
+        """As of `Encoded.queries`."""
         events = seen.item_id + seen.item_context + seen.item_content + self.event(seen.event)
         if seen.context is not None:
             events = events + seen.context
@@ -186,16 +196,17 @@ class Tower(nn.Module):
             ),
             "sequential": self.transformer(layout.begin(layout.each(seen.profile) + self.start, events), layout),
         }
-        heads = {name: place(name, self._unit(h)) for name, h in heads.items()}
+        heads = {name: self._unit(h) for name, h in heads.items()}
         parts = [heads[name] for name in HEADS]
         if self.training and not self.learns_fused:
             parts = [h.detach()[:0] for h in parts]  # its parameters owe other ranks a gradient of zero all the same
+        parts = [place(name, h) for name, h in zip(HEADS, parts, strict=True)]
         return {**heads, FUSED: self._unit(self.fusion(torch.stack(parts, 1)))}
 
     def _left_out(self, user: Tensor, targets: Tensor, layout: Jagged) -> Tensor:
-        """[B, D] ids of users, [T, D] sources of targets → [T, S]: the collaborative head without each target."""
+        """[B, D] ids of users, [T, D] sources of targets → [T, D]: the collaborative head without each target."""
         sources, count = layout.others(self.collaborative_head.dropout(targets))
-        return place("collaborative", self._unit(self.collaborative_head.left_out(layout.each(user), sources, count)))
+        return self._unit(self.collaborative_head.left_out(layout.each(user), sources, count))
 
     def sliceable(self) -> list[nn.Module]:
         """The layers that ranks may hold in slices: all but the fusion, whose weights are set after training."""

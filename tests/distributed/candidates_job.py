@@ -25,6 +25,7 @@ from flm_torchrec.distributed.candidates import CandidateRanks
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.model.losses import SHORTEST, Loss, make_losses
 from flm_torchrec.model.rows import share
+from flm_torchrec.model.space import used
 
 ITEMS, DIM, DOMAINS = 40, 8, 3
 DRAWN = 21  # divides by no number of ranks here
@@ -39,11 +40,19 @@ class Vectors:
     ids: Tensor
     contents: Tensor
     query: Tensor
-    left_out: Tensor
+    left: Tensor
 
     @property
     def representations(self) -> dict[str, Tensor]:
         return {"content": self.query, "collaborative": self.query * 2, "sequential": self.query.flip(1)}
+
+    @property
+    def queries(self) -> dict[str, Tensor]:
+        return {name: used(name, x) for name, x in self.representations.items()}
+
+    @property
+    def left_out(self) -> Tensor:
+        return used("collaborative", self.left)
 
 
 def made(rank: int, kind: str, ranks: CandidateRanks, negatives: int, weighted: bool) -> tuple[Any, Vectors]:
@@ -107,7 +116,7 @@ def expected(
     by_target: dict[str, Tensor] = {}
     sequence = torch.repeat_interleave(torch.arange(len(batch.lengths)), batch.lengths).tolist()
     wanted = [int(batch.items[t]) for t in batch.targets]
-    queries = {**own.representations, "left_out": own.left_out}
+    queries = {**own.representations, "left_out": own.left}
     for name, whole in queries.items():
         half = slice(DIM, None) if name in ("collaborative", "left_out") else slice(0, DIM)
         query, seen = whole[:, half], matrix[:, half]
