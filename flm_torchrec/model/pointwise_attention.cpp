@@ -1,5 +1,5 @@
 // HSTU's pointwise attention and its gradients, sequence by sequence, without padding; nothing but what goes in and comes
-// out is in memory. Of any processor: GCC and Clang make vectors of 16 floats of what it has.
+// out is in memory. For any processor; vectors are those of GCC and Clang, as wide as its registers.
 //
 // With u, v, q, k = SiLU(uvqk), a token i mixes the sum over j <= i of
 // SiLU(scale q_i . k_j + position[i - j] + time[between_ij]) / (i + 1) v_j. Scores are made 32 queries at a time, and anew
@@ -34,11 +34,19 @@ struct Problem {  // as in pointwise_attention.py
 
 namespace {
 
-constexpr int WIDE = 16, ROWS = 8, BLOCK = 32;
+// Floats of a vector, and rows of a product whose sums stay in registers; WIDE is a multiple of ROWS.
+#if defined(__AVX512F__)
+constexpr int WIDE = 16, ROWS = 8;
+#elif defined(__AVX__)
+constexpr int WIDE = 8, ROWS = 4;
+#else
+constexpr int WIDE = 4, ROWS = 4;
+#endif
+constexpr int BLOCK = 32;  // queries whose scores are held
 
-typedef float Lanes __attribute__((vector_size(64)));
-typedef float Unaligned __attribute__((vector_size(64), aligned(4)));
-typedef int32_t Whole __attribute__((vector_size(64)));
+typedef float Lanes __attribute__((vector_size(4 * WIDE)));
+typedef float Unaligned __attribute__((vector_size(4 * WIDE), aligned(4)));
+typedef int32_t Whole __attribute__((vector_size(4 * WIDE)));
 
 inline Lanes load(const float *at) { return *reinterpret_cast<const Unaligned *>(at); }
 inline void store(float *at, Lanes x) { *reinterpret_cast<Unaligned *>(at) = x; }
@@ -67,7 +75,7 @@ inline Lanes silu_slope(Lanes x) {
     return s * (1.0f + x * (1.0f - s));
 }
 
-// to [n] = what `make` gives for 16 of x, and of y, at a time.
+// to [n] = what `make` gives for a vector of x, and of y, at a time.
 template <class Make> inline void by_lanes(float *to, const float *x, const float *y, int64_t n, Make make) {
     int64_t d = 0;
     for (; d + WIDE <= n; d += WIDE) store(to + d, make(load(x + d), load(y + d)));
@@ -87,7 +95,7 @@ inline void silu_grad(float *to, const float *x, const float *grad, int64_t n) {
     by_lanes(to, x, grad, n, [](Lanes a, Lanes g) { return g * silu_slope(a); });
 }
 
-// c [ROWS, 16 COLUMNS] = or += a [ROWS, depth] b [depth, 16 COLUMNS]. Steps in floats; rows of b and c are contiguous.
+// c [ROWS, COLUMNS vectors] = or += a [ROWS, depth] b [depth, COLUMNS vectors]. Steps in floats; rows of b and c are contiguous.
 template <int COLUMNS>
 inline void product(float *c, int64_t c_step, const float *a, int64_t a_row, int64_t a_column, const float *b,
                     int64_t b_step, int64_t depth, bool add) {
@@ -111,7 +119,7 @@ struct Left {  // a factor, and where its next row and its next column are
     int64_t row, column;
 };
 
-// c [rows, columns] = or += a b; rows are a multiple of 8, columns of 16.
+// c [rows, columns] = or += a b; rows are a multiple of ROWS, columns of WIDE.
 void multiply(float *c, int64_t c_step, Left a, const float *b, int64_t b_step, int64_t rows, int64_t columns,
               int64_t depth, bool add) {
     for (int64_t r = 0; r < rows; r += ROWS) {
@@ -176,7 +184,7 @@ class Worker {  // a thread's
 
   private:
     const Problem &p;
-    const int64_t width, wide, most;  // of a head; to a multiple of 16; the longest sequence, to a multiple of 32
+    const int64_t width, wide, most;  // of a head; to a multiple of WIDE; the longest sequence, to a multiple of 32
     const float scale;
     Buffer q, k, v, g;              // [most, wide] of this sequence and head; zeros behind
     Buffer across, values_across;   // [wide, most] keys, values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -12,16 +13,30 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flm_torchrec.config.schema import ModelConfig
-from flm_torchrec.model import transformer
+from flm_torchrec.model import pointwise_attention, transformer
 from flm_torchrec.model.layout import Jagged
+from flm_torchrec.model.native_code import OPTIONS, Unavailable, built
 from flm_torchrec.model.pointwise_attention import why_not_native
 from flm_torchrec.model.transformer import CausalTransformer
 
 native = pytest.mark.skipif(bool(why_not_native(torch.device("cpu"))), reason="no native attention here")
 
 
+@pytest.fixture(params=["native", "x86-64-v3", "x86-64"], scope="module")
+def processor(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Registers of 512, 256 and 128 bits, where this processor has them."""
+    options = tuple(f"-march={request.param}" if option == "-march=native" else option for option in OPTIONS)
+    try:
+        library = built(pointwise_attention.SOURCE, options)
+    except Unavailable as error:
+        pytest.skip(f"another kind of processor: {error}")
+    with mock.patch.object(pointwise_attention, "_library", lambda: library):
+        yield
+
+
 @native
-@settings(max_examples=30)
+@pytest.mark.usefixtures("processor")
+@settings(max_examples=20)
 @given(
     st.lists(st.integers(0, 70), min_size=1, max_size=8),
     st.sampled_from([(1, 8), (2, 20), (2, 64), (4, 96)]),

@@ -14,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -71,11 +72,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, help="run folder of flm train")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: %(default)s)")
+    parser.add_argument("--user-block", type=int, help="eval.user_block (default: the run's)")
+    parser.add_argument("--threads", type=int, help="(default: the run's)")
     args = parser.parse_args()
     with restore(args.run) as restored:
         job = restored.job
-        examples = job.events.splits.test
-        problem = RankingProblem(job.data, examples, blocks_of(job.config.eval))
+        examples, config = job.events.splits.test, job.config.eval
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        blocks = blocks_of(replace(config, user_block=args.user_block or config.user_block))
+        problem = RankingProblem(job.data, examples, blocks)
         measure(problem, job.encoder(examples), job, args.rounds)
 
 
@@ -85,7 +91,8 @@ def measure(problem: RankingProblem, encoder: Encoder, job: Job, rounds: int) ->
     began = time.perf_counter()
     kept = Kept(encoder, len(examples), data.schema.items, blocks.users)
     print(f"{len(examples)} users, {data.schema.items} items, {encoder.dim} numbers, {torch.get_num_threads()} threads")
-    print(f"encoding users and items: {time.perf_counter() - began:.2f} s")
+    encoding = time.perf_counter() - began
+    print(f"encoding users and items: {encoding:.2f} s")
     scorer = HeadScorer(kept, data.schema.items, blocks.items, comm)
     ours = (rank_targets, problem, scorer, comm, COVERAGE_AT)
     ranks = (rank_targets, problem, scorer, comm)
@@ -96,6 +103,7 @@ def measure(problem: RankingProblem, encoder: Encoder, job: Job, rounds: int) ->
         print(f"{name}: {statistics.median(times):.2f} s")
     for column, name in ((1, names[1]), (2, names[2])):
         print(f"{name} / {names[0]}: {statistics.median(t[column] / t[0] for t in turns):.2f}")
+    print(f"with encoding: {statistics.median((encoding + t[1]) / t[0] for t in turns):.2f}")
     chosen = seconds(choose_fusion, problem, kept, job.model.module.temperatures(), comm, job.config)
     print(f"choosing the fusion on as many users: {chosen:.2f} s")
 
