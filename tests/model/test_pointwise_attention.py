@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flm_torchrec.config.schema import ModelConfig
+from flm_torchrec.machine_code import processor_instructions
 from flm_torchrec.model import pointwise_attention, transformer
 from flm_torchrec.model.layout import Jagged
 from flm_torchrec.model.native_code import OPTIONS, Unavailable, built
@@ -25,6 +26,8 @@ native = pytest.mark.skipif(bool(why_not_native(torch.device("cpu"))), reason="n
 @pytest.fixture(params=["native", "x86-64-v3", "x86-64"], scope="module")
 def processor(request: pytest.FixtureRequest) -> Iterator[None]:
     """Registers of 512, 256 and 128 bits, where this processor has them."""
+    if request.param == "x86-64-v3" and "avx2" not in processor_instructions():
+        pytest.skip("a processor without AVX2")
     options = tuple(f"-march={request.param}" if option == "-march=native" else option for option in OPTIONS)
     try:
         library = built(pointwise_attention.SOURCE, options)
