@@ -48,6 +48,7 @@ constexpr int SIDE = 32;           // of a tile of logits
 constexpr int ITEMS = 256;         // candidates of a block
 constexpr int QUERIES = 128;       // queries of a block
 constexpr int64_t FEW = 8192;      // candidates of one pass: the exponentials of a block of queries take 2 MiB
+constexpr int64_t MOST_ROWS = 65536;  // of the candidates' gradients by thread in one pass
 constexpr float NOTHING = -1e30f;  // a logit whose exponential is 0
 constexpr float MOST = 1e30f;      // of a sum of exponentials
 constexpr float LOG2_E = 1.44269504088896341f;
@@ -185,7 +186,7 @@ class Softmax {
           query(rows * dim), reference(rows), truth(rows), correction(panels * SIDE), domain(panels * SIDE), wanted(rows),
           sums(threads * rows) {
         const int64_t tiles = rows / SIDE;
-        in_threads([=](int64_t k) { pack_queries(tiles * k / threads * SIDE, tiles * (k + 1) / threads * SIDE); });
+        in_threads([&](int64_t k) { pack_queries(tiles * k / threads * SIDE, tiles * (k + 1) / threads * SIDE); });
         for (int64_t c = 0; c < panels * SIDE; c++) {
             correction.at[c] = c < p.candidates ? std::max(-p.log_q[c] * LOG2_E, NOTHING) : NOTHING;
             domain.at[c] = p.domain && c < p.candidates ? p.domain[c] : 0;
@@ -194,7 +195,7 @@ class Softmax {
     }
 
     void run() {
-        if (p.weighted && p.candidates <= FEW && once()) return;
+        if (p.weighted && p.candidates <= FEW && p.candidates * threads <= MOST_ROWS && once()) return;
         // The target's own exponential is 1, so no sum is below 1; only if it is very large the largest logit is needed.
         if (!add_up()) {
             std::fill_n(sums.at, threads * rows, -INFINITY);
@@ -214,7 +215,7 @@ class Softmax {
         Buffer<bf16> packed(rows * dim);
         Buffer<float> added(threads * rows * dim);
         weighted = packed.at, of_query = added.at;
-        pack_weighted(weighted, 0, p.queries);
+        pack_weighted(weighted, 0, p.queries, false);
         pass<GRADIENTS>();
         for (int64_t first = 0; first < p.queries; first += SIDE)
             for (int64_t d = 0; d < p.dim; d++)
@@ -235,7 +236,7 @@ class Softmax {
     Buffer<float> sums;                        // by thread: [rows]
     float *of_query = nullptr;                 // by thread: [dim, rows]
     std::vector<int64_t> begin;                // [panels + 1] of a panel's fixed logits
-    std::vector<Fixed> fixed;         // by panel, then by query
+    std::vector<Fixed> fixed;                  // by panel, then by query
 
     void pack_queries(int64_t first, int64_t end) {
         Buffer<bf16> row(dim);
@@ -250,13 +251,12 @@ class Softmax {
         }
     }
 
-    // Weighted queries → [./2][dim][2] from `to` on; over their sums of exponentials where `once` has these.
-    void pack_weighted(bf16 *to, int64_t first, int64_t end, bool over_sums = false) {
+    // Weighted queries → [(end - first) / 2][dim][2], each over its sum of exponentials if that is asked for.
+    void pack_weighted(bf16 *to, int64_t first, int64_t end, bool over_sums) {
         Buffer<bf16> row(dim);
         for (int64_t t = first; t < end; t++) {
             narrow(p.weighted + t * p.dim, row.at, p.dim, over_sums ? 1 / sums.at[t] : 1);
-            const int64_t at = over_sums ? t - first : t;
-            for (int64_t d = 0; d < p.dim; d++) to[(at / 2 * dim + d) * 2 + at % 2] = row.at[d];
+            for (int64_t d = 0; d < p.dim; d++) to[((t - first) / 2 * dim + d) * 2 + (t - first) % 2] = row.at[d];
         }
     }
 

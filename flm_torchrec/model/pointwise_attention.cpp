@@ -95,7 +95,8 @@ inline void silu_grad(float *to, const float *x, const float *grad, int64_t n) {
     by_lanes(to, x, grad, n, [](Lanes a, Lanes g) { return g * silu_slope(a); });
 }
 
-// c [ROWS, COLUMNS vectors] = or += a [ROWS, depth] b [depth, COLUMNS vectors]. Steps in floats; rows of b and c are contiguous.
+// c [ROWS, COLUMNS vectors] = or += a [ROWS, depth] b [depth, COLUMNS vectors]. Steps in floats; rows of b and c are
+// contiguous.
 template <int COLUMNS>
 inline void product(float *c, int64_t c_step, const float *a, int64_t a_row, int64_t a_column, const float *b,
                     int64_t b_step, int64_t depth, bool add) {
@@ -149,10 +150,15 @@ class Worker {  // a thread's
     Worker(const Problem &problem, int64_t longest)
         : p(problem), width(p.dim / p.heads), wide(upto(width, WIDE)), most(upto(longest, BLOCK)),
           scale(1 / std::sqrt(static_cast<float>(width))), q(most * wide), k(most * wide), v(most * wide),
-          g(p.grad ? most * wide : 0), across(wide * most), values_across(p.grad ? wide * most : 0), scores(BLOCK * most), weights(BLOCK * most),
-          out(BLOCK * wide), k_grad(most * wide), v_grad(most * wide), back(p.between ? p.positions + BLOCK + most : 0),
-          position_grad(p.between ? p.heads * (p.positions + BLOCK + most) : 0),
-          time_grad(p.between ? p.heads * p.buckets : 0) {}
+          g(p.grad ? most * wide : 0), across(wide * most), values_across(p.grad ? wide * most : 0),
+          scores(BLOCK * most), weights(p.grad ? BLOCK * most : 0), out(BLOCK * wide),
+          k_grad(p.grad ? most * wide : 0), v_grad(p.grad ? most * wide : 0), reach(p.positions + WIDE),
+          back(p.between ? p.heads * reach : 0), position_grad(p.between && p.grad ? p.heads * reach : 0),
+          time_grad(p.between && p.grad ? p.heads * p.buckets : 0) {
+        for (int64_t h = 0; p.between && h < p.heads; h++)
+            for (int64_t n = 0; n < p.positions; n++)
+                back.at[h * reach + n] = p.position[(h + 1) * p.positions - 1 - n];
+    }
 
     void sequence(int64_t number) {
         begin = p.first[number];
@@ -176,7 +182,7 @@ class Worker {  // a thread's
     // Add the gradients of this thread's sequences.
     void add_biases(float *of_position, float *of_time) const {
         for (int64_t h = 0; h < p.heads; h++) {
-            const float *from = position_grad.at + h * (p.positions + BLOCK + most);
+            const float *from = position_grad.at + h * reach;
             for (int64_t n = 0; n < p.positions; n++) of_position[h * p.positions + n] += from[p.positions - 1 - n];
         }
         for (int64_t n = 0; n < p.heads * p.buckets; n++) of_time[n] += time_grad.at[n];
@@ -186,12 +192,13 @@ class Worker {  // a thread's
     const Problem &p;
     const int64_t width, wide, most;  // of a head; to a multiple of WIDE; the longest sequence, to a multiple of 32
     const float scale;
-    Buffer q, k, v, g;              // [most, wide] of this sequence and head; zeros behind
-    Buffer across, values_across;   // [wide, most] keys, values
-    Buffer scores, weights;         // [BLOCK, most]
-    Buffer out, k_grad, v_grad;     // [BLOCK, wide], [most, wide] twice
-    Buffer back;                    // [P + …] biases of the positions, the farthest first
-    Buffer position_grad, time_grad;  // [heads, P + …], the farthest first; [heads, buckets]
+    Buffer q, k, v, g;             // [most, wide] of this sequence and head; zeros behind, to a multiple of 32
+    Buffer across, values_across;  // [wide, most] keys, values
+    Buffer scores, weights;        // [BLOCK, most]
+    Buffer out, k_grad, v_grad;    // [BLOCK, wide], [most, wide] twice
+    const int64_t reach;           // P, and a vector more
+    Buffer back, position_grad;    // [heads, reach] biases of the positions and their gradients, the farthest first
+    Buffer time_grad;              // [heads, buckets]
     const int32_t *between = nullptr;
     int64_t begin = 0, length = 0, side = 0, head = 0;
 
@@ -200,16 +207,13 @@ class Worker {  // a thread's
         take(q, 2);
         take(k, 3);
         turn(across, k);
-        if (p.between)
-            for (int64_t n = 0; n < p.positions; n++)
-                back.at[n] = p.position[head * p.positions + p.positions - 1 - n];
         if (!p.grad) return;
         for (int64_t i = 0; i < length; i++)
             std::memcpy(g.at + i * wide, p.grad + (begin + i) * p.dim + head * width, width * sizeof(float));
         leave(g);
         turn(values_across, v);
-        std::memset(k_grad.at, 0, most * wide * sizeof(float));
-        std::memset(v_grad.at, 0, most * wide * sizeof(float));
+        std::memset(k_grad.at, 0, upto(length, BLOCK) * wide * sizeof(float));
+        std::memset(v_grad.at, 0, upto(length, BLOCK) * wide * sizeof(float));
     }
 
     // The part of uvqk, of this head.
@@ -219,7 +223,9 @@ class Worker {  // a thread's
         leave(to);
     }
 
-    void leave(Buffer &to) { std::memset(to.at + length * wide, 0, (most - length) * wide * sizeof(float)); }
+    void leave(Buffer &to) {
+        std::memset(to.at + length * wide, 0, (upto(length, BLOCK) - length) * wide * sizeof(float));
+    }
 
     void turn(Buffer &to, const Buffer &from) {
         for (int64_t i = 0; i < upto(length, WIDE); i++)
@@ -246,7 +252,7 @@ class Worker {  // a thread's
             const int64_t query = i + r, keys = upto(query + 1, WIDE);
             for (int64_t j = 0; j < keys; j += WIDE) {
                 Lanes x = load(row + j) * scale;
-                if (between) x += load(back.at + p.positions - 1 - query + j);
+                if (between) x += load(back.at + head * reach + p.positions - 1 - query + j);
                 store(row + j, x);
             }
             if (!between) continue;
@@ -309,7 +315,7 @@ class Worker {  // a thread's
     }
 
     void learn_biases(const float *score, int64_t query) {
-        float *of_position = position_grad.at + head * (p.positions + BLOCK + most) + p.positions - 1 - query;
+        float *of_position = position_grad.at + head * reach + p.positions - 1 - query;
         for (int64_t j = 0; j < upto(query + 1, WIDE); j += WIDE)
             store(of_position + j, load(of_position + j) + load(score + j));
         const int32_t *bucket = between + query * side;
