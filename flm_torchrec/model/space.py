@@ -33,15 +33,10 @@ def placed(queries: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: h if name == FUSED else place(name, h) for name, h in queries.items()}
 
 
-def used(representation: str, x: Tensor) -> Tensor:
-    """[n, 2 D] vectors of the space → [n, D], the half that a head uses; [n, 2 D] for the fusion."""
-    return x if representation == FUSED else x.chunk(2, 1)[representation in OWN_VECTORS]
-
-
 def used_by_each(x: Tensor) -> dict[str, Tensor]:
-    """[n, 2 D] vectors → by representation what `used` gives, in one piece; heads of one half share it.
+    """[n, 2 D] vectors of the space → by representation [n, D], the half that a head uses; [n, 2 D] for the fusion.
 
-    Backward then joins the gradients of the two halves once.
+    Each half is in one piece, and heads share it: backward then joins the gradients of the two halves once.
     """
     halves = [half.contiguous() for half in x.chunk(2, 1)]
     return {FUSED: x} | {head: halves[head in OWN_VECTORS] for head in HEADS}

@@ -25,7 +25,7 @@ from flm_torchrec.distributed.candidates import CandidateRanks
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.model.losses import SHORTEST, Loss, make_losses
 from flm_torchrec.model.rows import share
-from flm_torchrec.model.space import used
+from flm_torchrec.model.space import used_by_each
 
 ITEMS, DIM, DOMAINS = 40, 8, 3
 DRAWN = 21  # divides by no number of ranks here
@@ -48,11 +48,11 @@ class Vectors:
 
     @property
     def queries(self) -> dict[str, Tensor]:
-        return {name: used(name, x) for name, x in self.representations.items()}
+        return {name: used_by_each(x)[name] for name, x in self.representations.items()}
 
     @property
     def left_out(self) -> Tensor:
-        return used("collaborative", self.left)
+        return used_by_each(self.left)["collaborative"]
 
 
 def made(rank: int, kind: str, ranks: CandidateRanks, negatives: int, weighted: bool) -> tuple[Any, Vectors]:

@@ -32,7 +32,7 @@ from flm_torchrec.model.fusion import FUSIONS
 from flm_torchrec.model.last_token import Padded
 from flm_torchrec.model.layout import Jagged
 from flm_torchrec.model.softmax import CandidateVectors, Hidden, inclusion_log_probability, sampled_softmax
-from flm_torchrec.model.space import used
+from flm_torchrec.model.space import used_by_each
 from flm_torchrec.model.targets import columns_of, hidden_of
 from flm_torchrec.model.tower import EmbeddingOutputs, Encoded, Tower, Widths
 from flm_torchrec.model.transformer import BLOCKS, CausalTransformer
@@ -295,13 +295,15 @@ def test_an_untrained_content_head_compares_features_with_those_of_the_history()
     tower, batch = MadeTower(widths, ModelConfig(dim=DIM)).eval(), inputs()
     batch["looked"].item_id *= DIM**-0.5  # rows of length 1, as tables begin
     out = tower(**batch)
-    sketches, head = batch["item_sketch"], used("content", out.representations["content"])
+    sketches, head = batch["item_sketch"], used_by_each(out.representations["content"])["content"]
     torch.testing.assert_close(head.norm(dim=1), torch.ones(8))
     tokens = batch["tokens"]
     recent = sketches[tokens[7]] + 0.7 * sketches[tokens[6]] + 0.49 * sketches[tokens[5]]
     assert torch.cosine_similarity(head[7], recent, 0) > 0.97
-    cosines = torch.cosine_similarity(used("content", out.content_items), sketches)
-    assert (cosines > 0.97).all() and (torch.cosine_similarity(used("content", out.items), sketches) > 0.9).all()
+    cosines = torch.cosine_similarity(used_by_each(out.content_items)["content"], sketches)
+    assert (cosines > 0.97).all() and (
+        torch.cosine_similarity(used_by_each(out.items)["content"], sketches) > 0.9
+    ).all()
     _, bias = tower.content_head.learned.layers[-1].parameters()
     gradient = torch.autograd.grad(head[0].sum(), bias)[0]
     assert 0 < gradient.norm() < 100
@@ -318,10 +320,10 @@ def test_the_collaborative_head_does_not_see_order() -> None:
 
 def test_the_collaborative_head_scores_by_vectors_of_its_own() -> None:
     out = make_tower()(**inputs())
-    assert not used("content", out.representations["collaborative"]).any()
-    assert not used("collaborative", out.representations["sequential"]).any()
+    assert not used_by_each(out.representations["collaborative"])["content"].any()
+    assert not used_by_each(out.representations["sequential"])["collaborative"].any()
     target = inputs()["looked"].item_target
-    torch.testing.assert_close(used("collaborative", out.items), target)
+    torch.testing.assert_close(used_by_each(out.items)["collaborative"], target)
 
 
 def test_a_target_is_left_out_of_what_predicts_it() -> None:
@@ -350,7 +352,7 @@ def test_an_item_that_no_training_event_has_is_its_content_alone() -> None:
     batch = inputs()
     batch["item_known"] = torch.zeros(7)
     out = make_tower()(**batch)
-    assert not used("collaborative", out.items).any()
+    assert not used_by_each(out.items)["collaborative"].any()
     torch.testing.assert_close(out.items, out.content_items)
 
 
