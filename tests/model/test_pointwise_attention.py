@@ -74,7 +74,7 @@ def test_native_attention_and_that_of_pytorch_have_the_same_gradients(
     finally:
         torch.set_num_threads(before)
     for ours, theirs in zip(native, plain, strict=True):
-        assert float((ours - theirs).norm()) <= 2e-5 * float(theirs.norm()) + 1e-7
+        assert float((ours - theirs).norm()) <= 2e-5 * float(theirs.norm()) + 2e-6
         assert not any(x.isnan().any() for x in (ours, theirs))
 
 
