@@ -18,8 +18,8 @@ from flm_torchrec.model.native_code import built, why_none
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 
-class _Problem(ctypes.Structure):
-    """As in pointwise_attention.cpp."""
+class _Arguments(ctypes.Structure):
+    """`Problem` of pointwise_attention.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("uvqk", "first", "between", "side", "position", "time")),
@@ -30,7 +30,7 @@ class _Problem(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Sequences:
+class Spans:
     """B sequences whose tokens lie one after the other."""
 
     first: Tensor  # [B + 1] int64: the first token of each, and how many tokens there are
@@ -50,7 +50,7 @@ def can_attend(uvqk: Tensor) -> bool:
 
 
 def pointwise_attention(
-    uvqk: Tensor, heads: int, sequences: Sequences, biases: tuple[Tensor, Tensor] | None
+    uvqk: Tensor, heads: int, sequences: Spans, biases: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """[T, 4 D] gates, values, queries and keys before SiLU → [T, D] gates after it, [T, D] what each token mixes.
 
@@ -64,7 +64,7 @@ def pointwise_attention(
 class _Attended(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx, uvqk: Tensor, position: Tensor | None, time: Tensor | None, heads: int, sequences: Sequences
+        ctx, uvqk: Tensor, position: Tensor | None, time: Tensor | None, heads: int, sequences: Spans
     ) -> tuple[Tensor, Tensor]:
         uvqk = uvqk.contiguous()
         u, mixed = (uvqk.new_empty(len(uvqk), uvqk.shape[1] // 4) for _ in range(2))
@@ -85,7 +85,7 @@ class _Attended(torch.autograd.Function):
 
 
 def _call(
-    uvqk: Tensor, biases: tuple[Tensor | None, Tensor | None], heads: int, sequences: Sequences, **given: Tensor | None
+    uvqk: Tensor, biases: tuple[Tensor | None, Tensor | None], heads: int, sequences: Spans, **given: Tensor | None
 ) -> None:
     position, time = (None if x is None else x.detach().contiguous() for x in biases)
     named = {"uvqk": uvqk, "first": sequences.first, "position": position, "time": time, **given}
@@ -94,7 +94,7 @@ def _call(
         at = [x.data_ptr() + x[0].nbytes * torch.arange(len(x)) for x in parts]
         side = [torch.full((len(x),), x.shape[1]) for x in parts]
         named |= {"between": torch.cat(at), "side": torch.cat(side)}
-    problem = _Problem(
+    problem = _Arguments(
         **{name: x.data_ptr() for name, x in named.items() if x is not None},
         sequences=len(sequences.first) - 1,
         dim=uvqk.shape[1] // 4,

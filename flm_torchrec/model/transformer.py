@@ -16,7 +16,7 @@ from flm_torchrec.model.elapsed import BUCKETS, Clock, by_elapsed
 from flm_torchrec.model.last_token import LastAlone
 from flm_torchrec.model.layout import Jagged, Layout
 from flm_torchrec.model.linear import Linear
-from flm_torchrec.model.pointwise_attention import Sequences, can_attend, pointwise_attention
+from flm_torchrec.model.pointwise_attention import Spans, can_attend, pointwise_attention
 
 
 class CausalTransformer(nn.Module):
@@ -126,7 +126,7 @@ class _HSTUBlock(nn.Module):
         if isinstance(layout, Jagged) and can_attend(uvqk):
             between = None if bias is None else [clock.between for clock in layout.clocks]
             biases = None if bias is None else (bias.position, bias.time)
-            u, mixed = pointwise_attention(uvqk, self.heads, Sequences(torch.tensor(layout.bounds), between), biases)
+            u, mixed = pointwise_attention(uvqk, self.heads, Spans(torch.tensor(layout.bounds), between), biases)
         else:
             u, vqk = F.silu(uvqk).split([x.shape[-1], 3 * x.shape[-1]], -1)
             mixed = layout.mix(vqk, lambda part, clock: self._attend(part, clock, bias))

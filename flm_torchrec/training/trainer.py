@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -105,12 +105,8 @@ def train(job: Job, logger: RunLogger, validate: Validate | None = None, start: 
         f" events to learn from; {comm.world_size} {'ranks' if comm.world_size > 1 else 'rank'} on"
         f" {comm.device.type}"
     )
-    candidates = data.schema.items if config.loss.negatives == "all" else config.loss.negatives
-    precision = PRECISIONS[config.loss.precision]
-    if reason := why_pytorch(candidates, config.model.dim, precision, comm.device):
-        logger.say(f"softmax by PyTorch, which is slower than native code: {reason}")
-    if config.model.block == "hstu" and config.model.layers and (reason := why_not_native(comm.device)):
-        logger.say(f"attention by PyTorch, which is slower than native code: {reason}")
+    for line in _made_by_pytorch(config, data.schema.items, comm.device):
+        logger.say(line)
     if data.item_domain is not None:
         sizes = zip(data.schema.domains, np.bincount(data.item_domain), strict=True)
         told = "; ".join(f"{name}: {count} items" for name, count in sizes)
@@ -138,6 +134,15 @@ def train(job: Job, logger: RunLogger, validate: Validate | None = None, start: 
     if validate is None and config.model.fusion in CHOSEN_LATE:
         logger.say(_told_fusion(load_checkpoint(checkpoints.best, job.model, comm), config.train.select))
     return finished
+
+
+def _made_by_pytorch(config: Config, items: int, device: torch.device) -> Iterator[str]:
+    """A line for each part that native code or kernels should make, and PyTorch makes."""
+    candidates = items if config.loss.negatives == "all" else config.loss.negatives
+    if reason := why_pytorch(candidates, config.model.dim, PRECISIONS[config.loss.precision], device):
+        yield f"softmax by PyTorch, which is slower than native code: {reason}"
+    if config.model.block == "hstu" and config.model.layers and (reason := why_not_native(device)):
+        yield f"attention by PyTorch, which is slower than native code: {reason}"
 
 
 def resume(checkpoints: Checkpoints, logger: RunLogger) -> Progress:
