@@ -173,7 +173,7 @@ class Tower(nn.Module):
             items=torch.cat([self._unit(vectors), self._scored(embedded.item_target, known)], 1),
             ids=embedded.item_id,
             contents=content if self.training else self._unit(content),
-            queries=self._queries(seen, layout),
+            queries=self.queries(seen, layout),
             left_out=self._left_out(seen.user_id, F.embedding(batch.targets, sources), layout)
             if self.training
             else None,
@@ -181,9 +181,9 @@ class Tower(nn.Module):
 
     def represent(self, seen: Sequences, layout: Layout) -> dict[str, Tensor]:
         """Sequences → by name of REPRESENTATIONS, [R, S] at the R represented tokens of the layout."""
-        return placed(self._queries(seen, layout))
+        return placed(self.queries(seen, layout))
 
-    def _queries(self, seen: Sequences, layout: Layout) -> dict[str, Tensor]:
+    def queries(self, seen: Sequences, layout: Layout) -> dict[str, Tensor]:
         """As of `Encoded.queries`."""
         events = seen.item_id + seen.item_context + seen.item_content + self.event(seen.event)
         if seen.context is not None:

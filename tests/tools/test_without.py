@@ -10,7 +10,7 @@ from flm_torchrec.model.tower import Tower
 from tests.model.test_model import changes, inputs, make_tower
 from tools.studies.without import PIECES, main
 
-CHANGED: list[tuple[type, str]] = [(Tower, "forward"), (Tower, "represent")]
+CHANGED: list[tuple[type, str]] = [(Tower, "forward"), (Tower, "queries")]
 CHANGED += [(owner, name) for owner in (ItemContent, ContentHead) for name in ("__init__", "forward")]
 
 

@@ -27,12 +27,12 @@ from flm_torchrec.model.tower import DenseInputs, EmbeddingOutputs, Encoded, Seq
 
 def without_context_rows() -> None:
     """An item of the history has no row of its own in the sequential head: its id and its content alone."""
-    represent = Tower.represent
+    queries = Tower.queries
 
     def changed(self: Tower, seen: Sequences, layout: Layout) -> dict[str, Tensor]:
-        return represent(self, replace(seen, item_context=0.0 * seen.item_context), layout)
+        return queries(self, replace(seen, item_context=0.0 * seen.item_context), layout)
 
-    _put(Tower, "represent", changed)
+    _put(Tower, "queries", changed)
 
 
 def without_collaborative_rows() -> None:
