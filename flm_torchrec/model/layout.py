@@ -83,16 +83,17 @@ class Jagged:
         self.first = torch.cumsum(lengths, 0) - lengths  # [B] the first token of each sequence
         self.position = torch.arange(len(self.sequence), device=lengths.device) - self.first[self.sequence]  # [T]
         sizes = lengths.tolist()
-        self.bounds = [0, *accumulate(sorted(sizes))]
+        ordered = sorted(sizes)
+        self.bounds = [0, *accumulate(ordered)]
         """[B + 1] in the order of `mix`, the first token of each sequence, and T."""
         self.tokens: Tensor | None = None  # [T] in the order of `mix`; None: they are in this order
         self.back: Tensor | None = None  # [T] where each token is in that order
         nth = self.sequence  # [T] of each token, the place of its sequence in that order
-        if sizes != sorted(sizes):
+        if sizes != ordered:
             nth = _inverse(torch.argsort(lengths, stable=True))[self.sequence]
             self.tokens = torch.argsort(nth, stable=True)
             self.back = _inverse(self.tokens)
-        self._make_buckets(sorted(sizes), self.group(nth), self.group(self.position))
+        self._make_buckets(ordered, self.group(nth), self.group(self.position))
         parts = self.group(time).split(self.sizes)
         self.clocks = [Clock(self._pad(part.unsqueeze(1), n).squeeze(2)) for n, part in enumerate(parts)]
 

@@ -106,7 +106,8 @@ def test_native_code_and_pytorch_have_the_loss_and_gradients_of_cross_entropy(
 ) -> None:
     """bf16 rounds the factors of products to 9 bits; PyTorch also rounds the logits.
 
-    A single query and few items: what is left of nearly equal vectors. Many items: two passes in place of one.
+    Of a single query and few items, the gradient of the scale is what is left of nearly equal numbers. Many items: two
+    passes in place of one.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -118,7 +119,8 @@ def test_native_code_and_pytorch_have_the_loss_and_gradients_of_cross_entropy(
         plain = errors([*case.found(BF16), case.log_probability()], exact)
     finally:
         torch.set_num_threads(before)
-    assert max(ours) < (3e-2 if queries == 1 else 8e-3) and max(plain) < (3e-2 if queries == 1 else 2e-2)
+    of_scale = ours.pop(3) if queries == 1 else 0.0
+    assert max(ours) < 8e-3 and max(plain) < 2e-2 and of_scale < 3e-2
     assert queries == 1 or sum(ours) < sum(plain)
 
 
@@ -133,7 +135,7 @@ def test_targets_far_below_other_candidates_are_exact_too(items: int) -> None:
     most = -math.log(softmax.TINY) * case.weight.sum()
     assert exact[0] > 1.2 * most
     torch.testing.assert_close(found[0], most)
-    assert max(errors(found[1:], exact[1:])) < 1.5e-2
+    assert max(errors(found[1:], exact[1:])) < (8e-3 if items == 100 else 1.5e-2)
 
 
 @native
