@@ -257,8 +257,7 @@ def _opened(file: Path | None) -> sqlite3.Connection:
     connection.execute("COMMIT")
     if application != APPLICATION and (application or tables):
         raise RunError(f"{file}: is a database of another program; give --events another file")
-    (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
-    if file is not None and mode != "wal":
+    if file is not None and _write_ahead(connection) != "wal":
         raise RunError(f"{file}: its file system has no shared memory for a write-ahead log; give one on a local disk")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA secure_delete = ON")  # bytes of dropped events are overwritten
@@ -279,6 +278,22 @@ def _make_file(file: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
     with suppress(FileExistsError):
         os.close(os.open(os.path.realpath(file), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+
+
+def _write_ahead(connection: sqlite3.Connection) -> str:
+    """The journal's mode after asking for a write-ahead log.
+
+    SQLite does not wait by itself here: it reads first, and while it reads it waits for no lock, as two such would wait
+    for each other.
+    """
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return str(connection.execute("PRAGMA journal_mode = WAL").fetchone()[0])
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+        time.sleep(0.01)
 
 
 def _make_tables(connection: sqlite3.Connection) -> None:

@@ -19,6 +19,7 @@ from fastapi.testclient import TestClient
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.errors import RunError
+from flm_torchrec.serve import event_store
 from flm_torchrec.serve.app import create_app
 from flm_torchrec.serve.event_log import WrittenEvents, export_events
 from flm_torchrec.serve.event_store import EventStore, LiveEvent, StoreError, StoreLimits
@@ -175,6 +176,25 @@ def test_processes_that_start_at_once_open_one_new_store(tmp_path: Path) -> None
         for thread in threads:
             thread.join()
         assert not failed
+
+
+def test_a_store_that_another_process_begins_is_waited_for(tmp_path: Path) -> None:
+    other = sqlite3.connect(tmp_path / "store", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    ended = threading.Timer(0.2, other.execute, ["ROLLBACK"])
+    ended.start()
+    EventStore(tmp_path / "store").close()
+    ended.join()
+    other.close()
+
+
+def test_a_store_that_stays_locked_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_store, "PATIENCE", 0.1)
+    other = sqlite3.connect(tmp_path / "store", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(RunError, match="store: database is locked; give --events another file"):
+        EventStore(tmp_path / "store")
+    other.close()
 
 
 def test_what_is_no_store_is_refused_and_stays(tmp_path: Path) -> None:
