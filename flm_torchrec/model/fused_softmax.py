@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flm_torchrec.machine_code import processor_instructions
 from flm_torchrec.model.native_code import OPTIONS, Unavailable, built, why_none
+from flm_torchrec.model.token_passes import take
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 NEEDED = {"avx512_bf16", "avx512bw", "avx512dq", "avx512vl"}
@@ -88,7 +89,7 @@ def fused_losses(
     """
     rows, columns, domain = left_out
     weighted, *sums = gradients or (None, None, None)
-    truth = torch.einsum("td,td->t", scaled, items.index_select(0, target))
+    truth = torch.einsum("td,td->t", scaled, take(items, target))
     losses = torch.empty_like(truth)
     places = None if domain is None else domain.float()
     wanted = None if places is None else places[target]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Protocol
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from flm_torchrec.model.elapsed import Clock, by_elapsed
+from flm_torchrec.model.spans import Spans
+from flm_torchrec.model.token_passes import gather, is_native, mean_so_far, recent_so_far, sum_by
 
 SHORT = 8
 """Sequences up to this length are padded together; so are those up to twice it, up to four times it, and so on."""
@@ -126,6 +129,11 @@ class Jagged:
             self.slots.append(None if full else (sequences - begin) * longest + positions)
             begin += count
 
+    @cached_property
+    def spans(self) -> Spans:
+        """The sequences in the order of `mix`."""
+        return Spans(torch.tensor(self.bounds), self.clocks)
+
     @property
     def count(self) -> Tensor:
         """As of `Layout`, [R, 1]."""
@@ -133,14 +141,18 @@ class Jagged:
 
     def each(self, x: Tensor) -> Tensor:
         """As of `Layout`, [R, D]."""
-        return x.index_select(0, self._shown(self.sequence))
+        return gather(x, self._shown(self.sequence))
 
     def mean(self, items: Tensor) -> Tensor:
         """As of `Layout`; items [T, D], of which those at a prefix are not used."""
+        if is_native(items):
+            return self.represented(mean_so_far(self.group(items), self.spans))
         return self._summed(items, lambda position, _age, _clock: 1.0 / position.clamp(min=1))
 
     def recent(self, items: Tensor, keep: Tensor, old: Tensor | None) -> Tensor:
         """As of `Layout`; items [T, D], of which those at a prefix are not used."""
+        if is_native(items):
+            return self.represented(recent_so_far(self.group(items), keep, old, self.spans))
         # A rank without events owes the others these gradients.
         if old is None:
             return self._summed(items, lambda _position, age, _clock: keep**age) + 0.0 * keep
@@ -171,9 +183,9 @@ class Jagged:
 
         An item follows each token, so these are all items of the sequence, the one after the last token too.
         """
-        total = targets.new_zeros(len(self.lengths), targets.shape[1]).index_add(0, self.sequence, targets)
+        total = sum_by(targets, self.sequence, len(self.lengths))
         count = (self.lengths[self.sequence] - 1).float().unsqueeze(1)
-        return (total.index_select(0, self.sequence) - targets) / count.clamp(min=1), count
+        return (gather(total, self.sequence) - targets) / count.clamp(min=1), count
 
     def begin(self, prefix: Tensor, events: Tensor) -> Tensor:
         """As of `Layout`; events [T, D], of which those at a prefix are not used."""

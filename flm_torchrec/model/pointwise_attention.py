@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flm_torchrec.model.native_code import built, why_none
+from flm_torchrec.model.spans import Spans
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -27,15 +27,6 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("position_grad", "time_grad")),
         *((name, ctypes.c_int64) for name in ("sequences", "dim", "heads", "positions", "buckets", "threads")),
     )
-
-
-@dataclass(frozen=True)
-class Spans:
-    """B sequences whose tokens lie one after the other."""
-
-    first: Tensor  # [B + 1] int64: the first token of each, and how many tokens there are
-    between: list[Tensor] | None
-    """[b, L, L] int32 of `elapsed`, of the first b sequences, of the next ones and so on; None: no biases."""
 
 
 def why_not_native(device: torch.device) -> str:
@@ -89,11 +80,8 @@ def _call(
 ) -> None:
     position, time = (None if x is None else x.detach().contiguous() for x in biases)
     named = {"uvqk": uvqk, "first": sequences.first, "position": position, "time": time, **given}
-    if sequences.between is not None:
-        parts = [x.contiguous() for x in sequences.between]
-        at = [x.data_ptr() + x[0].nbytes * torch.arange(len(x)) for x in parts]
-        side = [torch.full((len(x),), x.shape[1]) for x in parts]
-        named |= {"between": torch.cat(at), "side": torch.cat(side)}
+    if time is not None:
+        named |= sequences.between
     problem = _Arguments(
         **{name: x.data_ptr() for name, x in named.items() if x is not None},
         sequences=len(sequences.first) - 1,

@@ -12,6 +12,7 @@ from torch import Tensor
 from flm_torchrec.model.attention_softmax import Allowed, attended_softmax, can_attend, why_not_attended
 from flm_torchrec.model.fused_softmax import can_fuse, fused_losses, fused_softmax, why_not_fused
 from flm_torchrec.model.softmax_tiles import TINY, Scored, Tiles, tiled_softmax
+from flm_torchrec.model.token_passes import add_at, take
 
 CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**29}
 """Bytes of logits that are held at once, by type of device: about a CPU's cache; a GPU needs much work for a kernel."""
@@ -189,9 +190,9 @@ class _SampledSoftmax(torch.autograd.Function):
             loss, query_grad, items_grad = _attended(scaled, weighted, items, fixed)
         else:
             loss, query_grad, items_grad = _in_tiles(scaled, weighted, items, fixed, shape)
-        query_grad -= items[fixed.target]
+        query_grad -= take(items, fixed.target)
         query_grad = fixed.weighted(query_grad)
-        items_grad.index_add_(0, fixed.target, weighted, alpha=-1.0)
+        add_at(items_grad, fixed.target, weighted, -1.0)
         scale_grad = (query_grad * query).sum()
         ctx.save_for_backward(query_grad.mul_(scale), items_grad, scale_grad)
         return loss

@@ -7,7 +7,6 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from flm_torchrec.config.heads import FUSED, HEADS
 from flm_torchrec.config.schema import ModelConfig
@@ -18,6 +17,7 @@ from flm_torchrec.model.layout import Jagged, Layout
 from flm_torchrec.model.linear import Linear
 from flm_torchrec.model.scale import softened_unit, unit
 from flm_torchrec.model.space import place, placed, width
+from flm_torchrec.model.token_passes import gather
 from flm_torchrec.model.transformer import CausalTransformer
 
 SOFTENING = 0.01
@@ -160,10 +160,10 @@ class Tower(nn.Module):
         seen = Sequences(
             user_id=user_id * self._shown(batch.user_known, self.config.user_id_dropout),
             profile=self.user_content(torch.cat([user_features, batch.user_dense], 1)),
-            item_id=F.embedding(at, ids),
-            item_source=F.embedding(at, sources),
-            item_context=F.embedding(at, embedded.item_context * known),
-            item_content=F.embedding(at, content),
+            item_id=gather(ids, at),
+            item_source=gather(sources, at),
+            item_context=gather(embedded.item_context * known, at),
+            item_content=gather(content, at),
             event=torch.cat([embedded.history, batch.value.unsqueeze(1)], 1),
             context=embedded.context,
         )
@@ -174,9 +174,7 @@ class Tower(nn.Module):
             ids=embedded.item_id,
             contents=content if self.training else self._unit(content),
             queries=self.queries(seen, layout),
-            left_out=self._left_out(seen.user_id, F.embedding(batch.targets, sources), layout)
-            if self.training
-            else None,
+            left_out=self._left_out(seen.user_id, gather(sources, batch.targets), layout) if self.training else None,
         )
 
     def represent(self, seen: Sequences, layout: Layout) -> dict[str, Tensor]:

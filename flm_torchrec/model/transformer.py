@@ -16,7 +16,8 @@ from flm_torchrec.model.elapsed import BUCKETS, Clock, by_elapsed
 from flm_torchrec.model.last_token import LastAlone
 from flm_torchrec.model.layout import Jagged, Layout
 from flm_torchrec.model.linear import Linear
-from flm_torchrec.model.pointwise_attention import Spans, can_attend, pointwise_attention
+from flm_torchrec.model.pointwise_attention import can_attend, pointwise_attention
+from flm_torchrec.model.token_passes import gather
 
 
 class CausalTransformer(nn.Module):
@@ -42,7 +43,7 @@ class CausalTransformer(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """[…, D] → [R, D]; see `layout.Layout`."""
-        x = layout.group(self.dropout(x + self.position[layout.position]))
+        x = layout.group(self.dropout(x + gather(self.position, layout.position)))
         layers: list[Any] = list(zip(self.blocks, self.biases or [None] * len(self.blocks), strict=True))
         last = layers.pop() if layers and isinstance(layout, LastAlone) else None
         for block, bias in layers:
@@ -124,9 +125,8 @@ class _HSTUBlock(nn.Module):
     def forward(self, x: Tensor, layout: Layout, bias: _RelativeBias | None) -> Tensor:
         uvqk = self.uvqk(self.input_norm(x))
         if isinstance(layout, Jagged) and can_attend(uvqk):
-            between = None if bias is None else [clock.between for clock in layout.clocks]
             biases = None if bias is None else (bias.position, bias.time)
-            u, mixed = pointwise_attention(uvqk, self.heads, Spans(torch.tensor(layout.bounds), between), biases)
+            u, mixed = pointwise_attention(uvqk, self.heads, layout.spans, biases)
         else:
             u, vqk = F.silu(uvqk).split([x.shape[-1], 3 * x.shape[-1]], -1)
             mixed = layout.mix(vqk, lambda part, clock: self._attend(part, clock, bias))
