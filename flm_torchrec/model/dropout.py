@@ -12,9 +12,9 @@ from flm_torchrec.model.token_passes import drop, is_native
 class Dropout(nn.Module):
     """As `nn.Dropout` (Srivastava et al., JMLR 2014), but faster on a CPU.
 
-    PyTorch draws a number for each element. Here four elements share the 64 bits of one number of SplitMix64 (Steele, Lea
-    & Flood, OOPSLA 2014), so the share dropped is `p` to the nearest 1/65536. Native code makes the numbers again for the
-    gradients. Without native code the same elements are dropped.
+    PyTorch draws a number for each element. Here four elements share the 64 bits of one number of SplitMix64 (Steele,
+    Lea & Flood, OOPSLA 2014), so the share dropped is `p` to the nearest 1/65536. Native code makes the numbers again
+    for the gradients. Without native code the same elements are dropped.
     """
 
     def __init__(self, p: float) -> None:
@@ -38,9 +38,9 @@ class Dropout(nn.Module):
 
 class _Dropped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, *drawn: float) -> Tensor:  # type: ignore[override]
-        ctx.drawn = drawn
-        return drop(x, *drawn)
+    def forward(ctx, x: Tensor, seed: int, dropped: int, scale: float) -> Tensor:  # type: ignore[override]
+        ctx.drawn = seed, dropped, scale
+        return drop(x, seed, dropped, scale)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]

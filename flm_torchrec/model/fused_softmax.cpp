@@ -236,7 +236,7 @@ class Softmax {
     Buffer<float> sums;                        // by thread: [rows]
     float *of_query = nullptr;                 // by thread: [dim, rows]
     std::vector<int64_t> begin;                // [panels + 1] of a panel's fixed logits
-    std::vector<Fixed> fixed;                  // by panel, then by query
+    std::vector<Fixed> fixed;
 
     void pack_queries(int64_t first, int64_t end) {
         Buffer<bf16> row(dim);
@@ -260,20 +260,35 @@ class Softmax {
         }
     }
 
+    // By panel, then by query. Each thread counts, and then puts, those of its queries.
     void sort_fixed() {
-        begin.assign(panels + 1, 0);
-        for (int64_t i = 0; i < p.hidden; i++) begin[p.hidden_columns[i] / SIDE + 1]++;
-        for (int64_t t = 0; t < p.queries; t++) begin[p.target[t] / SIDE + 1]++;
-        for (int64_t i = 0; i < panels; i++) begin[i + 1] += begin[i];
-        fixed.resize(begin[panels]);
-        std::vector<int64_t> next(begin.begin(), begin.end() - 1);
-        const auto put = [&](int64_t t, int64_t c, bool own) {
-            fixed[next[c / SIDE]++] = {static_cast<int32_t>(t), static_cast<int16_t>(c % SIDE), own};
+        std::vector<int64_t> next(threads * panels);
+        const auto of_thread = [&](int64_t k, const auto &put) {
+            const int64_t end = p.queries * (k + 1) / threads, *rows = p.hidden_rows;
+            int64_t t = p.queries * k / threads, i = std::lower_bound(rows, rows + p.hidden, t) - rows;
+            for (int64_t *at = next.data() + k * panels; t < end; t++) {
+                for (; i < p.hidden && rows[i] == t; i++) put(at, t, p.hidden_columns[i], false);
+                put(at, t, p.target[t], true);  // last, so that it stays
+            }
         };
-        for (int64_t t = 0, i = 0; t < p.queries; t++) {
-            for (; i < p.hidden && p.hidden_rows[i] == t; i++) put(t, p.hidden_columns[i], false);
-            put(t, p.target[t], true);  // last, so that it stays
+        in_threads([&](int64_t k) {
+            of_thread(k, [](int64_t *at, int64_t, int64_t c, bool) { at[c / SIDE]++; });
+        });
+        begin.assign(panels + 1, 0);
+        for (int64_t i = 0, sum = 0; i < panels; i++) {
+            for (int64_t k = 0; k < threads; k++) {
+                const int64_t count = next[k * panels + i];
+                next[k * panels + i] = sum;
+                sum += count;
+            }
+            begin[i + 1] = sum;
         }
+        fixed.resize(begin[panels]);
+        in_threads([&](int64_t k) {
+            of_thread(k, [&](int64_t *at, int64_t t, int64_t c, bool own) {
+                fixed[at[c / SIDE]++] = {static_cast<int32_t>(t), static_cast<int16_t>(c % SIDE), own};
+            });
+        });
     }
 
     bool add_up() {
@@ -313,9 +328,11 @@ class Softmax {
     bool once() {
         const int64_t blocks = (panels * SIDE + ITEMS - 1) / ITEMS, size = panels * SIDE * dim;
         Buffer<bf16> items(blocks * ITEMS * dim), across(blocks * ITEMS * dim);
-        for (int64_t b = 0; b < blocks; b++)
-            pack_items(items.at + b * ITEMS * dim, across.at + b * ITEMS * dim, b * ITEMS,
-                       std::min<int64_t>(ITEMS, panels * SIDE - b * ITEMS));
+        in_threads([&](int64_t k) {
+            for (int64_t b = blocks * k / threads; b < blocks * (k + 1) / threads; b++)
+                pack_items(items.at + b * ITEMS * dim, across.at + b * ITEMS * dim, b * ITEMS,
+                           std::min<int64_t>(ITEMS, panels * SIDE - b * ITEMS));
+        });
         Buffer<float> gradients(threads * size);
         in_threads([&](int64_t k) { queries_once(k, items.at, across.at, gradients.at + k * size); });
         for (int64_t t = 0; t < p.queries; t++)
@@ -328,7 +345,6 @@ class Softmax {
                     p.items_grad[c * p.dim + d] = sum;
                 }
         });
-        for (int64_t t = 0; t < p.queries; t++) p.log_sum[t] = (reference.at[t] + std::log2(sums.at[t])) / LOG2_E;
         return true;
     }
 
@@ -354,9 +370,11 @@ class Softmax {
                 add_to_queries(to_query.at, QUERIES, across + first * SIDE * dim, pairs.at, count, wide);
             }
             const int64_t last = std::min(q + wide, p.queries);
-            for (int64_t t = q; t < last; t++)
+            for (int64_t t = q; t < last; t++) {
+                p.log_sum[t] = (reference.at[t] + std::log2(sums.at[t])) / LOG2_E;
                 for (int64_t d = 0; d < p.dim; d++)
                     p.query_grad[t * p.dim + d] = to_query.at[d * QUERIES + t - q] / sums.at[t];
+            }
             pack_weighted(scaled.at, q, last, true);
             for (int64_t i = 0; i < panels; i++)
                 add_to_items(gradient + i * SIDE * dim, shares.at + i * SIDE * QUERIES, scaled.at, wide);

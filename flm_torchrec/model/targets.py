@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flm_torchrec.model.softmax import Hidden
+from flm_torchrec.model.token_passes import differing_pairs, is_native
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ def hidden_of(lengths: Tensor, columns: Tensor, whole: bool, had: Tensor | None 
         whole: all items of the target's sequence but the target; else those before it.
         had: [T] bool, the targets whose items count as had by the user; None: all.
     """
+    if is_native(columns, torch.int64):
+        return Hidden(*differing_pairs(F.pad(lengths.cumsum(0), (1, 0)), columns, had, whole))
     sequences = torch.arange(len(lengths), device=lengths.device)
     sequence = torch.repeat_interleave(sequences, lengths, output_size=len(columns))  # [T]
     first = (torch.cumsum(lengths, 0) - lengths)[sequence]

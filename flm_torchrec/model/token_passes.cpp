@@ -1,5 +1,5 @@
 // Passes over the tokens of a batch that PyTorch makes on one thread, or of which it makes several: rows by their numbers,
-// sums over the items so far, dropout. For any processor. What a number is added up from, and in which order, does not
+// sums over the items so far, dropout, what a query leaves out. For any processor. What a number is added up from, and in which order, does not
 // depend on the threads, but for the gradients of `keep` and `old`, which are added up in the order of the threads.
 
 #include <omp.h>
@@ -15,6 +15,7 @@ using std::int32_t;
 using std::int64_t;
 using std::uint16_t;
 using std::uint64_t;
+using std::uint8_t;
 
 namespace {
 
@@ -96,6 +97,24 @@ void flm_dropout(const float *x, float *out, int64_t n, uint64_t seed, int64_t d
         std::memcpy(parts, drawn, sizeof parts);
         const int64_t first = block * 4 * BLOCK, some = std::min(4 * BLOCK, n - first);
         for (int64_t i = 0; i < some; i++) out[first + i] = parts[i] < dropped ? 0.0f : x[first + i] * scale;
+    }
+}
+
+// The pairs of tokens of a sequence, by the first of the two: it and the column of the other, which differs from its own.
+// The other is before it, or anywhere if `whole`, and `had` unless that is null. `found` [B] out: pairs of each sequence;
+// if there are `rows`, in: where those of each sequence begin.
+void flm_pairs(const int64_t *first, const int64_t *columns, const uint8_t *had, int64_t *found, int64_t *rows,
+               int64_t *others, int64_t sequences, int64_t whole, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 16)
+    for (int64_t s = 0; s < sequences; s++) {
+        int64_t n = rows ? found[s] : 0;
+        for (int64_t t = first[s]; t < first[s + 1]; t++)
+            for (int64_t j = first[s]; j < (whole ? first[s + 1] : t); j++) {
+                if (columns[j] == columns[t] || (had && !had[j])) continue;
+                if (rows) rows[n] = t, others[n] = columns[j];
+                n++;
+            }
+        if (!rows) found[s] = n;
     }
 }
 

@@ -28,9 +28,9 @@ class _Sums(ctypes.Structure):
     )
 
 
-def is_native(x: Tensor) -> bool:
-    """Whether native code takes this tensor."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not isinstance(_library(), str)
+def is_native(x: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether native code takes this tensor, which should be of this type."""
+    return x.device.type == "cpu" and x.dtype == dtype and not isinstance(_library(), str)
 
 
 def gather(rows: Tensor, at: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def take(rows: Tensor, at: Tensor) -> Tensor:
 
 
 def add_at(rows: Tensor, at: Tensor, x: Tensor, factor: float = 1.0) -> None:
-    """Add factor times x [T, D] to the rows [n, D] at the numbers [T], in place, in the order of x; without a gradient."""
+    """Add factor times x [T, D] to rows [n, D] at the numbers [T], in place, in the order of x; without a gradient."""
     if not is_native(rows):
         rows.index_add_(0, at, x, alpha=factor)
         return
@@ -158,7 +158,7 @@ def _sums(x: Tensor, spans: Spans, **given: Tensor | None) -> Tensor:
 
 
 def drop(x: Tensor, seed: int, dropped: int, scale: float) -> Tensor:
-    """x times `scale`, but 0 where a number of 16 bits, drawn for each element, is below `dropped`; without a gradient."""
+    """x times `scale`, but 0 where a number of 16 bits that is drawn for it is below `dropped`; without a gradient."""
     x = x.detach().contiguous()
     out = torch.empty_like(x)
     numbers = (x.numel(), seed, dropped, torch.get_num_threads())
@@ -166,8 +166,31 @@ def drop(x: Tensor, seed: int, dropped: int, scale: float) -> Tensor:
     return out
 
 
-def _addresses(*tensors: Tensor) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(x.data_ptr()) for x in tensors]
+def differing_pairs(first: Tensor, columns: Tensor, had: Tensor | None, whole: bool) -> tuple[Tensor, Tensor]:
+    """Of sequences whose tokens lie one after the other, pairs of tokens whose columns differ, by the first of the two.
+
+    Args:
+        first: [B + 1] int64: the first token of each, and how many tokens there are.
+        columns: [T] int64.
+        had: [T] bool, which tokens may be the other of the two; None: all.
+        whole: the other may come after the first; else it is before.
+
+    Returns:
+        [P] the first of the two, in order, and [P] the column of the other.
+    """
+    given = first.contiguous(), columns.contiguous(), None if had is None else had.contiguous()
+    found = torch.empty_like(first)
+    shape = [ctypes.c_int64(number) for number in (len(first) - 1, whole, torch.get_num_threads())]
+    _native().flm_pairs(*_addresses(*given, found, None, None), *shape)
+    ends = found[:-1].cumsum(0)
+    found[:-1] = ends - found[:-1]
+    rows, others = columns.new_empty(2, int(ends[-1]) if len(ends) else 0)
+    _native().flm_pairs(*_addresses(*given, found, rows, others), *shape)
+    return rows, others
+
+
+def _addresses(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
 
 
 def _check(found: int, rows: int) -> None:

@@ -25,7 +25,7 @@ from flm_torchrec.data.prefetch import Prefetch
 from flm_torchrec.data.splits import split
 from flm_torchrec.data.windows import windows
 from flm_torchrec.errors import DataError
-from flm_torchrec.model import softmax
+from flm_torchrec.model import softmax, token_passes
 from flm_torchrec.model.dropout import Dropout
 from flm_torchrec.model.elapsed import BUCKETS
 from flm_torchrec.model.fusion import FUSIONS
@@ -467,18 +467,28 @@ def test_softmax_by_domain_is_cross_entropy_among_the_targets_own(
         torch.testing.assert_close(a, b)
 
 
-@given(st.lists(st.lists(st.integers(0, 5), max_size=6), min_size=1, max_size=5), st.booleans())
-def test_hidden_are_the_items_of_the_same_sequence_but_never_the_target(columns: list[list[int]], whole: bool) -> None:
-    lengths = torch.tensor([len(c) for c in columns])
+@pytest.mark.parametrize("native", [True, False])
+@given(st.lists(st.lists(st.integers(0, 5), max_size=6), max_size=5), st.booleans(), st.booleans(), st.data())
+def test_hidden_are_the_items_of_the_same_sequence_but_never_the_target(
+    native: bool, columns: list[list[int]], whole: bool, some: bool, data: st.DataObject
+) -> None:
+    lengths = torch.tensor([len(c) for c in columns], dtype=torch.int64)
     flat = [c for sequence in columns for c in sequence]
-    hidden = hidden_of(lengths, torch.tensor(flat, dtype=torch.int64), whole)
+    had = data.draw(st.lists(st.booleans(), min_size=len(flat), max_size=len(flat))) if some else [True] * len(flat)
+    given_had = torch.tensor(had, dtype=torch.bool) if some else None
+    with pytest.MonkeyPatch.context() as patch:
+        if not native:
+            patch.setattr(token_passes, "_library", lambda: "none")
+        hidden = hidden_of(lengths, torch.tensor(flat, dtype=torch.int64), whole, given_had)
     found = [set[int]() for _ in flat]
     for row, column in zip(hidden.rows.tolist(), hidden.columns.tolist(), strict=True):
         found[row].add(column)
+    marked = iter(zip(flat, had, strict=True))
+    sequences = [[next(marked) for _ in sequence] for sequence in columns]
     expected = [
-        set(sequence if whole else sequence[:position]) - {target}
-        for sequence in columns
-        for position, target in enumerate(sequence)
+        {item for item, counts in (sequence if whole else sequence[:position]) if counts} - {target}
+        for sequence in sequences
+        for position, (target, _) in enumerate(sequence)
     ]
     assert found == expected and hidden.rows.tolist() == sorted(hidden.rows.tolist())
 
