@@ -28,6 +28,12 @@ class _Sums(ctypes.Structure):
     )
 
 
+def why_not_native(device: torch.device) -> str:
+    """Why PyTorch makes these passes on a CPU, in a few words; empty where it does not, and on other devices."""
+    found = _library() if device.type == "cpu" else ""
+    return found if isinstance(found, str) else ""
+
+
 def is_native(x: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     """Whether native code takes this tensor, which should be of this type."""
     return x.device.type == "cpu" and x.dtype == dtype and not isinstance(_library(), str)

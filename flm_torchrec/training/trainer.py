@@ -16,8 +16,8 @@ from flm_torchrec.data.splits import Examples, sampled
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.evaluation.evaluate import blocks_of, evaluate_heads
 from flm_torchrec.evaluation.ranking import RankingProblem
+from flm_torchrec.model import pointwise_attention, token_passes
 from flm_torchrec.model.losses import PRECISIONS
-from flm_torchrec.model.pointwise_attention import why_not_native
 from flm_torchrec.model.pretrain import PretrainModel
 from flm_torchrec.model.softmax import why_pytorch
 from flm_torchrec.names import nearest
@@ -141,8 +141,10 @@ def _made_by_pytorch(config: Config, items: int, device: torch.device) -> Iterat
     candidates = items if config.loss.negatives == "all" else config.loss.negatives
     if reason := why_pytorch(candidates, config.model.dim, PRECISIONS[config.loss.precision], device):
         yield f"softmax by PyTorch, which is slower than native code: {reason}"
-    if config.model.block == "hstu" and config.model.layers and (reason := why_not_native(device)):
+    if config.model.block == "hstu" and config.model.layers and (reason := pointwise_attention.why_not_native(device)):
         yield f"attention by PyTorch, which is slower than native code: {reason}"
+    if reason := token_passes.why_not_native(device):
+        yield f"passes over tokens by PyTorch, which is slower than native code: {reason}"
 
 
 def resume(checkpoints: Checkpoints, logger: RunLogger) -> Progress:

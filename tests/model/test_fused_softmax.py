@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData
-from flm_torchrec.model import fused_softmax, native_code, pointwise_attention, softmax
+from flm_torchrec.model import fused_softmax, native_code, pointwise_attention, softmax, token_passes
 from flm_torchrec.model.fused_softmax import why_not_fused
 from flm_torchrec.model.softmax import CandidateVectors, Hidden, log_probability, sampled_softmax
 
@@ -28,10 +28,10 @@ native = pytest.mark.skipif(bool(why_not_fused(BF16, CPU)), reason="no native so
 def unbuilt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache, as on a new machine."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for code in (fused_softmax, pointwise_attention):
+    for code in (fused_softmax, pointwise_attention, token_passes):
         code._library.cache_clear()
     yield tmp_path
-    for code in (fused_softmax, pointwise_attention):
+    for code in (fused_softmax, pointwise_attention, token_passes):
         code._library.cache_clear()
 
 
@@ -173,6 +173,7 @@ def test_training_says_it_once_and_goes_on(
     assert main(["train", *options, "--loss.precision=bf16"]) == 0
     log = (tmp_path / "run" / "train.log").read_text()
     assert log.count("attention by PyTorch, which is slower than native code: there is no C++ compiler") == 1
+    assert log.count("passes over tokens by PyTorch, which is slower than native code: there is no C++ compiler") == 1
     assert log.count("softmax by PyTorch, which is slower than native code: the processor has no avx512_bf16") == 1
 
 
