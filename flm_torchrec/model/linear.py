@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
+from functools import cache
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
 from flm_torchrec.machine_code import processor_instructions
+from flm_torchrec.model.native_code import Unavailable, built, why_none
 
+SOURCE = Path(__file__).with_suffix(".cpp")
 ROUND = 64
 """Rows of a product are a multiple of this."""
 
 
 class Linear(nn.Linear):
-    """As `nn.Linear`. Once `narrow`, training rounds the factors of its products to bf16, and the products too.
+    """As `nn.Linear`. Once `narrow`, training rounds the factors of its products to bf16.
 
-    Weights, biases and gradients stay float32; so do all products in evaluation, and on a GPU.
+    PyTorch rounds the products too, the native code of `linear.cpp` does not. Weights, biases and gradients stay
+    float32; so do all products in evaluation, and on a GPU.
     """
 
     narrow = False
@@ -22,7 +29,8 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[T, inputs] → [T, outputs]."""
         if self.narrow and self.training and x.device.type == "cpu":
-            found: Tensor = _Narrow.apply(x, self.weight, self.bias)
+            product = _Narrow if isinstance(_library(), str) else _NativeNarrow
+            found: Tensor = product.apply(x, self.weight, self.bias)
             return found
         return super().forward(x)
 
@@ -33,6 +41,64 @@ def narrow(layers: nn.Module) -> None:
         for layer in layers.modules():
             if isinstance(layer, Linear):
                 layer.narrow = True
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of linear.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "grad", "y")),
+        *((name, ctypes.c_void_p) for name in ("x_grad", "weight_grad", "bias_grad")),
+        *((name, ctypes.c_int64) for name in ("tokens", "inputs", "outputs", "threads")),
+    )
+
+
+class _NativeNarrow(torch.autograd.Function):
+    """As `_Narrow`, but the products are not rounded."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+        x, weight = x.contiguous(), weight.contiguous()
+        ctx.save_for_backward(x, weight)
+        y = x.new_empty(len(x), len(weight))
+        _call(x, weight, bias=bias.contiguous(), y=y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        of_weight, of_bias = torch.empty_like(weight), weight.new_empty(len(weight))
+        _call(x, weight, grad=grad.contiguous(), x_grad=of_x, weight_grad=of_weight, bias_grad=of_bias)
+        return of_x, of_weight, of_bias
+
+
+def _call(x: Tensor, weight: Tensor, **given: Tensor | None) -> None:
+    named = {"x": x, "weight": weight, **given}
+    layer = _Layer(
+        **{name: value.data_ptr() for name, value in named.items() if value is not None},
+        tokens=len(x),
+        inputs=x.shape[1],
+        outputs=len(weight),
+        threads=torch.get_num_threads(),
+    )
+    library = _library()
+    assert not isinstance(library, str)
+    if library.flm_linear(ctypes.byref(layer)):
+        raise MemoryError(f"no memory for a layer of {len(x)} tokens")
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The native code; or why there is none, in a few words."""
+    return why_none(_load)
+
+
+def _load() -> ctypes.CDLL:
+    instructions = processor_instructions()
+    if not {"avx512_bf16", "avx512bw", "avx512vl"} <= instructions or "amx_bf16" in instructions:
+        raise Unavailable("its products are for avx512_bf16 without AMX; PyTorch has those for AMX")
+    return built(SOURCE)
 
 
 class _Narrow(torch.autograd.Function):
