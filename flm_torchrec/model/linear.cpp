@@ -23,7 +23,7 @@ struct Layer {  // as in linear.py
     const float *x, *weight, *bias;              // [T, I], [O, I], [O]
     const float *grad;                           // [T, O] of y
     float *y;                                    // [T, O] out
-    float *x_grad, *weight_grad, *bias_grad;     // [T, I] or null, [O, I], [O] out; no weight_grad: make y
+    float *x_grad, *weight_grad, *bias_grad;     // [T, I] or null, [O, I], [O] out; no bias_grad: make y
     int64_t tokens, inputs, outputs, threads;
 };
 
@@ -126,10 +126,10 @@ class Work {
     explicit Work(const Layer &layer)
         : p(layer), in(upto(p.inputs, WIDE)), out(upto(p.outputs, WIDE)), blocks((p.tokens + BLOCK - 1) / BLOCK),
           threads(std::max<int64_t>(1, std::min(p.threads, blocks))), weight(in * out / 2),
-          of_weight(p.weight_grad ? threads * out * in : 0), of_bias(p.weight_grad ? threads * out : 0) {}
+          of_weight(p.bias_grad ? threads * out * in : 0), of_bias(p.bias_grad ? threads * out : 0) {}
 
     void run() {
-        if (p.weight_grad) {
+        if (p.bias_grad) {
             pair_rows(weight.at, p.weight, p.outputs, p.inputs);
             in_threads([this](int64_t k) { learn(k); });
             add_up();

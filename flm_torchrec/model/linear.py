@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flm_torchrec.machine_code import processor_instructions
-from flm_torchrec.model.native_code import Unavailable, built, why_none
+from flm_torchrec.model.native_code import Unavailable, argument, built, why_none
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 ROUND = 64
@@ -74,17 +74,10 @@ class _NativeNarrow(torch.autograd.Function):
 
 
 def _call(x: Tensor, weight: Tensor, **given: Tensor | None) -> None:
-    named = {"x": x, "weight": weight, **given}
-    layer = _Layer(
-        **{name: value.data_ptr() for name, value in named.items() if value is not None},
-        tokens=len(x),
-        inputs=x.shape[1],
-        outputs=len(weight),
-        threads=torch.get_num_threads(),
-    )
+    shape = {"tokens": len(x), "inputs": x.shape[1], "outputs": len(weight), "threads": torch.get_num_threads()}
     library = _library()
     assert not isinstance(library, str)
-    if library.flm_linear(ctypes.byref(layer)):
+    if library.flm_linear(argument(_Layer, {"x": x, "weight": weight, **given}, **shape)):
         raise MemoryError(f"no memory for a layer of {len(x)} tokens")
 
 

@@ -10,9 +10,12 @@ import fcntl
 import hashlib
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from flm_torchrec.files import replacing_file
 from flm_torchrec.machine_code import code_folder, open_to_others, processor_instructions
@@ -55,6 +58,12 @@ def built(source: Path, options: tuple[str, ...] = OPTIONS) -> ctypes.CDLL:
             if open_to_others(path):
                 raise Unavailable(f"{path} may be written by others")
         return ctypes.CDLL(str(code))
+
+
+def argument(kind: type[ctypes.Structure], tensors: Mapping[str, Tensor | None], **numbers: int) -> Any:
+    """A structure by reference: where tensors are in memory, null for None, and numbers. Its user keeps the tensors."""
+    places = {name: value.data_ptr() for name, value in tensors.items() if value is not None}
+    return ctypes.byref(kind(**places, **numbers))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flm_torchrec.model.native_code import built, why_none
+from flm_torchrec.model.native_code import argument, built, why_none
 from flm_torchrec.model.spans import Spans
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -82,18 +82,17 @@ def _call(
     named = {"uvqk": uvqk, "first": sequences.first, "position": position, "time": time, **given}
     if time is not None:
         named |= sequences.between
-    problem = _Arguments(
-        **{name: x.data_ptr() for name, x in named.items() if x is not None},
-        sequences=len(sequences.first) - 1,
-        dim=uvqk.shape[1] // 4,
-        heads=heads,
-        positions=0 if position is None else position.shape[1],
-        buckets=0 if time is None else time.shape[1],
-        threads=torch.get_num_threads(),
-    )
+    shape = {
+        "sequences": len(sequences.first) - 1,
+        "dim": uvqk.shape[1] // 4,
+        "heads": heads,
+        "positions": 0 if position is None else position.shape[1],
+        "buckets": 0 if time is None else time.shape[1],
+        "threads": torch.get_num_threads(),
+    }
     library = _library()
     assert not isinstance(library, str)
-    if library.flm_pointwise_attention(ctypes.byref(problem)):
+    if library.flm_pointwise_attention(argument(_Arguments, named, **shape)):
         raise MemoryError(f"no memory for the attention of {len(uvqk)} tokens")
 
 

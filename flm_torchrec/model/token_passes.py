@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flm_torchrec.model.native_code import built, why_none
+from flm_torchrec.model.native_code import argument, built, why_none
 from flm_torchrec.model.spans import Spans
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -152,14 +152,8 @@ def _sums(x: Tensor, spans: Spans, **given: Tensor | None) -> Tensor:
     if old is not None:
         named |= spans.between
     held = {name: value.contiguous() for name, value in named.items() if value is not None}
-    sums = _Sums(
-        **{name: value.data_ptr() for name, value in held.items()},
-        sequences=len(spans.first) - 1,
-        dim=x.shape[1],
-        buckets=0 if old is None else old.numel(),
-        threads=torch.get_num_threads(),
-    )
-    _check(_native().flm_sums(ctypes.byref(sums)), len(x))
+    shape = {"sequences": len(spans.first) - 1, "dim": x.shape[1], "buckets": 0 if old is None else old.numel()}
+    _check(_native().flm_sums(argument(_Sums, held, **shape, threads=torch.get_num_threads())), len(x))
     return out
 
 
