@@ -211,15 +211,17 @@ class Work {
             }
     }
 
+    float total(const float *of_thread, int64_t step) const {
+        float sum = 0;
+        for (int64_t k = 0; k < threads; k++) sum += of_thread[k * step];
+        return sum;
+    }
+
     void add_up() {
         for (int64_t o = 0; o < p.outputs; o++) {
-            float total = 0;
-            for (int64_t k = 0; k < threads; k++) total += of_bias.at[k * out + o];
-            p.bias_grad[o] = total;
-            float *to = p.weight_grad + o * p.inputs;
-            std::memcpy(to, of_weight.at + o * in, p.inputs * sizeof(float));
-            for (int64_t k = 1; k < threads; k++)
-                for (int64_t i = 0; i < p.inputs; i++) to[i] += of_weight.at[(k * out + o) * in + i];
+            p.bias_grad[o] = total(of_bias.at + o, out);
+            for (int64_t i = 0; i < p.inputs; i++)
+                p.weight_grad[o * p.inputs + i] = total(of_weight.at + o * in + i, out * in);
         }
     }
 };
