@@ -31,15 +31,15 @@ using bf16 = uint16_t;
 using std::int64_t;
 
 struct Problem {  // as in fused_softmax.py
-    const float *query, *weighted;  // [T, D] scaled; the same times the queries' weights, or null: log_sum alone
+    const float *query, *weight;    // [T, D]; [T] of the queries' losses in the gradients, or null: 1
     const float *items, *log_q;     // [C, D], [C]
-    const float *truth;             // [T] logit of the target
     const int64_t *target;          // [T]
     const int64_t *hidden_rows, *hidden_columns;  // [P] queries, ascending, and candidates that they leave out
-    const float *domain, *wanted;   // [C], [T] or both null: a query has the candidates of the domain it wants
-    float *log_sum;                 // [T] out: log of the sum of exp(logit) over the candidates
-    float *query_grad, *items_grad; // [T, D], [C, D] out: sums by shares of items, and of weighted queries
+    const float *domain;            // [C] or null: a query has the candidates of its target's domain
+    float *losses;                  // [T] out: log of the sum of exp(logit) over the candidates, less the target's logit
+    float *query_grad, *items_grad; // [T, D] out, and [C, D] but for what targets add; or both null: the losses alone
     int64_t queries, candidates, dim, hidden, threads;
+    float scale;                    // of logits
 };
 
 namespace {
@@ -195,7 +195,7 @@ class Softmax {
     }
 
     void run() {
-        if (p.weighted && p.candidates <= FEW && p.candidates * threads <= MOST_ROWS && once()) return;
+        if (p.query_grad && p.candidates <= FEW && p.candidates * threads <= MOST_ROWS && once()) return;
         // The target's own exponential is 1, so no sum is below 1; only if it is very large the largest logit is needed.
         if (!add_up()) {
             std::fill_n(sums.at, threads * rows, -INFINITY);
@@ -209,9 +209,9 @@ class Softmax {
         }
         for (int64_t t = 0; t < p.queries; t++) {
             reference.at[t] += std::log2(sums.at[t]);
-            p.log_sum[t] = reference.at[t] / LOG2_E;
+            p.losses[t] = (reference.at[t] - truth.at[t]) / LOG2_E;
         }
-        if (!p.weighted) return;
+        if (!p.query_grad) return;
         Buffer<bf16> packed(rows * dim);
         Buffer<float> added(threads * rows * dim);
         weighted = packed.at, of_query = added.at;
@@ -222,7 +222,7 @@ class Softmax {
                 for (int64_t t = first; t < std::min(first + SIDE, p.queries); t++) {
                     float sum = 0;
                     for (int64_t k = 0; k < threads; k++) sum += of_query[(k * dim + d) * rows + t];
-                    p.query_grad[t * p.dim + d] = sum;
+                    put_query_grad(t, d, sum);
                 }
     }
 
@@ -243,19 +243,29 @@ class Softmax {
         for (int64_t t = first; t < end; t++) {
             reference.at[t] = -NOTHING;
             if (t >= p.queries) continue;
-            reference.at[t] = truth.at[t] = p.truth[t] * LOG2_E;
-            wanted.at[t] = p.wanted ? p.wanted[t] : 0;
-            narrow(p.query + t * p.dim, row.at, p.dim, LOG2_E);
+            const float *own = p.query + t * p.dim, *item = p.items + p.target[t] * p.dim;
+            float product = 0;
+#pragma omp simd reduction(+ : product)
+            for (int64_t d = 0; d < p.dim; d++) product += own[d] * item[d];
+            reference.at[t] = truth.at[t] = product * p.scale * LOG2_E;
+            wanted.at[t] = p.domain ? p.domain[p.target[t]] : 0;
+            narrow(own, row.at, p.dim, p.scale * LOG2_E);
             bf16 *to = query.at + t / SIDE * SIDE * dim + t % SIDE * 2;
             for (int64_t d = 0; d < dim; d += 2) std::memcpy(to + d * SIDE, row.at + d, 2 * sizeof(bf16));
         }
+    }
+
+    float weight(int64_t t) const { return p.weight ? p.scale * p.weight[t] : p.scale; }
+
+    void put_query_grad(int64_t t, int64_t d, float of_shares) {
+        p.query_grad[t * p.dim + d] = weight(t) * (of_shares - p.items[p.target[t] * p.dim + d]);
     }
 
     // Weighted queries → [(end - first) / 2][dim][2], each over its sum of exponentials if that is asked for.
     void pack_weighted(bf16 *to, int64_t first, int64_t end, bool over_sums) {
         Buffer<bf16> row(dim);
         for (int64_t t = first; t < end; t++) {
-            narrow(p.weighted + t * p.dim, row.at, p.dim, over_sums ? 1 / sums.at[t] : 1);
+            narrow(p.query + t * p.dim, row.at, p.dim, over_sums ? weight(t) / sums.at[t] : weight(t));
             for (int64_t d = 0; d < p.dim; d++) to[((t - first) / 2 * dim + d) * 2 + (t - first) % 2] = row.at[d];
         }
     }
@@ -371,9 +381,8 @@ class Softmax {
             }
             const int64_t last = std::min(q + wide, p.queries);
             for (int64_t t = q; t < last; t++) {
-                p.log_sum[t] = (reference.at[t] + std::log2(sums.at[t])) / LOG2_E;
-                for (int64_t d = 0; d < p.dim; d++)
-                    p.query_grad[t * p.dim + d] = to_query.at[d * QUERIES + t - q] / sums.at[t];
+                p.losses[t] = std::log2(sums.at[t]) / LOG2_E;
+                for (int64_t d = 0; d < p.dim; d++) put_query_grad(t, d, to_query.at[d * QUERIES + t - q] / sums.at[t]);
             }
             pack_weighted(scaled.at, q, last, true);
             for (int64_t i = 0; i < panels; i++)

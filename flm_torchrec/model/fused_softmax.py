@@ -7,6 +7,7 @@ user's cache. Where that cannot be, `why_not_fused` says why, and `softmax` comp
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from flm_torchrec.machine_code import processor_instructions
-from flm_torchrec.model.native_code import OPTIONS, Unavailable, built, why_none
-from flm_torchrec.model.token_passes import take
+from flm_torchrec.model.native_code import OPTIONS, Unavailable, argument, built, why_none
+from flm_torchrec.model.token_passes import add_at
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 NEEDED = {"avx512_bf16", "avx512bw", "avx512dq", "avx512vl"}
@@ -28,10 +29,11 @@ class _Problem(ctypes.Structure):
     """As in fused_softmax.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "weighted", "items", "log_q", "truth", "target")),
-        *((name, ctypes.c_void_p) for name in ("hidden_rows", "hidden_columns", "domain", "wanted")),
-        *((name, ctypes.c_void_p) for name in ("log_sum", "query_grad", "items_grad")),
+        *((name, ctypes.c_void_p) for name in ("query", "weight", "items", "log_q", "target")),
+        *((name, ctypes.c_void_p) for name in ("hidden_rows", "hidden_columns", "domain")),
+        *((name, ctypes.c_void_p) for name in ("losses", "query_grad", "items_grad")),
         *((name, ctypes.c_int64) for name in ("queries", "candidates", "dim", "hidden", "threads")),
+        ("scale", ctypes.c_float),
     )
 
 
@@ -51,59 +53,59 @@ def can_fuse(query: Tensor, items: Tensor, precision: torch.dtype) -> bool:
     return single and not isinstance(_library(), str)
 
 
-LeftOut = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""[P] queries in ascending order and [P] candidates that they leave out, int64; [C] domains."""
+@dataclass(frozen=True)
+class Choice:
+    """What T queries have for candidates, of which each has one as its target."""
+
+    log_q: Tensor  # [C] what logits are lowered by, but for the target's
+    target: Tensor  # [T] int64
+    hidden_rows: Tensor | None  # [P] queries, int64, ascending
+    hidden_columns: Tensor | None  # [P] candidates that these leave out, int64
+    domain: Tensor | None  # [C] of which a query has those of its target's; None: it has all
+    weight: Tensor | None  # [T] of each query's loss in the gradients; None: 1
 
 
-def fused_softmax(
-    scaled: Tensor, weighted: Tensor, items: Tensor, log_q: Tensor, target: Tensor, left_out: LeftOut
-) -> tuple[Tensor, Tensor, Tensor]:
-    """[T] losses without weight; [T, D] sum of the items by their shares, [C, D] sum of the weighted queries by theirs.
+def fused_softmax(query: Tensor, items: Tensor, scale: float, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
+    """[T] losses without weight, and the gradients of their weighted sum: [T, D] of the queries, [C, D] of the items.
 
     Products are of bf16, sums are fp32. At one thread the bits repeat.
 
     Args:
-        scaled, weighted: [T, D] queries, and times their weights.
-        items: [C, D].
-        log_q: [C] what logits are lowered by, but for the target's.
-        target: [T] int64.
+        query, items: [T, D], [C, D].
+        scale: of logits.
     """
     like = torch.contiguous_format
-    query_grad, items_grad = (torch.empty_like(x, memory_format=like) for x in (scaled, items))
-    losses = fused_losses(scaled, items, log_q, target, left_out, (weighted, query_grad, items_grad))
+    query_grad, items_grad = (torch.empty_like(x, memory_format=like) for x in (query, items))
+    losses = _call(query, items, scale, choice, query_grad=query_grad, items_grad=items_grad)
+    weighted = query if choice.weight is None else query * choice.weight[:, None]
+    add_at(items_grad, choice.target, weighted, -scale)
     return losses, query_grad, items_grad
 
 
-def fused_losses(
-    scaled: Tensor,
-    items: Tensor,
-    log_q: Tensor,
-    target: Tensor,
-    left_out: LeftOut,
-    gradients: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> Tensor:
-    """[T] losses, arguments as of `fused_softmax`.
+def fused_losses(query: Tensor, items: Tensor, scale: float, choice: Choice) -> Tensor:
+    """[T] losses without weight, as of `fused_softmax`."""
+    return _call(query, items, scale, choice)
 
-    Args:
-        gradients: the weighted queries, and where the sums by shares of items and of weighted queries are written.
-    """
-    rows, columns, domain = left_out
-    weighted, *sums = gradients or (None, None, None)
-    truth = torch.einsum("td,td->t", scaled, take(items, target))
-    losses = torch.empty_like(truth)
-    places = None if domain is None else domain.float()
-    wanted = None if places is None else places[target]
-    inputs = [scaled, weighted, items, log_q.float(), truth, target, rows, columns, places, wanted]
-    held = [None if x is None else x.contiguous() for x in inputs]
-    problem = _Problem(
-        *(None if x is None else x.data_ptr() for x in [*held, losses, *sums]),
-        *(*scaled.shape[:1], *items.shape, 0 if rows is None else len(rows), torch.get_num_threads()),
-    )
+
+def _call(query: Tensor, items: Tensor, scale: float, choice: Choice, **gradients: Tensor) -> Tensor:
+    losses = query.new_empty(len(query))
+    domain = None if choice.domain is None else choice.domain.float()
+    given = {
+        **vars(choice),
+        "log_q": choice.log_q.float(),
+        "domain": domain,
+        "query": query,
+        "items": items,
+        **gradients,
+    }
+    held = {name: None if x is None else x.contiguous() for name, x in given.items()}
+    shape = {"queries": len(query), "candidates": len(items), "dim": items.shape[1], "threads": torch.get_num_threads()}
+    shape["hidden"] = 0 if choice.hidden_rows is None else len(choice.hidden_rows)
     library = _library()
     assert not isinstance(library, str)
-    if library.flm_softmax(ctypes.byref(problem)):
-        raise MemoryError(f"no memory for a softmax of {len(scaled)} queries and {len(items)} candidates")
-    return losses.sub_(truth)
+    if library.flm_softmax(argument(_Problem, {**held, "losses": losses}, **shape, scale=scale)):
+        raise MemoryError(f"no memory for a softmax of {len(query)} queries and {len(items)} candidates")
+    return losses
 
 
 @cache

@@ -60,7 +60,7 @@ def built(source: Path, options: tuple[str, ...] = OPTIONS) -> ctypes.CDLL:
         return ctypes.CDLL(str(code))
 
 
-def argument(kind: type[ctypes.Structure], tensors: Mapping[str, Tensor | None], **numbers: int) -> Any:
+def argument(kind: type[ctypes.Structure], tensors: Mapping[str, Tensor | None], **numbers: float) -> Any:
     """A structure by reference: where tensors are in memory, null for None, and numbers. Its user keeps the tensors."""
     places = {name: value.data_ptr() for name, value in tensors.items() if value is not None}
     return ctypes.byref(kind(**places, **numbers))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flm_torchrec.model.attention_softmax import Allowed, attended_softmax, can_attend, why_not_attended
-from flm_torchrec.model.fused_softmax import can_fuse, fused_losses, fused_softmax, why_not_fused
+from flm_torchrec.model.fused_softmax import Choice, can_fuse, fused_losses, fused_softmax, why_not_fused
 from flm_torchrec.model.softmax_tiles import TINY, Scored, Tiles, tiled_softmax
 from flm_torchrec.model.token_passes import add_at, take
 
@@ -97,7 +97,7 @@ def log_probability(
     fixed = _Fixed(target, candidates.log_q, hidden, precision, candidates.domain, None)
     scaled = query * scale
     if can_fuse(query, items, precision):
-        return -fused_losses(scaled, items, fixed.log_q, target, fixed.left_out)
+        return -fused_losses(query, items, float(scale), fixed.choice)
     rows = max(1, CHUNK_BYTES[query.device.type] // (precision.itemsize * max(1, len(items))))
     found = torch.empty_like(scaled[:, 0])
     for at, logits, own in _logits_by_chunk(scaled, items, fixed, rows):
@@ -138,10 +138,10 @@ class _Fixed:
     weight: Tensor | None
 
     @property
-    def left_out(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def choice(self) -> Choice:
         """As native code takes it."""
         rows, columns = (None, None) if self.hidden is None else (self.hidden.rows, self.hidden.columns)
-        return rows, columns, self.domain
+        return Choice(self.log_q, self.target, rows, columns, self.domain, self.weight)
 
     def weighted(self, values: Tensor, at: int = 0) -> Tensor:
         """[n] or [n, D] values of the queries from `at` on, times their weights."""
@@ -179,22 +179,13 @@ class _SampledSoftmax(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx, query: Tensor, items: Tensor, scale: Tensor, fixed: _Fixed
     ) -> Tensor:
-        scaled = query * scale
-        weighted = fixed.weighted(scaled)
-        shape = tile_shape(len(query), len(items), fixed.precision, query.device)
         if can_fuse(query, items, fixed.precision):
-            loss, query_grad, items_grad = _fused(scaled, weighted, items, fixed)
-        elif shape is None:
-            loss, query_grad, items_grad = _in_chunks(scaled, weighted, items, fixed)
-        elif can_attend(query, items, fixed.precision):
-            loss, query_grad, items_grad = _attended(scaled, weighted, items, fixed)
+            losses, query_grad, items_grad = fused_softmax(query, items, float(scale), fixed.choice)
+            loss = fixed.total(losses)
         else:
-            loss, query_grad, items_grad = _in_tiles(scaled, weighted, items, fixed, shape)
-        query_grad -= take(items, fixed.target)
-        query_grad = fixed.weighted(query_grad)
-        add_at(items_grad, fixed.target, weighted, -1.0)
-        scale_grad = (query_grad * query).sum()
-        ctx.save_for_backward(query_grad.mul_(scale), items_grad, scale_grad)
+            loss, query_grad, items_grad = _by_pytorch(query, items, scale, fixed)
+        scale_grad = torch.dot(query_grad.flatten(), query.flatten()) / scale
+        ctx.save_for_backward(query_grad, items_grad, scale_grad)
         return loss
 
     @staticmethod
@@ -204,10 +195,20 @@ class _SampledSoftmax(torch.autograd.Function):
         return query_grad.mul_(grad), items_grad.mul_(grad), scale_grad * grad, None
 
 
-def _fused(scaled: Tensor, weighted: Tensor, items: Tensor, fixed: _Fixed) -> tuple[Tensor, Tensor, Tensor]:
-    """What `tiled_softmax` gives, by native code."""
-    losses, of_query, of_items = fused_softmax(scaled, weighted, items, fixed.log_q, fixed.target, fixed.left_out)
-    return fixed.total(losses), of_query, of_items
+def _by_pytorch(query: Tensor, items: Tensor, scale: Tensor, fixed: _Fixed) -> tuple[Tensor, Tensor, Tensor]:
+    """[] loss and its gradients, [T, D] of the queries and [C, D] of the items; on a GPU by kernels where they fit."""
+    scaled = query * scale
+    weighted = fixed.weighted(scaled)
+    shape = tile_shape(len(query), len(items), fixed.precision, query.device)
+    if shape is None:
+        loss, query_grad, items_grad = _in_chunks(scaled, weighted, items, fixed)
+    elif can_attend(query, items, fixed.precision):
+        loss, query_grad, items_grad = _attended(scaled, weighted, items, fixed)
+    else:
+        loss, query_grad, items_grad = _in_tiles(scaled, weighted, items, fixed, shape)
+    query_grad -= take(items, fixed.target)
+    add_at(items_grad, fixed.target, weighted, -1.0)
+    return loss, fixed.weighted(query_grad).mul_(scale), items_grad
 
 
 def _in_chunks(scaled: Tensor, weighted: Tensor, items: Tensor, fixed: _Fixed) -> tuple[Tensor, Tensor, Tensor]:
