@@ -98,7 +98,7 @@ def _call(query: Tensor, items: Tensor, scale: float, choice: Choice, **gradient
         "items": items,
         **gradients,
     }
-    held = {name: None if x is None else x.contiguous() for name, x in given.items()}
+    held = {name: None if x is None else x.contiguous() for name, x in {**given, **gradients}.items()}
     shape = {"queries": len(query), "candidates": len(items), "dim": items.shape[1], "threads": torch.get_num_threads()}
     shape["hidden"] = 0 if choice.hidden_rows is None else len(choice.hidden_rows)
     library = _library()
