@@ -95,9 +95,9 @@ def log_probability(
     items = candidates.vectors
     precision = candidates.precision or items.dtype
     fixed = _Fixed(target, candidates.log_q, hidden, precision, candidates.domain, None)
-    scaled = query * scale
     if can_fuse(query, items, precision):
         return -fused_losses(query, items, float(scale), fixed.choice)
+    scaled = query * scale
     rows = max(1, CHUNK_BYTES[query.device.type] // (precision.itemsize * max(1, len(items))))
     found = torch.empty_like(scaled[:, 0])
     for at, logits, own in _logits_by_chunk(scaled, items, fixed, rows):
