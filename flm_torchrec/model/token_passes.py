@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from flm_torchrec.model.native_code import argument, built, why_none
 from flm_torchrec.model.spans import Spans
@@ -40,11 +41,11 @@ def is_native(x: Tensor, dtype: torch.dtype = torch.float32) -> bool:
 
 
 def gather(rows: Tensor, at: Tensor) -> Tensor:
-    """[n, D], [T] int64 → [T, D]: the rows at these numbers, as `index_select`; gradients are added up in parallel."""
+    """[n, D], [T] int64 → [T, D]: the rows at these numbers, as `F.embedding`; gradients are added up in parallel."""
     if torch.is_grad_enabled() and rows.requires_grad and is_native(rows):
         found: Tensor = _Gathered.apply(rows, at)
         return found
-    return rows.index_select(0, at)
+    return F.embedding(at, rows)
 
 
 def sum_by(x: Tensor, at: Tensor, count: int) -> Tensor:
