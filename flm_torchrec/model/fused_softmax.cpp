@@ -11,24 +11,19 @@
 // both gradients. Threads take candidates; queries' sums are added up in the order of the threads.
 
 #include <immintrin.h>
-#include <omp.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <new>
 #include <vector>
+
+#include "native_code.h"
 
 #if !defined(__AVX512BF16__)
 #error "this processor, or this compiler, has no products of bf16 (avx512_bf16)"
 #endif
 
 using bf16 = uint16_t;
-using std::int64_t;
 
 struct Problem {  // as in fused_softmax.py
     const float *query, *weight;    // [T, D]; [T] of the queries' losses in the gradients, or null: 1
@@ -55,16 +50,11 @@ constexpr float LOG2_E = 1.44269504088896341f;
 constexpr int XFEATURE_TILES = 18, ARCH_REQ_XCOMP_PERM = 0x1023;  // linux, asm/prctl.h
 constexpr unsigned FLUSH_DENORMALS = 0x8040;
 
-template <class T> struct Buffer {  // zeros, at the beginning of a line of the cache
-    T *at;
-    explicit Buffer(int64_t size) {
-        const size_t bytes = (std::max<int64_t>(size, 1) * sizeof(T) + 63) / 64 * 64;
-        at = static_cast<T *>(std::aligned_alloc(64, bytes));
-        if (!at) throw std::bad_alloc();
-        std::memset(at, 0, bytes);
-    }
-    Buffer(const Buffer &) = delete;
-    ~Buffer() { std::free(at); }
+struct Flushed {  // denormal numbers are zeros in this thread, while it is alive
+    const unsigned control = _mm_getcsr();
+    Flushed() { _mm_setcsr(control | FLUSH_DENORMALS); }
+    Flushed(const Flushed &) = delete;
+    ~Flushed() { _mm_setcsr(control); }
 };
 
 #ifdef __AMX_BF16__
@@ -186,7 +176,7 @@ class Softmax {
           query(rows * dim), reference(rows), truth(rows), correction(panels * SIDE), domain(panels * SIDE), wanted(rows),
           sums(threads * rows) {
         const int64_t tiles = rows / SIDE;
-        in_threads([&](int64_t k) { pack_queries(tiles * k / threads * SIDE, tiles * (k + 1) / threads * SIDE); });
+        with_tiles([&](int64_t k) { pack_queries(tiles * k / threads * SIDE, tiles * (k + 1) / threads * SIDE); });
         for (int64_t c = 0; c < panels * SIDE; c++) {
             correction.at[c] = c < p.candidates ? std::max(-p.log_q[c] * LOG2_E, NOTHING) : NOTHING;
             domain.at[c] = p.domain && c < p.candidates ? p.domain[c] : 0;
@@ -281,7 +271,7 @@ class Softmax {
                 put(at, t, p.target[t], true);  // last, so that it stays
             }
         };
-        in_threads([&](int64_t k) {
+        with_tiles([&](int64_t k) {
             of_thread(k, [](int64_t *at, int64_t, int64_t c, bool) { at[c / SIDE]++; });
         });
         begin.assign(panels + 1, 0);
@@ -294,7 +284,7 @@ class Softmax {
             begin[i + 1] = sum;
         }
         fixed.resize(begin[panels]);
-        in_threads([&](int64_t k) {
+        with_tiles([&](int64_t k) {
             of_thread(k, [&](int64_t *at, int64_t t, int64_t c, bool own) {
                 fixed[at[c / SIDE]++] = {static_cast<int32_t>(t), static_cast<int16_t>(c % SIDE), own};
             });
@@ -313,41 +303,31 @@ class Softmax {
     }
 
     template <Pass PASS> void pass() {
-        in_threads([this](int64_t thread) { part<PASS>(thread); });
+        with_tiles([this](int64_t thread) { part<PASS>(thread); });
     }
 
-    template <class Work> void in_threads(const Work &work) {
-        bool failed = false;
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-        for (int64_t k = 0; k < threads; k++) {
-            const unsigned control = _mm_getcsr();
-            _mm_setcsr(control | FLUSH_DENORMALS);
-            try {
-                const Tiles tiles;
-                work(k);
-            } catch (const std::bad_alloc &) {
-#pragma omp atomic write
-                failed = true;
-            }
-            _mm_setcsr(control);
-        }
-        if (failed) throw std::bad_alloc();
+    template <class Work> void with_tiles(const Work &work) {
+        in_threads(threads, [&](int64_t k) {
+            const Flushed flushed;
+            const Tiles tiles;
+            work(k);
+        });
     }
 
     // All in one pass; false: a sum is too large.
     bool once() {
         const int64_t blocks = (panels * SIDE + ITEMS - 1) / ITEMS, size = panels * SIDE * dim;
         Buffer<bf16> items(blocks * ITEMS * dim), across(blocks * ITEMS * dim);
-        in_threads([&](int64_t k) {
+        with_tiles([&](int64_t k) {
             for (int64_t b = blocks * k / threads; b < blocks * (k + 1) / threads; b++)
                 pack_items(items.at + b * ITEMS * dim, across.at + b * ITEMS * dim, b * ITEMS,
                            std::min<int64_t>(ITEMS, panels * SIDE - b * ITEMS));
         });
         Buffer<float> gradients(threads * size);
-        in_threads([&](int64_t k) { queries_once(k, items.at, across.at, gradients.at + k * size); });
+        with_tiles([&](int64_t k) { queries_once(k, items.at, across.at, gradients.at + k * size); });
         for (int64_t t = 0; t < p.queries; t++)
             if (sums.at[t] > MOST) return false;
-        in_threads([&](int64_t k) {
+        with_tiles([&](int64_t k) {
             for (int64_t c = p.candidates * k / threads; c < p.candidates * (k + 1) / threads; c++)
                 for (int64_t d = 0; d < p.dim; d++) {
                     float sum = 0;

@@ -4,20 +4,12 @@
 // Threads take blocks of tokens. The gradients of the weights are added up in the order of the threads.
 
 #include <immintrin.h>
-#include <omp.h>
 
-#include <algorithm>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <new>
+#include "native_code.h"
 
 #if !defined(__AVX512BF16__)
 #error "this processor, or this compiler, has no products of bf16 (avx512_bf16)"
 #endif
-
-using std::int32_t;
-using std::int64_t;
 
 struct Layer {  // as in linear.py
     const float *x, *weight, *bias;              // [T, I], [O, I], [O]
@@ -31,20 +23,6 @@ namespace {
 
 constexpr int ROWS = 8, WIDE = 32;  // of a product whose sums stay in registers
 constexpr int BLOCK = 128;          // tokens
-
-inline int64_t upto(int64_t n, int64_t side) { return (n + side - 1) / side * side; }
-
-template <class T> struct Buffer {  // zeros, at the beginning of a line of the cache
-    T *at;
-    explicit Buffer(int64_t size) {
-        const size_t bytes = upto(std::max<int64_t>(size, 1) * sizeof(T), 64);
-        at = static_cast<T *>(std::aligned_alloc(64, bytes));
-        if (!at) throw std::bad_alloc();
-        std::memset(at, 0, bytes);
-    }
-    Buffer(const Buffer &) = delete;
-    ~Buffer() { std::free(at); }
-};
 
 inline __mmask16 first_of(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
 
@@ -131,11 +109,11 @@ class Work {
     void run() {
         if (p.bias_grad) {
             pair_rows(weight.at, p.weight, p.outputs, p.inputs);
-            in_threads([this](int64_t k) { learn(k); });
+            in_threads(threads, [this](int64_t k) { learn(k); });
             add_up();
         } else {
             turn_weight();
-            in_threads([this](int64_t k) { make(k); });
+            in_threads(threads, [this](int64_t k) { make(k); });
         }
     }
 
@@ -152,20 +130,6 @@ class Work {
             narrow(row.at, p.weight + o * p.inputs, p.inputs);
             for (int64_t k = 0; k < in / 2; k++) weight.at[k * out + o] = row.at[k];
         }
-    }
-
-    template <class Each> void in_threads(const Each &each) {
-        bool failed = false;
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-        for (int64_t k = 0; k < threads; k++) {
-            try {
-                each(k);
-            } catch (const std::bad_alloc &) {
-#pragma omp atomic write
-                failed = true;
-            }
-        }
-        if (failed) throw std::bad_alloc();
     }
 
     template <class Each> void by_block(int64_t thread, const Each &each) {

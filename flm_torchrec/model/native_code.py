@@ -22,6 +22,8 @@ from flm_torchrec.machine_code import code_folder, open_to_others, processor_ins
 from flm_torchrec.safe_text import first_line
 
 OPTIONS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w")
+SHARED = Path(__file__).with_suffix(".h")
+"""What the C++ files include."""
 MOST_SECONDS = 60
 """Of the compiler."""
 
@@ -46,7 +48,8 @@ def built(source: Path, options: tuple[str, ...] = OPTIONS) -> ctypes.CDLL:
     Raises:
         Unavailable, OSError, subprocess.SubprocessError: it cannot be; see `why_none`.
     """
-    content = [source.read_text(encoding="utf-8"), *options, *sorted(processor_instructions())]
+    texts = [path.read_text(encoding="utf-8") for path in (source, SHARED)]
+    content = [*texts, *options, *sorted(processor_instructions())]
     name = hashlib.sha256("\n".join(content).encode()).hexdigest()[:32]
     folder = code_folder("kernels")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

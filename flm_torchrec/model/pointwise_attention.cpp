@@ -6,17 +6,9 @@
 // for the gradients. Later keys are left out, so half of the products are not made. Threads take sequences; the gradients
 // of the biases are added up in the order of the threads.
 
-#include <omp.h>
-
-#include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <new>
 
-using std::int32_t;
-using std::int64_t;
+#include "native_code.h"
 
 struct Problem {  // as in pointwise_attention.py
     const float *uvqk;             // [T, 4 D]
@@ -50,7 +42,6 @@ typedef int32_t Whole __attribute__((vector_size(4 * WIDE)));
 
 inline Lanes load(const float *at) { return *reinterpret_cast<const Unaligned *>(at); }
 inline void store(float *at, Lanes x) { *reinterpret_cast<Unaligned *>(at) = x; }
-inline int64_t upto(int64_t n, int64_t side) { return (n + side - 1) / side * side; }
 
 inline Lanes sigmoid(Lanes x) {  // by the Taylor polynomial of 2^y on [-1/2, 1/2]: relative error below 2e-7
     const Lanes most = Lanes{} + 80.0f;
@@ -133,18 +124,6 @@ void multiply(float *c, int64_t c_step, Left a, const float *b, int64_t b_step, 
     }
 }
 
-struct Buffer {  // zeros
-    float *at;
-    explicit Buffer(int64_t size) {
-        const size_t bytes = upto(std::max<int64_t>(size, 1) * 4, 64);
-        at = static_cast<float *>(std::aligned_alloc(64, bytes));
-        if (!at) throw std::bad_alloc();
-        std::memset(at, 0, bytes);
-    }
-    Buffer(const Buffer &) = delete;
-    ~Buffer() { std::free(at); }
-};
-
 class Worker {  // a thread's
   public:
     Worker(const Problem &problem, int64_t longest)
@@ -192,13 +171,13 @@ class Worker {  // a thread's
     const Problem &p;
     const int64_t width, wide, most;  // of a head; to a multiple of WIDE; the longest sequence, to a multiple of 32
     const float scale;
-    Buffer q, k, v, g;             // [most, wide] of this sequence and head; zeros behind, to a multiple of 32
-    Buffer across, values_across;  // [wide, most] keys, values
-    Buffer scores, weights;        // [BLOCK, most]
-    Buffer out, k_grad, v_grad;    // [BLOCK, wide], [most, wide] twice
+    Buffer<float> q, k, v, g;             // [most, wide] of this sequence and head; zeros behind, to a multiple of 32
+    Buffer<float> across, values_across;  // [wide, most] keys, values
+    Buffer<float> scores, weights;        // [BLOCK, most]
+    Buffer<float> out, k_grad, v_grad;    // [BLOCK, wide], [most, wide] twice
     const int64_t reach;           // P, and a vector more
-    Buffer back, position_grad;    // [heads, reach] biases of the positions and their gradients, the farthest first
-    Buffer time_grad;              // [heads, buckets]
+    Buffer<float> back, position_grad;    // [heads, reach] biases of the positions and their gradients, the farthest first
+    Buffer<float> time_grad;              // [heads, buckets]
     const int32_t *between = nullptr;
     int64_t begin = 0, length = 0, side = 0, head = 0;
 
@@ -217,17 +196,17 @@ class Worker {  // a thread's
     }
 
     // The part of uvqk, of this head.
-    void take(Buffer &to, int64_t part) {
+    void take(Buffer<float> &to, int64_t part) {
         for (int64_t i = 0; i < length; i++)
             silu_of(to.at + i * wide, p.uvqk + ((begin + i) * 4 + part) * p.dim + head * width, width);
         leave(to);
     }
 
-    void leave(Buffer &to) {
+    void leave(Buffer<float> &to) {
         std::memset(to.at + length * wide, 0, (upto(length, BLOCK) - length) * wide * sizeof(float));
     }
 
-    void turn(Buffer &to, const Buffer &from) {
+    void turn(Buffer<float> &to, const Buffer<float> &from) {
         for (int64_t i = 0; i < upto(length, WIDE); i++)
             for (int64_t d = 0; d < wide; d++) to.at[d * most + i] = from.at[i * wide + d];
     }
@@ -324,32 +303,15 @@ class Worker {  // a thread's
     }
 };
 
-void run(const Problem &p) {
-    const int64_t threads = std::max<int64_t>(1, std::min(p.threads, p.sequences));
-    int64_t longest = 0;
-    for (int64_t s = 0; s < p.sequences; s++) longest = std::max(longest, p.first[s + 1] - p.first[s]);
-    bool failed = false;
-#pragma omp parallel for ordered num_threads(threads) schedule(static, 1)
-    for (int64_t n = 0; n < threads; n++) {
-        try {
-            Worker worker(p, longest);
-            for (int64_t s = p.sequences * n / threads; s < p.sequences * (n + 1) / threads; s++) worker.sequence(s);
-#pragma omp ordered
-            if (p.grad && p.between) worker.add_biases(p.position_grad, p.time_grad);
-        } catch (const std::bad_alloc &) {
-#pragma omp atomic write
-            failed = true;
-        }
-    }
-    if (failed) throw std::bad_alloc();
-}
-
 }  // namespace
 
 // 0: done; 1: no memory.
 extern "C" int flm_pointwise_attention(const Problem *problem) {
     try {
-        run(*problem);
+        const Problem &p = *problem;
+        by_sequence<Worker>(p, [&](const Worker &worker) {
+            if (p.grad && p.between) worker.add_biases(p.position_grad, p.time_grad);
+        });
         return 0;
     } catch (const std::bad_alloc &) {
         return 1;

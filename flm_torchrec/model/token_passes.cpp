@@ -2,17 +2,10 @@
 // sums over the items so far, dropout, what a query leaves out. For any processor. What a number is added up from, and in which order, does not
 // depend on the threads, but for the gradients of `keep` and `old`, which are added up in the order of the threads.
 
-#include <omp.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <new>
 #include <vector>
 
-using std::int32_t;
-using std::int64_t;
+#include "native_code.h"
+
 using std::uint16_t;
 using std::uint64_t;
 using std::uint8_t;
@@ -221,21 +214,12 @@ class Worker {  // a thread's
 // are times, by `old` of the time since then; or their mean.
 extern "C" int flm_sums(const Sums *sums) {
     const Sums &p = *sums;
-    const int64_t threads = std::max<int64_t>(1, std::min(p.threads, p.sequences));
-    int64_t longest = 0;
-    for (int64_t s = 0; s < p.sequences; s++) longest = std::max(longest, p.first[s + 1] - p.first[s]);
-    bool failed = false;
-#pragma omp parallel for ordered num_threads(threads) schedule(static, 1)
-    for (int64_t n = 0; n < threads; n++) {
-        try {
-            Worker worker(p, longest);
-            for (int64_t s = p.sequences * n / threads; s < p.sequences * (n + 1) / threads; s++) worker.sequence(s);
-#pragma omp ordered
+    try {
+        by_sequence<Worker>(p, [&](const Worker &worker) {
             if (p.keep_grad) worker.add_numbers();
-        } catch (const std::bad_alloc &) {
-#pragma omp atomic write
-            failed = true;
-        }
+        });
+        return DONE;
+    } catch (const std::bad_alloc &) {
+        return NO_MEMORY;
     }
-    return failed ? NO_MEMORY : DONE;
 }
