@@ -10,13 +10,23 @@ from pathlib import Path
 CPU_INFO = Path("/proc/cpuinfo")
 INSTRUCTIONS = re.compile(r"^(?:flags|features|isa)\s*:(.*)$", re.MULTILINE | re.IGNORECASE)
 """Of x86, of ARM and s390, of RISC-V."""
+VENDOR = re.compile(r"^vendor_id\s*:\s*(\S+)", re.MULTILINE)
 
 
 def processor_instructions() -> set[str]:
     """Names of the instructions of this processor, in lower case; empty where the system does not say."""
-    text = CPU_INFO.read_text(encoding="utf-8", errors="replace") if CPU_INFO.is_file() else ""
-    found = INSTRUCTIONS.search(text)
+    found = INSTRUCTIONS.search(_cpu_info())
     return set(found[1].lower().split()) if found else set()
+
+
+def processor_vendor() -> str:
+    """Such as AuthenticAMD; empty where the system does not say."""
+    found = VENDOR.search(_cpu_info())
+    return found[1] if found else ""
+
+
+def _cpu_info() -> str:
+    return CPU_INFO.read_text(encoding="utf-8", errors="replace") if CPU_INFO.is_file() else ""
 
 
 def code_folder(name: str) -> Path:

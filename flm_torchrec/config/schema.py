@@ -326,7 +326,7 @@ class EvalConfig:
         Several,
         Field(min_length=1, max_length=100, description="cut-offs K of HR@K and NDCG@K"),
     ] = (5, 10, 20)
-    user_block: Annotated[Count, Field(description="users scored at once")] = 256
+    user_block: Annotated[Count, Field(description="users scored at once")] = 512
     item_block: Annotated[Count, Field(description="items scored at once")] = 16384
     baselines: Annotated[
         tuple[Literal["popularity", "item-kNN", "content-kNN", "Markov", "EASE-R", "random"], ...],

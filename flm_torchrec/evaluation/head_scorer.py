@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from flm_torchrec.config.heads import FUSED, HEADS, REPRESENTATIONS
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.protocol import Collectives, Encoder, Of
+from flm_torchrec.products import matmul
 
 MIXTURE = "mixture"
 """Not a representation: the heads' scores, each by its own vector, as the encoder's `mixture` joins them."""
@@ -22,6 +23,8 @@ ONE_VECTOR = "fused, one vector"
 
 CACHED = 1024
 """Items whose scores are summed at once."""
+FETCHED = 16
+"""Users whose items' vectors are looked up at once, where no other process has some: these stay in a cache."""
 Range = tuple[int, int]
 """Start and stop of neighbouring items."""
 
@@ -151,18 +154,18 @@ class HeadScorer:
         query = users[self.heads[name]]
         if self.buffer.shape != (len(query), len(items)):
             self.buffer = query.new_empty(len(query), len(items))
-        return torch.mm(query, items.T, out=self.buffer)
+        return matmul(query, items.T, out=self.buffer)
 
     def scores_of(self, users: dict[str, Tensor], name: str, items: Tensor) -> Tensor:
         """As of `Scorer`."""
         vectors = self.vectors[items.to(self.vectors.device, torch.int64) - self.first]
         mixes = self.heads[name] == MIXTURE
-        return (self._mixed(users, vectors) if mixes else users[self.heads[name]] @ vectors.T).diagonal()
+        return (self._mixed(users, vectors) if mixes else matmul(users[self.heads[name]], vectors.T)).diagonal()
 
     def _mixed(self, users: dict[str, Tensor], items: Tensor) -> Tensor:
         assert self.mixture is not None
         parts = [
-            torch.mm(users[head] * scale, items.T).add_(bias)
+            matmul(users[head] * scale, items.T).add_(bias)
             for head, scale, bias in zip(HEADS, self.mixture.scale, self.mixture.bias, strict=True)
         ]
         return log_sum_exp(parts)
@@ -171,7 +174,7 @@ class HeadScorer:
         """[…] item ids → […, D] their vectors, from whichever process has them. Collective."""
         wanted = ids.flatten().to(self.vectors.device, torch.int64)
         if not self.shares.spread:
-            return self.vectors[wanted].unflatten(0, ids.shape)
+            return self.vectors.index_select(0, wanted).unflatten(0, ids.shape)
         parts = []
         for others in self._of_all(wanted):
             here = others[(others >= self.first) & (others < self.shares.last)]
@@ -184,6 +187,16 @@ class HeadScorer:
         for process, part in enumerate(self.comm.exchange(parts, [count * dim for count in counts])):
             found[owner == process] = part.view(-1, dim).to(found.device)
         return found.unflatten(0, ids.shape)
+
+    def scores_at(self, users: dict[str, Tensor], names: Sequence[str], ids: Tensor) -> Tensor:
+        """[b, C] item ids → [heads, b, C] the scores of these by heads of these names. Collective."""
+        queries = torch.stack([users[self.heads[name]] for name in names], 1)  # [b, heads, D]
+        at_once = len(ids) if self.shares.spread else FETCHED
+        scores = queries.new_empty(len(names), *ids.shape)
+        for start in range(0, max(1, len(ids)), max(1, at_once)):
+            part = slice(start, start + at_once)
+            scores[:, part] = (queries[part] @ self.fetch(ids[part]).transpose(1, 2)).transpose(0, 1)
+        return scores
 
     def _of_all(self, values: Tensor) -> list[Tensor]:
         """[n] → that of each process, which may have another n."""

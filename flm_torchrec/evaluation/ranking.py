@@ -13,6 +13,7 @@ from torch import Tensor
 from flm_torchrec.data.dataset import PreparedData, spans
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.errors import RunError
+from flm_torchrec.evaluation.best_items import best_items
 from flm_torchrec.evaluation.head_scorer import ItemShares, Range
 from flm_torchrec.evaluation.metrics import RankCounts
 from flm_torchrec.evaluation.protocol import Collectives, Scorer
@@ -39,7 +40,7 @@ class Seen:
 class Blocks:
     """How much is scored at once. Memory is `users` x `items` scores, whatever the size of the data."""
 
-    users: int = 256
+    users: int = 512
     items: int = 16384
 
 
@@ -207,7 +208,7 @@ class _Block:
         below = torch.searchsorted(scores[0].sort().values, truth)
         best = None
         if top_k:
-            values, positions = scores.topk(min(top_k, stop - start), 1)
+            _, values, positions = best_items(scores, scores[:, 0], min(top_k, stop - start))
             best = values.repeat(len(truth), 1), positions.repeat(len(truth), 1)
         found = _RangeCounts((stop - start) - below, scores[0, target], best)
         here = (self.seen.items >= start) & (self.seen.items < stop)
@@ -234,24 +235,14 @@ class _RangeCounts(NamedTuple):
     def of(cls, scores: Tensor, truth: Tensor, target: Tensor, top_k: int) -> _RangeCounts:
         """Of scores [b, items]."""
         own = scores.gather(1, target.to(scores.device)[:, None])[:, 0]
-        best = None
-        if top_k:
-            values, positions = scores.topk(min(top_k, scores.shape[1]), 1)
-            best = values, positions
-        return cls(_row_sums(scores >= truth[:, None]), own, best)
+        above, values, places = best_items(scores, truth, min(top_k, scores.shape[1]))
+        return cls(above, own, (values, places) if top_k else None)
 
     def put(self, rows: Tensor, counts: _RangeCounts) -> None:
         """Replace what was found for the users in these rows."""
         self.above[rows], self.own[rows] = counts.above, counts.own
         if self.best is not None and counts.best is not None:
             self.best[0][rows], self.best[1][rows] = counts.best
-
-
-def _row_sums(chosen: Tensor) -> Tensor:
-    """[b, items] bool → [b] int64: how many of each row. On processors a row at a time, three times as fast as sum."""
-    if chosen.device.type != "cpu":
-        return chosen.sum(1, dtype=torch.int32).long()
-    return torch.tensor([np.count_nonzero(row) for row in chosen.numpy()], dtype=torch.int64)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class ExportOptions:
     index: IndexKind = "flat"
     recall: float = RECALL
     """Recall@100 that the index promises. A flat index replaces one that does not reach it."""
-    user_block: int = 256
+    user_block: int = 512
     """Users that are encoded at once."""
     item_block: int = 16_384
     """Items that are encoded at once."""

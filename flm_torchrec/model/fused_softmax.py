@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from flm_torchrec.machine_code import processor_instructions
-from flm_torchrec.model.native_code import OPTIONS, Unavailable, argument, built, why_none
 from flm_torchrec.model.token_passes import add_at
+from flm_torchrec.native_code import OPTIONS, Unavailable, argument, built, why_none
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 NEEDED = {"avx512_bf16", "avx512bw", "avx512dq", "avx512vl"}

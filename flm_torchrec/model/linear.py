@@ -1,4 +1,4 @@
-"""Layers whose products are of bf16 in training, on CPUs that have instructions for these."""
+"""Layers, whose products in training may be of bf16 on CPUs that have instructions for these."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from flm_torchrec.machine_code import processor_instructions
-from flm_torchrec.model.native_code import Unavailable, argument, built, why_none
+from flm_torchrec.native_code import Unavailable, argument, built, why_none
+from flm_torchrec.products import matmul, multiplies
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 ROUND = 64
@@ -21,7 +22,7 @@ class Linear(nn.Linear):
     """As `nn.Linear`. Once `narrow`, training rounds the factors of its products to bf16.
 
     PyTorch rounds the products too, the native code of `linear.cpp` does not. Weights, biases and gradients stay
-    float32; so do all products in evaluation, and on a GPU.
+    float32; so do all products in evaluation, and on a GPU. On CPUs `products.py` makes those of float32.
     """
 
     narrow = False
@@ -31,6 +32,9 @@ class Linear(nn.Linear):
         if self.narrow and self.training and x.device.type == "cpu":
             product = _Narrow if isinstance(_library(), str) else _NativeNarrow
             found: Tensor = product.apply(x, self.weight, self.bias)
+            return found
+        if multiplies(x, self.weight.T) and not torch.compiler.is_exporting():
+            found = _Wide.apply(x, self.weight, self.bias)
             return found
         return super().forward(x)
 
@@ -92,6 +96,21 @@ def _load() -> ctypes.CDLL:
     if not {"avx512_bf16", "avx512bw", "avx512vl"} <= instructions or "amx_bf16" in instructions:
         raise Unavailable("its products are for avx512_bf16 without AMX; PyTorch has those for AMX")
     return built(SOURCE)
+
+
+class _Wide(torch.autograd.Function):
+    """As `_Narrow`, but the factors are not rounded."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        return matmul(x, weight.T, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        of_x = matmul(grad, weight) if ctx.needs_input_grad[0] else None
+        return of_x, matmul(grad.T, x), grad.sum(0)
 
 
 class _Narrow(torch.autograd.Function):

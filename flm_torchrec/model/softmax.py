@@ -13,6 +13,7 @@ from flm_torchrec.model.attention_softmax import Allowed, attended_softmax, can_
 from flm_torchrec.model.fused_softmax import Choice, can_fuse, fused_losses, fused_softmax, why_not_fused
 from flm_torchrec.model.softmax_tiles import TINY, Scored, Tiles, tiled_softmax
 from flm_torchrec.model.token_passes import add_at, take
+from flm_torchrec.products import add_matmul, matmul
 
 CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**29}
 """Bytes of logits that are held at once, by type of device: about a CPU's cache; a GPU needs much work for a kernel."""
@@ -223,9 +224,9 @@ def _in_chunks(scaled: Tensor, weighted: Tensor, items: Tensor, fixed: _Fixed) -
         chunk = slice(at, at + len(logits))
         shares = torch.softmax(logits, 1, out=logits)
         loss -= fixed.weighted(shares.view(-1)[own].to(items.dtype).clamp(min=TINY).log(), at).sum()
-        query_grad[chunk] = shares @ low_items
+        query_grad[chunk] = matmul(shares, low_items)
         if precision == items.dtype:
-            items_grad.addmm_(shares.T, low_weighted[chunk])
+            add_matmul(items_grad, shares.T, low_weighted[chunk])
         else:
             items_grad += widened.copy_(torch.mm(shares.T, low_weighted[chunk], out=narrow))
     return loss, query_grad, items_grad
@@ -244,7 +245,7 @@ def _logits_by_chunk(scaled: Tensor, items: Tensor, fixed: _Fixed, rows: int) ->
     hidden = fixed.hidden_by_chunk(rows, len(items))
     for number, at in enumerate(range(0, len(scaled), rows)):
         part = low_scaled[at : at + rows]
-        logits = torch.addmm(corrections, part, low_items.T, out=buffer[: len(part)])
+        logits = matmul(part, low_items.T, corrections, out=buffer[: len(part)])
         logits.view(-1).index_fill_(0, hidden[number], -torch.inf)
         fixed.hide_other_domains(logits, at)
         own = first[: len(part)] + target[at : at + rows]

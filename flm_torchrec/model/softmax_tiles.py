@@ -16,6 +16,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from flm_torchrec.products import add_matmul, matmul
+
 TINY = torch.finfo(torch.float32).tiny
 """Minimum of a probability whose logarithm is taken."""
 
@@ -93,7 +95,7 @@ class Scored:
         """[rows, columns] of the tile, in the memory of `out`."""
         query, items = self.query[tile.rows], self.items[tile.columns]
         out = out[: len(query) * len(items)].view(len(query), len(items))
-        logits = torch.addmm(self.correction[tile.columns], query, items.T, out=out)
+        logits = matmul(query, items.T, self.correction[tile.columns], out=out)
         logits.view(-1).index_fill_(0, tile.hidden, -torch.inf)
         if self.domain is not None:
             wanted = self.domain[target[tile.rows]]
@@ -137,6 +139,6 @@ def tiled_softmax(
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.dtype == left.dtype:
-        total.addmm_(left, right)
+        add_matmul(total, left, right)
     else:
         total += left @ right

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flm_torchrec.model.native_code import argument, built, why_none
 from flm_torchrec.model.spans import Spans
+from flm_torchrec.native_code import argument, built, why_none
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 

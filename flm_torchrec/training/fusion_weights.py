@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +17,12 @@ from torch import Tensor
 
 from flm_torchrec.config import Config
 from flm_torchrec.config.heads import HEADS
-from flm_torchrec.evaluation.head_scorer import HeadScorer
 from flm_torchrec.evaluation.metrics import RankCounts
 from flm_torchrec.evaluation.protocol import Collectives, Encoder
-from flm_torchrec.evaluation.ranking import RankingProblem, rank_targets, user_blocks
+from flm_torchrec.evaluation.ranking import RankingProblem
 from flm_torchrec.mixture import Mixture
+from flm_torchrec.training.shortlists import Shortlists
 
-BEST = 50
-"""Best items of each head that are ranked again by every fusion that is tried."""
 WEIGHTS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
 """Weights that are tried for a head in a weighted sum."""
 SCALES, BIASES = (0.5, 0.7, 0.85, 1.2, 1.5, 2.0), (-3.0, -1.5, -0.7, -0.3, 0.3, 0.7, 1.5, 3.0)
@@ -34,8 +31,6 @@ ROUNDS = 2
 """Times that each number is tried."""
 FORMS = ("weighted_sum", "mixture")
 """Names of the fusions among the metrics of a validation."""
-LEAST = -1e30
-"""Stands for -inf where it is multiplied by a weight that may be 0."""
 
 
 @dataclass(frozen=True)
@@ -48,63 +43,6 @@ class ChosenFusion:
     """Scores in place of h, where it ranks better by more than a standard error."""
     tried: dict[str, float]
     """The metric of the best of each form, such as "mixture/ndcg@10"."""
-
-
-class _Remembering(HeadScorer):
-    """Keeps the vectors of the users that it has encoded, block by block."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.users: list[dict[str, Tensor]] = []
-
-    def blocks(self, own: np.ndarray, scored: list[np.ndarray]) -> list[dict[str, Tensor]]:
-        """As of `HeadScorer`."""
-        found = super().blocks(own, scored)
-        self.users.append(found[self.comm.rank if self.shares.spread else 0])
-        return found
-
-
-class _Shortlists:
-    """Of each of this rank's n examples, the heads' scores of the true item, first, and of the heads' best items.
-
-    An item that is among the BEST best of no head is not ranked. A metric's cut-off is far above.
-
-    Attributes:
-        scores: [heads, n, C]; -inf for a second copy of an item.
-    """
-
-    def __init__(self, problem: RankingProblem, encoder: Encoder, comm: Collectives) -> None:
-        self.comm = comm
-        items = problem.data.schema.items
-        heads = {name: name for name in HEADS}
-        scorer = _Remembering(encoder, items, problem.blocks.items, comm, heads=heads)
-        ranked = rank_targets(problem, scorer, comm, top_k=BEST)
-        # Ranks add up counts of this width, a rank without examples too.
-        parts, done = [torch.zeros(len(HEADS), 0, 1 + len(HEADS) * min(BEST, items))], 0
-        for rows, users in zip(
-            user_blocks(len(problem.examples), problem.blocks.users, comm), scorer.users, strict=True
-        ):
-            here = slice(done, done + len(rows))
-            done += len(rows)
-            target = torch.from_numpy(problem.data.item[problem.examples.take(rows).end])
-            ids = torch.cat([target[:, None], *(torch.from_numpy(ranked.top[name][here]) for name in HEADS)], 1)
-            ids = torch.where(ids < 0, target[:, None], ids)  # where fewer items are ranked: a copy
-            vectors = scorer.fetch(ids)  # [b, C, S]; collective, also without examples
-            if len(rows) == 0:
-                continue
-            scores = torch.stack([torch.einsum("bd,bcd->bc", users[name], vectors) for name in HEADS]).cpu()
-            parts.append(scores.masked_fill(_copies(ids), -torch.inf))
-        self.scores = torch.cat(parts, 1)
-
-    def ranks(self, fuse: Callable[[Tensor], Tensor]) -> Tensor:
-        """[n] ranks of the true items, 1 is best, by fusing [heads, n, C] → [n, C]."""
-        fused = fuse(self.scores)
-        return (fused >= fused[:, :1]).sum(1)
-
-    def metric(self, fuse: Callable[[Tensor], Tensor], metric: str) -> float:
-        """Of all ranks' examples. It comes from counts, so that any number of ranks finds the same fusion best."""
-        counts = torch.bincount(self.ranks(fuse) - 1, minlength=self.scores.shape[2])
-        return _metric_of(RankCounts(self.comm.all_reduce_sum(counts).numpy(), {}), metric)
 
 
 def choose_fusion(
@@ -126,11 +64,15 @@ def choose_fusion(
     Returns the same on all ranks.
     """
     metric = config.train.select.partition("/")[2]
-    lists = _Shortlists(problem, encoder, comm)
+    lists = Shortlists(problem, encoder, comm)
+
+    def score(ranks: Tensor) -> float:
+        return _metric(ranks, lists, metric)
+
     trained = [index for index, name in enumerate(HEADS) if getattr(config.loss, name) > 0]
 
     def summed(weights: Tensor) -> float:
-        return lists.metric(lambda z: _sum(z, weights), metric)
+        return score(lists.ranks_by_sum(weights))
 
     alone = [torch.eye(len(HEADS))[index] for index in trained]
     weights = max(alone, key=summed)
@@ -141,24 +83,22 @@ def choose_fusion(
     tried = {f"{FORMS[0]}/{metric}": summed(weights)}
     if config.model.fusion != "late" or len(trained) < len(HEADS):
         return ChosenFusion(chosen, None, tried)
-    mixed = _best_mixture(lists, temperatures, metric)
-    tried[f"{FORMS[1]}/{metric}"] = lists.metric(lambda z: _mix(z, mixed), metric)
-    before, after = (lists.ranks(fuse) for fuse in (lambda z: _sum(z, weights), lambda z: _mix(z, mixed)))
-    if not _better(before, after, metric, comm):
+    mixed = _best_mixture(lists, temperatures, score)
+    after = lists.ranks_by_mixture(mixed)
+    tried[f"{FORMS[1]}/{metric}"] = score(after)
+    if not _better(lists.ranks_by_sum(weights), after, metric, comm):
         return ChosenFusion(chosen, None, tried)
     scale, bias = mixed.tolist()
     return ChosenFusion(chosen, Mixture(tuple(scale), tuple(bias)), tried)
 
 
-def _best_mixture(lists: _Shortlists, temperatures: list[float], metric: str) -> Tensor:
+def _best_mixture(lists: Shortlists, temperatures: list[float], score: Callable[[Tensor], float]) -> Tensor:
     """[2, heads] scale and bias."""
     scale = torch.tensor(temperatures)
-    mass = torch.logsumexp(lists.scores * scale[:, None, None], 2)  # [heads, n]
-    total = lists.comm.all_reduce_sum(torch.cat([mass.sum(1), torch.tensor([float(mass.shape[1])])]))
-    mixed = torch.stack([scale, -total[:-1] / total[-1].clamp(min=1)])
+    mixed = torch.stack([scale, -lists.mean_mass(scale)])
 
     def mixture(values: Tensor) -> float:
-        return lists.metric(lambda z: _mix(z, values), metric)
+        return score(lists.ranks_by_mixture(values))
 
     for _ in range(ROUNDS):
         for index in range(len(HEADS)):
@@ -170,27 +110,16 @@ def _best_mixture(lists: _Shortlists, temperatures: list[float], metric: str) ->
     return mixed
 
 
-def _sum(scores: Tensor, weights: Tensor) -> Tensor:
-    """[heads, n, C], [heads] → [n, C]; an item that is left out stays out."""
-    return (scores.clamp(min=LEAST) * weights[:, None, None]).sum(0).masked_fill(torch.isinf(scores[0]), -torch.inf)
-
-
-def _mix(scores: Tensor, mixed: Tensor) -> Tensor:
-    """[heads, n, C], [2, heads] → [n, C]."""
-    return torch.logsumexp(scores * mixed[0, :, None, None] + mixed[1, :, None, None], 0)
-
-
 def _with(values: Tensor, index: int | tuple[int, int], value: float | Tensor) -> Tensor:
     changed = values.clone()
     changed[index] = value
     return changed
 
 
-def _copies(ids: Tensor) -> Tensor:
-    """[n, C] → [n, C] bool: an id that stands further left in its row."""
-    ordered, order = torch.sort(ids, dim=1, stable=True)
-    repeated = torch.zeros_like(ids, dtype=torch.bool)
-    return repeated.scatter(1, order[:, 1:], ordered[:, 1:] == ordered[:, :-1])
+def _metric(ranks: Tensor, lists: Shortlists, metric: str) -> float:
+    """Of all processes' examples. It comes from counts, so that any number of processes finds the same fusion best."""
+    counts = torch.bincount(ranks - 1, minlength=lists.columns)
+    return _metric_of(RankCounts(lists.comm.all_reduce_sum(counts).numpy(), {}), metric)
 
 
 def _better(before: Tensor, after: Tensor, metric: str, comm: Collectives) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from flm_torchrec import products
 from flm_torchrec.config import Config
 from flm_torchrec.config.heads import FUSED, HEADS, REPRESENTATIONS
 from flm_torchrec.data.splits import Examples, sampled
@@ -145,6 +146,8 @@ def _made_by_pytorch(config: Config, items: int, device: torch.device) -> Iterat
         yield f"attention by PyTorch, which is slower than native code: {reason}"
     if reason := token_passes.why_not_native(device):
         yield f"passes over tokens by PyTorch, which is slower than native code: {reason}"
+    if reason := products.why_not_native(device):
+        yield f"products of float32 by PyTorch, which is slower than native code: {reason}"
 
 
 def resume(checkpoints: Checkpoints, logger: RunLogger) -> Progress:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flm_torchrec import native_code
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData
-from flm_torchrec.model import fused_softmax, native_code, pointwise_attention, softmax, token_passes
+from flm_torchrec.model import fused_softmax, pointwise_attention, softmax, token_passes
 from flm_torchrec.model.fused_softmax import why_not_fused
 from flm_torchrec.model.softmax import CandidateVectors, Hidden, log_probability, sampled_softmax
 

@@ -16,9 +16,9 @@ from flm_torchrec.config.schema import ModelConfig
 from flm_torchrec.machine_code import processor_instructions
 from flm_torchrec.model import pointwise_attention, transformer
 from flm_torchrec.model.layout import Jagged
-from flm_torchrec.model.native_code import OPTIONS, Unavailable, built
 from flm_torchrec.model.pointwise_attention import why_not_native
 from flm_torchrec.model.transformer import CausalTransformer
+from flm_torchrec.native_code import OPTIONS, Unavailable, built
 
 native = pytest.mark.skipif(bool(why_not_native(torch.device("cpu"))), reason="no native attention here")
 

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 from flm_torchrec.model import fused_softmax, softmax
 from flm_torchrec.model.fused_softmax import why_not_fused
-from flm_torchrec.model.native_code import built
 from flm_torchrec.model.softmax import CandidateVectors, sampled_softmax
+from flm_torchrec.native_code import built
 
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 

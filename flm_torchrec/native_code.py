@@ -80,7 +80,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 def _compile(source: Path, code: Path, options: tuple[str, ...]) -> None:
     compiler = os.environ.get("CXX") or "c++"
     with replacing_file(code) as fresh:
-        command = [*compiler.split(), *options, str(source), "-o", str(fresh)]
+        command = [*compiler.split(), *options, f"-I{SHARED.parent}", str(source), "-o", str(fresh)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=MOST_SECONDS, check=False)
         except FileNotFoundError as error:
