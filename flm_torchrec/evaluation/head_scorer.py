@@ -24,7 +24,7 @@ ONE_VECTOR = "fused, one vector"
 CACHED = 1024
 """Items whose scores are summed at once."""
 FETCHED = 16
-"""Users whose items' vectors are looked up at once, where no other process has some: these stay in a cache."""
+"""Users whose items' vectors are looked up at once where this process has all: they stay in a processor's cache."""
 Range = tuple[int, int]
 """Start and stop of neighbouring items."""
 
@@ -191,7 +191,7 @@ class HeadScorer:
     def scores_at(self, users: dict[str, Tensor], names: Sequence[str], ids: Tensor) -> Tensor:
         """[b, C] item ids → [heads, b, C] the scores of these by heads of these names. Collective."""
         queries = torch.stack([users[self.heads[name]] for name in names], 1)  # [b, heads, D]
-        at_once = len(ids) if self.shares.spread else FETCHED
+        at_once = len(ids) if self.shares.spread or self.vectors.device.type != "cpu" else FETCHED
         scores = queries.new_empty(len(names), *ids.shape)
         for start in range(0, max(1, len(ids)), max(1, at_once)):
             part = slice(start, start + at_once)

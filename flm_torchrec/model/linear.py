@@ -33,7 +33,7 @@ class Linear(nn.Linear):
             product = _Narrow if isinstance(_library(), str) else _NativeNarrow
             found: Tensor = product.apply(x, self.weight, self.bias)
             return found
-        if multiplies(x, self.weight.T) and not torch.compiler.is_exporting():
+        if not torch.compiler.is_exporting() and multiplies(x, self.weight.T):
             found = _Wide.apply(x, self.weight, self.bias)
             return found
         return super().forward(x)
@@ -110,7 +110,8 @@ class _Wide(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, weight = ctx.saved_tensors
         of_x = matmul(grad, weight) if ctx.needs_input_grad[0] else None
-        return of_x, matmul(grad.T, x), grad.sum(0)
+        of_weight = matmul(grad.T, x) if ctx.needs_input_grad[1] else None
+        return of_x, of_weight, grad.sum(0)
 
 
 class _Narrow(torch.autograd.Function):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flm_torchrec import native_code
+from flm_torchrec import native_code, products
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.model import fused_softmax, pointwise_attention, softmax, token_passes
@@ -29,10 +29,10 @@ native = pytest.mark.skipif(bool(why_not_fused(BF16, CPU)), reason="no native so
 def unbuilt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache, as on a new machine."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for code in (fused_softmax, pointwise_attention, token_passes):
+    for code in (fused_softmax, pointwise_attention, products, token_passes):
         code._library.cache_clear()
     yield tmp_path
-    for code in (fused_softmax, pointwise_attention, token_passes):
+    for code in (fused_softmax, pointwise_attention, products, token_passes):
         code._library.cache_clear()
 
 
@@ -169,12 +169,14 @@ def test_training_says_it_once_and_goes_on(
     monkeypatch: pytest.MonkeyPatch, unbuilt: Path, small: PreparedData, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(fused_softmax, "processor_instructions", set)
+    monkeypatch.setattr(products, "_is_wanted", lambda: True)
     monkeypatch.setenv("CXX", "no-such-compiler")
     options = [f"--data.path={small.path}", "--model.dim=8", "--train.max_steps=2", f"--train.run={tmp_path / 'run'}"]
     assert main(["train", *options, "--loss.precision=bf16"]) == 0
     log = (tmp_path / "run" / "train.log").read_text()
     assert log.count("attention by PyTorch, which is slower than native code: there is no C++ compiler") == 1
     assert log.count("passes over tokens by PyTorch, which is slower than native code: there is no C++ compiler") == 1
+    assert log.count("products of float32 by PyTorch, which is slower than native code: there is no C++ compiler") == 1
     assert log.count("softmax by PyTorch, which is slower than native code: the processor has no avx512_bf16") == 1
 
 
