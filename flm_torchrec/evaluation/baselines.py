@@ -226,12 +226,16 @@ class EASE(_FromHistory):
         gram = (seen.T @ seen).toarray()
         gram[np.diag_indices_from(gram)] += l2
         inverse = linalg.inv(gram, overwrite_a=True, check_finite=False)
-        self.weights = inverse / -np.diag(inverse)
+        inverse /= -np.diag(inverse).copy()
+        self.weights = np.ascontiguousarray(inverse)
         np.fill_diagonal(self.weights, 0.0)
+        self._columns = {(0, len(self.weights)): self.weights}
 
     def scores(self, users: sp.csr_matrix, name: str, start: int, stop: int) -> Tensor:
         """[b, stop - start]: sums of weights."""
-        return torch.from_numpy(users @ self.weights[:, start:stop])
+        if (start, stop) not in self._columns:  # the product would copy them, for each block of users
+            self._columns[start, stop] = np.ascontiguousarray(self.weights[:, start:stop])
+        return torch.from_numpy(users @ self._columns[start, stop])
 
     def scores_of(self, users: sp.csr_matrix, name: str, items: Tensor) -> Tensor:
         """As of `Scorer`."""
