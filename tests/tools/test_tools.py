@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
+from flm_torchrec import products
 from flm_torchrec.cli import main
 from flm_torchrec.config import load_config
 from flm_torchrec.data.dataset import PreparedData
@@ -193,6 +194,15 @@ def test_training_is_timed_beside_plain_pytorch(
     rows = [row for row in rows if row.startswith(("| ours", "| plain"))]
     assert len(rows) == 15 and len(set(rows)) == 5  # speed, ratios and quality; three of ours and two of the others
     assert told.count("share of the roofline") == 3
+
+
+def test_products_are_timed_where_native_code_makes_them() -> None:
+    timed = tool("benchmarks/products.py", "--rounds", "1")
+    if not isinstance(products._library(), str):
+        assert timed.returncode == 0 and len(timed.stdout.splitlines()) == 5, timed.stderr
+        assert all("by PyTorch" in line for line in timed.stdout.splitlines())
+    else:
+        assert timed.returncode == 1 and timed.stderr.startswith("PyTorch multiplies here: ")
 
 
 @pytest.mark.slow
