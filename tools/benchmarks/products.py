@@ -2,7 +2,7 @@
 
     python tools/benchmarks/products.py --threads 2
 
-Prints for each product [M, K] @ [K, N] the milliseconds of both, medians, and the median (range) of their paired ratios.
+Prints for each product [M, K] @ [K, N] the milliseconds of both, medians, and the median (range) of the paired ratios.
 """
 
 from __future__ import annotations
