@@ -52,7 +52,7 @@ class Shortlists:
         items = problem.data.schema.items
         scorer = _Remembering(encoder, items, problem.blocks.items, comm, heads={name: name for name in HEADS})
         ranked = rank_targets(problem, scorer, comm, top_k=BEST)
-        self.columns = 1 + len(HEADS) * min(BEST, items)
+        self.columns = 1 + len(HEADS) * min(BEST, items)  # processes add up counts of this width, without examples too
         parts, done = [torch.zeros(len(HEADS), 0, self.columns)], 0
         for rows, users in zip(
             user_blocks(len(problem.examples), problem.blocks.users, comm), scorer.users, strict=True
@@ -63,7 +63,8 @@ class Shortlists:
             ids = torch.cat([target[:, None], *(torch.from_numpy(ranked.top[name][here]) for name in HEADS)], 1)
             ids = torch.where(ids < 0, target[:, None], ids)  # where fewer items are ranked: a copy
             scores = scorer.scores_at(users, HEADS, ids).cpu()  # collective, also without examples
-            parts.append(scores.masked_fill(_copies(ids), -torch.inf))
+            if len(rows):
+                parts.append(scores.masked_fill(_copies(ids), -torch.inf))
         self.above = torch.cat(parts, 1)
         self.own = self.above[:, :, 0].clone()
         self.above.sub_(self.own[:, :, None]).clamp_(min=LEAST)

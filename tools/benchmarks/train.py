@@ -292,7 +292,7 @@ def inside(args: argparse.Namespace, running: list[TrainerProcess]) -> None:
         roof = trainer.ask("roofline", count=args.rounds).result
         print("dense part: " + ", ".join(f"{name} {value:.4g}" for name, value in roof.items()))
         parts = roof["products ms"], roof["traffic at copy rate ms"]
-        rest = roof["dense ms"] - roof["native softmax ms"]
+        rest = roof["dense ms"] - roof["native code ms"]
         overlapping, in_turn = max(parts) / rest, sum(parts) / rest
         print(
             f"all but native code: share of the roofline {overlapping:.0%};"

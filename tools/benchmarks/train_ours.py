@@ -6,6 +6,8 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,12 @@ from torch.utils._pytree import tree_leaves
 from torchrec.distributed.types import LazyAwaitable
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
+from flm_torchrec import products
 from flm_torchrec.config import load_config
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.prefetch import Prefetch
 from flm_torchrec.evaluation.evaluate import evaluate_heads
-from flm_torchrec.model import softmax
+from flm_torchrec.model import fused_softmax, linear, pointwise_attention, token_passes
 from flm_torchrec.training.guard import Guard
 from flm_torchrec.training.job import Job, open_job
 from flm_torchrec.training.schedule import Schedule
@@ -31,6 +34,8 @@ from tools.benchmarks.train_peer import serve, specification
 
 TIMED = ("input", "forward", "backward", "optimizer")
 COPY_BYTES = 2**28
+NATIVE = (fused_softmax, linear, pointwise_attention, token_passes, products)
+"""Modules that call native code in a step."""
 PRODUCTS = {"mm": 0, "addmm": 1, "addmm_": 1, "bmm": 0}
 """Operators that multiply matrices, and the index of the first of the two factors."""
 
@@ -126,41 +131,68 @@ class Ours:
         return step
 
     def roofline(self, count: int) -> dict[str, float]:
-        """Time of the dense part, beside the times that its matrix products and its memory traffic need at least.
+        """Time of the dense part, beside the times that PyTorch's matrix products and memory traffic need at least.
 
-        Native code of the softmax is in neither, its time stands by itself. Softmaxes by PyTorch are counted.
+        Native code is in neither; its time stands by itself, by file.
         """
         step = self.dense_step()
         step()
         with Counted() as counted:
             step()
         measured, products, copies = [], [], []
-        native: list[float] = []
-        fused = softmax.fused_softmax
-
-        def timed(*given: Any) -> Any:
-            began = time.perf_counter()
-            found = fused(*given)
-            native[-1] += time.perf_counter() - began
-            return found
-
+        native: list[dict[str, float]] = []
         for _ in range(count):  # interleaved
-            native.append(0.0)
-            with mock.patch.object(softmax, "fused_softmax", timed):
+            with TimedNative() as timed:
                 measured.append(_seconds(step))
+            native.append(timed.seconds)
             products.append(sum(n * _product_seconds(*key) for key, n in counted.products.items()))
             copies.append(counted.bytes / _copy_rate())
         flops = sum(n * _flops(shapes) for (_, shapes, _), n in counted.products.items())
         return {
             "dense ms": 1e3 * _median(measured),
-            "native softmax ms": 1e3 * _median(native),
+            "native code ms": 1e3 * _median([sum(times.values()) for times in native]),
+            **{f"native {name} ms": 1e3 * _median([times[name] for times in native]) for name in native[0]},
             "products ms": 1e3 * _median(products),
             "GFLOP": flops / 1e9,
-            "GFLOP/s of the products alone": flops / 1e9 / _median(products),
+            "GFLOP/s of the products alone": flops / 1e9 / max(_median(products), 1e-9),
             "traffic GB": counted.bytes / 1e9,
             "traffic at copy rate ms": 1e3 * _median(copies),
             "copy GB/s": counted.bytes / 1e9 / _median(copies),
         }
+
+
+class TimedNative(ExitStack):
+    """Adds up the seconds in native code, by the name of the module that calls it."""
+
+    def __enter__(self) -> TimedNative:
+        super().__enter__()
+        self.seconds: dict[str, float] = {}
+        for module in NATIVE:
+            name, found = module.__name__.rpartition(".")[2], module._library()
+            self.seconds[name] = 0.0
+            if not isinstance(found, str):
+                library = _TimedLibrary(found, partial(self._add, name))
+                self.enter_context(mock.patch.object(module, "_library", lambda library=library: library))
+        return self
+
+    def _add(self, name: str, seconds: float) -> None:
+        self.seconds[name] += seconds
+
+
+class _TimedLibrary:
+    def __init__(self, library: Any, add: Callable[[float], None]) -> None:
+        self._found, self._add = library, add
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._found, name)
+
+        def timed(*given: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*given)
+            self._add(time.perf_counter() - began)
+            return result
+
+        return timed
 
 
 class Counted(TorchDispatchMode):
@@ -179,7 +211,7 @@ class Counted(TorchDispatchMode):
             # The strides decide which kernel runs.
             shapes = tuple((tuple(x.shape), tuple(x.stride())) for x in (a, b))
             self.products["bmm" if name == "bmm" else "mm", shapes, a.dtype] += 1
-        elif not func.is_view:
+        elif not func.is_view and "empty" not in name:  # what native code will fill, too
             self.bytes += sum(x.nbytes for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor))
         return out
 
