@@ -81,10 +81,8 @@ class Shortlists:
         head in the true item's sum. Fusions that are tried one after another mostly differ in one head, so the other
         factors are kept.
         """
-        logs = (
-            mixed[0, :, None] * self.own + mixed[1, :, None]
-        ).double()  # [heads, n]; exponentials leave float32's range
-        shares = (logs - logs.amax(0)).exp_()
+        logs = mixed[0, :, None] * self.own + mixed[1, :, None]  # [heads, n]
+        shares = (logs - logs.amax(0)).double().exp_()  # as float32 they would be 0 where others have no bound
         return self._ranks([self._ahead(head, scale) for head, scale in enumerate(mixed[0].tolist())], shares)
 
     def mean_mass(self, scale: Tensor) -> Tensor:
