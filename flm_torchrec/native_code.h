@@ -1,8 +1,12 @@
-// What the C++ files here share: memory of a thread's own, and threads that tell when there is none.
+// What the C++ files here share: memory of a thread's own, threads that tell when there is none, parts of a vector.
 
 #pragma once
 
 #include <omp.h>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <cstdint>
@@ -16,6 +20,11 @@ using std::int32_t;
 using std::int64_t;
 
 inline int64_t upto(int64_t n, int64_t side) { return (n + side - 1) / side * side; }
+
+#ifdef __AVX512F__
+// The first n of 16 numbers.
+inline __mmask16 first_of(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
+#endif
 
 template <class T> struct Buffer {  // zeros, at the beginning of a line of the cache
     T *at;

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flm_torchrec.files import replacing_file
@@ -61,6 +62,12 @@ def built(source: Path, options: tuple[str, ...] = OPTIONS) -> ctypes.CDLL:
             if open_to_others(path):
                 raise Unavailable(f"{path} may be written by others")
         return ctypes.CDLL(str(code))
+
+
+def why_not_native(load: Callable[[], ctypes.CDLL | str], device: torch.device) -> str:
+    """Why PyTorch takes the place of native code on a CPU, in a few words; empty where it does not, and elsewhere."""
+    found = load() if device.type == "cpu" else ""
+    return found if isinstance(found, str) else ""
 
 
 def argument(kind: type[ctypes.Structure], tensors: Mapping[str, Tensor | None], **numbers: float) -> Any:

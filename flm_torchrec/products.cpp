@@ -25,8 +25,6 @@ namespace {
 constexpr int LANES = 16, ROWS = 8, VECTORS = 3, WIDE = VECTORS * LANES;  // of a tile whose sums stay in registers
 constexpr int64_t TERMS = 512, BLOCK = 256;  // terms and rows of a packed block: half a MiB
 
-inline __mmask16 first_of(int64_t n) { return n >= LANES ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
-
 // 16 rows of 16 numbers → columns: squares of 8, 4, 2 and 1 beside the diagonal change places.
 void transpose(__m512 *rows) {
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);

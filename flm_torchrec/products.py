@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flm_torchrec import native_code
 from flm_torchrec.machine_code import processor_instructions, processor_vendor
 from flm_torchrec.native_code import Unavailable, argument, built, why_none
 
@@ -33,8 +34,7 @@ class _Product(ctypes.Structure):
 
 def why_not_native(device: torch.device) -> str:
     """Why PyTorch makes products that native code should make on this CPU, in a few words; else empty."""
-    found = _library() if device.type == "cpu" and _is_wanted() else ""
-    return found if isinstance(found, str) else ""
+    return native_code.why_not_native(_library, device) if _is_wanted() else ""
 
 
 def matmul(left: Tensor, right: Tensor, start: Tensor | None = None, out: Tensor | None = None) -> Tensor:

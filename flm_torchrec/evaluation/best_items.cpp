@@ -1,4 +1,4 @@
-// One pass over the scores of users: how many are at least a given score, and the best of each user.
+// Of the scores of each user, which stay in the cache: how many are at least a given score, and the best.
 
 #include <cmath>
 #include <functional>

@@ -1,4 +1,4 @@
-"""How many scores of a row are at least a given one, and the best of the row: on CPUs in one pass of native code."""
+"""How many scores of a row are at least a given one, and the best of the row: on CPUs by native code."""
 
 from __future__ import annotations
 

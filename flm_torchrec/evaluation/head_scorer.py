@@ -191,12 +191,10 @@ class HeadScorer:
     def scores_at(self, users: dict[str, Tensor], names: Sequence[str], ids: Tensor) -> Tensor:
         """[b, C] item ids → [heads, b, C] the scores of these by heads of these names. Collective."""
         queries = torch.stack([users[self.heads[name]] for name in names], 1)  # [b, heads, D]
-        at_once = len(ids) if self.shares.spread or self.vectors.device.type != "cpu" else FETCHED
-        scores = queries.new_empty(len(names), *ids.shape)
-        for start in range(0, max(1, len(ids)), max(1, at_once)):
-            part = slice(start, start + at_once)
-            scores[:, part] = (queries[part] @ self.fetch(ids[part]).transpose(1, 2)).transpose(0, 1)
-        return scores
+        whole = self.shares.spread or self.vectors.device.type != "cpu"
+        at_once = max(1, len(ids)) if whole else FETCHED
+        parts = zip(queries.split(at_once), ids.split(at_once), strict=True)
+        return torch.cat([query @ self.fetch(some).transpose(1, 2) for query, some in parts]).transpose(0, 1)
 
     def _of_all(self, values: Tensor) -> list[Tensor]:
         """[n] → that of each process, which may have another n."""

@@ -24,8 +24,6 @@ namespace {
 constexpr int ROWS = 8, WIDE = 32;  // of a product whose sums stay in registers
 constexpr int BLOCK = 128;          // tokens
 
-inline __mmask16 first_of(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
-
 struct Left {  // a factor [ROWS, pairs]; each number is two of bf16, and where its next row and its next pair are
     const int32_t *at;
     int64_t row, pair;

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flm_torchrec import native_code
 from flm_torchrec.model.spans import Spans
 from flm_torchrec.native_code import argument, built, why_none
 
@@ -31,8 +32,7 @@ class _Arguments(ctypes.Structure):
 
 def why_not_native(device: torch.device) -> str:
     """Why PyTorch makes the attention on a CPU, in a few words; empty where it does not, and on other devices."""
-    found = _library() if device.type == "cpu" else ""
-    return found if isinstance(found, str) else ""
+    return native_code.why_not_native(_library, device)
 
 
 def can_attend(uvqk: Tensor) -> bool:

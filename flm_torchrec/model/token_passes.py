@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flm_torchrec import native_code
 from flm_torchrec.model.spans import Spans
 from flm_torchrec.native_code import argument, built, why_none
 
@@ -31,8 +32,7 @@ class _Sums(ctypes.Structure):
 
 def why_not_native(device: torch.device) -> str:
     """Why PyTorch makes these passes on a CPU, in a few words; empty where it does not, and on other devices."""
-    found = _library() if device.type == "cpu" else ""
-    return found if isinstance(found, str) else ""
+    return native_code.why_not_native(_library, device)
 
 
 def is_native(x: Tensor, dtype: torch.dtype = torch.float32) -> bool:

@@ -1,4 +1,4 @@
-"""One pass over scores by native code, beside the same by PyTorch."""
+"""What native code finds in scores, beside the same by PyTorch."""
 
 from __future__ import annotations
 

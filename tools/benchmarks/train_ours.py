@@ -6,8 +6,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -139,49 +138,45 @@ class Ours:
         step()
         with Counted() as counted:
             step()
-        measured, products, copies = [], [], []
+        measured, multiplied, copies = [], [], []
         native: list[dict[str, float]] = []
         for _ in range(count):  # interleaved
-            with TimedNative() as timed:
+            with timed_native() as seconds:
                 measured.append(_seconds(step))
-            native.append(timed.seconds)
-            products.append(sum(n * _product_seconds(*key) for key, n in counted.products.items()))
+            native.append(seconds)
+            multiplied.append(sum(n * _product_seconds(*key) for key, n in counted.products.items()))
             copies.append(counted.bytes / _copy_rate())
         flops = sum(n * _flops(shapes) for (_, shapes, _), n in counted.products.items())
         return {
             "dense ms": 1e3 * _median(measured),
             "native code ms": 1e3 * _median([sum(times.values()) for times in native]),
             **{f"native {name} ms": 1e3 * _median([times[name] for times in native]) for name in native[0]},
-            "products ms": 1e3 * _median(products),
+            "products ms": 1e3 * _median(multiplied),
             "GFLOP": flops / 1e9,
-            "GFLOP/s of the products alone": flops / 1e9 / max(_median(products), 1e-9),
+            "GFLOP/s of the products alone": flops / 1e9 / max(_median(multiplied), 1e-9),
             "traffic GB": counted.bytes / 1e9,
             "traffic at copy rate ms": 1e3 * _median(copies),
             "copy GB/s": counted.bytes / 1e9 / _median(copies),
         }
 
 
-class TimedNative(ExitStack):
-    """Adds up the seconds in native code, by the name of the module that calls it."""
-
-    def __enter__(self) -> TimedNative:
-        super().__enter__()
-        self.seconds: dict[str, float] = {}
+@contextmanager
+def timed_native() -> Iterator[dict[str, float]]:
+    """Seconds in native code, by the name of the module that calls it; they are added up while the context lasts."""
+    seconds: dict[str, float] = {}
+    with ExitStack() as stack:
         for module in NATIVE:
             name, found = module.__name__.rpartition(".")[2], module._library()
-            self.seconds[name] = 0.0
+            seconds[name] = 0.0
             if not isinstance(found, str):
-                library = _TimedLibrary(found, partial(self._add, name))
-                self.enter_context(mock.patch.object(module, "_library", lambda library=library: library))
-        return self
-
-    def _add(self, name: str, seconds: float) -> None:
-        self.seconds[name] += seconds
+                library = _TimedLibrary(found, seconds, name)
+                stack.enter_context(mock.patch.object(module, "_library", lambda library=library: library))
+        yield seconds
 
 
 class _TimedLibrary:
-    def __init__(self, library: Any, add: Callable[[float], None]) -> None:
-        self._found, self._add = library, add
+    def __init__(self, library: Any, seconds: dict[str, float], name: str) -> None:
+        self._found, self._seconds, self._name = library, seconds, name
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function = getattr(self._found, name)
@@ -189,7 +184,7 @@ class _TimedLibrary:
         def timed(*given: Any) -> Any:
             began = time.perf_counter()
             result = function(*given)
-            self._add(time.perf_counter() - began)
+            self._seconds[self._name] += time.perf_counter() - began
             return result
 
         return timed
