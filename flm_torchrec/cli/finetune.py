@@ -13,6 +13,7 @@ FINETUNE_DEFAULTS = {
     **dict.fromkeys(("data", "model", "loss", "distributed", "train", "eval"), FROM_SOURCE),
     "distributed.plan": "none",
     "distributed.replicas": "1",
+    "distributed.collectives": "fp32",
     "train.run": "none; must be given",
     "train.existing": "refuse",
     "train.select": f"{FROM_SOURCE}; label/auc for labels",

@@ -235,6 +235,13 @@ class DistributedConfig:
         Literal["ddp", "fsdp"],
         Field(description="dense part on every rank: ddp: all of it; fsdp: a slice of its weights and optimizer state"),
     ] = "ddp"
+    collectives: Annotated[
+        Literal["fp32", "bf16"],
+        Field(
+            description="what ranks send vectors and gradients as, of tables, losses and the dense part; bf16: half the"
+            " bytes, each number rounded to 8 bits; for a slow network"
+        ),
+    ] = "fp32"
     replicas: Annotated[
         Count,
         Field(

@@ -64,7 +64,8 @@ class CandidateRanks:
     def concat(self, vectors: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
         """[v] and [b] float32, as long on each sharing rank → [ranks, v] and [ranks, b]. Collective.
 
-        Backward gives each rank the gradients for its own vectors, summed over the sharing ranks.
+        Backward gives each rank the gradients for its own vectors, summed over the sharing ranks. Vectors and gradients
+        are sent as `Comm.collectives`, what is beside them to the last bit.
         """
         gathered: tuple[Tensor, Tensor] = _GatherRows.apply(vectors, beside, self)
         return gathered
@@ -85,14 +86,19 @@ class CandidateRanks:
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, vectors: Tensor, beside: Tensor, ranks: CandidateRanks):  # type: ignore[override]
-        ctx.ranks = ranks
-        gathered = ranks.gather_flat(torch.cat([vectors, beside]))
+        ctx.ranks, ctx.sent = ranks, torch.bfloat16 if ranks.comm.collectives == "bf16" else vectors.dtype
+        # One collective takes both, as bytes.
+        sent = vectors.to(ctx.sent).view(torch.uint8)
+        gathered = ranks.gather_flat(torch.cat([sent, beside.view(torch.uint8)]))
         # Two new tensors: autograd takes no views of one tensor as outputs that differ in whether they have gradients.
-        rows, numbers = gathered[:, : len(vectors)].contiguous(), gathered[:, len(vectors) :].contiguous()
+        rows, numbers = gathered[:, : len(sent)].contiguous(), gathered[:, len(sent) :].contiguous()
+        rows, numbers = rows.view(ctx.sent).to(vectors.dtype), numbers.view(beside.dtype)
         ctx.mark_non_differentiable(numbers)
         return rows, numbers
 
     @staticmethod
     def backward(ctx, grad: Tensor, _: Tensor):  # type: ignore[override]
         ranks: CandidateRanks = ctx.ranks
-        return (ranks.scatter_sum(grad) if grad.shape[1] else grad[0]), None, None
+        if not grad.shape[1]:
+            return grad[0], None, None
+        return ranks.scatter_sum(grad.to(ctx.sent)).to(grad.dtype), None, None

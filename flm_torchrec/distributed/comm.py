@@ -44,6 +44,8 @@ class Comm:
     """A gloo group for the thread that writes checkpoints during training."""
     launch: dist.Store | None = None
     """The launcher's store, which all attempts of a job share; None without a launcher."""
+    collectives: str = "fp32"
+    """What ranks send vectors and gradients as, `distributed.collectives`: those of tables, losses and DDP."""
 
     def set_flag(self, name: str) -> None:
         """Set a flag for this attempt and later attempts of the job, which the launcher starts after a failure."""
@@ -162,7 +164,9 @@ def process_group(config: DistributedConfig) -> Iterator[Comm]:
     control = dist.new_group(timeout=timeout, backend="gloo")
     # A slow disk is no hang: ranks may wait longer for each other while they save.
     saving = dist.new_group(timeout=10 * timeout, backend="gloo")
-    comm = Comm(dist.get_rank(), dist.get_world_size(), local_world_size, device, control, saving, launch)
+    comm = Comm(
+        dist.get_rank(), dist.get_world_size(), local_world_size, device, control, saving, launch, config.collectives
+    )
     if device.type == "cpu":
         # Every rank takes part in this collective, also a rank with a given number of threads.
         share = max(1, len(os.sched_getaffinity(0)) // ranks_on_this_host(comm))

@@ -58,7 +58,7 @@ class Replicated(DMPCollection, _OnDevice):
             sharding_group_size=group.world_size,
             global_pg=world,
             node_group_size=group.local_world_size,
-            sharders=sharders(),
+            sharders=sharders(comm.collectives),
             data_parallel_wrapper=wrapper,
             custom_all_reduce=self._average,
         )

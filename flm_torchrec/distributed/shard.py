@@ -7,13 +7,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
 import torch
+import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.model_parallel import (
     DataParallelWrapper,
     DefaultDataParallelWrapper,
@@ -68,9 +71,14 @@ def shard(
             zeros |= {table.name for table in module.embedding_configs() if table.init_fn is nn.init.zeros_}
     parameters = {p for module in sliced for p in module.parameters()}
     names = [name for name, p in model.named_parameters() if p in parameters]
+    reduced = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if comm.collectives == "bf16" else None)
     for module in sliced:
-        fully_shard(module.to(comm.device), mesh=init_device_mesh(comm.device.type, (comm.world_size,)))
-    wrapper = DefaultDataParallelWrapper(params_to_ignore=names) if comm.world_size > 1 else _Alone()
+        mesh = init_device_mesh(comm.device.type, (comm.world_size,))
+        fully_shard(module.to(comm.device), mesh=mesh, mp_policy=reduced)
+    wrapper: DataParallelWrapper = _Alone()
+    if comm.world_size > 1:
+        shared = _SharedInHalf if comm.collectives == "bf16" else DefaultDataParallelWrapper
+        wrapper = shared(params_to_ignore=names)
     sharded: DistributedModelParallel
     if replicas > 1:
         check_replicable(model, plan, config.sparse_optimizer)
@@ -78,10 +86,10 @@ def shard(
     else:
         sharded = DistributedModelParallel(
             module=model,
-            env=ShardingEnv.from_process_group(torch.distributed.GroupMember.WORLD),
+            env=ShardingEnv.from_process_group(dist.GroupMember.WORLD),
             device=comm.device,
             plan=plan,
-            sharders=sharders(),
+            sharders=sharders(comm.collectives),
             data_parallel_wrapper=wrapper,
         )
     _hold_empty_shards(sharded)
@@ -102,10 +110,21 @@ class _Alone(DataParallelWrapper):
         dmp.module.to(device)
 
 
+class _SharedInHalf(DefaultDataParallelWrapper):
+    """DDP that sends gradients as bf16. `allreduce_comm_precision` would name PyTorch's hook, which DDP refuses over gloo
+    by that name, though gloo sums bf16."""
+
+    def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
+        super().wrap(dmp, env, device)
+        if isinstance(dmp._dmp_wrapped_module, DistributedDataParallel):
+            # Under another name.
+            dmp._dmp_wrapped_module.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
+
+
 def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> CombinedOptimizer:
     """The fused optimizer of the tables, which steps in backward, and AdamW with clipping for the dense part."""
     dense = dict(in_backward_optimizer_filter(model.named_parameters()))
-    world = torch.distributed.GroupMember.WORLD
+    world = dist.GroupMember.WORLD
     # TorchRec skips a sliced parameter without a group, because it looks for a gradient of the local slice.
     sliced = {p: [world] for p in dense.values() if isinstance(p, DTensor)}
 

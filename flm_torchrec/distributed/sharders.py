@@ -5,7 +5,15 @@ from __future__ import annotations
 from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ModuleSharder, ShardingPlan, ShardingType
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
+from torchrec.distributed.types import (
+    CommOp,
+    EmbeddingModuleShardingPlan,
+    ModuleSharder,
+    QuantizedCommCodecs,
+    ShardingPlan,
+    ShardingType,
+)
 
 from flm_torchrec.distributed.managed import ManagedBagSharder, ManagedItemSharder
 from flm_torchrec.errors import ConfigError
@@ -47,14 +55,28 @@ class SequenceSharder(EmbeddingCollectionSharder):
         return SHARDING_TYPES
 
 
-def sharders() -> list[ModuleSharder[nn.Module]]:
-    """One sharder for each kind of table module."""
+def sharders(collectives: str = "fp32") -> list[ModuleSharder[nn.Module]]:
+    """One sharder for each kind of table module.
+
+    Args:
+        collectives: what ranks send vectors and their gradients as, `distributed.collectives`.
+    """
+    codecs = None if collectives == "fp32" else _codecs(CommType(collectives))
+    bags, sequences = BagSharder(qcomm_codecs_registry=codecs), SequenceSharder(qcomm_codecs_registry=codecs)
     return [  # type: ignore[list-item]
-        BagSharder(),
-        SequenceSharder(),
-        ManagedBagSharder(BagSharder()),
-        ManagedItemSharder(SequenceSharder()),
+        bags,
+        sequences,
+        ManagedBagSharder(bags, qcomm_codecs_registry=codecs),
+        ManagedItemSharder(sequences, qcomm_codecs_registry=codecs),
     ]
+
+
+def _codecs(sent: CommType) -> dict[str, QuantizedCommCodecs]:
+    """Of every collective of vectors. TorchRec's `get_qcomm_codecs_registry` takes fp16 in place of bf16 over gloo,
+    which sends bf16 as well; gradients would need a scale to be kept in fp16."""
+    names = (CommOp.POOLED_EMBEDDINGS_ALL_TO_ALL, CommOp.POOLED_EMBEDDINGS_REDUCE_SCATTER)
+    config = QCommsConfig(forward_precision=sent, backward_precision=sent)
+    return {op.name: get_qcomm_codecs(config) for op in (*names, CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL)}
 
 
 def check_whole_rows(plan: ShardingPlan, optimizer: str) -> None:

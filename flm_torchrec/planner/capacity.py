@@ -12,6 +12,7 @@ from flm_torchrec.planner.cache import set_cache_params
 from flm_torchrec.planner.constraints import Rules, constraints
 from flm_torchrec.planner.estimate import DENSE_BYTES, RESERVED
 from flm_torchrec.planner.hardware import Cluster
+from flm_torchrec.planner.loss_work import SENT_BYTES
 from flm_torchrec.planner.plan_file import describe
 from flm_torchrec.planner.solve import PlannedTables, solve
 from flm_torchrec.planner.step import StepWork, step_parts
@@ -53,7 +54,7 @@ def report(workload: Workload, cluster: Cluster, planned: PlannedTables, pipelin
         "critical_rank": critical["rank"],
         "step_ms": tables_ms,
         "whole_step": None if workload.step is None else _whole_step(workload.step, cluster, tables_ms),
-        "sent": {**sent_bytes(planned), "dense": _dense_sent(workload, cluster)},
+        "sent": {**sent_bytes(planned, workload.collectives), "dense": _dense_sent(workload, cluster)},
         "memory_max": max(memory),
         "balance": {
             "memory": max(memory) * len(memory) / sum(memory),
@@ -134,7 +135,7 @@ def _dense_sent(workload: Workload, cluster: Cluster) -> float:
     """Bytes that a rank sends in a ring all-reduce of the dense gradients: 2 (W - 1) / W of them (Patarasuk and Yuan
     2009, Bandwidth optimal all-reduce algorithms)."""
     ranks = cluster.world_size
-    return 2 * (ranks - 1) / ranks * workload.dense_bytes / DENSE_BYTES * 4
+    return 2 * (ranks - 1) / ranks * workload.dense_bytes / DENSE_BYTES * SENT_BYTES[workload.collectives]
 
 
 def _dense_all_reduce(workload: Workload, cluster: Cluster) -> float:

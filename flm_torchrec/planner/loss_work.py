@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 KINDS = ("global", "node", "local")
+SENT_BYTES = {"fp32": 4, "bf16": 2}
+"""Of a number of a vector or a gradient that ranks send, by `distributed.collectives`."""
 SOFTMAXES = 4
 """Of the default heads: content, collaborative, the same with an event left out, sequential."""
 
@@ -25,6 +27,8 @@ class LossWork:
     """Different candidates that a rank shows to others, counted; None: targets and negatives are all different."""
     softmaxes: int = SOFTMAXES
     """Over all candidates."""
+    collectives: str = "fp32"
+    """`distributed.collectives`."""
 
     def sent(self, kind: str, ranks: int, node: int) -> float:
         """Bytes that leave a rank.
@@ -36,7 +40,7 @@ class LossWork:
         Args:
             node: ranks of a node.
         """
-        vector, number = 4 * 2 * self.dim, 8
+        vector, number = SENT_BYTES[self.collectives] * 2 * self.dim, 8
         others = (node if kind == "node" else ranks) - 1
         if kind == "local":
             return others * (self.negatives / ranks * (2 * vector + 2 * number) + number)

@@ -78,10 +78,10 @@ def solve(
         debug=False,
     )
     try:
-        plan = planner.plan(model, sharders())
+        plan = planner.plan(model, sharders(workload.collectives))
     except PlannerError as error:
-        free = reservation.reserve(topology, batch_size, model, sharders(), constraints)
-        raise _infeasible(enumerator.enumerate(model, sharders()), free, error) from error
+        free = reservation.reserve(topology, batch_size, model, sharders(workload.collectives), constraints)
+        raise _infeasible(enumerator.enumerate(model, sharders(workload.collectives)), free, error) from error
     except RuntimeError as error:
         if "No available sharding type" not in str(error):
             raise

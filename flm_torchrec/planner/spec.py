@@ -53,6 +53,8 @@ class Spec:
     """Samples of a rank in a step."""
     optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
     precision: Literal["fp32", "fp16"] = "fp32"
+    collectives: Literal["fp32", "bf16"] = "fp32"
+    """What ranks send vectors and gradients as."""
     dense_parameters: Annotated[int, Field(ge=0, le=10**15)] = 0
 
 
@@ -100,4 +102,5 @@ def workload_of_spec(spec: Spec) -> Workload:
     for dim in sorted({config.embedding_dim for config in sequences}):
         same = [config for config in sequences if config.embedding_dim == dim]
         model.add_module(f"sequences_{dim}", EmbeddingCollection(tables=same, device=META))
-    return Workload(model, spec.batch_size, lookups, spec.optimizer, DENSE_BYTES * spec.dense_parameters)
+    dense = DENSE_BYTES * spec.dense_parameters
+    return Workload(model, spec.batch_size, lookups, spec.optimizer, dense, collectives=spec.collectives)

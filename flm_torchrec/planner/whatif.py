@@ -168,7 +168,7 @@ def _changes(question: Question, cluster: Cluster) -> Iterator[tuple[str, str, Q
     if cluster.hardware.device == "cuda":
         yield "UVM caching", "tables in host memory, a fifth of the rows cached in HBM", changed(caching)
         yield "UVM", "tables in host memory, read over PCIe", changed(("fused", "fused_uvm"))
-    yield "fp16 tables", "half the weights", changed(precision="fp16")
+    yield "fp16 tables", "half the weights; 'flm train' does not offer them", changed(precision="fp16")
     yield "int8 tables", "for serving only: TorchRec does not train them", changed(precision="int8")
     if question.workload(cluster.world_size).optimizer in ("adam", "adagrad"):
         yield "row-wise Adagrad", "one number of state a row", changed(optimizer="rowwise_adagrad")

@@ -27,5 +27,7 @@ class Workload:
     """Memory of a rank that the dense part takes in training."""
     sketch_bytes: int = 0
     """Host memory of a rank that the sketches of items take, on a GPU too."""
+    collectives: str = "fp32"
+    """What ranks send vectors and gradients as, `distributed.collectives`."""
     step: StepWork | None = None
     """What a step does beside the tables; None: not known, as of a spec."""

@@ -64,6 +64,7 @@ def build(
             # With fsdp each rank holds a slice of the dense part.
             dense_bytes=dense_bytes(model) // (comm.world_size if fsdp else 1),
             sketch_bytes=kept_bytes(schema.items, config.model.dim),
+            collectives=config.distributed.collectives,
         )
 
     plan = make_plan(model, comm, config.distributed, workload)

@@ -18,8 +18,9 @@ from flm_torchrec.errors import ConfigError
 from flm_torchrec.training.follow.growth import FollowedData
 from flm_torchrec.training.identity import has_ids_of, read_config
 
-ANY_RANKS = ("distributed.plan=", "distributed.replicas=1")
-"""Overrides for reading a run back: its plan and its replicas may be for another number of ranks."""
+ANY_RANKS = ("distributed.plan=", "distributed.replicas=1", "distributed.collectives=fp32")
+"""Overrides for reading a run back: its plan and its replicas may be for another number of ranks, and what it says must
+not depend on that number, as rounded vectors do."""
 IN_MEMORY = "data.stream=false"
 """Override for reading a run back: its events are read in order, and not shuffled."""
 

@@ -41,6 +41,7 @@ def step_work(model: PretrainModel, config: Config, loader: Loader, small: Loade
         targets=float(np.mean([len(batch.targets) for batch in batches])),
         items=float(np.mean([len(torch.unique(batch.targets)) for batch in batches])),
         softmaxes=_softmaxes(config),
+        collectives=config.distributed.collectives,
     )
     counted = next(islice(small.epoch(0), 1))
     sequences = np.mean([len(batch.lengths) for batch in batches]) / len(counted.lengths)

@@ -39,6 +39,7 @@ def workload_per_rank(config: Config) -> Callable[[int], Workload]:
             optimizer=config.train.sparse_optimizer,
             dense_bytes=dense_bytes(model),
             sketch_bytes=kept_bytes(data.schema.items, config.model.dim),
+            collectives=config.distributed.collectives,
             step=step_work(model, config, loader, small),
         )
 

@@ -164,22 +164,22 @@ def _contrast(made_by: list[tuple[Any, Vectors]], rank: int, near: list[int], jo
 
 
 class Counted(CandidateRanks):
-    """Counts what it exchanges: float32 values that come in, and collectives."""
+    """Counts what it exchanges: bytes that come in, and collectives."""
 
-    values, calls = 0, 0
+    bytes, calls = 0, 0
 
     def gather_flat(self, values: Tensor) -> Tensor:
         found = super().gather_flat(values)
-        self.values, self.calls = self.values + found.numel(), self.calls + 1
+        self.bytes, self.calls = self.bytes + found.nbytes, self.calls + 1
         return found
 
     def scatter_sum(self, values: Tensor) -> Tensor:
-        self.values, self.calls = self.values + values.numel(), self.calls + 1
+        self.bytes, self.calls = self.bytes + values.nbytes, self.calls + 1
         return super().scatter_sum(values)
 
     def all_gather(self, numbers: Tensor) -> Tensor:
         found = super().all_gather(numbers)
-        self.values, self.calls = self.values + 2 * found.numel(), self.calls + 1
+        self.bytes, self.calls = self.bytes + found.nbytes, self.calls + 1
         return found
 
 
@@ -225,7 +225,7 @@ def main(local: int, output: Path) -> None:
         for kind, negatives in (("global", DRAWN), ("node", DRAWN), ("local", DRAWN), ("local", 24)):
             compare(comm, kind, negatives, joint=True)
             ranks = compare(comm, kind, negatives, joint=False)
-            counted[f"{kind} {negatives}"] = {"values": ranks.values, "calls": ranks.calls}
+            counted[f"{kind} {negatives}"] = {"bytes": ranks.bytes, "calls": ranks.calls}
         if comm.main:
             output.write_text(json.dumps(counted))
 

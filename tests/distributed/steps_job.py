@@ -9,6 +9,7 @@ import json
 import sys
 from contextlib import nullcontext
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,8 @@ def main(path: str, output: str, overrides: list[str]) -> None:
         total = comm.all_reduce_sum(torch.from_numpy(everyone))
         if comm.main:
             types = sorted({c.sharding_type for m in plan.plan.values() for c in m.values()})
-            result = {"losses": losses, "ranks": total.tolist(), "sharding": types, "collectives": dict(sent.calls)}
+            result: dict[str, Any] = {"losses": losses, "ranks": total.tolist(), "sharding": types}
+            result |= {"collectives": dict(sent.calls), "bytes": dict(sent.bytes)}
             with open(output, "w", encoding="utf-8") as file:
                 json.dump(result, file)
 

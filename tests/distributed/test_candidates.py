@@ -33,9 +33,9 @@ def test_losses_and_gradients_are_those_of_one_process(ranks, tmp_path: Path) ->
         counted[count] = json.loads(output.read_text())
     for name, calls in (("global 21", 3), ("node 21", 3), ("local 21", 2), ("local 24", 2)):
         assert counted[2][name]["calls"] == counted[4][name]["calls"] == calls
-    told = 2  # values of a rank's number of targets
-    assert counted[4]["local 24"]["values"] - 4 * told == counted[2]["local 24"]["values"] - 2 * told
-    assert counted[4]["global 21"]["values"] > 1.5 * counted[2]["global 21"]["values"]
+    told = 8  # bytes of a rank's number of targets
+    assert counted[4]["local 24"]["bytes"] - 4 * told == counted[2]["local 24"]["bytes"] - 2 * told
+    assert counted[4]["global 21"]["bytes"] > 1.5 * counted[2]["global 21"]["bytes"]
 
 
 def test_on_one_rank_all_settings_are_one(small: PreparedData) -> None:

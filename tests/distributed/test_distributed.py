@@ -68,6 +68,34 @@ def test_a_dense_part_in_slices_learns_alike(ranks, small: PreparedData, tmp_pat
     np.testing.assert_allclose(many["losses"], one["16"]["losses"], rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("count", "settings"),
+    [
+        (2, ("distributed.sharding=row_wise",)),
+        (4, ("distributed.sharding=table_wise", "distributed.dense=fsdp")),
+    ],
+)
+def test_ranks_that_send_half_the_bytes_learn_nearly_alike(  # type: ignore[no-untyped-def]
+    ranks, small: PreparedData, tmp_path: Path, one: dict[str, dict], count: int, settings: tuple[str, ...]
+) -> None:
+    """bf16 has 8 bits: losses differ, by less than 1 %. Ids, lengths and what tells candidates apart stay whole."""
+    settings = (*settings, "loss.negatives=16")
+    whole = steps(ranks, small, tmp_path / "fp32.json", count, *settings)
+    half = steps(ranks, small, tmp_path / "bf16.json", count, *settings, "distributed.collectives=bf16")
+    assert half["collectives"] == whole["collectives"]
+    for part in ("tables", "dense", "loss"):
+        assert half["bytes"][part] < 0.7 * whole["bytes"][part]
+    np.testing.assert_allclose(half["losses"], one["16"]["losses"], rtol=1e-2)
+    assert np.abs(np.array(half["losses"]) / np.array(one["16"]["losses"]) - 1).max() > 1e-4
+    assert np.mean(np.array(half["ranks"]) == np.array(one["16"]["ranks"])) > 0.5
+
+
+def test_one_rank_sends_nothing_and_rounds_nothing(small: PreparedData, tmp_path: Path, one: dict[str, dict]) -> None:
+    output = tmp_path / "one.json"
+    steps_job.main(str(small.path), str(output), [*SMALL, "loss.negatives=16", "distributed.collectives=bf16"])
+    assert json.loads(output.read_text())["losses"] == one["16"]["losses"]
+
+
 FLM = ["-m", "flm_torchrec", "--"]
 
 

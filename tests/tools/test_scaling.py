@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.distributed.sharders import BagSharder
-from flm_torchrec.planner.capacity import plan_on
+from flm_torchrec.planner.capacity import plan_on, report
 from flm_torchrec.planner.constraints import Rules
 from flm_torchrec.planner.hardware import make_cluster
 from flm_torchrec.planner.loss_work import LossWork
@@ -74,6 +76,30 @@ def test_bytes_sent_by_hand(pooled: bool, sharding: str, ids: float, vectors: fl
     rules = Rules(sharding_types=(sharding,))
     solved = plan_on(workload, make_cluster("h100", 1, 4), rules, pipeline_of("cuda"))
     assert sent_bytes(solved) == {"ids": ids, "vectors": vectors}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_bf16_halves_what_vectors_and_gradients_send(precision: str) -> None:
+    """A spec says so; the vectors of fp16 tables are as narrow already."""
+
+    def planned(collectives: str) -> dict[str, Any]:
+        table = TableSpec(name="t", rows=100, dim=8, pooling=3)
+        given = {"precision": precision, "collectives": collectives, "dense_parameters": 1000}
+        workload = workload_of_spec(Spec(tables=(table,), batch_size=1000, **given))
+        cluster, pipeline = make_cluster("h100", 2, 2), pipeline_of("cuda")
+        return report(workload, cluster, plan_on(workload, cluster, Rules(), pipeline), pipeline)
+
+    whole, half = planned("fp32"), planned("bf16")
+    assert half["sent"]["ids"] == whole["sent"]["ids"] and 2 * half["sent"]["dense"] == whole["sent"]["dense"]
+    assert half["sent"]["vectors"] == whole["sent"]["vectors"] / (2 if precision == "fp32" else 1)
+    assert half["step_ms"]["dense_all_reduce"] == whole["step_ms"]["dense_all_reduce"] / 2
+    if precision == "fp32":
+        assert half["step_ms"]["communication"] < 0.9 * whole["step_ms"]["communication"]
+    for kind in ("global", "node", "local"):
+        work = LossWork(32, 2048, 500, 300)
+        vectors = work.sent(kind, 16, 8) - replace(work, dim=0).sent(kind, 16, 8)
+        narrow = replace(work, collectives="bf16")
+        assert work.sent(kind, 16, 8) - narrow.sent(kind, 16, 8) == pytest.approx(vectors / 2)
 
 
 def test_bytes_sent_within_nodes_and_between_them(monkeypatch: pytest.MonkeyPatch) -> None:

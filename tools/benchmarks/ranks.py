@@ -15,7 +15,7 @@ import socket
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,15 +25,21 @@ if str(ROOT) not in sys.path:
 from tools.benchmarks.train import ENVIRONMENT  # noqa: E402
 
 
-def start(ranks: int, steps: int, settings: Sequence[str]) -> subprocess.Popen[str]:
-    """A job that takes some steps and prints its sequences a second and its stages."""
+def start(
+    ranks: int, steps: int, settings: Sequence[str], more: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """A job that takes some steps and prints its sequences a second and its stages.
+
+    Args:
+        more: of its environment.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(port)]
     command = [sys.executable, "-W", "ignore", *launcher, "-m", "tools.benchmarks.train_ours"]
     spec = json.dumps({"config": "", "settings": list(settings)})
-    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", **(more or {})}
     return subprocess.Popen(
         [*command, spec, str(steps)],
         stdout=subprocess.PIPE,
