@@ -23,8 +23,8 @@ from flm_torchrec.machine_code import code_folder, open_to_others, processor_ins
 from flm_torchrec.safe_text import first_line
 
 OPTIONS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w")
-SHARED = Path(__file__).with_suffix(".h")
-"""What the C++ files include."""
+INCLUDED = Path(__file__).parent
+"""The folder with what the C++ files include."""
 MOST_SECONDS = 60
 """Of the compiler."""
 
@@ -49,7 +49,7 @@ def built(source: Path, options: tuple[str, ...] = OPTIONS) -> ctypes.CDLL:
     Raises:
         Unavailable, OSError, subprocess.SubprocessError: it cannot be; see `why_none`.
     """
-    texts = [path.read_text(encoding="utf-8") for path in (source, SHARED)]
+    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(INCLUDED.rglob("*.h")))]
     content = [*texts, *options, *sorted(processor_instructions())]
     name = hashlib.sha256("\n".join(content).encode()).hexdigest()[:32]
     folder = code_folder("kernels")
@@ -87,7 +87,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 def _compile(source: Path, code: Path, options: tuple[str, ...]) -> None:
     compiler = os.environ.get("CXX") or "c++"
     with replacing_file(code) as fresh:
-        command = [*compiler.split(), *options, f"-I{SHARED.parent}", str(source), "-o", str(fresh)]
+        command = [*compiler.split(), *options, f"-I{INCLUDED}", str(source), "-o", str(fresh)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=MOST_SECONDS, check=False)
         except FileNotFoundError as error:

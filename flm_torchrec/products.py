@@ -32,9 +32,15 @@ class _Product(ctypes.Structure):
     )
 
 
+@cache
+def is_wanted() -> bool:
+    """Whether the processor can do more than PyTorch's library asks of it."""
+    return "avx512f" in processor_instructions() and processor_vendor() == "AuthenticAMD"
+
+
 def why_not_native(device: torch.device) -> str:
     """Why PyTorch makes products that native code should make on this CPU, in a few words; else empty."""
-    return native_code.why_not_native(_library, device) if _is_wanted() else ""
+    return native_code.why_not_native(_library, device) if is_wanted() else ""
 
 
 def matmul(left: Tensor, right: Tensor, start: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -86,10 +92,6 @@ def _library() -> ctypes.CDLL | str:
 
 
 def _load() -> ctypes.CDLL:
-    if not _is_wanted():
+    if not is_wanted():
         raise Unavailable("PyTorch's library uses all that this processor can do")
     return built(SOURCE)
-
-
-def _is_wanted() -> bool:
-    return "avx512f" in processor_instructions() and processor_vendor() == "AuthenticAMD"

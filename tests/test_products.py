@@ -95,12 +95,14 @@ def test_native_code_is_for_processors_whose_vectors_pytorch_does_not_use(
     monkeypatch.setattr(products, "processor_vendor", lambda: vendor)
     monkeypatch.setattr(products, "processor_instructions", lambda: instructions)
     monkeypatch.setattr(products, "built", mock.Mock(side_effect=Unavailable("there is no C++ compiler")))
-    products._library.cache_clear()
+    for asked in (products.is_wanted, products._library):
+        asked.cache_clear()
     try:
         assert why_not_native(torch.device("cpu")) == ("there is no C++ compiler" if wanted else "")
         assert why_not_native(torch.device("cuda")) == ""
     finally:
-        products._library.cache_clear()
+        for asked in (products.is_wanted, products._library):
+            asked.cache_clear()
 
 
 def test_the_vendor_of_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:

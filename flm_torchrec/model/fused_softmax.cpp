@@ -1,8 +1,8 @@
-// A softmax and its gradients whose logits never leave the cache, for processors with bf16 products: AMX, or AVX-512 alone.
+// A softmax and its gradients whose logits never leave the cache, of products of bf16 or of float32 (softmax_numbers.h).
 //
-// Tiles of 32 candidates x 32 queries (compare Dao et al., FlashAttention, 2022). Inputs of products are bf16; logits and
-// sums are fp32. A tile has a row for each candidate, so that sums over candidates need no work across lanes, and so that
-// the shares are a left factor for the candidates' gradient as they lie.
+// Tiles of 32 candidates x 32 queries (compare Dao et al., FlashAttention, 2022). Logits and sums are fp32. A tile has a
+// row for each candidate, so that sums over candidates need no work across lanes, and so that the shares are a left factor
+// for the candidates' gradient as they lie.
 //
 // Few candidates: one pass. The exponentials of 128 queries for all candidates stay in the cache until their sums are
 // known. Threads take queries; the candidates' gradients are added up in the order of the threads.
@@ -11,19 +11,12 @@
 // both gradients. Threads take candidates; queries' sums are added up in the order of the threads.
 
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <cmath>
 #include <vector>
 
+#include "model/softmax_numbers.h"
 #include "native_code.h"
-
-#if !defined(__AVX512BF16__)
-#error "this processor, or this compiler, has no products of bf16 (avx512_bf16)"
-#endif
-
-using bf16 = uint16_t;
 
 struct Problem {  // as in fused_softmax.py
     const float *query, *weight;    // [T, D]; [T] of the queries' losses in the gradients, or null: 1
@@ -34,20 +27,18 @@ struct Problem {  // as in fused_softmax.py
     float *losses;                  // [T] out: log of the sum of exp(logit) over the candidates, less the target's logit
     float *query_grad, *items_grad; // [T, D] out, and [C, D] but for what targets add; or both null: the losses alone
     int64_t queries, candidates, dim, hidden, threads;
+    int64_t float32;                // of products; 0: bf16
     float scale;                    // of logits
 };
 
 namespace {
 
-constexpr int SIDE = 32;           // of a tile of logits
 constexpr int ITEMS = 256;         // candidates of a block
 constexpr int QUERIES = 128;       // queries of a block
-constexpr int64_t FEW = 8192;      // candidates of one pass: the exponentials of a block of queries take 2 MiB
 constexpr int64_t MOST_ROWS = 65536;  // of the candidates' gradients by thread in one pass
 constexpr float NOTHING = -1e30f;  // a logit whose exponential is 0
 constexpr float MOST = 1e30f;      // of a sum of exponentials
 constexpr float LOG2_E = 1.44269504088896341f;
-constexpr int XFEATURE_TILES = 18, ARCH_REQ_XCOMP_PERM = 0x1023;  // linux, asm/prctl.h
 constexpr unsigned FLUSH_DENORMALS = 0x8040;
 
 struct Flushed {  // denormal numbers are zeros in this thread, while it is alive
@@ -57,109 +48,6 @@ struct Flushed {  // denormal numbers are zeros in this thread, while it is aliv
     ~Flushed() { _mm_setcsr(control); }
 };
 
-#ifdef __AMX_BF16__
-
-struct TileSetting {  // Intel 64 manual, volume 1, 18.3: palette 1, eight registers of 16 rows of 64 bytes
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-struct Tiles {  // the registers of this thread, while it is alive
-    Tiles() {
-        const TileSetting setting;
-        _tile_loadconfig(&setting);
-    }
-    Tiles(const Tiles &) = delete;
-    ~Tiles() { _tile_release(); }
-};
-
-// c [32, 32] = or += a [32, depth] b [depth, 32]; b lies in pairs of rows, [depth / 2][columns][2]. Steps in elements.
-template <bool ADD>
-inline void product(float *c, int64_t c_step, const bf16 *a, int64_t a_step, const bf16 *b, int64_t b_step, int depth) {
-    float *low = c + 16 * c_step;
-    if (ADD) {
-        _tile_loadd(0, c, c_step * 4);
-        _tile_loadd(1, c + 16, c_step * 4);
-        _tile_loadd(2, low, c_step * 4);
-        _tile_loadd(3, low + 16, c_step * 4);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    for (int k = 0; k < depth; k += 32) {
-        _tile_loadd(4, a + k, a_step * 2);
-        _tile_loadd(5, a + 16 * a_step + k, a_step * 2);
-        _tile_loadd(6, b + k / 2 * b_step, b_step * 2);
-        _tile_loadd(7, b + k / 2 * b_step + 32, b_step * 2);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, c, c_step * 4);
-    _tile_stored(1, c + 16, c_step * 4);
-    _tile_stored(2, low, c_step * 4);
-    _tile_stored(3, low + 16, c_step * 4);
-}
-
-#else
-
-struct Tiles {
-    Tiles() {}
-};
-
-// The same, eight rows of c in registers at a time.
-template <bool ADD>
-inline void product(float *c, int64_t c_step, const bf16 *a, int64_t a_step, const bf16 *b, int64_t b_step, int depth) {
-    constexpr int ROWS = 8;
-    for (int first = 0; first < SIDE; first += ROWS, c += ROWS * c_step, a += ROWS * a_step) {
-        __m512 left[ROWS], right[ROWS];
-        for (int r = 0; r < ROWS; r++) {
-            left[r] = ADD ? _mm512_loadu_ps(c + r * c_step) : _mm512_setzero_ps();
-            right[r] = ADD ? _mm512_loadu_ps(c + r * c_step + 16) : _mm512_setzero_ps();
-        }
-        for (int k = 0; k < depth; k += 2) {
-            const __m512bh low = (__m512bh)_mm512_loadu_si512(b + k / 2 * b_step);
-            const __m512bh high = (__m512bh)_mm512_loadu_si512(b + k / 2 * b_step + 32);
-            for (int r = 0; r < ROWS; r++) {
-                int32_t two;
-                std::memcpy(&two, a + r * a_step + k, sizeof two);
-                const __m512bh pair = (__m512bh)_mm512_set1_epi32(two);
-                left[r] = _mm512_dpbf16_ps(left[r], pair, low);
-                right[r] = _mm512_dpbf16_ps(right[r], pair, high);
-            }
-        }
-        for (int r = 0; r < ROWS; r++) {
-            _mm512_storeu_ps(c + r * c_step, left[r]);
-            _mm512_storeu_ps(c + r * c_step + 16, right[r]);
-        }
-    }
-}
-
-#endif
-
-inline __m512 power_of_two(__m512 x) {  // relative error below 3e-6, by a polynomial on [0, 1)
-    const __m512 part = _mm512_reduce_ps(x, 1);
-    __m512 y = _mm512_set1_ps(0.01353415f);
-    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(0.05201146f));
-    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(0.24144278f));
-    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(0.69300382f));
-    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(1.00000259f));
-    return _mm512_scalef_ps(y, x);
-}
-
-// Rows of fp32 → bf16, `step` apart; the rest of a row stays.
-void narrow(const float *from, bf16 *to, int64_t dim, float factor) {
-    for (int64_t d = 0; d < dim; d += 16) {
-        const __mmask16 some = dim - d < 16 ? (1u << (dim - d)) - 1 : 0xffff;
-        const __m512 row = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, from + d), _mm512_set1_ps(factor));
-        _mm256_mask_storeu_epi16(to + d, some, (__m256i)_mm512_cvtneps_pbh(row));
-    }
-}
-
 struct Fixed {  // a logit that is no product: a query's own target, or a candidate that it leaves out
     int32_t query;
     int16_t item;  // within its panel of 32 candidates
@@ -168,7 +56,10 @@ struct Fixed {  // a logit that is no product: a query's own target, or a candid
 
 enum Pass { LARGEST, SUM, GRADIENTS, ONCE };
 
-class Softmax {
+template <class Number> class Softmax {
+    static constexpr int PACKED = ::PACKED<Number>;
+    static constexpr int64_t PAIRS = PACKED > 1 ? ITEMS * QUERIES : 0;  // shares that lie elsewhere as a right factor
+
   public:
     explicit Softmax(const Problem &problem)
         : p(problem), rows((p.queries + SIDE - 1) / SIDE * SIDE), dim((p.dim + SIDE - 1) / SIDE * SIDE),
@@ -202,7 +93,7 @@ class Softmax {
             p.losses[t] = (reference.at[t] - truth.at[t]) / LOG2_E;
         }
         if (!p.query_grad) return;
-        Buffer<bf16> packed(rows * dim);
+        Buffer<Number> packed(rows * dim);
         Buffer<float> added(threads * rows * dim);
         weighted = packed.at, of_query = added.at;
         pack_weighted(weighted, 0, p.queries, false);
@@ -219,8 +110,8 @@ class Softmax {
   private:
     const Problem &p;
     const int64_t rows, dim, panels, threads;  // queries and width, each a multiple of 32; panels of 32 candidates
-    Buffer<bf16> query;                        // [rows / 32][dim / 2][32][2], in powers of two
-    bf16 *weighted = nullptr;                  // [rows / 2][dim][2]
+    Buffer<Number> query;                      // [rows / 32][dim / PACKED][32][PACKED], in powers of two
+    Number *weighted = nullptr;                // [rows / PACKED][dim][PACKED]
     Buffer<float> reference, truth;            // [rows] in powers of two: what is subtracted; the target's logit
     Buffer<float> correction, domain, wanted;
     Buffer<float> sums;                        // by thread: [rows]
@@ -229,7 +120,7 @@ class Softmax {
     std::vector<Fixed> fixed;
 
     void pack_queries(int64_t first, int64_t end) {
-        Buffer<bf16> row(dim);
+        Buffer<Number> row(dim);
         for (int64_t t = first; t < end; t++) {
             reference.at[t] = -NOTHING;
             if (t >= p.queries) continue;
@@ -240,8 +131,8 @@ class Softmax {
             reference.at[t] = truth.at[t] = product * p.scale * LOG2_E;
             wanted.at[t] = p.domain ? p.domain[p.target[t]] : 0;
             narrow(own, row.at, p.dim, p.scale * LOG2_E);
-            bf16 *to = query.at + t / SIDE * SIDE * dim + t % SIDE * 2;
-            for (int64_t d = 0; d < dim; d += 2) std::memcpy(to + d * SIDE, row.at + d, 2 * sizeof(bf16));
+            Number *to = query.at + t / SIDE * SIDE * dim + t % SIDE * PACKED;
+            for (int64_t d = 0; d < dim; d += PACKED) std::memcpy(to + d * SIDE, row.at + d, PACKED * sizeof(Number));
         }
     }
 
@@ -251,12 +142,13 @@ class Softmax {
         p.query_grad[t * p.dim + d] = weight(t) * (of_shares - p.items[p.target[t] * p.dim + d]);
     }
 
-    // Weighted queries → [(end - first) / 2][dim][2], each over its sum of exponentials if that is asked for.
-    void pack_weighted(bf16 *to, int64_t first, int64_t end, bool over_sums) {
-        Buffer<bf16> row(dim);
+    // Weighted queries → [(end - first) / PACKED][dim][PACKED], each over its sum of exponentials if that is asked for.
+    void pack_weighted(Number *to, int64_t first, int64_t end, bool over_sums) {
+        Buffer<Number> row(dim);
         for (int64_t t = first; t < end; t++) {
             narrow(p.query + t * p.dim, row.at, p.dim, over_sums ? weight(t) / sums.at[t] : weight(t));
-            for (int64_t d = 0; d < p.dim; d++) to[((t - first) / 2 * dim + d) * 2 + (t - first) % 2] = row.at[d];
+            for (int64_t d = 0; d < p.dim; d++)
+                to[((t - first) / PACKED * dim + d) * PACKED + (t - first) % PACKED] = row.at[d];
         }
     }
 
@@ -317,7 +209,7 @@ class Softmax {
     // All in one pass; false: a sum is too large.
     bool once() {
         const int64_t blocks = (panels * SIDE + ITEMS - 1) / ITEMS, size = panels * SIDE * dim;
-        Buffer<bf16> items(blocks * ITEMS * dim), across(blocks * ITEMS * dim);
+        Buffer<Number> items(blocks * ITEMS * dim), across(blocks * ITEMS * dim);
         with_tiles([&](int64_t k) {
             for (int64_t b = blocks * k / threads; b < blocks * (k + 1) / threads; b++)
                 pack_items(items.at + b * ITEMS * dim, across.at + b * ITEMS * dim, b * ITEMS,
@@ -339,9 +231,9 @@ class Softmax {
     }
 
     // The part of a thread: sums and gradients of its queries, and what they add to the candidates' gradients.
-    void queries_once(int64_t thread, const bf16 *items, const bf16 *across, float *gradient) {
+    void queries_once(int64_t thread, const Number *items, const Number *across, float *gradient) {
         const int64_t tiles = rows / SIDE, end = tiles * (thread + 1) / threads * SIDE;
-        Buffer<bf16> shares(panels * SIDE * QUERIES), pairs(ITEMS * QUERIES), scaled(QUERIES * dim);
+        Buffer<Number> shares(panels * SIDE * QUERIES), pairs(PAIRS), scaled(QUERIES * dim);
         Buffer<float> to_query(dim * QUERIES);
         std::vector<int64_t> next(panels);
         int64_t q = tiles * thread / threads * SIDE;
@@ -355,9 +247,10 @@ class Softmax {
                 for (int64_t i = first; i < first + count; i++)
                     for (int g = 0; g < wide; g += SIDE)
                         tile<ONCE>({items + i * SIDE * dim, shares.at + i * SIDE * QUERIES + g,
-                                    pairs.at + (i - first) * SIDE * QUERIES + 2 * g, next[i]},
+                                    pairs.at + (i - first) * SIDE * QUERIES + PACKED * g, next[i]},
                                    i, q + g, sums.at);
-                add_to_queries(to_query.at, QUERIES, across + first * SIDE * dim, pairs.at, count, wide);
+                add_to_queries(to_query.at, QUERIES, across + first * SIDE * dim,
+                               PACKED > 1 ? pairs.at : shares.at + first * SIDE * QUERIES, count, wide);
             }
             const int64_t last = std::min(q + wide, p.queries);
             for (int64_t t = q; t < last; t++) {
@@ -371,12 +264,12 @@ class Softmax {
     }
 
     struct Block {
-        Buffer<bf16> items, across;  // [ITEMS, dim], [dim, ITEMS]
-        Buffer<bf16> shares, pairs;  // [ITEMS, QUERIES], [ITEMS / 2][QUERIES][2]
-        Buffer<float> gradient;      // [ITEMS, dim]
+        Buffer<Number> items, across;  // [ITEMS, dim], [dim, ITEMS]
+        Buffer<Number> shares, pairs;  // [ITEMS, QUERIES], [ITEMS / PACKED][QUERIES][PACKED]
+        Buffer<float> gradient;        // [ITEMS, dim]
         int64_t next[ITEMS / SIDE];  // fixed logit of each panel
         explicit Block(int64_t dim)
-            : items(ITEMS * dim), across(ITEMS * dim), shares(ITEMS * QUERIES), pairs(ITEMS * QUERIES),
+            : items(ITEMS * dim), across(ITEMS * dim), shares(ITEMS * QUERIES), pairs(PAIRS),
               gradient(ITEMS * dim) {}
     };
 
@@ -393,10 +286,11 @@ class Softmax {
                 for (int i = 0; i < count; i++)
                     for (int g = 0; g < wide; g += SIDE)
                         tile<PASS>({block.items.at + i * SIDE * dim, block.shares.at + i * SIDE * QUERIES + g,
-                                    block.pairs.at + i * SIDE * QUERIES + 2 * g, block.next[i]},
+                                    block.pairs.at + i * SIDE * QUERIES + PACKED * g, block.next[i]},
                                    first + i, q + g, sums.at + thread * rows);
                 if (PASS != GRADIENTS) continue;
-                add_to_queries(of_query + thread * rows * dim + q, rows, block.across.at, block.pairs.at, count, wide);
+                add_to_queries(of_query + thread * rows * dim + q, rows, block.across.at,
+                               PACKED > 1 ? block.pairs.at : block.shares.at, count, wide);
                 for (int i = 0; i < count; i++)
                     add_to_items(block.gradient.at + i * SIDE * dim, block.shares.at + i * SIDE * QUERIES,
                                  weighted + q * dim, wide);
@@ -409,11 +303,11 @@ class Softmax {
     }
 
     // Candidates from `first` on: [ITEMS, dim], and if asked for [dim, ITEMS].
-    void pack_items(bf16 *items, bf16 *across, int64_t first, int count) {
+    void pack_items(Number *items, Number *across, int64_t first, int count) {
         for (int i = 0; i < count; i++) {
-            bf16 *row = items + i * dim;
+            Number *row = items + i * dim;
             if (first + i < p.candidates) narrow(p.items + (first + i) * p.dim, row, p.dim, 1);
-            else std::memset(row, 0, dim * sizeof(bf16));
+            else std::memset(row, 0, dim * sizeof(Number));
         }
         if (!across) return;
         for (int64_t d = 0; d < dim; d++)
@@ -421,15 +315,15 @@ class Softmax {
     }
 
     struct Place {
-        const bf16 *items;     // [32, dim] of the panel
-        bf16 *shares, *pairs;  // [32, QUERIES], [16][QUERIES][2] of the panel, from the first query of the tile on
-        int64_t &next;         // fixed logit of the panel
+        const Number *items;     // [32, dim] of the panel
+        Number *shares, *pairs;  // [32, QUERIES], [32 / PACKED][QUERIES][PACKED] of the panel, from the tile's first query on
+        int64_t &next;           // fixed logit of the panel
     };
 
     // The logits of a panel by the queries from t on.
     template <Pass PASS> void tile(Place place, int64_t panel, int64_t t, float *sum) {
         alignas(64) float logits[SIDE * SIDE];
-        product<false>(logits, SIDE, place.items, dim, query.at + t * dim, 2 * SIDE, dim);
+        product<false>(logits, SIDE, place.items, dim, query.at + t * dim, PACKED * SIDE, dim);
         const float *correct = correction.at + panel * SIDE;
         if (p.domain) leave_out_domains(logits, panel, t);
         for (int64_t &n = place.next; n < begin[panel + 1] && fixed[n].query < t + SIDE; n++) {
@@ -438,8 +332,9 @@ class Softmax {
         }
         const __m512 left_reference = _mm512_load_ps(reference.at + t);
         const __m512 right_reference = _mm512_load_ps(reference.at + t + 16);
-        __m512 left_sum = _mm512_load_ps(sum + t), right_sum = _mm512_load_ps(sum + t + 16);
-        const __m512i low = pair_order(0), high = pair_order(16);
+        const bool apart = PACKED == 1 && PASS != LARGEST;  // float32: a tile's own sum is rounded less
+        __m512 left_sum = apart ? _mm512_setzero_ps() : _mm512_load_ps(sum + t);
+        __m512 right_sum = apart ? _mm512_setzero_ps() : _mm512_load_ps(sum + t + 16);
         for (int x = 0; x < SIDE; x += 2) {
             __m512 left[2], right[2];
             for (int y = 0; y < 2; y++) {
@@ -452,33 +347,20 @@ class Softmax {
                     right_sum = _mm512_max_ps(right_sum, right[y]);
                     continue;
                 }
-                left[y] = power_of_two(left[y]);
-                right[y] = power_of_two(right[y]);
+                left[y] = power_of_two<Number>(left[y]);
+                right[y] = power_of_two<Number>(right[y]);
                 if (PASS != GRADIENTS) {
                     left_sum = _mm512_add_ps(left_sum, left[y]);
                     right_sum = _mm512_add_ps(right_sum, right[y]);
                 }
             }
             if (PASS == LARGEST || PASS == SUM) continue;
-            const __m512i upper = (__m512i)_mm512_cvtne2ps_pbh(right[0], left[0]);
-            const __m512i lower = (__m512i)_mm512_cvtne2ps_pbh(right[1], left[1]);
-            _mm512_store_si512(place.shares + x * QUERIES, upper);
-            _mm512_store_si512(place.shares + (x + 1) * QUERIES, lower);
-            bf16 *pairs = place.pairs + x * QUERIES;
-            _mm512_store_si512(pairs, _mm512_permutex2var_epi16(upper, low, lower));
-            _mm512_store_si512(pairs + SIDE, _mm512_permutex2var_epi16(upper, high, lower));
+            put(place.shares + x * QUERIES, place.pairs + x * QUERIES, QUERIES, left, right);
         }
         if (PASS != GRADIENTS) {
-            _mm512_store_ps(sum + t, left_sum);
-            _mm512_store_ps(sum + t + 16, right_sum);
+            _mm512_store_ps(sum + t, apart ? _mm512_add_ps(_mm512_load_ps(sum + t), left_sum) : left_sum);
+            _mm512_store_ps(sum + t + 16, apart ? _mm512_add_ps(_mm512_load_ps(sum + t + 16), right_sum) : right_sum);
         }
-    }
-
-    // Order that pairs the elements from `first` on of one register with those of another.
-    static __m512i pair_order(int first) {
-        alignas(64) int16_t order[32];
-        for (int i = 0; i < 32; i++) order[i] = static_cast<int16_t>(first + i / 2 + i % 2 * 32);
-        return _mm512_load_si512(order);
     }
 
     void leave_out_domains(float *logits, int64_t panel, int64_t t) {
@@ -491,35 +373,30 @@ class Softmax {
     }
 
     // [dim, wide] += the candidates of a block by their shares.
-    void add_to_queries(float *to, int64_t step, const bf16 *across, const bf16 *pairs, int count, int wide) {
+    void add_to_queries(float *to, int64_t step, const Number *across, const Number *pairs, int count, int wide) {
         for (int64_t d = 0; d < dim; d += SIDE)
             for (int g = 0; g < wide; g += SIDE)
-                product<true>(to + d * step + g, step, across + d * ITEMS, ITEMS, pairs + 2 * g, 2 * QUERIES,
+                product<true>(to + d * step + g, step, across + d * ITEMS, ITEMS, pairs + PACKED * g, PACKED * QUERIES,
                               count * SIDE);
     }
 
     // [32, dim] of a panel += the queries by its shares in them.
-    void add_to_items(float *to, const bf16 *shares, const bf16 *queries, int wide) {
+    void add_to_items(float *to, const Number *shares, const Number *queries, int wide) {
         for (int64_t d = 0; d < dim; d += SIDE)
-            product<true>(to + d, dim, shares, QUERIES, queries + 2 * d, 2 * dim, wide);
+            product<true>(to + d, dim, shares, QUERIES, queries + PACKED * d, PACKED * dim, wide);
     }
 };
 
 }  // namespace
 
 // 0: the system lets this process use AMX, or this code does not need it.
-extern "C" int flm_softmax_refused() {
-#ifdef __AMX_BF16__
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_TILES) != 0;
-#else
-    return 0;
-#endif
-}
+extern "C" int flm_softmax_refused() { return is_refused(); }
 
 // 0: done; 1: no memory.
 extern "C" int flm_softmax(const Problem *problem) {
     try {
-        Softmax(*problem).run();
+        if (problem->float32) Softmax<float>(*problem).run();
+        else Softmax<bf16>(*problem).run();
         return 0;
     } catch (const std::bad_alloc &) {
         return 1;

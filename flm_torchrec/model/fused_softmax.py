@@ -1,5 +1,6 @@
-"""The softmax of bf16 products as native code: no logits in memory, and faster; on CPUs with AMX or avx512_bf16.
+"""The softmax as native code: no logits in memory, and faster.
 
+Of bf16 products on CPUs with AMX or avx512_bf16; of float32 where `products` has native code, on AMD's with AVX-512.
 `fused_softmax.cpp` is compiled at the first use, by the C++ compiler of this machine for its processor, and kept in the
 user's cache. Where that cannot be, `why_not_fused` says why, and `softmax` computes the same with PyTorch.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flm_torchrec import products
 from flm_torchrec.machine_code import processor_instructions
 from flm_torchrec.model.token_passes import add_at
 from flm_torchrec.native_code import OPTIONS, Unavailable, argument, built, why_none
@@ -33,13 +35,19 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("hidden_rows", "hidden_columns", "domain")),
         *((name, ctypes.c_void_p) for name in ("losses", "query_grad", "items_grad")),
         *((name, ctypes.c_int64) for name in ("queries", "candidates", "dim", "hidden", "threads")),
+        ("float32", ctypes.c_int64),
         ("scale", ctypes.c_float),
     )
 
 
+def is_meant(precision: torch.dtype | None) -> bool:
+    """Whether native code of such products would be faster than PyTorch on this processor."""
+    return precision == torch.bfloat16 or (precision == torch.float32 and products.is_wanted())
+
+
 def why_not_fused(precision: torch.dtype | None, device: torch.device) -> str:
     """Why a softmax that could be fused is not, in a few words; empty where it is, or where it is not meant to be."""
-    if precision != torch.bfloat16 or device.type != "cpu":
+    if device.type != "cpu" or not is_meant(precision):
         return ""
     found = _library()
     return found if isinstance(found, str) else ""
@@ -47,7 +55,7 @@ def why_not_fused(precision: torch.dtype | None, device: torch.device) -> str:
 
 def can_fuse(query: Tensor, items: Tensor, precision: torch.dtype) -> bool:
     """Whether `fused_softmax` takes these, [T, D] and [C, D]."""
-    if precision != torch.bfloat16 or query.device.type != "cpu" or not len(query) or not len(items):
+    if query.device.type != "cpu" or not len(query) or not len(items) or not is_meant(precision):
         return False
     single = query.dtype == items.dtype == torch.float32
     return single and not isinstance(_library(), str)
@@ -63,12 +71,14 @@ class Choice:
     hidden_columns: Tensor | None  # [P] candidates that these leave out, int64
     domain: Tensor | None  # [C] of which a query has those of its target's; None: it has all
     weight: Tensor | None  # [T] of each query's loss in the gradients; None: 1
+    precision: torch.dtype = torch.bfloat16
+    """Of products: bf16 or float32."""
 
 
 def fused_softmax(query: Tensor, items: Tensor, scale: float, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
     """[T] losses without weight, and the gradients of their weighted sum: [T, D] of the queries, [C, D] of the items.
 
-    Products are of bf16, sums are fp32. At one thread the bits repeat.
+    Sums are fp32. At one thread the bits repeat.
 
     Args:
         query, items: [T, D], [C, D].
@@ -91,7 +101,7 @@ def _call(query: Tensor, items: Tensor, scale: float, choice: Choice, **gradient
     losses = query.new_empty(len(query))
     domain = None if choice.domain is None else choice.domain.float()
     given = {
-        **vars(choice),
+        **{name: value for name, value in vars(choice).items() if name != "precision"},
         "log_q": choice.log_q.float(),
         "domain": domain,
         "query": query,
@@ -101,6 +111,7 @@ def _call(query: Tensor, items: Tensor, scale: float, choice: Choice, **gradient
     held = {name: None if x is None else x.contiguous() for name, x in {**given, **gradients}.items()}
     shape = {"queries": len(query), "candidates": len(items), "dim": items.shape[1], "threads": torch.get_num_threads()}
     shape["hidden"] = 0 if choice.hidden_rows is None else len(choice.hidden_rows)
+    shape["float32"] = choice.precision == torch.float32
     library = _library()
     assert not isinstance(library, str)
     if library.flm_softmax(argument(_Problem, {**held, "losses": losses}, **shape, scale=scale)):

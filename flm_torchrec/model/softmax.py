@@ -142,7 +142,7 @@ class _Fixed:
     def choice(self) -> Choice:
         """As native code takes it."""
         rows, columns = (None, None) if self.hidden is None else (self.hidden.rows, self.hidden.columns)
-        return Choice(self.log_q, self.target, rows, columns, self.domain, self.weight)
+        return Choice(self.log_q, self.target, rows, columns, self.domain, self.weight, self.precision)
 
     def weighted(self, values: Tensor, at: int = 0) -> Tensor:
         """[n] or [n, D] values of the queries from `at` on, times their weights."""

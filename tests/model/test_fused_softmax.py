@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from flm_torchrec.model import fused_softmax, pointwise_attention, softmax, toke
 from flm_torchrec.model.fused_softmax import why_not_fused
 from flm_torchrec.model.softmax import CandidateVectors, Hidden, log_probability, sampled_softmax
 
-BF16, CPU = torch.bfloat16, torch.device("cpu")
+BF16, FP32, CPU = torch.bfloat16, torch.float32, torch.device("cpu")
 native = pytest.mark.skipif(bool(why_not_fused(BF16, CPU)), reason="no native softmax here")
 
 
@@ -71,9 +72,9 @@ class Case:
         loss = sampled_softmax(leaves[0], candidates, self.target, leaves[2], hidden, self.weight)
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
-    def log_probability(self) -> Tensor:
-        """[T] of the targets, by bf16."""
-        candidates = CandidateVectors(self.items, self.log_q, self.domain, BF16)
+    def log_probability(self, precision: torch.dtype) -> Tensor:
+        """[T] of the targets."""
+        candidates = CandidateVectors(self.items, self.log_q, self.domain, precision)
         return log_probability(self.query, candidates, self.target, self.scale, Hidden(*torch.nonzero(self.hidden).T))
 
     def losses(self, *leaves: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
-    ("queries", "items", "dim", "domains"), [(1, 4, 5, 1), (70, 300, 40, 3), (300, 1_000, 64, 1), (70, 9_000, 40, 3)]
+    ("queries", "items", "dim", "domains"), [(1, 4, 5, 1), (70, 300, 40, 3), (300, 1_000, 64, 1), (70, 17_000, 40, 3)]
 )
 def test_native_code_and_pytorch_have_the_loss_and_gradients_of_cross_entropy(
     monkeypatch: pytest.MonkeyPatch, queries: int, items: int, dim: int, domains: int, threads: int
@@ -115,9 +116,9 @@ def test_native_code_and_pytorch_have_the_loss_and_gradients_of_cross_entropy(
     try:
         case = Case(queries, items, dim, domains=domains)
         exact = [*case.exact(), -case.losses(case.query.double(), case.items.double(), case.scale.double())]
-        ours = errors([*case.found(BF16), case.log_probability()], exact)
+        ours = errors([*case.found(BF16), case.log_probability(BF16)], exact)
         monkeypatch.setattr(softmax, "can_fuse", lambda *_: False)
-        plain = errors([*case.found(BF16), case.log_probability()], exact)
+        plain = errors([*case.found(BF16), case.log_probability(BF16)], exact)
     finally:
         torch.set_num_threads(before)
     of_scale = ours.pop(3) if queries == 1 else 0.0
@@ -126,8 +127,34 @@ def test_native_code_and_pytorch_have_the_loss_and_gradients_of_cross_entropy(
 
 
 @native
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("queries", "items", "dim", "domains"), [(1, 4, 5, 1), (70, 300, 40, 3), (300, 1_000, 64, 1), (70, 17_000, 40, 3)]
+)
+def test_native_code_of_float32_is_as_exact_as_pytorch(
+    monkeypatch: pytest.MonkeyPatch, queries: int, items: int, dim: int, domains: int, threads: int
+) -> None:
+    """Whatever the processor prefers. Many items: two passes in place of one."""
+    monkeypatch.setattr(products, "is_wanted", lambda: True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        case = Case(queries, items, dim, domains=domains)
+        exact = [*case.exact(), -case.losses(case.query.double(), case.items.double(), case.scale.double())]
+        called = mock.Mock(wraps=fused_softmax._library().flm_softmax)
+        monkeypatch.setattr(fused_softmax, "_library", lambda: SimpleNamespace(flm_softmax=called))
+        ours = errors([*case.found(FP32), case.log_probability(FP32)], exact)
+        assert called.call_count == 2
+        monkeypatch.setattr(softmax, "can_fuse", lambda *_: False)
+        plain = errors([*case.found(FP32), case.log_probability(FP32)], exact)
+    finally:
+        torch.set_num_threads(before)
+    assert max(ours) < 1e-6 and max(ours) < 4 * max(plain)
+
+
+@native
 @pytest.mark.usefixtures("instructions")
-@pytest.mark.parametrize("items", [100, 9_000])
+@pytest.mark.parametrize("items", [100, 17_000])
 def test_targets_far_below_other_candidates_are_exact_too(items: int) -> None:
     """Exponentials are taken relative to the target's, and would be infinite here."""
     case = Case(40, items, 32)
@@ -169,7 +196,7 @@ def test_training_says_it_once_and_goes_on(
     monkeypatch: pytest.MonkeyPatch, unbuilt: Path, small: PreparedData, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(fused_softmax, "processor_instructions", set)
-    monkeypatch.setattr(products, "_is_wanted", lambda: True)
+    monkeypatch.setattr(products, "is_wanted", lambda: True)
     monkeypatch.setenv("CXX", "no-such-compiler")
     options = [f"--data.path={small.path}", "--model.dim=8", "--train.max_steps=2", f"--train.run={tmp_path / 'run'}"]
     assert main(["train", *options, "--loss.precision=bf16"]) == 0
@@ -183,7 +210,10 @@ def test_training_says_it_once_and_goes_on(
 def test_another_processor_and_a_failed_build_are_told(monkeypatch: pytest.MonkeyPatch, unbuilt: Path) -> None:
     monkeypatch.setattr(fused_softmax, "processor_instructions", lambda: fused_softmax.NEEDED - {"avx512_bf16"})
     assert why_not_fused(BF16, CPU) == "the processor has no avx512_bf16"
-    assert why_not_fused(torch.float32, CPU) == why_not_fused(BF16, torch.device("cuda")) == ""
+    assert why_not_fused(BF16, torch.device("cuda")) == ""
+    for wanted, reason in ((False, ""), (True, "the processor has no avx512_bf16")):
+        monkeypatch.setattr(products, "is_wanted", lambda wanted=wanted: wanted)
+        assert why_not_fused(FP32, CPU) == reason
     fused_softmax._library.cache_clear()
     monkeypatch.setattr(fused_softmax, "processor_instructions", lambda: fused_softmax.NEEDED)
     compiler = unbuilt / "cxx"

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from flm_torchrec.config import load_config
 from flm_torchrec.data.dataset import PreparedData
-from flm_torchrec.model import token_passes
+from flm_torchrec.model import fused_softmax, token_passes
 from flm_torchrec.training.guard import Guard
 from flm_torchrec.training.job import open_job
 
@@ -44,7 +44,8 @@ def waits(data: PreparedData, folder: Path, patch: pytest.MonkeyPatch, negatives
     settings = ["model.dim=16", "train.batch_size=32", f"loss.negatives={negatives}", "distributed.device=cpu"]
     settings += ["model.dropout=0", "model.embedding_dropout=0"]  # draws a seed on a CPU alone
     listed = Tensor.tolist
-    patch.setattr(token_passes, "_library", lambda: "none on a GPU")
+    for code in (fused_softmax, token_passes):
+        patch.setattr(code, "_library", lambda: "none on a GPU")
     with open_job(load_config(None, settings), data) as job:
         job.model.train()
         dense, given = job.model.module.dense, []

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flm_torchrec.model import fused_softmax, softmax
-from flm_torchrec.model.fused_softmax import why_not_fused
+from flm_torchrec.model.fused_softmax import is_meant, why_not_fused
 from flm_torchrec.model.softmax import CandidateVectors, sampled_softmax
 from flm_torchrec.native_code import built
 
@@ -82,8 +82,9 @@ def main() -> None:
     parser.add_argument("--without-amx", action="store_true", help="the native code does not use AMX")
     args = parser.parse_args()
     precision = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    if "native" in args.ways and (precision != torch.bfloat16 or why_not_fused(precision, torch.device("cpu"))):
-        parser.error(f"native: {why_not_fused(precision, torch.device('cpu')) or 'needs --precision bf16'}")
+    reason = why_not_fused(precision, torch.device("cpu"))
+    if "native" in args.ways and (reason or not is_meant(precision)):
+        parser.error(f"native: {reason or 'on this processor with --precision bf16 alone'}")
     if args.without_amx:
         library = built(fused_softmax.SOURCE, fused_softmax.WITHOUT_AMX)
         mock.patch.object(fused_softmax, "_library", lambda: library).start()
@@ -94,8 +95,9 @@ def main() -> None:
         "native": ours(2**62, precision, native=True),
         "products": products(precision),
     }
-    query = torch.randn(args.tokens, args.dim, requires_grad=True)
-    items = torch.randn(args.items, args.dim, requires_grad=True)
+    # Cosines at the temperature that training starts with: other logits would need a pass for the largest of them.
+    query = (F.normalize(torch.randn(args.tokens, args.dim), dim=1) / 0.07).requires_grad_()
+    items = F.normalize(torch.randn(args.items, args.dim), dim=1).requires_grad_()
     target = torch.randint(0, args.items, (args.tokens,))
     times: dict[str, list[float]] = {way: [] for way in args.ways}
     for repeat in range(args.repeats + 1):
