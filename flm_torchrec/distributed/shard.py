@@ -111,8 +111,10 @@ class _Alone(DataParallelWrapper):
 
 
 class _SharedInHalf(DefaultDataParallelWrapper):
-    """DDP that sends gradients as bf16. `allreduce_comm_precision` would name PyTorch's hook, which DDP refuses over gloo
-    by that name, though gloo sums bf16."""
+    """DDP that sends gradients as bf16.
+
+    `allreduce_comm_precision` would do it by a hook that DDP refuses over gloo by its name, though gloo sums bf16.
+    """
 
     def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
         super().wrap(dmp, env, device)

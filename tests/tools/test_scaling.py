@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -79,13 +79,13 @@ def test_bytes_sent_by_hand(pooled: bool, sharding: str, ids: float, vectors: fl
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_bf16_halves_what_vectors_and_gradients_send(precision: str) -> None:
+def test_bf16_halves_what_vectors_and_gradients_send(precision: Literal["fp32", "fp16"]) -> None:
     """A spec says so; the vectors of fp16 tables are as narrow already."""
 
-    def planned(collectives: str) -> dict[str, Any]:
-        table = TableSpec(name="t", rows=100, dim=8, pooling=3)
-        given = {"precision": precision, "collectives": collectives, "dense_parameters": 1000}
-        workload = workload_of_spec(Spec(tables=(table,), batch_size=1000, **given))
+    def planned(collectives: Literal["fp32", "bf16"]) -> dict[str, Any]:
+        tables = (TableSpec(name="t", rows=100, dim=8, pooling=3),)
+        spec = Spec(tables, 1000, precision=precision, collectives=collectives, dense_parameters=1000)
+        workload = workload_of_spec(spec)
         cluster, pipeline = make_cluster("h100", 2, 2), pipeline_of("cuda")
         return report(workload, cluster, plan_on(workload, cluster, Rules(), pipeline), pipeline)
 
