@@ -40,7 +40,9 @@ def _ranged(kind: Any, limits: list[Any]) -> str:
     low = [(value, LIMITS[name]) for name, value in found if name in ("ge", "gt")]
     high = [(value, LIMITS[name]) for name, value in found if name in ("le", "lt")]
     ends: list[tuple[Any, str]] = [max(low, default=(None, "")), min(high, default=(None, ""))]
-    return " ".join([accepts(kind), *(f"{word} {_number(limit)}" for limit, word in ends if word)])
+    multiples = [limit.multiple_of for limit in limits if hasattr(limit, "multiple_of")]
+    named = f"a multiple of {multiples[0]}" if multiples else accepts(kind)
+    return " ".join([named, *(f"{word} {_number(limit)}" for limit, word in ends if word)])
 
 
 def _number(limit: float) -> str:

@@ -95,7 +95,8 @@ class DataConfig:
 class ModelConfig:
     """The shape of the model."""
 
-    dim: Annotated[Count, Field(le=2**16, description="width of the one feature space")] = 64
+    # FBGEMM's kernels need a multiple of 4.
+    dim: Annotated[int, Field(ge=4, le=2**16, multiple_of=4, description="width of the one feature space")] = 64
     layers: Annotated[int, Field(ge=0, le=1000, description="Transformer blocks of the sequential head")] = 2
     attention_heads: Annotated[Count, Field(le=2**16, description="attention heads of a block; divides dim")] = 2
     dropout: Annotated[Share, Field(description="share of activations dropped in training")] = 0.1

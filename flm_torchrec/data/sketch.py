@@ -115,7 +115,8 @@ def _keys(data: PreparedData, feature: Feature) -> np.ndarray:
         return _hashes([f"{feature.table}/{row}" for row in range(feature.cardinality)])
     with as_data_error(data.path / "vocab"):
         values = describe(data.path, feature)["values"]
-    return _hashes([f"{feature.table}/{value}" for value in values])
+    # A feature without values has a row all the same, which no item asks for.
+    return _hashes([f"{feature.table}/{value}" for value in values] or [feature.table] * feature.cardinality)
 
 
 def _hashes(texts: Sequence[str]) -> np.ndarray:

@@ -56,12 +56,11 @@ class Range:
         return isinstance(self.low, int)
 
     def samples(self) -> list[Any]:
-        """Both ends, and of whole numbers with few values all."""
-        if self.whole:
-            values = range(int(self.low), int(self.high) + 1, int(self.step or 1))
-            if len(values) <= 2 * math.isqrt(MOST_CHECKED):
-                return list(values)
-        return [self.low, self.high]
+        """Both ends; of whole numbers the second too, and with few values all."""
+        if not self.whole:
+            return [self.low, self.high]
+        values = range(int(self.low), int(self.high) + 1, int(self.step or 1))
+        return list(values if len(values) <= 2 * math.isqrt(MOST_CHECKED) else [*values[:2], self.high])
 
 
 @dataclass(frozen=True)

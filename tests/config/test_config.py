@@ -46,7 +46,7 @@ def test_an_option_overrides_the_file(tmp_path: Path) -> None:
         ("train.batchsize=1", "did you mean 'batch_size'"),
         ("train.batch_size=0", "train.batch_size"),
         ("train.batch_size=many", "train.batch_size"),
-        ("model.dim=63", "multiple of model.attention_heads"),
+        ("model.attention_heads=3", "multiple of model.attention_heads"),
         ("model.fusion=gate", "model.fusion"),
         ("loss.negatives=-1", "loss.negatives"),
         ("train.dense_lr=.inf", "train.dense_lr"),
@@ -121,7 +121,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("train.dense_lr=1e38", "train.dense_lr: must be a number above 0 to 10000, not 1e"),
         ("finetune.sparse_lr=1e38", "finetune.sparse_lr: must be a number from 0 to 10000"),
         ("train.max_steps=99999999999999999999", "train.max_steps: must be a whole number from 0 to 2,147,483,647"),
-        ("model.dim=nan", "model.dim: must be a whole number from 1 to 65,536, not nan"),
+        ("model.dim=nan", "model.dim: must be a multiple of 4 from 4 to 65,536, not nan"),
+        ("model.dim=50", "model.dim: must be a multiple of 4 from 4 to 65,536, not 50"),
         ("model.block=gru", "model.block: must be one of transformer, hstu, not 'gru'"),
         ("data.stream=maybe", "data.stream: must be true or false, not 'maybe'"),
         ("loss.negatives=some", "loss.negatives: must be a whole number from 0 to 2,147,483,647, or 'all', not 'some'"),
@@ -138,8 +139,8 @@ def test_every_number_has_a_lower_and_an_upper_bound() -> None:
     for section, kind in sections().items():
         for name, hint in get_type_hints(kind, include_extras=True).items():
             for told in accepts(hint).split(", or "):
-                if "number" in told:
-                    assert re.search(r"number (from|above) \S+ (to|below) \S+", told), (section, name, told)
+                if "number" in told or "multiple" in told:
+                    assert re.search(r"(number|of \d+) (from|above) \S+ (to|below) \S+", told), (section, name, told)
 
 
 def test_a_list_may_be_written_with_commas_and_one_value_without() -> None:

@@ -82,6 +82,15 @@ def test_a_value_says_the_same_under_another_code(tmp_path: Path) -> None:
     assert not found[nothing].any() and found[1 - min(nothing, 1)].any()
 
 
+def test_a_feature_without_values_has_a_row_as_any_other(tmp_path: Path) -> None:
+    """An export asks for the rows of all codes of a feature, though no item has one."""
+    data = prepared(tmp_path, {"item": ["x", "y"], "brand": [None, None], "words": ["red hat", "blue hat"]})
+    [brand] = [feature for feature in data.schema.of("item", sparse=True) if feature.name == "brand"]
+    sketches = Sketches(data, 32)
+    assert sketches.rows("brand", np.arange(brand.cardinality)).shape == (1, 32) == (brand.cardinality, 32)
+    assert sketches.of(np.arange(2)).any(1).all()
+
+
 def test_a_vocabulary_that_is_missing_is_told(small: PreparedData, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="vocab"):
         Sketches(replace(small, path=tmp_path), 8)

@@ -116,7 +116,7 @@ def test_a_row_of_some_seeds_alone_is_a_mean_over_these(monkeypatch: pytest.Monk
     ("change", "told"),
     [
         ({"model.dimm": 3}, "did you mean 'dim'"),
-        ({"model.dim": 7}, "model.dim 7"),
+        ({"model.dim": 7}, "model.dim: must be a multiple of 4 from 4 to 65,536, not 7"),
         ({"without": "context"}, "'context' is no piece"),
     ],
 )
