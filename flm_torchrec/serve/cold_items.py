@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from flm_torchrec.data.dataset import DOMAIN
 from flm_torchrec.errors import DataError
 from flm_torchrec.serve.loaded_export import AddedItem, AddedItems, LoadedExport
 from flm_torchrec.serve.resolve import Refused, content_of
@@ -20,11 +21,20 @@ def cold_item(loaded: LoadedExport, key: str, title: str, features: Mapping[str,
         Refused: a value does not fit its kind.
     """
     kinds = {f.name: f for f in loaded.tower.features if f.entity == "item"}
+    attributes: dict[str, list[str]] = {name: [] for name in loaded.catalogue.attributes}
     try:
-        attributes = {name: kinds[name].shown(features.get(name)) for name in loaded.catalogue.attributes}
+        attributes |= {name: kinds[name].shown(features.get(name)) for name in attributes if name in kinds}
     except DataError as error:
         raise Refused(422, str(error)) from error
+    if DOMAIN in attributes and DOMAIN not in kinds:
+        attributes[DOMAIN] = _domain(loaded, key)
     return AddedItem(key, title, features, attributes)
+
+
+def _domain(loaded: LoadedExport, key: str) -> list[str]:
+    """[the domain of an item of joint data], whose keys are DOMAIN/KEY; empty where the key names none."""
+    domain, slash, _ = key.partition("/")
+    return [domain] if slash and domain in loaded.catalogue.attributes[DOMAIN].codes else []
 
 
 def with_items(loaded: LoadedExport, items: Iterable[AddedItem]) -> tuple[AddedItems, list[str]]:

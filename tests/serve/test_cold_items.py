@@ -1,0 +1,59 @@
+"""Cold items on exports of other kinds: of joint data, and where an export in between does not take them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.serve.app import create_app
+from flm_torchrec.serve.event_store import EventStore
+from flm_torchrec.serve.messages import NewItem, Recommend
+from flm_torchrec.serve.service import Service
+from tests.serve.serving import post, write_export
+
+
+@pytest.fixture(scope="module")
+def exports(joint: PreparedData, exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`plain` is of one data set, `joint` of two domains, whose attribute `domain` is no feature."""
+    folder = tmp_path_factory.mktemp("cold-items")
+    shutil.copytree(exported, folder / "plain")
+    write_export(joint, folder / "joint")
+    return folder
+
+
+def test_an_export_of_joint_data_takes_cold_items(exports: Path) -> None:
+    with TestClient(create_app(Service(exports / "joint")), raise_server_exceptions=False) as client:
+        for key in ("shop/new", "new", "toys/new", "books"):
+            post(client, "/v1/items", item=key, features={"genre": "war"})
+        found = {one["item"]: one["attributes"] for one in client.get("/v1/items", params={"query": "new"}).json()}
+        assert {key: attributes["domain"] for key, attributes in found.items()} == {
+            "shop/new": ["shop"],
+            "new": [],
+            "toys/new": [],
+        }
+        assert all(attributes["genre"] == ["war"] for attributes in found.values())
+        of_domain = {
+            domain: {i["item"] for i in post(client, "/v1/recommend", k=1000, filter={"domain": [domain]})["items"]}
+            for domain in ("books", "shop")
+        }
+        assert "shop/new" in of_domain["shop"] and "shop/new" not in of_domain["books"]
+        refused = client.post("/v1/items", json={"item": "other", "features": {"domain": "shop"}})
+        assert refused.status_code == 422 and "no item feature 'domain'" in refused.text
+
+
+def test_an_export_of_joint_data_takes_up_the_items_of_the_store(exports: Path, tmp_path: Path) -> None:
+    store = EventStore(tmp_path / "s")
+    plain = Service(exports / "plain", store)
+    beside = Service(exports / "joint", store)
+    plain.add_item(NewItem(item="new", features={"genre": "war"}))
+    for service in (beside, Service(exports / "joint", store)):
+        (answer,) = service.recommend([Recommend(k=1000)])
+        assert isinstance(answer, dict) and "new" in [item["item"] for item in answer["items"]]
+    plain.swap(exports / "joint")
+    assert [item.key for item in plain.loaded.added.items] == ["new"]
+    plain.swap(exports / "plain")
+    assert plain.find_items("new", 1)[0]["attributes"] == {"genre": ["war"], "brand": []}
