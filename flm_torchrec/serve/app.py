@@ -56,7 +56,7 @@ from flm_torchrec.serve.middleware import (
 from flm_torchrec.serve.quick import QuickRequests, QuickRoute, never, traced_elsewhere
 from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.service import Service
-from flm_torchrec.serve.swapping import CanaryTerms
+from flm_torchrec.serve.swapping import NO_STORE, CanaryTerms
 from flm_torchrec.serve.tracing import telemetry
 from flm_torchrec.serve.variants import Variants
 from flm_torchrec.serve.workers import Settle, Workers, one_thread
@@ -300,15 +300,20 @@ async def _tend(service: Service) -> None:
 
 
 async def _watch(service: Service, seconds: float) -> None:
-    """Swap when the export's link points elsewhere than before. An export that cannot be served is reported once."""
+    """Swap when the export's link points elsewhere than before. An export that cannot be served is reported once.
+
+    While the store cannot be read, it is tried again.
+    """
     seen = service.loaded.folder
     while True:
         await asyncio.sleep(seconds)
         target = service.export.resolve()
         if target == seen:
             continue
-        seen = target
         try:
             await asyncio.to_thread(service.swap, target)
         except Refused as error:
+            if error.status == NO_STORE:
+                continue
             print(f"not swapped: {visible(str(error))}", flush=True)
+        seen = target

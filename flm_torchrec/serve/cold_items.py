@@ -10,6 +10,7 @@ import numpy as np
 
 from flm_torchrec.data.dataset import DOMAIN
 from flm_torchrec.errors import DataError
+from flm_torchrec.serve.event_store import StoredItem
 from flm_torchrec.serve.loaded_export import AddedItem, AddedItems, LoadedExport
 from flm_torchrec.serve.resolve import Refused, content_of
 
@@ -55,13 +56,13 @@ def with_items(loaded: LoadedExport, items: Iterable[AddedItem]) -> tuple[AddedI
     return AddedItems(tuple(i for i, _ in by_key.values()), contents, loaded.tower.scored(contents), rows), left_out
 
 
-def with_fitting(loaded: LoadedExport, items: Iterable[AddedItem]) -> LoadedExport:
-    """The export with those of the items that it does not have and whose features fit it."""
+def with_fitting(loaded: LoadedExport, items: Iterable[StoredItem]) -> LoadedExport:
+    """The export with those items of the store that it does not have and whose features fit it."""
     fitting = [fitted for item in items for fitted in _fitted(loaded, item)]
     return replace(loaded, added=with_items(loaded, fitting)[0]) if fitting else loaded
 
 
-def _fitted(loaded: LoadedExport, item: AddedItem) -> list[AddedItem]:
+def _fitted(loaded: LoadedExport, item: StoredItem) -> list[AddedItem]:
     """[the item with its attributes in this export]; empty where that has the item, or a feature does not fit."""
     if item.key in loaded.catalogue.row_of:
         return []

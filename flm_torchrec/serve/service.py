@@ -24,7 +24,7 @@ from flm_torchrec.serve.catalogue import TOP_VALUES
 from flm_torchrec.serve.cold_items import cold_item, with_fitting, with_items
 from flm_torchrec.serve.histories import new_event
 from flm_torchrec.serve.live_store import LiveStore, open_store
-from flm_torchrec.serve.loaded_export import UNSOUND, AddedItem, LoadedExport, load_export
+from flm_torchrec.serve.loaded_export import UNSOUND, LoadedExport, load_export
 from flm_torchrec.serve.messages import Forget, NewEvent, NewItem, Recommend, Similar, SimilarUsers
 from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.server_folder import NOT_SHARED, SharedExports
@@ -189,10 +189,9 @@ class Service:
         if self.store.items_after(self.items_seq):
             with self.changing:
                 fresh = self.store.items_after(self.items_seq)  # another thread may have taken them up meanwhile
-                items = [AddedItem(i.key, i.title, i.features, {}) for i in fresh]
-                self.loaded = with_fitting(self.loaded, items)
+                self.loaded = with_fitting(self.loaded, fresh)
                 if self.canary is not None:
-                    self.canary.fresh = with_fitting(self.canary.fresh, items)
+                    self.canary.fresh = with_fitting(self.canary.fresh, fresh)
                 self.items_seq = max([self.items_seq, *(i.seq for i in fresh)])
         return self._of(unit)
 

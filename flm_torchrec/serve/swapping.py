@@ -15,6 +15,7 @@ from flm_torchrec.export.manifest import read_manifest
 from flm_torchrec.export.tower.reader import Represented
 from flm_torchrec.safe_text import first_line, visible
 from flm_torchrec.serve.cold_items import with_fitting
+from flm_torchrec.serve.event_store import StoreError
 from flm_torchrec.serve.loaded_export import UNSOUND, LoadedExport
 from flm_torchrec.serve.recall import SAMPLE, measured_recall, sample_recall
 from flm_torchrec.serve.resolve import Refused
@@ -28,6 +29,9 @@ LEAST_RECALL = 0.9
 CHECK_SECONDS = 30.0
 """Between two measurements of a canary's recall."""
 PAUSE = 0.1
+"""Seconds between two tries."""
+BUSY, NO_STORE = 409, 503
+"""Statuses of refusals that pass: another export is being loaded, or the store cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Swaps:
 
         Raises:
             Refused: the export is in another folder than the first one, cannot be served, or its index finds too few
-                of the best items. What was served stays.
+                of the best items; or the store cannot be read now. What was served stays.
         """
         self._take(self._target(export), terms)
         self.announce(self.state())
@@ -104,10 +108,10 @@ class Swaps:
                 self._become(state)
                 return
             except Refused as refused:
-                if refused.status != 409:
+                if refused.status not in (BUSY, NO_STORE):
                     print(f"not swapped: {visible(str(refused))}", flush=True)
                     return
-                time.sleep(PAUSE)  # another one is being loaded
+                time.sleep(PAUSE)
 
     def tend(self) -> None:
         """Measure a canary's recall now and then, roll it back where that has fallen, and let it take over in time."""
@@ -123,7 +127,7 @@ class Swaps:
             try:
                 self.swap(canary.fresh.folder)
             except Refused:
-                return  # another swap is under way, which decides
+                return  # another swap is under way, which decides; or it is tried again when the store can be read
             print(visible(f"canary: {canary.fresh.folder}: served to all"), flush=True)
 
     def _finds_enough(self, canary: Canary) -> bool:
@@ -163,7 +167,7 @@ class Swaps:
     def _take(self, target: Path, terms: CanaryTerms | None) -> None:
         service = self.service
         if not self.swapping.acquire(blocking=False):
-            raise Refused(409, "export: another one is being loaded; try again when it is served")
+            raise Refused(BUSY, "export: another one is being loaded; try again when it is served")
         try:
             if service.canary is not None and terms is None and self._serves(target):
                 with service.changing:
@@ -171,13 +175,16 @@ class Swaps:
                 return
             fresh = self._prepared(target)
             with service.changing:
-                fresh = with_fitting(fresh, service.loaded.added.items)
+                # All items of the store: those that the export served does not take may fit this one.
+                fresh = with_fitting(fresh, service.store.items_after(0))
                 if terms is None:
                     service.loaded, service.canary = fresh, None
                 else:
                     service.canary = Canary(fresh, terms)
         except (RunError, OSError) as error:
             raise Refused(422, f"export: {error}") from error
+        except StoreError as error:
+            raise Refused(NO_STORE, str(error)) from error
         finally:
             self.swapping.release()
 

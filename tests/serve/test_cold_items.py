@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ from fastapi.testclient import TestClient
 
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.serve.app import create_app
-from flm_torchrec.serve.event_store import EventStore
+from flm_torchrec.serve.event_store import EventStore, StoredItem, StoreError
 from flm_torchrec.serve.messages import NewItem, Recommend
+from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.service import Service
+from flm_torchrec.serve.swapping import CanaryTerms
 from tests.serve.serving import post, write_export
 
 
@@ -57,3 +60,34 @@ def test_an_export_of_joint_data_takes_up_the_items_of_the_store(exports: Path, 
     assert [item.key for item in plain.loaded.added.items] == ["new"]
     plain.swap(exports / "plain")
     assert plain.find_items("new", 1)[0]["attributes"] == {"genre": ["war"], "brand": []}
+
+
+def test_an_item_that_an_export_in_between_does_not_take_is_there_again(exports: Path, joint: PreparedData) -> None:
+    service, key = Service(exports / "plain"), joint.item_keys[0]  # the joint export has it in its catalogue
+    service.add_item(NewItem(item=key, features={"genre": "war"}))
+    before = service.health()["items"]
+    service.swap(exports / "joint")
+    assert service.loaded.added.items == ()
+    service.swap(exports / "plain")
+    assert service.health()["items"] == before
+    assert service.find_items(key, 1)[0]["attributes"] == {"genre": ["war"], "brand": []}
+    service.swap(exports / "joint")
+    service.swap(exports / "plain", CanaryTerms(0.99, time.time() + 600))
+    assert service.canary is not None and [item.key for item in service.canary.fresh.added.items] == [key]
+
+
+def test_a_swap_waits_for_the_store(exports: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service, read = Service(exports / "plain"), EventStore.items_after
+    fails = ["now", "then"]
+
+    def sometimes(store: EventStore, seq: int) -> list[StoredItem]:
+        if fails:
+            raise StoreError(f"events: the store cannot be used {fails.pop()}")
+        return read(store, seq)
+
+    monkeypatch.setattr(EventStore, "items_after", sometimes)
+    with pytest.raises(Refused, match="the store cannot be used then") as refused:
+        service.swap(exports / "joint")
+    assert refused.value.status == 503 and service.loaded.folder == exports / "plain"
+    service.swaps.follow({"export": str(exports / "joint"), "canary": None})
+    assert service.loaded.folder == exports / "joint" and fails == []

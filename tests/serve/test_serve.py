@@ -9,7 +9,6 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,10 @@ from flm_torchrec.data.history import Events
 from flm_torchrec.export.tower.reader import TowerQuery
 from flm_torchrec.serve.app import ServerLimits, create_app
 from flm_torchrec.serve.event_store import EventStore, StoreLimits
-from flm_torchrec.serve.loaded_export import AddedItem, LoadedExport, load_export
+from flm_torchrec.serve.loaded_export import LoadedExport, load_export
+from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.service import Service
+from tests.serve.fake_service import FakeService
 from tests.serve.serving import AS_ADMIN, KEYS, known, post, write_export
 
 HOUR = 3600
@@ -276,6 +277,20 @@ def test_a_link_that_is_watched_is_followed(exports: Path) -> None:
         assert client.get("/health").json()["model_version"] == "two"
 
 
+def test_a_link_is_followed_once_the_store_can_be_read(tmp_path: Path) -> None:
+    service: Any = FakeService()
+    refusals, swapped = [503, 503], threading.Event()
+
+    def swap(export: Path) -> None:
+        if refusals:
+            raise Refused(refusals.pop(), "not now")
+        swapped.set()
+
+    service.swap, service.export = swap, tmp_path
+    with TestClient(create_app(service, ServerLimits(watch_seconds=0.02))):
+        assert swapped.wait(60)
+
+
 def test_more_than_can_wait_is_told_to_come_again(exports: Path) -> None:
     service = Service(exports / "one")
     blocked, go = threading.Event(), threading.Event()
@@ -328,10 +343,9 @@ def test_a_number_of_a_cold_item_is_shown_as_its_bucket() -> None:
 def test_cold_items_that_fit_no_more_do_not_stop_a_swap(exports: Path) -> None:
     service = Service(exports / "one")
     brand = next(iter(service.loaded.catalogue.attributes))
-    misfit = AddedItem("misfit", "misfit", {brand: {"no": "text"}}, {})
-    fits = AddedItem("fits", "fits", {}, {})
-    added = replace(service.loaded.added, items=(misfit, fits))
-    service.loaded = replace(service.loaded, added=added)
+    with service.store.writing() as transaction:
+        transaction.add_item("misfit", "misfit", {brand: {"no": "text"}})
+        transaction.add_item("fits", "fits", {})
     service.swap(exports / "two")
     assert [item.key for item in service.loaded.added.items] == ["fits"]
 
