@@ -18,6 +18,9 @@ from flm_torchrec.serve.resolve import Refused, content_of
 def cold_item(loaded: LoadedExport, key: str, title: str, features: Mapping[str, Any]) -> AddedItem:
     """A cold item with its attributes, for filters and for people, of the features in the catalogue.
 
+    Args:
+        title: empty: people see the key.
+
     Raises:
         Refused: a value does not fit its kind.
     """
@@ -29,7 +32,7 @@ def cold_item(loaded: LoadedExport, key: str, title: str, features: Mapping[str,
         raise Refused(422, str(error)) from error
     if DOMAIN in attributes and DOMAIN not in kinds:
         attributes[DOMAIN] = _domain(loaded, key)
-    return AddedItem(key, title, features, attributes)
+    return AddedItem(key, title or key, features, attributes)
 
 
 def _domain(loaded: LoadedExport, key: str) -> list[str]:

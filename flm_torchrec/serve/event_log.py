@@ -78,14 +78,16 @@ def export_events(store: LiveStore, folder: Path, features: Sequence[str] = ()) 
 
 
 def export_items(store: LiveStore, file: Path) -> int:
-    """Write all cold items as JSON lines for `flm prepare --items`: item_id, features, and title; their number.
+    """Write all cold items as JSON lines for `flm prepare --items`: item_id, features, and title, null without one.
+
+    Returns their number.
 
     Raises:
         RunError: the file cannot be written.
         StoreError: the store cannot be read.
     """
     items = store.items_after(0)
-    rows = ({"title": item.title, **item.features, "item_id": item.key} for item in items)
+    rows = ({"title": item.title or None, **item.features, "item_id": item.key} for item in items)
     with telling(file):
         write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return len(items)

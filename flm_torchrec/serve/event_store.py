@@ -75,6 +75,7 @@ class StoredItem:
     seq: int
     key: str
     title: str
+    """Empty: none was given."""
     features: Mapping[str, Any]
 
 

@@ -37,6 +37,7 @@ class AddedItem:
 
     key: str
     title: str
+    """What people see: the title that was posted, or else the key."""
     features: Mapping[str, Any]
     attributes: Mapping[str, list[str]]
 

@@ -239,10 +239,10 @@ class Service:
                 raise Refused(
                     409, f"{self.store.limits.added_items} items have been added, which is the most; export anew"
                 )
-            fresh = cold_item(loaded, item.item, item.title or item.item, item.features)
+            fresh = cold_item(loaded, item.item, item.title, item.features)
             _, left_out = with_items(loaded, [fresh])
             with self.store.writing() as transaction:
-                transaction.add_item(fresh.key, fresh.title, fresh.features)
+                transaction.add_item(item.item, item.title, item.features)
         size = self.current().size
         version = loaded.manifest.model_version
         return {"item": item.item, "model_version": version, "items": size, "left_out": left_out}

@@ -1,7 +1,8 @@
-"""Cold items on exports of other kinds: of joint data, and where an export in between does not take them."""
+"""Cold items: on exports of joint data, where an export in between does not take them, and without a title."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -11,11 +12,13 @@ from fastapi.testclient import TestClient
 
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.serve.app import create_app
+from flm_torchrec.serve.event_log import export_items
 from flm_torchrec.serve.event_store import EventStore, StoredItem, StoreError
 from flm_torchrec.serve.messages import NewItem, Recommend
 from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.service import Service
 from flm_torchrec.serve.swapping import CanaryTerms
+from flm_torchrec.training.follow.item_rows import ItemFile, ItemRows
 from tests.serve.serving import post, write_export
 
 
@@ -91,3 +94,17 @@ def test_a_swap_waits_for_the_store(exports: Path, monkeypatch: pytest.MonkeyPat
     assert refused.value.status == 503 and service.loaded.folder == exports / "plain"
     service.swaps.follow({"export": str(exports / "joint"), "canary": None})
     assert service.loaded.folder == exports / "joint" and fails == []
+
+
+def test_an_item_without_a_title_teaches_no_word(exports: Path, small: PreparedData, tmp_path: Path) -> None:
+    service, file = Service(exports / "plain"), tmp_path / "cold.jsonl"
+    service.add_item(NewItem(item="key one"))
+    service.add_item(NewItem(item="key two", title="The Brand New One"))
+    service.add_item(NewItem(item="key three", title="", features={"title": "The Brand New One"}))
+    assert [item["title"] for item in service.find_items("key", 3)] == ["key one", "The Brand New One", "key three"]
+    assert export_items(service.store, file) == 3
+    titles = {row["item_id"]: row["title"] for row in map(json.loads, file.read_text().splitlines())}
+    assert titles == {"key one": None, "key two": "The Brand New One", "key three": "The Brand New One"}
+    (title,) = (f.column for f in small.schema.features if f.name == "title")
+    learnt = dict(ItemFile(file, "item_id").read(ItemRows(small.path, tmp_path)))
+    assert learnt["key one"][title] == [] and learnt["key two"][title] == learnt["key three"][title] != []
