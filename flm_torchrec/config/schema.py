@@ -6,7 +6,7 @@ A field's `description` is its help on the command line; whatever can be derived
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -34,6 +34,10 @@ def _several(value: Any) -> Any:
 
 
 Several = BeforeValidator(_several)
+
+Baseline = Literal["popularity", "item-kNN", "content-kNN", "Markov", "EASE-R", "random"]
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
+"""All that `eval.baselines` may have; its default has fewer."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -337,7 +341,7 @@ class EvalConfig:
     user_block: Annotated[Count, Field(description="users scored at once")] = 512
     item_block: Annotated[Count, Field(description="items scored at once")] = 16384
     baselines: Annotated[
-        tuple[Literal["popularity", "item-kNN", "content-kNN", "Markov", "EASE-R", "random"], ...],
+        tuple[Baseline, ...],
         Several,
         Field(
             description="what 'flm evaluate' ranks beside the heads; []: nothing; random: only where items are held"

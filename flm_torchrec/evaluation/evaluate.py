@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from flm_torchrec.config.heads import REPRESENTATIONS
-from flm_torchrec.config.schema import EvalConfig
+from flm_torchrec.config.schema import BASELINES, EvalConfig
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import COLD_ITEM, Examples
 from flm_torchrec.evaluation.baselines import EASE, ContentKNN, ItemKNN, Markov, Popularity, Random
@@ -23,7 +23,7 @@ from flm_torchrec.evaluation.segments import labels_by
 
 COVERAGE_AT = 10
 CONTENT_ALONE, IDS_ALONE = "content alone", "ids alone"
-ROWS = (*EvalConfig().baselines, *REPRESENTATIONS, ONE_VECTOR, CONTENT_ALONE, IDS_ALONE)
+ROWS = (*BASELINES, *REPRESENTATIONS, ONE_VECTOR, CONTENT_ALONE, IDS_ALONE)
 """Rows that a table can have."""
 
 

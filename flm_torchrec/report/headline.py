@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from flm_torchrec.config.heads import REPRESENTATIONS
-from flm_torchrec.config.schema import EvalConfig
+from flm_torchrec.config.schema import BASELINES
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.report import mean_and_deviation
 from flm_torchrec.pages import Figure, Section
@@ -43,7 +43,7 @@ def headline(run: Path, metric: str, seeds: Sequence[Path] = ()) -> Section:
     kind = f"{metric.upper()}, {'test' if split == 'test' else 'validation'}"
     kind += f", mean and deviation of {len(tables)} seeds" if seeds else ", one seed"
     figures = [Figure(f"best head: {head}", mean_and_deviation([table[head][metric] for table in tables]), kind)]
-    names = [name for name in EvalConfig().baselines if metric in scorers.get(name, {})]
+    names = [name for name in BASELINES if metric in scorers.get(name, {})]
     if names:
         baseline = _best(names, tables, metric)
         values = [[table[name][metric] for table in tables] for name in (head, baseline)]

@@ -134,8 +134,9 @@ def test_rows_are_compared_with_a_row_and_with_another_run(
     for name, row in rows.items():
         assert row["hr@10"]["mean"] == pytest.approx(mine["table"][name]["hr@10"] - theirs[name]["hr@10"])
 
-    assert main([*evaluate, "EASE-R"]) == 2
-    assert "this table has no such row; its rows are popularity, content" in capsys.readouterr().err
+    for name in ("EASE-R", "content-kNN"):
+        assert main([*evaluate, name]) == 2
+        assert "this table has no such row; its rows are popularity, content" in capsys.readouterr().err
     meta = other / "checkpoints" / "best" / "meta.json"
     meta.write_text(json.dumps({**json.loads(meta.read_text()), "data": "0" * 64}))
     assert main([*evaluate, str(other)]) == 2

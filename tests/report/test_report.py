@@ -13,6 +13,7 @@ import pytest
 
 from flm_torchrec.cli import main
 from flm_torchrec.config import load_config, to_yaml
+from flm_torchrec.config.schema import BASELINES
 from flm_torchrec.data.dataset import fingerprint_of
 from flm_torchrec.data.schema import Schema
 
@@ -201,6 +202,15 @@ def test_the_headline_is_the_best_head_beside_the_best_baseline(run: Path) -> No
                              "difference", "+25.0%", "of fused from Markov"]  # fmt: skip
     assert page.index("best head") < page.index("missing: ") < page.index("Evaluation</h2>")
     assert "<b>0.9000</b>" in page
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_the_headline_knows_every_baseline(run: Path, name: str) -> None:
+    record = json.loads((run / "evaluation-test.json").read_text())
+    record["table"] = {"fused": {"hr@10": 0.25}, name: {"hr@10": 0.5}}
+    (run / "evaluation-test.json").write_text(json.dumps(record))
+    page = made(run)
+    assert f"best baseline: {name}" in page and "-50.0%" in page and "No baseline was ranked" not in page
 
 
 def test_several_seeds_give_means_and_deviations(run: Path) -> None:

@@ -112,6 +112,12 @@ def test_a_row_of_some_seeds_alone_is_a_mean_over_these(monkeypatch: pytest.Monk
     assert rows == ["| all | fused | 2 | 0.2000 ± 0.1414 |", "| all | fused, one vector | 1 | 0.2000 |"]
 
 
+def test_a_baseline_has_one_row_for_all_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablate, "result_of", lambda run, split: {"table": {"content-kNN": {"mrr": 0.1}}})
+    runs = [ablate.StudyRun(variant, 0, load_config(None, [])) for variant in ("one", "other")]
+    assert ablate.table(runs, "test", ["mrr"]).splitlines()[2:] == ["|  | content-kNN |  | 0.1000 |"]
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

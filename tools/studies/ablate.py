@@ -25,14 +25,13 @@ import yaml
 
 from flm_torchrec.config import Config, load_config
 from flm_torchrec.config.heads import HEADS
-from flm_torchrec.config.schema import EvalConfig, LossConfig
+from flm_torchrec.config.schema import BASELINES, LossConfig
 from flm_torchrec.documents import Unreadable, read_json, read_yaml
 from flm_torchrec.errors import ConfigError, FlmError, RunError
 from flm_torchrec.names import nearest
 from flm_torchrec.tuning.process import FLM, threads_of, train_command
 from tools.studies.without import PIECES
 
-BASELINES = EvalConfig().baselines
 WITHOUT = "without"
 """Key of a variant that is no setting."""
 LACKING = "tools.studies.without"
