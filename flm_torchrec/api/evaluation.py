@@ -88,10 +88,10 @@ def evaluate_run(run: str | os.PathLike[str], options: EvaluateOptions, keep_ran
             examples = _rolled(job, held_out, examples, options.windows)
         by = tuple(dict.fromkeys(options.by))
         task = EvaluationTask(job.data, examples, options.split, job.events.seen, splits.cold_items, keep_ranks, by)
+        if options.windows and job.data.item_domain is None:  # of joint data, a window has an event of each domain
+            task = replace(task, unit="pairs of user and window")
         evaluation = evaluate(task, job.encoder(examples), job.comm, job.config.eval)
         evaluation = replace(evaluation, examples=examples.digest(job.data))
-        if options.windows:
-            evaluation = replace(evaluation, ranked="pairs of user and window, every item ranked")
         oracle = _oracle(job.data, examples)
         return Evaluated(evaluation, examples, job.data.fingerprint, oracle, job.config.eval.ks, job.comm.main)
 

@@ -158,7 +158,7 @@ def _compared(against: str, found: Evaluated, options: EvaluateOptions) -> Compa
         others = {name: other.evaluation.ranks[name] for name in ranks if name in other.evaluation.ranks}
     # Wider tables do not fit a terminal.
     ks = (10,) if 10 in found.ks else found.ks[:1]
-    rows = {name: differences(ranks[name], theirs, ks) for name, theirs in others.items()}
+    rows = {name: differences(ranks[name], theirs, found.examples.user, ks) for name, theirs in others.items()}
     return Comparison(against, found.evaluation.users, rows)
 
 

@@ -36,6 +36,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.user)
 
+    @property
+    def users(self) -> int:
+        """Number of the users, some of whom may have several examples."""
+        return len(np.unique(self.user))
+
     def take(self, index: np.ndarray) -> Examples:
         """The examples at an index, in its order."""
         label, until = (None if part is None else part[index] for part in (self.label, self.until))

@@ -39,12 +39,12 @@ class Evaluation:
     """Metrics of the lists by scorer; see `evaluation.lists`."""
     notes: list[str] = field(default_factory=list)
     """What the reader of the table should know of it, a line each."""
-    ranked: str = "users, every item ranked"
-    """What the examples are, and what is ranked for them."""
+    ranked: str = ""
+    """What the examples are, with their number, and what is ranked for them."""
     examples: str = ""
     """`Examples.digest` of what was ranked: evaluations of which it differs cannot be averaged."""
     ranks: dict[str, np.ndarray] = field(default_factory=dict)
-    """[users] by scorer: the rank of each true item, where the task keeps them."""
+    """[examples] by scorer: the rank of each true item, where the task keeps them."""
 
     def to_json(self) -> dict[str, Any]:
         """The content of `evaluation-SPLIT.json`."""
@@ -66,6 +66,8 @@ class EvaluationTask:
     """Give every example's rank too, 8 bytes for each example and scorer."""
     by: tuple[str, ...] = ()
     """Of `segments.BY`: what else results are broken down by."""
+    unit: str = "events"
+    """What the examples are called where a user has several."""
 
 
 def evaluate_heads(
@@ -107,9 +109,7 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
     check_events(config, data.count(task.train_mask))
     shares = ItemShares(items, config.item_block, comm)
     check_vectors(len(_heads(task)) * shares.count, encoder, comm.device)
-    result = Evaluation(task.split, len(examples), {}, notes=notes)
-    if data.item_domain is not None:
-        result = replace(result, ranked="events, every item of the event's domain ranked")
+    result = Evaluation(task.split, examples.users, {}, notes=notes, ranked=_ranked(task))
     scorers = _scorers(task, encoder, comm, config)
     facts = _item_facts(task, scorers)
     longest = max(COVERAGE_AT, *config.ks) if targets else COVERAGE_AT
@@ -130,6 +130,14 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
                 part = count_ranks(_only(ranked_cold, examples.label == COLD_ITEM), name, items, comm)
                 result.segments.setdefault(f"{COLD_ITEM}, among those alone", {})[name] = part.metrics(config.ks)
     return result
+
+
+def _ranked(task: EvaluationTask) -> str:
+    """What is ranked for how many examples, and of how many users these are."""
+    examples, users = len(task.examples), task.examples.users
+    whom = f"{users} users" if examples == users else f"{examples} {task.unit} ({users} users)"
+    what = "every item" if task.data.item_domain is None else "every item of the event's domain"
+    return f"{whom}, {what} ranked"
 
 
 def _untested(data: PreparedData, examples: Examples) -> list[str]:

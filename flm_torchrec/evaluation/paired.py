@@ -10,11 +10,13 @@ import numpy as np
 RESAMPLES = 10_000
 INTERVAL = (2.5, 97.5)
 """Percentiles of the resampled means."""
+DRAWN = 2**24
+"""Numbers of drawn users that are in memory at once, 8 bytes each."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean over users of a metric of one row less that of another, and its 95 % interval."""
+    """Mean of a metric of one row less that of another, and its 95 % interval over users."""
 
     mean: float
     low: float
@@ -40,22 +42,42 @@ class Comparison:
         return asdict(self)
 
 
-def differences(ranks: np.ndarray, others: np.ndarray, ks: tuple[int, ...]) -> dict[str, Difference]:
-    """[n] ranks of the users' true items by a scorer, [n] those by another, 1 is best → hr@K and ndcg@K for each K.
+def differences(ranks: np.ndarray, others: np.ndarray, users: np.ndarray, ks: tuple[int, ...]) -> dict[str, Difference]:
+    """How much better a scorer is than another, in hr@K and ndcg@K for each K.
 
-    The percentile bootstrap over users (Efron & Tibshirani 1993; for ranking metrics: Sakai, SIGIR 2006). Users whose
-    two ranks are the same are alike, so a resample is one draw of a multinomial. Seeded: the same ranks give the same
+    The percentile bootstrap over users (Efron & Tibshirani 1993; for ranking metrics: Sakai, SIGIR 2006). A user who is
+    drawn brings all of his or her examples, as these are not independent. Seeded: the same ranks give the same
     interval.
+
+    Args:
+        ranks: [n] of the examples' true items by the scorer, 1 is best.
+        others: [n] those by the other.
+        users: [n] whose example it is.
     """
+    user = np.unique(users, return_inverse=True)[1]
     found = {}
     for k in ks:
-        pairs = np.minimum(np.stack([ranks, others]), k + 1)  # ranks beyond K are alike
-        (mine, theirs), counts = np.unique(pairs, axis=1, return_counts=True)
-        drawn = np.random.default_rng(0).multinomial(counts.sum(), counts / counts.sum(), RESAMPLES)
+        mine, theirs = np.minimum(np.stack([ranks, others]), k + 1)  # ranks beyond K are alike
         place = np.arange(1, k + 2)
-        for name, gain in ("hr", np.ones(k + 1)), ("ndcg", 1 / np.log2(1 + place)):
-            gain = np.where(place <= k, gain, 0.0)
-            gained = gain[mine - 1] - gain[theirs - 1]
-            low, high = np.percentile(drawn @ gained, INTERVAL) / len(ranks)
+        gains = [np.where(place <= k, gain, 0.0) for gain in (np.ones(k + 1), 1 / np.log2(1 + place))]
+        pair = mine * (k + 2) + theirs  # the order of users, by which draws go
+        columns = [pair, np.ones(len(pair)), *(gain[mine - 1] - gain[theirs - 1] for gain in gains)]
+        # Users with the same sums are alike, so a resample is one draw of a multinomial.
+        sums, counts = np.unique([np.bincount(user, column) for column in columns], axis=1, return_counts=True)
+        sums = np.ascontiguousarray(sums)  # NumPy adds in another order in an array that is not
+        _, size, *drawn = _resampled(counts, sums)
+        for name, gained, total in zip(("hr", "ndcg"), sums[2:], drawn, strict=True):
+            low, high = np.percentile(total / (size / len(ranks)), INTERVAL) / len(ranks)
             found[f"{name}@{k}"] = Difference(float(counts @ gained) / len(ranks), float(low), float(high))
     return found
+
+
+def _resampled(counts: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """[m] number of users of each kind, [s, m] sums of one of them → [s, RESAMPLES] sums of as many users, drawn."""
+    rng, users = np.random.default_rng(0), counts.sum()
+    step = max(1, DRAWN // len(counts))
+    parts = []
+    for start in range(0, RESAMPLES, step):
+        drawn = rng.multinomial(users, counts / users, min(step, RESAMPLES - start)).astype(np.float64)
+        parts.append([drawn @ one for one in sums])
+    return np.concatenate(parts, axis=1)

@@ -24,7 +24,7 @@ def show(evaluation: Evaluation, console: PlainConsole, oracle: dict[str, Metric
     Args:
         oracle: metrics of the best possible ranking of these examples: "all", and by segment. None: not known.
     """
-    title = f"{evaluation.split}: {evaluation.users} {evaluation.ranked}, the user's earlier items left out"
+    title = f"{evaluation.split}: {evaluation.ranked}, the user's earlier items left out"
     console.print(_table(title, _with_oracle(evaluation.table, oracle, "all")))
     for label, table in evaluation.segments.items():
         console.print(_table(f"of these, '{label}'", _with_oracle(table, oracle, label)))

@@ -141,10 +141,13 @@ def test_evaluate_tells_lists_several_targets_and_segments(
         assert 0 <= lists["map@3"] <= 1 and 0 <= lists["gini@10"] < 1
     assert found["lists"]["popularity"]["popularity@10"] == max(row["popularity@10"] for row in found["lists"].values())
     rolling = ["evaluate", "--run", str(run), "--eval.baselines", "[]", "--windows"]
-    assert main([*rolling, "3"]) == 0
-    assert "pairs of user and window" in capsys.readouterr().out
+    assert main([*rolling, "3", "--against", "content"]) == 0
+    told = capsys.readouterr().out
+    users = found["users"]
+    assert f"pairs of user and window ({users} users), every item ranked" in told
+    assert f"bootstrap over {users} users" in told
     rolled = json.loads((run / "evaluation-test.json").read_text())
-    assert len(rolled["segments"]) == 3 and rolled["users"] > found["users"]
+    assert len(rolled["segments"]) == 3 and rolled["users"] == rolled["comparison"]["users"] == users
     assert all(name.startswith("window ") and "fused" in rows for name, rows in rolled["segments"].items())
     assert main([*rolling, "-1"]) == 2
     assert capsys.readouterr().err == "error: --windows -1: give 1 or more\n"

@@ -415,6 +415,9 @@ def test_held_out_items_are_ranked_among_all_and_among_themselves(small: Prepare
     assert list(found.table) == [
         "popularity", "item-kNN", "Markov", *REPRESENTATIONS, "random", "content alone", "ids alone"
     ]  # fmt: skip
+    users = len(set(splits.test.user.tolist()))
+    assert found.users == users < len(splits.test)
+    assert found.ranked == f"{len(splits.test)} events ({users} users), every item ranked"
     none = dataclasses.replace(config, baselines=())
     bare = evaluate(task, encoder, Alone(), none)
     assert list(bare.table) == [*REPRESENTATIONS, "content alone", "ids alone"]

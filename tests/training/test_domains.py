@@ -166,7 +166,12 @@ def test_from_two_folders_to_a_recommendation_of_the_other_domain(
     assert main(["train", *given]) == 0
     said = capsys.readouterr().out
     assert "; a target is told from the items of its own domain" in said
-    assert main(["evaluate", "--run", str(run), "--eval.baselines", "popularity"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "--run", str(run), "--eval.baselines", "popularity", "--against", "popularity"]) == 0
+    said = capsys.readouterr().out
+    users = len(load_prepared(tmp_path / "run-data").user_keys)
+    assert f" events ({users} users), every item of the event's domain ranked" in said
+    assert f"bootstrap over {users} users" in said
     tables = json.loads((run / "evaluation-test.json").read_text())
     assert {"books", "shop"} <= set(tables["segments"])
     assert main(["export", "--run", str(run), "--output", str(export), "--index", "flat", "--tower", "none"]) == 0

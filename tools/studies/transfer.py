@@ -10,7 +10,7 @@ events, held-out items and held-out users have rows of their own. Each row also 
 training (content-kNN), which both should pass. Options after `--` are those of both trainings.
 Where a key means the same person in the sources and in the target, `--shared-users` adds rows for the users whom a
 source has and for the others, whether or not they are in the share.
-Finished runs are not trained again. An interval is that of a paired bootstrap over the test events of one seed,
+Finished runs are not trained again. An interval is that of a paired bootstrap over the test users of one seed,
 as of `flm evaluate --against`.
 """
 
@@ -115,7 +115,10 @@ class TransferStudy:
             kinds = kinds_of(tuned, self.shared)
             write_evaluation(folder / "scratch", with_kinds(scratch, kinds))
             mine, theirs = (found.evaluation.ranks["fused"] for found in (tuned, scratch))
-            less = {kind: asdict(differences(mine[c], theirs[c], (10,))["ndcg@10"]) for kind, c in kinds.items()}
+            user = tuned.examples.user
+            less = {
+                kind: asdict(differences(mine[c], theirs[c], user[c], (10,))["ndcg@10"]) for kind, c in kinds.items()
+            }
             write_evaluation(folder / "pretrained", with_kinds(tuned, kinds), {LESS: less})
         except FlmError as error:
             return f"{folder}: {error}"
