@@ -128,10 +128,16 @@ def _rolled(job: Job, held_out: Examples, examples: Examples, windows: int) -> E
     """The predictions in each window, for the users of the examples.
 
     Raises:
-        RunError: the run has no time split.
+        RunError: the run has no time split, or is one of 'flm follow'.
     """
     from flm_torchrec.evaluation.rolling import RollingWindows
+    from flm_torchrec.training.follow.growth import FollowedData
 
+    if isinstance(job.data, FollowedData):
+        raise RunError(
+            "--windows: a run of 'flm follow' has no windows, as events that it learned from may lie in them; evaluate"
+            " the run that it began from"
+        )
     if examples.until is None:
         raise RunError(
             f"--windows: the run has a {job.config.data.split} split, whose events are of no common period; train with"

@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> None:
     check_names(features)
     store = existing_store(args.events)
     done = export_events(store, args.output, features)
-    lost = f"; {done.dropped} before them had been dropped by the limits of 'flm serve'" if done.dropped else ""
-    print(f"{args.output}: {done.written} new events{lost}")
+    gone = f"; {done.missing} before them are not there any more (dropped by the limits of 'flm serve', or forgotten)"
+    print(f"{args.output}: {done.written} new events{gone if done.missing else ''}")
     for name, events in done.left_out.items():
         print(f"note: {events} of them have a {name}, which is not written; name it with --event-features {name}")
     if args.items:

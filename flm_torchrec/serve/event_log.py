@@ -34,8 +34,8 @@ class WrittenEvents:
     """What `export_events` has done."""
 
     written: int = 0
-    dropped: int = 0
-    """Events before them that the store had dropped."""
+    missing: int = 0
+    """Events before them that the store has no longer: its limits dropped them, or their user was forgotten."""
     left_out: dict[str, int] = field(default_factory=dict)
     """By feature of events that was not asked for, the events written without its value."""
 
@@ -67,7 +67,7 @@ def export_events(store: LiveStore, folder: Path, features: Sequence[str] = ()) 
         for rows in _chunks(store, after):
             first, last = rows[0].number, rows[-1].number
             if not done.written:
-                done.dropped = first - after - 1
+                done.missing = first - after - 1
             file = folder / f"events-{store.identity()}-{first:012d}-{last:012d}.parquet"
             with replacing_file(file) as fresh:
                 pq.write_table(_table(rows, features), fresh)

@@ -391,6 +391,18 @@ def test_events_dropped_before_they_were_exported_are_counted(tmp_path: Path) ->
     assert export_events(EventStore(tmp_path / "t"), tmp_path / "log") == WrittenEvents()
 
 
+def test_events_forgotten_before_they_were_exported_are_not_told_as_dropped_alone(
+    tmp_path: Path, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = open_store(address)
+    add(store, "gone", "1", "2")
+    store.forget(["gone"])
+    add(store, "u", "3")
+    assert main(["export-events", "--events", address, "--output", str(tmp_path / "log")]) == 0
+    told = "1 new events; 2 before them are not there any more (dropped by the limits of 'flm serve', or forgotten)\n"
+    assert capsys.readouterr().out.endswith(told)
+
+
 def test_a_store_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["export-events", "--events", str(tmp_path / "none"), "--output", str(tmp_path / "log")]
     assert main(command) == 2 and "flm serve --events" in capsys.readouterr().err

@@ -128,6 +128,19 @@ def _steps_of_first(folder: Path) -> int:
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["step"]
 
 
+def test_a_followed_run_of_a_time_split_has_no_windows(
+    small: PreparedData, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, output = tmp_path / "run", tmp_path / "out"
+    options = ["--data.split", "time", "--train.max_steps", "1", "--model.dim", "8", "--model.layers", "1"]
+    assert main(["train", "--data.path", str(small.path), "--train.run", str(run), *options]) == 0
+    assert main(["follow", "--run", str(run), "--source", str(source), "--output", str(output), "--once"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "--run", str(output), "--windows", "2"]) == 2
+    told = capsys.readouterr().err
+    assert "a run of 'flm follow' has no windows" in told and "--data.split" not in told and told.count("\n") == 1
+
+
 def test_what_cannot_be_followed_is_told(run: Path, source: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     def told(*options: str) -> str:
         given = {"--run": str(run), "--source": str(source), "--output": str(tmp_path / "out")}
