@@ -189,7 +189,8 @@ def _question(args: argparse.Namespace, cluster: Cluster) -> Question:
     if args.spec:
         from flm_torchrec.planner.spec import read_spec, workload_of_spec
 
-        other = [name for name in given_overrides(args) if not name.startswith("distributed.")]
+        own = ("distributed.collectives",)  # the spec says it
+        other = [n for n in given_overrides(args) if not n.startswith("distributed.") or n.startswith(own)]
         if args.config or other:
             raise ConfigError(
                 f"--spec stands for the model and the data; leave {other[0] if other else '--config'} out"

@@ -103,15 +103,17 @@ template <class Number> inline __m512 add_product(__m512 sum, __m512 a, __m512 b
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
 }
 
-// c [32, 32] = or += a [32, depth] b [depth, 32], eight rows of c in registers at a time. Steps in elements.
+// c [32, 32] = or += a [32, depth] b [depth, 32], eight rows of c in registers at a time. Steps in elements. Of float32 the
+// terms are added up apart from c, which rounds less than one long sum.
 template <bool ADD, class Number>
 inline void product(float *c, int64_t c_step, const Number *a, int64_t a_step, const Number *b, int64_t b_step, int depth) {
     constexpr int ROWS = 8;
+    constexpr bool APART = ADD && PACKED<Number> == 1, GOES_ON = ADD && !APART;
     for (int first = 0; first < SIDE; first += ROWS, c += ROWS * c_step, a += ROWS * a_step) {
         __m512 left[ROWS], right[ROWS];
         for (int r = 0; r < ROWS; r++) {
-            left[r] = ADD ? _mm512_loadu_ps(c + r * c_step) : _mm512_setzero_ps();
-            right[r] = ADD ? _mm512_loadu_ps(c + r * c_step + 16) : _mm512_setzero_ps();
+            left[r] = GOES_ON ? _mm512_loadu_ps(c + r * c_step) : _mm512_setzero_ps();
+            right[r] = GOES_ON ? _mm512_loadu_ps(c + r * c_step + 16) : _mm512_setzero_ps();
         }
         for (int k = 0; k < depth; k += PACKED<Number>) {
             const Number *row = b + k / PACKED<Number> * b_step;
@@ -123,8 +125,9 @@ inline void product(float *c, int64_t c_step, const Number *a, int64_t a_step, c
             }
         }
         for (int r = 0; r < ROWS; r++) {
-            _mm512_storeu_ps(c + r * c_step, left[r]);
-            _mm512_storeu_ps(c + r * c_step + 16, right[r]);
+            float *low = c + r * c_step, *high = low + 16;
+            _mm512_storeu_ps(low, APART ? _mm512_add_ps(_mm512_loadu_ps(low), left[r]) : left[r]);
+            _mm512_storeu_ps(high, APART ? _mm512_add_ps(_mm512_loadu_ps(high), right[r]) : right[r]);
         }
     }
 }

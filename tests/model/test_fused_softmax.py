@@ -155,6 +155,26 @@ def test_native_code_of_float32_is_as_exact_as_pytorch(
 
 
 @native
+def test_float32_gradients_of_many_candidates_are_no_long_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sum of float32 over so many would be wrong by 2e-6 of its length."""
+    monkeypatch.setattr(products, "is_wanted", lambda: True)
+    case = Case(40, 17_000, 24)
+    assert max(errors(case.found(FP32)[:3], case.exact()[:3])) < 6e-7
+
+
+@native
+@pytest.mark.parametrize("size", [1e7, 1e10])
+def test_huge_logits_of_float32_are_those_of_pytorch(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    """Differences of such logits are rounded by more than the exponentials' range."""
+    monkeypatch.setattr(products, "is_wanted", lambda: True)
+    case = Case(64, 500, 16)
+    case.query = size * torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    found = case.found(FP32)
+    monkeypatch.setattr(softmax, "can_fuse", lambda *_: False)
+    assert all(x.isfinite().all() for x in found) and max(errors(found[:3], case.found(FP32)[:3])) < 1e-5
+
+
+@native
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("items", [100, 17_000])
 def test_targets_far_below_other_candidates_are_exact_too(items: int) -> None:

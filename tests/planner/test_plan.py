@@ -277,6 +277,7 @@ def test_infeasible_is_one_line_after_what_would_fit(tmp_path: Path, capsys: pyt
         ({"dense_parameters": 10**30}, "dense_parameters: Input should be less than or equal to"),
         ({"dense_parameters": float("inf")}, "dense_parameters: Input should be a finite number"),
         ({"optimizer": "lion"}, "optimizer: Input should be 'rowwise_adagrad'"),
+        ({"collectives": "fp8"}, "collectives: Input should be 'fp32' or 'bf16'"),
     ],
 )
 def test_a_wrong_spec_is_told(
@@ -310,6 +311,7 @@ def test_a_wrong_spec_is_told(
         (["--distributed.plan", "plan.json"], "compare two plans with --diff"),
         (["--distributed.memory_gib", "3"], "--set hbm_gib=N"),
         (["--train.epochs", "3"], "leave train.epochs=3 out"),
+        (["--distributed.collectives", "bf16"], "leave distributed.collectives=bf16 out"),
         (["--hardware", "xeon-8480", "--kernels", "fused_uvm"], "none of its sharding types and kernels"),
     ],
 )
