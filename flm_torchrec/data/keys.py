@@ -90,8 +90,18 @@ def as_text(column: pl.Series) -> pl.Series:
 
 
 def categories(column: pl.Series) -> pl.Series:
-    """[n] values of a feature of events → [n] text, as of `as_text`; NaN is no value."""
-    return as_text(column.fill_nan(None) if column.dtype.is_float() else column)
+    """[n] values of a feature, or lists of them → [n] text, or lists of text, as of `as_text`; NaN is no value.
+
+    Lists of lists, and objects, stay as they are.
+    """
+    kind = column.dtype
+    if isinstance(kind, pl.List | pl.Array) and not kind.inner.is_nested():  # type: ignore[union-attr]
+        texts = pl.element().map_batches(categories, return_dtype=pl.String)
+        listed = column.cast(pl.List(kind.inner)).to_frame()  # type: ignore[union-attr]
+        return listed.select(pl.col(column.name).list.eval(texts)).to_series()
+    if kind.is_nested():
+        return column
+    return as_text(column.fill_nan(None) if kind.is_float() else column)
 
 
 def json_text(value: Any) -> str | None:

@@ -85,6 +85,23 @@ def test_lists_are_the_same_in_every_format(tmp_path: Path, kind: str) -> None:
     assert items_of(raw)["vec"].to_list() == [[0.5, 2.0], [1.0, -3.0]]
 
 
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_whole_float_has_no_point_as_in_events(tmp_path: Path, kind: str) -> None:
+    rows: list[dict[str, Any]] = [
+        {"i": "x", "shelf": 1.0, "tags": [2.0, 2.5], "name": 3.0, "aisle": 4},
+        {"i": "y", "shelf": 0.5, "tags": [-7.0], "name": 1e3, "aisle": 5},
+        {"i": "z", "shelf": None, "tags": None, "name": None, "aisle": None},
+    ]
+    kinds = {"shelf": "categorical", "tags": "multi_categorical", "name": "text", "aisle": "categorical"}
+    found = items_of(described(written(tmp_path, kind, rows), kinds))
+    assert found["shelf"].to_list() == ["1", "0.5", None] and found["aisle"].to_list() == ["4", "5", None]
+    assert found["tags"].to_list() == [["2", "2.5"], ["-7"], None] and found["name"].to_list() == ["3", "1000", None]
+    if kind == "parquet":
+        pl.DataFrame({"i": ["x", "y"], "shelf": [float("nan"), 1.0]}).write_parquet(tmp_path / "nan.parquet")
+        of_floats = items_of(described(tmp_path / "nan.parquet", {"shelf": "categorical"}))
+        assert of_floats["shelf"].to_list() == [None, "1"]
+
+
 @pytest.mark.parametrize(
     ("cell", "values"),
     [

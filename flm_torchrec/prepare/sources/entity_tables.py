@@ -9,6 +9,7 @@ from pathlib import Path
 import polars as pl
 import pyarrow as pa
 
+from flm_torchrec.data.keys import categories
 from flm_torchrec.data.schema import Kind
 from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.clean import Dropped
@@ -100,12 +101,12 @@ class KindColumn:
         elif column.dtype == pl.String and kind != "text":
             refuse_lists(column, kind, file)
         if kind == "multi_categorical":
-            return cast(column, pl.List(pl.String), file)
+            return cast(categories(column), pl.List(pl.String), file)
         if kind == "dense":
             return cast(_numbers(column, form.numbers, file), pl.List(pl.Float32), file)
         if kind in NUMERIC:
             return cast(_numbers(column, form.numbers, file), pl.Float64(), file)
-        return cast(column, pl.String(), file)
+        return cast(categories(column), pl.String(), file)
 
     def notes(self) -> list[str]:
         """Lines on how cells were read."""

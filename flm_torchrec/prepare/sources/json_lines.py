@@ -131,6 +131,10 @@ class _Fields:
         # An object is no key, time or number.
         none = "'OBJECT', 'NULL'" if self.shard.lists else "'ARRAY', 'OBJECT', 'NULL'"
         value, point = f"o ->> {path}", self.shard.form.numbers.decimal
+        if wanted not in self.shard.numbers:  # a whole float has no point in any source
+            value = (
+                f"CASE json_type(o, {path}) WHEN 'DOUBLE' THEN regexp_replace({value}, '\\.0$', '') ELSE {value} END"
+            )
         if wanted in self.shard.numbers and point != ".":
             written = f"replace({value}, '.', {sql.text(point)})"
             value = f"CASE WHEN json_type(o, {path}) IN ({NUMBERS}) THEN {written} ELSE {value} END"

@@ -83,7 +83,7 @@ def _parsed(cell: str, form: TextForm) -> list[str] | None:
     """The values of a list of plain values, without nulls; None where the text is no such list."""
     point = form.numbers.decimal
     try:
-        values = json.loads(cell, parse_int=str, parse_float=lambda text: text.replace(".", point))
+        values = json.loads(cell, parse_int=str, parse_float=lambda text: text.removesuffix(".0").replace(".", point))
     except (ValueError, RecursionError):
         values = _of_python(cell)
     if not isinstance(values, list) or any(isinstance(value, dict | list) for value in values):

@@ -13,7 +13,7 @@ import polars as pl
 import pyarrow as pa
 
 from flm_torchrec.data.history import CONTEXT
-from flm_torchrec.data.keys import NO_EVENT, categories, keys
+from flm_torchrec.data.keys import NO_EVENT, keys
 from flm_torchrec.data.schema import Entity
 from flm_torchrec.data.times import check_unit, seconds
 from flm_torchrec.errors import DataError
@@ -157,15 +157,10 @@ def _roles(options: LogOptions, file: str, frame: pl.DataFrame) -> pl.DataFrame:
         columns.append(_values(given["weight"], options.form.numbers, file))
     roles = [c.alias(role) for c, role in zip(columns, ROLES, strict=False)]
     features = [
-        KindColumn("categorical", options.form, file).read(_categories(frame[name])).alias(CONTEXT + name)
+        KindColumn("categorical", options.form, file).read(frame[name]).alias(CONTEXT + name)
         for name in options.event_features
     ]
     return frame.select(*roles, *features)
-
-
-def _categories(column: pl.Series) -> pl.Series:
-    """Numbers and times as the text that they are in JSON lines; texts and lists as they are."""
-    return column if column.dtype == pl.String or column.dtype.is_nested() else categories(column)
 
 
 def _values(column: pl.Series, form: NumberForm, file: str) -> pl.Series:
