@@ -149,6 +149,9 @@ def test_an_item_file_that_contradicts_is_refused_in_one_line(
         assert follow(run, source, tmp_path / "out", "--items", str(file)) == 2
         error = capsys.readouterr().err
         assert told in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+    file.write_text(json.dumps(same) + "\n[1]\n")
+    assert follow(run, source, tmp_path / "out", "--items", str(file)) == 2
+    assert "items.jsonl: row 2: not a JSON object; mend the row" in capsys.readouterr().err
     assert follow(run, source, tmp_path / "out", "--items", str(tmp_path / "none.csv")) == 2
     assert "put the item file back" in capsys.readouterr().err
     assert follow(run, source, tmp_path / "out", "--items", str(file), "--admit-after", "0") == 2

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import polars.selectors as cs
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -17,6 +18,7 @@ from flm_torchrec.data.keys import json_text, keys
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.errors import DataError
 from flm_torchrec.folders import SCHEMA
+from flm_torchrec.training.follow.sources import json_of, rows_of
 
 LISTS = ("multi_categorical", "text")
 """Kinds of which an item has several codes."""
@@ -25,23 +27,44 @@ CLOSE = 1e-5
 ITEM_ID = "item_id"
 
 
-def _read_json_lines(file: Path) -> pl.DataFrame:
-    """Types and names are those of all rows. A file of `flm export-events` is empty where there are no cold items."""
-    if not file.read_bytes().strip():
-        return pl.DataFrame(schema={ITEM_ID: pl.String})
-    return pl.read_ndjson(file, infer_schema_length=None)
+@dataclass(frozen=True)
+class _Table:
+    """What an item file holds."""
+
+    columns: list[str]
+    rows: list[dict[str, Any]]
+    """By column, what JSON lines would have."""
+    ids: dict[str, pl.Series]
+    """Columns that may have the ids, the first choice first."""
 
 
-def _read_csv(file: Path) -> pl.DataFrame:
+def _read_json_lines(file: Path, ids: Sequence[str]) -> _Table:
+    """Line by line, for a feature may be a text in one row and a list in the next."""
+    rows = [json_of(line) for line in file.read_bytes().splitlines() if line.strip()]
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"{file}: row {number}: not a JSON object; mend the row")
+    # A file of `flm export-events` is empty where there are no cold items.
+    columns = list(dict.fromkeys(name for row in rows for name in row)) or [ITEM_ID]
+    texts = {n: pl.Series(n, [json_text(row.get(n)) for row in rows], dtype=pl.String) for n in ids if n in columns}
+    return _Table(columns, rows, texts)
+
+
+def _read_parquet(file: Path, ids: Sequence[str]) -> _Table:
+    return _of_frame(pl.read_parquet(file), ids)
+
+
+def _read_csv(file: Path, ids: Sequence[str]) -> _Table:
     """All text: `007` is no number, and the key of another item than `7`."""
-    return pl.read_csv(file, infer_schema=False)
+    return _of_frame(pl.read_csv(file, infer_schema=False), ids)
 
 
-READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
-    ".parquet": pl.read_parquet,
-    ".jsonl": _read_json_lines,
-    ".csv": _read_csv,
-}
+def _of_frame(frame: pl.DataFrame, ids: Sequence[str]) -> _Table:
+    values = frame.with_columns(cs.float().fill_nan(None))
+    return _Table(frame.columns, rows_of(values), {name: frame[name] for name in ids if name in frame.columns})
+
+
+READERS = {".parquet": _read_parquet, ".jsonl": _read_json_lines, ".csv": _read_csv}
 
 
 class ItemRows:
@@ -130,13 +153,11 @@ class ItemFile:
             DataError: the file cannot be read, a row has no key or the key of another row, a value does not fit its
                 kind, or an item that the data have has other features here. The message names the row.
         """
-        frame = self._frame()
-        found = keys(frame[self.key if self.key in frame.columns else ITEM_ID], str(self.path)).to_list()
+        table = self._table()
+        found = keys(next(iter(table.ids.values())), str(self.path)).to_list()
         known = rows.known([key for key in found if key is not None])
-        names = [name for name in rows.given_names if name in frame.columns]
         new: dict[str, dict[str, Any]] = {}
-        described = frame.select(names).to_dicts() if names else [{}] * len(found)
-        for number, (key, given) in enumerate(zip(found, described, strict=True), start=1):
+        for number, (key, given) in enumerate(zip(found, table.rows, strict=True), start=1):
             where = f"{self.path}: row {number}"
             if key is None or key in new:
                 raise DataError(f"{where}: {'no item' if key is None else f'item {key!r} has two rows'}; mend the row")
@@ -153,16 +174,16 @@ class ItemFile:
                 )
         return list(new.items())
 
-    def _frame(self) -> pl.DataFrame:
+    def _table(self) -> _Table:
         if self.path.suffix not in READERS:
             raise DataError(f"{self.path}: give an item file that ends in {', '.join(READERS)}")
         try:
-            frame = READERS[self.path.suffix](self.path)
+            table = READERS[self.path.suffix](self.path, (self.key, ITEM_ID))
         except (OSError, pl.exceptions.PolarsError) as error:
             raise DataError(f"{self.path}: not readable ({str(error).splitlines()[0]}); mend the file") from error
-        if not {self.key, ITEM_ID} & set(frame.columns):
-            raise DataError(f"{self.path}: no column '{self.key}' (it has {', '.join(frame.columns)}); see --columns")
-        return frame
+        if not table.ids:
+            raise DataError(f"{self.path}: no column '{self.key}' (it has {', '.join(table.columns)}); see --columns")
+        return table
 
 
 class ItemFeed:

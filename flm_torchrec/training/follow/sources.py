@@ -270,10 +270,14 @@ def other_source(began: str, given: str) -> DataError:
 
 
 def _parquet_rows(file: Path, content: bytes) -> list[Any]:
-    """Rows as JSON lines would have them: numbers, times and bytes as text; lists stay lists."""
     with as_data_error(file), pq.ParquetFile(pa.BufferReader(content)) as source:
-        frame = frame_of(source.read())
-    return pl.DataFrame([c if isinstance(c.dtype, pl.List | pl.Array) else as_text(c) for c in frame]).to_dicts()
+        return rows_of(frame_of(source.read()))
+
+
+def rows_of(frame: pl.DataFrame) -> list[dict[str, Any]]:
+    """Rows as JSON lines would have them: numbers, times and bytes as text; lists, true and false stay what they are."""
+    kept = (pl.List, pl.Array, pl.Boolean)
+    return pl.DataFrame([c if isinstance(c.dtype, kept) else as_text(c) for c in frame]).to_dicts()
 
 
 def _json_rows(lines: bytes) -> Iterator[Any]:

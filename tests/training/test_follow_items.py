@@ -1,0 +1,71 @@
+"""What item files and event rows of `flm follow` say of items means what it means to `flm prepare`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from flm_torchrec.cli import main
+from flm_torchrec.serve.event_log import export_items
+from flm_torchrec.serve.event_store import EventStore
+from tests.training.test_follow_ids import follow
+
+KINDS = "name:text,brand:categorical,tags:multi_categorical,weight:numeric,vec:dense"
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Logs of 20 users, a table of 12 items with several values in a cell, data made of both, and a run."""
+    folder = tmp_path_factory.mktemp("shop")
+    log = [f"u{u},i{(3 * u + n) % 12},{1_700_000_000 + 60 * n}" for u in range(20) for n in range(8)]
+    (folder / "log.csv").write_text("\n".join(["user_id,item_id,timestamp", *log]) + "\n")
+    rows = [f'i{n},Thing {n},b{n % 3},t{n % 4}|t{n % 3},{n},"[{n % 5}.0, 0.5]"' for n in range(12)]
+    (folder / "items.csv").write_text("\n".join(["item_id,name,brand,tags,weight,vec", *rows]) + "\n")
+    items = ["--items", str(folder / "items.csv"), "--item-features", KINDS]
+    files = ["--input", str(folder / "log.csv"), "--output", str(folder / "data")]
+    assert main(["prepare", "--source", "csv", *files, *items]) == 0
+    paths = ["--data.path", str(folder / "data"), "--train.run", str(folder / "run")]
+    options = ["--train.max_steps", "2", "--train.batch_size", "32", "--model.dim", "8", "--data.max_history", "6"]
+    assert main(["train", *paths, *options]) == 0
+    return folder
+
+
+def values_of(shop: Path, feature: str) -> list[str]:
+    """Its values in order of code."""
+    vocabulary = pq.read_table(shop / f"data/vocab/item_{feature}.parquet").sort_by("code")
+    return list(vocabulary["value"].to_pylist())
+
+
+def taken_in(live: Path) -> dict[str, dict[str, Any]]:
+    """By key, the rows of the items that a follower knows."""
+    rows = pq.read_table(live / "vocabulary/items.parquet").to_pylist()
+    return {row["item_key"]: row for row in rows}
+
+
+def left_out(live: Path) -> list[str]:
+    """Values without a row that the follower counted."""
+    return list(json.loads((live / "follow.json").read_text()).get("left_out", {}).get("examples", []))
+
+
+def test_cold_items_that_a_server_wrote_in_two_forms_keep_their_values(shop: Path, tmp_path: Path) -> None:
+    """Tags are a text in one item and a list in the next; then the file is written again, with lists alone."""
+    source, file, live = tmp_path / "source", tmp_path / "cold.jsonl", tmp_path / "live"
+    source.mkdir()
+    store = EventStore(tmp_path / "live.sqlite")
+    with store.writing() as write:
+        write.add_item("c1", "x", {"tags": "t1"})
+        write.add_item("c2", "y", {"tags": ["t1", "t2"]})
+    assert export_items(store, file) == 2
+    assert follow(shop / "run", source, live, "--items", str(file)) == 0
+    tags, rows = values_of(shop, "tags"), taken_in(live)
+    found = {key: [tags[code] for code in rows[key]["tags"]] for key in ("c1", "c2")}
+    assert found == {"c1": ["t1"], "c2": ["t1", "t2"]} and left_out(live) == []
+    with store.writing() as write:
+        write.add_item("c1", "x", {"tags": ["t1"]})
+    export_items(store, file)
+    store.close()
+    assert follow(shop / "run", source, live, "--items", str(file)) == 0
