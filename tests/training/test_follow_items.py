@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
 from flm_torchrec.cli import main
 from flm_torchrec.serve.event_log import export_items
 from flm_torchrec.serve.event_store import EventStore
+from tests.training.test_follow import NEW, put
 from tests.training.test_follow_ids import follow
 
 KINDS = "name:text,brand:categorical,tags:multi_categorical,weight:numeric,vec:dense"
@@ -69,3 +71,50 @@ def test_cold_items_that_a_server_wrote_in_two_forms_keep_their_values(shop: Pat
     export_items(store, file)
     store.close()
     assert follow(shop / "run", source, live, "--items", str(file)) == 0
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_cells_with_several_values_are_those_of_preparation(shop: Path, tmp_path: Path, kind: str) -> None:
+    """The table that was prepared is taken as it is, and the rows of new items are those of the items like them."""
+    source, file, live = tmp_path / "source", tmp_path / f"items.{kind}", tmp_path / "live"
+    source.mkdir()
+    table = pl.read_csv(shop / "items.csv", infer_schema=False)
+    like = table.filter(pl.col("item_id").is_in(["i1", "i6"])).with_columns(
+        pl.format("new-{}", "item_id").alias("item_id")
+    )
+    both = pl.concat([table, like])
+    if kind == "csv":
+        both.write_csv(file)
+    elif kind == "jsonl":
+        both.write_ndjson(file)
+    else:
+        both.write_parquet(file)
+    put(source / "a.jsonl", [{"user": "u1", "item": "row-i6", "timestamp": NEW, **like.row(1, named=True)}])
+    assert follow(shop / "run", source, live, "--items", str(file)) == 0
+    rows = taken_in(live)
+    assert list(rows)[12:] == ["new-i1", "new-i6", "row-i6"] and left_out(live) == []
+    columns = [name for name in rows["i1"] if name not in ("item_id", "item_key")]
+    for key in ("new-i1", "new-i6", "row-i6"):
+        known = rows[f"i{key[-1]}"]
+        assert len(known["tags"]) == 2 and known["vec"][1] == 0.5
+        assert {name: rows[key][name] for name in columns} == {name: pytest.approx(known[name]) for name in columns}
+
+
+@pytest.mark.parametrize(
+    ("feature", "cell", "told"),
+    [
+        ("tags", "[t1, t2]", "features.tags: [t1, t2] looks like a list and is not JSON"),
+        ("vec", "much|more", "features.vec: 'much' is no number"),
+        ("vec", "[1.0]", "features.vec: takes a list of 2 numbers"),
+        ("brand", ["b1"], "features.brand: takes one text"),
+    ],
+)
+def test_a_cell_that_does_not_fit_its_kind_is_told_with_its_row(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], feature: str, cell: Any, told: str
+) -> None:
+    source, file = tmp_path / "source", tmp_path / "items.jsonl"
+    source.mkdir()
+    put(file, [{"item": "x"}, {"item": "y", feature: cell}])
+    assert follow(shop / "run", source, tmp_path / "out", "--items", str(file)) == 2
+    error = capsys.readouterr().err
+    assert f"{file}: row 2: {told}" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()

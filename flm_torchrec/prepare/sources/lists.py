@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections import Counter
 from typing import Any
 
@@ -14,6 +15,7 @@ from flm_torchrec.prepare.options import TextForm
 
 OTHERS = (",", ";", "|", "/", "\t")
 """Separators to suggest where the given one never occurs."""
+LIKE_A_LIST = r"(?s)^\s*\[.*\]\s*$"
 
 
 class ListCells:
@@ -31,16 +33,10 @@ class ListCells:
         Raises:
             DataError: a cell looks like a list and cannot be read as one.
         """
-        form, file = self.form, self.file
+        form, where = self.form, f"{self.file}: column '{column.name}'"
         cells = column.unique().drop_nulls()
-        looks = cells.filter(_bracketed(cells)).to_list()
-        brackets = {cell: values for cell in looks if (values := _parsed(cell, form)) is not None}
-        odd = [cell for cell in looks if cell not in brackets and "," in cell and form.list_separator not in cell]
-        if odd:
-            raise DataError(
-                f"{file}: column '{column.name}': {min(odd)[:60]} looks like a list and is not JSON; write it as"
-                ' ["a", "b"], or name the separator with --list-separator'
-            )
+        looks = cells.filter(_bracketed(cells)).sort().to_list()
+        brackets = {cell: values for cell in looks if (values := _listed(cell, form, where)) is not None}
         plain = cells.filter(~cells.is_in(list(brackets)) & (cells != ""))
         self.separated |= bool(plain.str.contains(form.list_separator, literal=True).any())
         if self.whole is None and len(plain):
@@ -60,6 +56,34 @@ class ListCells:
         return [_never(self.whole.name, self.whole, self.form, self.file)]
 
 
+def values_of(cell: str, form: TextForm, where: str) -> list[str]:
+    """What `ListCells` reads from one cell.
+
+    Args:
+        where: names the cell in errors.
+
+    Raises:
+        DataError: as of `ListCells.read`.
+    """
+    values = _listed(cell, form, where) if re.match(LIKE_A_LIST, cell) else None
+    return cell.split(form.list_separator) if values is None else values
+
+
+def _listed(cell: str, form: TextForm, where: str) -> list[str] | None:
+    """The values of a cell that looks like a list; None where it is text, to be split by the list separator.
+
+    Raises:
+        DataError: it cannot be read as either.
+    """
+    values = _parsed(cell, form)
+    if values is None and "," in cell and form.list_separator not in cell:
+        raise DataError(
+            f'{where}: {cell[:60]} looks like a list and is not JSON; write it as ["a", "b"], or name the separator'
+            " with flm prepare --list-separator"
+        )
+    return values
+
+
 def refuse_lists(column: pl.Series, kind: str, file: str) -> None:
     """Check that no cell of a column with one value a row is a list.
 
@@ -76,7 +100,7 @@ def refuse_lists(column: pl.Series, kind: str, file: str) -> None:
 
 
 def _bracketed(cells: pl.Series) -> pl.Series:
-    return cells.str.contains(r"(?s)^\s*\[.*\]\s*$")
+    return cells.str.contains(LIKE_A_LIST)
 
 
 def _parsed(cell: str, form: TextForm) -> list[str] | None:

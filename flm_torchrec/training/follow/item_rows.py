@@ -18,6 +18,8 @@ from flm_torchrec.data.keys import json_text, keys
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.errors import DataError
 from flm_torchrec.folders import SCHEMA
+from flm_torchrec.prepare.options import TextForm
+from flm_torchrec.prepare.sources.lists import values_of
 from flm_torchrec.training.follow.sources import json_of, rows_of
 
 LISTS = ("multi_categorical", "text")
@@ -229,15 +231,24 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _as_kind(feature: Feature, value: Any) -> Any:
-    """A value of a file, where numbers may be text and keys may be numbers, as its kind wants it."""
-    if feature.kind in ("numeric", "quantile") and isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError as error:
-            raise DataError(f"features.{feature.name}: '{value[:40]}' is no number") from error
-    if feature.kind in ("categorical", "multi_categorical") and value is not None:
-        return [json_text(v) for v in value] if isinstance(value, list) else json_text(value)
-    return value
+    """A value of a file, where numbers and lists may be text and keys may be numbers, as its kind wants it."""
+    if isinstance(value, str) and feature.kind in ("multi_categorical", "dense"):
+        value = values_of(value, TextForm(), f"features.{feature.name}")
+    values = [v for v in value if v not in (None, "")] if isinstance(value, list) else [value]
+    if feature.kind in ("categorical", "multi_categorical"):
+        values = [json_text(v) for v in values]
+    elif feature.kind != "text":
+        values = [_number(feature, v) for v in values]
+    return values if isinstance(value, list) else values[0]
+
+
+def _number(feature: Feature, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError as error:
+        raise DataError(f"features.{feature.name}: '{value[:40]}' is no number") from error
 
 
 def _encoded(feature: Feature, values: FeatureValues, given: Any, left_out: list[str]) -> Any:

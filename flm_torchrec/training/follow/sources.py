@@ -275,7 +275,7 @@ def _parquet_rows(file: Path, content: bytes) -> list[Any]:
 
 
 def rows_of(frame: pl.DataFrame) -> list[dict[str, Any]]:
-    """Rows as JSON lines would have them: numbers, times and bytes as text; lists, true and false stay what they are."""
+    """Rows as JSON lines would have them: numbers, times and bytes as text; lists and true and false stay so."""
     kept = (pl.List, pl.Array, pl.Boolean)
     return pl.DataFrame([c if isinstance(c.dtype, kept) else as_text(c) for c in frame]).to_dicts()
 
