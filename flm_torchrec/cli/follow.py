@@ -23,19 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--run", required=True, dest="run_folder", type=Path, metavar="DIR", help="run of 'flm train'")
     parser.add_argument("--source", required=True, metavar="URL", help="folder, or kafka://HOST:PORT/TOPIC")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="run folder to write or to resume")
-    parser.add_argument(
-        "--columns",
-        default="",
-        metavar="FIELD=NAME,...",
-        help="names in the source of user, item, timestamp, event, value, weight and features of events"
-        " (default: the same)",
-    )
-    parser.add_argument(
-        "--time-unit",
-        choices=("s", "ms", "us", "ns"),
-        default="s",
-        help="unit of numeric timestamps; dates are read as they are (default: %(default)s)",
-    )
+    _add_row_form(parser)
     parser.add_argument(
         "--admit-after",
         type=int,
@@ -70,6 +58,29 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
 
 
+def _add_row_form(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--columns",
+        default="",
+        metavar="FIELD=NAME,...",
+        help="names in the source of user, item, timestamp, event, value, weight and features of events"
+        " (default: the same)",
+    )
+    parser.add_argument(
+        "--time-unit",
+        choices=("s", "ms", "us", "ns"),
+        default="s",
+        help="unit of numeric timestamps; dates are read as they are (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--key-file",
+        type=Path,
+        metavar="FILE",
+        help="secret that 'flm prepare --hash-users' hashed the ids of users with; the source has them as they were"
+        " before (default: it has them hashed, if the run's are)",
+    )
+
+
 def run(args: argparse.Namespace) -> None:
     """Learn from new events of a source, and print how many.
 
@@ -86,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
         if not equals:
             raise ConfigError(f"--columns '{part}': write it as FIELD=NAME, such as user=user_id")
         columns[field] = name
-    form = RowForm(columns, args.time_unit)
+    form = RowForm(columns, args.time_unit, args.key_file)
     options = FollowOptions(
         form, args.once, args.admit_after, args.expire_after, args.items, avro_schema=args.avro_schema
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from flm_torchrec.data.vocabulary import RowKeys, RowMatch
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.errors import ConfigError, DataError, RunError
 from flm_torchrec.folders import CONFIG
+from flm_torchrec.prepare.hash_users import HASHED
 from flm_torchrec.training.by_key import entity_tables, match_tables, told, vocabularies
 from flm_torchrec.training.checkpoint import storage
 from flm_torchrec.training.checkpoint.by_key import MODEL, weight_of
@@ -28,8 +28,6 @@ from flm_torchrec.training.run_folder import ANOTHER_RUN
 REPORT = "warm_start.json"
 FREE = ("dropout", "embedding_dropout", "id_dropout", "user_id_dropout")
 """Settings of the model that change no weight."""
-HASHED = re.compile("[0-9a-f]{64}")
-"""Key of a user under `flm prepare --hash-users`."""
 
 
 def warm_config(source: Path, overrides: Sequence[str]) -> Config:

@@ -156,6 +156,9 @@ def test_an_item_file_that_contradicts_is_refused_in_one_line(
     assert "put the item file back" in capsys.readouterr().err
     assert follow(run, source, tmp_path / "out", "--items", str(file), "--admit-after", "0") == 2
     assert follow(run, source, tmp_path / "out", "--admit-after", "999") == 2
+    (tmp_path / "secret").write_bytes(b"s" * 32)
+    assert follow(run, source, tmp_path / "out", "--key-file", str(tmp_path / "secret")) == 2
+    assert "are not hashed; leave it out" in capsys.readouterr().err
 
 
 def test_rows_of_an_item_file_of_any_kind_are_those_of_the_data(small: PreparedData, tmp_path: Path) -> None:

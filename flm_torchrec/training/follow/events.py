@@ -26,6 +26,7 @@ from flm_torchrec.names import nearest
 from flm_torchrec.prepare.clean import WEIGHT_RULES, rules
 from flm_torchrec.training.follow.ids import IdIntake, KnownIds
 from flm_torchrec.training.follow.sources import BadRow
+from flm_torchrec.training.follow.user_keys import UserKeys
 
 FIELDS = ("user", "item", "timestamp", "event", "value")
 KEYED = ("user", "item", "event")
@@ -58,6 +59,8 @@ class RowForm:
     """Its names of `fields_of` the data, where they differ."""
     time_unit: str = "s"
     """Unit of timestamps that are numbers."""
+    key_file: Path | None = None
+    """Secret to hash its users with, where those of the run are hashed; None: they come hashed."""
 
     def check(self, vocabulary: Path) -> None:
         """Raise ConfigError where a name is given for a field that no event of a run has."""
@@ -97,6 +100,7 @@ class EventEncoder:
         self.intake = intake
         self.schema = Schema.load(vocabulary / SCHEMA) if schema is None else schema
         self.ids = KnownIds(vocabulary)
+        self.users = UserKeys(vocabulary, self.ids.user, form.key_file)
         self.events = {name: code for code, name in enumerate(self.schema.events)}
         described = [describe(vocabulary, f) for f in self.schema.of("event", sparse=True)]
         self.contexts = [FeatureValues.described(one) for one in described]
@@ -107,6 +111,9 @@ class EventEncoder:
 
         Args:
             refused: the rows left out are counted here, by reason, with examples of where they stand.
+
+        Raises:
+            DataError: the users of the run are hashed, and that of a row is not.
         """
         rows = list(rows)
         objects = [(where, row) for where, row in rows if isinstance(row, dict)]
@@ -134,6 +141,12 @@ class EventEncoder:
             context=self._context(frame),
         )
 
+    def check_users(self, rows: Iterable[tuple[str, Any]]) -> None:
+        """Raise DataError as `encode` does, and take in nothing."""
+        objects = [(where, row.get(self.names["user"])) for where, row in rows if isinstance(row, dict)]
+        users = pl.Series("user", [json_text(user) for _, user in objects], dtype=pl.String)
+        self.users.read(keys(users, ""), [where for where, _ in objects])
+
     def _read(self, where: list[str], rows: list[dict[str, Any]]) -> pl.DataFrame:
         """Columns of FIELDS as preparation has them, `where`, and the ids of KEYED; null where there is none."""
         text = {
@@ -141,6 +154,7 @@ class EventEncoder:
             for field, name in self.names.items()
         }
         by_field = {what: keys(text[what], "") for what in KEYED}
+        by_field["user"] = self.users.read(by_field["user"], where)
         # An event without a name has the name that preparation gives it; data of one kind of event have that kind.
         by_field["event"] = by_field["event"].fill_null(next(iter(self.events)) if len(self.events) == 1 else NO_EVENT)
         vocabularies = {"user": self.ids.user, "item": self.ids.item, "event": self.events}

@@ -143,6 +143,7 @@ def follow(run: Path, url: str, output: Path, options: FollowOptions, overrides:
                 know_learned(job)
             guard = Guard(comm, "stop", output / NON_FINITE)
             first = comm.on_main(lambda: _first(source, output))
+            encoder.check_users(first.rows if first else [])
             with open_run_folder(config, inputs.data, comm, 0) as logger, guard:
                 follower = _Follower(job, logger, guard, encoder, options)
                 del job
