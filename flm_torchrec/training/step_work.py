@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import fields, replace
 from itertools import islice
 
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flm_torchrec.config import Config
 from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.loader import Loader
+from flm_torchrec.model.linear import Linear
 from flm_torchrec.model.pretrain import PretrainModel
 from flm_torchrec.model.tower import EmbeddingOutputs
 from flm_torchrec.planner.loss_work import LossWork
@@ -63,12 +65,13 @@ def small_config(config: Config, ranks: int) -> Config:
 
 def dense_flop(model: PretrainModel, batch: Batch) -> int:
     """FLOP of the tower's products for a batch, forward and backward, counted by PyTorch; its tables are not read."""
-    tower, training = model.tower, model.training
-    tower.train()
-    # Not every fused kernel of attention is counted.
+    tower = deepcopy(model.tower).train()
+    for layer in tower.modules():
+        if isinstance(layer, Linear):
+            layer.plain = True
+    # Not every fused kernel of attention is counted, nor native code of it.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as products:
         tower(_embedded(model, batch), batch)
-    tower.train(training)
     return PASSES * products.get_total_flops()
 
 
