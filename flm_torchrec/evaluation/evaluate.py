@@ -109,7 +109,8 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
     check_events(config, data.count(task.train_mask))
     shares = ItemShares(items, config.item_block, comm)
     check_vectors(len(_heads(task)) * shares.count, encoder, comm.device)
-    result = Evaluation(task.split, examples.users, {}, notes=notes, ranked=_ranked(task))
+    users = examples.users
+    result = Evaluation(task.split, users, {}, notes=notes, ranked=_ranked(task, users))
     scorers = _scorers(task, encoder, comm, config)
     facts = _item_facts(task, scorers)
     longest = max(COVERAGE_AT, *config.ks) if targets else COVERAGE_AT
@@ -132,9 +133,9 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
     return result
 
 
-def _ranked(task: EvaluationTask) -> str:
+def _ranked(task: EvaluationTask, users: int) -> str:
     """What is ranked for how many examples, and of how many users these are."""
-    examples, users = len(task.examples), task.examples.users
+    examples = len(task.examples)
     whom = f"{users} users" if examples == users else f"{examples} {task.unit} ({users} users)"
     what = "every item" if task.data.item_domain is None else "every item of the event's domain"
     return f"{whom}, {what} ranked"

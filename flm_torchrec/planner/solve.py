@@ -62,7 +62,7 @@ def solve(
         Infeasible: the dense part does not fit, or the tables beside it do not.
         ConfigError: a table has no sharding type or kernel left that the device offers.
     """
-    model, batch_size = workload.model, workload.batch_size
+    model, batch_size, kinds = workload.model, workload.batch_size, sharders(workload.collectives)
     _refuse_dense(topology, workload.dense_bytes)
     reservation = Reservation(workload.dense_bytes, workload.sketch_bytes)
     enumerator = Enumerator(topology, batch_size, constraints, workload.optimizer, pipeline)
@@ -78,10 +78,10 @@ def solve(
         debug=False,
     )
     try:
-        plan = planner.plan(model, sharders(workload.collectives))
+        plan = planner.plan(model, kinds)
     except PlannerError as error:
-        free = reservation.reserve(topology, batch_size, model, sharders(workload.collectives), constraints)
-        raise _infeasible(enumerator.enumerate(model, sharders(workload.collectives)), free, error) from error
+        free = reservation.reserve(topology, batch_size, model, kinds, constraints)
+        raise _infeasible(enumerator.enumerate(model, kinds), free, error) from error
     except RuntimeError as error:
         if "No available sharding type" not in str(error):
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +24,13 @@ from flm_torchrec.model.softmax import CandidateVectors, Hidden, log_probability
 
 BF16, FP32, CPU = torch.bfloat16, torch.float32, torch.device("cpu")
 native = pytest.mark.skipif(bool(why_not_fused(BF16, CPU)), reason="no native softmax here")
+SHAPES = [(1, 4, 5, 1), (70, 300, 40, 3), (300, 1_000, 64, 1), (70, 17_000, 40, 3)]
+
+
+def on_shapes(test: Callable[..., None]) -> Callable[..., None]:
+    """The test with few and many candidates, each with one thread and two."""
+    marked = pytest.mark.parametrize(("queries", "items", "dim", "domains"), SHAPES)(test)
+    return pytest.mark.parametrize("threads", [1, 2])(marked)
 
 
 @pytest.fixture
@@ -99,10 +106,7 @@ def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 @native
 @pytest.mark.usefixtures("instructions")
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(
-    ("queries", "items", "dim", "domains"), [(1, 4, 5, 1), (70, 300, 40, 3), (300, 1_000, 64, 1), (70, 17_000, 40, 3)]
-)
+@on_shapes
 def test_native_code_and_pytorch_have_the_loss_and_gradients_of_cross_entropy(
     monkeypatch: pytest.MonkeyPatch, queries: int, items: int, dim: int, domains: int, threads: int
 ) -> None:
@@ -127,10 +131,7 @@ def test_native_code_and_pytorch_have_the_loss_and_gradients_of_cross_entropy(
 
 
 @native
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(
-    ("queries", "items", "dim", "domains"), [(1, 4, 5, 1), (70, 300, 40, 3), (300, 1_000, 64, 1), (70, 17_000, 40, 3)]
-)
+@on_shapes
 def test_native_code_of_float32_is_as_exact_as_pytorch(
     monkeypatch: pytest.MonkeyPatch, queries: int, items: int, dim: int, domains: int, threads: int
 ) -> None:
