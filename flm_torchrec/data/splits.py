@@ -46,9 +46,12 @@ class Examples:
         label, until = (None if part is None else part[index] for part in (self.label, self.until))
         return Examples(self.user[index], self.end[index], label, until)
 
-    def drawn(self, most: int) -> Examples:
-        """`most` of the examples, the same ones at each call, or all where there are no more; 0: all."""
-        return self.take(sampled(len(self), most, SAMPLE_SEED)) if most else self
+    def drawn(self, most: int, seed: int = SAMPLE_SEED) -> Examples:
+        """All examples of `most` users, drawn by the seed, or of all users where there are no more; 0: all."""
+        users = np.unique(self.user)
+        if not most or most >= len(users):
+            return self
+        return self.take(np.flatnonzero(np.isin(self.user, users[sampled(len(users), most, seed)])))
 
     def digest(self, data: PreparedData) -> str:
         """The same for the same predictions on the same data, whichever of the events are loaded."""

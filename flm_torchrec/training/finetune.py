@@ -89,7 +89,7 @@ def finetune(
             test |= _finetune_once(JobInputs.of(run, inputs.data, inputs.comm), tested)
         if not inputs.comm.main:
             return {}
-        done: dict[str, Any] = {"ranked": {"users": len(tested), "of": len(everyone)}}
+        done: dict[str, Any] = {"ranked": {"users": tested.users, "of": everyone.users}}
         if tuning.task == "label":
             done = {"labels": list(label_weights(tuning.labels))}
         report = {"task": tuning.task, **done, "share": tuning.share, "test": test}

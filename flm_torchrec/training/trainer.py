@@ -13,7 +13,7 @@ import torch
 from flm_torchrec import products
 from flm_torchrec.config import Config
 from flm_torchrec.config.heads import FUSED, HEADS, REPRESENTATIONS
-from flm_torchrec.data.splits import Examples, sampled
+from flm_torchrec.data.splits import sampled
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.evaluation.evaluate import blocks_of, evaluate_heads
 from flm_torchrec.evaluation.ranking import RankingProblem
@@ -39,8 +39,8 @@ CHOSEN_LATE = ("late", "sum")
 """Fusions that are chosen on validation."""
 DOMAINS = {"own": "its own domain", "all": "all domains"}
 """By `loss.domains`, whose items are candidates."""
-MOST_USERS = 16_384
-"""Maximum of validation users that choose a fusion: 30 MB of scores."""
+MOST_EXAMPLES = 16_384
+"""Maximum of validation examples that choose a fusion: 30 MB of scores."""
 
 
 def pretrain(config: Config) -> Finished:
@@ -92,7 +92,7 @@ def train(job: Job, logger: RunLogger, validate: Validate | None = None, start: 
     """
     config, data, comm = job.config, job.data, job.comm
     logger.write_json("plan.json", describe(job.plan, comm.world_size // config.distributed.replicas))
-    valid = _sample(job.events.splits.valid, config.train.eval_users, config.train.seed)
+    valid = job.events.splits.valid.drawn(config.train.eval_users, config.train.seed)
     encoder = job.encoder(valid)
 
     def rank_validation(check: Callable[[], None]) -> dict[str, float]:
@@ -196,13 +196,10 @@ def _told_fusion(best: dict[str, Any], select: str) -> str:
 
 def _set_fusion(job: Job, encoder: ModelEncoder) -> dict[str, float]:
     """Choose the fusion that ranks the encoder's examples best, and set it; the metrics of those tried. Collective."""
-    examples = _sample(encoder.examples, MOST_USERS, job.config.train.seed)
+    examples = encoder.examples
+    examples = examples.take(sampled(len(examples), MOST_EXAMPLES, job.config.train.seed))
     problem = RankingProblem(job.data, examples, blocks_of(job.config.eval))
     model: PretrainModel = job.model.module
     chosen = choose_fusion(problem, encoder.of(examples), model.temperatures(), job.comm, job.config)
     model.set_fusion(torch.tensor(chosen.weights), chosen.mixture)
     return chosen.tried
-
-
-def _sample(examples: Examples, most: int, seed: int) -> Examples:
-    return examples.take(sampled(len(examples), most, seed)) if most else examples

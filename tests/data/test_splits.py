@@ -94,3 +94,15 @@ def test_batches_leave_out_held_out_items_as_if_they_had_not_happened(small: Pre
         assert ids[batch.targets[span]].tolist() == kept
         assert ids[batch.tokens[span][1:]].tolist() == kept[:-1]
         at = span.stop
+
+
+def test_users_are_drawn_with_all_of_their_examples(small: PreparedData) -> None:
+    examples = split(small, "cold-start", 0.2).test
+    several = np.unique(examples.user, return_counts=True)[1]
+    assert several.max() > 1
+    drawn = examples.drawn(5, 3)
+    assert drawn.users == 5 and drawn.user.tolist() == examples.drawn(5, 3).user.tolist()
+    of_these = np.isin(examples.user, drawn.user)
+    assert drawn.end.tolist() == examples.end[of_these].tolist()
+    assert examples.drawn(0, 3) is examples.drawn(len(several), 3) is examples
+    assert any(examples.drawn(5, seed).user.tolist() != drawn.user.tolist() for seed in range(3))
