@@ -143,7 +143,7 @@ def _compared(against: str, found: Evaluated, options: EvaluateOptions) -> Compa
     Raises:
         RunError: a row that this evaluation has not, or a run of other held-out events.
     """
-    from flm_torchrec.evaluation.paired import Comparison, differences
+    from flm_torchrec.evaluation.paired import RanksOfExamples
 
     ranks = found.evaluation.ranks
     if against in ranks:
@@ -158,8 +158,7 @@ def _compared(against: str, found: Evaluated, options: EvaluateOptions) -> Compa
         others = {name: other.evaluation.ranks[name] for name in ranks if name in other.evaluation.ranks}
     # Wider tables do not fit a terminal.
     ks = (10,) if 10 in found.ks else found.ks[:1]
-    rows = {name: differences(ranks[name], theirs, found.examples.user, ks) for name, theirs in others.items()}
-    return Comparison(against, found.evaluation.users, rows)
+    return RanksOfExamples(ranks, others, found.examples.user).compared(against, ks, found.evaluation.chosen)
 
 
 def _same(one: Examples, other: Examples) -> bool:

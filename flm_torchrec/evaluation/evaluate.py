@@ -45,6 +45,8 @@ class Evaluation:
     """`Examples.digest` of what was ranked: evaluations of which it differs cannot be averaged."""
     ranks: dict[str, np.ndarray] = field(default_factory=dict)
     """[examples] by scorer: the rank of each true item, where the task keeps them."""
+    chosen: dict[str, np.ndarray] = field(default_factory=dict)
+    """[examples] bool by segment of all items: which examples are of it, where the task keeps the ranks."""
 
     def to_json(self) -> dict[str, Any]:
         """The content of `evaluation-SPLIT.json`."""
@@ -111,6 +113,8 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
     check_vectors(len(_heads(task)) * shares.count, encoder, comm.device)
     users = examples.users
     result = Evaluation(task.split, users, {}, notes=notes, ranked=_ranked(task, users))
+    if task.keep_ranks:
+        result.chosen.update(segments)
     scorers = _scorers(task, encoder, comm, config)
     facts = _item_facts(task, scorers)
     longest = max(COVERAGE_AT, *config.ks) if targets else COVERAGE_AT

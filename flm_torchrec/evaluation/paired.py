@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 RESAMPLES = 10_000
+LEAST = 20
+"""Users that a segment needs for an interval; fewer say nothing of others like them."""
 INTERVAL = (2.5, 97.5)
 """Percentiles of the resampled means."""
 DRAWN = 2**24
@@ -36,10 +39,39 @@ class Comparison:
     users: int
     rows: dict[str, dict[str, Difference]]
     """By row, by metric."""
+    segments: dict[str, Comparison] = field(default_factory=dict)
+    """The same for the examples of each segment that has at least LEAST users."""
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in `evaluation-SPLIT.json`."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class RanksOfExamples:
+    """What is compared."""
+
+    ranks: dict[str, np.ndarray]
+    """By row, [n] of the examples' true items, 1 is best."""
+    others: dict[str, np.ndarray]
+    """By row, [n] what the row is compared with."""
+    users: np.ndarray  # [n] whose example it is
+
+    def of(self, chosen: np.ndarray) -> RanksOfExamples:
+        """Of the examples [n] bool alone."""
+        ranks, others = ({name: r[chosen] for name, r in by_row.items()} for by_row in (self.ranks, self.others))
+        return RanksOfExamples(ranks, others, self.users[chosen])
+
+    def compared(self, against: str, ks: tuple[int, ...], segments: Mapping[str, np.ndarray]) -> Comparison:
+        """How the rows differ, in all examples and in those of each segment, [n] bool."""
+        rows = {name: differences(self.ranks[name], theirs, self.users, ks) for name, theirs in self.others.items()}
+        parts = {label: self.of(chosen) for label, chosen in segments.items()}
+        by_segment = {
+            label: part.compared(against, ks, {})
+            for label, part in parts.items()
+            if len(np.unique(part.users)) >= LEAST
+        }
+        return Comparison(against, len(np.unique(self.users)), rows, by_segment)
 
 
 def differences(ranks: np.ndarray, others: np.ndarray, users: np.ndarray, ks: tuple[int, ...]) -> dict[str, Difference]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean, stdev
 
 from rich.table import Table
@@ -45,29 +45,37 @@ def markdown(evaluation: Evaluation, oracle: dict[str, Metrics] | None = None) -
 
 
 def show_comparison(comparison: Comparison, console: PlainConsole) -> None:
-    """Print how each row differs, in bold where the interval is on one side of zero."""
-    table = Table(title=_title(comparison), title_justify="left")
-    table.add_column("")
-    columns = list(next(iter(comparison.rows.values())))
-    for column in columns:
-        table.add_column(column, justify="right")
-    for name, row in comparison.rows.items():
-        table.add_row(name, *(Text(_interval(row[c]), "bold" if row[c].clear else "") for c in columns))
-    console.print(table)
+    """Print how each row differs, over all users and by segment, in bold where the interval is on one side of zero."""
+    for title, part in _compared(comparison):
+        table = Table(title=title, title_justify="left")
+        table.add_column("")
+        columns = list(next(iter(part.rows.values())))
+        for column in columns:
+            table.add_column(column, justify="right")
+        for name, row in part.rows.items():
+            table.add_row(name, *(Text(_interval(row[c]), "bold" if row[c].clear else "") for c in columns))
+        console.print(table)
 
 
 def markdown_comparison(comparison: Comparison) -> str:
-    """How each row differs, as Markdown, in bold where the interval is on one side of zero."""
-    columns = list(next(iter(comparison.rows.values())))
-    rows = {
-        name: [f"**{_interval(row[c])}**" if row[c].clear else _interval(row[c]) for c in columns]
-        for name, row in comparison.rows.items()
-    }
-    return _markdown(_title(comparison), columns, rows)
+    """How each row differs, as Markdown, as in `show_comparison`."""
+    tables = []
+    for title, part in _compared(comparison):
+        columns = list(next(iter(part.rows.values())))
+        rows = {
+            name: [f"**{_interval(row[c])}**" if row[c].clear else _interval(row[c]) for c in columns]
+            for name, row in part.rows.items()
+        }
+        tables.append(_markdown(title, columns, rows))
+    return "\n".join(tables)
 
 
-def _title(comparison: Comparison) -> str:
-    return f"less {comparison.against}, 95 % interval of a paired bootstrap over {comparison.users} users"
+def _compared(comparison: Comparison) -> Iterator[tuple[str, Comparison]]:
+    """Titles and what they are of: all examples, then each segment."""
+    users = f"95 % interval of a paired bootstrap over {comparison.users} users"
+    yield f"less {comparison.against}, {users}", comparison
+    for label, part in comparison.segments.items():
+        yield f"less {part.against}, of these, '{label}': {part.users} users", part
 
 
 def _interval(found: Difference) -> str:

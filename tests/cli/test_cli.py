@@ -114,9 +114,16 @@ def test_rows_are_compared_with_a_row_and_with_another_run(
     finished: Path, small: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluate = ["evaluate", "--run", str(finished), "--eval.baselines", "[popularity]", "--against"]
-    assert main([*evaluate, "popularity"]) == 0
-    assert "less popularity" in capsys.readouterr().out
+    assert main([*evaluate, "popularity", "--by", "users"]) == 0
+    shown = capsys.readouterr().out
+    assert "less popularity, 95 %" in shown and "less popularity, of these, 'users of more than" in shown
     told = json.loads((finished / "evaluation-test.json").read_text())
+    parts = told["comparison"]["segments"]
+    for label, part in parts.items():
+        by_segment, row = told["segments"][label], part["rows"]["fused"]["hr@10"]
+        assert row["mean"] == pytest.approx(by_segment["fused"]["hr@10"] - by_segment["popularity"]["hr@10"])
+    by_user = [part["users"] for label, part in parts.items() if label.startswith("users of")]
+    assert len(by_user) == 2 and min(by_user) >= 20 and sum(by_user) <= told["users"]
     fused = told["comparison"]["rows"]["fused"]["ndcg@10"]
     assert fused["mean"] == pytest.approx(told["table"]["fused"]["ndcg@10"] - told["table"]["popularity"]["ndcg@10"])
     assert fused["low"] < fused["mean"] < fused["high"] and "popularity" not in told["comparison"]["rows"]
