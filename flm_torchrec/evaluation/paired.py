@@ -9,8 +9,14 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 10_000
+FEWER = 1_000
+"""Resamples of so many users that more would take minutes: an end of the interval then varies by a fortieth of its width."""
+MOST_DRAWS = 2**30
+"""Numbers drawn for a row, where these are enough for `FEWER` resamples."""
 LEAST = 20
 """Users that a segment needs for an interval; fewer say nothing of others like them."""
+SEVERAL = 8
+"""Users of a kind on average from which on a draw for each kind is faster than one for each user."""
 INTERVAL = (2.5, 97.5)
 """Percentiles of the resampled means."""
 DRAWN = 2**24
@@ -105,11 +111,16 @@ def differences(ranks: np.ndarray, others: np.ndarray, users: np.ndarray, ks: tu
 
 
 def _resampled(counts: np.ndarray, sums: np.ndarray) -> np.ndarray:
-    """[m] number of users of each kind, [s, m] sums of one of them → [s, RESAMPLES] sums of as many users, drawn."""
-    rng, users = np.random.default_rng(0), counts.sum()
-    step = max(1, DRAWN // len(counts))
+    """[m] number of users of each kind, [s, m] sums of one of them → [s, n] sums of as many users, drawn n times."""
+    rng, users, kinds = np.random.default_rng(0), int(counts.sum()), len(counts)
+    resamples = min(RESAMPLES, max(FEWER, MOST_DRAWS // kinds))
+    if users < SEVERAL * kinds:  # it is faster to draw the users one by one
+        kind = np.repeat(np.arange(kinds), counts)
+        each = (np.bincount(kind[rng.integers(0, users, users)], minlength=kinds) for _ in range(resamples))
+        return np.stack([sums @ drawn for drawn in each], axis=1)
+    step = max(1, DRAWN // kinds)
     parts = []
-    for start in range(0, RESAMPLES, step):
-        drawn = rng.multinomial(users, counts / users, min(step, RESAMPLES - start)).astype(np.float64)
+    for start in range(0, resamples, step):
+        drawn = rng.multinomial(users, counts / users, min(step, resamples - start)).astype(np.float64)
         parts.append([drawn @ one for one in sums])
     return np.concatenate(parts, axis=1)
