@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> None:
     cluster = make_cluster(args.hardware, args.nodes, args.per_node, args.values)
     question = _question(args, cluster)
     least = smallest(question, cluster)
-    report: dict[str, Any] = {"smallest": least, "sweep": sweep(question, cluster, _sizes(args, cluster, least))}
+    sizes = _sizes(args, question, cluster, least)
+    report: dict[str, Any] = {"smallest": least, "sweep": sweep(question, cluster, sizes)}
     failed: Infeasible | None = None
     try:
         report["report"] = question.report(cluster)
@@ -207,9 +208,10 @@ def _question(args: argparse.Namespace, cluster: Cluster) -> Question:
     return Question(workload, rules, pipeline)
 
 
-def _sizes(args: argparse.Namespace, cluster: Cluster, least: int | None) -> list[int]:
+def _sizes(args: argparse.Namespace, question: Question, cluster: Cluster, least: int | None) -> list[int]:
     """The numbers of ranks of --sweep, or powers of two from the smallest that fits to eight times the cluster."""
     from flm_torchrec.planner.hardware import check_ranks
+    from flm_torchrec.planner.whatif import sharing_evenly
 
     if args.sweep is not None:
         if any(size < 1 for size in args.sweep):
@@ -219,7 +221,8 @@ def _sizes(args: argparse.Namespace, cluster: Cluster, least: int | None) -> lis
         return sorted(args.sweep)
     doubling = [2**n for n in range(11)]
     most = 8 * max(cluster.world_size, least or 1)
-    return [size for size in doubling if (least or 1) <= 2 * size and size <= min(most, 1024)]
+    sizes = [size for size in doubling if (least or 1) <= 2 * size and size <= min(most, 1024)]
+    return sharing_evenly(question, cluster, sizes)
 
 
 def _print_and_write(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torchrec.distributed.mc_embedding import (
@@ -14,6 +16,7 @@ from torchrec.distributed.mc_embeddingbag import (
     ShardedManagedCollisionEmbeddingBagCollection,
 )
 from torchrec.distributed.types import ParameterSharding, ShardingEnv
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.mc_embedding_modules import (
     BaseManagedCollisionEmbeddingCollection,
     ManagedCollisionEmbeddingBagCollection,
@@ -105,25 +108,37 @@ def check_managed(model: nn.Module, ranks: int, sharding: str) -> None:
     """Refuse managed tables that TorchRec cannot shard.
 
     Raises:
-        ConfigError: the rows of a managed table do not divide by the ranks, or leave a rank none to give to an id; or
-            the sharding is not row-wise.
+        ConfigError: as of `check_rows_shared`; or the sharding is not row-wise.
     """
+    check_rows_shared(model, ranks)
+    for table in _managed_tables(model):
+        if sharding not in ("auto", "row_wise"):
+            raise ConfigError(
+                f"distributed.sharding: '{sharding}' does not go with the managed table '{table.name}', which is"
+                " row_wise alone; use auto or row_wise"
+            )
+
+
+def check_rows_shared(model: nn.Module, ranks: int) -> None:
+    """Refuse managed tables whose rows the ranks do not share evenly.
+
+    Raises:
+        ConfigError: the rows of a managed table do not divide by the ranks, or leave a rank none to give to an id.
+    """
+    for table in _managed_tables(model):
+        if table.num_embeddings % ranks:
+            raise ConfigError(
+                f"table '{table.name}': its {table.num_embeddings} managed rows do not divide by {ranks} ranks;"
+                " prepare the data with a multiple of them in --tables"
+            )
+        if table.num_embeddings == ranks:
+            raise ConfigError(
+                f"table '{table.name}': {ranks} ranks would have one managed row each, which ids without a row"
+                " share; prepare the data with a larger multiple of the ranks in --tables"
+            )
+
+
+def _managed_tables(model: nn.Module) -> Iterator[BaseEmbeddingConfig]:
     for module in model.modules():
-        if not isinstance(module, BaseManagedCollisionEmbeddingCollection):
-            continue
-        for table in module._managed_collision_collection.embedding_configs():
-            if table.num_embeddings % ranks:
-                raise ConfigError(
-                    f"table '{table.name}': its {table.num_embeddings} managed rows do not divide by {ranks} ranks;"
-                    " prepare the data with a multiple of them in --tables"
-                )
-            if table.num_embeddings == ranks:
-                raise ConfigError(
-                    f"table '{table.name}': {ranks} ranks would have one managed row each, which ids without a row"
-                    " share; prepare the data with a larger multiple of the ranks in --tables"
-                )
-            if sharding not in ("auto", "row_wise"):
-                raise ConfigError(
-                    f"distributed.sharding: '{sharding}' does not go with the managed table '{table.name}', which is"
-                    " row_wise alone; use auto or row_wise"
-                )
+        if isinstance(module, BaseManagedCollisionEmbeddingCollection):
+            yield from module._managed_collision_collection.embedding_configs()

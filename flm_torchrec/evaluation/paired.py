@@ -10,7 +10,7 @@ import numpy as np
 
 RESAMPLES = 10_000
 FEWER = 1_000
-"""Resamples of so many users that more would take minutes: an end of the interval then varies by 1 / 40 of its width."""
+"""Resamples where more would take minutes. An end of the interval then varies by a fortieth of its width."""
 MOST_DRAWS = 2**30
 """Numbers drawn for a row, where these are enough for `FEWER` resamples."""
 LEAST = 20

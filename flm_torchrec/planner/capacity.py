@@ -8,6 +8,7 @@ from typing import Any
 from torchrec.distributed.planner.types import Perf, Storage
 from torchrec.distributed.types import PipelineType
 
+from flm_torchrec.distributed.managed import check_rows_shared
 from flm_torchrec.planner.cache import set_cache_params
 from flm_torchrec.planner.constraints import Rules, constraints
 from flm_torchrec.planner.estimate import DENSE_BYTES, RESERVED
@@ -27,8 +28,10 @@ def plan_on(workload: Workload, cluster: Cluster, rules: Rules, pipeline: Pipeli
 
     Raises:
         Infeasible: the tables do not fit.
-        ConfigError: a rule does not fit its table, or leaves no sharding type or kernel.
+        ConfigError: a rule does not fit its table, or leaves no sharding type or kernel; or the ranks do not share a
+            managed table evenly.
     """
+    check_rows_shared(workload.model, cluster.world_size)
     allowed = constraints(workload.model, rules, workload.lookups)
     if pipeline is PipelineType.TRAIN_PREFETCH_SPARSE_DIST:
         set_cache_params(workload.model, allowed, workload.batch_size * cluster.world_size)

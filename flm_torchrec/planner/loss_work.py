@@ -18,7 +18,7 @@ class LossWork:
     dim: int
     """Width of a head; an item's vector has twice that."""
     negatives: int
-    """Drawn in a step."""
+    """Drawn in a step; with `every`, the items of the catalogue."""
     targets: float
     """Of a rank."""
     items: float
@@ -26,7 +26,9 @@ class LossWork:
     shown: float | None = None
     """Different candidates that a rank shows to others, counted; None: targets and negatives are all different."""
     softmaxes: int = SOFTMAXES
-    """Over all candidates."""
+    """Over all candidates, by vectors of width `dim`; one of fused vectors, which are twice as wide, counts as two."""
+    every: bool = False
+    """Every item is a candidate of every query, with each setting of `loss.candidates`; ranks show each item once."""
     collectives: str = "fp32"
     """`distributed.collectives`."""
 
@@ -44,15 +46,19 @@ class LossWork:
         others = (node if kind == "node" else ranks) - 1
         if kind == "local":
             return others * (self.negatives / ranks * (2 * vector + 2 * number) + number)
-        shown = self.shown or self.items + self.negatives / (others + 1)
+        own = 0 if self.every else self.items
+        shown = self.shown or own + self.negatives / (others + 1)
         rows = shown * (2 * vector + 2 * number) + self.items * (2 * vector + number)
         return others * (rows + number) + (ranks - 1) * 3 * number
 
     def flop(self, kind: str, ranks: int, node: int) -> float:
         """Of the products: logits, and the gradients of queries and candidates, two for each number."""
         near = {"global": ranks, "node": node, "local": 1}[kind]
-        candidates = near * self.items + self.negatives
-        if self.shown and kind != "local":
+        items = near * self.items
+        candidates = items + self.negatives
+        if self.every:
+            candidates, items = float(self.negatives), min(items, self.negatives)
+        elif self.shown and kind != "local":
             candidates = near * self.shown
-        softmax = self.targets * candidates * self.softmaxes + self.items * near * self.items * 2
+        softmax = self.targets * candidates * self.softmaxes + self.items * items * 2
         return 3 * 2 * self.dim * softmax

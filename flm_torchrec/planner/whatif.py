@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,15 +64,26 @@ class Remedy:
     step_ms: float | None
 
 
+def sharing_evenly(question: Question, cluster: Cluster, sizes: Iterable[int]) -> list[int]:
+    """Those sizes whose ranks have equally many rows of each managed table, more than one; TorchRec needs that."""
+    model = question.workload(cluster.world_size).model
+    rows = [m.buckets() for m in model.modules() if isinstance(m, ManagedCollisionModule)]
+    ranks = {size: cluster.of_size(size).world_size for size in sizes}
+    return [size for size, n in ranks.items() if all(count % n == 0 and count > n for count in rows)]
+
+
 def smallest(question: Question, cluster: Cluster) -> int | None:
     """Fewest ranks of this hardware that the tables fit on, at most `MOST_RANKS`; None if there is no such number.
 
-    Doubles the ranks until the tables fit, then bisects. Tries a part of one node, then complete nodes. Assumes that
-    tables which fit on some ranks fit on more.
+    Numbers that do not share managed tables evenly are left out. Doubles the ranks until the tables fit, then bisects.
+    Tries a part of one node, then complete nodes. Assumes that tables which fit on some ranks fit on more.
     """
     per_node = cluster.hardware.per_node
     sizes = [n for n in (1, 2, 4) if n < per_node]
     sizes += [per_node * nodes for nodes in range(1, MOST_RANKS // per_node + 1)]
+    sizes = sharing_evenly(question, cluster, sizes)
+    if not sizes:
+        return None
     low, high = -1, 0
     while not question.fits(cluster.of_size(sizes[high])):
         if high == len(sizes) - 1:
@@ -132,10 +143,7 @@ def weak_scaling(question: Question, cluster: Cluster) -> list[dict[str, Any]]:
     if workload.step is None:
         return []
     same, steps = replace(question, workload=lambda _: workload), []
-    buckets = [m.buckets() for m in workload.model.modules() if isinstance(m, ManagedCollisionModule)]
-    for ranks in weak_sizes(cluster):
-        if any(count % ranks for count in buckets):
-            continue
+    for ranks in sharing_evenly(same, cluster, weak_sizes(cluster)):
         at = cluster.of_size(ranks)
         with suppress(Infeasible):
             steps.append((at, same.report(at)["step_ms"]))

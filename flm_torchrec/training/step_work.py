@@ -44,6 +44,7 @@ def step_work(model: PretrainModel, config: Config, loader: Loader, small: Loade
         items=float(np.mean([len(torch.unique(batch.targets)) for batch in batches])),
         softmaxes=_softmaxes(config),
         collectives=config.distributed.collectives,
+        every=loss.negatives == "all",
     )
     counted = next(islice(small.epoch(0), 1))
     sequences = np.mean([len(batch.lengths) for batch in batches]) / len(counted.lengths)
@@ -96,7 +97,7 @@ def _embedded(model: PretrainModel, batch: Batch) -> EmbeddingOutputs:
 
 
 def _softmaxes(config: Config) -> int:
-    """Softmaxes over all candidates: one for each representation with a weight, and that with an event left out."""
+    """`LossWork.softmaxes`: of each representation with a weight, and of that with an event left out."""
     loss = config.loss
-    weights = (loss.content, loss.collaborative, loss.sequential, loss.fused, loss.collaborative * loss.left_out)
-    return sum(weight > 0 for weight in weights)
+    weights = (loss.content, loss.collaborative, loss.sequential, loss.collaborative * loss.left_out)
+    return sum(weight > 0 for weight in weights) + 2 * (loss.fused > 0)

@@ -22,7 +22,7 @@ from flm_torchrec.config import load_config
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.planner.hardware import make_cluster
 from flm_torchrec.planner.launch_files import LAUNCH_FILES
-from flm_torchrec.planner.loss_work import LossWork
+from flm_torchrec.planner.loss_work import KINDS, LossWork
 from flm_torchrec.planner.step import PARTS, StepWork, efficiencies, epoch_cost, scaling_ends, step_parts
 from flm_torchrec.training import step_work
 from flm_torchrec.training.workload import workload_per_rank
@@ -189,3 +189,45 @@ def test_a_wrong_option_is_one_line(options: list[str], told: str, capsys: pytes
         code = int(ended.code or 0)
     error = capsys.readouterr().err
     assert code == 2 and told in error and error.count("\n") == 1, error
+
+
+def test_where_every_item_is_a_candidate_only_the_contrast_grows(small: PreparedData) -> None:
+    config = load_config(None, [f"data.path={small.path}", "loss.negatives=all", "train.batch_size=32"])
+    works = {ranks: workload_per_rank(config)(ranks).step for ranks in (1, 8)}
+    for ranks, work in works.items():
+        assert work is not None
+        loss, items = work.loss, small.schema.items
+        for kind in KINDS:
+            near = {"global": ranks, "node": 4, "local": 1}[kind]
+            contrast = loss.items * min(near * loss.items, items) * 2
+            pairs = loss.targets * items * loss.softmaxes + contrast
+            assert loss.flop(kind, ranks, 4) == pytest.approx(3 * 2 * loss.dim * pairs)
+        # Ranks show each item once.
+        rows = loss.sent("local", ranks, 4) / max(1, ranks - 1) / (4 * loss.dim * 4 + 16)
+        assert ranks == 1 or rows == pytest.approx(items / ranks, rel=0.01)
+
+
+def test_fused_vectors_are_twice_as_wide_as_those_of_a_head(small: PreparedData) -> None:
+    def softmaxes(*settings: str) -> int:
+        work = workload_per_rank(load_config(None, [f"data.path={small.path}", *settings]))(1).step
+        assert work is not None
+        return work.loss.softmaxes
+
+    assert softmaxes("loss.fused=1") == softmaxes() + 2 == softmaxes("loss.fused=1", "loss.content=0") + 1
+
+
+def test_clusters_that_do_not_share_managed_tables_evenly_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    recipe = ["--synthetic-users", "100", "--synthetic-items", "160", "--tables", "user_id=zch:80"]
+    assert main(["prepare", "--source", "synthetic", *recipe, "--output", str(data)]) == 0
+    plan = ["plan", "--data.path", str(data), "--hardware", "h100", "--json"]
+    capsys.readouterr()
+    assert main([*plan, "--per-node", "5"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["ranks"] for row in told["sweep"]] == [1, 2, 4, 10, 20] and told["smallest"] == 1
+    assert all(row["ranks"] in (5, 10, 20, 40) for row in told["weak_scaling"])
+    for options in (["--per-node", "3"], ["--sweep", "3"]):
+        assert main([*plan, *options]) == 2
+        assert "table 'user_id': its 80 managed rows do not divide by 3 ranks" in capsys.readouterr().err
