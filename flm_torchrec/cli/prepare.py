@@ -35,7 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--input",
         metavar="PATH",
         help="folder of the source; for your own logs a file, a folder, or a pattern in quotes such as"
-        " 'logs/2024-*.csv', here or at an address that fsspec knows (s3://…, gs://…), gzipped or not, or the folder or"
+        " 'logs/2024-*.csv', here or at an address that fsspec knows (s3://…, gs://…), packed or not, or the folder or"
         " address of a Delta or Iceberg table, or catalog://CATALOG/NAMESPACE.TABLE of Iceberg"
         " (needed by all sources but synthetic)",
     )

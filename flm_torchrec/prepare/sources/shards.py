@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import glob
 import io
-import lzma
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ from flm_torchrec.data.keys import frame_of
 from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.clean import Dropped
 from flm_torchrec.prepare.options import TextForm
-from flm_torchrec.prepare.sources import lines
+from flm_torchrec.prepare.sources import lines, packed
 from flm_torchrec.prepare.sources.columns import find_all
 from flm_torchrec.prepare.sources.source_data import IN_MEMORY
 from flm_torchrec.safe_text import first_line, redact_address
@@ -53,27 +51,30 @@ class InputFile:
     identity: str
     """Differs once the contents do."""
 
-    def open(self) -> IO[bytes]:
+    @contextmanager
+    def open(self) -> Iterator[IO[bytes]]:
         """The bytes, unpacked if the ending of the name says so.
 
         Raises:
-            OSError: out of reach.
+            DataError: an archive of several files.
+            One of packed.ERRORS: cut off, not packed as its name says, or out of reach; also while reading.
         """
-        if "://" not in self.url:  # a path, whatever fsspec would make of its characters
-            return LocalFileSystem().open(self.url, "rb", compression="infer")
-        return fsspec.open(self.url, "rb", compression="infer").open()
+        # A path is one, whatever fsspec would make of its characters.
+        file = fsspec.open(self.url, "rb") if "://" in self.url else LocalFileSystem().open(self.url, "rb")
+        with file as stream, packed.unpacked(stream, self.url) as contents:
+            yield contents
 
     @contextmanager
     def text(self) -> Iterator[IO[bytes]]:
         """As `open`, for text.
 
         Raises:
-            DataError: cut off, not packed as its name says, or out of reach.
+            DataError: cut off, not packed as its name says, an archive of several files, or out of reach.
         """
         try:
             with self.open() as stream:
                 yield stream
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        except packed.ERRORS as error:
             raise DataError(f"{self.url}: cannot be read to its end ({first_line(error)}); write it again") from error
 
 
@@ -221,7 +222,7 @@ class ParquetShard(FileShard):
                     raise DataError(f"{self.file.url}: has no rows; give a file with data")
                 columns = list(dict.fromkeys(wanted.values()))
                 yield from self._numbered(parquet.iter_batches(ROWS, columns=columns), wanted)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, *packed.ERRORS) as error:
             raise DataError(
                 f"{self.file.url}: not a readable Parquet file ({first_line(error)}); write it again"
             ) from error
