@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import polars as pl
@@ -21,6 +22,8 @@ RULE = (
 """For the report."""
 EXACT = 2**53
 """Below this every whole number has a float of its own."""
+EXACT_OF: dict[type[pl.DataType], int] = {pl.Float16: 2**11, pl.Float32: 2**24}
+"""EXACT, of narrower floats."""
 
 
 def keys(column: pl.Series, file: str) -> pl.Series:
@@ -33,16 +36,27 @@ def keys(column: pl.Series, file: str) -> pl.Series:
     if column.dtype.is_nested() or column.dtype == pl.Object:
         raise DataError(f"{file}: column '{column.name}' is {column.dtype}, an id is one value; name another column")
     if column.dtype.is_float():
-        rounded = column.filter(column.is_finite() & (column.abs() >= EXACT))
+        exact = EXACT_OF.get(column.dtype.base_type(), EXACT)
+        rounded = column.cast(pl.Float64).filter(column.is_finite() & (column.abs() >= exact))
         if len(rounded):
-            raise DataError(
-                f"{file}: column '{column.name}' has the id {rounded[0]} as a float, which is rounded from"
-                f" 2^53 on, so different ids may be one; store ids as integers or as text"
-            )
+            raise rounded_id(file, column.name, rounded[0], exact)
         column = column.set(~column.is_finite(), None)
     text = pl.col(column.name).str.strip_chars()
     plain = text.str.replace(r"^([+-]?\d+)\.0+$", "$1").str.replace(r"^-(0+)$", "$1")
     return as_text(column).to_frame().select(pl.when(~plain.is_in(NO_ID)).then(plain)).to_series()
+
+
+def rounded_id(file: str, column: str, shown: object, exact: int = EXACT) -> DataError:
+    """The error of an id that is a float in which different whole numbers may have become one."""
+    return DataError(
+        f"{file}: column '{column}' has the id {shown} as a float, which is rounded from 2^{exact.bit_length() - 1} on,"
+        " so different ids may be one; store ids as integers or as text"
+    )
+
+
+def is_rounded(value: Any) -> bool:
+    """Whether a value that `json.loads` made is no exact id: a float from EXACT on."""
+    return isinstance(value, float) and math.isfinite(value) and abs(value) >= EXACT
 
 
 TOMBSTONE = "forgotten-"

@@ -74,7 +74,7 @@ def test_an_id_is_the_same_in_every_source(tmp_path_factory: pytest.TempPathFact
     ("column", "ids"),
     [
         (pl.Series([1.0, 2.5, float("nan"), float("inf"), None, -0.0]), ["1", "2.5", None, None, None, "0"]),
-        (pl.Series([1.0, 16777216.0], dtype=pl.Float32), ["1", "16777216"]),
+        (pl.Series([1.0, 16777215.0], dtype=pl.Float32), ["1", "16777215"]),
         (pl.Series([2**64 - 1, 0], dtype=pl.UInt64), [str(2**64 - 1), "0"]),
         (pl.Series([Decimal("7.00"), Decimal("12.50"), None]), ["7", "12.50", None]),
         (pl.Series([b"ab", b" 1.0", b"\xff\x00", b"", None]), ["ab", "1", "ff00", None, None]),
@@ -87,10 +87,30 @@ def test_ids_of_each_type(column: pl.Series, ids: list[str | None]) -> None:
     assert keys(column.alias("u"), "f").to_list() == ids
 
 
-@pytest.mark.parametrize("column", [[9007199254740992.0, 1.0], [-1.5e300]])
-def test_ids_that_a_float_has_rounded_are_refused(column: list[float]) -> None:
-    with pytest.raises(DataError, match=r"f: column 'u' has the id .* as a float, which is rounded"):
-        keys(pl.Series("u", column), "f")
+@pytest.mark.parametrize(
+    ("column", "kind", "power"),
+    [
+        ([9007199254740992.0, 1.0], pl.Float64, 53),
+        ([-1.5e300], pl.Float64, 53),
+        ([16777216.0, 1.0], pl.Float32, 24),
+        ([-2048.0], pl.Float16, 11),
+    ],
+)
+def test_ids_that_a_float_has_rounded_are_refused(column: list[float], kind: type[pl.DataType], power: int) -> None:
+    with pytest.raises(
+        DataError, match=rf"f: column 'u' has the id .* as a float, which is rounded from 2\^{power} on"
+    ):
+        keys(pl.Series("u", column, kind), "f")
+
+
+@pytest.mark.parametrize(("user", "exact"), [("9007199254740993.0", False), ("1e16", False), ("9" * 25, True)])
+def test_rounded_ids_of_json_are_refused(tmp_path: Path, user: str, exact: bool) -> None:
+    (tmp_path / "l.jsonl").write_text(f'{{"user_id": {user}, "item_id": "x", "timestamp": 1}}\n')
+    if exact:
+        assert read("jsonl", tmp_path / "l.jsonl")["user"].to_list() == [user]
+        return
+    with pytest.raises(DataError, match=r"l.jsonl: column 'user_id' has the id .* as a float, which is rounded"):
+        read("jsonl", tmp_path / "l.jsonl")
 
 
 def test_ids_agree_between_events_and_what_describes_them(tmp_path: Path) -> None:

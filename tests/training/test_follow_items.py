@@ -118,3 +118,11 @@ def test_a_cell_that_does_not_fit_its_kind_is_told_with_its_row(
     assert follow(shop / "run", source, tmp_path / "out", "--items", str(file)) == 2
     error = capsys.readouterr().err
     assert f"{file}: row 2: {told}" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_an_id_that_a_float_has_rounded_is_told(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, file = tmp_path / "source", tmp_path / "items.jsonl"
+    source.mkdir()
+    put(file, [{"item": 1.0}, {"item": 2.0**53}])
+    assert follow(shop / "run", source, tmp_path / "out", "--items", str(file)) == 2
+    assert f"{file}: column 'item' has the id 9007199254740992.0 as a float" in capsys.readouterr().err

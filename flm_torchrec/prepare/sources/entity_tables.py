@@ -158,7 +158,7 @@ def _shard(source: str, file: InputFile, table: EntityTable, form: TextForm, sho
         return ParquetShard(file, columns, rename)
     if source == "jsonl":
         numbers = tuple(name for name, kind in table.kinds.items() if kind in NUMERIC)
-        return JsonShard(file, columns, rename, form, numbers, lists=True)
+        return JsonShard(file, columns, rename, form, numbers, ids=(table.key,), lists=True)
     return CsvShard(file, columns, rename, replace(form, multiline=True))
 
 

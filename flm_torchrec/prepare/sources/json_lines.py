@@ -13,6 +13,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from flm_torchrec.data.keys import EXACT, rounded_id
 from flm_torchrec.errors import DataError
 from flm_torchrec.names import LISTED
 from flm_torchrec.prepare import sql
@@ -26,6 +27,8 @@ SAMPLE = 1000
 """Objects at the start of a file from which the names of its fields are taken."""
 DEPTH = 8
 """Levels of objects inside objects whose fields are named."""
+ROUNDED = "rounded id: "
+"""Begins what DuckDB tells of such an id: the column and, in a second line, the value."""
 NUMBERS = "'BIGINT', 'UBIGINT', 'HUGEINT', 'DOUBLE'"
 
 
@@ -36,6 +39,8 @@ class JsonShard(FileShard):
     form: TextForm
     numbers: tuple[str, ...] = ()
     """Columns that are read as numbers: numbers of JSON are first written as `form.numbers` says, like texts."""
+    ids: tuple[str, ...] = ()
+    """Columns of keys: a float that may stand for several whole numbers is refused."""
     lists: bool = False
     """Lists are kept, as JSON; if false, a list is no value."""
 
@@ -43,7 +48,7 @@ class JsonShard(FileShard):
         """See `Shard`.
 
         Raises:
-            DataError: no row has a field that is wanted.
+            DataError: no row has a field that is wanted, or an id is a float that may stand for several.
         """
         drop, fields = self._drop(dropped, 0), _Fields(self)
         with self.file.text() as stream, duckdb.connect() as connection:
@@ -70,7 +75,13 @@ class JsonShard(FileShard):
         self._drop(dropped, 0)(block.numbers[bad], "malformed: not a JSON object")
         fields.look(block, dropped.note)
         chosen = ", ".join(f"{fields.expression(name)} AS c{n}" for n, name in enumerate(fields.wanted))
-        table = _table(connection, f"SELECT {chosen} FROM objects WHERE json_type(o) = 'OBJECT' ORDER BY number")
+        try:
+            table = _table(connection, f"SELECT {chosen} FROM objects WHERE json_type(o) = 'OBJECT' ORDER BY number")
+        except duckdb.InvalidInputException as error:
+            column, _, value = str(error).partition(ROUNDED)[2].partition("\n")
+            if not value:
+                raise
+            raise rounded_id(self.file.url, column, value) from error
         table = table.rename_columns(list(fields.wanted))
         fields.note(table)
         return table, block.numbers[~bad]
@@ -131,10 +142,13 @@ class _Fields:
         # An object is no key, time or number.
         none = "'OBJECT', 'NULL'" if self.shard.lists else "'ARRAY', 'OBJECT', 'NULL'"
         value, point = f"o ->> {path}", self.shard.form.numbers.decimal
-        if wanted not in self.shard.numbers:  # a whole float has no point in any source
-            value = (
-                f"CASE json_type(o, {path}) WHEN 'DOUBLE' THEN regexp_replace({value}, '\\.0$', '') ELSE {value} END"
-            )
+        if wanted not in self.shard.numbers:
+            whole = f"regexp_replace({value}, '\\.0$', '')"  # a whole float has no point in any source
+            if wanted in self.shard.ids:  # an integer of many digits is a DOUBLE too, but keeps them in its text
+                inexact = f"regexp_matches({value}, '[.e]') AND abs(CAST({value} AS DOUBLE)) >= {EXACT}"
+                told = f"error({sql.text(ROUNDED + wanted)} || chr(10) || {value})"
+                whole = f"CASE WHEN {inexact} THEN {told} ELSE {whole} END"
+            value = f"CASE json_type(o, {path}) WHEN 'DOUBLE' THEN {whole} ELSE {value} END"
         if wanted in self.shard.numbers and point != ".":
             written = f"replace({value}, '.', {sql.text(point)})"
             value = f"CASE WHEN json_type(o, {path}) IN ({NUMBERS}) THEN {written} ELSE {value} END"

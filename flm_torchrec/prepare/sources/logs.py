@@ -129,7 +129,8 @@ def _csv(file: InputFile, options: LogOptions) -> Shard:
 
 def _jsonl(file: InputFile, options: LogOptions) -> Shard:
     numbers = tuple(options.columns[role] for role in ("value", "weight") if role in options.columns)
-    return JsonShard(file, _columns(options), partial(_roles, options, file.url), options.form, numbers)
+    ids = options.columns["user"], options.columns["item"]
+    return JsonShard(file, _columns(options), partial(_roles, options, file.url), options.form, numbers, ids)
 
 
 _SHARDS = {"parquet": _parquet, "csv": _csv, "jsonl": _jsonl}

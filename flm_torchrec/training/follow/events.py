@@ -16,7 +16,7 @@ from flm_torchrec.data.disk_columns import Units
 from flm_torchrec.data.event_files import WEIGHT
 from flm_torchrec.data.feature_values import FeatureValues, codes_of, describe
 from flm_torchrec.data.history import CONTEXT, Events
-from flm_torchrec.data.keys import NO_EVENT, json_text, keys
+from flm_torchrec.data.keys import NO_EVENT, is_rounded, json_text, keys
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.times import seconds
 from flm_torchrec.data.windows import Windows, cut
@@ -41,6 +41,7 @@ COLUMNS = {
 """Columns of a row in a run's vocabulary, in the order of `NewEvents`, with their types."""
 LEARNED = "events"
 """Folder of a follower's run with the events that it learned from: a Parquet file a chunk, columns FIELDS."""
+ROUNDED = "an id as a float of 2^53 or more, which is rounded"
 EXAMPLES = 5
 """Rows that the report names for each reason."""
 
@@ -122,7 +123,12 @@ class EventEncoder:
                 _refuse(refused, (row if isinstance(row, BadRow) else BadRow()).reason, [where])
         frame = self._read([where for where, _ in objects], [row for _, row in objects])
         more = [("unknown event", pl.col("event_id").is_null()), ("a list as a context", pl.col("listed"))]
-        for reason, bad in [*rules(), *(WEIGHT_RULES if self.schema.weights else ()), *more]:
+        for reason, bad in [
+            (ROUNDED, pl.col("rounded")),
+            *rules(),
+            *(WEIGHT_RULES if self.schema.weights else ()),
+            *more,
+        ]:
             bad = bad.fill_null(False)
             _refuse(refused, reason, frame.filter(bad)["where"].to_list())
             frame = frame.filter(~bad)
@@ -170,6 +176,7 @@ class EventEncoder:
         weights = text.get(WEIGHT, ones).cast(pl.Float64, strict=False).rename(WEIGHT)
         contexts = [f.name for f in self.contexts]
         listed = [any(isinstance(row.get(self.names[name]), list | dict) for name in contexts) for row in rows]
+        rounded = [any(is_rounded(row.get(self.names[name])) for name in ("user", "item")) for row in rows]
         columns = [by_field["user"].rename("user"), by_field["item"].rename("item"), times.rename("timestamp")]
         position = pl.Series("position", range(len(rows)), dtype=pl.Int64)
         return pl.DataFrame(
@@ -181,6 +188,7 @@ class EventEncoder:
                 *ids,
                 weights,
                 pl.Series("listed", listed, dtype=pl.Boolean),
+                pl.Series("rounded", rounded, dtype=pl.Boolean),
                 *(text[name].rename(f"{CONTEXT}{name}") for name in contexts),
             ]
         )

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from flm_torchrec.data.event_files import as_data_error
 from flm_torchrec.data.feature_values import FeatureValues, codes_of, describe, numbers_of
-from flm_torchrec.data.keys import json_text, keys
+from flm_torchrec.data.keys import is_rounded, json_text, keys, rounded_id
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.errors import DataError
 from flm_torchrec.folders import SCHEMA
@@ -48,7 +48,11 @@ def _read_json_lines(file: Path, ids: Sequence[str]) -> _Table:
             raise DataError(f"{file}: row {number}: not a JSON object; mend the row")
     # A file of `flm export-events` is empty where there are no cold items.
     columns = list(dict.fromkeys(name for row in rows for name in row)) or [ITEM_ID]
-    texts = {n: pl.Series(n, [json_text(row.get(n)) for row in rows], dtype=pl.String) for n in ids if n in columns}
+    given = {name: [row.get(name) for row in rows] for name in ids if name in columns}
+    for name, values in given.items():
+        if rounded := next(filter(is_rounded, values), None):
+            raise rounded_id(str(file), name, rounded)
+    texts = {name: pl.Series(name, map(json_text, values), dtype=pl.String) for name, values in given.items()}
     return _Table(columns, rows, texts)
 
 
