@@ -23,7 +23,7 @@ from flm_torchrec.prepare.engine import DuckEngine
 from flm_torchrec.prepare.entities import store_described
 from flm_torchrec.prepare.memory import GIB
 from flm_torchrec.prepare.options import LogOptions, NumberForm, TextForm
-from flm_torchrec.prepare.sources import lines, logs
+from flm_torchrec.prepare.sources import lines, logs, records
 from flm_torchrec.prepare.sources.number_text import read_numbers
 from flm_torchrec.prepare.sources.source_data import SourceData
 from tests.conftest import only_shard
@@ -286,10 +286,45 @@ def test_a_line_break_in_quotes_needs_multiline(tmp_path: Path) -> None:
     assert found["item"].to_list() == ["w"] and dropped.counts == {"malformed: a quote is not closed on its line": 4}
     found, dropped = events(tmp_path / "l.csv", form=TextForm(multiline=True))
     assert found.select("user", "item", "row").rows() == [("a\nb", "x", 1), ("g", "w", 5)]
-    assert dropped.to_json() == {"malformed: a quote inside a field": {"rows": 1, "examples": ["l.csv: row 3"]}}
-    (tmp_path / "l.csv").write_text('u,i\na,x\n"b,y\nc,z\n')
+    assert list(dropped.examples.values()) == [["l.csv: row 3", "l.csv: row 4"]]
+
+
+STRAY = {
+    "never closed": ['"b', "c", "d", "e"],
+    "closed by the next quote": ['"b', "c", '"d"', "e"],
+    "closed by the next quotes": ['"b', "c", '""', '"d, d"', "e"],
+    "inside a field": ['b"b', "c", '"d"', "e"],
+    "inside two fields": ['b"b', "c", 'd"d', "e"],
+    "behind a field of two lines": ['"b\nb"b', "c", "d"],
+}
+
+
+@pytest.mark.parametrize("cells", STRAY.values(), ids=list(STRAY))
+@pytest.mark.parametrize("block", [1, 9, 2**24])
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_a_stray_quote_swallows_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cells: list[str], block: int, end: str
+) -> None:
+    monkeypatch.setattr(lines, "BLOCK", block)
+    rows = [f"{n},x,{cell}" for n, cell in enumerate(["a", '"a\na"', *cells, "f"])]
+    (tmp_path / "l.csv").write_text("\n".join(["u,i,note", *rows]) + end)
     found, dropped = events(tmp_path / "l.csv", form=TextForm(multiline=True))
-    assert found["user"].to_list() == ["a"] and list(dropped.examples.values()) == [["l.csv: row 2"]]
+    bad = [n for n, cell in enumerate(cells, 2) if cell.count('"') % 2 or "\n" in cell]
+    assert found["user"].to_list() == [str(n) for n in range(len(rows)) if n not in bad]
+    first = [1 + n + "".join(rows[:n]).count("\n") for n in bad]
+    bad_lines = [*first, first[0] + 1] if "\n" in cells[0] else first
+    assert list(dropped.examples.values()) == [[f"l.csv: row {n}" for n in bad_lines]]
+
+
+def test_an_open_quote_is_waited_for_no_longer_than_a_record_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "BLOCK", 16)
+    monkeypatch.setattr(records, "LONGEST", 40)
+    users = [f"b{n}" for n in range(50)]
+    (tmp_path / "l.csv").write_text("\n".join(["u,i", '"a,x', *(f"{user},y" for user in users), 'c,"y']))
+    found, dropped = events(tmp_path / "l.csv", form=TextForm(multiline=True))
+    assert found["user"].to_list() == users and dropped.counts == {"malformed: a quote is not closed on its line": 2}
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,12 @@ from typing import IO
 
 import numpy as np
 
+from flm_torchrec.prepare.sources.records import LONGEST, NEWLINE, QUOTE, RETURN, inside_quotes, split
+
 BLOCK = 2**24
 """Bytes read at once."""
-LONGEST = 2**26
-"""Bytes of a line; a longer one is no line of a log."""
 SAMPLE = 2**16
 """Bytes at the start of a file from which the kind of its line ends is taken."""
-
-NEWLINE, RETURN, QUOTE = 10, 13, 34
 
 
 @dataclass(frozen=True)
@@ -28,14 +26,14 @@ class Block:
     data: bytes
     """Ends with a line feed."""
     numbers: np.ndarray  # [lines] int64: where each begins in the file, from 1
+    ends: np.ndarray  # [lines] int64: the line feeds in `data` that end each
     multiline: bool = False
     """A line feed inside quotes ends no line."""
 
     @cached_property
     def spans(self) -> tuple[np.ndarray, np.ndarray]:
         """[lines] begin and [lines] end (before the line feed) of each line in `data`."""
-        ends = _ends(self._bytes(), self.multiline)
-        return np.concatenate([[0], ends[:-1] + 1]), ends
+        return np.concatenate([[0], self.ends + 1])[:-1], self.ends
 
     def _bytes(self) -> np.ndarray:
         return np.frombuffer(self.data, np.uint8)
@@ -43,10 +41,12 @@ class Block:
     def counts(self, byte: int) -> np.ndarray:
         """[lines] int64: how often the byte stands in each line; of several lines, outside quotes."""
         matches = self._bytes() == byte
-        if self.multiline and byte != QUOTE:
-            matches &= _outside(self._bytes())
-        total = np.concatenate([[0], np.cumsum(matches)])
         begin, end = self.spans
+        if self.multiline and byte != QUOTE:
+            inside = inside_quotes(self._bytes())
+            odd_before = np.concatenate([[False], inside[self.ends]])[:-1]
+            matches &= inside == np.repeat(odd_before, end - begin + 1)
+        total = np.concatenate([[0], np.cumsum(matches)])
         return total[end] - total[begin]
 
     def keep(self, kept: np.ndarray) -> Block:
@@ -54,8 +54,9 @@ class Block:
         if kept.all():
             return self
         begin, end = self.spans
-        where = np.repeat(kept, end - begin + 1)
-        return Block(self._bytes()[where].tobytes(), self.numbers[kept], self.multiline)
+        widths = end - begin + 1
+        data = self._bytes()[np.repeat(kept, widths)].tobytes()
+        return Block(data, self.numbers[kept], np.cumsum(widths[kept]) - 1, self.multiline)
 
     def line(self, index: int) -> bytes:
         """One line, without its line feed."""
@@ -76,34 +77,47 @@ def pieces(stream: IO[bytes], encoding: str) -> Iterator[bytes]:
         yield from (text[start : start + BLOCK] for start in range(0, len(text), BLOCK))
 
 
-def blocks(text: Iterator[bytes], drop: Callable[[np.ndarray, str], None], multiline: bool = False) -> Iterator[Block]:
-    """All lines of `pieces`, in order, without those that are too long or whose quote is never closed.
+def blocks(text: Iterator[bytes], drop: Callable[[np.ndarray, str], None], separator: str = "") -> Iterator[Block]:
+    """All lines of `pieces`, in order, without those that are too long or whose quote is stray.
 
     Args:
         drop: takes the numbers of lines that are left out, and the reason.
-        multiline: a line feed inside quotes ends no line.
+        separator: of columns whose quoted fields may go over several lines; empty: every line feed ends a line.
     """
     rest, first, skipping = b"", 1, False
     for piece in text:
         data = rest + piece
         if skipping and b"\n" in data:
             data, first, skipping = data[data.find(b"\n") + 1 :], first + 1, False
-        cut = 0 if skipping else _cut(data, multiline)
-        data, rest = data[:cut], data[cut:]
-        if data:
-            yield Block(data, first + _lines_before(data, multiline), multiline)
-            first += data.count(b"\n")
-        if len(rest) > LONGEST or (skipping and rest):
+        whole = 0 if skipping else data.rfind(b"\n") + 1
+        block, stray = _block(data[:whole], first, separator, final=False)
+        yield from _without(block, stray, drop)
+        first, rest = first + block.data.count(b"\n"), data[len(block.data) :]
+        if len(data) - whole > LONGEST or (skipping and rest):
             if not skipping:
-                drop(np.array([first]), "malformed: a line of over 64 MiB")
+                drop(first + np.arange(rest.count(b"\n") + 1), "malformed: a line of over 64 MiB")
             first += rest.count(b"\n")
             rest, skipping = b"", True
-    if not rest or skipping:
-        return
-    if multiline and rest.count(b'"') % 2:
-        drop(np.array([first]), UNCLOSED)
-    else:
-        yield Block(rest + b"\n", np.array([first]), multiline)
+    if rest and not skipping:
+        rest = rest.removesuffix(b"\n") + b"\n"
+        yield from _without(*_block(rest, first, separator, final=True), drop)
+
+
+def _block(data: bytes, first: int, separator: str, final: bool) -> tuple[Block, np.ndarray]:
+    """The complete records of lines from number `first` on, and [records] bool: a line whose quote is stray."""
+    newlines = np.flatnonzero(np.frombuffer(data, np.uint8) == NEWLINE)
+    ends, stray = split(data, separator, final) if separator else (newlines, np.zeros(len(newlines), bool))
+    before = np.concatenate([[0], np.searchsorted(newlines, ends) + 1])[:-1]
+    used = int(ends[-1]) + 1 if len(ends) else 0
+    return Block(data[:used], first + before, ends, bool(separator)), stray
+
+
+def _without(block: Block, stray: np.ndarray, drop: Callable[[np.ndarray, str], None]) -> Iterator[Block]:
+    if stray.any():
+        drop(block.numbers[stray], UNCLOSED)
+        block = block.keep(~stray)
+    if block.data:
+        yield block
 
 
 UNCLOSED = "malformed: a quote is not closed on its line"
@@ -183,30 +197,3 @@ def _decoded(stream: IO[bytes], encoding: str) -> Iterator[bytes]:
 def _marked(text: str) -> bytes:
     """UTF-8, except for characters that could not be decoded: they become surrogates, which are no UTF-8."""
     return text.replace("\ufffd", "\udcff").encode("utf-8", "surrogatepass")
-
-
-def _outside(data: np.ndarray) -> np.ndarray:
-    """[bytes] bool: outside quotes."""
-    return ~np.logical_xor.accumulate(data == QUOTE)
-
-
-def _ends(data: np.ndarray, multiline: bool) -> np.ndarray:
-    """Where lines end."""
-    ends = np.flatnonzero(data == NEWLINE)
-    return ends[_outside(data)[ends]] if multiline and len(ends) else ends
-
-
-def _cut(data: bytes, multiline: bool) -> int:
-    """Length of the complete lines."""
-    if not multiline:
-        return data.rfind(b"\n") + 1
-    ends = _ends(np.frombuffer(data, np.uint8), multiline)
-    return int(ends[-1]) + 1 if len(ends) else 0
-
-
-def _lines_before(data: bytes, multiline: bool) -> np.ndarray:
-    """[lines] int64: line feeds before the start of each line."""
-    if not multiline:
-        return np.arange(data.count(b"\n"))
-    codes = np.frombuffer(data, np.uint8)
-    return np.concatenate([[0], np.cumsum(codes == NEWLINE)[_ends(codes, multiline)[:-1]]])

@@ -288,8 +288,9 @@ class CsvShard(FileShard):
         url, drop, form = self.file.url, self._drop(dropped, 1), self.form
         names: list[str] | None = None
         any_line = False
+        separator = form.separator if form.multiline else ""
         with self.file.text() as stream:
-            for block in lines.blocks(lines.pieces(stream, form.encoding), drop, form.multiline):
+            for block in lines.blocks(lines.pieces(stream, form.encoding), drop, separator):
                 if names is None:
                     names = self._header(block.line(0))
                     wanted = find_all(self.columns, names, url, dropped.note)
