@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 
+from flm_torchrec.data.keys import stripped
 from flm_torchrec.data.schema import DENSE_KINDS, Feature
 from flm_torchrec.data.text import split_words, word_bucket
 from flm_torchrec.errors import DataError
@@ -46,12 +47,16 @@ class FeatureValues:
         """True for kinds with numbers, False for kinds with codes."""
         return self.kind in DENSE_KINDS
 
+    def code(self, value: str) -> int | None:
+        """The code of a value, None where it has none. White space around it does not count."""
+        return self.codes.get(value, self.codes.get(stripped(value)))  # older data may have values with it
+
     def shown(self, given: Any) -> list[str]:
         """The attribute values that people and filters see, as in the catalogue: for a number, its bucket."""
         if self.kind == "quantile":
             return [self.values[code] for code in codes_of(self, given, [])]
         values = given if isinstance(given, list) else [given]
-        return [str(value) for value in values if value is not None]
+        return [stripped(str(value)) for value in values if value is not None]
 
 
 def describe(folder: Path, feature: Feature) -> dict[str, Any]:
@@ -95,7 +100,7 @@ def codes_of(feature: FeatureValues, given: Any, left_out: list[str], where: str
         if not isinstance(value, str | int):
             wanted = "texts, or a list of them" if several else "one text"
             raise DataError(f"{where}.{feature.name}: takes {wanted}, not {_shown(value)}")
-        code = feature.codes.get(str(value))
+        code = feature.code(str(value))
         if code is None:
             left_out.append(f"{where}.{feature.name}: '{value}' was not in training")
         else:

@@ -15,6 +15,8 @@ NO_ID = ("", "NULL", "null", "NaN", "nan", "None", "<NA>", "\\N")
 """Texts that tools write where there is no value."""
 NO_EVENT = "unknown"
 """Kind of an event that names none, where the source has kinds."""
+BLANKS = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+"""White space, as Unicode and Polars have it."""
 RULE = (
     "text without white space around it; a whole number has no point (1.0 is 1); bytes that are no UTF-8 are"
     f" hexadecimal; null, NaN and the texts {', '.join(repr(text) for text in NO_ID)} are no id"
@@ -103,10 +105,15 @@ def as_text(column: pl.Series) -> pl.Series:
     return column.to_frame().select(text.alias(column.name)).to_series()
 
 
+def stripped(text: str) -> str:
+    """A value of a feature without the white space around it, as `categories` has it."""
+    return text.strip(BLANKS)
+
+
 def categories(column: pl.Series) -> pl.Series:
     """[n] values of a feature, or lists of them → [n] text, or lists of text, as of `as_text`; NaN is no value.
 
-    Lists of lists, and objects, stay as they are.
+    White space around a value is no part of it. Lists of lists, and objects, stay as they are.
     """
     kind = column.dtype
     if isinstance(kind, pl.List | pl.Array) and not kind.inner.is_nested():  # type: ignore[union-attr]
@@ -115,7 +122,7 @@ def categories(column: pl.Series) -> pl.Series:
         return listed.select(pl.col(column.name).list.eval(texts)).to_series()
     if kind.is_nested():
         return column
-    return as_text(column.fill_nan(None) if kind.is_float() else column)
+    return as_text(column.fill_nan(None) if kind.is_float() else column).str.strip_chars()
 
 
 def json_text(value: Any) -> str | None:

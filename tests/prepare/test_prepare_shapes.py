@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import load_prepared
+from flm_torchrec.data.keys import stripped
 from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.clean import Dropped
 from flm_torchrec.prepare.column_options import parse_columns
@@ -117,6 +118,24 @@ def test_a_cell_is_a_list_of_json_or_of_its_separator(tmp_path: Path, cell: str,
     assert found["tags"].to_list() == [values, ["p", "q"]]
 
 
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
+def test_blanks_around_a_value_are_no_part_of_it(tmp_path: Path, kind: str) -> None:
+    rows: list[dict[str, Any]] = [
+        {"i": "x", "shelf": "\u00a0Design ", "tags": "a| b c", "price": " 1.5", "vec": "1| 2"},
+        {"i": "y", "shelf": " ", "tags": " |b c\t", "price": " ", "vec": "3 |4"},
+    ]
+    kinds = {"shelf": "categorical", "tags": "multi_categorical", "price": "numeric", "vec": "dense"}
+    found = items_of(described(written(tmp_path, kind, rows), kinds))
+    assert found["shelf"].to_list() == ["Design", ""] and found["tags"].to_list() == [["a", "b c"], ["", "b c"]]
+    assert found["price"].to_list() == [1.5, None] and found["vec"].to_list() == [[1, 2], [3, 4]]
+    log = tmp_path / "e.csv"
+    log.write_text("u,i,app\na,x, web\nb,x,web\n")
+    shard = only_shard(
+        logs.read("csv", str(log), LogOptions(parse_columns(COLUMNS), event_features={"app": "categorical"}))
+    )
+    assert pl.concat(shard.batches(Dropped()))["context_app"].to_list() == ["web", "web"]
+
+
 @pytest.mark.parametrize(
     ("cell", "kind", "message"),
     [
@@ -138,7 +157,7 @@ def test_a_list_that_cannot_be_one_is_refused(tmp_path: Path, cell: str, kind: s
 def test_any_list_of_json_comes_back(tmp_path_factory, values: list[str]) -> None:  # type: ignore[no-untyped-def]
     file = tmp_path_factory.mktemp("list") / "items.csv"
     pl.DataFrame({"i": ["x"], "tags": [json.dumps(values)]}).write_csv(file)
-    assert items_of(described(file, {"tags": "multi_categorical"}))["tags"].to_list() == [values]
+    assert items_of(described(file, {"tags": "multi_categorical"}))["tags"].to_list() == [[stripped(v) for v in values]]
 
 
 def test_a_list_separator_that_never_occurs_is_told_by_column(tmp_path: Path) -> None:

@@ -215,6 +215,10 @@ def test_followed_contexts_and_weights_are_those_of_preparation(followed: Follow
     unseen = [("", {**row, "dev": value}) for row, value in zip(followed.later, ("moon", None, "", 7), strict=False)]
     assert encoder.encode(unseen, {}).context[:, 0].tolist() == [-1] * 4
     assert encoder.ids.left_out == [f"context.device: '{value}' was not in training" for value in ("moon", "7")]
+    blanks = [{**followed.later[0], "dev": text, "w": " 1.5"} for text in ("tv", " tv ", " ")]
+    encoded = encoder.encode([("", row) for row in blanks], {})
+    assert encoded.context[0, 0] == encoded.context[1, 0] >= 0 > encoded.context[2, 0]
+    assert encoded.weight.tolist() == [1.5] * 3 and len(encoder.ids.left_out) == 2
 
 
 def test_a_follower_keeps_contexts_and_weights(followed: Followed, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,3 +126,19 @@ def test_an_id_that_a_float_has_rounded_is_told(shop: Path, tmp_path: Path, caps
     put(file, [{"item": 1.0}, {"item": 2.0**53}])
     assert follow(shop / "run", source, tmp_path / "out", "--items", str(file)) == 2
     assert f"{file}: column 'item' has the id 9007199254740992.0 as a float" in capsys.readouterr().err
+
+
+def test_blanks_around_values_are_no_part_of_them_here_either(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, file, live = tmp_path / "source", tmp_path / "items.csv", tmp_path / "live"
+    source.mkdir()
+    file.write_text("item_id,name,brand,tags,weight\nnew, Thing , b1,t1 | t2, 1.5\nnone,Thing, , , \n")
+    assert follow(shop / "run", source, live, "--items", str(file)) == 0
+    row, none = taken_in(live)["new"], taken_in(live)["none"]
+    assert values_of(shop, "brand")[row["brand"]] == "b1" and row["name"] == "Thing" and row["weight"] is not None
+    assert [values_of(shop, "tags")[code] for code in row["tags"]] == ["t1", "t2"] and left_out(live) == []
+    assert none["brand"] is None and none["weight"] is None and not none["tags"]
+    file.write_text("item_id,brand\ni1,b2 \n")
+    assert follow(shop / "run", source, tmp_path / "out", "--items", str(file)) == 2
+    assert "item 'i1' has another brand ('b2 ', not ['b1']) than in" in capsys.readouterr().err

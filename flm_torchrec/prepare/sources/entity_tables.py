@@ -163,10 +163,13 @@ def _shard(source: str, file: InputFile, table: EntityTable, form: TextForm, sho
 
 
 def _numbers(column: pl.Series, form: NumberForm, file: str) -> pl.Series:
-    """Text in another form of numbers than the plain one → numbers; every other column stays as it is."""
+    """Text → numbers, or text without blanks that can be cast to numbers; every other column stays as it is."""
     listed = column.dtype == pl.List(pl.String)
-    if form == NumberForm() or not (listed or column.dtype == pl.String):
+    if not (listed or column.dtype == pl.String):
         return column
+    if form == NumberForm():
+        bare = (pl.element() if listed else pl.col(column.name)).str.strip_chars().replace("", None)
+        return column.to_frame().select(pl.col(column.name).list.eval(bare) if listed else bare).to_series()
     texts = column.explode() if listed else column
     numbers = read_numbers(texts, form)
     bad = texts.filter(numbers.is_null() & texts.is_not_null() & (texts.str.strip_chars() != ""))

@@ -16,7 +16,7 @@ from flm_torchrec.data.disk_columns import Units
 from flm_torchrec.data.event_files import WEIGHT
 from flm_torchrec.data.feature_values import FeatureValues, codes_of, describe
 from flm_torchrec.data.history import CONTEXT, Events
-from flm_torchrec.data.keys import NO_EVENT, is_rounded, json_text, keys
+from flm_torchrec.data.keys import NO_EVENT, is_rounded, json_text, keys, stripped
 from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.times import seconds
 from flm_torchrec.data.windows import Windows, cut
@@ -24,6 +24,8 @@ from flm_torchrec.errors import ConfigError
 from flm_torchrec.folders import SCHEMA
 from flm_torchrec.names import nearest
 from flm_torchrec.prepare.clean import WEIGHT_RULES, rules
+from flm_torchrec.prepare.options import NumberForm
+from flm_torchrec.prepare.sources.number_text import read_numbers
 from flm_torchrec.training.follow.ids import IdIntake, KnownIds
 from flm_torchrec.training.follow.sources import BadRow
 from flm_torchrec.training.follow.user_keys import UserKeys
@@ -171,9 +173,9 @@ class EventEncoder:
         times = pl.Series("timestamp", np.zeros(len(rows), np.int64))  # of data without timestamps, the order counts
         if self.schema.timestamps:
             times = seconds(text["timestamp"], self.time_unit)
-        values = text["value"].fill_null("1").cast(pl.Float64, strict=False)
+        values = read_numbers(text["value"].fill_null("1"), NumberForm())
         ones = pl.Series(["1"] * len(rows), dtype=pl.String)  # of data without weights
-        weights = text.get(WEIGHT, ones).cast(pl.Float64, strict=False).rename(WEIGHT)
+        weights = read_numbers(text.get(WEIGHT, ones), NumberForm()).rename(WEIGHT)
         contexts = [f.name for f in self.contexts]
         listed = [any(isinstance(row.get(self.names[name]), list | dict) for name in contexts) for row in rows]
         rounded = [any(is_rounded(row.get(self.names[name])) for name in ("user", "item")) for row in rows]
@@ -195,11 +197,11 @@ class EventEncoder:
 
     def _context(self, frame: pl.DataFrame) -> np.ndarray:
         """[n, C] int32 codes. A value without a code is unknown, and a line in `ids.left_out`."""
-        unknown = (None, "", json_text(float("nan")))
+        unknown = ("", json_text(float("nan")))
         found = np.full((len(frame), len(self.contexts)), -1, np.int32)
         for number, feature in enumerate(self.contexts):
             for row, value in enumerate(frame[f"{CONTEXT}{feature.name}"]):
-                if value not in unknown:
+                if value is not None and stripped(value) not in unknown:
                     found[row, number] = next(codes_of(feature, value, self.ids.left_out, "context"), -1)
         return found
 

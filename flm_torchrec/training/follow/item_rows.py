@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from flm_torchrec.data.event_files import as_data_error
 from flm_torchrec.data.feature_values import FeatureValues, codes_of, describe, numbers_of
-from flm_torchrec.data.keys import is_rounded, json_text, keys, rounded_id
+from flm_torchrec.data.keys import is_rounded, json_text, keys, rounded_id, stripped
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.errors import DataError
 from flm_torchrec.folders import SCHEMA
@@ -109,7 +109,7 @@ class ItemRows:
         Raises:
             DataError: a value does not fit its kind.
         """
-        row: dict[str, Any] = {n: given[n] for n in self.texts if isinstance(given.get(n), str)}
+        row: dict[str, Any] = {n: stripped(given[n]) for n in self.texts if isinstance(given.get(n), str)}
         for feature, values in self.features:
             value = _as_kind(feature, given.get(feature.name))
             row[feature.column] = _encoded(feature, values, value, [] if left_out is None else left_out)
@@ -130,10 +130,11 @@ class ItemRows:
         return {row["item_key"]: row for row in table.to_pylist()}
 
     def differs(self, given: Mapping[str, Any], row: Mapping[str, Any], known: Mapping[str, Any]) -> str:
-        """Name of a feature that is given and is not that of the known item; empty where there is none."""
-        for feature, _ in self.features:
+        """A feature that is given and is not that of the known item, for people; empty where there is none."""
+        for feature, values in self.features:
             if given.get(feature.name) is not None and not _same(row[feature.column], known[feature.column]):
-                return feature.name
+                there = _values(values, known[feature.column])
+                return feature.name + (f" ({given[feature.name]!r:.60}, not {there!r:.60})" if there else "")
         return ""
 
     def _type(self, name: str) -> pa.DataType:
@@ -238,12 +239,17 @@ def _as_kind(feature: Feature, value: Any) -> Any:
     """A value of a file, where numbers and lists may be text and keys may be numbers, as its kind wants it."""
     if isinstance(value, str) and feature.kind in ("multi_categorical", "dense"):
         value = values_of(value, TextForm(), f"features.{feature.name}")
-    values = [v for v in value if v not in (None, "")] if isinstance(value, list) else [value]
+    several = isinstance(value, list)
+    values = [v for v in (value if several else [value]) if not _blank(v)]
     if feature.kind in ("categorical", "multi_categorical"):
         values = [json_text(v) for v in values]
     elif feature.kind != "text":
         values = [_number(feature, v) for v in values]
-    return values if isinstance(value, list) else values[0]
+    return values if several else next(iter(values), None)
+
+
+def _blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not stripped(value))
 
 
 def _number(feature: Feature, value: Any) -> Any:
@@ -263,6 +269,13 @@ def _encoded(feature: Feature, values: FeatureValues, given: Any, left_out: list
     if feature.kind in LISTS:
         return codes
     return codes[0] if codes else None
+
+
+def _values(feature: FeatureValues, codes: Any) -> list[str]:
+    """The values of codes, of a categorical kind."""
+    if feature.kind not in ("categorical", "multi_categorical"):
+        return []
+    return [feature.values[code] for code in (codes if isinstance(codes, list) else [codes]) if code is not None]
 
 
 def _same(row: Any, known: Any) -> bool:
