@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import shutil
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import load_prepared
 from flm_torchrec.data.row_groups import RowGroups
-from flm_torchrec.prepare.sources.shards import find_files
+from flm_torchrec.prepare.sources.input_files import find_files
 from tests.prepare.test_prepare_shards import contents
 
 NAMES = (
@@ -20,6 +23,10 @@ NAMES = (
     "**", "a?b", "{a,b}", "a::b", "50%20",
 )  # fmt: skip
 COLUMNS = ("--columns", "user=u,item=i,timestamp=t")
+
+
+def no_note(line: str) -> None:
+    pytest.fail(f"unexpected: {line}")
 
 
 def flm(*arguments: str | Path) -> int:
@@ -99,7 +106,7 @@ def test_a_file_that_is_there_comes_before_a_pattern(tmp_path: Path) -> None:
         (tmp_path / name).write_text("u,i\na,x\n")
 
     def found(pattern: str) -> list[str]:
-        return [file.name for file in find_files("csv", str(tmp_path / pattern))]
+        return [file.name for file in find_files("csv", str(tmp_path / pattern), no_note)]
 
     assert found("a[12].csv") == ["a[12].csv"] and found("b*.csv") == ["b*.csv"]
     assert found("a[1-2].csv") == ["a1.csv", "a2.csv"] and found("a?.csv") == ["a1.csv", "a2.csv"]
@@ -109,8 +116,8 @@ def test_a_file_that_is_there_comes_before_a_pattern(tmp_path: Path) -> None:
     for name in ("x[1]/1.csv", "x[1]/2.csv", "x1/3.csv"):
         with fsspec.open(f"memory://{tmp_path.name}/k=v/{name}", "w") as file:
             file.write("u,i\na,x\n")
-    assert [file.name for file in find_files("csv", url)] == ["1.csv", "2.csv"]
-    assert [file.name for file in find_files("csv", f"{url}/*.csv")] == ["1.csv", "2.csv"]
+    assert [file.name for file in find_files("csv", url, no_note)] == ["1.csv", "2.csv"]
+    assert [file.name for file in find_files("csv", f"{url}/*.csv", no_note)] == ["1.csv", "2.csv"]
 
 
 def test_a_backslash_in_the_output_is_refused_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,3 +126,48 @@ def test_a_backslash_in_the_output_is_refused_in_a_line(tmp_path: Path, capsys: 
     error = capsys.readouterr().err
     assert "with a backslash; rename that folder" in error and error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_folder_says_what_of_it_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line, logs = b"a,x,1\n", tmp_path / "logs"
+    for name in ("a.csv", "B.CSV", "c.csv.gz", "D.CSV.ZST", "old/e.csv", "f.parquet", "_SUCCESS", ".a.csv.crc"):
+        (logs / name).parent.mkdir(exist_ok=True, parents=True)
+        content = b"u,i,t\n" + line.replace(b"a", name[:1].lower().encode())
+        pack = {".gz": gzip.compress, ".ZST": lambda plain: bytes(pa.Codec("zstd").compress(plain))}
+        (logs / name).write_bytes(pack.get(Path(name).suffix, bytes)(content))
+    assert flm("prepare", "--source", "csv", "--input", logs, *COLUMNS, "--output", tmp_path / "out") == 0
+    assert load_prepared(tmp_path / "out").user_keys == ["a", "b", "c", "d"]
+    told = f"{logs}: its files *.csv are read, not f.parquet, old/; --input '{logs}/**/*.csv' reads the folders inside"
+    assert f"warning: {told} it too\n" in capsys.readouterr().err
+    deeper = ("--input", f"{logs}/**/*.csv", *COLUMNS, "--output", tmp_path / "deeper")
+    assert flm("prepare", "--source", "csv", *deeper) == 0
+    assert load_prepared(tmp_path / "deeper").user_keys == ["a", "o"] and "warning" not in capsys.readouterr().err
+    (logs / "none").mkdir()
+    (logs / "none" / "date=1").mkdir()
+    none = ("--input", logs / "none", "--output", tmp_path / "none")
+    assert flm("prepare", "--source", "parquet", *none) == 2
+    assert "none: no file *.parquet, not date=1/; --input must be" in capsys.readouterr().err
+
+
+def test_a_table_in_a_folder_is_read_whatever_the_case_of_its_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = write(tmp_path / "in")
+    items = inputs / "items"
+    items.mkdir()
+    (items / "A.PARQUET").write_bytes((inputs / "items.parquet").read_bytes())
+    (items / "notes.txt").write_text("x")
+    assert prepare(inputs, tmp_path / "out", "items") == 0
+    assert f"warning: {items}: its files *.parquet are read, not notes.txt\n" in capsys.readouterr().err
+
+
+def test_places_tell_files_of_one_name_apart(tmp_path: Path) -> None:
+    for day, bad in (("1", ",x,1"), ("2", "a,,1")):
+        (tmp_path / f"day={day}").mkdir()
+        (tmp_path / f"day={day}" / "part-0.csv").write_text(f"u,i,t\na,x,1\n{bad}\n")
+    logs = ("--input", tmp_path / "*" / "part-0.csv", *COLUMNS, "--output", tmp_path / "out")
+    assert flm("prepare", "--source", "csv", *logs) == 0
+    dropped = json.loads((tmp_path / "out" / "report.json").read_text())["dropped"]
+    assert {reason: entry["examples"] for reason, entry in dropped.items()} == {
+        "no user": ["day=1/part-0.csv: row 2"], "no item": ["day=2/part-0.csv: row 2"],
+    }  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,25 +15,24 @@ from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.clean import Dropped
 from flm_torchrec.prepare.options import EntityTable, NumberForm, TextForm
 from flm_torchrec.prepare.sources import lakehouse
-from flm_torchrec.prepare.sources.json_lines import JsonShard
-from flm_torchrec.prepare.sources.lists import ListCells, refuse_lists
-from flm_torchrec.prepare.sources.number_text import number_expression, read_numbers
-from flm_torchrec.prepare.sources.shards import (
-    ENDINGS,
+from flm_torchrec.prepare.sources.input_files import (
     LAKEHOUSES,
-    CsvShard,
     InputFile,
-    ParquetShard,
-    TableShard,
     find_files,
+    kind_of,
     lakehouse_of,
     system_of,
 )
+from flm_torchrec.prepare.sources.json_lines import JsonShard
+from flm_torchrec.prepare.sources.lists import ListCells, refuse_lists
+from flm_torchrec.prepare.sources.number_text import number_expression, read_numbers
+from flm_torchrec.prepare.sources.packed import plain_name
+from flm_torchrec.prepare.sources.shards import CsvShard, ParquetShard, TableShard
 from flm_torchrec.prepare.sources.source_data import Shard
 from flm_torchrec.prepare.sources.tables import cast
 
 NUMERIC = ("numeric", "quantile")
-JSON = (".json", ".json.gz")
+JSON = ".json"
 
 
 def read_table(table: EntityTable, form: TextForm, dropped: Dropped) -> pl.DataFrame:
@@ -61,7 +60,7 @@ def raw_frames(
     """
     columns = (table.key, *table.kinds)
     short = {name: f"c{n}" for n, name in enumerate(dict.fromkeys(columns))}  # a shard adds columns `file` and `row`
-    for name, shard in _shards(table, form, short, in_memory):
+    for name, shard in _shards(table, form, short, dropped.note, in_memory):
         for frame in shard.batches(dropped):
             yield frame.select(pl.col(column).alias(given) for given, column in short.items())
         for reason, examples in dropped.examples.items():
@@ -122,15 +121,16 @@ def source_of(location: str) -> str:
     if folder.is_dir() and (kind := lakehouse_of(*system_of(location))):
         return kind
     names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else [location]
-    for name in names:
-        for source, endings in ENDINGS.items():
-            if name.endswith(endings):
-                return source
-    return "jsonl" if location.endswith(JSON) else "csv"
+    kinds = [kind for name in names if (kind := kind_of(name))]
+    return [*kinds, "jsonl" if plain_name(location).endswith(JSON) else "csv"][0]
 
 
 def _shards(
-    table: EntityTable, form: TextForm, short: dict[str, str], in_memory: pa.Table | None
+    table: EntityTable,
+    form: TextForm,
+    short: dict[str, str],
+    note: Callable[[str], None],
+    in_memory: pa.Table | None,
 ) -> Iterator[tuple[str, Shard]]:
     """Shards with their names in errors."""
     if in_memory is not None:
@@ -143,7 +143,7 @@ def _shards(
         ):
             yield shard.file.url, shard
         return
-    for file in find_files(source, table.file, table.option):
+    for file in find_files(source, table.file, note, table.option):
         yield file.url, _shard(source, file, table, form, short)
 
 

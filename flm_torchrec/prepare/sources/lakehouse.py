@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -20,17 +20,8 @@ import pyarrow.dataset as pads
 from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.clean import Dropped
 from flm_torchrec.prepare.sources.columns import find_all
-from flm_torchrec.prepare.sources.shards import (
-    METADATA,
-    ROWS,
-    FileShard,
-    InputFile,
-    ToRoles,
-    column_of,
-    metadata_files,
-    paths_of,
-    system_of,
-)
+from flm_torchrec.prepare.sources.input_files import METADATA, InputFile, metadata_files, short_names, system_of
+from flm_torchrec.prepare.sources.shards import ROWS, FileShard, ToRoles, column_of, paths_of
 from flm_torchrec.safe_text import first_line, redact_address
 
 CATALOG = "catalog://"
@@ -100,9 +91,10 @@ def shards(
     if not table.files:
         raise DataError(f"{shown}: has no rows; give a table with data")
     found = []
-    for data in sorted(table.files, key=lambda file: file.path):
+    files = sorted(table.files, key=lambda file: file.path)
+    for data, name in zip(files, short_names([file.path for file in files]), strict=True):
         # The files of a table are never changed, but a later version may delete rows of them.
-        file = InputFile(shown, PurePosixPath(data.path).name, f"{location} {table.version} {data.path}")
+        file = InputFile(shown, name, f"{location} {table.version} {data.path}")
         found.append(LakehouseShard(file, columns, to_roles(file), table.schema, data, location))
     return found
 

@@ -22,17 +22,10 @@ from flm_torchrec.prepare.options import LogOptions, NumberForm
 from flm_torchrec.prepare.sources import lakehouse
 from flm_torchrec.prepare.sources.described import DescribedTable
 from flm_torchrec.prepare.sources.entity_tables import KindColumn
+from flm_torchrec.prepare.sources.input_files import LAKEHOUSES, InputFile, find_files
 from flm_torchrec.prepare.sources.json_lines import JsonShard
 from flm_torchrec.prepare.sources.number_text import read_numbers
-from flm_torchrec.prepare.sources.shards import (
-    LAKEHOUSES,
-    CsvShard,
-    InputFile,
-    ParquetShard,
-    TableShard,
-    ToRoles,
-    find_files,
-)
+from flm_torchrec.prepare.sources.shards import CsvShard, ParquetShard, TableShard, ToRoles
 from flm_torchrec.prepare.sources.source_data import DeclaredFeature, Shard, SourceData
 from flm_torchrec.prepare.sources.tables import cast
 from flm_torchrec.prepare.text_encoder import ENDING, encoder_digest
@@ -53,11 +46,14 @@ def read(source: str, location: str, options: LogOptions, tables: Mapping[Entity
     Raises:
         DataError: a file or column is missing, a file is corrupt or empty, a key occurs twice.
     """
-    shards = (
-        _table_shards(source, location, options) if source in LAKEHOUSES else _file_shards(source, location, options)
-    )
+    notes = list[str]()
+    if source in LAKEHOUSES:
+        shards = _table_shards(source, location, options)
+    else:
+        files = find_files(source, location, notes.append)
+        shards = [_SHARDS[source](_read_with(options, file), options) for file in files]
     name = re.sub(r"[*?\[\]]", "", PurePosixPath(redact_address(location)).stem) or source
-    return _with_tables(name, source, shards, (options, tables))
+    return replace(_with_tables(name, source, shards, (options, tables)), warnings=tuple(notes))
 
 
 def read_table_of_events(
@@ -108,10 +104,6 @@ def _table_shards(source: str, location: str, options: LogOptions) -> Sequence[S
 
     shards = lakehouse.shards(source, location, options.table_version, _columns(options), to_roles)
     return [replace(shard, file=_read_with(options, shard.file)) for shard in shards]
-
-
-def _file_shards(source: str, location: str, options: LogOptions) -> Sequence[Shard]:
-    return [_SHARDS[source](_read_with(options, file), options) for file in find_files(source, location)]
 
 
 def _read_with(options: LogOptions, file: InputFile) -> InputFile:

@@ -22,6 +22,12 @@ SHOWN = 3
 """Files of an archive that an error lists."""
 
 
+def plain_name(name: str) -> str:
+    """The name in small letters, without the ending that says how the file is packed."""
+    name = name.lower()
+    return name.rsplit(".", 1)[0] if name.endswith((*UNPACK, ZIP)) else name
+
+
 def unpacked(stream: IO[bytes], name: str) -> IO[bytes]:
     """The contents of a stream, unpacked if the ending of its name says so.
 
@@ -62,4 +68,3 @@ UNPACK: dict[str, Callable[[Any], Any]] = {
 }
 """By ending, a stream → its contents."""
 ZIP = ".zip"
-ENDINGS = (*UNPACK, ZIP)

@@ -1,23 +1,17 @@
-"""Files of logs, local or at any address that fsspec knows, as shards that are read batch by batch."""
+"""Files of logs, and tables in memory, as shards that are read batch by batch."""
 
 from __future__ import annotations
 
-import glob
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
 
-import fsspec
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
 
 from flm_torchrec.data.keys import frame_of
 from flm_torchrec.errors import DataError
@@ -25,145 +19,15 @@ from flm_torchrec.prepare.clean import Dropped
 from flm_torchrec.prepare.options import TextForm
 from flm_torchrec.prepare.sources import lines, packed
 from flm_torchrec.prepare.sources.columns import find_all
+from flm_torchrec.prepare.sources.input_files import InputFile
 from flm_torchrec.prepare.sources.source_data import IN_MEMORY
-from flm_torchrec.safe_text import first_line, redact_address
+from flm_torchrec.safe_text import first_line
 
-ENDINGS = {"parquet": (".parquet",), "csv": (".csv", ".csv.gz"), "jsonl": (".jsonl", ".jsonl.gz", ".ndjson")}
-LAKEHOUSES = ("delta", "iceberg")
-"""Kinds of tables whose log or metadata say which of their files count."""
-METADATA = ".metadata.json"
-"""Ending of Iceberg's metadata files."""
 ROWS = 500_000
 """Of a Parquet file, decoded at once."""
 
 ToRoles = Callable[[pl.DataFrame], pl.DataFrame]
 """Columns of a file → columns of `SourceData.interactions` except file and row."""
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """Where a file of logs is."""
-
-    url: str
-    """Path, or address for fsspec."""
-    name: str
-    """Last part of the path, by which the report names the file."""
-    identity: str
-    """Differs once the contents do."""
-
-    @contextmanager
-    def open(self) -> Iterator[IO[bytes]]:
-        """The bytes, unpacked if the ending of the name says so.
-
-        Raises:
-            DataError: an archive of several files.
-            One of packed.ERRORS: cut off, not packed as its name says, or out of reach; also while reading.
-        """
-        # A path is one, whatever fsspec would make of its characters.
-        file = fsspec.open(self.url, "rb") if "://" in self.url else LocalFileSystem().open(self.url, "rb")
-        with file as stream, packed.unpacked(stream, self.url) as contents:
-            yield contents
-
-    @contextmanager
-    def text(self) -> Iterator[IO[bytes]]:
-        """As `open`, for text.
-
-        Raises:
-            DataError: cut off, not packed as its name says, an archive of several files, or out of reach.
-        """
-        try:
-            with self.open() as stream:
-                yield stream
-        except packed.ERRORS as error:
-            raise DataError(f"{self.url}: cannot be read to its end ({first_line(error)}); write it again") from error
-
-
-def find_files(source: str, location: str, option: str = "--input") -> list[InputFile]:
-    """A file, all files of a folder with an ending of the source, or all that a pattern matches, by name.
-
-    Raises:
-        DataError: none is there, one is empty, or the address cannot be reached.
-    """
-    try:
-        system, path = system_of(location)
-        paths = _listed(system, path, ENDINGS[source])
-        if paths != [path]:
-            _refuse_lakehouse(system, path, paths, location)
-        stated = [(name, system.info(name)) for name in paths]
-    except (OSError, ImportError, ValueError) as error:
-        shown = redact_address(location)
-        raise DataError(f"{shown}: cannot be reached ({first_line(error, location)}); check the address") from error
-    if not paths:
-        kinds = " or ".join(f"*{ending}" for ending in ENDINGS[source])
-        what, shown = f"no file {kinds}" if system.isdir(path) else "not found", redact_address(location)
-        raise DataError(f"{shown}: {what}; {option} must be a file {kinds}, a folder of them or a pattern")
-    files = []
-    for name, info in stated:
-        url = system.unstrip_protocol(name) if "://" in location else name
-        if info.get("size") == 0:
-            raise DataError(f"{url}: is empty; give a file with data")
-        changed = info.get("mtime") or info.get("LastModified") or info.get("updated") or info.get("ETag")
-        files.append(InputFile(url, PurePosixPath(redact_address(name)).name, f"{url} {info.get('size')} {changed}"))
-    return files
-
-
-def system_of(location: str) -> tuple[Any, str]:
-    """The file system of a path or an address, and the path in it.
-
-    Raises:
-        OSError, ImportError, ValueError: out of reach, or what fsspec needs for it is not installed.
-    """
-    if "://" in location:
-        return fsspec.core.url_to_fs(location)
-    return LocalFileSystem(), str(Path(location).absolute())
-
-
-def lakehouse_of(system: Any, folder: str) -> str | None:
-    """Which of LAKEHOUSES a folder is; None: neither."""
-    if system.isdir(f"{folder}/_delta_log"):
-        return "delta"
-    return "iceberg" if metadata_files(system, folder) else None
-
-
-def metadata_files(system: Any, folder: str) -> list[str]:
-    """Names of the metadata files of an Iceberg table; none where a folder is no such table."""
-    if not system.isdir(f"{folder}/metadata"):
-        return []
-    names = [PurePosixPath(path).name for path in system.ls(f"{folder}/metadata", detail=False)]
-    return [name for name in names if name.endswith(METADATA)]
-
-
-def _refuse_lakehouse(system: Any, path: str, found: list[str], location: str) -> None:
-    folders = {path} if system.isdir(path) else {str(PurePosixPath(name).parent) for name in found}
-    for place in sorted({place for folder in folders for place in _tables_around(folder)}):
-        if kind := lakehouse_of(system, place):
-            shown = redact_address(location)
-            raise DataError(f"{shown}: is of a {kind} table, some of whose files do not count; give --source {kind}")
-
-
-def _tables_around(folder: str) -> Iterator[str]:
-    """The folder, and those above it while it may be a partition or the data folder of a table."""
-    yield folder
-    place = PurePosixPath(folder)
-    while "=" in place.name or place.name == "data":
-        place = place.parent
-        yield str(place)
-
-
-def _listed(system: Any, path: str, endings: tuple[str, ...]) -> list[str]:
-    if system.isfile(path):
-        return [path]
-    if system.isdir(path):
-        return sorted(name for name in system.ls(path, detail=False) if name.endswith(endings))
-    return sorted(name for name in system.glob(_pattern(system, path)) if system.isfile(name))
-
-
-def _pattern(system: Any, path: str) -> str:
-    """The path as a pattern, in which a folder that exists under exactly that name stands for itself."""
-    folder = PurePosixPath(path).parent
-    while glob.escape(str(folder)) != str(folder) and not system.isdir(str(folder)):
-        folder = folder.parent
-    return glob.escape(str(folder)) + path.removeprefix(str(folder)) if str(folder) != "." else path
 
 
 @dataclass(frozen=True)

@@ -15,25 +15,24 @@ from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.clean import Dropped
 from flm_torchrec.prepare.options import EntityTable, TextForm
 from flm_torchrec.prepare.sources.entity_tables import read_table
-from flm_torchrec.prepare.sources.shards import ENDINGS
+from flm_torchrec.prepare.sources.input_files import kind_of
 
 COLUMN = "user|user_id|user_key"
 """Names that the column of ids may have."""
 MOST_BYTES = 2**30
 """Maximum size of a text."""
-TABLES = tuple(ending for endings in ENDINGS.values() for ending in endings)
 
 
 def read_users(file: str) -> pa.Array:
     """The distinct ids of users of a file, in the order of their first places.
 
-    A file whose name ends as that of a table (`TABLES`), a folder and an address are a table with a column of `COLUMN`.
-    Any other file is text with an id a line; blank lines are left out.
+    A file whose name ends as that of a table (`kind_of`), a folder and an address are a table with a column of
+    `COLUMN`. Any other file is text with an id a line; blank lines are left out.
 
     Raises:
         DataError: the file cannot be read, has no such column, names nobody, or a row has no id.
     """
-    if file.endswith(TABLES) or "://" in file or Path(file).is_dir():
+    if kind_of(file) or "://" in file or Path(file).is_dir():
         return distinct_users(read_table(EntityTable("user", file, COLUMN, {}), TextForm(), Dropped())[COLUMN], file)
     try:
         lines = re.split("\r\n|\r|\n", read_text(Path(file), MOST_BYTES))
