@@ -75,14 +75,34 @@ def are_tombstones(keys: pa.Array | pa.ChunkedArray, ids: pa.Array | pa.ChunkedA
     return pc.equal(keys, pc.binary_join_element_wise(TOMBSTONE, ids.cast(pa.string()), ""))
 
 
-def frame_of(table: pa.Table) -> pl.DataFrame:
-    """A table of Arrow for Polars, which has no decimals of over 38 digits: those become text."""
-    for place, field in enumerate(table.schema):
-        if pa.types.is_decimal256(field.type):
-            table = table.set_column(place, field.name, table.column(place).cast(pa.string()))
-    frame = pl.from_arrow(table)
-    assert isinstance(frame, pl.DataFrame)
-    return frame
+def frame_of(table: pa.Table, file: str) -> pl.DataFrame:
+    """A table of Arrow for Polars: dictionaries and runs as the values that they stand for, bytes as of `as_text`.
+
+    Raises:
+        DataError: a column has a type that stands for neither numbers, times, texts nor lists of them.
+    """
+    return pl.DataFrame([_series(table.column(n), field.name, file) for n, field in enumerate(table.schema)])
+
+
+def _series(column: pa.ChunkedArray, name: str, file: str) -> pl.Series:
+    kind = column.type
+    if isinstance(kind, pa.BaseExtensionType):
+        column = pa.chunked_array([chunk.storage for chunk in column.chunks], kind.storage_type)
+    elif pa.types.is_run_end_encoded(kind):
+        column = pc.run_end_decode(column)
+    elif pa.types.is_decimal256(kind):  # Polars has no decimals of over 38 digits
+        column = column.cast(pa.string())
+    try:
+        frame = pl.from_arrow(pa.table({name: column}))
+        assert isinstance(frame, pl.DataFrame)
+        series = frame.to_series()
+        if series.dtype in (pl.Binary, pl.Categorical, pl.Enum):
+            return as_text(series)
+        if series.dtype != pl.Duration:
+            return series
+    except pl.exceptions.PolarsError:
+        pass  # a type that Polars does not know
+    raise DataError(f"{file}: column '{name}' is {kind} in Arrow, which is not read; store it as numbers or as text")
 
 
 def as_text(column: pl.Series) -> pl.Series:

@@ -11,13 +11,15 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flm_torchrec import prepare
 from flm_torchrec.cli import main
-from flm_torchrec.data.keys import as_text, json_text, keys
+from flm_torchrec.data.keys import as_text, frame_of, json_text, keys
 from flm_torchrec.data.times import LATEST, check_unit, seconds
 from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.clean import Dropped
@@ -85,6 +87,44 @@ def test_an_id_is_the_same_in_every_source(tmp_path_factory: pytest.TempPathFact
 )
 def test_ids_of_each_type(column: pl.Series, ids: list[str | None]) -> None:
     assert keys(column.alias("u"), "f").to_list() == ids
+
+
+@pytest.mark.parametrize(
+    ("column", "ids"),
+    [
+        (pa.array(["a", None]).dictionary_encode(), ["a", None]),
+        (pa.array([7, 8]).dictionary_encode(), ["7", "8"]),
+        (pc.run_end_encode(pa.array(["a", "a", "b"])), ["a", "a", "b"]),
+        (pa.array([b"1.0", b"\xff"], pa.large_binary()), ["1", "ff"]),
+        (pa.array([bytes(range(240, 256))], pa.uuid()), ["f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff"]),
+        (pa.array([Decimal(10**40)], pa.decimal256(50)), [f"1{'0' * 40}"]),
+    ],
+)
+def test_ids_of_each_type_of_arrow(column: pa.Array, ids: list[str | None]) -> None:
+    assert keys(frame_of(pa.table({"u": column}), "f")["u"], "f").to_list() == ids
+
+
+@pytest.mark.parametrize("kind", [pa.duration("s"), pa.month_day_nano_interval(), pa.list_view(pa.string())])
+def test_types_that_stand_for_no_value_are_refused(tmp_path: Path, kind: pa.DataType) -> None:
+    table = pa.table({"user_id": ["a"], "item_id": ["x"], "timestamp": pa.array([None], kind)})
+    with pytest.raises(DataError, match=r"^events: column 'timestamp' is .* in Arrow, which is not read; store it as"):
+        prepare(table, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "values"),
+    [
+        (pa.array(["a|b", "b"]).dictionary_encode(), "multi_categorical", ["a", "b"]),
+        (pa.array([b"a|b", b"\xff"]), "multi_categorical", ["a", "b", "ff"]),
+        (pa.array([b"1.5", b"2"]), "quantile", ["-inf", "2.0"]),
+        (pc.run_end_encode(pa.array([7.0, 7.0])), "categorical", ["7"]),
+    ],
+)
+def test_values_of_each_type_of_arrow(tmp_path: Path, column: pa.Array, kind: str, values: list[str]) -> None:
+    events = pa.table({"user_id": ["a", "b"], "item_id": ["x", "y"], "timestamp": [1, 2]})
+    items = pa.table({"item_id": ["x", "y"], "f": column})
+    prepare(events, tmp_path / "out", items=items, item_features={"f": kind})
+    assert pl.read_parquet(tmp_path / "out" / "vocab" / "item_f.parquet")["value"].to_list() == values
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ class FileShard:
         return self.file.identity
 
     def _rows(self, table: pa.Table, rows: np.ndarray) -> pl.DataFrame:
-        frame = self.to_roles(frame_of(table))
+        frame = self.to_roles(frame_of(table, self.file.url))
         return frame.with_columns(pl.lit(self.name).alias("file"), pl.Series("row", rows, dtype=pl.Int64))
 
     def _numbered(self, batches: Iterable[pa.RecordBatch], wanted: Mapping[str, str]) -> Iterator[pl.DataFrame]:

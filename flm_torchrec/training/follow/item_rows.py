@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from flm_torchrec.data.event_files import as_data_error
 from flm_torchrec.data.feature_values import FeatureValues, codes_of, describe, numbers_of
-from flm_torchrec.data.keys import is_rounded, json_text, keys, rounded_id, stripped
+from flm_torchrec.data.keys import frame_of, is_rounded, json_text, keys, rounded_id, stripped
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.errors import DataError
 from flm_torchrec.folders import SCHEMA
@@ -57,7 +57,8 @@ def _read_json_lines(file: Path, ids: Sequence[str]) -> _Table:
 
 
 def _read_parquet(file: Path, ids: Sequence[str]) -> _Table:
-    return _of_frame(pl.read_parquet(file), ids)
+    with as_data_error(file), pq.ParquetFile(file) as source:
+        return _of_frame(frame_of(source.read(), str(file)), ids)
 
 
 def _read_csv(file: Path, ids: Sequence[str]) -> _Table:

@@ -271,7 +271,7 @@ def other_source(began: str, given: str) -> DataError:
 
 def _parquet_rows(file: Path, content: bytes) -> list[Any]:
     with as_data_error(file), pq.ParquetFile(pa.BufferReader(content)) as source:
-        return rows_of(frame_of(source.read()))
+        return rows_of(frame_of(source.read(), str(file)))
 
 
 def rows_of(frame: pl.DataFrame) -> list[dict[str, Any]]:
