@@ -281,6 +281,19 @@ def test_lines_may_end_with_carriage_returns_alone(tmp_path: Path, kind: str) ->
     assert found.select("user", "item", "row").rows() == [("a", "x", 1), ("b", "y", 2)] and not dropped.counts
 
 
+@pytest.mark.parametrize("block", [1, 2**24])
+@pytest.mark.parametrize("multiline", [False, True])
+def test_blank_lines_may_stand_before_the_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, multiline: bool
+) -> None:
+    monkeypatch.setattr(lines, "BLOCK", block)
+    monkeypatch.setattr(lines, "SAMPLE", 5)
+    (tmp_path / "l.csv").write_bytes(b"\xef\xbb\xbf\n  \r\nu,i\n\na,x\nb\n")
+    found, dropped = events(tmp_path / "l.csv", form=TextForm(multiline=multiline))
+    assert found.select("user", "item", "row").rows() == [("a", "x", 4)]
+    assert list(dropped.examples.values()) == [["l.csv: row 5"]]
+
+
 RECORDS = st.lists(st.tuples(st.text('ab\n\r ",', max_size=6), st.sampled_from(["x", "y\nz"])), min_size=1, max_size=6)
 
 

@@ -156,9 +156,12 @@ class CsvShard(FileShard):
         with self.file.text() as stream:
             for block in lines.blocks(lines.pieces(stream, form.encoding), drop, separator):
                 if names is None:
-                    names = self._header(block.line(0))
+                    header = next((n for n in range(len(block.numbers)) if block.line(n).strip()), None)
+                    if header is None:
+                        continue
+                    names = self._header(block.line(header))
                     wanted = find_all(self.columns, names, url, dropped.note)
-                    block = block.keep(np.arange(len(block.numbers)) > 0)
+                    block = block.keep(np.arange(len(block.numbers)) > header)
                 any_line = any_line or len(block.numbers) > 0
                 block = lines.readable(block, drop, quoted=True, encoding=form.encoding)
                 if len(block.numbers):
