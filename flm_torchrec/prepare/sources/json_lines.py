@@ -146,7 +146,7 @@ class _Fields:
             whole = f"regexp_replace({value}, '\\.0$', '')"  # a whole float has no point in any source
             if wanted in self.shard.ids:  # an integer of many digits is a DOUBLE too, but keeps them in its text
                 inexact = f"regexp_matches({value}, '[.e]') AND abs(CAST({value} AS DOUBLE)) >= {EXACT}"
-                told = f"error({sql.text(ROUNDED + wanted)} || chr(10) || {value})"
+                told = f"error({sql.text(ROUNDED + wanted)} || chr(10) || ({value}))"
                 whole = f"CASE WHEN {inexact} THEN {told} ELSE {whole} END"
             value = f"CASE json_type(o, {path}) WHEN 'DOUBLE' THEN {whole} ELSE {value} END"
         if wanted in self.shard.numbers and point != ".":
