@@ -120,6 +120,15 @@ def _without(block: Block, stray: np.ndarray, drop: Callable[[np.ndarray, str], 
         yield block
 
 
+def from_first_filled(found: Iterator[Block]) -> Iterator[Block]:
+    """The blocks without the blank lines before the first other line."""
+    for block in found:
+        filled = next((n for n in range(len(block.numbers)) if block.line(n).strip()), None)
+        if filled is not None:
+            yield block.keep(np.arange(len(block.numbers)) >= filled)
+            yield from found
+
+
 UNCLOSED = "malformed: a quote is not closed on its line"
 
 

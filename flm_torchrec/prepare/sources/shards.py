@@ -154,14 +154,12 @@ class CsvShard(FileShard):
         any_line = False
         separator = form.separator if form.multiline else ""
         with self.file.text() as stream:
-            for block in lines.blocks(lines.pieces(stream, form.encoding), drop, separator):
+            found = lines.blocks(lines.pieces(stream, form.encoding), drop, separator)
+            for block in lines.from_first_filled(found):
                 if names is None:
-                    header = next((n for n in range(len(block.numbers)) if block.line(n).strip()), None)
-                    if header is None:
-                        continue
-                    names = self._header(block.line(header))
+                    names = self._header(block.line(0))
                     wanted = find_all(self.columns, names, url, dropped.note)
-                    block = block.keep(np.arange(len(block.numbers)) > header)
+                    block = block.keep(np.arange(len(block.numbers)) > 0)
                 any_line = any_line or len(block.numbers) > 0
                 block = lines.readable(block, drop, quoted=True, encoding=form.encoding)
                 if len(block.numbers):
