@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from flm_torchrec import prepare
 from flm_torchrec.cli import main
+from flm_torchrec.data.feature_values import FeatureValues, codes_of
 from flm_torchrec.data.keys import as_text, frame_of, json_text, keys
 from flm_torchrec.data.times import LATEST, check_unit, seconds
 from flm_torchrec.errors import DataError
@@ -125,6 +126,15 @@ def test_values_of_each_type_of_arrow(tmp_path: Path, column: pa.Array, kind: st
     items = pa.table({"item_id": ["x", "y"], "f": column})
     prepare(events, tmp_path / "out", items=items, item_features={"f": kind})
     assert pl.read_parquet(tmp_path / "out" / "vocab" / "item_f.parquet")["value"].to_list() == values
+
+
+def test_a_request_reads_values_as_preparation_does() -> None:
+    described = {"name": "shelf", "entity": "item", "kind": "multi_categorical"}
+    feature, left_out = FeatureValues.described({**described, "values": ("Art", "Design")}), list[str]()
+    assert list(codes_of(feature, ["\u00a0Design ", " "], left_out)) == [1] and feature.shown(" Design") == ["Design"]
+    assert left_out == ["features.shelf: ' ' was not in training"]
+    older = FeatureValues.described({**described, "values": (" Design ", "Design")})
+    assert list(codes_of(older, [" Design ", "Design ", "Design"], left_out)) == [0, 1, 1]
 
 
 @pytest.mark.parametrize(
