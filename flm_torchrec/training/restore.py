@@ -58,7 +58,7 @@ def restore(
     if taken:
         data = followed_data(run, data, taken)
     with open_inputs(config, data, run=run, options=options) as inputs:
-        job = Job(inputs)
+        job = Job(inputs, learns=False)
         meta = load_checkpoint(run / BEST, job.model, inputs.comm)
         if config.train.warm_start:
             know_learned(job)
