@@ -120,6 +120,19 @@ def test_a_parquet_file_that_was_written_anew_is_refused(incoming: Path) -> None
         follower.take()
 
 
+def test_a_parquet_file_of_which_no_more_than_the_first_mark_is_there_is_waited_for(incoming: Path) -> None:
+    pq.write_table(pa.table({"n": [1, 2]}), incoming / "whole.parquet")
+    content = (incoming / "whole.parquet").read_bytes()
+    (incoming / "whole.parquet").unlink()
+    follower = Follower(incoming)
+    for size in (0, 3, 4, 5, 11, len(content) - 1):
+        (incoming / "day.parquet").write_bytes(content[:size])
+        assert follower.take() == []
+    assert "day.parquet: its end is not there yet" in follower.told[0]
+    (incoming / "day.parquet").write_bytes(content)
+    assert follower.take() == [1, 2]
+
+
 def test_the_same_content_under_another_name_is_skipped_and_told(incoming: Path) -> None:
     (incoming / "b.jsonl").write_text(lines(1, 2))
     pq.write_table(pa.table({"n": [3]}), incoming / "c.parquet")

@@ -20,7 +20,9 @@ from flm_torchrec.errors import DataError
 from flm_torchrec.safe_text import first_line, redact_address
 from flm_torchrec.training.follow.folder import Ledger, Taken, taken_whole
 
-PARQUET_END = b"PAR1"
+PARQUET_MARK = b"PAR1"
+SMALLEST_PARQUET = 12
+"""Bytes: a file begins and ends with the mark, and has the length of its footer before the end."""
 SUFFIXES = (".parquet", ".jsonl")
 REMEMBERED = 10_000
 """Files whose content is still known after they left the folder, in case it comes again."""
@@ -232,8 +234,8 @@ class Folder:
         except OSError as error:
             self._report(f"{file.name}: not readable ({error.strerror}), left alone for now")
             return None
-        end = len(content) if content.endswith(PARQUET_END) else 0
-        end = end if file.suffix == ".parquet" else content.rfind(b"\n") + 1
+        whole = len(content) >= SMALLEST_PARQUET and content.endswith(PARQUET_MARK)
+        end = len(content) * whole if file.suffix == ".parquet" else content.rfind(b"\n") + 1
         if end < len(content):
             self._report(f"{file.name}: its end is not there yet; what is missing is left for later")
         return content[:end]
