@@ -92,6 +92,21 @@ def test_the_rows_of_a_file_that_grew_are_numbered_on(incoming: Path) -> None:
     assert any("its end is not there yet" in line for line in source.messages)
 
 
+def test_blank_lines_are_no_rows_but_count_in_the_numbers_of_rows(incoming: Path) -> None:
+    (incoming / "day.jsonl").write_text("\n" + lines(1) + " \r\n")
+    source = Folder(incoming)
+    first = source.after({})
+    assert first is not None and first.rows == [("day.jsonl: row 2", {"n": 1})]
+    with (incoming / "day.jsonl").open("a") as file:
+        file.write("\n\n")
+    blank = source.after(first.position)
+    assert blank is not None and blank.rows == [] and source.after(blank.position) is None
+    with (incoming / "day.jsonl").open("a") as file:
+        file.write(lines(2) + "{no\n")
+    more = source.after(blank.position)
+    assert more is not None and more.rows == [("day.jsonl: row 6", {"n": 2}), ("day.jsonl: row 7", None)]
+
+
 @pytest.mark.parametrize(
     "content", [lines(1, 9, 3), lines(1, 2), lines(9), ""], ids=["a row changed", "cut off", "replaced", "emptied"]
 )

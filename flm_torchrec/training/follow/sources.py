@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -178,10 +177,12 @@ class Folder:
         if begins and begins[0] != file.name:
             self._report(f"{file.name}: begins with the {begins[1].rows} rows of {begins[0]}; only those after are new")
         size, before = (begins[1].size, begins[1].rows) if begins else (0, 0)
-        values = _parquet_rows(file, content) if file.suffix == ".parquet" else _json_rows(content[size:])
-        rows = [(f"{file.name}: row {n}", value) for n, value in enumerate(values, before + 1)]
-        ledger.files[file.name] = taken_whole(content, before + len(rows), status[1])
-        return rows
+        read = _parquet_rows(file, content) if file.suffix == ".parquet" else content[size:].split(b"\n")[:-1]
+        ledger.files[file.name] = taken_whole(content, before + len(read), status[1])
+        named = [(f"{file.name}: row {n}", row) for n, row in enumerate(read, before + 1)]
+        if file.suffix == ".parquet":
+            return named
+        return [(where, json_of(line)) for where, line in named if line.strip()]
 
     def _arriving(self, file: Path, content: bytes, size: int, ledger: Ledger) -> bool:
         """Whether a new file may be a copy under way of a file that was taken: nothing of it was learnt from then.
@@ -280,11 +281,6 @@ def rows_of(frame: pl.DataFrame) -> list[dict[str, Any]]:
     """Rows as JSON lines would have them: numbers, times and bytes as text; lists and true and false stay so."""
     kept = (pl.List, pl.Array, pl.Boolean)
     return pl.DataFrame([c if isinstance(c.dtype, kept) else as_text(c) for c in frame]).to_dicts()
-
-
-def _json_rows(lines: bytes) -> Iterator[Any]:
-    for line in lines.split(b"\n")[:-1]:
-        yield json_of(line)
 
 
 def json_of(text: bytes | None) -> Any:
