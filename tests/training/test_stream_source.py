@@ -227,6 +227,19 @@ def test_what_is_no_file_is_told_and_never_ends_the_follower(incoming: Path, mon
         Folder(incoming).after(follower.position)
 
 
+def test_files_with_other_endings_are_told_once(incoming: Path) -> None:
+    for name in ("day.csv", "day.jsonl.gz", ".hidden.csv", "_SUCCESS"):
+        (incoming / name).write_text(lines(1))
+    (incoming / "date=2030-01-01").mkdir()
+    (incoming / "day.jsonl").write_text(lines(2))
+    follower = Follower(incoming)
+    assert follower.take() == [2] and follower.told == [
+        f"date=2030-01-01: is a folder, left alone; put the files in it into {incoming}",
+        "day.csv: left alone; only files that end in .parquet or .jsonl are read",
+        "day.jsonl.gz: left alone; only files that end in .parquet or .jsonl are read",
+    ]
+
+
 def test_another_source_is_refused_and_a_moved_folder_is_not(incoming: Path, tmp_path: Path) -> None:
     (incoming / "day.jsonl").write_text(lines(1))
     follower = Follower(incoming)

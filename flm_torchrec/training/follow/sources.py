@@ -105,7 +105,7 @@ class Folder:
     """Files in order of their names, and of each file the rows that are new; `Ledger` says which these are.
 
     A Parquet file is complete once its footer is there. A JSONL file is read up to its last line break, and may grow.
-    Hidden files, files with other endings, and what is no file are not read.
+    Hidden files are not read; nor are files with other endings and what is no file, which is told.
     """
 
     def __init__(self, path: Path) -> None:
@@ -205,7 +205,11 @@ class Folder:
             there = sorted(self.path.iterdir())
         except OSError as error:
             raise DataError(f"--source {self.path}: not readable ({error.strerror}); put the folder back") from error
-        return [f for f in there if f.suffix in SUFFIXES and not f.name.startswith((".", "_"))]
+        shown = [file for file in there if not file.name.startswith((".", "_"))]
+        for file in shown:
+            if file.suffix not in SUFFIXES and self._status(file):
+                self._report(f"{file.name}: left alone; only files that end in {' or '.join(SUFFIXES)} are read")
+        return [file for file in shown if file.suffix in SUFFIXES]
 
     def _status(self, file: Path) -> tuple[int, int] | None:
         """Size in bytes and time of a file; None, and one message, if it is gone or is no file."""
