@@ -16,7 +16,7 @@ from flm_torchrec.serve.event_store import EventStore
 from tests.training.test_follow import NEW, put
 from tests.training.test_follow_ids import follow
 
-KINDS = "name:text,brand:categorical,tags:multi_categorical,weight:numeric,vec:dense"
+KINDS = "name:text,brand:categorical,tags:multi_categorical,weight:numeric,price:quantile,vec:dense"
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shop")
     log = [f"u{u},i{(3 * u + n) % 12},{1_700_000_000 + 60 * n}" for u in range(20) for n in range(8)]
     (folder / "log.csv").write_text("\n".join(["user_id,item_id,timestamp", *log]) + "\n")
-    rows = [f'i{n},Thing {n},b{n % 3},t{n % 4}|t{n % 3},{n},"[{n % 5}.0, 0.5]"' for n in range(12)]
-    (folder / "items.csv").write_text("\n".join(["item_id,name,brand,tags,weight,vec", *rows]) + "\n")
+    rows = [f'i{n},Thing {n},b{n % 3},t{n % 4}|t{n % 3},{n},{n},"[{n % 5}.0, 0.5]"' for n in range(12)]
+    (folder / "items.csv").write_text("\n".join(["item_id,name,brand,tags,weight,price,vec", *rows]) + "\n")
     items = ["--items", str(folder / "items.csv"), "--item-features", KINDS]
     files = ["--input", str(folder / "log.csv"), "--output", str(folder / "data")]
     assert main(["prepare", "--source", "csv", *files, *items]) == 0
@@ -118,3 +118,23 @@ def test_a_cell_that_does_not_fit_its_kind_is_told_with_its_row(
     assert follow(shop / "run", source, tmp_path / "out", "--items", str(file)) == 2
     error = capsys.readouterr().err
     assert f"{file}: row 2: {told}" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_number_that_is_not_finite_is_missing(shop: Path, tmp_path: Path) -> None:
+    source, live = tmp_path / "source", tmp_path / "live"
+    source.mkdir()
+    wrong = {"text": "NaN", "infinite": float("inf"), "json": float("nan"), "empty": ""}
+    events = [
+        {"user": "u1", "item": key, "timestamp": NEW + n, "name": "Thing", "weight": value, "price": value}
+        for n, (key, value) in enumerate(wrong.items())
+    ]
+    put(source / "a.jsonl", events)
+    rows = [{**event, "timestamp": NEW + 10, "item": f"table-{n}"} for n, event in enumerate(events[:1])]
+    typed = pl.DataFrame(rows).with_columns(pl.lit(float("nan")).alias(name) for name in ("weight", "price"))
+    put(source / "c.jsonl", [{"user": "u1", "item": "table-1", "timestamp": NEW, "name": "Thing", "vec": [None, 0.5]}])
+    typed.with_columns(vec=pl.lit([float("nan"), 0.5])).write_parquet(source / "b.parquet")
+    assert follow(shop / "run", source, live) == 0
+    assert json.loads((live / "follow.json").read_text())["refused"] == {}
+    new = [row for key, row in taken_in(live).items() if key in {*wrong, "table-0", "table-1"}]
+    assert len(new) == 6
+    assert all(row["name"] == "Thing" and row["price"] is row["weight"] is row["vec"] is None for row in new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,22 +232,27 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _as_kind(feature: Feature, value: Any) -> Any:
-    """A value of a file, where numbers and lists may be text and keys may be numbers, as its kind wants it."""
+    """A value of a file, where numbers and lists may be text and keys may be numbers, as its kind wants it.
+
+    A number that is not finite is no value, and makes a vector none, as for `flm prepare`.
+    """
     if isinstance(value, str) and feature.kind in ("multi_categorical", "dense"):
         value = values_of(value, TextForm(), f"features.{feature.name}")
-    values = [v for v in value if v not in (None, "")] if isinstance(value, list) else [value]
+    values = value if isinstance(value, list) else [value]
     if feature.kind in ("categorical", "multi_categorical"):
-        values = [json_text(v) for v in values]
+        values = [json_text(v) for v in values if v not in (None, "") and v == v]  # NaN is no value
     elif feature.kind != "text":
         values = [_number(feature, v) for v in values]
-    return values if isinstance(value, list) else values[0]
+        if any(v is None or (isinstance(v, float) and not math.isfinite(v)) for v in values):
+            return None
+    return values if isinstance(value, list) else next(iter(values), None)
 
 
 def _number(feature: Feature, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return float(value)
+        return float(value) if value.strip() else None
     except ValueError as error:
         raise DataError(f"features.{feature.name}: '{value[:40]}' is no number") from error
 
