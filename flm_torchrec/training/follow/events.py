@@ -25,6 +25,7 @@ from flm_torchrec.folders import SCHEMA
 from flm_torchrec.names import nearest
 from flm_torchrec.prepare.clean import WEIGHT_RULES, rules
 from flm_torchrec.training.follow.ids import IdIntake, KnownIds
+from flm_torchrec.training.follow.row_rules import RowRules
 from flm_torchrec.training.follow.sources import BadRow
 from flm_torchrec.training.follow.user_keys import UserKeys
 
@@ -91,13 +92,20 @@ class EventEncoder:
         form: how the source writes its rows.
         intake: what lets unknown users and items in; None refuses them.
         schema: of the data as the run reads them; None: as the vocabulary has it.
+        row_rules: which rows the run leaves out.
     """
 
     def __init__(
-        self, vocabulary: Path, form: RowForm, intake: IdIntake | None = None, schema: Schema | None = None
+        self,
+        vocabulary: Path,
+        form: RowForm,
+        intake: IdIntake | None = None,
+        schema: Schema | None = None,
+        row_rules: RowRules | None = None,
     ) -> None:
         self.time_unit = form.time_unit
         self.intake = intake
+        self.row_rules = row_rules or RowRules()
         self.schema = Schema.load(vocabulary / SCHEMA) if schema is None else schema
         self.ids = KnownIds(vocabulary)
         self.users = UserKeys(vocabulary, self.ids.user, form.key_file)
@@ -122,6 +130,7 @@ class EventEncoder:
                 _refuse(refused, (row if isinstance(row, BadRow) else BadRow()).reason, [where])
         frame = self._read([where for where, _ in objects], [row for _, row in objects])
         more = [("unknown event", pl.col("event_id").is_null()), ("a list as a context", pl.col("listed"))]
+        more += self.row_rules.reasons()
         for reason, bad in [*rules(), *(WEIGHT_RULES if self.schema.weights else ()), *more]:
             bad = bad.fill_null(False)
             _refuse(refused, reason, frame.filter(bad)["where"].to_list())

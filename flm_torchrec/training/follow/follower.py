@@ -43,6 +43,7 @@ from flm_torchrec.training.follow.growth import (
 from flm_torchrec.training.follow.histories import Histories
 from flm_torchrec.training.follow.ids import IdIntake
 from flm_torchrec.training.follow.item_rows import ItemFeed, ItemFile, ItemRows
+from flm_torchrec.training.follow.row_rules import RowRules
 from flm_torchrec.training.follow.sources import Chunk, EventSource, open_source
 from flm_torchrec.training.guard import NON_FINITE, Guard
 from flm_torchrec.training.identity import open_run
@@ -134,7 +135,8 @@ def follow(run: Path, url: str, output: Path, options: FollowOptions, overrides:
             )
         with claimed(output, comm, ANOTHER):
             intake = _intake(options, inputs.data, output)
-            encoder = EventEncoder(run / "vocabulary", options.form, intake, inputs.data.schema)
+            row_rules = RowRules.of(inputs.events.splits)
+            encoder = EventEncoder(run / "vocabulary", options.form, intake, inputs.data.schema, row_rules)
             new_items = options.feed(intake)
             new_items.read()  # what contradicts the data is refused before anything is written
             job = Job(replace(inputs, config=_slower(config)))
