@@ -23,7 +23,7 @@ from flm_torchrec.data.windows import Windows, cut
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.folders import SCHEMA
 from flm_torchrec.names import nearest
-from flm_torchrec.prepare.clean import WEIGHT_RULES, rules
+from flm_torchrec.prepare.clean import WEIGHT_RULES
 from flm_torchrec.training.follow.ids import IdIntake, KnownIds
 from flm_torchrec.training.follow.row_rules import RowRules
 from flm_torchrec.training.follow.sources import BadRow
@@ -114,11 +114,14 @@ class EventEncoder:
         self.contexts = [FeatureValues.described(one) for one in described]
         self.names = {field: form.columns.get(field, field) for field in fields_of(self.schema)}
 
-    def encode(self, rows: Iterable[tuple[str, Any]], refused: dict[str, Any]) -> NewEvents:
+    def encode(
+        self, rows: Iterable[tuple[str, Any]], refused: dict[str, Any], known: PreparedData | None = None
+    ) -> NewEvents:
         """Rows, each with where it stands → events. Rows that cannot be learned from are left out.
 
         Args:
             refused: the rows left out are counted here, by reason, with examples of where they stand.
+            known: the newest events of all users, of which a row may be a duplicate.
 
         Raises:
             DataError: the users of the run are hashed, and that of a row is not.
@@ -129,12 +132,11 @@ class EventEncoder:
             if not isinstance(row, dict):
                 _refuse(refused, (row if isinstance(row, BadRow) else BadRow()).reason, [where])
         frame = self._read([where for where, _ in objects], [row for _, row in objects])
+        of_rows = [*self.row_rules.reasons(), *(WEIGHT_RULES if self.schema.weights else ())]
         more = [("unknown event", pl.col("event_id").is_null()), ("a list as a context", pl.col("listed"))]
-        more += self.row_rules.reasons()
-        for reason, bad in [*rules(), *(WEIGHT_RULES if self.schema.weights else ()), *more]:
-            bad = bad.fill_null(False)
-            _refuse(refused, reason, frame.filter(bad)["where"].to_list())
-            frame = frame.filter(~bad)
+        for reason, bad in [*of_rows, *more]:
+            frame = _without(frame, reason, bad, refused)
+        frame = _without(frame, *self.row_rules.duplicates(frame, known), refused)
         if self.intake is not None:
             frame = frame.with_columns(self.intake.take_in(frame, [row for _, row in objects], self.ids))
         else:
@@ -207,6 +209,13 @@ class EventEncoder:
     def _ids(self, frame: pl.DataFrame, what: str) -> pl.Series:
         of = self.ids.user if what == "user" else self.ids.item
         return pl.Series(f"{what}_id", [of[key] for key in frame[what]], dtype=pl.Int64)
+
+
+def _without(frame: pl.DataFrame, reason: str, bad: pl.Expr, refused: dict[str, Any]) -> pl.DataFrame:
+    """The rows of the frame that are not bad; the others are refused."""
+    bad = bad.fill_null(False)
+    _refuse(refused, reason, frame.filter(bad)["where"].to_list())
+    return frame.filter(~bad)
 
 
 def _refuse(refused: dict[str, Any], reason: str, where: list[str]) -> None:

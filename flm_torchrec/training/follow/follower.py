@@ -135,7 +135,7 @@ def follow(run: Path, url: str, output: Path, options: FollowOptions, overrides:
             )
         with claimed(output, comm, ANOTHER):
             intake = _intake(options, inputs.data, output)
-            row_rules = RowRules.of(inputs.events.splits)
+            row_rules = RowRules.of(inputs.data, inputs.events.splits)
             encoder = EventEncoder(run / "vocabulary", options.form, intake, inputs.data.schema, row_rules)
             new_items = options.feed(intake)
             new_items.read()  # what contradicts the data is refused before anything is written
@@ -313,7 +313,7 @@ class _Follower:
     def _take(self, chunk: Chunk) -> None:
         """Learn from a chunk, and save the state after it."""
         state = self.progress.following
-        new = self.encoder.encode(chunk.rows, state["refused"])
+        new = self.encoder.encode(chunk.rows, state["refused"], self.histories.data)
         self._count_left_out(chunk.name, self.encoder.ids.left_out)
         self.encoder.ids.left_out = []
         if len(new):
