@@ -42,7 +42,8 @@ from flm_torchrec.training.follow.growth import (
 )
 from flm_torchrec.training.follow.histories import Histories
 from flm_torchrec.training.follow.ids import IdIntake
-from flm_torchrec.training.follow.item_rows import ItemFeed, ItemFile, ItemRows
+from flm_torchrec.training.follow.item_file import ItemFeed, ItemFile
+from flm_torchrec.training.follow.item_rows import ItemRows
 from flm_torchrec.training.follow.row_rules import RowRules
 from flm_torchrec.training.follow.sources import Chunk, EventSource, open_source
 from flm_torchrec.training.guard import NON_FINITE, Guard
@@ -91,10 +92,10 @@ class FollowOptions:
         if self.items is not None and not self.admit_after:
             raise ConfigError("--items: new items come in, and --admit-after 0 refuses them; leave out one of the two")
 
-    def feed(self, intake: IdIntake | None) -> ItemFeed:
+    def feed(self, intake: IdIntake | None) -> ItemFeed | None:
         """The item file, as the follower reads it."""
         if self.items is None or intake is None:
-            return ItemFeed(None, None)
+            return None
         return ItemFeed(ItemFile(self.items, self.form.columns.get("item", "item")), intake.rows)
 
     @property
@@ -113,8 +114,7 @@ def follow(run: Path, url: str, output: Path, options: FollowOptions, overrides:
     Args:
         overrides: of the run's config: `data.path`, where its data are now.
 
-    Returns the number of events learned from, of rows refused, of new users and items, and of values of their features
-    that have no row, since the folder was made.
+    Returns the counts of `_Follower.totals`.
 
     Raises:
         FlmError: run, source, item file or folder is wrong.
@@ -138,7 +138,8 @@ def follow(run: Path, url: str, output: Path, options: FollowOptions, overrides:
             row_rules = RowRules.of(inputs.data, inputs.events.splits)
             encoder = EventEncoder(run / "vocabulary", options.form, intake, inputs.data.schema, row_rules)
             new_items = options.feed(intake)
-            new_items.read()  # what contradicts the data is refused before anything is written
+            if new_items is not None:
+                new_items.check()  # what cannot be read is refused before anything is written
             job = Job(replace(inputs, config=_slower(config)))
             load_checkpoint(run / BEST, job.model, comm)
             if config.train.warm_start:
@@ -239,7 +240,7 @@ class _Follower:
             self.histories.expire()
         self._save()
 
-    def take_all(self, source: EventSource, new_items: ItemFeed, first: Chunk | None) -> None:
+    def take_all(self, source: EventSource, new_items: ItemFeed | None, first: Chunk | None) -> None:
         """Learn from chunk after chunk.
 
         Args:
@@ -250,7 +251,8 @@ class _Follower:
             DataError: the source or the item file cannot be read.
         """
         while not self.comm.any(self.guard.asked)[0]:
-            self._take_items(new_items)
+            if new_items is not None:
+                self._take_items(new_items)
             chunk = first or self.comm.on_main(lambda: source.after(self.progress.following["source"]))
             first = None
             self._log_messages(source)
@@ -263,7 +265,10 @@ class _Follower:
         raise Interrupted(f"stopped as asked after step {self.progress.step}, all saved; start it again to go on")
 
     def totals(self) -> dict[str, int]:
-        """Events learned from, rows refused, new users and items, and values left out, since the folder was made."""
+        """Events learned from, rows refused, new users and items, and values left out, since the folder was made.
+
+        Likewise `changed`, known items that have other features in the item file as it is now.
+        """
         state, ids, schema = self.progress.following, self.encoder.ids, self.base.schema
         return {
             "events": state["events"],
@@ -271,6 +276,7 @@ class _Follower:
             "users": len(ids.user) - schema.users,
             "items": len(ids.item) - schema.items,
             "left_out": state.get("left_out", {"values": 0})["values"],
+            "changed": state.get("changed", {"items": 0})["items"],
         }
 
     def _make_folder(self) -> None:
@@ -285,18 +291,34 @@ class _Follower:
 
     def _take_items(self, new_items: ItemFeed) -> None:
         """Take in the items of the item file, and save the state after it."""
-        items, left_out = self.comm.on_main(lambda: (new_items.read(), new_items.left_out))
-        new_items.taken()
-        for key, row in items:
+        news = self.comm.on_main(new_items.read)
+        if news is None:
+            return
+        self._count_changed(news.changed)
+        for key, row in news.new:
             self.encoder.ids.add_item(key, row)
         if self.encoder.ids.new_items:
             count = len(self.encoder.ids.new_items)
             before = self.histories.data.schema.users, self.histories.data.schema.items
-            self._count_left_out(str(self.options.items), left_out)
+            self._count_left_out(str(self.options.items), news.left_out)
             self._grow()
             self._load_rows(before, {})
             self._save()
             self.logger.say(f"{self.options.items}: {count} new items")
+
+    def _count_changed(self, lines: list[str]) -> None:
+        """Record and tell which known items have other features in the item file: they keep those that were learnt."""
+        state = self.progress.following
+        found = {"items": len(lines), "examples": lines[:EXAMPLES]}
+        if found == state.get("changed", {"items": 0, "examples": []}):
+            return
+        state["changed"] = found
+        self.comm.on_main(self._write_report)
+        if lines:
+            self.logger.say(
+                f"{self.options.items}: {len(lines)} items have other features than the run knows, which it keeps, such"
+                f" as {lines[0]}; to learn them, prepare the data again and train with --train.warm_start {self.folder}"
+            )
 
     def _count_left_out(self, where: str, lines: list[str]) -> None:
         """Count and tell values of new items that have no row: tables of features do not grow."""
