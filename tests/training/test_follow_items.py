@@ -13,6 +13,8 @@ import pytest
 from flm_torchrec.cli import main
 from flm_torchrec.serve.event_log import export_items
 from flm_torchrec.serve.event_store import EventStore
+from flm_torchrec.training.follow.item_file import ItemFeed, ItemFile
+from flm_torchrec.training.follow.item_rows import ItemRows
 from tests.training.test_follow import NEW, put
 from tests.training.test_follow_ids import follow
 
@@ -138,3 +140,26 @@ def test_a_number_that_is_not_finite_is_missing(shop: Path, tmp_path: Path) -> N
     new = [row for key, row in taken_in(live).items() if key in {*wrong, "table-0", "table-1"}]
     assert len(new) == 6
     assert all(row["name"] == "Thing" and row["price"] is row["weight"] is row["vec"] is None for row in new)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_an_item_file_that_is_being_written_is_read_once_it_is_whole(shop: Path, tmp_path: Path, kind: str) -> None:
+    """At any length nothing is raised, and what is read of it are rows of the whole file."""
+    file = tmp_path / f"items.{kind}"
+    table = pl.DataFrame({"item": ["x", "y"], "brand": ["b1", "b2"], "price": [3, 11], "name": ["A", "B c"]})
+    getattr(table, {"csv": "write_csv", "jsonl": "write_ndjson", "parquet": "write_parquet"}[kind])(file)
+    content = file.read_bytes()
+    whole = dict(ItemFile(file, "item").read(ItemRows(shop / "data", tmp_path)).new)
+    assert len(whole) == 2
+    feed = ItemFeed(ItemFile(file, "item"), ItemRows(shop / "data", tmp_path))
+    file.unlink()
+    assert feed.read() is None and feed.read() is None
+    assert len(feed.messages) == 1 and "put the item file back; until it can be read" in feed.messages[0]
+    for size in range(0, len(content), 1 if len(content) < 200 else len(content) // 50):
+        file.write_bytes(content[:size])
+        news = feed.read()
+        assert news is None or dict(news.new).items() <= whole.items(), size
+    assert len(feed.messages) > 1
+    file.write_bytes(content)
+    news = feed.read()
+    assert news is not None and dict(news.new) == whole and feed.read() is None

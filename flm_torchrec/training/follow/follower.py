@@ -248,7 +248,7 @@ class _Follower:
 
         Raises:
             Interrupted: asked to stop; the state is saved.
-            DataError: the source or the item file cannot be read.
+            DataError: the source cannot be read.
         """
         while not self.comm.any(self.guard.asked)[0]:
             if new_items is not None:
@@ -284,7 +284,7 @@ class _Follower:
             (self.folder / LEARNED).mkdir(exist_ok=True)
             mend_inside(self.folder / LEARNED)
 
-    def _log_messages(self, source: EventSource) -> None:
+    def _log_messages(self, source: EventSource | ItemFeed) -> None:
         for line in source.messages:
             self.logger.say(line)
         source.messages.clear()
@@ -292,6 +292,7 @@ class _Follower:
     def _take_items(self, new_items: ItemFeed) -> None:
         """Take in the items of the item file, and save the state after it."""
         news = self.comm.on_main(new_items.read)
+        self._log_messages(new_items)
         if news is None:
             return
         self._count_changed(news.changed)

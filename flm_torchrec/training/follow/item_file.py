@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,21 @@ class _Table:
     """By column, what JSON lines would have."""
     ids: dict[str, pl.Series]
     """Columns that may have the ids, the first choice first."""
+    cut: bool = False
+    """Whether the last line had no end, and was left out."""
 
 
 def _read_json_lines(file: Path, ids: Sequence[str]) -> _Table:
     """Line by line, for a feature may be a text in one row and a list in the next."""
-    rows = [json_of(line) for line in file.read_bytes().splitlines() if line.strip()]
+    content, cut = _whole_lines(file)
+    rows = [json_of(line) for line in content.splitlines() if line.strip()]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DataError(f"{file}: row {number}: not a JSON object; mend the row")
     # A file of `flm export-events` is empty where there are no cold items.
     columns = list(dict.fromkeys(name for row in rows for name in row)) or [ITEM_ID]
     texts = {n: pl.Series(n, [json_text(row.get(n)) for row in rows], dtype=pl.String) for n in ids if n in columns}
-    return _Table(columns, rows, texts)
+    return _Table(columns, rows, texts, cut)
 
 
 def _read_parquet(file: Path, ids: Sequence[str]) -> _Table:
@@ -47,7 +50,15 @@ def _read_parquet(file: Path, ids: Sequence[str]) -> _Table:
 
 def _read_csv(file: Path, ids: Sequence[str]) -> _Table:
     """All text: `007` is no number, and the key of another item than `7`."""
-    return _of_frame(pl.read_csv(file, infer_schema=False), ids)
+    content, cut = _whole_lines(file)
+    return replace(_of_frame(pl.read_csv(content, infer_schema=False), ids), cut=cut)
+
+
+def _whole_lines(file: Path) -> tuple[bytes, bool]:
+    """A file up to its last line break, and whether there is more: a row that is being written may look complete."""
+    content = file.read_bytes()
+    end = content.rfind(b"\n") + 1
+    return content[:end], end < len(content)
 
 
 def _of_frame(frame: pl.DataFrame, ids: Sequence[str]) -> _Table:
@@ -68,6 +79,8 @@ class ItemNews:
     """A line for each value of `new` that has no code."""
     changed: list[str] = field(default_factory=list)
     """A line for each item of the data that has other features here."""
+    cut: bool = False
+    """Whether the last line of the file had no end, and was left out."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,7 @@ class ItemFile:
         table = self._table()
         found = keys(next(iter(table.ids.values())), str(self.path)).to_list()
         known = rows.known([key for key in found if key is not None])
-        news, seen = ItemNews(), set[str]()
+        news, seen = ItemNews(cut=table.cut), set[str]()
         for number, (key, given) in enumerate(zip(found, table.rows, strict=True), start=1):
             where = f"{self.path}: row {number}"
             if key is None or key in seen:
@@ -129,7 +142,7 @@ class ItemFile:
 
 
 class ItemFeed:
-    """An item file, read again whenever it has changed.
+    """An item file, read again whenever it has changed, and until it can be read: it may be half written.
 
     Args:
         rows: encodes its rows.
@@ -139,21 +152,32 @@ class ItemFeed:
         self.file = file
         self.rows = rows
         self.status: tuple[int, int] | None = None
+        """Of the file when it was read last."""
+        self.messages: list[str] = []
+        """Lines for the user; whoever shows them clears the list."""
+        self.trouble = ""
+        """What was wrong with the file at the last look."""
 
     def check(self) -> None:
-        """Raise DataError as `ItemFile.read` does."""
+        """Raise DataError where the file is not there, and as `ItemFile.read` does."""
         self.file.status()
         self.file.read(self.rows)
 
     def read(self) -> ItemNews | None:
-        """What the file has that the data lack; None where it has not changed since it was read last.
-
-        Raises:
-            DataError: as of `ItemFile.read`.
-        """
-        status = self.file.status()
-        if status == self.status:
+        """What the file has that the data lack; None where it has not changed, or cannot be read now."""
+        try:
+            status = self.file.status()
+            if status == self.status:
+                return None
+            news = self.file.read(self.rows)
+        except DataError as error:
+            self._tell(f"{error}; until it can be read, nothing is taken from it")
             return None
-        news = self.file.read(self.rows)
+        self._tell(f"{self.file.path}: its last line has no end yet, and is left for later" if news.cut else "")
         self.status = status
         return news
+
+    def _tell(self, trouble: str) -> None:
+        if trouble and trouble != self.trouble:
+            self.messages.append(trouble)
+        self.trouble = trouble
