@@ -185,6 +185,44 @@ def test_known_items_with_other_features_keep_theirs_and_are_told(
     assert json.loads((live / "follow.json").read_text())["changed"] == {"items": 0, "examples": []}
 
 
+def test_an_item_whose_event_comes_before_its_row_gets_its_features_later(
+    small: PreparedData, run: Path, tmp_path: Path
+) -> None:
+    source, file, live = tmp_path / "source", tmp_path / "items.jsonl", tmp_path / "live"
+    source.mkdir()
+    rich = features_of(small, 4)
+    put(file, [{"item": "other", **rich}])
+    put(source / "a.jsonl", [one("u3", "early", 1), one("u4", "plain", 2), one("u5", "other", 3)])
+    options = ("--items", str(file))
+    assert follow(run, source, live, *options) == 0
+    log = (live / "train.log").read_text()
+    assert f"a.jsonl: 2 new items have no row in {file} yet, such as 'early'" in log
+    (name,) = (n for n in read_all(live / "checkpoints/best") if n.endswith(".item_id.weight"))
+    before = read_all(live / "checkpoints/best")[name]
+    put(file, [{"item": "early", **rich}, {"item": "other", **rich}, {"item": "new", **rich}, {"item": "plain"}])
+    assert follow(run, source, live, *options) == 0
+    assert f"{file}: 1 new items, and features of 1 that had none" in (live / "train.log").read_text()
+    items = {row["item_key"]: row for row in pq.read_table(live / "vocabulary/items.parquet").to_pylist()}
+    assert list(items)[small.schema.items :] == ["other", "early", "plain", "new"]
+    assert [row["item_id"] for row in items.values()] == list(range(small.schema.items + 4))
+    own = ("item_id", "item_key")
+    values = {key: {n: v for n, v in row.items() if n not in own} for key, row in items.items()}
+    assert values["early"] == values["other"] == values["new"] and not any(values["plain"].values())
+    after = read_all(live / "checkpoints/best")[name]
+    assert np.array_equal(before, after[: len(before)])  # what the id learnt stays
+    report = json.loads((live / "follow.json").read_text())
+    assert (report["without_features"], report["described"]) == (2, 1) and "changed" not in report
+
+    # The model has the features too: started again, and evaluated and exported.
+    assert follow(run, source, live, *options) == 0
+    assert json.loads((live / "follow.json").read_text()) == report
+    assert main(["evaluate", "--run", str(live)]) == 0
+    assert main(["export", "--run", str(live), "--output", str(tmp_path / "e"), "--tower", "none"]) == 0
+    rows = read_part(tmp_path / "e/items.parquet/part-00000.parquet", ["item_key", "content"]).to_pylist()
+    content = {row["item_key"]: row["content"] for row in rows}
+    assert content["early"] == pytest.approx(content["new"], abs=1e-6) and content["early"] != content["plain"]
+
+
 def test_rows_of_an_item_file_of_any_kind_are_those_of_the_data(small: PreparedData, tmp_path: Path) -> None:
     rows = ItemRows(small.path, tmp_path)
     given = [{"item": f"new-{n}" if n % 2 else small.item_keys[n], **features_of(small, n)} for n in range(8)]
@@ -200,7 +238,7 @@ def test_rows_of_an_item_file_of_any_kind_are_those_of_the_data(small: PreparedD
         for (_, row), n in zip(found, (1, 3, 5, 7), strict=True):
             wanted = {**features_of(small, n)} if name != "items.csv" else flat.row(n, named=True)
             assert rows.differs(wanted, row, known[n]) == ""
-    assert rows.table(150, found)["item_id"].to_pylist() == [150, 151, 152, 153]
+    assert rows.table(range(150, 154), found)["item_id"].to_pylist() == [150, 151, 152, 153]
 
 
 def test_keys_and_features_of_an_item_file_are_those_of_all_its_rows(small: PreparedData, tmp_path: Path) -> None:

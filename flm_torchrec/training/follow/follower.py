@@ -43,7 +43,7 @@ from flm_torchrec.training.follow.growth import (
 from flm_torchrec.training.follow.histories import Histories
 from flm_torchrec.training.follow.ids import IdIntake
 from flm_torchrec.training.follow.item_file import ItemFeed, ItemFile
-from flm_torchrec.training.follow.item_rows import ItemRows
+from flm_torchrec.training.follow.item_rows import ItemRows, is_bare
 from flm_torchrec.training.follow.row_rules import RowRules
 from flm_torchrec.training.follow.sources import Chunk, EventSource, open_source
 from flm_torchrec.training.guard import NON_FINITE, Guard
@@ -296,16 +296,28 @@ class _Follower:
         if news is None:
             return
         self._count_changed(news.changed)
+        ids = self.encoder.ids
         for key, row in news.new:
-            self.encoder.ids.add_item(key, row)
-        if self.encoder.ids.new_items:
-            count = len(self.encoder.ids.new_items)
+            ids.add_item(key, row)
+        ids.described += news.described
+        if ids.new_items or ids.described:
+            told = f"{self.options.items}: {len(ids.new_items)} new items"
+            told += f", and features of {len(ids.described)} that had none" if ids.described else ""
             before = self.histories.data.schema.users, self.histories.data.schema.items
             self._count_left_out(str(self.options.items), news.left_out)
             self._grow()
             self._load_rows(before, {})
             self._save()
-            self.logger.say(f"{self.options.items}: {count} new items")
+            self.logger.say(told)
+
+    def _tell_bare(self, where: str) -> None:
+        """Tell which items come in without features, before their rows in the item file."""
+        bare = [key for key, row in self.encoder.ids.new_items if is_bare(row)]
+        if bare and self.options.items:
+            self.logger.say(
+                f"{where}: {len(bare)} new items have no row in {self.options.items} yet, such as '{bare[0]}', and so"
+                " no features until it comes"
+            )
 
     def _count_changed(self, lines: list[str]) -> None:
         """Record and tell which known items have other features in the item file: they keep those that were learnt."""
@@ -339,6 +351,7 @@ class _Follower:
         new = self.encoder.encode(chunk.rows, state["refused"], self.histories.data)
         self._count_left_out(chunk.name, self.encoder.ids.left_out)
         self.encoder.ids.left_out = []
+        self._tell_bare(chunk.name)
         if len(new):
             before = self.histories.data.schema.users, self.histories.data.schema.items
             grew = self._grow()
@@ -383,16 +396,24 @@ class _Follower:
         ids.settle()
 
     def _grow(self) -> bool:
-        """Give the model rows for the users and items that came in; `_load_rows` fills them. Whether any came."""
+        """Give the model rows for the users and items that came in, and features that came later.
+
+        Returns whether there were any; `_load_rows` fills the rows.
+        """
         ids, state = self.encoder.ids, self.progress.following
-        if not ids.new_users and not ids.new_items:
+        if not (ids.new_users or ids.new_items or ids.described):
             return False
         assert self.encoder.intake is not None
         columns = pq.read_schema(self.base.path / "users.parquet")
         users = user_table(columns, len(ids.user) - len(ids.new_users), ids.new_users)
-        items = self.encoder.intake.rows.table(len(ids.item) - len(ids.new_items), ids.new_items)
+        rows = self.encoder.intake.rows
+        items = rows.table(range(len(ids.item) - len(ids.new_items), len(ids.item)), ids.new_items)
+        described = rows.table([ids.item[key] for key, _ in ids.described], ids.described)
+        counts = {"without_features": sum(is_bare(row) for _, row in ids.new_items), "described": len(described)}
+        for name, count in counts.items():
+            state[name] = state.get(name, 0) + count
         with telling(self.folder):
-            self.comm.on_main(lambda: write_growth(self.folder / LEARNED, state["growths"], users, items))
+            self.comm.on_main(lambda: write_growth(self.folder / LEARNED, state["growths"], users, items, described))
         state["growths"] += 1
         ids.settle()
         self._build(with_growth(self.base, self.folder / LEARNED, state["growths"]))

@@ -12,7 +12,7 @@ import polars.selectors as cs
 
 from flm_torchrec.data.keys import json_text, keys
 from flm_torchrec.errors import DataError
-from flm_torchrec.training.follow.item_rows import ItemRows
+from flm_torchrec.training.follow.item_rows import ItemRows, is_bare
 from flm_torchrec.training.follow.sources import json_of, rows_of
 
 ITEM_ID = "item_id"
@@ -75,8 +75,10 @@ class ItemNews:
 
     new: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     """Keys and encoded rows of items, in order of the file."""
+    described: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    """Likewise, of items that came in without features, before their row here."""
     left_out: list[str] = field(default_factory=list)
-    """A line for each value of `new` that has no code."""
+    """A line for each value of `new` and `described` that has no code."""
     changed: list[str] = field(default_factory=list)
     """A line for each item of the data that has other features here."""
     cut: bool = False
@@ -119,12 +121,18 @@ class ItemFile:
             if key is None or key in seen:
                 raise DataError(f"{where}: {'no item' if key is None else f'item {key!r} has two rows'}; mend the row")
             seen.add(key)
+            left_out: list[str] = []
             try:
-                row = rows.row(given, news.left_out if key not in known else None)
+                row = rows.row(given, left_out)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
             if key not in known:
                 news.new.append((key, row))
+                news.left_out += left_out
+            elif rows.awaits(known[key]):
+                if not is_bare(row):
+                    news.described.append((key, row))
+                    news.left_out += left_out
             elif feature := rows.differs(given, row, known[key]):
                 news.changed.append(f"row {number}: item '{key}' has another {feature}")
         return news

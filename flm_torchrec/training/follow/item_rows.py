@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,9 @@ class ItemRows:
             row[feature.column] = _encoded(feature, values, value, [] if left_out is None else left_out)
         return row
 
-    def table(self, first: int, items: list[tuple[str, dict[str, Any]]]) -> pa.Table:
-        """Keys and rows of new items, numbered from `first` on, with the columns of items.parquet."""
-        rows = [{"item_id": first + n, "item_key": key, **row} for n, (key, row) in enumerate(items)]
+    def table(self, ids: Iterable[int], items: list[tuple[str, dict[str, Any]]]) -> pa.Table:
+        """Ids, keys and rows of items with the columns of items.parquet."""
+        rows = [{"item_id": n, "item_key": key, **row} for n, (key, row) in zip(ids, items, strict=True)]
         return pa.Table.from_pylist(rows, schema=self.columns)
 
     def known(self, wanted: list[str]) -> dict[str, dict[str, Any]]:
@@ -81,6 +81,10 @@ class ItemRows:
             table = pq.read_table(grown, filters=[("item_key", "in", wanted)])
         return {row["item_key"]: row for row in table.to_pylist()}
 
+    def awaits(self, known: Mapping[str, Any]) -> bool:
+        """Whether a known item came in since, and without features."""
+        return known["item_id"] >= self.schema.items and is_bare(known)
+
     def differs(self, given: Mapping[str, Any], row: Mapping[str, Any], known: Mapping[str, Any]) -> str:
         """Name of a feature that is given and is not that of the known item; empty where there is none."""
         for feature, _ in self.features:
@@ -91,6 +95,11 @@ class ItemRows:
     def _type(self, name: str) -> pa.DataType:
         place = self.columns.get_field_index(name)
         return pa.null() if place < 0 else self.columns.field(place).type
+
+
+def is_bare(row: Mapping[str, Any]) -> bool:
+    """Whether a row of items.parquet says nothing of its item but the key."""
+    return all(value in (None, "", []) for name, value in row.items() if name not in ("item_id", "item_key"))
 
 
 def _is_text(kind: pa.DataType) -> bool:
