@@ -21,6 +21,7 @@ from flm_torchrec.training.checkpoint.manager import BEST, load_checkpoint
 from flm_torchrec.training.identity import check_has_model, open_run, refuse_forgotten
 from flm_torchrec.training.job import Job, JobInputs, open_inputs
 from flm_torchrec.training.label_evaluation import evaluate_labels
+from flm_torchrec.training.learned_before import refuse_learned
 from flm_torchrec.training.run_events import ANY_RANKS
 from flm_torchrec.training.run_folder import ANOTHER_RUN, check_run_folder, claimed, open_run_folder
 from flm_torchrec.training.trackers import check_trackers
@@ -85,6 +86,8 @@ def finetune(
         tested = everyone.drawn(sample)
         for run in runs:
             check_run_folder(run, inputs.comm)
+        if tuning.task == "next-item":
+            refuse_learned(Path(tuning.source), inputs)
         for run in runs:
             test |= _finetune_once(JobInputs.of(run, inputs.data, inputs.comm), tested)
         if not inputs.comm.main:

@@ -29,6 +29,7 @@ from flm_torchrec.training.checkpoint.storage import read_meta
 from flm_torchrec.training.encoder import ModelEncoder
 from flm_torchrec.training.fusion_weights import FORMS, choose_fusion
 from flm_torchrec.training.job import Job, open_inputs
+from flm_torchrec.training.learned_before import refuse_learned
 from flm_torchrec.training.logger import RunLogger
 from flm_torchrec.training.loop import Finished, TrainingParts, Validate, run_loop
 from flm_torchrec.training.run_folder import check_run_folder, claimed, open_run_folder
@@ -57,6 +58,8 @@ def pretrain(config: Config) -> Finished:
         check_source(config)
     with open_inputs(config) as inputs, claimed(config.train.run, inputs.comm):
         resumes = check_run_folder(config, inputs.comm) and bool(states_of(Path(config.train.run)))
+        if config.train.warm_start and not resumes:
+            refuse_learned(Path(config.train.warm_start), inputs)
         job = Job(inputs)
         start = WarmStart.of(job) if config.train.warm_start and not resumes else None
         with open_run_folder(config, inputs.data, inputs.comm, job.total_steps) as logger:
