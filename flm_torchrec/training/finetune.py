@@ -16,7 +16,7 @@ from flm_torchrec.errors import ConfigError, RunError
 from flm_torchrec.evaluation.evaluate import evaluate_heads
 from flm_torchrec.files import telling, write_text
 from flm_torchrec.folders import CONFIG
-from flm_torchrec.training.by_key import load_source
+from flm_torchrec.training.by_key import know_learned, load_source
 from flm_torchrec.training.checkpoint.manager import BEST, load_checkpoint
 from flm_torchrec.training.identity import check_has_model, open_run, refuse_forgotten
 from flm_torchrec.training.job import Job, JobInputs, open_inputs
@@ -134,6 +134,7 @@ def _finetune_once(inputs: JobInputs, tested: Examples) -> dict[str, dict[str, f
     config, data, comm = inputs.config, inputs.data, inputs.comm
     job = Job(inputs)
     job.loaded = load_source(job)
+    know_learned(job)
     labels = job.events.labels
 
     def test_metrics() -> dict[str, float]:

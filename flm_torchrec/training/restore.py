@@ -60,7 +60,6 @@ def restore(
     with open_inputs(config, data, run=run, options=options) as inputs:
         job = Job(inputs, learns=False)
         meta = load_checkpoint(run / BEST, job.model, inputs.comm)
-        if config.train.warm_start:
-            know_learned(job)
+        know_learned(job)
         digest = hashlib.sha256((run / CONFIG).read_bytes()).hexdigest()[:8]
         yield Restored(job=job, version=f"{run.name}-{meta['step']}-{digest}")

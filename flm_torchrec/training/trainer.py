@@ -120,8 +120,7 @@ def train(job: Job, logger: RunLogger, validate: Validate | None = None, start: 
     progress = resume(checkpoints, logger) if logger.resumed else Progress()
     if start is not None:
         progress.steps_before = start.load(job, checkpoints, logger)
-    if config.train.warm_start:
-        know_learned(job)
+    know_learned(job)
     checkpoints.check_space()
     chosen = (lambda: {}) if validate else (lambda: _fusion(job))
     parts = TrainingParts(job.model, job.optimizer, job.loader, config.train, comm, logger, checkpoints, chosen)

@@ -142,8 +142,7 @@ def follow(run: Path, url: str, output: Path, options: FollowOptions, overrides:
                 new_items.check()  # what cannot be read is refused before anything is written
             job = Job(replace(inputs, config=_slower(config)))
             load_checkpoint(run / BEST, job.model, comm)
-            if config.train.warm_start:
-                know_learned(job)
+            know_learned(job)
             guard = Guard(comm, "stop", output / NON_FINITE)
             first = comm.on_main(lambda: _first(source, output))
             encoder.check_users(first.rows if first else [])
