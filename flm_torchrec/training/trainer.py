@@ -33,6 +33,7 @@ from flm_torchrec.training.learned_before import refuse_learned
 from flm_torchrec.training.logger import RunLogger
 from flm_torchrec.training.loop import Finished, TrainingParts, Validate, run_loop
 from flm_torchrec.training.run_folder import check_run_folder, claimed, open_run_folder
+from flm_torchrec.training.shortlists import LONG, SHORT, items_for
 from flm_torchrec.training.trackers import check_trackers
 from flm_torchrec.training.warm_start import WarmStart, check_source
 
@@ -41,7 +42,7 @@ CHOSEN_LATE = ("late", "sum")
 DOMAINS = {"own": "its own domain", "all": "all domains"}
 """By `loss.domains`, whose items are candidates."""
 MOST_EXAMPLES = 16_384
-"""Maximum of validation examples that choose a fusion: 30 MB of scores."""
+"""Maximum of validation examples that choose a fusion, with the shortest lists: 30 MB of scores."""
 
 
 def pretrain(config: Config) -> Finished:
@@ -74,7 +75,12 @@ def check_select(config: Config) -> None:
         raise ConfigError(
             f"train.select: no validation metric '{config.train.select}'; {nearest(config.train.select, known)}"
         )
-    head = config.train.select.partition("/")[0]
+    head, _, metric = config.train.select.partition("/")
+    if config.model.fusion in CHOSEN_LATE and items_for(metric) > LONG:
+        raise ConfigError(
+            f"train.select: {metric} is too deep to choose model.fusion={config.model.fusion} by; select by a K up to"
+            f" {LONG // 2}"
+        )
     if head != FUSED and getattr(config.loss, head) == 0:
         raise ConfigError(f"train.select: the {head} head is not trained; set loss.{head}, or select by another head")
     if config.model.fusion not in CHOSEN_LATE and config.loss.fused == 0:
@@ -199,7 +205,8 @@ def _told_fusion(best: dict[str, Any], select: str) -> str:
 def _set_fusion(job: Job, encoder: ModelEncoder) -> dict[str, float]:
     """Choose the fusion that ranks the encoder's examples best, and set it; the metrics of those tried. Collective."""
     examples = encoder.examples
-    examples = examples.take(sampled(len(examples), MOST_EXAMPLES, job.config.train.seed))
+    most = MOST_EXAMPLES * SHORT // items_for(job.config.train.select)
+    examples = examples.take(sampled(len(examples), most, job.config.train.seed))
     problem = RankingProblem(job.data, examples, blocks_of(job.config.eval))
     model: PretrainModel = job.model.module
     chosen = choose_fusion(problem, encoder.of(examples), model.temperatures(), job.comm, job.config)
