@@ -28,6 +28,11 @@ from flm_torchrec.training.trackers import check_trackers
 from flm_torchrec.training.trainer import check_select, train
 
 LABEL_SELECT = "label/auc"
+NOT_GIVEN = {
+    "finetune.start": "each training has its own, first pretrained, then scratch, which --no-control leaves out",
+    "train.warm_start": "fine-tuning goes on from finetune.source",
+}
+"""Settings of a training that fine-tuning sets itself."""
 
 
 def source_config(source: Path, overrides: list[str]) -> Config:
@@ -41,6 +46,9 @@ def source_config(source: Path, overrides: list[str]) -> Config:
     """
     check_has_model(source)
     given = {o.partition("=")[0] for o in overrides}
+    for name, reason in NOT_GIVEN.items():
+        if name in given:
+            raise ConfigError(f"--{name}: {reason}; leave it out")
     if "train.run" not in given:
         raise ConfigError("--train.run: name the folder to write, beside that of the source")
     task = load_config(source / CONFIG, overrides).finetune.task
