@@ -113,6 +113,20 @@ def test_a_search_writes_the_table_and_a_config_for_train(space: Path, tmp_path:
     assert len({t.params["train.sparse_lr"] for t in more.trials}) == 8
 
 
+def test_trials_share_the_cores_unless_they_are_given_threads(space: Path, tmp_path: Path) -> None:
+    space.write_text("settings: {data.path: none, distributed.threads: 0}\nspace: {model.dim: [16]}")
+    given: list[str] = []
+
+    def launch(command: list[str], log: Path) -> FakeTraining:
+        given.append(command[command.index("--distributed.threads") + 1])
+        return FakeTraining(command, log)
+
+    tune(read_space(space), options(tmp_path / "shared", 1, jobs=1, launch=launch), quiet)
+    space.write_text(space.read_text().replace("threads: 0", "threads: 7"))
+    tune(read_space(space), options(tmp_path / "own", 1, jobs=1, launch=launch), quiet)
+    assert given == [str(len(os.sched_getaffinity(0))), "7"]
+
+
 def test_a_search_that_is_killed_loses_no_trial(space: Path, tmp_path: Path) -> None:
     """At its sixth validation, with two trials under way."""
     output = tmp_path / "out"
