@@ -61,6 +61,8 @@ def options(output: Path, trials: int, **given: object) -> TuneOptions:
         ("space: {train.sparse_lr: {low: 0, high: 0.1, log: true}}", "log needs a low end above 0"),
         ("space: {train.sparse_lr: {low: 0, high: 1, setp: 0.1}}", "unknown key 'setp'; did you mean 'step'?"),
         ("space: {model.layers: {low: 1, high: 3, step: 0.5}}", "step must be a number above 0"),
+        ("space: {model.layers: {low: 1, high: 10, step: 4}}", "miss high 10, so it would never be tried; give high 9"),
+        ("space: {model.dropout: {low: 0.1, high: 0.5, step: 0.3}}", "give high 0.4"),
         ("space: {train.sparse_lr: 0.1}", "give a list of choices, or {low"),
         ("space: {train.sparse_lr: []}", "give a list of single values"),
         ("space: {model.dim: [16, 16]}", "a choice is there twice"),
@@ -89,10 +91,13 @@ def test_a_wrong_space_is_one_line_before_any_work(
 
 def test_values_are_held_as_the_config_holds_them(tmp_path: Path) -> None:
     file = tmp_path / "space.yaml"
-    file.write_text("space: {train.dense_lr: [1e-3, 2e-3], train.clip: {low: 1, high: 2}, data.features: [all, 'a,b']}")
+    file.write_text(
+        "space: {train.dense_lr: [1e-3, 2e-3], train.clip: {low: 1, high: 2}, model.dropout: {low: 0, high: 0.3, step: 0.1}, data.features: [all, 'a,b']}"
+    )
     assert read_space(file).parts == {
         "train.dense_lr": Choices((0.001, 0.002)),
         "train.clip": Range(1.0, 2.0),
+        "model.dropout": Range(0.0, 0.3, 0.1),
         "data.features": Choices(("all", "a,b")),
     }
 
