@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flm_torchrec.cli import main
+from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.data.loader import TrainLoader
 from flm_torchrec.data.splits import split
 from flm_torchrec.prepare.clean import Dropped
 from flm_torchrec.prepare.column_options import parse_columns
@@ -186,6 +190,26 @@ def test_what_cannot_be_followed_is_told(run: Path, source: Path, tmp_path: Path
     (source / "0.parquet").write_bytes(b"PAR1 and no more PAR1")
     assert "0.parquet: not a readable Parquet file" in (line := told()) and "put a whole copy in its place" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_a_number_names_its_file_and_what_helps(
+    run: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    follow = ["follow", "--once", "--run", str(run), "--source", str(source), "--output", str(tmp_path / "live")]
+    epoch = TrainLoader.epoch
+
+    def poisoned(loader: TrainLoader, number: int) -> Iterator[Batch]:
+        for batch in epoch(loader, number):
+            yield batch if number == 0 else replace(batch, value=torch.full_like(batch.value, torch.nan))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainLoader, "epoch", poisoned)
+        assert main(follow) == 2
+    told = capsys.readouterr().err
+    assert "is not a number; nothing of b.parquet is learnt" in told and "--train.warm_start" in told
+    assert "non_finite" not in told and told.count("\n") == 1
+    assert list(json.loads((tmp_path / "live/follow.json").read_text())["source"]["files"]) == ["a.jsonl"]
+    assert main(follow) == 0
 
 
 def test_an_output_goes_on_with_its_own_source_alone(

@@ -91,9 +91,8 @@ def test_a_wrong_space_is_one_line_before_any_work(
 
 def test_values_are_held_as_the_config_holds_them(tmp_path: Path) -> None:
     file = tmp_path / "space.yaml"
-    file.write_text(
-        "space: {train.dense_lr: [1e-3, 2e-3], train.clip: {low: 1, high: 2}, model.dropout: {low: 0, high: 0.3, step: 0.1}, data.features: [all, 'a,b']}"
-    )
+    ranges = "train.clip: {low: 1, high: 2}, model.dropout: {low: 0, high: 0.3, step: 0.1}"
+    file.write_text(f"space: {{train.dense_lr: [1e-3, 2e-3], {ranges}, data.features: [all, 'a,b']}}")
     assert read_space(file).parts == {
         "train.dense_lr": Choices((0.001, 0.002)),
         "train.clip": Range(1.0, 2.0),

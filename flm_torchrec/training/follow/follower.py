@@ -359,6 +359,11 @@ class _Follower:
             is_new, gone = self.histories.append(new), self.histories.expire()
             if grew or any(len(ids) for ids in gone.values()):
                 self._load_rows(before, gone)
+            self.guard.remedy = (
+                f"nothing of {chunk.name} is learnt, and all before it is saved; mend or remove its events and start"
+                " again, or prepare the data again and train with lower rates:"
+                f" 'flm train --train.warm_start {self.folder}' with --train.dense_lr and --train.sparse_lr"
+            )
             self._train(self._loader(is_new), state["parts"])
             state["parts"] += 1
         state["events"] += len(new)
