@@ -51,7 +51,8 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """The content of `evaluation-SPLIT.json`."""
         tables = {"table": self.table, "segments": self.segments, "lists": self.lists}
-        return {"split": self.split, "users": self.users, "examples": self.examples, **tables}
+        whom = {"users": self.users, "ranked": self.ranked, "examples": self.examples}
+        return {"split": self.split, **whom, **tables}
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class EvaluationTask:
     """Of `segments.BY`: what else results are broken down by."""
     unit: str = "events"
     """What the examples are called where a user has several."""
+    drawn_of: int = 0
+    """Users of whom those of the examples were drawn; 0: these are all."""
 
 
 def evaluate_heads(
@@ -154,7 +157,8 @@ def _unshown(found: Evaluation, k: int) -> Iterator[str]:
 def _ranked(task: EvaluationTask, users: int) -> str:
     """What is ranked for how many examples, and of how many users these are."""
     examples = len(task.examples)
-    whom = f"{users} users" if examples == users else f"{examples} {task.unit} ({users} users)"
+    drawn = f"{users} of {task.drawn_of} users, drawn once" if users < task.drawn_of else f"{users} users"
+    whom = drawn if examples == users else f"{examples} {task.unit} ({drawn})"
     what = "every item" if task.data.item_domain is None else "every item of the event's domain"
     return f"{whom}, {what} ranked"
 
