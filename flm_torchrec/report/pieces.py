@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def curves(run: Path) -> Section:
     return Section("Curves", notes, [Curves(*_named(title), lines) for title, lines in plots.items()])
 
 
-def ranked_for(found: dict[str, Any]) -> str:
+def ranked_for(found: Mapping[str, Any]) -> str:
     """What an evaluation ranked for how many users, and of how many these were drawn; older files have
     their number alone."""
     return str(found.get("ranked") or f"{int(found['users']):,} users, every item ranked")
