@@ -189,7 +189,7 @@ MEASURES: tuple[tuple[str, int, Callable[[Sequence[SourceFile]], list[str]]], ..
     ("public functions without docstring", 0, without_docstring),
     ("'fmt: skip'", 9, not_formatted),
     ("class names defined twice", 0, defined_twice),
-    ("config fields", 82, config_fields),
+    ("config fields", 83, config_fields),
     ("import circles", 0, import_circles),
 )
 """Name, bound, and the function that finds what counts."""

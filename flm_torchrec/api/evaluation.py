@@ -88,6 +88,8 @@ def evaluate_run(run: str | os.PathLike[str], options: EvaluateOptions, keep_ran
             examples = _rolled(job, held_out, examples, options.windows)
         by = tuple(dict.fromkeys(options.by))
         task = EvaluationTask(job.data, examples, options.split, job.events.seen, splits.cold_items, keep_ranks, by)
+        if options.sample or options.drawn:
+            task = replace(task, drawn_of=job.data.schema.users if options.sample else held_out.users)
         if options.windows and job.data.item_domain is None:  # of joint data, a window has an event of each domain
             task = replace(task, unit="pairs of user and window")
         evaluation = evaluate(task, job.encoder(examples), job.comm, job.config.eval)

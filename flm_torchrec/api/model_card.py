@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from flm_torchrec.report.headline import Table
 
-EVALUATION, TITLE = "evaluation-test.json", "test, {:,} users, every item ranked"
+EVALUATION = "evaluation-test.json"
 CARD = """---
 library_name: flm_torchrec
 license: unknown
@@ -125,9 +125,19 @@ def _of_seeds(run: Path, seeds: Sequence[Path]) -> str:
     try:
         first = read_json(file)
         tables = [_shown(table_of(other, "test", first)) for other in seeds]
-        return markdown_metrics(TITLE.format(int(first["users"])), _shown(first["table"]), tables)
+        return _evaluated(first, tables)
     except (Unreadable, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"--seeds: {file} cannot be read; run 'flm evaluate --run {run}' first") from error
+
+
+def _evaluated(found: Mapping[str, Any], seeds: Sequence[Table] = ()) -> str:
+    """The table of an evaluation, whom it ranked for, and which default baselines it lacks."""
+    from flm_torchrec.report.headline import not_ranked
+    from flm_torchrec.report.pieces import ranked_for
+
+    table = markdown_metrics(f"test: {visible(ranked_for(found))}", _shown(found["table"]), seeds)
+    missing = not_ranked(found["table"])
+    return f"{table}\n{missing}\n" if missing else table
 
 
 def _shown(table: Table) -> Table:
@@ -141,7 +151,7 @@ def _metrics(run: Path, meta: Mapping[str, Any]) -> str:
     try:
         found = read_json(file) if file.is_file() else None
         if found is not None:
-            return markdown_metrics(TITLE.format(int(found["users"])), _shown(found["table"]))
+            return _evaluated(found)
     except (Unreadable, KeyError, TypeError, ValueError, AttributeError):
         pass  # the card then has the metrics of the checkpoint, as if nothing had been evaluated
     rows: Table = {}

@@ -17,7 +17,9 @@ FINETUNE_DEFAULTS = {
     "train.run": "none; must be given",
     "train.existing": "refuse",
     "train.select": f"{FROM_SOURCE}; label/auc for labels",
+    "train.warm_start": "none; not to be given",
     "finetune.source": "none; must be given",
+    "finetune.start": "each in turn; not to be given",
 }
 """What `flm finetune` takes for a setting that is not given, where that is not the schema's default."""
 

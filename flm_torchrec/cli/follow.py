@@ -105,4 +105,5 @@ def run(args: argparse.Namespace) -> None:
     if os.environ.get("RANK", "0") == "0":
         new = f"; {counts['users']} new users, {counts['items']} new items" if counts["users"] + counts["items"] else ""
         new += f"; {counts['left_out']} values of features without a row" if counts["left_out"] else ""
+        new += f"; {counts['changed']} items with other features in the item file" if counts["changed"] else ""
         print(f"{args.output}: {counts['events']} events learnt from, {counts['refused']} rows refused{new}")

@@ -296,6 +296,13 @@ class TrainConfig:
         Literal["rowwise_adagrad", "adagrad", "adam"],
         Field(description="optimizer of the tables, fused into backward; adam needs a GPU"),
     ] = "rowwise_adagrad"
+    sparse_precision: Annotated[
+        Literal["fp32", "fp16"],
+        Field(
+            description="of the tables' weights; fp16: half the memory, each update rounded up or down by chance"
+            " (stochastic rounding); needs a GPU"
+        ),
+    ] = "fp32"
     sparse_lr: Annotated[LearningRate, Field(description="learning rate of the tables; 0: they stay as they are")] = 0.4
     warmup_steps: Annotated[
         Number, Field(description="steps of linear warm-up, at most a tenth of all; then cosine decay")

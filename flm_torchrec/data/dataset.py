@@ -113,6 +113,10 @@ class EntityFeatures:
         sparse = {name: rows + later.sparse[name] for name, rows in self.sparse.items()}
         return EntityFeatures(sparse, np.concatenate([self.dense, later.dense]))
 
+    def take(self, rows: np.ndarray) -> EntityFeatures:
+        """The entities named, in that order."""
+        return EntityFeatures({name: ragged.take(rows) for name, ragged in self.sparse.items()}, self.dense[rows])
+
 
 @dataclass(frozen=True)
 class PreparedData:

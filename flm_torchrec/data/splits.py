@@ -71,6 +71,7 @@ class Splits:
     test: Examples
     cold_items: np.ndarray | None = None  # [items] bool: held out, for all users
     held_out: np.ndarray | None = None  # [interactions] bool: of joint data, or of some kinds of events
+    cold_users: np.ndarray | None = None  # [users] bool: held out, with all their events
 
     def train_mask(self, data: PreparedData) -> np.ndarray:
         """[interactions] bool: the events that may be learnt from."""
@@ -362,7 +363,8 @@ def _cold_start(data: PreparedData, rule: Rule) -> Splits:
         )
 
     train_end = np.where(cold_user > 0, data.offsets[:-1], warm.train_end)
-    return Splits(train_end, examples(1, warm.valid), examples(2, warm.test), cold_item > 0, warm.held_out)
+    valid, test = examples(1, warm.valid), examples(2, warm.test)
+    return Splits(train_end, valid, test, cold_item > 0, warm.held_out, cold_user > 0)
 
 
 def _cold_events(data: PreparedData, cold: np.ndarray, rule: Rule) -> Examples:

@@ -129,9 +129,11 @@ class Comm:
 
         Raises:
             FlmError: the error of rank 0, raised on every rank, so that no rank waits. An OSError becomes a RunError.
+                Of an error that nobody expects rank 0 raises the error itself, and the others a RunError that tells it.
         """
         result: T | None = None
         error: FlmError | None = None
+        fault: Exception | None = None
         if self.main:
             try:
                 result = action()
@@ -139,7 +141,12 @@ class Comm:
                 error = raised
             except OSError as raised:
                 error = RunError(f"{raised.filename}: {raised.strerror}; mend that, or give another --train.run")
+            except Exception as raised:
+                fault = raised
+                error = RunError(f"rank 0 ended by {type(raised).__name__} ({raised}); its log has more")
         result, error = self.gather((result, error))[0]
+        if fault is not None:
+            raise fault
         if error is not None:
             raise error
         return result  # type: ignore[return-value]

@@ -117,7 +117,8 @@ def check_replicable(model: nn.Module, plan: ShardingPlan, optimizer: str) -> No
 
     Raises:
         ConfigError: a managed table (each replica would give its rows to other ids), a table with a cache (averaging
-            would miss its newest rows), or an optimizer other than Adagrad.
+            would miss its newest rows), tables of fp16 (an average would be rounded to the nearest number), or an
+            optimizer other than Adagrad.
     """
     for module in model.modules():
         if isinstance(module, BaseManagedCollisionEmbeddingCollection):
@@ -134,6 +135,11 @@ def check_replicable(model: nn.Module, plan: ShardingPlan, optimizer: str) -> No
                     f"distributed.replicas: table '{name}' has a cache ({choice.compute_kernel}), whose rows TorchRec"
                     " would not average; give it another kernel, or leave replicas out"
                 )
+    if any(weight.dtype == torch.float16 for weight in model.parameters()):
+        raise ConfigError(
+            "distributed.replicas: the average of tables in fp16 would be rounded to the nearest number, so that small"
+            " updates are lost; set train.sparse_precision=fp32, or leave replicas out"
+        )
     if optimizer not in AVERAGED:
         raise ConfigError(
             f"distributed.replicas: TorchRec averages the state of {' and '.join(AVERAGED)}, not that of {optimizer};"

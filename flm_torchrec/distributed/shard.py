@@ -34,7 +34,6 @@ from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.distributed.lookups import JointLookup
 from flm_torchrec.distributed.replicas import Replicated, check_replicable, group_of
 from flm_torchrec.distributed.sharders import check_whole_rows, sharders
-from flm_torchrec.errors import ConfigError
 
 SPARSE_OPTIMIZERS = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": Adagrad, "adam": Adam}
 BLOCK_ROWS = 65536
@@ -57,10 +56,8 @@ def shard(
         replicas: number of groups of ranks that each hold all tables. The plan is for the ranks of one group.
 
     Raises:
-        ConfigError: the optimizer has no kernel on this device, or does not fit the plan or the replicas.
+        ConfigError: the optimizer does not fit the plan or the replicas.
     """
-    if config.sparse_optimizer == "adam" and comm.device.type == "cpu":
-        raise ConfigError("train.sparse_optimizer: 'adam' has no CPU kernel in FBGEMM; use 'rowwise_adagrad'")
     check_whole_rows(plan, config.sparse_optimizer)
     optimizer = SPARSE_OPTIMIZERS[config.sparse_optimizer]
     zeros = set[str]()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flm_torchrec.config.heads import REPRESENTATIONS
+from flm_torchrec.config.heads import FUSED, REPRESENTATIONS
 from flm_torchrec.config.schema import BASELINES, EvalConfig
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import COLD_ITEM, Examples
@@ -19,7 +19,7 @@ from flm_torchrec.evaluation.lists import ItemFacts, Targets, list_metrics, targ
 from flm_torchrec.evaluation.memory import check_events, check_vectors, left_out
 from flm_torchrec.evaluation.protocol import Collectives, Encoder, Of, Scorer
 from flm_torchrec.evaluation.ranking import Blocks, Ranked, RankingProblem, count_ranks, rank_targets
-from flm_torchrec.evaluation.segments import labels_by
+from flm_torchrec.evaluation.segments import NO_EVENTS, labels_by
 
 COVERAGE_AT = 10
 CONTENT_ALONE, IDS_ALONE = "content alone", "ids alone"
@@ -51,7 +51,8 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """The content of `evaluation-SPLIT.json`."""
         tables = {"table": self.table, "segments": self.segments, "lists": self.lists}
-        return {"split": self.split, "users": self.users, "examples": self.examples, **tables}
+        whom = {"users": self.users, "ranked": self.ranked, "examples": self.examples}
+        return {"split": self.split, **whom, **tables}
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class EvaluationTask:
     """Of `segments.BY`: what else results are broken down by."""
     unit: str = "events"
     """What the examples are called where a user has several."""
+    drawn_of: int = 0
+    """Users of whom those of the examples were drawn; 0: these are all."""
 
 
 def evaluate_heads(
@@ -134,13 +137,28 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
             if ranked_cold is not None and examples.label is not None:
                 part = count_ranks(_only(ranked_cold, examples.label == COLD_ITEM), name, items, comm)
                 result.segments.setdefault(f"{COLD_ITEM}, among those alone", {})[name] = part.metrics(config.ks)
+    result.notes.extend(_unshown(result, max(config.ks)))
     return result
+
+
+def _unshown(found: Evaluation, k: int) -> Iterator[str]:
+    """A line for each segment of new items of which fused lists have none, and those of the content head have some."""
+    for label in (COLD_ITEM, NO_EVENTS):
+        fused, content = (
+            found.segments.get(label, {}).get(head, {}).get(f"hr@{k}", 0.0) for head in (FUSED, "content")
+        )
+        if content > 0 and not fused:
+            yield (
+                f"of '{label}' none is among the first {k} of the fused lists, and the content head finds some (hr@{k}"
+                f" {content:.4f}): give them a slot of their own, with 'head': 'content' (docs/serving.md, 'New items')"
+            )
 
 
 def _ranked(task: EvaluationTask, users: int) -> str:
     """What is ranked for how many examples, and of how many users these are."""
     examples = len(task.examples)
-    whom = f"{users} users" if examples == users else f"{examples} {task.unit} ({users} users)"
+    drawn = f"{users} of {task.drawn_of} users, drawn once" if users < task.drawn_of else f"{users} users"
+    whom = drawn if examples == users else f"{examples} {task.unit} ({drawn})"
     what = "every item" if task.data.item_domain is None else "every item of the event's domain"
     return f"{whom}, {what} ranked"
 

@@ -12,6 +12,8 @@ from flm_torchrec.data.splits import Examples
 HEAD = 0.2
 """The share of the items with training events, the most popular ones, that are head items."""
 
+NO_EVENTS = "items without training events"
+
 
 def labels_by(
     by: Sequence[str], data: PreparedData, examples: Examples, train_mask: np.ndarray
@@ -39,7 +41,7 @@ def _by_items(data: PreparedData, examples: Examples, train_mask: np.ndarray) ->
     known = np.sort(events[events > 0])[::-1]
     least = known[max(0, round(HEAD * len(known)) - 1)] if len(known) else 1
     found = events[data.item[examples.end]]
-    return np.select([found == 0, found >= least], ["items without training events", "head items"], "tail items")
+    return np.select([found == 0, found >= least], [NO_EVENTS, "head items"], "tail items")
 
 
 def _by_users(data: PreparedData, examples: Examples, train_mask: np.ndarray) -> np.ndarray:

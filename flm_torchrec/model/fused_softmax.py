@@ -1,6 +1,6 @@
 """The softmax as native code: no logits in memory, and faster.
 
-Of bf16 products on CPUs with AMX or avx512_bf16; of float32 where `products` has native code, on AMD's with AVX-512.
+Of products of bf16 (by AMX where there is AMX) and of float32, on CPUs with avx512_bf16.
 `fused_softmax.cpp` is compiled at the first use, by the C++ compiler of this machine for its processor, and kept in the
 user's cache. Where that cannot be, `why_not_fused` says why, and `softmax` computes the same with PyTorch.
 """
@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flm_torchrec import products
 from flm_torchrec.machine_code import processor_instructions
 from flm_torchrec.model.token_passes import add_at
 from flm_torchrec.native_code import OPTIONS, Unavailable, argument, built, why_none
@@ -42,7 +41,7 @@ class _Problem(ctypes.Structure):
 
 def is_meant(precision: torch.dtype | None) -> bool:
     """Whether native code of such products would be faster than PyTorch on this processor."""
-    return precision == torch.bfloat16 or (precision == torch.float32 and products.is_wanted())
+    return precision == torch.bfloat16 or (precision == torch.float32 and processor_instructions() >= NEEDED)
 
 
 def why_not_fused(precision: torch.dtype | None, device: torch.device) -> str:

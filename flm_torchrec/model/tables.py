@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torchrec.modules.embedding_configs import (
     BaseEmbeddingConfig,
+    DataType,
     EmbeddingBagConfig,
     EmbeddingConfig,
     PoolingType,
@@ -185,6 +186,16 @@ def history_tables(schema: Schema, dim: int) -> EmbeddingCollection:
         ],
         device=META,
     )
+
+
+def hold_in_half(model: nn.Module) -> None:
+    """Make all tables float16. What they give is float32 all the same once TorchRec has sharded them."""
+    for module in model.modules():
+        if isinstance(module, EmbeddingBagCollection | EmbeddingCollection):
+            bags = isinstance(module, EmbeddingBagCollection)
+            for config in module.embedding_bag_configs() if bags else module.embedding_configs():
+                config.data_type = DataType.FP16
+            module.half()
 
 
 def _user_configs(schema: Schema, dim: int) -> list[EmbeddingBagConfig]:

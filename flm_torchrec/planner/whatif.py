@@ -168,20 +168,21 @@ def _changes(question: Question, cluster: Cluster) -> Iterator[tuple[str, str, Q
 
         return replace(question, workload=workload, rules=replace(rules, kernels=kernels or rules.kernels))
 
-    rules = question.rules
+    rules, gpu = question.rules, cluster.hardware.device == "cuda"
     if not set(AUTO_TYPES) <= set(rules.sharding_types) or rules.tables:
         free = replace(question, rules=Rules(kernels=rules.kernels))
         yield "table-wise or row-wise as the planner likes", "no constraints", free
     caching = ("fused", "fused_uvm_caching")
-    if cluster.hardware.device == "cuda":
+    if gpu:
         yield "UVM caching", "tables in host memory, a fifth of the rows cached in HBM", changed(caching)
         yield "UVM", "tables in host memory, read over PCIe", changed(("fused", "fused_uvm"))
-    yield "fp16 tables", "half the weights; 'flm train' does not offer them", changed(precision="fp16")
+        yield "fp16 tables", "half the weights: train.sparse_precision=fp16", changed(precision="fp16")
     yield "int8 tables", "for serving only: TorchRec does not train them", changed(precision="int8")
     if question.workload(cluster.world_size).optimizer in ("adam", "adagrad"):
         yield "row-wise Adagrad", "one number of state a row", changed(optimizer="rowwise_adagrad")
-        yield "fp16 tables, row-wise Adagrad", "", changed(precision="fp16", optimizer="rowwise_adagrad")
-    if cluster.hardware.device == "cuda":
+        if gpu:
+            yield "fp16 tables, row-wise Adagrad", "", changed(precision="fp16", optimizer="rowwise_adagrad")
+    if gpu:
         yield "fp16 tables, UVM caching", "", changed(caching, precision="fp16")
 
 

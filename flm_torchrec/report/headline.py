@@ -8,15 +8,16 @@ from statistics import mean
 from typing import Any
 
 from flm_torchrec.config.heads import REPRESENTATIONS
-from flm_torchrec.config.schema import BASELINES
+from flm_torchrec.config.schema import BASELINES, EvalConfig
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.report import mean_and_deviation
 from flm_torchrec.pages import Figure, Section
-from flm_torchrec.report.pieces import Missing, record_of
+from flm_torchrec.report.pieces import Missing, ranked_for, record_of
 
 Table = dict[str, dict[str, float]]
 SPLITS = ("test", "valid")
 """The first of these that was evaluated counts."""
+NO_BASELINE = "No baseline was ranked beside the heads: eval.baselines names those to rank."
 
 
 def headline(run: Path, metric: str, seeds: Sequence[Path] = ()) -> Section:
@@ -51,9 +52,16 @@ def headline(run: Path, metric: str, seeds: Sequence[Path] = ()) -> Section:
         ahead, behind = map(mean, values)
         part = f"{ahead / behind - 1:+.1%}" if behind else f"{ahead - behind:+.4f}"
         figures.append(Figure("difference", part, f"of {head} from {baseline}"))
-    users = f"{found['users']:,} {'users' if found['users'] != 1 else 'user'}"
-    notes = () if names else ("No baseline was ranked beside the heads: eval.baselines names those to rank.",)
-    return Section("Result", [f"Every item ranked for {users}.", *notes], figures=figures)
+    missing = not_ranked(found["table"]) if names else NO_BASELINE
+    notes = [f"{split}: {ranked_for(found)}.", *([missing] if missing else [])]
+    return Section("Result", notes, figures=figures)
+
+
+def not_ranked(table: Table) -> str:
+    """A sentence that names the default baselines without a row in the table; empty if all have one."""
+    # Chance is ranked where items are held out, and not elsewhere.
+    missing = [name for name in EvalConfig().baselines if name not in table and name != "random"]
+    return f"Of the default baselines, not ranked: {', '.join(missing)}." if missing else ""
 
 
 def _file(run: Path, split: str) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,12 @@ def curves(run: Path) -> Section:
     return Section("Curves", notes, [Curves(*_named(title), lines) for title, lines in plots.items()])
 
 
+def ranked_for(found: Mapping[str, Any]) -> str:
+    """What an evaluation ranked for how many users, and of how many these were drawn; older files have
+    their number alone."""
+    return str(found.get("ranked") or f"{int(found['users']):,} users, every item ranked")
+
+
 def evaluations(run: Path) -> Section:
     """The tables of each evaluation-*.json: heads and baselines, over all examples and by segment.
 
@@ -91,7 +97,7 @@ def evaluations(run: Path) -> Section:
     grids = []
     for file in files:
         content = record_of(file, f"'flm evaluate --run {run}' writes it")
-        grids.append(_metrics(f"{content['split']}, {content['users']} users", content["table"]))
+        grids.append(_metrics(f"{content['split']}: {ranked_for(content)}", content["table"]))
         grids += [_metrics(f"of {content['split']}, '{label}'", t) for label, t in content.get("segments", {}).items()]
         if lists := content.get("lists"):
             grids.append(_metrics(f"what is recommended, {content['split']}", lists, best=False))

@@ -21,20 +21,34 @@ from flm_torchrec.distributed.shard import shard
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.model.label import LabelDense
 from flm_torchrec.model.pretrain import Dense, PretrainModel
+from flm_torchrec.model.tables import hold_in_half
 from flm_torchrec.planner.constraints import Lookup
 from flm_torchrec.planner.estimate import dense_bytes
 from flm_torchrec.planner.plan import make_plan
 from flm_torchrec.planner.workload import Workload
 
 
-def set_precision(config: Config, device: torch.device) -> None:
-    """Let products of float32 matrices use TF32 where `loss.precision` allows it.
+def check_learns(config: Config, device: torch.device) -> None:
+    """Refuse to learn on a CPU with settings of GPUs. A CPU evaluates and exports what has learned with them.
 
     Raises:
-        ConfigError: TF32 is asked for on a CPU.
+        ConfigError: names the setting.
     """
-    if config.loss.precision == "tf32" and device.type != "cuda":
+    if device.type == "cuda":
+        return
+    if config.loss.precision == "tf32":
         raise ConfigError("loss.precision: tf32 is a precision of GPUs, and this runs on a CPU; use fp32 or bf16")
+    if config.train.sparse_optimizer == "adam":
+        raise ConfigError("train.sparse_optimizer: 'adam' has no CPU kernel in FBGEMM; use 'rowwise_adagrad'")
+    if config.train.sparse_precision == "fp16":
+        raise ConfigError(
+            "train.sparse_precision: fp16 needs a GPU; FBGEMM's kernels for CPUs round each update to the nearest"
+            " number, so that tables stop learning; use fp32"
+        )
+
+
+def set_precision(config: Config, device: torch.device) -> None:
+    """Let products of float32 matrices use TF32 where `loss.precision` allows it and the device has it."""
     beside = precision_beside(config.loss.precision, device.type)
     torch.set_float32_matmul_precision("high" if beside == "tf32" else "highest")
 
@@ -79,7 +93,10 @@ def make_model(schema: Schema, config: Config, comm: Comm) -> PretrainModel:
     if config.finetune.source and config.finetune.task == "label":
         dense = partial(LabelDense, labels=label_weights(config.finetune.labels))
     longest = config.data.max_history + 1
-    return PretrainModel(schema, config.model, config.loss, longest, _candidate_ranks(config, comm), dense)
+    model = PretrainModel(schema, config.model, config.loss, longest, _candidate_ranks(config, comm), dense)
+    if config.train.sparse_precision == "fp16":
+        hold_in_half(model)
+    return model
 
 
 def _candidate_ranks(config: Config, comm: Comm) -> CandidateRanks:

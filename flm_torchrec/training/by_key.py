@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from flm_torchrec.config import Config
 from flm_torchrec.data.schema import Entity
 from flm_torchrec.data.vocabulary import ENTITIES, RowKeys, RowMatch, match_rows
 from flm_torchrec.distributed.rows import held_by_rank
@@ -61,8 +62,12 @@ def entity_tables(job: Job) -> dict[str, Entity]:
 def know_learned(job: Job) -> None:
     """Count users and items as known whose rows are not zero, though no event of the job's data has them. Collective.
 
-    For a job that was warm-started: there a row is zero until it has learned, in this run or in one before.
+    Only of a job that was warm-started, or took its tables over from one that was: there a row is zero until it has
+    learned, in this run or in one before.
     """
+    config = job.config
+    if not _was_warm_started(config) or (config.finetune.source and not job.same_tables):
+        return
     state = job.model.state_dict()
     for weight, entity in entity_tables(job).items():
         learned = torch.zeros(state[weight].size(0))
@@ -72,6 +77,14 @@ def know_learned(job: Job) -> None:
         for stats in (job.train_stats, job.loader.assembler.stats):
             known = stats.items if entity == "item" else stats.users
             np.maximum(known, mask, out=known)
+
+
+def _was_warm_started(config: Config) -> bool:
+    """Whether the tables come from a warm start, through any number of fine-tunings."""
+    tuning = config.finetune
+    if not tuning.source:
+        return bool(config.train.warm_start)
+    return tuning.start == "pretrained" and _was_warm_started(read_config(Path(tuning.source)))
 
 
 def load_source(job: Job) -> str | None:

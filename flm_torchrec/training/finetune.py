@@ -16,17 +16,23 @@ from flm_torchrec.errors import ConfigError, RunError
 from flm_torchrec.evaluation.evaluate import evaluate_heads
 from flm_torchrec.files import telling, write_text
 from flm_torchrec.folders import CONFIG
-from flm_torchrec.training.by_key import load_source
+from flm_torchrec.training.by_key import know_learned, load_source
 from flm_torchrec.training.checkpoint.manager import BEST, load_checkpoint
 from flm_torchrec.training.identity import check_has_model, open_run, refuse_forgotten
 from flm_torchrec.training.job import Job, JobInputs, open_inputs
 from flm_torchrec.training.label_evaluation import evaluate_labels
+from flm_torchrec.training.learned_before import refuse_learned
 from flm_torchrec.training.run_events import ANY_RANKS
 from flm_torchrec.training.run_folder import ANOTHER_RUN, check_run_folder, claimed, open_run_folder
 from flm_torchrec.training.trackers import check_trackers
 from flm_torchrec.training.trainer import check_select, train
 
 LABEL_SELECT = "label/auc"
+NOT_GIVEN = {
+    "finetune.start": "each training has its own, first pretrained, then scratch, which --no-control leaves out",
+    "train.warm_start": "fine-tuning goes on from finetune.source",
+}
+"""Settings of a training that fine-tuning sets itself."""
 
 
 def source_config(source: Path, overrides: list[str]) -> Config:
@@ -40,6 +46,9 @@ def source_config(source: Path, overrides: list[str]) -> Config:
     """
     check_has_model(source)
     given = {o.partition("=")[0] for o in overrides}
+    for name, reason in NOT_GIVEN.items():
+        if name in given:
+            raise ConfigError(f"--{name}: {reason}; leave it out")
     if "train.run" not in given:
         raise ConfigError("--train.run: name the folder to write, beside that of the source")
     task = load_config(source / CONFIG, overrides).finetune.task
@@ -85,6 +94,8 @@ def finetune(
         tested = everyone.drawn(sample)
         for run in runs:
             check_run_folder(run, inputs.comm)
+        if tuning.task == "next-item":
+            refuse_learned(Path(tuning.source), inputs)
         for run in runs:
             test |= _finetune_once(JobInputs.of(run, inputs.data, inputs.comm), tested)
         if not inputs.comm.main:
@@ -131,6 +142,7 @@ def _finetune_once(inputs: JobInputs, tested: Examples) -> dict[str, dict[str, f
     config, data, comm = inputs.config, inputs.data, inputs.comm
     job = Job(inputs)
     job.loaded = load_source(job)
+    know_learned(job)
     labels = job.events.labels
 
     def test_metrics() -> dict[str, float]:

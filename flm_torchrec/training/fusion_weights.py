@@ -21,7 +21,7 @@ from flm_torchrec.evaluation.metrics import RankCounts
 from flm_torchrec.evaluation.protocol import Collectives, Encoder
 from flm_torchrec.evaluation.ranking import RankingProblem
 from flm_torchrec.mixture import Mixture
-from flm_torchrec.training.shortlists import Shortlists
+from flm_torchrec.training.shortlists import Shortlists, items_for
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
 """Weights that are tried for a head in a weighted sum."""
@@ -64,7 +64,7 @@ def choose_fusion(
     Returns the same on all ranks.
     """
     metric = config.train.select.partition("/")[2]
-    lists = Shortlists(problem, encoder, comm)
+    lists = Shortlists(problem, encoder, comm, items_for(metric))
 
     def score(ranks: Tensor) -> float:
         return _metric(ranks, lists, metric)

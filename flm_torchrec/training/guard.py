@@ -58,6 +58,11 @@ class Guard(AbstractContextManager["Guard"]):
         self.stopping = False
         """Some rank was asked to stop, and all ranks know."""
         self.skipped = 0
+        self.remedy = (
+            f"batch and state before it are in {folder}; lower train.dense_lr or train.sparse_lr, or leave such batches"
+            " out with --train.existing resume --train.non_finite skip"
+        )
+        """What the message of a loss that is not a number ends with, where the policy is to stop."""
 
     def __enter__(self) -> Guard:
         self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -104,10 +109,7 @@ class Guard(AbstractContextManager["Guard"]):
         reasons = self.comm.gather(self._keep(step, batch, outputs) if broken else "")
         text = f"step {step}: the {' and the '.join(filter(None, reasons))} is not a number"
         if self.policy == "stop":
-            raise NonFinite(
-                f"{text}; batch and state before it are in {self.folder}; lower train.dense_lr or"
-                " train.sparse_lr, or leave such batches out with --train.existing resume --train.non_finite skip"
-            )
+            raise NonFinite(f"{text}; {self.remedy}")
         if self.skipped == MOST_SKIPPED:
             raise NonFinite(
                 f"{text}, for {self.skipped} steps in a row: it is the weights that are none; lower train.dense_lr or"

@@ -15,7 +15,7 @@ from flm_torchrec.data.splits import Examples
 from flm_torchrec.data.train_stats import TrainStats
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.distributed.shard import make_optimizer
-from flm_torchrec.training.build import build, set_precision
+from flm_torchrec.training.build import build, check_learns, set_precision
 from flm_torchrec.training.encoder import ModelEncoder
 from flm_torchrec.training.identity import of_one_domain
 from flm_torchrec.training.loaders import make_loader
@@ -86,10 +86,15 @@ class Job:
     """A sharded model on its data, of pretraining or of fine-tuning, with new weights until others are loaded.
 
     Collective.
+
+    Args:
+        learns: False: it is only read, so this device need not have what its settings ask for in training.
     """
 
-    def __init__(self, inputs: JobInputs) -> None:
+    def __init__(self, inputs: JobInputs, learns: bool = True) -> None:
         self.config, self.data, self.events, self.comm = inputs.config, inputs.data, inputs.events, inputs.comm
+        if learns:
+            check_learns(self.config, self.comm.device)
         set_precision(self.config, self.comm.device)
         self.loaded: str | None = None
         """Which weights of another run the model has, in words."""
@@ -100,6 +105,8 @@ class Job:
         tunes = bool(tuning.source) and tuning.start != "scratch"
         if tunes and self.same_tables:
             train = replace(train, sparse_lr=tuning.sparse_lr)
+        if not learns and train.sparse_optimizer == "adam":
+            train = replace(train, sparse_optimizer="adagrad")  # FBGEMM has a kernel of it on every device
         config = replace(self.config, train=train)
         self.model, self.plan = build(self.data.schema, config, self.comm, count_lookups, freeze=tunes)
         self.optimizer = make_optimizer(self.model, train)

@@ -58,9 +58,8 @@ def restore(
     if taken:
         data = followed_data(run, data, taken)
     with open_inputs(config, data, run=run, options=options) as inputs:
-        job = Job(inputs)
+        job = Job(inputs, learns=False)
         meta = load_checkpoint(run / BEST, job.model, inputs.comm)
-        if config.train.warm_start:
-            know_learned(job)
+        know_learned(job)
         digest = hashlib.sha256((run / CONFIG).read_bytes()).hexdigest()[:8]
         yield Restored(job=job, version=f"{run.name}-{meta['step']}-{digest}")

@@ -14,7 +14,6 @@ from flm_torchrec.data.splits import SAMPLE_SEED, Examples, Splits, SplitSetting
 from flm_torchrec.data.survey import EventStream, StreamedData, hide_values, load_streamed, stream_of
 from flm_torchrec.data.train_stats import TrainStats
 from flm_torchrec.data.weights import check_labels, label_weights, target_kinds
-from flm_torchrec.errors import ConfigError
 from flm_torchrec.training.follow.growth import FollowedData
 from flm_torchrec.training.identity import has_ids_of, read_config
 
@@ -109,12 +108,11 @@ def events_of(config: Config, data: PreparedData) -> RunEvents:
         splits = split(data, config.data.split, config.data.holdout)
         learned_from = splits.train_mask(data)
         return RunEvents(splits, learned_from, learned_from)
-    seen, same_targets = data.no_events, True
+    seen = data.no_events
     source = Path(tuning.source)
     if has_ids_of(source, data.path, data.fingerprint):
         made = read_config(source)
         seen = events_of(made, with_targets(data, made)).seen
-        same_targets = made.data.target_events == config.data.target_events
     cohort = np.ones(data.schema.users, bool)
     if tuning.cohort == "new":
         cohort = ~data.users_of(seen)
@@ -128,11 +126,6 @@ def events_of(config: Config, data: PreparedData) -> RunEvents:
     else:
         of_everyone = split(data, config.data.split, config.data.holdout)
         splits = of_cohort(of_everyone, data, cohort, tuning.share, config.train.seed)
-        if not same_targets and any(seen[examples.end].any() for examples in (splits.valid, splits.test)):
-            raise ConfigError(
-                f"data.target_events: {source} has learned from events to predict, as it predicts others; pretrain and"
-                " fine-tune with the same ones, or both with data.split=time"
-            )
     learned_from = splits.train_mask(data)
     known = learned_from
     if tuning.start == "pretrained":

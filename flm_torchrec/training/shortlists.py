@@ -14,12 +14,21 @@ from flm_torchrec.evaluation.head_scorer import HeadScorer
 from flm_torchrec.evaluation.protocol import Collectives, Encoder
 from flm_torchrec.evaluation.ranking import RankingProblem, rank_targets, user_blocks
 
-BEST = 50
-"""Items of each head."""
+SHORT, LONG = 50, 400
+"""Least and most items of each head."""
 LEAST, MOST = -1e30, 1e300
 """Stand for infinities where these are multiplied by a weight that may be 0."""
 AT_ONCE = 256
 """Examples that are ranked at once: what a pass makes stays in a processor's cache."""
+
+
+def items_for(metric: str) -> int:
+    """How many items of each head are needed for a metric such as hr@100: twice its cut-off, or SHORT if that is more.
+
+    Past the end of the lists ranks are too good, so a cut-off must not come near to it.
+    """
+    cut = metric.partition("@")[2]
+    return max(SHORT, 2 * int(cut or 0))
 
 
 class _Remembering(HeadScorer):
@@ -39,7 +48,10 @@ class _Remembering(HeadScorer):
 class Shortlists:
     """Of each of this rank's n examples, the heads' scores of the true item, first, and of the heads' best items.
 
-    An item that is among the BEST best of no head is not ranked. A metric's cut-off is far above.
+    An item that is among the best of no head is not ranked. A metric's cut-off is far above.
+
+    Args:
+        best: items of each head, see `items_for`.
 
     Attributes:
         own: [heads, n] scores of the true items.
@@ -47,12 +59,12 @@ class Shortlists:
         columns: C.
     """
 
-    def __init__(self, problem: RankingProblem, encoder: Encoder, comm: Collectives) -> None:
+    def __init__(self, problem: RankingProblem, encoder: Encoder, comm: Collectives, best: int = SHORT) -> None:
         self.comm = comm
         items = problem.data.schema.items
         scorer = _Remembering(encoder, items, problem.blocks.items, comm, heads={name: name for name in HEADS})
-        ranked = rank_targets(problem, scorer, comm, top_k=BEST)
-        self.columns = 1 + len(HEADS) * min(BEST, items)  # processes add up counts of this width, without examples too
+        ranked = rank_targets(problem, scorer, comm, top_k=best)
+        self.columns = 1 + len(HEADS) * min(best, items)  # processes add up counts of this width, without examples too
         parts, done = [torch.zeros(len(HEADS), 0, self.columns)], 0
         for rows, users in zip(
             user_blocks(len(problem.examples), problem.blocks.users, comm), scorer.users, strict=True

@@ -29,9 +29,11 @@ from flm_torchrec.training.checkpoint.storage import read_meta
 from flm_torchrec.training.encoder import ModelEncoder
 from flm_torchrec.training.fusion_weights import FORMS, choose_fusion
 from flm_torchrec.training.job import Job, open_inputs
+from flm_torchrec.training.learned_before import refuse_learned
 from flm_torchrec.training.logger import RunLogger
 from flm_torchrec.training.loop import Finished, TrainingParts, Validate, run_loop
 from flm_torchrec.training.run_folder import check_run_folder, claimed, open_run_folder
+from flm_torchrec.training.shortlists import LONG, SHORT, items_for
 from flm_torchrec.training.trackers import check_trackers
 from flm_torchrec.training.warm_start import WarmStart, check_source
 
@@ -40,7 +42,7 @@ CHOSEN_LATE = ("late", "sum")
 DOMAINS = {"own": "its own domain", "all": "all domains"}
 """By `loss.domains`, whose items are candidates."""
 MOST_EXAMPLES = 16_384
-"""Maximum of validation examples that choose a fusion: 30 MB of scores."""
+"""Maximum of validation examples that choose a fusion, with the shortest lists: 30 MB of scores."""
 
 
 def pretrain(config: Config) -> Finished:
@@ -57,6 +59,8 @@ def pretrain(config: Config) -> Finished:
         check_source(config)
     with open_inputs(config) as inputs, claimed(config.train.run, inputs.comm):
         resumes = check_run_folder(config, inputs.comm) and bool(states_of(Path(config.train.run)))
+        if config.train.warm_start and not resumes:
+            refuse_learned(Path(config.train.warm_start), inputs)
         job = Job(inputs)
         start = WarmStart.of(job) if config.train.warm_start and not resumes else None
         with open_run_folder(config, inputs.data, inputs.comm, job.total_steps) as logger:
@@ -71,7 +75,12 @@ def check_select(config: Config) -> None:
         raise ConfigError(
             f"train.select: no validation metric '{config.train.select}'; {nearest(config.train.select, known)}"
         )
-    head = config.train.select.partition("/")[0]
+    head, _, metric = config.train.select.partition("/")
+    if config.model.fusion in CHOSEN_LATE and items_for(metric) > LONG:
+        raise ConfigError(
+            f"train.select: {metric} is too deep to choose model.fusion={config.model.fusion} by; select by a K up to"
+            f" {LONG // 2}"
+        )
     if head != FUSED and getattr(config.loss, head) == 0:
         raise ConfigError(f"train.select: the {head} head is not trained; set loss.{head}, or select by another head")
     if config.model.fusion not in CHOSEN_LATE and config.loss.fused == 0:
@@ -117,8 +126,7 @@ def train(job: Job, logger: RunLogger, validate: Validate | None = None, start: 
     progress = resume(checkpoints, logger) if logger.resumed else Progress()
     if start is not None:
         progress.steps_before = start.load(job, checkpoints, logger)
-    if config.train.warm_start:
-        know_learned(job)
+    know_learned(job)
     checkpoints.check_space()
     chosen = (lambda: {}) if validate else (lambda: _fusion(job))
     parts = TrainingParts(job.model, job.optimizer, job.loader, config.train, comm, logger, checkpoints, chosen)
@@ -197,7 +205,8 @@ def _told_fusion(best: dict[str, Any], select: str) -> str:
 def _set_fusion(job: Job, encoder: ModelEncoder) -> dict[str, float]:
     """Choose the fusion that ranks the encoder's examples best, and set it; the metrics of those tried. Collective."""
     examples = encoder.examples
-    examples = examples.take(sampled(len(examples), MOST_EXAMPLES, job.config.train.seed))
+    most = MOST_EXAMPLES * SHORT // items_for(job.config.train.select)
+    examples = examples.take(sampled(len(examples), most, job.config.train.seed))
     problem = RankingProblem(job.data, examples, blocks_of(job.config.eval))
     model: PretrainModel = job.model.module
     chosen = choose_fusion(problem, encoder.of(examples), model.temperatures(), job.comm, job.config)

@@ -42,7 +42,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Range:
-    """A number from low to high, both included."""
+    """A number from low to high, both included; with a step, high is a whole number of steps above low."""
 
     low: float
     high: float
@@ -165,6 +165,13 @@ def _range(base: Space, name: str, given: dict[str, Any], place: str) -> Range:
         raise ConfigError(f"{place}: {name}: log needs a low end above 0, and no step")
     if low > high:
         raise ConfigError(f"{place}: {name}: low {low} is above high {high}")
+    steps = (high - low) / (step or 1)
+    if step and abs(steps - round(steps)) > 1e-6:
+        last = low + math.floor(steps) * step
+        raise ConfigError(
+            f"{place}: {name}: steps of {step:g} from {low:g} miss high {high:g}, so it would never be tried; give high"
+            f" {last:.6g}"
+        )
     return Range(low, high, step, log)
 
 

@@ -181,7 +181,8 @@ class _Search:
         except ConfigError as error:
             return self._tell(trial, None, str(error))
         own = replace(config.train, run=str(run), existing="resume")
-        training = TrialRun(replace(config, train=own), threads_of(self.options.jobs), self.options.launch)
+        threads = config.distributed.threads or threads_of(self.options.jobs)
+        training = TrialRun(replace(config, train=own), threads, self.options.launch)
         pruned = threading.Event()
 
         def watch(values: list[float]) -> bool:

@@ -113,6 +113,16 @@ def test_names_of_labels_cannot_change_the_card(run: Path, tmp_path: Path) -> No
     assert "| validation | auc | ne |\n" in card and "| label/buy | 0.5000 | 1.0000 |\n" in card
 
 
+def test_the_card_of_a_quick_evaluation_says_so(run: Path, tmp_path: Path, small: PreparedData) -> None:
+    quick = tmp_path / "quick"
+    shutil.copytree(run, quick)
+    assert main(["evaluate", "--run", str(quick), "--sample", "9", "--eval.baselines", "[popularity]"]) == 0
+    hub.push(quick, tmp_path / "pushed")
+    card = (tmp_path / "pushed" / hub.CARD).read_text()
+    assert f"test: 9 of {small.schema.users} users, drawn once, every item ranked" in card
+    assert "Of the default baselines, not ranked: item-kNN, Markov, EASE-R." in card
+
+
 def test_the_seeds_rank_a_sample_of_the_same_users(run: Path, tmp_path: Path, small: PreparedData) -> None:
     other = tmp_path / "other"
     shutil.copytree(run, other)

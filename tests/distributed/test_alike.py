@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.distributed.alike import Given, differences
+from flm_torchrec.distributed.comm import Comm
+from flm_torchrec.errors import DataError, FlmError
 from tests.conftest import ROOT
 
 JOB = str(ROOT / "tests" / "distributed" / "alike_job.py")
@@ -40,6 +45,32 @@ def test_what_differs_is_told_with_values_and_ranks(ranks: list[dict[str, Given]
 def test_more_than_a_line_can_hold_is_counted() -> None:
     told = differences([given(**{f"x{n}": str(rank) for n in range(9)}) for rank in (0, 1)])
     assert "x2 is" in told and "x3" not in told and told.endswith("and 6 more")
+
+
+@pytest.mark.parametrize("fault", [KeyError("x"), DataError("d: gone")])
+def test_no_rank_waits_for_a_rank_0_that_has_ended(fault: Exception) -> None:
+    box, all_there = [None, None], threading.Barrier(2, timeout=10)
+
+    class Linked(Comm):
+        def gather(self, value):  # type: ignore[no-untyped-def, override]
+            box[self.rank] = value
+            all_there.wait()
+            return list(box)
+
+    def run(rank: int) -> Exception | None:
+        def action() -> None:
+            raise fault
+
+        try:
+            Linked(rank, 2, 2, torch.device("cpu")).on_main(action)
+        except Exception as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(run, range(2))
+    assert first is fault and isinstance(second, FlmError)
+    assert str(second) in ("rank 0 ended by KeyError ('x'); its log has more", "d: gone")
 
 
 def stale(data: Path, copy: Path) -> None:

@@ -99,6 +99,8 @@ def test_what_cannot_be_averaged_is_refused() -> None:
             check_replicable(managed, ShardingPlan({}), "adagrad")
     with pytest.raises(ConfigError, match="not that of adam"):
         check_replicable(nn.Linear(1, 1), ShardingPlan({}), "adam")
+    with pytest.raises(ConfigError, match="tables in fp16"):
+        check_replicable(nn.Linear(1, 1).half(), ShardingPlan({}), "adagrad")
     cached = EmbeddingModuleShardingPlan(brand=ParameterSharding("row_wise", "fused_uvm_caching"))
     with pytest.raises(ConfigError, match="table 'brand' has a cache"):
         check_replicable(nn.Linear(1, 1), ShardingPlan({"tables": cached}), "adagrad")

@@ -16,12 +16,17 @@ from hypothesis import strategies as st
 from torchmetrics.functional.retrieval import retrieval_precision, retrieval_recall
 
 from flm_torchrec.cli import main
+from flm_torchrec.config.heads import HEADS
+from flm_torchrec.config.schema import EvalConfig
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import Examples, split
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.evaluation import lists as lists_module
+from flm_torchrec.evaluation.evaluate import EvaluationTask, evaluate
 from flm_torchrec.evaluation.lists import ItemFacts, Targets, gini, list_metrics, target_metrics
 from flm_torchrec.evaluation.segments import labels_by
+from tests.evaluation.test_ranking import make_data
+from tests.training.test_fusion import Planted
 
 ITEMS = 12
 ALONE = Comm(0, 1, 1, torch.device("cpu"))
@@ -112,6 +117,19 @@ def test_segments_of_items_and_users(small: PreparedData) -> None:
     few, many = "users of at most 2 training events", "users of more than 2 training events"
     assert users.tolist() == [many, few, "new users, without training events", few]
     assert list(labels_by([], data, examples, learned)) == []
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_new_items_that_the_fused_lists_do_not_show_are_told(shown: bool) -> None:
+    """Each user's last item has no other event. The content head knows it; the fused vector points elsewhere."""
+    data = make_data([[n, n + 1, n + 2, 30 + n] for n in range(8)], 40)
+    splits = split(data, "leave-one-out", 0.1)
+    encoder = Planted(data, splits.test, dict.fromkeys((*HEADS, "fused"), 0.1))
+    encoder.heads["fused"] *= 1 if shown else -1
+    task = EvaluationTask(data, splits.test, "test", splits.train_mask(data), by=("items",))
+    notes = evaluate(task, encoder, ALONE, EvalConfig(ks=(3,), baselines=())).notes
+    told = [note for note in notes if "'items without training events' none is among the first 3" in note]
+    assert (len(told), len(notes)) == ((0, 0) if shown else (1, 1))
 
 
 def test_evaluate_tells_lists_several_targets_and_segments(

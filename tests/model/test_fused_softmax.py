@@ -135,8 +135,7 @@ def test_native_code_and_pytorch_have_the_loss_and_gradients_of_cross_entropy(
 def test_native_code_of_float32_is_as_exact_as_pytorch(
     monkeypatch: pytest.MonkeyPatch, queries: int, items: int, dim: int, domains: int, threads: int
 ) -> None:
-    """Whatever the processor prefers. Many items: two passes in place of one."""
-    monkeypatch.setattr(products, "is_wanted", lambda: True)
+    """Many items: two passes in place of one."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -156,9 +155,8 @@ def test_native_code_of_float32_is_as_exact_as_pytorch(
 
 
 @native
-def test_float32_gradients_of_many_candidates_are_no_long_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_gradients_of_many_candidates_are_no_long_sums() -> None:
     """One sum of float32 over so many would be wrong by 2e-6 of its length."""
-    monkeypatch.setattr(products, "is_wanted", lambda: True)
     case = Case(40, 17_000, 24)
     assert max(errors(case.found(FP32)[:3], case.exact()[:3])) < 6e-7
 
@@ -167,7 +165,6 @@ def test_float32_gradients_of_many_candidates_are_no_long_sums(monkeypatch: pyte
 @pytest.mark.parametrize("size", [1e7, 1e10])
 def test_huge_logits_of_float32_are_those_of_pytorch(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
     """Differences of such logits are rounded by more than the exponentials' range."""
-    monkeypatch.setattr(products, "is_wanted", lambda: True)
     case = Case(64, 500, 16)
     case.query = size * torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
     found = case.found(FP32)
@@ -234,9 +231,7 @@ def test_another_processor_and_a_failed_build_are_told(monkeypatch: pytest.Monke
     monkeypatch.setattr(fused_softmax, "processor_instructions", lambda: fused_softmax.NEEDED - {"avx512_bf16"})
     assert why_not_fused(BF16, CPU) == "the processor has no avx512_bf16"
     assert why_not_fused(BF16, torch.device("cuda")) == ""
-    for wanted, reason in ((False, ""), (True, "the processor has no avx512_bf16")):
-        monkeypatch.setattr(products, "is_wanted", lambda wanted=wanted: wanted)
-        assert why_not_fused(FP32, CPU) == reason
+    assert why_not_fused(FP32, CPU) == ""
     fused_softmax._library.cache_clear()
     monkeypatch.setattr(fused_softmax, "processor_instructions", lambda: fused_softmax.NEEDED)
     compiler = unbuilt / "cxx"

@@ -13,7 +13,7 @@ import pytest
 
 from flm_torchrec.cli import main
 from flm_torchrec.config import load_config, to_yaml
-from flm_torchrec.config.schema import BASELINES
+from flm_torchrec.config.schema import BASELINES, EvalConfig
 from flm_torchrec.data.dataset import fingerprint_of
 from flm_torchrec.data.schema import Schema
 
@@ -211,6 +211,18 @@ def test_the_headline_knows_every_baseline(run: Path, name: str) -> None:
     (run / "evaluation-test.json").write_text(json.dumps(record))
     page = made(run)
     assert f"best baseline: {name}" in page and "-50.0%" in page and "No baseline was ranked" not in page
+
+
+def test_the_headline_says_who_was_drawn_and_which_default_baselines_it_lacks(run: Path) -> None:
+    page = made(run)
+    assert "test: 7 users, every item ranked." in page
+    assert "Of the default baselines, not ranked: item-kNN, Markov, EASE-R." in page
+    record = json.loads((run / "evaluation-test.json").read_text())
+    record["ranked"] = "9 of 120 users, drawn once, every item ranked"
+    record["table"] |= {name: {"hr@10": 0.1} for name in EvalConfig().baselines if name != "random"}
+    (run / "evaluation-test.json").write_text(json.dumps(record))
+    page = made(run)
+    assert "test: 9 of 120 users, drawn once, every item ranked" in page and "not ranked:" not in page
 
 
 def test_several_seeds_give_means_and_deviations(run: Path) -> None:

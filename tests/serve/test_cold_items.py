@@ -18,7 +18,8 @@ from flm_torchrec.serve.messages import NewItem, Recommend
 from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.service import Service
 from flm_torchrec.serve.swapping import CanaryTerms
-from flm_torchrec.training.follow.item_rows import ItemFile, ItemRows
+from flm_torchrec.training.follow.item_file import ItemFile
+from flm_torchrec.training.follow.item_rows import ItemRows
 from tests.serve.serving import post, write_export
 
 
@@ -106,5 +107,5 @@ def test_an_item_without_a_title_teaches_no_word(exports: Path, small: PreparedD
     titles = {row["item_id"]: row["title"] for row in map(json.loads, file.read_text().splitlines())}
     assert titles == {"key one": None, "key two": "The Brand New One", "key three": "The Brand New One"}
     (title,) = (f.column for f in small.schema.features if f.name == "title")
-    learnt = dict(ItemFile(file, "item_id").read(ItemRows(small.path, tmp_path)))
+    learnt = dict(ItemFile(file, "item_id").read(ItemRows(small.path, tmp_path)).new)
     assert learnt["key one"][title] == [] and learnt["key two"][title] == learnt["key three"][title] != []

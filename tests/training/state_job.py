@@ -1,7 +1,7 @@
 """Run by test_checkpoint as one rank or several: for each case make or load a full state, and save it elsewhere.
 
 Arguments: prepared data, folder to load from ("-": train some steps instead), folder to save to, and cases
-NAME:SHARDING:OPTIMIZER.
+NAME:SHARDING:OPTIMIZER:PRECISION.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def main(path: str, source: str, target: str, cases: list[str]) -> None:
     shared = ["distributed.threads=1", "model.layers=1", "train.batch_size=32"]
     with process_group(load_config(None, shared).distributed) as comm:
         for case in cases:
-            name, sharding, optimizer = case.split(":")
+            name, sharding, optimizer, precision = case.split(":")
             # Adagrad's tables are cut by columns; the planner cuts none narrower than 128.
             dim = 256 if optimizer == "adagrad" else 32
             overrides = [f"distributed.sharding={sharding}", f"train.sparse_optimizer={optimizer}", f"model.dim={dim}"]
-            config = load_config(None, [*shared, *overrides])
-            job = Job(JobInputs.of(config, data, comm))
+            config = load_config(None, [*shared, *overrides, f"train.sparse_precision={precision}"])
+            job = Job(JobInputs.of(config, data, comm), learns=precision == "fp32")  # no CPU learns well in fp16
 
             def checkpoints(folder: str, job: Job = job, name: str = name) -> Checkpoints:
                 return Checkpoints(Path(folder) / name, job.model, job.optimizer, comm, data.fingerprint)

@@ -26,10 +26,11 @@ STATE = "checkpoints/step-000000004"
 # How each case is sharded at 1, 2, 4 and 1 ranks. Row-wise Adagrad keeps one number a row and column shard, so its
 # state under column-wise sharding belongs to that cut alone; Adagrad itself has one a weight.
 CASES = {
-    "table": ("rowwise_adagrad", ["table_wise"] * 4),
-    "row": ("rowwise_adagrad", ["row_wise"] * 4),
-    "column": ("adagrad", ["column_wise"] * 4),
-    "mixed": ("adagrad", ["table_wise", "column_wise", "row_wise", "table_wise"]),
+    "table": ("rowwise_adagrad:fp32", ["table_wise"] * 4),
+    "row": ("rowwise_adagrad:fp32", ["row_wise"] * 4),
+    "column": ("adagrad:fp32", ["column_wise"] * 4),
+    "mixed": ("adagrad:fp32", ["table_wise", "column_wise", "row_wise", "table_wise"]),
+    "half": ("rowwise_adagrad:fp16", ["row_wise"] * 4),
 }
 
 
@@ -45,7 +46,7 @@ def states(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> lis
     source = "-"
     for place, count in enumerate((1, 2, 4, 1)):
         target = folder / f"{place}-{count}"
-        cases = [f"{name}:{shardings[place]}:{optimizer}" for name, (optimizer, shardings) in CASES.items()]
+        cases = [f"{name}:{shardings[place]}:{learns}" for name, (learns, shardings) in CASES.items()]
         launch_ranks(count, [JOB, str(small.path), source, str(target), *cases])
         source = str(target)
     return sorted(folder.iterdir())
@@ -57,6 +58,9 @@ def test_one_to_two_to_four_to_one_rank_is_the_same_state_bit_for_bit(states: li
     assert {name.split(".")[0] for name in first} == {"model", "optimizer"}
     assert any(name.endswith("momentum1") and tensor.count_nonzero() for name, tensor in first.items())
     assert any(name.endswith("exp_avg_sq") for name in first)
+    assert {t.dtype for n, t in first.items() if n.startswith("model.users.")} == {
+        torch.half if case == "half" else torch.float32
+    }
     for other in others:
         assert other.keys() == first.keys()
         assert all(torch.equal(other[name], tensor) for name, tensor in first.items())

@@ -231,6 +231,10 @@ def test_wrong_requests_end_in_one_line(source: Path, tmp_path: Path, capsys: py
     assert "no config.yaml" in error("--finetune.source", str(tmp_path), "--train.run", "x")
     assert "--train.run" in error("--finetune.source", str(source))
     assert "source itself" in error("--finetune.source", str(source), "--train.run", str(source))
+    given = ["--finetune.source", str(source), "--train.run", str(tmp_path / "given")]
+    assert "--no-control leaves out; leave it out" in error(*given, "--finetune.start", "scratch")
+    assert "goes on from finetune.source; leave it out" in error(*given, "--train.warm_start", str(source))
+    assert not (tmp_path / "given").exists()
     config = tmp_path / "tuning.yaml"
     config.write_text(f"finetune: {{source: {source}}}")
     assert main(["train", "--config", str(config)]) == 2 and "flm finetune" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,20 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flm_torchrec.cli import main
+from flm_torchrec.data.batch import Batch
 from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.data.loader import TrainLoader
+from flm_torchrec.data.splits import split
 from flm_torchrec.prepare.clean import Dropped
 from flm_torchrec.prepare.column_options import parse_columns
 from flm_torchrec.prepare.options import LogOptions
 from flm_torchrec.prepare.sources import logs
+from flm_torchrec.training.checkpoint.storage import read_all
 from flm_torchrec.training.follow.events import ROUNDED, EventEncoder, NewEvents, RowForm, append, new_windows, newest
 from flm_torchrec.training.follow.sources import open_source
 from tests.conftest import ROOT, only_shard
@@ -143,6 +149,32 @@ def test_a_followed_run_of_a_time_split_has_no_windows(
     assert "a run of 'flm follow' has no windows" in told and "--data.split" not in told and told.count("\n") == 1
 
 
+def test_what_a_cold_start_split_holds_out_is_not_learnt(small: PreparedData, tmp_path: Path) -> None:
+    run, source, live = tmp_path / "run", tmp_path / "source", tmp_path / "live"
+    options = ["--data.split", "cold-start", "--data.holdout", "0.3", "--train.max_steps", "1", "--model.dim", "8"]
+    assert main(["train", "--data.path", str(small.path), "--train.run", str(run), *options]) == 0
+    splits = split(small, "cold-start", 0.3)
+    assert splits.cold_users is not None and splits.cold_items is not None
+    source.mkdir()
+    rows = rows_of(small, 60, 0)
+    put(source / "a.jsonl", rows)
+    assert main(["follow", "--run", str(run), "--source", str(source), "--output", str(live), "--once"]) == 0
+    users, items = (np.array([keys.index(row[name]) for row in rows])
+                    for name, keys in (("user", small.user_keys), ("item", small.item_keys)))  # fmt: skip
+    held = splits.cold_users[users] | splits.cold_items[items]
+    assert 0 < held.sum() < 60
+    report = json.loads((live / "follow.json").read_text())
+    assert report["events"] == 60 - held.sum()
+    assert {reason: entry["rows"] for reason, entry in report["refused"].items()} == {
+        "of a user or an item that the split holds out": held.sum()
+    }
+    learned = pq.read_table(live / "events/part-000000.parquet")
+    assert not splits.cold_users[learned["user"]].any() and not splits.cold_items[learned["item"]].any()
+    old, new = (read_all(folder / "checkpoints/best") for folder in (run, live))
+    (name,) = (n for n in old if n.endswith(".user_id.weight"))
+    assert np.array_equal(old[name][splits.cold_users], new[name][splits.cold_users])
+
+
 def test_what_cannot_be_followed_is_told(run: Path, source: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     def told(*options: str) -> str:
         given = {"--run": str(run), "--source": str(source), "--output": str(tmp_path / "out")}
@@ -160,6 +192,26 @@ def test_what_cannot_be_followed_is_told(run: Path, source: Path, tmp_path: Path
     (source / "0.parquet").write_bytes(b"PAR1 and no more PAR1")
     assert "0.parquet: not a readable Parquet file" in (line := told()) and "put a whole copy in its place" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_a_number_names_its_file_and_what_helps(
+    run: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    follow = ["follow", "--once", "--run", str(run), "--source", str(source), "--output", str(tmp_path / "live")]
+    epoch = TrainLoader.epoch
+
+    def poisoned(loader: TrainLoader, number: int) -> Iterator[Batch]:
+        for batch in epoch(loader, number):
+            yield batch if number == 0 else replace(batch, value=torch.full_like(batch.value, torch.nan))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainLoader, "epoch", poisoned)
+        assert main(follow) == 2
+    told = capsys.readouterr().err
+    assert "is not a number; nothing of b.parquet is learnt" in told and "--train.warm_start" in told
+    assert "non_finite" not in told and told.count("\n") == 1
+    assert list(json.loads((tmp_path / "live/follow.json").read_text())["source"]["files"]) == ["a.jsonl"]
+    assert main(follow) == 0
 
 
 def test_an_output_goes_on_with_its_own_source_alone(

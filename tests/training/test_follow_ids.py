@@ -23,7 +23,8 @@ from flm_torchrec.export.parts import read_part
 from flm_torchrec.training.checkpoint.storage import read_all
 from flm_torchrec.training.follow.events import EventEncoder, RowForm
 from flm_torchrec.training.follow.ids import IdIntake
-from flm_torchrec.training.follow.item_rows import ItemFile, ItemRows
+from flm_torchrec.training.follow.item_file import ItemFile
+from flm_torchrec.training.follow.item_rows import ItemRows
 from tests.conftest import NO_DROPOUT
 from tests.training.test_follow import NEW, put, rows_of, weights
 
@@ -124,12 +125,9 @@ def test_a_new_item_begins_at_the_cold_score_and_known_rows_stay(
     (name,) = (n for n in new if n.endswith(".item_id.weight"))
     assert not new[name][-1].any()  # the id says nothing: the item is what its features are
     assert pq.read_table(live / "vocabulary/items.parquet")["item_key"].to_pylist()[-1] == "rich"
-    items.write_text(json.dumps({"item": "rich", **features_of(small, 5)}) + "\n")
-    before = weights(live)
-    assert follow(run, source, live, "--items", str(items)) == 2 and weights(live) == before
 
 
-def test_an_item_file_that_contradicts_is_refused_in_one_line(
+def test_an_item_file_that_cannot_be_read_is_refused_in_one_line(
     small: PreparedData,
     run: Path,
     tmp_path: Path,
@@ -138,9 +136,7 @@ def test_an_item_file_that_contradicts_is_refused_in_one_line(
     source, file = tmp_path / "source", tmp_path / "items.jsonl"
     source.mkdir()
     same = {"item": small.item_keys[4], **features_of(small, 4)}
-    other = {"item": small.item_keys[5], **features_of(small, 4)}
     for rows, told in (
-        ([same, other], f"row 2: item '{small.item_keys[5]}' has another"),
         ([same, {"item": None}], "row 2: no item"),
         ([{"item": "x"}, {"item": "x"}], "row 2: item 'x' has two rows"),
         ([{"sku": "x"}], "no column 'item'"),
@@ -161,6 +157,72 @@ def test_an_item_file_that_contradicts_is_refused_in_one_line(
     assert "are not hashed; leave it out" in capsys.readouterr().err
 
 
+def test_known_items_with_other_features_keep_theirs_and_are_told(
+    small: PreparedData, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Items of the data and items that came in: their rows stay as they are, and those beside them come in."""
+    source, file, live = tmp_path / "source", tmp_path / "items.jsonl", tmp_path / "live"
+    source.mkdir()
+    rich, same = ({"item": key, **features_of(small, 4)} for key in ("rich", small.item_keys[4]))
+    put(file, [same, rich])
+    assert follow(run, source, live, "--items", str(file)) == 0
+    before = pq.read_table(live / "vocabulary/items.parquet")
+    capsys.readouterr()
+    other = {"item": small.item_keys[5], **features_of(small, 4)}
+    put(file, [other, same, {**rich, **features_of(small, 5)}, {"item": "late"}])
+    put(source / "a.jsonl", [one("u3", "rich", 1)])
+    assert follow(run, source, live, "--items", str(file)) == 0
+    assert "2 items with other features in the item file" in capsys.readouterr().out
+    after = pq.read_table(live / "vocabulary/items.parquet")
+    assert after.slice(0, len(before)).equals(before) and after["item_key"].to_pylist()[-1] == "late"
+    changed = json.loads((live / "follow.json").read_text())["changed"]
+    assert changed["items"] == 2 and changed["examples"][0].startswith(
+        f"row 1: item '{small.item_keys[5]}' has another"
+    )
+    assert f"{file}: 2 items have other features than the run knows" in (live / "train.log").read_text()
+    put(file, [same, rich])
+    assert follow(run, source, live, "--items", str(file)) == 0
+    assert json.loads((live / "follow.json").read_text())["changed"] == {"items": 0, "examples": []}
+
+
+def test_an_item_whose_event_comes_before_its_row_gets_its_features_later(
+    small: PreparedData, run: Path, tmp_path: Path
+) -> None:
+    source, file, live = tmp_path / "source", tmp_path / "items.jsonl", tmp_path / "live"
+    source.mkdir()
+    rich = features_of(small, 4)
+    put(file, [{"item": "other", **rich}])
+    put(source / "a.jsonl", [one("u3", "early", 1), one("u4", "plain", 2), one("u5", "other", 3)])
+    options = ("--items", str(file))
+    assert follow(run, source, live, *options) == 0
+    log = (live / "train.log").read_text()
+    assert f"a.jsonl: 2 new items have no row in {file} yet, such as 'early'" in log
+    (name,) = (n for n in read_all(live / "checkpoints/best") if n.endswith(".item_id.weight"))
+    before = read_all(live / "checkpoints/best")[name]
+    put(file, [{"item": "early", **rich}, {"item": "other", **rich}, {"item": "new", **rich}, {"item": "plain"}])
+    assert follow(run, source, live, *options) == 0
+    assert f"{file}: 1 new items, and features of 1 that had none" in (live / "train.log").read_text()
+    items = {row["item_key"]: row for row in pq.read_table(live / "vocabulary/items.parquet").to_pylist()}
+    assert list(items)[small.schema.items :] == ["other", "early", "plain", "new"]
+    assert [row["item_id"] for row in items.values()] == list(range(small.schema.items + 4))
+    own = ("item_id", "item_key")
+    values = {key: {n: v for n, v in row.items() if n not in own} for key, row in items.items()}
+    assert values["early"] == values["other"] == values["new"] and not any(values["plain"].values())
+    after = read_all(live / "checkpoints/best")[name]
+    assert np.array_equal(before, after[: len(before)])  # what the id learnt stays
+    report = json.loads((live / "follow.json").read_text())
+    assert (report["without_features"], report["described"]) == (2, 1) and "changed" not in report
+
+    # The model has the features too: started again, and evaluated and exported.
+    assert follow(run, source, live, *options) == 0
+    assert json.loads((live / "follow.json").read_text()) == report
+    assert main(["evaluate", "--run", str(live)]) == 0
+    assert main(["export", "--run", str(live), "--output", str(tmp_path / "e"), "--tower", "none"]) == 0
+    rows = read_part(tmp_path / "e/items.parquet/part-00000.parquet", ["item_key", "content"]).to_pylist()
+    content = {row["item_key"]: row["content"] for row in rows}
+    assert content["early"] == pytest.approx(content["new"], abs=1e-6) and content["early"] != content["plain"]
+
+
 def test_rows_of_an_item_file_of_any_kind_are_those_of_the_data(small: PreparedData, tmp_path: Path) -> None:
     rows = ItemRows(small.path, tmp_path)
     given = [{"item": f"new-{n}" if n % 2 else small.item_keys[n], **features_of(small, n)} for n in range(8)]
@@ -171,28 +233,28 @@ def test_rows_of_an_item_file_of_any_kind_are_those_of_the_data(small: PreparedD
     flat.write_csv(tmp_path / "items.csv")
     known = pq.read_table(small.path / "items.parquet").to_pylist()
     for name in ("items.jsonl", "items.parquet", "items.csv"):
-        found = ItemFile(tmp_path / name, "item").read(rows)
+        found = ItemFile(tmp_path / name, "item").read(rows).new
         assert [key for key, _ in found] == [f"new-{n}" for n in (1, 3, 5, 7)]
         for (_, row), n in zip(found, (1, 3, 5, 7), strict=True):
             wanted = {**features_of(small, n)} if name != "items.csv" else flat.row(n, named=True)
             assert rows.differs(wanted, row, known[n]) == ""
-    assert rows.table(150, found)["item_id"].to_pylist() == [150, 151, 152, 153]
+    assert rows.table(range(150, 154), found)["item_id"].to_pylist() == [150, 151, 152, 153]
 
 
 def test_keys_and_features_of_an_item_file_are_those_of_all_its_rows(small: PreparedData, tmp_path: Path) -> None:
     rows = ItemRows(small.path, tmp_path)
     file = tmp_path / "items.jsonl"
     file.write_text("")  # as 'flm export-events' writes it where there are no cold items
-    assert ItemFile(file, "item").read(rows) == []
+    assert ItemFile(file, "item").read(rows).new == []
     price = next(f for f in small.schema.features if f.entity == "item" and f.kind == "numeric")
     lines = [{"item": f"x{n}", price.name: n} for n in range(150)]
     put(file, [*lines, {"item": "last", price.name: 1.5, "brand": features_of(small, 4)["brand"]}])
-    *_, (key, row) = ItemFile(file, "item").read(rows)
+    *_, (key, row) = ItemFile(file, "item").read(rows).new
     assert key == "last" and row["brand"] is not None
     assert row[price.column] == pytest.approx((1.5 - price.mean) / price.deviation)
     table = tmp_path / "items.csv"
     table.write_text(f"item,{price.name}\n007,3\n7,4\n1e3,\n")
-    assert [key for key, _ in ItemFile(table, "item").read(rows)] == ["007", "7", "1e3"]
+    assert [key for key, _ in ItemFile(table, "item").read(rows).new] == ["007", "7", "1e3"]
 
 
 def test_values_without_a_row_are_counted_and_told(

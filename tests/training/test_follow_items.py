@@ -13,10 +13,12 @@ import pytest
 from flm_torchrec.cli import main
 from flm_torchrec.serve.event_log import export_items
 from flm_torchrec.serve.event_store import EventStore
+from flm_torchrec.training.follow.item_file import ItemFeed, ItemFile
+from flm_torchrec.training.follow.item_rows import ItemRows
 from tests.training.test_follow import NEW, put
 from tests.training.test_follow_ids import follow
 
-KINDS = "name:text,brand:categorical,tags:multi_categorical,weight:numeric,vec:dense"
+KINDS = "name:text,brand:categorical,tags:multi_categorical,weight:numeric,price:quantile,vec:dense"
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +27,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shop")
     log = [f"u{u},i{(3 * u + n) % 12},{1_700_000_000 + 60 * n}" for u in range(20) for n in range(8)]
     (folder / "log.csv").write_text("\n".join(["user_id,item_id,timestamp", *log]) + "\n")
-    rows = [f'i{n},Thing {n},b{n % 3},t{n % 4}|t{n % 3},{n},"[{n % 5}.0, 0.5]"' for n in range(12)]
-    (folder / "items.csv").write_text("\n".join(["item_id,name,brand,tags,weight,vec", *rows]) + "\n")
+    rows = [f'i{n},Thing {n},b{n % 3},t{n % 4}|t{n % 3},{n},{n},"[{n % 5}.0, 0.5]"' for n in range(12)]
+    (folder / "items.csv").write_text("\n".join(["item_id,name,brand,tags,weight,price,vec", *rows]) + "\n")
     items = ["--items", str(folder / "items.csv"), "--item-features", KINDS]
     files = ["--input", str(folder / "log.csv"), "--output", str(folder / "data")]
     assert main(["prepare", "--source", "csv", *files, *items]) == 0
@@ -120,6 +122,49 @@ def test_a_cell_that_does_not_fit_its_kind_is_told_with_its_row(
     assert f"{file}: row 2: {told}" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+def test_a_number_that_is_not_finite_is_missing(shop: Path, tmp_path: Path) -> None:
+    source, live = tmp_path / "source", tmp_path / "live"
+    source.mkdir()
+    wrong = {"text": "NaN", "infinite": float("inf"), "json": float("nan"), "empty": ""}
+    events = [
+        {"user": "u1", "item": key, "timestamp": NEW + n, "name": "Thing", "weight": value, "price": value}
+        for n, (key, value) in enumerate(wrong.items())
+    ]
+    put(source / "a.jsonl", events)
+    rows = [{**event, "timestamp": NEW + 10, "item": f"table-{n}"} for n, event in enumerate(events[:1])]
+    typed = pl.DataFrame(rows).with_columns(pl.lit(float("nan")).alias(name) for name in ("weight", "price"))
+    put(source / "c.jsonl", [{"user": "u1", "item": "table-1", "timestamp": NEW, "name": "Thing", "vec": [None, 0.5]}])
+    typed.with_columns(vec=pl.lit([float("nan"), 0.5])).write_parquet(source / "b.parquet")
+    assert follow(shop / "run", source, live) == 0
+    assert json.loads((live / "follow.json").read_text())["refused"] == {}
+    new = [row for key, row in taken_in(live).items() if key in {*wrong, "table-0", "table-1"}]
+    assert len(new) == 6
+    assert all(row["name"] == "Thing" and row["price"] is row["weight"] is row["vec"] is None for row in new)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_an_item_file_that_is_being_written_is_read_once_it_is_whole(shop: Path, tmp_path: Path, kind: str) -> None:
+    """At any length nothing is raised, and what is read of it are rows of the whole file."""
+    file = tmp_path / f"items.{kind}"
+    table = pl.DataFrame({"item": ["x", "y"], "brand": ["b1", "b2"], "price": [3, 11], "name": ["A", "B c"]})
+    getattr(table, {"csv": "write_csv", "jsonl": "write_ndjson", "parquet": "write_parquet"}[kind])(file)
+    content = file.read_bytes()
+    whole = dict(ItemFile(file, "item").read(ItemRows(shop / "data", tmp_path)).new)
+    assert len(whole) == 2
+    feed = ItemFeed(ItemFile(file, "item"), ItemRows(shop / "data", tmp_path))
+    file.unlink()
+    assert feed.read() is None and feed.read() is None
+    assert len(feed.messages) == 1 and "put the item file back; until it can be read" in feed.messages[0]
+    for size in range(0, len(content), 1 if len(content) < 200 else len(content) // 50):
+        file.write_bytes(content[:size])
+        news = feed.read()
+        assert news is None or dict(news.new).items() <= whole.items(), size
+    assert len(feed.messages) > 1
+    file.write_bytes(content)
+    news = feed.read()
+    assert news is not None and dict(news.new) == whole and feed.read() is None
+
+
 def test_an_id_that_a_float_has_rounded_is_told(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, file = tmp_path / "source", tmp_path / "items.jsonl"
     source.mkdir()
@@ -128,9 +173,7 @@ def test_an_id_that_a_float_has_rounded_is_told(shop: Path, tmp_path: Path, caps
     assert f"{file}: column 'item' has the id 9007199254740992.0 as a float" in capsys.readouterr().err
 
 
-def test_blanks_around_values_are_no_part_of_them_here_either(
-    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_blanks_around_values_are_no_part_of_them_here_either(shop: Path, tmp_path: Path) -> None:
     source, file, live = tmp_path / "source", tmp_path / "items.csv", tmp_path / "live"
     source.mkdir()
     file.write_text("item_id,name,brand,tags,weight\nnew, Thing , b1,t1 | t2, 1.5\nnone,Thing, , , \n")
@@ -140,5 +183,6 @@ def test_blanks_around_values_are_no_part_of_them_here_either(
     assert [values_of(shop, "tags")[code] for code in row["tags"]] == ["t1", "t2"] and left_out(live) == []
     assert none["brand"] is None and none["weight"] is None and not none["tags"]
     file.write_text("item_id,brand\ni1,b2 \n")
-    assert follow(shop / "run", source, tmp_path / "out", "--items", str(file)) == 2
-    assert "item 'i1' has another brand ('b2 ', not ['b1']) than in" in capsys.readouterr().err
+    assert follow(shop / "run", source, live, "--items", str(file)) == 0
+    changed = json.loads((live / "follow.json").read_text())["changed"]["examples"]
+    assert changed == ["row 1: item 'i1' has another brand ('b2 ', not ['b1'])"]

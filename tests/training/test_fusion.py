@@ -23,7 +23,7 @@ from flm_torchrec.evaluation.ranking import Blocks, RankingProblem, count_ranks,
 from flm_torchrec.training import trainer
 from flm_torchrec.training.fusion_weights import ChosenFusion, choose_fusion
 from flm_torchrec.training.restore import restore
-from tests.evaluation.test_ranking import Alone, together
+from tests.evaluation.test_ranking import Alone, make_data, together
 
 DIM = 16
 
@@ -130,6 +130,18 @@ def test_a_sum_is_kept_where_it_is_as_good(small: PreparedData, comm: Comm) -> N
     assert choose_fusion(problem, encoder, [10.0] * len(HEADS), comm, load_config(None, [])).mixture is None
 
 
+def test_a_deep_metric_is_that_of_the_whole_catalogue(comm: Comm) -> None:
+    rng = np.random.default_rng(0)
+    data = make_data([rng.choice(900, 4, replace=False).tolist() for _ in range(60)], 900)
+    examples = split(data, "leave-one-out", 0.1).valid
+    encoder = Planted(data, examples, dict.fromkeys((*HEADS, "fused"), 3.0))
+    problem = RankingProblem(data, examples, Blocks(16, 64))
+    settings = ["train.select=fused/hr@100", "eval.ks=[100]", "loss.collaborative=0", "loss.sequential=0"]
+    found = choose_fusion(problem, encoder, [10.0] * len(HEADS), comm, load_config(None, settings))
+    ranks = rank_targets(problem, HeadScorer(encoder, data.schema.items, 64, comm), comm).ranks["content"]
+    assert found.tried["weighted_sum/hr@100"] == pytest.approx((ranks <= 100).mean()) and (ranks > 300).any()
+
+
 def test_the_weights_are_in_the_checkpoint(small: PreparedData, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ["--model.dim", "16", "--train.max_steps", "4", "--eval.ks", "[10]"]
@@ -149,7 +161,7 @@ def test_a_bounded_number_of_users_chooses(
         asked.append(len(problem.examples))
         return choose_fusion(problem, *rest)
 
-    monkeypatch.setattr(trainer, "MOST_USERS", 7)
+    monkeypatch.setattr(trainer, "MOST_EXAMPLES", 7)
     monkeypatch.setattr(trainer, "choose_fusion", choose)
     options = ["--model.dim", "16", "--train.max_steps", "2", "--train.run", str(tmp_path / "run")]
     assert main(["train", "--data.path", str(small.path), *options]) == 0
@@ -160,6 +172,7 @@ def test_a_bounded_number_of_users_chooses(
     ("options", "told"),
     [
         (["--train.select", "sequential/ndcg@10", "--loss.sequential", "0"], "set loss.sequential"),
+        (["--train.select", "fused/hr@300", "--eval.ks", "[300]"], "select by a K up to 200"),
         (["--model.fusion", "concat"], "set one of the two"),
         (["--model.fusion", "gated"], "model.fusion=gated"),
     ],

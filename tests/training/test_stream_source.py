@@ -92,6 +92,21 @@ def test_the_rows_of_a_file_that_grew_are_numbered_on(incoming: Path) -> None:
     assert any("its end is not there yet" in line for line in source.messages)
 
 
+def test_blank_lines_are_no_rows_but_count_in_the_numbers_of_rows(incoming: Path) -> None:
+    (incoming / "day.jsonl").write_text("\n" + lines(1) + " \r\n")
+    source = Folder(incoming)
+    first = source.after({})
+    assert first is not None and first.rows == [("day.jsonl: row 2", {"n": 1})]
+    with (incoming / "day.jsonl").open("a") as file:
+        file.write("\n\n")
+    blank = source.after(first.position)
+    assert blank is not None and blank.rows == [] and source.after(blank.position) is None
+    with (incoming / "day.jsonl").open("a") as file:
+        file.write(lines(2) + "{no\n")
+    more = source.after(blank.position)
+    assert more is not None and more.rows == [("day.jsonl: row 6", {"n": 2}), ("day.jsonl: row 7", None)]
+
+
 @pytest.mark.parametrize(
     "content", [lines(1, 9, 3), lines(1, 2), lines(9), ""], ids=["a row changed", "cut off", "replaced", "emptied"]
 )
@@ -118,6 +133,19 @@ def test_a_parquet_file_that_was_written_anew_is_refused(incoming: Path) -> None
     pq.write_table(pa.table({"n": [1, 3]}), incoming / "day.parquet")
     with pytest.raises(DataError, match=r"day\.parquet: is not what it was"):
         follower.take()
+
+
+def test_a_parquet_file_of_which_no_more_than_the_first_mark_is_there_is_waited_for(incoming: Path) -> None:
+    pq.write_table(pa.table({"n": [1, 2]}), incoming / "whole.parquet")
+    content = (incoming / "whole.parquet").read_bytes()
+    (incoming / "whole.parquet").unlink()
+    follower = Follower(incoming)
+    for size in (0, 3, 4, 5, 11, len(content) - 1):
+        (incoming / "day.parquet").write_bytes(content[:size])
+        assert follower.take() == []
+    assert "day.parquet: its end is not there yet" in follower.told[0]
+    (incoming / "day.parquet").write_bytes(content)
+    assert follower.take() == [1, 2]
 
 
 def test_the_same_content_under_another_name_is_skipped_and_told(incoming: Path) -> None:
@@ -197,6 +225,19 @@ def test_what_is_no_file_is_told_and_never_ends_the_follower(incoming: Path, mon
     incoming.rename(incoming.parent / "away")
     with pytest.raises(DataError, match="put the folder back"):
         Folder(incoming).after(follower.position)
+
+
+def test_files_with_other_endings_are_told_once(incoming: Path) -> None:
+    for name in ("day.csv", "day.jsonl.gz", ".hidden.csv", "_SUCCESS"):
+        (incoming / name).write_text(lines(1))
+    (incoming / "date=2030-01-01").mkdir()
+    (incoming / "day.jsonl").write_text(lines(2))
+    follower = Follower(incoming)
+    assert follower.take() == [2] and follower.told == [
+        f"date=2030-01-01: is a folder, left alone; put the files in it into {incoming}",
+        "day.csv: left alone; only files that end in .parquet or .jsonl are read",
+        "day.jsonl.gz: left alone; only files that end in .parquet or .jsonl are read",
+    ]
 
 
 def test_another_source_is_refused_and_a_moved_folder_is_not(incoming: Path, tmp_path: Path) -> None:

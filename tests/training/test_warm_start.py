@@ -453,6 +453,26 @@ def test_a_run_that_followed_hands_on_its_settings_and_what_it_knows(days: Days,
     assert (third.train.dense_lr, third.train.sparse_lr) == (made.train.dense_lr, made.train.sparse_lr)
 
 
+def test_a_fine_tuning_knows_what_its_warm_started_source_knows(days: Days, tmp_path: Path) -> None:
+    """What has no event in the data of the warm start, and what another fine-tuning went through."""
+    few = part_of(days.raw, lambda key: key[0] == "i" and key[-1] in "013")
+    data = days.prepared(tmp_path / "data", few, keep_unseen_items=True)
+    assert warm(days, tmp_path / "warm", "--data.path", str(data)) == 0
+    with restore(tmp_path / "warm") as restored:
+        before, job = known_items(restored.job), restored.job
+        assert len(before) > (job.events.stats(job.data, values=True).items > 0).sum()
+    found, source = [], tmp_path / "warm"
+    for name in ("one", "two"):
+        given = ["--finetune.source", str(source), "--train.run", str(tmp_path / name)]
+        assert main(["finetune", *given, "--train.max_steps", "1"]) == 0
+        source = tmp_path / name / "pretrained"
+        with restore(source) as restored:
+            found.append(known_items(restored.job))
+    assert found == [before, before]
+    with restore(tmp_path / "one" / "scratch") as restored:
+        assert known_items(restored.job) < before
+
+
 def test_a_follower_stopped_between_model_and_vocabulary_is_no_source(
     days: Days, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,6 +61,8 @@ def options(output: Path, trials: int, **given: object) -> TuneOptions:
         ("space: {train.sparse_lr: {low: 0, high: 0.1, log: true}}", "log needs a low end above 0"),
         ("space: {train.sparse_lr: {low: 0, high: 1, setp: 0.1}}", "unknown key 'setp'; did you mean 'step'?"),
         ("space: {model.layers: {low: 1, high: 3, step: 0.5}}", "step must be a number above 0"),
+        ("space: {model.layers: {low: 1, high: 10, step: 4}}", "miss high 10, so it would never be tried; give high 9"),
+        ("space: {model.dropout: {low: 0.1, high: 0.5, step: 0.3}}", "give high 0.4"),
         ("space: {train.sparse_lr: 0.1}", "give a list of choices, or {low"),
         ("space: {train.sparse_lr: []}", "give a list of single values"),
         ("space: {model.dim: [16, 16]}", "a choice is there twice"),
@@ -89,10 +91,12 @@ def test_a_wrong_space_is_one_line_before_any_work(
 
 def test_values_are_held_as_the_config_holds_them(tmp_path: Path) -> None:
     file = tmp_path / "space.yaml"
-    file.write_text("space: {train.dense_lr: [1e-3, 2e-3], train.clip: {low: 1, high: 2}, data.features: [all, 'a,b']}")
+    ranges = "train.clip: {low: 1, high: 2}, model.dropout: {low: 0, high: 0.3, step: 0.1}"
+    file.write_text(f"space: {{train.dense_lr: [1e-3, 2e-3], {ranges}, data.features: [all, 'a,b']}}")
     assert read_space(file).parts == {
         "train.dense_lr": Choices((0.001, 0.002)),
         "train.clip": Range(1.0, 2.0),
+        "model.dropout": Range(0.0, 0.3, 0.1),
         "data.features": Choices(("all", "a,b")),
     }
 
@@ -111,6 +115,20 @@ def test_a_search_writes_the_table_and_a_config_for_train(space: Path, tmp_path:
     more = tune(read_space(space), options(tmp_path / "out", 8), quiet)
     assert len(more.trials) == 8 and more.trials[:6] == found.trials
     assert len({t.params["train.sparse_lr"] for t in more.trials}) == 8
+
+
+def test_trials_share_the_cores_unless_they_are_given_threads(space: Path, tmp_path: Path) -> None:
+    space.write_text("settings: {data.path: none, distributed.threads: 0}\nspace: {model.dim: [16]}")
+    given: list[str] = []
+
+    def launch(command: list[str], log: Path) -> FakeTraining:
+        given.append(command[command.index("--distributed.threads") + 1])
+        return FakeTraining(command, log)
+
+    tune(read_space(space), options(tmp_path / "shared", 1, jobs=1, launch=launch), quiet)
+    space.write_text(space.read_text().replace("threads: 0", "threads: 7"))
+    tune(read_space(space), options(tmp_path / "own", 1, jobs=1, launch=launch), quiet)
+    assert given == [str(len(os.sched_getaffinity(0))), "7"]
 
 
 def test_a_search_that_is_killed_loses_no_trial(space: Path, tmp_path: Path) -> None:

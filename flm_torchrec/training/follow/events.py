@@ -23,10 +23,11 @@ from flm_torchrec.data.windows import Windows, cut
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.folders import SCHEMA
 from flm_torchrec.names import nearest
-from flm_torchrec.prepare.clean import WEIGHT_RULES, rules
+from flm_torchrec.prepare.clean import WEIGHT_RULES
 from flm_torchrec.prepare.options import NumberForm
 from flm_torchrec.prepare.sources.number_text import read_numbers
 from flm_torchrec.training.follow.ids import IdIntake, KnownIds
+from flm_torchrec.training.follow.row_rules import RowRules
 from flm_torchrec.training.follow.sources import BadRow
 from flm_torchrec.training.follow.user_keys import UserKeys
 
@@ -94,13 +95,20 @@ class EventEncoder:
         form: how the source writes its rows.
         intake: what lets unknown users and items in; None refuses them.
         schema: of the data as the run reads them; None: as the vocabulary has it.
+        row_rules: which rows the run leaves out.
     """
 
     def __init__(
-        self, vocabulary: Path, form: RowForm, intake: IdIntake | None = None, schema: Schema | None = None
+        self,
+        vocabulary: Path,
+        form: RowForm,
+        intake: IdIntake | None = None,
+        schema: Schema | None = None,
+        row_rules: RowRules | None = None,
     ) -> None:
         self.time_unit = form.time_unit
         self.intake = intake
+        self.row_rules = row_rules or RowRules()
         self.schema = Schema.load(vocabulary / SCHEMA) if schema is None else schema
         self.ids = KnownIds(vocabulary)
         self.users = UserKeys(vocabulary, self.ids.user, form.key_file)
@@ -109,11 +117,14 @@ class EventEncoder:
         self.contexts = [FeatureValues.described(one) for one in described]
         self.names = {field: form.columns.get(field, field) for field in fields_of(self.schema)}
 
-    def encode(self, rows: Iterable[tuple[str, Any]], refused: dict[str, Any]) -> NewEvents:
+    def encode(
+        self, rows: Iterable[tuple[str, Any]], refused: dict[str, Any], known: PreparedData | None = None
+    ) -> NewEvents:
         """Rows, each with where it stands → events. Rows that cannot be learned from are left out.
 
         Args:
             refused: the rows left out are counted here, by reason, with examples of where they stand.
+            known: the newest events of all users, of which a row may be a duplicate.
 
         Raises:
             DataError: the users of the run are hashed, and that of a row is not.
@@ -124,16 +135,11 @@ class EventEncoder:
             if not isinstance(row, dict):
                 _refuse(refused, (row if isinstance(row, BadRow) else BadRow()).reason, [where])
         frame = self._read([where for where, _ in objects], [row for _, row in objects])
+        of_rows = [*self.row_rules.reasons(), *(WEIGHT_RULES if self.schema.weights else ())]
         more = [("unknown event", pl.col("event_id").is_null()), ("a list as a context", pl.col("listed"))]
-        for reason, bad in [
-            (ROUNDED, pl.col("rounded")),
-            *rules(),
-            *(WEIGHT_RULES if self.schema.weights else ()),
-            *more,
-        ]:
-            bad = bad.fill_null(False)
-            _refuse(refused, reason, frame.filter(bad)["where"].to_list())
-            frame = frame.filter(~bad)
+        for reason, bad in [(ROUNDED, pl.col("rounded")), *of_rows, *more]:
+            frame = _without(frame, reason, bad, refused)
+        frame = _without(frame, *self.row_rules.duplicates(frame, known), refused)
         if self.intake is not None:
             frame = frame.with_columns(self.intake.take_in(frame, [row for _, row in objects], self.ids))
         else:
@@ -208,6 +214,13 @@ class EventEncoder:
     def _ids(self, frame: pl.DataFrame, what: str) -> pl.Series:
         of = self.ids.user if what == "user" else self.ids.item
         return pl.Series(f"{what}_id", [of[key] for key in frame[what]], dtype=pl.Int64)
+
+
+def _without(frame: pl.DataFrame, reason: str, bad: pl.Expr, refused: dict[str, Any]) -> pl.DataFrame:
+    """The rows of the frame that are not bad; the others are refused."""
+    bad = bad.fill_null(False)
+    _refuse(refused, reason, frame.filter(bad)["where"].to_list())
+    return frame.filter(~bad)
 
 
 def _refuse(refused: dict[str, Any], reason: str, where: list[str]) -> None:

@@ -42,7 +42,9 @@ from flm_torchrec.training.follow.growth import (
 )
 from flm_torchrec.training.follow.histories import Histories
 from flm_torchrec.training.follow.ids import IdIntake
-from flm_torchrec.training.follow.item_rows import ItemFeed, ItemFile, ItemRows
+from flm_torchrec.training.follow.item_file import ItemFeed, ItemFile
+from flm_torchrec.training.follow.item_rows import ItemRows, is_bare
+from flm_torchrec.training.follow.row_rules import RowRules
 from flm_torchrec.training.follow.sources import Chunk, EventSource, open_source
 from flm_torchrec.training.guard import NON_FINITE, Guard
 from flm_torchrec.training.identity import open_run
@@ -90,10 +92,10 @@ class FollowOptions:
         if self.items is not None and not self.admit_after:
             raise ConfigError("--items: new items come in, and --admit-after 0 refuses them; leave out one of the two")
 
-    def feed(self, intake: IdIntake | None) -> ItemFeed:
+    def feed(self, intake: IdIntake | None) -> ItemFeed | None:
         """The item file, as the follower reads it."""
         if self.items is None or intake is None:
-            return ItemFeed(None, None)
+            return None
         return ItemFeed(ItemFile(self.items, self.form.columns.get("item", "item")), intake.rows)
 
     @property
@@ -112,8 +114,7 @@ def follow(run: Path, url: str, output: Path, options: FollowOptions, overrides:
     Args:
         overrides: of the run's config: `data.path`, where its data are now.
 
-    Returns the number of events learned from, of rows refused, of new users and items, and of values of their features
-    that have no row, since the folder was made.
+    Returns the counts of `_Follower.totals`.
 
     Raises:
         FlmError: run, source, item file or folder is wrong.
@@ -134,13 +135,14 @@ def follow(run: Path, url: str, output: Path, options: FollowOptions, overrides:
             )
         with claimed(output, comm, ANOTHER):
             intake = _intake(options, inputs.data, output)
-            encoder = EventEncoder(run / "vocabulary", options.form, intake, inputs.data.schema)
+            row_rules = RowRules.of(inputs.data, inputs.events.splits)
+            encoder = EventEncoder(run / "vocabulary", options.form, intake, inputs.data.schema, row_rules)
             new_items = options.feed(intake)
-            new_items.read()  # what contradicts the data is refused before anything is written
+            if new_items is not None:
+                new_items.check()  # what cannot be read is refused before anything is written
             job = Job(replace(inputs, config=_slower(config)))
             load_checkpoint(run / BEST, job.model, comm)
-            if config.train.warm_start:
-                know_learned(job)
+            know_learned(job)
             guard = Guard(comm, "stop", output / NON_FINITE)
             first = comm.on_main(lambda: _first(source, output))
             encoder.check_users(first.rows if first else [])
@@ -237,7 +239,7 @@ class _Follower:
             self.histories.expire()
         self._save()
 
-    def take_all(self, source: EventSource, new_items: ItemFeed, first: Chunk | None) -> None:
+    def take_all(self, source: EventSource, new_items: ItemFeed | None, first: Chunk | None) -> None:
         """Learn from chunk after chunk.
 
         Args:
@@ -245,10 +247,11 @@ class _Follower:
 
         Raises:
             Interrupted: asked to stop; the state is saved.
-            DataError: the source or the item file cannot be read.
+            DataError: the source cannot be read.
         """
         while not self.comm.any(self.guard.asked)[0]:
-            self._take_items(new_items)
+            if new_items is not None:
+                self._take_items(new_items)
             chunk = first or self.comm.on_main(lambda: source.after(self.progress.following["source"]))
             first = None
             self._log_messages(source)
@@ -261,7 +264,10 @@ class _Follower:
         raise Interrupted(f"stopped as asked after step {self.progress.step}, all saved; start it again to go on")
 
     def totals(self) -> dict[str, int]:
-        """Events learned from, rows refused, new users and items, and values left out, since the folder was made."""
+        """Events learned from, rows refused, new users and items, and values left out, since the folder was made.
+
+        Likewise `changed`, known items that have other features in the item file as it is now.
+        """
         state, ids, schema = self.progress.following, self.encoder.ids, self.base.schema
         return {
             "events": state["events"],
@@ -269,6 +275,7 @@ class _Follower:
             "users": len(ids.user) - schema.users,
             "items": len(ids.item) - schema.items,
             "left_out": state.get("left_out", {"values": 0})["values"],
+            "changed": state.get("changed", {"items": 0})["items"],
         }
 
     def _make_folder(self) -> None:
@@ -276,25 +283,54 @@ class _Follower:
             (self.folder / LEARNED).mkdir(exist_ok=True)
             mend_inside(self.folder / LEARNED)
 
-    def _log_messages(self, source: EventSource) -> None:
+    def _log_messages(self, source: EventSource | ItemFeed) -> None:
         for line in source.messages:
             self.logger.say(line)
         source.messages.clear()
 
     def _take_items(self, new_items: ItemFeed) -> None:
         """Take in the items of the item file, and save the state after it."""
-        items, left_out = self.comm.on_main(lambda: (new_items.read(), new_items.left_out))
-        new_items.taken()
-        for key, row in items:
-            self.encoder.ids.add_item(key, row)
-        if self.encoder.ids.new_items:
-            count = len(self.encoder.ids.new_items)
+        news = self.comm.on_main(new_items.read)
+        self._log_messages(new_items)
+        if news is None:
+            return
+        self._count_changed(news.changed)
+        ids = self.encoder.ids
+        for key, row in news.new:
+            ids.add_item(key, row)
+        ids.described += news.described
+        if ids.new_items or ids.described:
+            told = f"{self.options.items}: {len(ids.new_items)} new items"
+            told += f", and features of {len(ids.described)} that had none" if ids.described else ""
             before = self.histories.data.schema.users, self.histories.data.schema.items
-            self._count_left_out(str(self.options.items), left_out)
+            self._count_left_out(str(self.options.items), news.left_out)
             self._grow()
             self._load_rows(before, {})
             self._save()
-            self.logger.say(f"{self.options.items}: {count} new items")
+            self.logger.say(told)
+
+    def _tell_bare(self, where: str) -> None:
+        """Tell which items come in without features, before their rows in the item file."""
+        bare = [key for key, row in self.encoder.ids.new_items if is_bare(row)]
+        if bare and self.options.items:
+            self.logger.say(
+                f"{where}: {len(bare)} new items have no row in {self.options.items} yet, such as '{bare[0]}', and so"
+                " no features until it comes"
+            )
+
+    def _count_changed(self, lines: list[str]) -> None:
+        """Record and tell which known items have other features in the item file: they keep those that were learnt."""
+        state = self.progress.following
+        found = {"items": len(lines), "examples": lines[:EXAMPLES]}
+        if found == state.get("changed", {"items": 0, "examples": []}):
+            return
+        state["changed"] = found
+        self.comm.on_main(self._write_report)
+        if lines:
+            self.logger.say(
+                f"{self.options.items}: {len(lines)} items have other features than the run knows, which it keeps, such"
+                f" as {lines[0]}; to learn them, prepare the data again and train with --train.warm_start {self.folder}"
+            )
 
     def _count_left_out(self, where: str, lines: list[str]) -> None:
         """Count and tell values of new items that have no row: tables of features do not grow."""
@@ -311,9 +347,10 @@ class _Follower:
     def _take(self, chunk: Chunk) -> None:
         """Learn from a chunk, and save the state after it."""
         state = self.progress.following
-        new = self.encoder.encode(chunk.rows, state["refused"])
+        new = self.encoder.encode(chunk.rows, state["refused"], self.histories.data)
         self._count_left_out(chunk.name, self.encoder.ids.left_out)
         self.encoder.ids.left_out = []
+        self._tell_bare(chunk.name)
         if len(new):
             before = self.histories.data.schema.users, self.histories.data.schema.items
             grew = self._grow()
@@ -322,6 +359,11 @@ class _Follower:
             is_new, gone = self.histories.append(new), self.histories.expire()
             if grew or any(len(ids) for ids in gone.values()):
                 self._load_rows(before, gone)
+            self.guard.remedy = (
+                f"nothing of {chunk.name} is learnt, and all before it is saved; mend or remove its events and start"
+                " again, or prepare the data again and train with lower rates:"
+                f" 'flm train --train.warm_start {self.folder}' with --train.dense_lr and --train.sparse_lr"
+            )
             self._train(self._loader(is_new), state["parts"])
             state["parts"] += 1
         state["events"] += len(new)
@@ -358,16 +400,24 @@ class _Follower:
         ids.settle()
 
     def _grow(self) -> bool:
-        """Give the model rows for the users and items that came in; `_load_rows` fills them. Whether any came."""
+        """Give the model rows for the users and items that came in, and features that came later.
+
+        Returns whether there were any; `_load_rows` fills the rows.
+        """
         ids, state = self.encoder.ids, self.progress.following
-        if not ids.new_users and not ids.new_items:
+        if not (ids.new_users or ids.new_items or ids.described):
             return False
         assert self.encoder.intake is not None
         columns = pq.read_schema(self.base.path / "users.parquet")
         users = user_table(columns, len(ids.user) - len(ids.new_users), ids.new_users)
-        items = self.encoder.intake.rows.table(len(ids.item) - len(ids.new_items), ids.new_items)
+        rows = self.encoder.intake.rows
+        items = rows.table(range(len(ids.item) - len(ids.new_items), len(ids.item)), ids.new_items)
+        described = rows.table([ids.item[key] for key, _ in ids.described], ids.described)
+        counts = {"without_features": sum(is_bare(row) for _, row in ids.new_items), "described": len(described)}
+        for name, count in counts.items():
+            state[name] = state.get(name, 0) + count
         with telling(self.folder):
-            self.comm.on_main(lambda: write_growth(self.folder / LEARNED, state["growths"], users, items))
+            self.comm.on_main(lambda: write_growth(self.folder / LEARNED, state["growths"], users, items, described))
         state["growths"] += 1
         ids.settle()
         self._build(with_growth(self.base, self.folder / LEARNED, state["growths"]))

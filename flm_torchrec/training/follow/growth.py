@@ -2,7 +2,7 @@
 
 Numbers of known users and items stay; new ones come behind them. Each time that new ones come in, two files in the
 folder of the follower's events get their rows: `users-NNNNNN.parquet` and `items-NNNNNN.parquet`, with the columns of
-the prepared data.
+the prepared data. Rows of items that came in without features, and get them now, are in `described-NNNNNN.parquet`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from flm_torchrec.folders import SCHEMA
 from flm_torchrec.training.follow.events import FIELDS, LEARNED, NewEvents, append_on_disk
 
 ENTITIES: tuple[Entity, ...] = ("user", "item")
+DESCRIBED = "described"
 DAY = 86400
 
 
@@ -96,13 +97,13 @@ class FollowedData(PreparedData):
 
 
 def part_file(folder: Path, kind: str, number: int) -> Path:
-    """A file of a follower's folder of events. `kind`: part (of events), user or item."""
-    return folder / f"{kind if kind == 'part' else kind + 's'}-{number:06d}.parquet"
+    """A file of a follower's folder of events. `kind`: part (of events), user, item or described."""
+    return folder / f"{kind + 's' if kind in ENTITIES else kind}-{number:06d}.parquet"
 
 
-def write_growth(folder: Path, number: int, users: pa.Table, items: pa.Table) -> None:
-    """Write the files of new users and items; each is complete or not there."""
-    for kind, table in zip(ENTITIES, (users, items), strict=True):
+def write_growth(folder: Path, number: int, users: pa.Table, items: pa.Table, described: pa.Table) -> None:
+    """Write the files of new users and items, and of items with new features; each is complete or not there."""
+    for kind, table in zip((*ENTITIES, DESCRIBED), (users, items, described), strict=True):
         with replacing_file(part_file(folder, kind, number)) as fresh:
             pq.write_table(table, fresh)
 
@@ -138,7 +139,31 @@ def _joined(data: PreparedData, folder: Path, entity: Entity, growths: int) -> E
             rows = pq.read_metadata(file).num_rows
         if rows:
             features = features + load_entity(file, data.schema, entity, rows)
-    return features
+    if entity == "user":
+        return features
+    late = _described(folder, growths)
+    order = _order(len(features.dense), list(late.values()))
+    for file, ids in late.items():
+        features = features + load_entity(file, data.schema, entity, len(ids))
+    return features.take(order) if late else features
+
+
+def _described(folder: Path, growths: int) -> dict[Path, np.ndarray]:
+    """The files of items that got features later, each with the [n] ids there. Older versions wrote none."""
+    found = {}
+    for file in (part_file(folder, DESCRIBED, number) for number in range(growths)):
+        if file.exists():
+            with as_data_error(file):
+                found[file] = pq.read_table(file, columns=["item_id"])["item_id"].to_numpy()
+    return {file: ids for file, ids in found.items() if len(ids)}
+
+
+def _order(items: int, described: list[np.ndarray]) -> np.ndarray:
+    """[items] where the row of each item is, if those of the items `described` come behind all others."""
+    order = np.arange(items)
+    ids = np.concatenate([np.zeros(0, np.int64), *described])
+    order[ids] = items + np.arange(len(ids))
+    return order
 
 
 def read_events(folder: Path, number: int) -> NewEvents:
@@ -227,9 +252,12 @@ def publish_vocabulary(data: Path, folder: Path, growths: int, target: Path) -> 
     counts: dict[Entity, int] = {}
     for entity in ENTITIES:
         files = [data / f"{entity}s.parquet", *(part_file(folder, entity, number) for number in range(growths))]
-        tables = [pq.read_table(file) for file in files]
+        late = _described(folder, growths) if entity == "item" else {}
+        tables = [pq.read_table(file) for file in (*files, *late)]
         table = pa.concat_tables(t.cast(tables[0].schema.remove_metadata()) for t in tables)
-        counts[entity] = len(table)
+        counts[entity] = len(table) - sum(map(len, late.values()))
+        if late:
+            table = table.take(_order(counts[entity], list(late.values())))
         with replacing_file(target / f"{entity}s.parquet") as fresh:
             pq.write_table(table, fresh)
     with replacing_file(target / "report.json") as fresh:

@@ -34,6 +34,8 @@ class KnownIds:
         """Keys taken in since `settle`, in order of their ids."""
         self.new_items: list[tuple[str, dict[str, Any]]] = []
         """Keys and rows of items.parquet, likewise."""
+        self.described: list[tuple[str, dict[str, Any]]] = []
+        """Keys and rows of items that came in without features, and have got them since `settle`."""
         self.left_out: list[str] = []
         """A line for each value of a new item that has no code; whoever counts them clears the list."""
 
@@ -51,7 +53,7 @@ class KnownIds:
 
     def settle(self) -> None:
         """All that was taken in is part of the model."""
-        self.new_users, self.new_items = [], []
+        self.new_users, self.new_items, self.described = [], [], []
 
 
 @dataclass(frozen=True)

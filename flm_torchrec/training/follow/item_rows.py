@@ -2,76 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-import polars.selectors as cs
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flm_torchrec.data.event_files import as_data_error
 from flm_torchrec.data.feature_values import FeatureValues, codes_of, describe, numbers_of
-from flm_torchrec.data.keys import frame_of, is_rounded, json_text, keys, rounded_id, stripped
+from flm_torchrec.data.keys import json_text, stripped
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.errors import DataError
 from flm_torchrec.folders import SCHEMA
 from flm_torchrec.prepare.options import TextForm
 from flm_torchrec.prepare.sources.lists import values_of
-from flm_torchrec.training.follow.sources import json_of, rows_of
 
 LISTS = ("multi_categorical", "text")
 """Kinds of which an item has several codes."""
 CLOSE = 1e-5
 """Numbers that differ by less are the same: preparation standardises them in another order."""
-ITEM_ID = "item_id"
-
-
-@dataclass(frozen=True)
-class _Table:
-    """What an item file holds."""
-
-    columns: list[str]
-    rows: list[dict[str, Any]]
-    """By column, what JSON lines would have."""
-    ids: dict[str, pl.Series]
-    """Columns that may have the ids, the first choice first."""
-
-
-def _read_json_lines(file: Path, ids: Sequence[str]) -> _Table:
-    """Line by line, for a feature may be a text in one row and a list in the next."""
-    rows = [json_of(line) for line in file.read_bytes().splitlines() if line.strip()]
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise DataError(f"{file}: row {number}: not a JSON object; mend the row")
-    # A file of `flm export-events` is empty where there are no cold items.
-    columns = list(dict.fromkeys(name for row in rows for name in row)) or [ITEM_ID]
-    given = {name: [row.get(name) for row in rows] for name in ids if name in columns}
-    for name, values in given.items():
-        if rounded := next(filter(is_rounded, values), None):
-            raise rounded_id(str(file), name, rounded)
-    texts = {name: pl.Series(name, map(json_text, values), dtype=pl.String) for name, values in given.items()}
-    return _Table(columns, rows, texts)
-
-
-def _read_parquet(file: Path, ids: Sequence[str]) -> _Table:
-    with as_data_error(file), pq.ParquetFile(file) as source:
-        return _of_frame(frame_of(source.read(), str(file)), ids)
-
-
-def _read_csv(file: Path, ids: Sequence[str]) -> _Table:
-    """All text: `007` is no number, and the key of another item than `7`."""
-    return _of_frame(pl.read_csv(file, infer_schema=False), ids)
-
-
-def _of_frame(frame: pl.DataFrame, ids: Sequence[str]) -> _Table:
-    values = frame.with_columns(cs.float().fill_nan(None))
-    return _Table(frame.columns, rows_of(values), {name: frame[name] for name in ids if name in frame.columns})
-
-
-READERS = {".parquet": _read_parquet, ".jsonl": _read_json_lines, ".csv": _read_csv}
 
 
 class ItemRows:
@@ -116,9 +67,9 @@ class ItemRows:
             row[feature.column] = _encoded(feature, values, value, [] if left_out is None else left_out)
         return row
 
-    def table(self, first: int, items: list[tuple[str, dict[str, Any]]]) -> pa.Table:
-        """Keys and rows of new items, numbered from `first` on, with the columns of items.parquet."""
-        rows = [{"item_id": first + n, "item_key": key, **row} for n, (key, row) in enumerate(items)]
+    def table(self, ids: Iterable[int], items: list[tuple[str, dict[str, Any]]]) -> pa.Table:
+        """Ids, keys and rows of items with the columns of items.parquet."""
+        rows = [{"item_id": n, "item_key": key, **row} for n, (key, row) in zip(ids, items, strict=True)]
         return pa.Table.from_pylist(rows, schema=self.columns)
 
     def known(self, wanted: list[str]) -> dict[str, dict[str, Any]]:
@@ -129,6 +80,10 @@ class ItemRows:
         with as_data_error(grown):
             table = pq.read_table(grown, filters=[("item_key", "in", wanted)])
         return {row["item_key"]: row for row in table.to_pylist()}
+
+    def awaits(self, known: Mapping[str, Any]) -> bool:
+        """Whether a known item came in since, and without features."""
+        return known["item_id"] >= self.schema.items and is_bare(known)
 
     def differs(self, given: Mapping[str, Any], row: Mapping[str, Any], known: Mapping[str, Any]) -> str:
         """A feature that is given and is not that of the known item, for people; empty where there is none."""
@@ -143,93 +98,9 @@ class ItemRows:
         return pa.null() if place < 0 else self.columns.field(place).type
 
 
-@dataclass(frozen=True)
-class ItemFile:
-    """Rows of a file that describes items: Parquet, JSON lines or CSV, with a column of keys, and features by name."""
-
-    path: Path
-    key: str
-    """Column of keys; where the file lacks it, `item_id` is, as `flm export-events` writes it."""
-
-    def read(self, rows: ItemRows, left_out: list[str] | None = None) -> list[tuple[str, dict[str, Any]]]:
-        """Keys and encoded rows of the items that the data lack, in order of the file.
-
-        Args:
-            left_out: gets a line for each value of these items that has no code.
-
-        Raises:
-            DataError: the file cannot be read, a row has no key or the key of another row, a value does not fit its
-                kind, or an item that the data have has other features here. The message names the row.
-        """
-        table = self._table()
-        found = keys(next(iter(table.ids.values())), str(self.path)).to_list()
-        known = rows.known([key for key in found if key is not None])
-        new: dict[str, dict[str, Any]] = {}
-        for number, (key, given) in enumerate(zip(found, table.rows, strict=True), start=1):
-            where = f"{self.path}: row {number}"
-            if key is None or key in new:
-                raise DataError(f"{where}: {'no item' if key is None else f'item {key!r} has two rows'}; mend the row")
-            try:
-                row = rows.row(given, left_out if key not in known else None)
-            except DataError as error:
-                raise DataError(f"{where}: {error}") from error
-            if key not in known:
-                new[key] = row
-            elif feature := rows.differs(given, row, known[key]):
-                raise DataError(
-                    f"{where}: item '{key}' has another {feature} than in {rows.file}; take the row out, or prepare"
-                    " the data again and train with --train.warm_start"
-                )
-        return list(new.items())
-
-    def _table(self) -> _Table:
-        if self.path.suffix not in READERS:
-            raise DataError(f"{self.path}: give an item file that ends in {', '.join(READERS)}")
-        try:
-            table = READERS[self.path.suffix](self.path, (self.key, ITEM_ID))
-        except (OSError, pl.exceptions.PolarsError) as error:
-            raise DataError(f"{self.path}: not readable ({str(error).splitlines()[0]}); mend the file") from error
-        if not table.ids:
-            raise DataError(f"{self.path}: no column '{self.key}' (it has {', '.join(table.columns)}); see --columns")
-        return table
-
-
-class ItemFeed:
-    """An item file, read again whenever it has changed; without a file nothing ever comes.
-
-    Args:
-        rows: encodes its rows.
-    """
-
-    def __init__(self, file: ItemFile | None, rows: ItemRows | None) -> None:
-        self.file = file
-        self.rows = rows
-        self.status: tuple[int, int] | None = None
-        self.items: list[tuple[str, dict[str, Any]]] = []
-        self.left_out: list[str] = []
-        """A line for each value of `items` that has no code."""
-
-    def read(self) -> list[tuple[str, dict[str, Any]]]:
-        """Keys and rows of the items that the run's data lack; empty where the file has not changed since `taken`.
-
-        Raises:
-            DataError: as of `ItemFile.read`.
-        """
-        if self.file is None or self.rows is None:
-            return []
-        try:
-            found = self.file.path.stat()
-        except OSError as error:
-            raise DataError(f"{self.file.path}: not readable ({error.strerror}); put the item file back") from error
-        if (found.st_size, found.st_mtime_ns) != self.status:
-            self.status = found.st_size, found.st_mtime_ns
-            self.left_out = []
-            self.items = self.file.read(self.rows, self.left_out)
-        return self.items
-
-    def taken(self) -> None:
-        """The items came in."""
-        self.items, self.left_out = [], []
+def is_bare(row: Mapping[str, Any]) -> bool:
+    """Whether a row of items.parquet says nothing of its item but the key."""
+    return all(value in (None, "", []) for name, value in row.items() if name not in ("item_id", "item_key"))
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -237,27 +108,31 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _as_kind(feature: Feature, value: Any) -> Any:
-    """A value of a file, where numbers and lists may be text and keys may be numbers, as its kind wants it."""
+    """A value of a file, where numbers and lists may be text and keys may be numbers, as its kind wants it.
+
+    A number that is not finite is no value, and makes a vector none, as for `flm prepare`.
+    """
     if isinstance(value, str) and feature.kind in ("multi_categorical", "dense"):
         value = values_of(value, TextForm(), f"features.{feature.name}")
-    several = isinstance(value, list)
-    values = [v for v in (value if several else [value]) if not _blank(v)]
+    values = value if isinstance(value, list) else [value]
     if feature.kind in ("categorical", "multi_categorical"):
-        values = [json_text(v) for v in values]
+        values = [json_text(v) for v in values if not _missing(v)]
     elif feature.kind != "text":
         values = [_number(feature, v) for v in values]
-    return values if several else next(iter(values), None)
+        if any(v is None or (isinstance(v, float) and not math.isfinite(v)) for v in values):
+            return None
+    return values if isinstance(value, list) else next(iter(values), None)
 
 
-def _blank(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not stripped(value))
+def _missing(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not stripped(value))
 
 
 def _number(feature: Feature, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return float(value)
+        return float(value) if value.strip() else None
     except ValueError as error:
         raise DataError(f"features.{feature.name}: '{value[:40]}' is no number") from error
 

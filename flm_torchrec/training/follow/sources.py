@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +19,9 @@ from flm_torchrec.errors import DataError
 from flm_torchrec.safe_text import first_line, redact_address
 from flm_torchrec.training.follow.folder import Ledger, Taken, taken_whole
 
-PARQUET_END = b"PAR1"
+PARQUET_MARK = b"PAR1"
+SMALLEST_PARQUET = 12
+"""Bytes: a file begins and ends with the mark, and has the length of its footer before the end."""
 SUFFIXES = (".parquet", ".jsonl")
 REMEMBERED = 10_000
 """Files whose content is still known after they left the folder, in case it comes again."""
@@ -104,7 +105,7 @@ class Folder:
     """Files in order of their names, and of each file the rows that are new; `Ledger` says which these are.
 
     A Parquet file is complete once its footer is there. A JSONL file is read up to its last line break, and may grow.
-    Hidden files, files with other endings, and what is no file are not read.
+    Hidden files are not read; nor are files with other endings and what is no file, which is told.
     """
 
     def __init__(self, path: Path) -> None:
@@ -176,10 +177,12 @@ class Folder:
         if begins and begins[0] != file.name:
             self._report(f"{file.name}: begins with the {begins[1].rows} rows of {begins[0]}; only those after are new")
         size, before = (begins[1].size, begins[1].rows) if begins else (0, 0)
-        values = _parquet_rows(file, content) if file.suffix == ".parquet" else _json_rows(content[size:])
-        rows = [(f"{file.name}: row {n}", value) for n, value in enumerate(values, before + 1)]
-        ledger.files[file.name] = taken_whole(content, before + len(rows), status[1])
-        return rows
+        read = _parquet_rows(file, content) if file.suffix == ".parquet" else content[size:].split(b"\n")[:-1]
+        ledger.files[file.name] = taken_whole(content, before + len(read), status[1])
+        named = [(f"{file.name}: row {n}", row) for n, row in enumerate(read, before + 1)]
+        if file.suffix == ".parquet":
+            return named
+        return [(where, json_of(line)) for where, line in named if line.strip()]
 
     def _arriving(self, file: Path, content: bytes, size: int, ledger: Ledger) -> bool:
         """Whether a new file may be a copy under way of a file that was taken: nothing of it was learnt from then.
@@ -202,7 +205,11 @@ class Folder:
             there = sorted(self.path.iterdir())
         except OSError as error:
             raise DataError(f"--source {self.path}: not readable ({error.strerror}); put the folder back") from error
-        return [f for f in there if f.suffix in SUFFIXES and not f.name.startswith((".", "_"))]
+        shown = [file for file in there if not file.name.startswith((".", "_"))]
+        for file in shown:
+            if file.suffix not in SUFFIXES and self._status(file):
+                self._report(f"{file.name}: left alone; only files that end in {' or '.join(SUFFIXES)} are read")
+        return [file for file in shown if file.suffix in SUFFIXES]
 
     def _status(self, file: Path) -> tuple[int, int] | None:
         """Size in bytes and time of a file; None, and one message, if it is gone or is no file."""
@@ -232,8 +239,8 @@ class Folder:
         except OSError as error:
             self._report(f"{file.name}: not readable ({error.strerror}), left alone for now")
             return None
-        end = len(content) if content.endswith(PARQUET_END) else 0
-        end = end if file.suffix == ".parquet" else content.rfind(b"\n") + 1
+        whole = len(content) >= SMALLEST_PARQUET and content.endswith(PARQUET_MARK)
+        end = len(content) * whole if file.suffix == ".parquet" else content.rfind(b"\n") + 1
         if end < len(content):
             self._report(f"{file.name}: its end is not there yet; what is missing is left for later")
         return content[:end]
@@ -278,11 +285,6 @@ def rows_of(frame: pl.DataFrame) -> list[dict[str, Any]]:
     """Rows as JSON lines would have them: numbers, times and bytes as text; lists and true and false stay so."""
     kept = (pl.List, pl.Array, pl.Boolean)
     return pl.DataFrame([c if isinstance(c.dtype, kept) else as_text(c) for c in frame]).to_dicts()
-
-
-def _json_rows(lines: bytes) -> Iterator[Any]:
-    for line in lines.split(b"\n")[:-1]:
-        yield json_of(line)
 
 
 def json_of(text: bytes | None) -> Any:
