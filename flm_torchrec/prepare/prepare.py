@@ -173,7 +173,14 @@ class Preparation:
         """The users or items that stay, with what describes them."""
         described = self.source.items is not None or "item" in self.source.tables
         unseen = entity == "item" and described and self.options.keep_unseen_items
-        return join_described(self.engine, entity, folder / f"{entity}s", self.features[entity], keep_unseen=unseen)
+        return join_described(
+            self.engine,
+            entity,
+            folder / f"{entity}s",
+            self.features[entity],
+            keep_unseen=unseen,
+            withhold=unseen and self.options.min_users > 1,
+        )
 
     def _hash(self, keys: pl.Series) -> pl.Series:
         """Keys of users as the output has them."""
