@@ -110,7 +110,10 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
     among_cold = replace(problem, among=task.cold_items)
     segments = list(_segments(labels_by(task.by, data, examples, task.train_mask)))
     targets = Targets.of(data, examples)
+    cold = np.zeros(len(examples), bool) if examples.label is None else examples.label == COLD_ITEM
     notes = [*left_out(config, items), *_untested(data, examples)]
+    if task.cold_items is not None and not cold.any():
+        notes.append("no event of a cold item to predict, so there is no table of cold items")
     check_events(config, data.count(task.train_mask))
     shares = ItemShares(items, config.item_block, comm)
     check_vectors(len(_heads(task)) * shares.count, encoder, comm.device)
@@ -123,7 +126,7 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
     longest = max(COVERAGE_AT, *config.ks) if targets else COVERAGE_AT
     for scorer in scorers:
         ranked = rank_targets(problem, scorer, comm, longest)
-        ranked_cold = None if task.cold_items is None else rank_targets(among_cold, scorer, comm)
+        ranked_cold = rank_targets(among_cold, scorer, comm) if cold.any() else None
         for name in scorer.names:
             result.table[name] = count_ranks(ranked, name, items, comm, (COVERAGE_AT,)).metrics(config.ks)
             result.lists[name] = list_metrics(ranked.top[name][:, :COVERAGE_AT], facts, comm)
@@ -134,8 +137,8 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
             for label, chosen in segments:
                 part = count_ranks(_only(ranked, chosen), name, items, comm)
                 result.segments.setdefault(label, {})[name] = part.metrics(config.ks)
-            if ranked_cold is not None and examples.label is not None:
-                part = count_ranks(_only(ranked_cold, examples.label == COLD_ITEM), name, items, comm)
+            if ranked_cold is not None:
+                part = count_ranks(_only(ranked_cold, cold), name, items, comm)
                 result.segments.setdefault(f"{COLD_ITEM}, among those alone", {})[name] = part.metrics(config.ks)
     result.notes.extend(_unshown(result, max(config.ks)))
     return result
