@@ -14,6 +14,8 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from flm_torchrec.charts import Curves, Histogram, wide
 from flm_torchrec.data.schema import Schema, sparsity
@@ -42,6 +44,18 @@ class Inspection:
     findings: list[str] = field(default_factory=list)
     """Problems, a line each, with what to do."""
     sections: list[Section] = field(default_factory=list)
+    columns: dict[str, dict[str, str]] = field(default_factory=dict)
+    """By `items` or `users`: the names of the columns in the file, and what SQL calls them."""
+
+    def column(self, entity: str, name: str) -> str:
+        """What SQL calls a column of items.parquet or users.parquet.
+
+        Raises:
+            DataError: the file has no such column.
+        """
+        if name not in self.columns[entity]:
+            raise DataError(f"{self.folder / entity}.parquet: has no column '{name}'; prepare the data again")
+        return self.columns[entity][name]
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
         """All rows of a query."""
@@ -77,14 +91,29 @@ def opened(folder: Path, memory: int) -> Iterator[Inspection]:
             connection.execute(
                 f"CREATE VIEW events AS SELECT * EXCLUDE (file_row_number), file_row_number AS row_index FROM {events}"
             )
-            for entity in ("items", "users"):
-                rows = sql.read_parquet([folder / f"{entity}.parquet"])
-                connection.execute(f"CREATE VIEW {entity} AS SELECT * FROM {rows}")
-            yield Inspection(folder, schema, connection)
+            columns = {entity: _view(connection, folder, entity) for entity in ("items", "users")}
+            yield Inspection(folder, schema, connection, columns=columns)
         except duckdb.Error as error:
             raise DataError(f"{folder}: not readable ({str(error).splitlines()[0]}); prepare the data again") from error
         finally:
             connection.close()
+
+
+def _view(connection: duckdb.DuckDBPyConnection, folder: Path, entity: str) -> dict[str, str]:
+    """Make the view `items` or `users`; returns the names in the file, and those in the view.
+
+    Names of features are the user's: they may be those of a query, or differ in case alone, which SQL takes for one.
+    """
+    file = folder / f"{entity}.parquet"
+    rows = sql.read_parquet([file])
+    try:
+        names = pq.read_schema(file).names
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{file}: not readable ({str(error).splitlines()[0]}); prepare the data again") from error
+    own = (f"{entity[:-1]}_id", f"{entity[:-1]}_key")
+    columns = {name: name if name in own else f"c{place}" for place, name in enumerate(names)}
+    connection.execute(f"CREATE VIEW {entity} AS SELECT * FROM {rows} AS stored({', '.join(columns.values())})")
+    return columns
 
 
 def look_at_counts(data: Inspection) -> None:
@@ -168,7 +197,7 @@ def look_at_distributions(data: Inspection) -> None:
 
 def look_at_top(data: Inspection) -> None:
     """The items and users with the most events."""
-    title = sql.name(data.schema.title) if data.schema.title else "item_key"
+    title = data.column("items", data.schema.title) if data.schema.title else "item_key"
     total = data.one("SELECT count(*) FROM events")[0]
     items = data.rows(
         f"SELECT item_key, {title}, n FROM (SELECT item_id, count(*) AS n FROM events GROUP BY item_id ORDER BY n DESC,"

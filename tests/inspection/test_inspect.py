@@ -149,6 +149,18 @@ def test_dead_features_are_told_and_live_ones_are_not(tmp_path: Path, capsys: py
     assert "nearly an id" in told["sku"] and "9 of 90 codes" in told["sparse"] and "every row" in told["void"]
 
 
+def test_features_may_have_names_that_sql_takes_for_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def code(name: str) -> Feature:
+        return Feature(name, "item", "categorical", name, f"item_{name}", 2)
+
+    rows = range(30)
+    features = [(code("n"), [i % 2 for i in rows]), (code("Brand"), [i % 2 for i in rows]), (code("brand"), [1] * 30)]
+    features.append((Feature("words", "item", "text", "words", "item_words", 2), [["one"] for _ in rows]))
+    data = write(tmp_path / "data", steady(), features, title="words")
+    told = [line for line in findings(data, capsys=capsys) if "feature" in line]
+    assert [line.split("'")[1] for line in told] == ["brand", "words"]
+
+
 @pytest.mark.parametrize("kind", ["leave-one-out", "time"])
 def test_parts_are_those_that_training_draws(small: PreparedData, kind: Any) -> None:
     with opened(small.path, 2**30) as data:
