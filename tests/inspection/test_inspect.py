@@ -118,6 +118,14 @@ def test_a_planted_fault_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["inspect", str(data), "--strict"]) == 1
 
 
+def test_users_who_have_one_item_again_and_again_are_no_copies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faithful = [(60 + u, u % 30, t * DAY, 0) for u in range(90) for t in range(8)]
+    lines = findings(write(tmp_path / "data", [*steady(), *faithful]), capsys=capsys)
+    assert not any("another's very history" in line for line in lines)
+
+
 def test_users_never_met_in_training_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     late = [(u, i, t + (u > 40) * 40 * DAY, 0) for u, i, t, _ in steady()]
     lines = findings(write(tmp_path / "data", late), "--split", "time", "--holdout", "0.2", capsys=capsys)
