@@ -52,10 +52,11 @@ def write(
 
 
 def steady(days: int = 20, users: int = 60, items: int = 30) -> list[tuple[int, ...]]:
-    """Every user has a random item every other day, by the same distribution always."""
+    """Every user has another random item every other day, by the same distribution always."""
     rng = np.random.default_rng(0)
+    orders = [rng.permutation(items) for _ in range(users)]
     return [
-        (u, int(rng.integers(items)), day * DAY + int(rng.integers(DAY)), int(rng.random() < 0.2))
+        (u, int(orders[u][day // 2]), day * DAY + int(rng.integers(DAY)), int(rng.random() < 0.2))
         for u in range(users)
         for day in range(u % 2, days, 2)
     ]
@@ -85,6 +86,10 @@ def planted() -> dict[str, tuple[list[tuple[int, ...]], str]]:
     return {
         "leak": ([*events, *((60 + u, i, 5 * DAY, 0) for u in range(9) for i in (u, 10, u))], "leak: 9 test events"),
         "copies": (same, "19 of 20 users"),
+        "repeats": (
+            [*events, *((u, 3, 20 * DAY, 0) for u in range(60))],
+            "32% of test events have an item that the user had before",
+        ),
         "hole": (
             [e for e in events if not 5 <= e[2] // DAY < 9],
             "few or no events in 4 periods, first from 1970-01-06",
@@ -162,7 +167,8 @@ def test_features_may_have_names_that_sql_takes_for_others(tmp_path: Path, capsy
         return Feature(name, "item", "categorical", name, f"item_{name}", 2)
 
     rows = range(30)
-    features = [(code("n"), [i % 2 for i in rows]), (code("Brand"), [i % 2 for i in rows]), (code("brand"), [1] * 30)]
+    features: list[tuple[Feature, list[Any]]] = [(code(name), [i % 2 for i in rows]) for name in ("n", "Brand")]
+    features.append((code("brand"), [1] * 30))
     features.append((Feature("words", "item", "text", "words", "item_words", 2), [["one"] for _ in rows]))
     data = write(tmp_path / "data", steady(), features, title="words")
     told = [line for line in findings(data, capsys=capsys) if "feature" in line]
