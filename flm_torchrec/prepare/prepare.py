@@ -62,10 +62,12 @@ def prepare(
         secret: keys of users become their HMAC-SHA256 under it; empty: they stay as they are.
 
     Raises:
-        DataError: no rows are left, a feature cannot be encoded, or the folder is in use.
+        DataError: no rows are left, a feature cannot be encoded, an option needs times that the source does not have,
+            or the folder is in use.
         InUse: another process writes the folder.
     """
     check_output(output, overwrite)
+    _check_times(source, options)
     output, shards = output.resolve(), shards_of(source)
     made_of = [source.source, options.min_value, *(shard.identity for shard in shards)]
     with ExitStack() as stack:
@@ -237,6 +239,15 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise DataError(f"{output}: exists and holds no prepared data, so it is not replaced; give another --output")
     if not overwrite:
         raise DataError(f"{output}: exists; give another --output, or --overwrite to replace it")
+
+
+def _check_times(source: SourceData, options: PrepareOptions) -> None:
+    """Raise DataError where an option counts seconds, and the source has only an order."""
+    given = {"--session-gap": options.session_gap > 0, "--dedup window": options.dedup == "window"}
+    for option in (option for option, used in given.items() if used and not source.timestamps):
+        raise DataError(
+            f"{source.name}: has no timestamps, which {option} needs; name their column in --columns, or leave it out"
+        )
 
 
 def _engine(machine: MachineOptions, work: Path) -> AbstractContextManager[Engine]:
