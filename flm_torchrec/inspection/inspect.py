@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from flm_torchrec.charts import Curves, Histogram, wide
 from flm_torchrec.data.schema import Schema, sparsity
-from flm_torchrec.data.times import LATEST, year
+from flm_torchrec.data.times import DAY_NUMBERS, LATEST, NO_SECONDS, year
 from flm_torchrec.errors import DataError
 from flm_torchrec.folders import SCHEMA
 from flm_torchrec.inspection.bins import fitting
@@ -140,6 +140,8 @@ def look_at_counts(data: Inspection) -> None:
             f"{late} of {events} events are later than the year {year(LATEST)}, the last in {year(last)}, so their"
             " times are not in seconds: prepare again with --time-unit ms, us or ns"
         )
+    if schema.timestamps and data.one(f"SELECT bool_and({DAY_NUMBERS}) FROM events")[0]:
+        data.findings.append(f"{NO_SECONDS}: write them as 2024-03-31 and prepare again")
     mixed = data.one(
         "SELECT count(*) FROM (SELECT timestamp < lag(timestamp) OVER (PARTITION BY user_id ORDER BY row_index) AS back"
         " FROM events) WHERE back"

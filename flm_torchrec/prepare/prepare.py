@@ -18,6 +18,7 @@ import polars as pl
 from flm_torchrec.claim import claim
 from flm_torchrec.data.keys import RULE
 from flm_torchrec.data.schema import Entity, Schema, sparsity
+from flm_torchrec.data.times import NO_SECONDS
 from flm_torchrec.errors import DataError
 from flm_torchrec.files import put_in_place
 from flm_torchrec.folders import SCHEMA
@@ -219,6 +220,7 @@ class Preparation:
                 *self.notes,
                 *dropped.notes,
                 *warnings_of(read.rows_read, schema.interactions, dropped),
+                *([f"{NO_SECONDS}; write them as 2024-03-31"] if counts.day_numbers else ()),
             ],
             "options": asdict(self.options),
             "ids": RULE,

@@ -106,6 +106,7 @@ def planted() -> dict[str, tuple[list[tuple[int, ...]], str]]:
             [(u, i, (1_700_000_000 + t) * 1000, k) for u, i, t, k in events],
             f"{len(events)} of {len(events)} events are later than the year 2242, the last in 55895",
         ),
+        "days": ([(u, i, 20240301 + t // DAY, k) for u, i, t, k in events], "days written as numbers such as 20240331"),
         "mixed units": ([*events, (60, 1, 5, 0), (60, 2, 10**13, 0)], f"1 of {len(events) + 2} events are later than"),
         "ties": (
             [(u, (u * 3 + n) % 30, u * DAY // 4, 0) for u in range(60) for n in range(6)],

@@ -106,6 +106,13 @@ def test_a_longer_pause_starts_a_session(tmp_path: Path) -> None:
     assert sessions == [0, 0, 1, 1, 1, 0] and report["sessions"] == 3
 
 
+@pytest.mark.parametrize(("last", "told"), [(20240229, True), (20241301, False), (1709164800, False)])
+def test_days_that_were_taken_as_seconds_are_told(tmp_path: Path, last: int, told: bool) -> None:
+    events = [("a", "x", 20231231), ("b", "x", 20240101), ("a", "y", last)]
+    report = prepare(SourceData("r", "test", frame(events)), tmp_path / "d", PrepareOptions())
+    assert any("days written as numbers such as 20240331" in line for line in report["warnings"]) == told
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
