@@ -37,8 +37,8 @@ class EvaluateOptions:
     drawn: int = 0
     """Rank only so many users, the same for all runs of one split; 0: all. Baselines learn from the events of all."""
     by: Sequence[str] = ()
-    """Of "items", "users" and "events": break results down by how popular the item is, how much is known of the user,
-    and the kind of the next event."""
+    """Of "items", "users", "events" and "repeats": break results down by how popular the item is, how much is known of
+    the user, the kind of the next event, and whether the user had the item before."""
     windows: int = 0
     """Cut the held-out period of a time split into so many parts, with predictions in each; 0: do not."""
     overrides: Sequence[str] = ()

@@ -153,7 +153,7 @@ class Run:
             split: "test", each user's last event, or "valid".
             frame: "polars", "pandas" or "arrow".
             by: segments too: "items" (head, tail, without training events), "users" (new, of few events, of many),
-                "events" (kinds of the next event).
+                "events" (kinds of the next event), "repeats" (items new to the user, and had before).
             windows: of a time split: cut the held-out period into so many windows, with predictions in each.
             sample: rank for so many users alone, the same in all runs of one split; 0: all. Baselines learn from all.
             settings: of section `eval`, such as `ks=[10]` or `baselines=[]`.

@@ -52,10 +52,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--by",
         action="append",
-        choices=("items", "users", "events"),
+        choices=("items", "users", "events", "repeats"),
         default=[],
         help="also a table for each kind of next item (head, tail, without training events), of user (new, of few"
-        " events, of many), or of next event; may be repeated (default: none)",
+        " events, of many), or of next event; repeats: for next items that are new to the user, and for those had"
+        " before; may be repeated (default: none; repeats above 20 %% of items had before)",
     )
     parser.add_argument(
         "--windows",

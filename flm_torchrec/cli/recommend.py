@@ -6,9 +6,13 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flm_torchrec.config.heads import REPRESENTATIONS
 from flm_torchrec.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -90,8 +94,6 @@ def run(args: argparse.Namespace) -> None:
     if args.user is None:
         _write(args, wanted)
         return
-    from rich.table import Table
-
     from flm_torchrec.export.recommend import ExportRecommender
     from flm_torchrec.terminal import PlainConsole
 
@@ -100,12 +102,21 @@ def run(args: argparse.Namespace) -> None:
         # `item`, as the service answers and as events are given
         print(json.dumps([{"item": r.item_key, "title": r.title, "score": r.score} for r in found], indent=2))
         return
-    table = Table(title=f"for user {args.user}, by {args.head}", title_justify="left")
-    for column in ("", "item", "title", "score"):
-        table.add_column(column, justify="right" if column in ("", "score") else "left")
+    table = _table(f"for user {args.user}, by {args.head}", "", "item", "title", "score")
     for place, r in enumerate(found, start=1):
         table.add_row(str(place), r.item_key, r.title, f"{r.score:.3f}")
     PlainConsole().print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    """Without rows. Keys and titles that are too long go on in the next line: a key that is cut names no item."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        number = column in ("", "score")
+        table.add_column(column, justify="right" if number else "left", no_wrap=number, overflow="fold")
+    return table
 
 
 def _check_hops(args: argparse.Namespace) -> None:
@@ -120,8 +131,6 @@ def _check_hops(args: argparse.Namespace) -> None:
 
 def _from_item(args: argparse.Namespace, wanted: dict[str, list[str]]) -> None:
     """Print the items that are one or two hops from an item, each with its path."""
-    from rich.table import Table
-
     from flm_torchrec.api.recommender import Recommender
     from flm_torchrec.terminal import PlainConsole
 
@@ -139,9 +148,7 @@ def _from_item(args: argparse.Namespace, wanted: dict[str, list[str]]) -> None:
     if args.json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table(title=f"from item {args.item}", title_justify="left")
-    for column in ("", "item", "title", "score", "path"):
-        table.add_column(column, justify="right" if column in ("", "score") else "left")
+    table = _table(f"from item {args.item}", "", "item", "title", "score", "path")
     for place, row in enumerate(rows, start=1):
         table.add_row(str(place), row["item"], row["title"], f"{row['score']:.3f}", " → ".join(row["path"]))
     PlainConsole().print(table)

@@ -155,13 +155,28 @@ def split(data: PreparedData, kind: str, holdout: float) -> Splits:
     user who has three of them, and nothing after the first of the two is learnt from.
 
     Raises:
-        DataError: nothing is left to validate or test on, or a time split of data without timestamps.
+        DataError: nothing is left to learn from, to validate or test on, or a time split of data without timestamps.
     """
     splits = split_by(data, rule_of(data, kind, holdout))
+    check_learns(data.path, kind, data.offsets, splits.train_end)
     for name, examples in (("validation", splits.valid), ("test", splits.test)):
         if len(examples) == 0:
             raise nothing_left(data.path, kind, name, data.targets is not None)
     return splits
+
+
+def check_learns(path: Path, kind: str, offsets: np.ndarray, train_end: np.ndarray) -> None:
+    """Raise DataError where no user has an event to learn from: a time split of events that nearly all have one time.
+
+    Args:
+        offsets: [users + 1] first event of each user.
+        train_end: [users] the training events of user u end before it.
+    """
+    if not (train_end > offsets[:-1]).any():
+        raise DataError(
+            f"{path}: no event to learn from in a {kind} split, as most events have the time of the first; choose"
+            " --data.split leave-one-out or a smaller --data.holdout, or prepare with finer timestamps"
+        )
 
 
 def nothing_left(path: Path, kind: str, name: str, chosen: bool = False) -> DataError:

@@ -16,6 +16,7 @@ from flm_torchrec.data.schema import Schema
 from flm_torchrec.data.splits import (
     Rule,
     SplitSettings,
+    check_learns,
     check_timestamps,
     cold_rule,
     cuts,
@@ -72,6 +73,7 @@ def load_streamed(
     groups = RowGroups(path)
     offsets, seen = _users_and_items(groups, schema)
     train_end, candidates, rule = _Splitting(groups, schema, offsets, targets).split(how, seen)
+    check_learns(path, how.kind, offsets, train_end)
     if not len(candidates):
         raise nothing_left(path, how.kind, "validation", targets is not None)
     stream = _survey(groups, schema, rule, offsets, train_end)

@@ -13,6 +13,12 @@ UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 LATEST = 2**33
 """Seconds: what is after it, in March 2242, was given in another unit. Milliseconds pass it from April 1970 on."""
 TOO_LATE = "timestamp after the year 2242: is it in another --time-unit?"
+DAY_NUMBERS = (
+    "timestamp // 10000 BETWEEN 1900 AND 2100 AND timestamp // 100 % 100 BETWEEN 1 AND 12"
+    " AND timestamp % 100 BETWEEN 1 AND 31"
+)
+"""SQL: whether the seconds `timestamp`, all of 1970, are a day such as 20240331. Where all are, they are no seconds."""
+NO_SECONDS = "all timestamps are days written as numbers such as 20240331, but were taken as seconds, of the year 1970"
 WRITTEN = (
     r"^(\d{4}-\d\d-\d\d)"
     r"(?:(?:\s*T\s*|\s+)(\d\d:\d\d)(?::(\d\d)(?:[.,]\d+)?)?\s*(?:Z|UTC|GMT|([+-])(\d\d)(?::?([0-5]\d))?)?)?$"

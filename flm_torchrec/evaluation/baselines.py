@@ -87,14 +87,24 @@ class Random(_Local):
 
 
 class _FromHistory(_Local):
-    """Scores an item by a sum over the user's known items: of the weights from these to the item."""
+    """Scores an item by a sum over the user's known items: of the weights from these to the item.
+
+    An item counts once, as in the publications, which are of what a user has and has not.
+    """
 
     def __init__(self, data: PreparedData, examples: Examples) -> None:
         self.data = data
         self.examples = examples
 
     def block(self, rows: np.ndarray) -> sp.csr_matrix:
-        """[b] indices of examples → [b, items]: how often each item is among the user's known events."""
+        """[b] indices of examples → [b, items]: 1 where the item is among the user's known events."""
+        known = self.events(rows)
+        known.sum_duplicates()
+        known.data[:] = 1.0
+        return known
+
+    def events(self, rows: np.ndarray) -> sp.csr_matrix:
+        """[b] indices of examples → [b, items] with a 1 for each known event, in the order of the events."""
         examples = self.examples.take(rows)
         start = self.data.offsets[examples.user]
         lengths = examples.end - start
@@ -160,7 +170,7 @@ class ContentKNN(_FromHistory):
 
     def block(self, rows: np.ndarray) -> sp.csr_matrix:
         """[b] indices of examples → [b, F]: content of the known items, of length 1."""
-        history = super().block(rows)
+        history = self.events(rows)
         lengths = np.diff(history.indptr)
         age = np.repeat(history.indptr[1:], lengths) - 1 - np.arange(len(history.data))
         history.data = RECENCY ** age.astype(np.float32)

@@ -15,6 +15,7 @@ from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import COLD_ITEM, Examples
 from flm_torchrec.evaluation.baselines import EASE, ContentKNN, ItemKNN, Markov, Popularity, Random
 from flm_torchrec.evaluation.head_scorer import ONE_VECTOR, HeadScorer, ItemShares
+from flm_torchrec.evaluation.known_items import had_before
 from flm_torchrec.evaluation.lists import ItemFacts, Targets, list_metrics, target_metrics
 from flm_torchrec.evaluation.memory import check_events, check_vectors, left_out
 from flm_torchrec.evaluation.protocol import Collectives, Encoder, Of, Scorer
@@ -22,6 +23,8 @@ from flm_torchrec.evaluation.ranking import Blocks, Ranked, RankingProblem, coun
 from flm_torchrec.evaluation.segments import NO_EVENTS, labels_by
 
 COVERAGE_AT = 10
+OFTEN = 0.2
+"""Share of true items that the user had before above which these and the others have tables of their own."""
 CONTENT_ALONE, IDS_ALONE = "content alone", "ids alone"
 ROWS = (*BASELINES, *REPRESENTATIONS, ONE_VECTOR, CONTENT_ALONE, IDS_ALONE)
 """Rows that a table can have."""
@@ -108,9 +111,19 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
     items = data.schema.items
     problem = RankingProblem(data, examples, blocks_of(config))
     among_cold = replace(problem, among=task.cold_items)
-    segments = list(_segments(labels_by(task.by, data, examples, task.train_mask)))
+    repeated = float(had_before(data, examples).mean())
+    by = (*task.by, "repeats") if repeated > OFTEN and "repeats" not in task.by else task.by
+    segments = list(_segments(labels_by(by, data, examples, task.train_mask)))
     targets = Targets.of(data, examples)
+    cold = np.zeros(len(examples), bool) if examples.label is None else examples.label == COLD_ITEM
     notes = [*left_out(config, items), *_untested(data, examples)]
+    if task.cold_items is not None and not cold.any():
+        notes.append("no event of a cold item to predict, so there is no table of cold items")
+    if repeated > OFTEN:
+        notes.append(
+            f"{repeated:.0%} of the true items are ones that the user had before, which lists of flm recommend and"
+            " flm serve leave out: read the tables 'new to the user' and 'had before', or prepare with --dedup first"
+        )
     check_events(config, data.count(task.train_mask))
     shares = ItemShares(items, config.item_block, comm)
     check_vectors(len(_heads(task)) * shares.count, encoder, comm.device)
@@ -123,7 +136,7 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
     longest = max(COVERAGE_AT, *config.ks) if targets else COVERAGE_AT
     for scorer in scorers:
         ranked = rank_targets(problem, scorer, comm, longest)
-        ranked_cold = None if task.cold_items is None else rank_targets(among_cold, scorer, comm)
+        ranked_cold = rank_targets(among_cold, scorer, comm) if cold.any() else None
         for name in scorer.names:
             result.table[name] = count_ranks(ranked, name, items, comm, (COVERAGE_AT,)).metrics(config.ks)
             result.lists[name] = list_metrics(ranked.top[name][:, :COVERAGE_AT], facts, comm)
@@ -134,8 +147,8 @@ def evaluate(task: EvaluationTask, encoder: Encoder, comm: Collectives, config: 
             for label, chosen in segments:
                 part = count_ranks(_only(ranked, chosen), name, items, comm)
                 result.segments.setdefault(label, {})[name] = part.metrics(config.ks)
-            if ranked_cold is not None and examples.label is not None:
-                part = count_ranks(_only(ranked_cold, examples.label == COLD_ITEM), name, items, comm)
+            if ranked_cold is not None:
+                part = count_ranks(_only(ranked_cold, cold), name, items, comm)
                 result.segments.setdefault(f"{COLD_ITEM}, among those alone", {})[name] = part.metrics(config.ks)
     result.notes.extend(_unshown(result, max(config.ks)))
     return result

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flm_torchrec.data.dataset import PreparedData, spans
+from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import Examples
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.best_items import best_items
 from flm_torchrec.evaluation.head_scorer import ItemShares, Range
+from flm_torchrec.evaluation.known_items import known_items
 from flm_torchrec.evaluation.metrics import RankCounts
 from flm_torchrec.evaluation.protocol import Collectives, Scorer
 
@@ -304,19 +305,9 @@ def _lists(
 
 
 def target_and_seen(problem: RankingProblem, indices: np.ndarray) -> tuple[Tensor, Seen]:
-    """True items [b], and the items to leave out: those of the known events, but never the true item.
-
-    Events of a kind that is not predicted leave no item out.
-    """
+    """True items [b], and the items to leave out: those of `known_items`, but never the true item."""
     data, examples = problem.data, problem.examples.take(indices)
     target = data.item[examples.end]
-    start = data.offsets[examples.user]
-    lengths = examples.end - start
-    rows = np.repeat(np.arange(len(target)), lengths)
-    known = spans(start, lengths)
-    if data.targets is not None:
-        had = data.targets[data.event[known]]
-        rows, known = rows[had], known[had]
-    items = data.item[known]
+    rows, items = known_items(data, examples)
     kept = items != target[rows]
     return torch.from_numpy(target), Seen(torch.from_numpy(rows[kept]), torch.from_numpy(items[kept]))

@@ -16,6 +16,9 @@ Metrics = dict[str, float]
 ORACLE = "oracle of the mixture"
 LISTS = "what is recommended"
 """Title of the table of lists."""
+MORE = ", further columns"
+WIDE = 10_000
+"""Columns of text that every table fits into."""
 
 
 def show(evaluation: Evaluation, console: PlainConsole, oracle: dict[str, Metrics] | None = None) -> None:
@@ -25,11 +28,11 @@ def show(evaluation: Evaluation, console: PlainConsole, oracle: dict[str, Metric
         oracle: metrics of the best possible ranking of these examples: "all", and by segment. None: not known.
     """
     title = f"{evaluation.split}: {evaluation.ranked}, the user's earlier items left out"
-    console.print(_table(title, _with_oracle(evaluation.table, oracle, "all")))
+    _print(console, title, _with_oracle(evaluation.table, oracle, "all"))
     for label, table in evaluation.segments.items():
-        console.print(_table(f"of these, '{label}'", _with_oracle(table, oracle, label)))
+        _print(console, f"of these, '{label}'", _with_oracle(table, oracle, label))
     if evaluation.lists:
-        console.print(_table(LISTS, evaluation.lists, best=False))
+        _print(console, LISTS, evaluation.lists, best=False)
     for note in evaluation.notes:
         console.print(note)
 
@@ -47,14 +50,12 @@ def markdown(evaluation: Evaluation, oracle: dict[str, Metrics] | None = None) -
 def show_comparison(comparison: Comparison, console: PlainConsole) -> None:
     """Print how each row differs, over all users and by segment, in bold where the interval is on one side of zero."""
     for title, part in _compared(comparison):
-        table = Table(title=title, title_justify="left")
-        table.add_column("")
         columns = list(next(iter(part.rows.values())))
-        for column in columns:
-            table.add_column(column, justify="right")
-        for name, row in part.rows.items():
-            table.add_row(name, *(Text(_interval(row[c]), "bold" if row[c].clear else "") for c in columns))
-        console.print(table)
+        rows = {
+            name: [Text(_interval(row[c]), "bold" if row[c].clear else "") for c in columns]
+            for name, row in part.rows.items()
+        }
+        _print_cells(console, title, columns, rows)
 
 
 def markdown_comparison(comparison: Comparison) -> str:
@@ -116,15 +117,37 @@ def _cells(metrics: Metrics, columns: list[str]) -> list[str]:
     return [f"{metrics[c]:.4f}" if c in metrics else "" for c in columns]
 
 
-def _table(title: str, rows: dict[str, Metrics], best: bool = True) -> Table:
-    """A table, with the largest number of each column in bold if that is the best one."""
+def _print(console: PlainConsole, title: str, rows: dict[str, Metrics], best: bool = True) -> None:
+    """Print a table, with the largest number of each column in bold if that is the best one."""
     columns = list(next(iter(rows.values())))
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
     largest = {c: max(metrics.get(c, 0.0) for name, metrics in rows.items() if name != ORACLE) for c in columns}
-    for column in columns:
-        table.add_column(column, justify="right")
+    cells = {}
     for name, metrics in rows.items():
         bold = [best and c in metrics and metrics[c] == largest[c] for c in columns]
-        table.add_row(name, *(Text(x, "bold") if b else x for x, b in zip(_cells(metrics, columns), bold, strict=True)))
+        cells[name] = [Text(x, "bold" if b else "") for x, b in zip(_cells(metrics, columns), bold, strict=True)]
+    _print_cells(console, title, columns, cells)
+
+
+def _print_cells(console: PlainConsole, title: str, columns: list[str], rows: dict[str, list[Text]]) -> None:
+    """Print a table of cells; one that is wider than the console in several parts, as rich would cut the numbers."""
+    first = 0
+    while first < len(columns):
+        fitting = _part(title, columns, rows, slice(first, first + 1))
+        last = first + 1
+        while last < len(columns):
+            wider = _part(title, columns, rows, slice(first, last + 1))
+            if console.measure(wider, options=console.options.update_width(WIDE)).maximum > console.width:
+                break
+            fitting, last = wider, last + 1
+        console.print(fitting)
+        first, title = last, f"{title.removesuffix(MORE)}{MORE}"
+
+
+def _part(title: str, columns: list[str], rows: dict[str, list[Text]], some: slice) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for column in columns[some]:
+        table.add_column(column, justify="right")
+    for name, cells in rows.items():
+        table.add_row(name, *cells[some])
     return table

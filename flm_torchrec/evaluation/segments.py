@@ -1,4 +1,4 @@
-"""Kinds of examples, by which results are broken down: popular and rare items, new and old users."""
+"""Kinds of examples, by which results are broken down: popular, rare and repeated items, new and old users."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from flm_torchrec.data.dataset import PreparedData
 from flm_torchrec.data.splits import Examples
+from flm_torchrec.evaluation.known_items import had_before
 
 HEAD = 0.2
 """The share of the items with training events, the most popular ones, that are head items."""
@@ -58,5 +59,10 @@ def _by_events(data: PreparedData, examples: Examples, train_mask: np.ndarray) -
     return np.array(data.schema.events)[data.event[examples.end]]
 
 
-BY = {"items": _by_items, "users": _by_users, "events": _by_events}
+def _by_repeats(data: PreparedData, examples: Examples, train_mask: np.ndarray) -> np.ndarray:
+    """By whether the user has had the next item."""
+    return np.where(had_before(data, examples), "had before", "new to the user")
+
+
+BY = {"items": _by_items, "users": _by_users, "events": _by_events, "repeats": _by_repeats}
 """What `flm evaluate --by` can break results down by."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from flm_torchrec.data.schema import Feature
 from flm_torchrec.inspection.inspect import Inspection
 from flm_torchrec.pages import PageTable, Section
-from flm_torchrec.prepare import sql
 
 UNKNOWN = 0.99
 """Share of unknown rows from which a feature is taken for dead."""
@@ -54,7 +53,7 @@ def _problem(data: Inspection, feature: Feature, filled: int, entities: int, val
 
 def _codes(data: Inspection, feature: Feature, entity: str) -> tuple[int, int, int]:
     """Rows that have a code, codes that occur, rows of the commonest."""
-    column = sql.name(feature.column)
+    column = data.column(entity, feature.column)
     listed = feature.kind in ("multi_categorical", "text")
     is_filled = f"len({column}) > 0" if listed else f"{column} IS NOT NULL"
     codes = f"unnest(list_distinct({column}))" if listed else column
@@ -68,7 +67,7 @@ def _codes(data: Inspection, feature: Feature, entity: str) -> tuple[int, int, i
 
 def _numbers(data: Inspection, feature: Feature, entity: str) -> tuple[int, int, int]:
     """Rows that have a number or a vector, different ones (about, by a sketch of their hashes), and nothing."""
-    column = sql.name(feature.column)
+    column = data.column(entity, feature.column)
     rows, values = data.one(
         f"SELECT count({column}), approx_count_distinct(hash({column})) FILTER ({column} IS NOT NULL) FROM {entity}"
     )

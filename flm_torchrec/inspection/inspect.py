@@ -14,10 +14,12 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from flm_torchrec.charts import Curves, Histogram, wide
 from flm_torchrec.data.schema import Schema, sparsity
-from flm_torchrec.data.times import LATEST, year
+from flm_torchrec.data.times import DAY_NUMBERS, LATEST, NO_SECONDS, year
 from flm_torchrec.errors import DataError
 from flm_torchrec.folders import SCHEMA
 from flm_torchrec.inspection.bins import fitting
@@ -42,6 +44,18 @@ class Inspection:
     findings: list[str] = field(default_factory=list)
     """Problems, a line each, with what to do."""
     sections: list[Section] = field(default_factory=list)
+    columns: dict[str, dict[str, str]] = field(default_factory=dict)
+    """By `items` or `users`: the names of the columns in the file, and what SQL calls them."""
+
+    def column(self, entity: str, name: str) -> str:
+        """What SQL calls a column of items.parquet or users.parquet.
+
+        Raises:
+            DataError: the file has no such column.
+        """
+        if name not in self.columns[entity]:
+            raise DataError(f"{self.folder / entity}.parquet: has no column '{name}'; prepare the data again")
+        return self.columns[entity][name]
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
         """All rows of a query."""
@@ -77,14 +91,29 @@ def opened(folder: Path, memory: int) -> Iterator[Inspection]:
             connection.execute(
                 f"CREATE VIEW events AS SELECT * EXCLUDE (file_row_number), file_row_number AS row_index FROM {events}"
             )
-            for entity in ("items", "users"):
-                rows = sql.read_parquet([folder / f"{entity}.parquet"])
-                connection.execute(f"CREATE VIEW {entity} AS SELECT * FROM {rows}")
-            yield Inspection(folder, schema, connection)
+            columns = {entity: _view(connection, folder, entity) for entity in ("items", "users")}
+            yield Inspection(folder, schema, connection, columns=columns)
         except duckdb.Error as error:
             raise DataError(f"{folder}: not readable ({str(error).splitlines()[0]}); prepare the data again") from error
         finally:
             connection.close()
+
+
+def _view(connection: duckdb.DuckDBPyConnection, folder: Path, entity: str) -> dict[str, str]:
+    """Make the view `items` or `users`; returns the names in the file, and those in the view.
+
+    Names of features are the user's: they may be those of a query, or differ in case alone, which SQL takes for one.
+    """
+    file = folder / f"{entity}.parquet"
+    rows = sql.read_parquet([file])
+    try:
+        names = pq.read_schema(file).names
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{file}: not readable ({str(error).splitlines()[0]}); prepare the data again") from error
+    own = (f"{entity[:-1]}_id", f"{entity[:-1]}_key")
+    columns = {name: name if name in own else f"c{place}" for place, name in enumerate(names)}
+    connection.execute(f"CREATE VIEW {entity} AS SELECT * FROM {rows} AS stored({', '.join(columns.values())})")
+    return columns
 
 
 def look_at_counts(data: Inspection) -> None:
@@ -111,6 +140,8 @@ def look_at_counts(data: Inspection) -> None:
             f"{late} of {events} events are later than the year {year(LATEST)}, the last in {year(last)}, so their"
             " times are not in seconds: prepare again with --time-unit ms, us or ns"
         )
+    if schema.timestamps and data.one(f"SELECT bool_and({DAY_NUMBERS}) FROM events")[0]:
+        data.findings.append(f"{NO_SECONDS}: write them as 2024-03-31 and prepare again")
     mixed = data.one(
         "SELECT count(*) FROM (SELECT timestamp < lag(timestamp) OVER (PARTITION BY user_id ORDER BY row_index) AS back"
         " FROM events) WHERE back"
@@ -168,7 +199,7 @@ def look_at_distributions(data: Inspection) -> None:
 
 def look_at_top(data: Inspection) -> None:
     """The items and users with the most events."""
-    title = sql.name(data.schema.title) if data.schema.title else "item_key"
+    title = data.column("items", data.schema.title) if data.schema.title else "item_key"
     total = data.one("SELECT count(*) FROM events")[0]
     items = data.rows(
         f"SELECT item_key, {title}, n FROM (SELECT item_id, count(*) AS n FROM events GROUP BY item_id ORDER BY n DESC,"

@@ -14,6 +14,8 @@ COLD = 0.5
 COPIES = 0.01
 """Share of users with the same complete history as another, above which they are taken for copies."""
 FULL_HISTORY = 3
+REPEATED = 0.1
+"""Share of test events of an item that the user had before, above which figures and lists are of other items."""
 
 
 def look_at_splits(data: Inspection, split: Split, holdout: float) -> None:
@@ -30,8 +32,9 @@ def look_at_splits(data: Inspection, split: Split, holdout: float) -> None:
     part = _leave_one_out() if split == "leave-one-out" else _by_time(data, holdout)
     # Once for all questions below; DuckDB spills it.
     data.connection.execute(
-        f"CREATE TEMP TABLE parts AS SELECT user_id, item_id, timestamp, {part} AS part FROM"
+        f"CREATE TEMP TABLE parts AS SELECT user_id, item_id, timestamp, again, {part} AS part FROM"
         " (SELECT *, row_number() OVER (PARTITION BY user_id ORDER BY row_index DESC) AS back,"
+        " row_number() OVER (PARTITION BY user_id, item_id ORDER BY row_index) > 1 AS again,"
         " count(*) OVER (PARTITION BY user_id) AS n FROM events)"
     )
     parts = ("train", "validation", "test")
@@ -40,7 +43,7 @@ def look_at_splits(data: Inspection, split: Split, holdout: float) -> None:
         if not sizes.get(name):
             data.findings.append(f"a {split} split leaves no {name} events: choose another --data.split")
     rows = [("events", *(f"{sizes.get(name, 0):,}" for name in parts))]
-    for label, counted in (_seen_again(data, split), *_unseen(data), *_later(data)):
+    for label, counted in (_seen_again(data, split), _had_before(data), *_unseen(data), *_later(data)):
         shown = [f"{counted.get(n, 0):,} ({_share(counted.get(n, 0), sizes.get(n, 0)):.2%})" for n in parts[1:]]
         rows.append((label, "", *shown))
     _find_copies(data)
@@ -80,6 +83,20 @@ def _seen_again(data: Inspection, split: str) -> tuple[str, dict[str, int]]:
             f"leak: {shown} events of a {split} split also stand in training: prepare with --dedup exact"
         )
     return label, repeated
+
+
+def _had_before(data: Inspection) -> tuple[str, dict[str, int]]:
+    """Events to predict of an item that the user had before."""
+    repeated = data.counts("SELECT part, count(*) FROM parts WHERE again AND part <> 'train' GROUP BY part")
+    total = data.one("SELECT count(*) FROM parts WHERE part = 'test'")[0]
+    share = _share(repeated.get("test", 0), total)
+    if share > REPEATED:
+        kinds = ", of whatever kind of event" if len(data.schema.events) > 1 else ""
+        data.findings.append(
+            f"{share:.0%} of test events have an item that the user had before{kinds}, which lists of flm recommend and"
+            " flm serve leave out: read 'flm evaluate --by repeats', or prepare with --dedup first"
+        )
+    return "item that the user had before", repeated
 
 
 def _unseen(data: Inspection) -> list[tuple[str, dict[str, int]]]:
@@ -123,16 +140,20 @@ def _later(data: Inspection) -> list[tuple[str, dict[str, int]]]:
 
 
 def _find_copies(data: Inspection) -> None:
-    """Users with the same items in the same order, by a sum of hashes of item and position."""
+    """Users with the same items in the same order, by a sum of hashes of item and position.
+
+    An item counts once, where the user first has it: many users have little else than the same item again and again.
+    """
     users, copies = data.one(
         "SELECT coalesce(sum(n), 0), coalesce(sum(n - 1), 0) FROM (SELECT count(*) AS n FROM (SELECT count(*) AS long,"
         " sum(hash(item_id, nth)::HUGEINT) AS history FROM (SELECT user_id, item_id, row_number() OVER"
-        " (PARTITION BY user_id ORDER BY row_index) AS nth FROM events) GROUP BY user_id"
+        " (PARTITION BY user_id ORDER BY first) AS nth FROM (SELECT user_id, item_id, min(row_index) AS first"
+        " FROM events GROUP BY user_id, item_id)) GROUP BY user_id"
         f" HAVING long >= {FULL_HISTORY}) GROUP BY long, history)"
     )
     if _share(copies, users) > COPIES:
         data.findings.append(
-            f"{copies} of {users} users with {FULL_HISTORY} events or more have another's very history, so what is"
+            f"{copies} of {users} users with {FULL_HISTORY} items or more have another's very history, so what is"
             " tested stands in training: leave out accounts that are no persons"
         )
 

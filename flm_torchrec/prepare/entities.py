@@ -206,23 +206,27 @@ def store_described(
 
 
 def join_described(
-    engine: Engine, entity: Entity, folder: Path, features: Features, *, keep_unseen: bool
+    engine: Engine, entity: Entity, folder: Path, features: Features, *, keep_unseen: bool, withhold: bool = False
 ) -> EntityRows:
     """Join the keys that stay, the view `kept_users` or `kept_items`, with what describes them.
 
     Args:
         folder: exists; for files.
         features: what `store_described` gave; empty: nothing describes them.
-        keep_unseen: keys that are described and in no event stay too.
+        keep_unseen: keys that are described and in no event that stays are kept too.
+        withhold: of those, only keys that were in no event at all: why others do not stay may be that few people have
+            them.
     """
     seen = f"SELECT shown AS key, id AS old FROM {entity}s WHERE id IN (SELECT id FROM kept_{entity}s)"
     if not features and not keep_unseen:
         return EntityRows(engine, entity, folder, engine.save(seen, folder / "joined", "old"), {})
     join, order = ("FULL JOIN", order_sql("key")) if keep_unseen else ("LEFT JOIN", "old")
     columns = "".join(f", d.{column} AS {column}" for column, _ in features.values())
+    gone = f"SELECT 1 FROM {entity}s AS e WHERE e.shown = d.key AND e.id NOT IN (SELECT id FROM kept_{entity}s)"
+    described = f"described_{entity}s" + (f" AS d WHERE NOT EXISTS ({gone})" if withhold else "")
     select = (
         f"SELECT COALESCE(s.key, d.key) AS key, s.old AS old{columns} FROM ({seen}) AS s"
-        f" {join} described_{entity}s AS d ON s.key = d.key"
+        f" {join} (SELECT * FROM {described}) AS d ON s.key = d.key"
     )
     return EntityRows(engine, entity, folder, engine.save(select, folder / "joined", order), features)
 

@@ -21,6 +21,9 @@ from flm_torchrec.errors import DataError
 from flm_torchrec.prepare.options import PrepareOptions
 from flm_torchrec.prepare.sources.source_data import DeclaredFeature
 
+ROUNDING = 1e-12
+"""Of a mean: a smaller standard deviation is nothing but rounding, which is 1e-16 of each number."""
+
 Encode = Callable[[pl.Series], list[pl.Series]]
 """A part of a column → the column of codes or numbers; for a text, the text before it."""
 
@@ -198,7 +201,7 @@ def _numeric(declared: DeclaredFeature, column: Column, options: PrepareOptions)
 
 
 def _moments(parts: Iterable[pl.Series]) -> tuple[float, float]:
-    """Mean and standard deviation of all parts, where they are not null; deviation 1 where there is none.
+    """Mean and `divisor` of all parts, where they are not null.
 
     The parts are joined as in Chan, Golub & LeVeque, *Updating formulae and a pairwise algorithm* (1979).
     """
@@ -215,7 +218,15 @@ def _moments(parts: Iterable[pl.Series]) -> tuple[float, float]:
         squares += deviation * deviation * (len(numbers) - 1) + away * away * count * len(numbers) / total
         mean += away * len(numbers) / total
         count, spread = total, float(np.sqrt(squares / (total - 1)))
-    return mean, spread or 1.0
+    return mean, divisor(mean, spread)
+
+
+def divisor(mean: float, spread: float) -> float:
+    """By what numbers are divided to standardise them: their standard deviation, or 1 where all are alike.
+
+    A sum rounds, so that the deviation of numbers that are all alike is not always exactly 0.
+    """
+    return spread if spread > ROUNDING * abs(mean) else 1.0
 
 
 def _quantile(declared: DeclaredFeature, column: Column, options: PrepareOptions) -> EncodedFeature:

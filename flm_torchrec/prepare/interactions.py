@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from flm_torchrec.data.event_files import WEIGHT
 from flm_torchrec.data.history import CONTEXT
+from flm_torchrec.data.times import DAY_NUMBERS
 from flm_torchrec.prepare.blocks import ROWS_PER_GROUP, rows_of
 from flm_torchrec.prepare.clean import EXAMPLES, Dropped, mark_sql
 from flm_torchrec.prepare.engine import Engine, buckets
@@ -38,6 +39,8 @@ class InteractionCounts:
     """Pairs of a user and an item that meet at least once."""
     weight: float | None = None
     """Sum of the events' weights; None: they have none."""
+    day_numbers: bool = False
+    """Every timestamp is one of DAY_NUMBERS."""
 
 
 class Interactions:
@@ -179,7 +182,7 @@ class Interactions:
         folder.mkdir()
         per_user = EventsPerUser()
         part = sessions = pairs = 0
-        weight = 0.0
+        weight, day_numbers = 0.0, self.timestamps
         for bucket in buckets(self.marked):
             frame = self._final_rows(bucket, user_ids, item_ids, contexts or {})
             if len(frame) == 0:
@@ -192,7 +195,9 @@ class Interactions:
             if "session" in frame.columns:
                 sessions += frame.select("user_id", "session").n_unique()
             pairs += frame.select("user_id", "item_id").n_unique()
-        return InteractionCounts(per_user, sessions, pairs, weight if "event_weight" in self.extra else None)
+            day_numbers = day_numbers and frame.select(pl.sql_expr(DAY_NUMBERS).all()).item()
+        total = weight if "event_weight" in self.extra else None
+        return InteractionCounts(per_user, sessions, pairs, total, day_numbers)
 
     def _final_rows(self, bucket: Path, user_ids: np.ndarray, item_ids: np.ndarray, contexts: Contexts) -> pl.DataFrame:
         files = sorted(bucket.glob("*.parquet"))

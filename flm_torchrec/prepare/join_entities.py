@@ -20,6 +20,7 @@ from flm_torchrec.data.keys import TOMBSTONE
 from flm_torchrec.data.schema import Entity, Feature
 from flm_torchrec.prepare.blocks import blocks, write_blocks
 from flm_torchrec.prepare.engine import Engine
+from flm_torchrec.prepare.features import divisor
 from flm_torchrec.prepare.join_features import Domain, JointFeature
 from flm_torchrec.prepare.key_order import order_sql
 
@@ -200,7 +201,7 @@ def write_standardised(
 
 
 def _moments(file: Path, column: str) -> tuple[float, float]:
-    """Mean and standard deviation of a column of numbers, nulls left out; 0 and 1 where there are none."""
+    """Mean and `divisor` of a column of numbers, nulls left out; 0 and 1 where there are none."""
 
     def total(of: Callable[[pl.Series], float]) -> float:
         return sum(of(part[column]) for part in blocks([file], (column,)))
@@ -208,4 +209,4 @@ def _moments(file: Path, column: str) -> tuple[float, float]:
     count = total(lambda part: len(part) - part.null_count())
     mean = total(lambda part: float(part.sum())) / max(1, count)
     squares = total(lambda part: float(((part - mean) ** 2).sum()))
-    return mean, math.sqrt(squares / max(1, count - 1)) or 1.0
+    return mean, divisor(mean, math.sqrt(squares / max(1, count - 1)))

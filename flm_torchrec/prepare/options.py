@@ -100,7 +100,12 @@ class PrepareOptions:
     quantiles: Annotated[
         int, Field(ge=2, title="N", description="buckets of a feature of kind quantile, equally many rows each")
     ] = 100
-    keep_unseen_items: Annotated[bool, Field(description="also keep described items without events")] = False
+    keep_unseen_items: Annotated[
+        bool,
+        Field(
+            description="also keep described items without events; with --min-users not those whose events were dropped"
+        ),
+    ] = False
     max_dropped: Annotated[
         float,
         AfterValidator(_share),

@@ -18,6 +18,7 @@ import polars as pl
 from flm_torchrec.claim import claim
 from flm_torchrec.data.keys import RULE
 from flm_torchrec.data.schema import Entity, Schema, sparsity
+from flm_torchrec.data.times import NO_SECONDS
 from flm_torchrec.errors import DataError
 from flm_torchrec.files import put_in_place
 from flm_torchrec.folders import SCHEMA
@@ -62,10 +63,12 @@ def prepare(
         secret: keys of users become their HMAC-SHA256 under it; empty: they stay as they are.
 
     Raises:
-        DataError: no rows are left, a feature cannot be encoded, or the folder is in use.
+        DataError: no rows are left, a feature cannot be encoded, an option needs times that the source does not have,
+            or the folder is in use.
         InUse: another process writes the folder.
     """
     check_output(output, overwrite)
+    _check_times(source, options)
     output, shards = output.resolve(), shards_of(source)
     made_of = [source.source, options.min_value, *(shard.identity for shard in shards)]
     with ExitStack() as stack:
@@ -173,7 +176,14 @@ class Preparation:
         """The users or items that stay, with what describes them."""
         described = self.source.items is not None or "item" in self.source.tables
         unseen = entity == "item" and described and self.options.keep_unseen_items
-        return join_described(self.engine, entity, folder / f"{entity}s", self.features[entity], keep_unseen=unseen)
+        return join_described(
+            self.engine,
+            entity,
+            folder / f"{entity}s",
+            self.features[entity],
+            keep_unseen=unseen,
+            withhold=unseen and self.options.min_users > 1,
+        )
 
     def _hash(self, keys: pl.Series) -> pl.Series:
         """Keys of users as the output has them."""
@@ -210,6 +220,7 @@ class Preparation:
                 *self.notes,
                 *dropped.notes,
                 *warnings_of(read.rows_read, schema.interactions, dropped),
+                *([f"{NO_SECONDS}; write them as 2024-03-31"] if counts.day_numbers else ()),
             ],
             "options": asdict(self.options),
             "ids": RULE,
@@ -230,6 +241,15 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise DataError(f"{output}: exists and holds no prepared data, so it is not replaced; give another --output")
     if not overwrite:
         raise DataError(f"{output}: exists; give another --output, or --overwrite to replace it")
+
+
+def _check_times(source: SourceData, options: PrepareOptions) -> None:
+    """Raise DataError where an option counts seconds, and the source has only an order."""
+    given = {"--session-gap": options.session_gap > 0, "--dedup window": options.dedup == "window"}
+    for option in (option for option, used in given.items() if used and not source.timestamps):
+        raise DataError(
+            f"{source.name}: has no timestamps, which {option} needs; name their column in --columns, or leave it out"
+        )
 
 
 def _engine(machine: MachineOptions, work: Path) -> AbstractContextManager[Engine]:

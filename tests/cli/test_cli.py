@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -16,10 +17,12 @@ from flm_torchrec.cli import inspect as inspect_command
 from flm_torchrec.cli import main
 from flm_torchrec.cli import prepare as data_command
 from flm_torchrec.cli import serve as serve_command
+from flm_torchrec.cli.recommend import _table
 from flm_torchrec.config import load_config
 from flm_torchrec.config.heads import HEADS, REPRESENTATIONS
 from flm_torchrec.config.load import sections
 from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.terminal import PlainConsole
 from flm_torchrec.train import script_arguments
 
 TRAIN = ["train", "--data.path", "{data}", "--train.run", "{d}/r"]
@@ -313,3 +316,11 @@ def test_ctrl_c_is_one_line(command: str, monkeypatch: pytest.MonkeyPatch, capsy
     assert main(arguments) == 130
     error = capsys.readouterr().err
     assert error.startswith("error: interrupted") and error.count("\n") == 1
+
+
+def test_a_printed_key_is_never_cut() -> None:
+    text, key = io.StringIO(), "k" * 90
+    table = _table("from item i", "", "item", "title", "score", "path")
+    table.add_row("1", key, "a title of several words", "0.123", f"i → {key}")
+    PlainConsole(file=text, width=80).print(table)
+    assert text.getvalue().count("k") == 180 and "0.123" in text.getvalue()

@@ -320,6 +320,18 @@ def test_files_that_cannot_be_streamed_are_named(tmp_path: Path) -> None:
         stream_loader(path, "leave-one-out", 4)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_time_split_that_leaves_nothing_to_learn_from_is_refused(tmp_path: Path, stream: bool) -> None:
+    path = write_data(tmp_path / "data", [10] * 20, 30)
+    (file,) = (path / "interactions").iterdir()
+    times = pa.array([int(n % 10 == 9) * n for n in range(200)])  # all but the last event of a user are of one time
+    pq.write_table(pq.read_table(file).set_column(2, "timestamp", times), file)
+    options = [f"data.path={path}", "data.split=time", "train.eval_users=9", f"data.stream={str(stream).lower()}"]
+    config = load_config(None, options)
+    with pytest.raises(DataError, match=r"data: no event to learn from in a time split"):
+        events_of(config, load_data(config))
+
+
 @pytest.fixture(scope="module")
 def runs(uneven: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two epochs, by one rank and by two, of which one has nothing to learn from in many steps."""

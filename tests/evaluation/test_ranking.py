@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -308,7 +309,7 @@ def test_item_knn_is_that_of_dense_numpy(histories: list[list[int]], neighbours:
     np.fill_diagonal(cosine, 0)
     for row in cosine:
         row[row < np.sort(row)[::-1][neighbours - 1]] = 0
-    expected = np.stack([sum(cosine[i] for i in h[:-1]) for h in histories])
+    expected = np.stack([sum(cosine[i] for i in set(h[:-1])) for h in histories])
     known = scorer.block(np.arange(len(histories)))
     found = torch.cat([scorer.scores(known, "item-kNN", 0, 5), scorer.scores(known, "item-kNN", 5, 12)], 1)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
@@ -395,7 +396,7 @@ def test_ease_solves_its_regression(histories: list[list[int]], l2: float) -> No
     np.testing.assert_allclose(gradient, 0, atol=1e-4 * max(1, l2))
     known = scorer.block(np.arange(len(histories)))
     found = torch.cat([scorer.scores(known, "EASE-R", 0, 5), scorer.scores(known, "EASE-R", 5, 12)], 1)
-    expected = np.stack([sum(scorer.weights[i] for i in h[:-1]) for h in histories])
+    expected = np.stack([sum(scorer.weights[i] for i in set(h[:-1])) for h in histories])
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
 
 
@@ -430,6 +431,17 @@ def test_held_out_items_are_ranked_among_all_and_among_themselves(small: Prepare
     assert found.segments["cold item, among those alone"]["random"]["hr@5"] == np.mean(
         ranked.ranks["random"][chosen] <= 5
     )
+
+
+def test_a_split_without_a_cold_item_to_predict_has_no_table_of_them(small: PreparedData) -> None:
+    splits = split(small, "cold-start", 0.2)
+    warm = splits.test.take(np.flatnonzero(splits.test.label != COLD_ITEM))  # type: ignore[arg-type]
+    encoder = RandomEncoder(len(warm), small.schema.items)
+    task = EvaluationTask(small, warm, "test", splits.train_mask(small), splits.cold_items)
+    found = evaluate(task, encoder, Alone(), EvalConfig(ks=(5,), baselines=("popularity",)))
+    assert set(found.segments) == {"warm", "cold user"}
+    json.dumps(found.to_json(), allow_nan=False)
+    assert found.notes == ["no event of a cold item to predict, so there is no table of cold items"]
 
 
 def test_all_rows_of_the_table_rank_the_same_users(small: PreparedData) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 
+import pytest
+
 from flm_torchrec.evaluation.evaluate import Evaluation
-from flm_torchrec.evaluation.report import markdown, show
+from flm_torchrec.evaluation.paired import Comparison, Difference
+from flm_torchrec.evaluation.report import markdown, show, show_comparison
 from flm_torchrec.terminal import PlainConsole
 
 FOUND = Evaluation(
@@ -45,3 +48,20 @@ def test_what_is_left_out_is_told_below_the_tables() -> None:
     text = io.StringIO()
     show(noted, PlainConsole(file=text, width=120))
     assert text.getvalue().splitlines()[-1] == markdown(noted).splitlines()[-1] == "EASE-R is left out"
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_no_number_is_cut_however_narrow_the_output_is(width: int) -> None:
+    columns = [f"{name}@{k}" for k in (5, 10, 20) for name in ("novelty", "recall", "precision", "map")]
+    lists = {
+        row: {c: start + place for place, c in enumerate(columns)} for row, start in (("a", 1000.25), ("b", 77.75))
+    }
+    differences = {"a": {c: Difference(place / 100, -0.5, 0.5) for place, c in enumerate(columns)}}
+    text = io.StringIO()
+    console = PlainConsole(file=text, width=width)
+    show(replace(FOUND, lists=lists), console)
+    show_comparison(Comparison("b", 4, differences), console)
+    found = text.getvalue()
+    assert all(found.count(f" {value:.4f} ") == 1 for row in lists.values() for value in row.values())
+    assert all(found.count(f"{place / 100:+.4f} [-0.5000, +0.5000]") == 1 for place in range(len(columns)))
+    assert all(len(line) <= width for line in found.splitlines())

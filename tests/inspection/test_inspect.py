@@ -52,10 +52,11 @@ def write(
 
 
 def steady(days: int = 20, users: int = 60, items: int = 30) -> list[tuple[int, ...]]:
-    """Every user has a random item every other day, by the same distribution always."""
+    """Every user has another random item every other day, by the same distribution always."""
     rng = np.random.default_rng(0)
+    orders = [rng.permutation(items) for _ in range(users)]
     return [
-        (u, int(rng.integers(items)), day * DAY + int(rng.integers(DAY)), int(rng.random() < 0.2))
+        (u, int(orders[u][day // 2]), day * DAY + int(rng.integers(DAY)), int(rng.random() < 0.2))
         for u in range(users)
         for day in range(u % 2, days, 2)
     ]
@@ -85,6 +86,10 @@ def planted() -> dict[str, tuple[list[tuple[int, ...]], str]]:
     return {
         "leak": ([*events, *((60 + u, i, 5 * DAY, 0) for u in range(9) for i in (u, 10, u))], "leak: 9 test events"),
         "copies": (same, "19 of 20 users"),
+        "repeats": (
+            [*events, *((u, 3, 20 * DAY, 0) for u in range(60))],
+            "32% of test events have an item that the user had before",
+        ),
         "hole": (
             [e for e in events if not 5 <= e[2] // DAY < 9],
             "few or no events in 4 periods, first from 1970-01-06",
@@ -101,6 +106,7 @@ def planted() -> dict[str, tuple[list[tuple[int, ...]], str]]:
             [(u, i, (1_700_000_000 + t) * 1000, k) for u, i, t, k in events],
             f"{len(events)} of {len(events)} events are later than the year 2242, the last in 55895",
         ),
+        "days": ([(u, i, 20240301 + t // DAY, k) for u, i, t, k in events], "days written as numbers such as 20240331"),
         "mixed units": ([*events, (60, 1, 5, 0), (60, 2, 10**13, 0)], f"1 of {len(events) + 2} events are later than"),
         "ties": (
             [(u, (u * 3 + n) % 30, u * DAY // 4, 0) for u in range(60) for n in range(6)],
@@ -116,6 +122,14 @@ def test_a_planted_fault_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
     lines = findings(data, capsys=capsys)
     assert any(told in line for line in lines), lines
     assert main(["inspect", str(data), "--strict"]) == 1
+
+
+def test_users_who_have_one_item_again_and_again_are_no_copies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faithful = [(60 + u, u % 30, t * DAY, 0) for u in range(90) for t in range(8)]
+    lines = findings(write(tmp_path / "data", [*steady(), *faithful]), capsys=capsys)
+    assert not any("another's very history" in line for line in lines)
 
 
 def test_users_never_met_in_training_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,6 +161,19 @@ def test_dead_features_are_told_and_live_ones_are_not(tmp_path: Path, capsys: py
     told = {line.split("'")[1]: line for line in lines if "feature" in line}
     assert told.keys() == {"country", "sku", "void", "sparse", "flat", "blank"}
     assert "nearly an id" in told["sku"] and "9 of 90 codes" in told["sparse"] and "every row" in told["void"]
+
+
+def test_features_may_have_names_that_sql_takes_for_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def code(name: str) -> Feature:
+        return Feature(name, "item", "categorical", name, f"item_{name}", 2)
+
+    rows = range(30)
+    features: list[tuple[Feature, list[Any]]] = [(code(name), [i % 2 for i in rows]) for name in ("n", "Brand")]
+    features.append((code("brand"), [1] * 30))
+    features.append((Feature("words", "item", "text", "words", "item_words", 2), [["one"] for _ in rows]))
+    data = write(tmp_path / "data", steady(), features, title="words")
+    told = [line for line in findings(data, capsys=capsys) if "feature" in line]
+    assert [line.split("'")[1] for line in told] == ["brand", "words"]
 
 
 @pytest.mark.parametrize("kind", ["leave-one-out", "time"])

@@ -141,6 +141,14 @@ def test_mean_and_deviation_do_not_depend_on_the_parts(parts: list[list[float]])
     assert deviation == pytest.approx(spread or 1, rel=1e-6, abs=1e-6) or spread < 1e-6
 
 
+@pytest.mark.parametrize("number", [0.0, 0.1, -19.99, 1e7 / 3, 1e15 / 3])
+@pytest.mark.parametrize("parts", [[100], [1000, 33, 777]])
+def test_numbers_that_are_all_alike_are_not_standardised_by_rounding(number: float, parts: list[int]) -> None:
+    assert _moments([pl.Series([number] * count) for count in parts])[1] == 1.0
+    last = pl.Series([number] * 9 + [number + max(1e-6, 1e-6 * abs(number))])
+    assert _moments([pl.Series([number] * count) for count in parts] + [last])[1] != 1.0
+
+
 @settings(max_examples=30)
 @given(st.lists(st.integers(1, 9), max_size=6), st.integers(1, 7), st.integers(1, 7))
 def test_blocks_are_full_however_rows_were_written(

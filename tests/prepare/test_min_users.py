@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,15 @@ def test_items_of_few_people_are_dropped_however_often_these_had_them(tmp_path: 
     rows = {reason: dropped["rows"] for reason, dropped in report["dropped"].items()}
     assert list(rows.values()) == [4] and next(iter(rows)).endswith("and of 3 users an item")
     assert "often" not in "".join(p.read_bytes().decode("latin1") for p in (tmp_path / "data").glob("*.parquet"))
+
+
+def test_items_of_few_people_do_not_come_back_as_items_without_events(tmp_path: Path) -> None:
+    pairs = [("a", "rare"), ("b", "rare"), *((u, "all") for u in "abc")]
+    made = replace(source(pairs), items=pl.DataFrame({"key": ["all", "rare", "new"]}))
+    for people, left in ((3, ["all", "new"]), (1, ["all", "new", "rare"])):
+        folder = tmp_path / str(people)
+        prepare(made, folder, PrepareOptions(min_users=people, keep_unseen_items=True))
+        assert sorted(items_by_people(folder)) == left
 
 
 @settings(max_examples=25, suppress_health_check=list(HealthCheck))

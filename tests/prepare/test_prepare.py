@@ -106,6 +106,27 @@ def test_a_longer_pause_starts_a_session(tmp_path: Path) -> None:
     assert sessions == [0, 0, 1, 1, 1, 0] and report["sessions"] == 3
 
 
+@pytest.mark.parametrize(("last", "told"), [(20240229, True), (20241301, False), (1709164800, False)])
+def test_days_that_were_taken_as_seconds_are_told(tmp_path: Path, last: int, told: bool) -> None:
+    events = [("a", "x", 20231231), ("b", "x", 20240101), ("a", "y", last)]
+    report = prepare(SourceData("r", "test", frame(events)), tmp_path / "d", PrepareOptions())
+    assert any("days written as numbers such as 20240331" in line for line in report["warnings"]) == told
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (PrepareOptions(session_gap=10), "--session-gap"),
+        (PrepareOptions(dedup="window", dedup_window=5), "--dedup win"),
+    ],
+)
+def test_options_of_seconds_need_timestamps(tmp_path: Path, options: PrepareOptions, named: str) -> None:
+    ordered = SourceData("r", "test", frame([("a", "x", 0), ("a", "y", 1)]), timestamps=False)
+    with pytest.raises(DataError, match=f"r: has no timestamps, which {named}"):
+        prepare(ordered, tmp_path / "d", options)
+    assert not list(tmp_path.iterdir())
+
+
 @settings(max_examples=15)
 @given(EVENTS)
 def test_nothing_is_lost_on_the_way_to_memory(tmp_path_factory: pytest.TempPathFactory, events) -> None:  # type: ignore[no-untyped-def]

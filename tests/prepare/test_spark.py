@@ -40,6 +40,7 @@ def add_columns(logs: Path) -> None:
         (
             *("--dedup", "last", "--min-value", "0", "--columns", "user=user_id,item=item_id", "--keep-unseen-items"),
             *("--item-features", "brand:categorical,tags:multi_categorical,price:quantile", "--duplicates", "last"),
+            *("--min-users", "2"),
         ),
         pytest.param(
             ("--dedup", "last", "--columns", "user=user_id,item=item_id,timestamp=timestamp,weight=w", *OF_EVENTS),
