@@ -8,7 +8,8 @@ import os
 import shutil
 import signal
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -99,8 +100,8 @@ def run(args: argparse.Namespace) -> None:
     if args.compile:
         _compile(args.export)
     if args.workers == 1:
-        _import_first()
-        _serve(args, edge)
+        with _imported_first():
+            _serve(args, edge)
     else:
         _supervise(args, edge)
 
@@ -149,7 +150,6 @@ def _supervise(args: argparse.Namespace, edge: Edge) -> None:
 
     with server_folder() as folder:
         os.environ[SHARED_METRICS] = str(folder / METRICS)
-        _import_first()
 
         def work(link: Link, swapped: Swapped) -> None:
             try:
@@ -159,12 +159,14 @@ def _supervise(args: argparse.Namespace, edge: Edge) -> None:
                     shutil.rmtree(folder, ignore_errors=True)
 
         ready = partial(print, f"{edge.url(args)} from {args.workers} processes", flush=True)
-        code = Supervisor(work, fail, ready, edge.bound.close).run(args.workers)
+        with _imported_first():
+            code = Supervisor(work, fail, ready, edge.bound.close).run(args.workers)
     if code:
         raise SystemExit(code)
 
 
-def _import_first() -> None:
+@contextmanager
+def _imported_first() -> Iterator[None]:
     """Import all that serving runs. Forks share it in memory, and a crashed worker is back soon."""
     import pyarrow.dataset  # noqa: F401 (loading an export would import this and the next one, 100 MB of modules)
     import torch._functorch.aot_autograd  # noqa: F401
@@ -175,6 +177,10 @@ def _import_first() -> None:
     # Garbage is not looked for among all these objects: that would hold up requests, and the collector of a fork would
     # write into the pages of all of them.
     gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()  # else modules of C++ find their objects still there at the end, and print them as leaked
 
 
 def _serve(args: argparse.Namespace, edge: Edge, worker: WorkerStart | None = None) -> None:
