@@ -19,11 +19,13 @@ def cold_item(loaded: LoadedExport, key: str, title: str, features: Mapping[str,
     """A cold item with its attributes, for filters and for people, of the features in the catalogue.
 
     Args:
-        title: empty: people see the key.
+        title: empty: people see the key. It is the text of the feature that titles come from too, if that is not given.
 
     Raises:
         Refused: a value does not fit its kind.
     """
+    if title and loaded.tower.title:
+        features = {loaded.tower.title: title, **features}
     kinds = {f.name: f for f in loaded.tower.features if f.entity == "item"}
     attributes: dict[str, list[str]] = {name: [] for name in loaded.catalogue.attributes}
     try:
@@ -70,7 +72,8 @@ def _fitted(loaded: LoadedExport, item: StoredItem) -> list[AddedItem]:
     if item.key in loaded.catalogue.row_of:
         return []
     try:
-        content_of(loaded, "item", item.features)
-        return [cold_item(loaded, item.key, item.title, item.features)]
+        fitted = cold_item(loaded, item.key, item.title, item.features)
+        content_of(loaded, "item", fitted.features)
+        return [fitted]
     except Refused:
         return []  # other features are no reason to keep serving the older model

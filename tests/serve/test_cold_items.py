@@ -97,6 +97,17 @@ def test_a_swap_waits_for_the_store(exports: Path, monkeypatch: pytest.MonkeyPat
     assert service.loaded.folder == exports / "joint" and fails == []
 
 
+def test_the_title_is_the_text_of_the_feature_that_titles_come_from(exports: Path, tmp_path: Path) -> None:
+    store, title = EventStore(tmp_path / "s"), "The Brand New One"
+    service = Service(exports / "plain", store)
+    service.add_item(NewItem(item="by title", title=title))
+    service.add_item(NewItem(item="by feature", features={"title": title}))
+    service.add_item(NewItem(item="by both", title=title, features={"title": "Another"}))
+    for loaded in (service.loaded, Service(exports / "plain", store).loaded):
+        content = dict(zip((item.key for item in loaded.added.items), loaded.added.contents.tolist(), strict=True))
+        assert content["by title"] == content["by feature"] != content["by both"]
+
+
 def test_an_item_without_a_title_teaches_no_word(exports: Path, small: PreparedData, tmp_path: Path) -> None:
     service, file = Service(exports / "plain"), tmp_path / "cold.jsonl"
     service.add_item(NewItem(item="key one"))

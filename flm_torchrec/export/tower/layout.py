@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Annotated
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 FOLDER = "tower"
 USER, ITEM, PROFILE = "user.pt2", "item.pt2", "profile.pt2"
@@ -56,6 +56,14 @@ class Description(BaseModel):
     value_scale: Number
     gaps: Annotated[int, Field(ge=1, le=1 << 20)]
     features: list[FeatureDescription]
+    title: str = ""
+    """The text feature of items that people see as the title; empty: there is none, or the export is older."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Description:
+        if self.title and self.title not in (f.name for f in self.features if f.entity == "item" and f.kind == "text"):
+            raise ValueError(f"title: '{self.title}' is no text feature of items")
+        return self
 
 
 def history_types(contexts: Iterable[str]) -> dict[str, pa.DataType]:

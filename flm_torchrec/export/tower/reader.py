@@ -107,6 +107,7 @@ class PackagedTower:
         self.predicted = np.isin(self.events, targets)
         """[kinds of events] bool: events of these kinds say that the user has had the item."""
         self.timestamps, self.usual_gap = description.timestamps, description.usual_gap
+        self.title = description.title
         self.coding = HistoryCoding(
             description.value_mean,
             description.value_scale,

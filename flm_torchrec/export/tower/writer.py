@@ -132,6 +132,9 @@ def write_tower(data: PreparedData, model: TowerSource, main: bool, precision: P
         "timestamps": schema.timestamps,
         "usual_gap": _usual_gap(data),
         "features": [describe(data.path, f) for entity in ENTITIES for f in _ordered(data, entity)],
+        "title": next(
+            (f.name for f in schema.of("item", sparse=True) if f.kind == "text" and f.name == schema.title), ""
+        ),
     }
     (target / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
 
