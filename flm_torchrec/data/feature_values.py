@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,27 @@ class FeatureValues:
         """The code of a value, None where it has none. White space around it does not count."""
         return self.codes.get(value, self.codes.get(stripped(value)))  # older data may have values with it
 
-    def shown(self, given: Any) -> list[str]:
-        """The attribute values that people and filters see, as in the catalogue: for a number, its bucket."""
+    def shown(self, given: Any, known: Container[str]) -> list[str]:
+        """The attribute values that people and filters see, as in the catalogue: for a number, its bucket.
+
+        Args:
+            known: those of the catalogue. An older one has buckets by their minimum.
+        """
         if self.kind == "quantile":
-            return [self.values[code] for code in codes_of(self, given, [])]
+            older = any(value in known for value in self.values)
+            names = self.values if older else bucket_names(self.values)
+            return [names[code] for code in codes_of(self, given, [])]
         values = given if isinstance(given, list) else [given]
         return [stripped(str(value)) for value in values if value is not None]
+
+
+def bucket_names(minima: Sequence[str]) -> list[str]:
+    """What people and filters call the buckets of numbers, by the minimum of each: "10 to below 20"."""
+    edges = [value.removesuffix(".0") for value in minima]
+    if len(edges) < 2:
+        return ["any number"] * len(edges)
+    between = [f"{least} to below {above}" for least, above in pairwise(edges[1:])]
+    return [f"below {edges[1]}", *between, f"{edges[-1]} or more"]
 
 
 def describe(folder: Path, feature: Feature) -> dict[str, Any]:

@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 
 from flm_torchrec.data.dataset import DOMAIN, PreparedData
 from flm_torchrec.data.event_files import as_data_error
+from flm_torchrec.data.feature_values import bucket_names
+from flm_torchrec.data.schema import Feature
 from flm_torchrec.errors import DataError, RunError
 from flm_torchrec.export.parts import ATTRIBUTE, ExportRows, single_array
 from flm_torchrec.names import COMPARED, nearest, nearest_key
@@ -31,7 +33,7 @@ class Keys:
         self.title = data.schema.title if entity == "item" else ""
         features = [f for f in data.schema.of("item", sparse=True) if f.kind != "text"] if entity == "item" else []
         self.columns = {f.column: ATTRIBUTE + f.name for f in features}
-        self.values = {f.column: _vocabulary(data, f.name) for f in features}
+        self.values = {f.column: _vocabulary(data, f) for f in features}
         self.domain = [DOMAIN] if entity == "item" and data.schema.domains else []
         path = data.path / f"{entity}s.parquet"
         with as_data_error(path):
@@ -68,11 +70,12 @@ class Keys:
         return table.slice(max(0, start - begin), stop - max(start, begin))
 
 
-def _vocabulary(data: PreparedData, feature: str) -> pa.Array:
-    """The values of an item's feature, in order of their codes."""
-    file = data.path / "vocab" / f"item_{feature}.parquet"
+def _vocabulary(data: PreparedData, feature: Feature) -> pa.Array:
+    """The values of an item's feature, in order of their codes; of numbers the names of buckets."""
+    file = data.path / "vocab" / f"item_{feature.name}.parquet"
     try:
-        return single_array(pq.read_table(file, columns=["code", "value"]).sort_by("code")["value"]).cast(pa.string())
+        values = single_array(pq.read_table(file, columns=["code", "value"]).sort_by("code")["value"]).cast(pa.string())
+        return pa.array(bucket_names(values.to_pylist()), pa.string()) if feature.kind == "quantile" else values
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: cannot be read ({error}); prepare the data again") from error
 

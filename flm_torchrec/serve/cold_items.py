@@ -27,9 +27,10 @@ def cold_item(loaded: LoadedExport, key: str, title: str, features: Mapping[str,
     if title and loaded.tower.title:
         features = {loaded.tower.title: title, **features}
     kinds = {f.name: f for f in loaded.tower.features if f.entity == "item"}
-    attributes: dict[str, list[str]] = {name: [] for name in loaded.catalogue.attributes}
+    known = loaded.catalogue.attributes
+    attributes: dict[str, list[str]] = {name: [] for name in known}
     try:
-        attributes |= {name: kinds[name].shown(features.get(name)) for name in attributes if name in kinds}
+        attributes |= {n: kinds[n].shown(features.get(n), known[n].codes) for n in known if n in kinds}
     except DataError as error:
         raise Refused(422, str(error)) from error
     if DOMAIN in attributes and DOMAIN not in kinds:

@@ -10,8 +10,10 @@ from collections.abc import Collection
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,15 +22,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+import flm_torchrec as flm
 from flm_torchrec.cli.export import summary
 from flm_torchrec.config.heads import HEADS, REPRESENTATIONS
 from flm_torchrec.config.schema import EvalConfig
-from flm_torchrec.data.dataset import PreparedData
+from flm_torchrec.data.dataset import PreparedData, load_prepared
 from flm_torchrec.data.splits import Examples, split
 from flm_torchrec.errors import RunError
 from flm_torchrec.evaluation.evaluate import evaluate_heads
 from flm_torchrec.evaluation.protocol import Of
-from flm_torchrec.export.attributes import decoded
+from flm_torchrec.export.attributes import Keys, decoded
 from flm_torchrec.export.index import STEPS, open_index, top
 from flm_torchrec.export.manifest import IndexKind, Quantise, Storage, load_manifest
 from flm_torchrec.export.parts import ExportRows
@@ -116,6 +119,16 @@ def test_seen_items_come_back_on_request_and_k_may_exceed_the_catalogue(exported
     seen = len(set(small.item[: small.offsets[1]].tolist()))
     assert len(recommender.recommend("u0", 9999)) == small.schema.items - seen
     assert len(recommender.recommend("u0", 9999, include_seen=True)) == small.schema.items
+
+
+def test_buckets_of_numbers_are_named_by_their_range(tmp_path: Path) -> None:
+    prices = [None, 4.0, 5.0, 7.5, 9.0]
+    items = pl.DataFrame({"item_id": range(5), "price": prices})
+    events = pl.DataFrame({"user_id": ["u"] * 5, "item_id": range(5), "timestamp": range(5)})
+    given: dict[str, Any] = {"items": items, "item_features": {"price": "quantile"}, "quantiles": 4}
+    flm.prepare(events, tmp_path / "data", **given)
+    shown = Keys(load_prepared(tmp_path / "data"), "item").rows(0, 5)["attr_price"].to_pylist()
+    assert shown == [[], ["below 5"], ["5 to below 7.5"], ["7.5 to below 9"], ["9 or more"]]
 
 
 def test_cold_items_and_attributes_are_told(exported: Path, small: PreparedData) -> None:

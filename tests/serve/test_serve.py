@@ -18,7 +18,7 @@ from fastapi.testclient import TestClient
 
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData
-from flm_torchrec.data.feature_values import FeatureValues
+from flm_torchrec.data.feature_values import FeatureValues, bucket_names
 from flm_torchrec.data.history import Events
 from flm_torchrec.export.tower.reader import TowerQuery
 from flm_torchrec.serve.app import ServerLimits, create_app
@@ -336,8 +336,13 @@ def test_titles_and_keys_are_found_whatever_the_case(service: Service, client: T
 
 
 def test_a_number_of_a_cold_item_is_shown_as_its_bucket() -> None:
-    price = FeatureValues("price", "item", "quantile", values=("-inf", "10.0", "20.0"))
-    assert [price.shown(given) for given in (3, 10, 15.5, 99, None)] == [["-inf"], ["10.0"], ["10.0"], ["20.0"], []]
+    price = FeatureValues("price", "item", "quantile", values=("-inf", "10.0", "20.5"))
+    low, middle, high = bucket_names(price.values)
+    assert (low, middle, high) == ("below 10", "10 to below 20.5", "20.5 or more")
+    given = (3, 10, 15.5, 99, None)
+    assert [price.shown(one, [low, high]) for one in given] == [[low], [middle], [middle], [high], []]
+    assert [price.shown(one, ["10.0"]) for one in given] == [["-inf"], ["10.0"], ["10.0"], ["20.5"], []]  # of old
+    assert bucket_names(["-inf"]) == ["any number"] and bucket_names([]) == []
 
 
 def test_cold_items_that_fit_no_more_do_not_stop_a_swap(exports: Path) -> None:
