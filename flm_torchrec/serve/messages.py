@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, model_validator
+from pydantic_core.core_schema import custom_error_schema
 
 from flm_torchrec.config.heads import FUSED, REPRESENTATIONS
 from flm_torchrec.data.times import LATEST
@@ -17,19 +18,34 @@ MOST_PLAIN = 100
 MOST_VALUES = 100
 MOST_FORGOTTEN = 400
 """Users of a request to forget: as long keys as may be fit into a request's body."""
+
+
+def _or_else(message: str) -> GetPydanticSchema:
+    """What is told of a wrong value: Pydantic's own words name no unit and, of several kinds, only the first."""
+    return GetPydanticSchema(
+        lambda kind, schema: custom_error_schema(schema(kind), "wrong_value", custom_error_message=message)
+    )
+
+
 Key = Annotated[str, Field(min_length=1, max_length=512)]
 StoredKey = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^\x00]*$")]
 """A key that is kept: PostgreSQL's text has no NUL."""
 Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
-Seconds = Annotated[int, Field(ge=0, le=LATEST)]
+Seconds = Annotated[
+    int, Field(ge=0, le=LATEST), _or_else("give seconds since 1970 as a whole number, such as 1700000000")
+]
 Text = Annotated[str, Field(max_length=2000)]
-FeatureValue = (
+FeatureValue = Annotated[
     Text
     | Annotated[int, Field(ge=-(2**53), le=2**53)]
     | Finite
-    | (Annotated[list[Text], Field(max_length=MOST_VALUES)] | Annotated[list[Finite], Field(max_length=4096)])
-)
-ContextValue = Annotated[str, Field(max_length=512)] | Annotated[int, Field(ge=-(2**53), le=2**53)] | None
+    | (Annotated[list[Text], Field(max_length=MOST_VALUES)] | Annotated[list[Finite], Field(max_length=4096)]),
+    _or_else("give a text of up to 2,000 characters, a number, or a list of up to 100 texts or 4,096 numbers"),
+]
+ContextValue = Annotated[
+    Annotated[str, Field(max_length=512)] | Annotated[int, Field(ge=-(2**53), le=2**53)] | None,
+    _or_else("give a text of up to 512 characters, a whole number, or null"),
+]
 Context = Annotated[dict[Key, ContextValue], Field(max_length=MOST_VALUES)]
 Features = Annotated[dict[Key, FeatureValue], Field(max_length=MOST_VALUES)]
 Values = Annotated[list[Key], Field(min_length=1, max_length=MOST_VALUES)]
