@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from flm_torchrec.export.index import ItemIndex
     from flm_torchrec.export.tower.reader import PackagedTower
 
+ONLY_WITH_ITEMS = ("timestamp", "event", "value", "item_id", "item_key")
+"""Columns of a table that can only be meant as histories."""
 Filter = Mapping[str, Sequence[str]]
 """By feature: values of which an item must have at least one."""
 
@@ -106,6 +108,11 @@ class Recommender:
         table = arrow_of(users, "users") if is_frame(users) else None
         if table is not None and "item" in table.column_names:
             return framed(self._by_histories(table, options), self.frame)
+        if lost := [name for name in (table.column_names if table is not None else ()) if name in ONLY_WITH_ITEMS]:
+            raise DataError(
+                f"users: has a column '{lost[0]}' and none 'item'; call the items of histories 'item', or give the"
+                " column 'user' alone, of known users"
+            )
         wanted = _keys(users if table is None else table, "users")
         tables = list(self.export.for_many(options, wanted))
         found = pa.concat_tables([COLUMNS.empty_table(), *tables])

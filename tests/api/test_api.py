@@ -355,6 +355,10 @@ WRONG_QUESTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "filter list": (lambda r: r.recommend(["u1"], filter=["war"]), "filter: give lists of values by feature"),
     "no column": (lambda r: r.recommend(pl.DataFrame({"users": ["u1"]})), "users: no column 'user'"),
     "item": (lambda r: r.recommend(pl.DataFrame({**HISTORY, "item": ["i1", "ii"]})), "histories: no item 'ii'"),
+    "no item": (
+        lambda r: r.recommend(pl.DataFrame({"user": ["u1"], "item_id": ["i1"]})),
+        "users: has a column 'item_id' and none 'item'",
+    ),
     "no user": (lambda r: r.recommend(pl.DataFrame({"item": ["i1"]})), "histories: no column 'user'"),
     "event": (lambda r: r.recommend(pl.DataFrame({**HISTORY, "event": ["vew", None]})), "no kind of event 'vew'"),
     "extra": (lambda r: r.recommend(pl.DataFrame({**HISTORY, "time": [1, 2]})), "column 'time' is not known"),
