@@ -125,8 +125,10 @@ def run(args: argparse.Namespace) -> None:
             written.
     """
     keys = [*args.user, *(_named(args.users) if args.users else [])]
+    plain: dict[str, str] = {}
     if args.key_file:
-        keys = hash_keys(keys, read_secret(args.key_file))
+        plain = dict(zip(hash_keys(keys, read_secret(args.key_file)), keys, strict=True))
+        keys = list(plain)
     keys = list(dict.fromkeys(keys))
     if args.verify:
         _verify(args, keys)
@@ -151,7 +153,8 @@ def run(args: argparse.Namespace) -> None:
     ]
     with ExitStack() as stack:
         record = stack.enter_context(Record.opened(args.record, RecordKey(secret))) if secret else None
-        forget(args.data, keys, args.runs, places, Log(record, keys, lambda line: print(visible(line), flush=True)))
+        log = Log(record, keys, lambda line: print(visible(line), flush=True))
+        forget(args.data, keys, args.runs, places, log, plain)
         if record is not None:
             print(visible(f"{args.record}: {len(record.lines)} lines, the last signature is {_last(record.lines)}"))
 

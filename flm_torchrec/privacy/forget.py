@@ -28,9 +28,9 @@ from flm_torchrec.privacy.forget_in_data import (
     forget_rows,
     forgotten_users,
     keys_and_ids,
-    nearest_keys,
     tombstone,
     unused_codes,
+    which_id,
 )
 from flm_torchrec.privacy.places import ExportPlace, Place
 from flm_torchrec.privacy.record import Log, Removal
@@ -49,6 +49,7 @@ def forget(
     runs: Sequence[Path],
     places: Sequence[Place] = (),
     log: Log | None = None,
+    plain: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Remove users from prepared data, from runs, and from other places.
 
@@ -59,6 +60,7 @@ def forget(
     Args:
         folder: prepared data.
         keys: of users, as users.parquet has them; none: runs are brought up to date with what the data has forgotten.
+        plain: by key that was hashed for this, the id before, for messages.
 
     Returns what was done, one line for each place.
 
@@ -80,23 +82,27 @@ def forget(
                 mend_inside(run / LEARNED)
         _check(folder, runs)
         found = {place: place.find(keys) for place in places}
-        there = _known(folder, keys, runs, set(log.begun()).union(*found.values()))
+        there = _known(folder, keys, runs, set(log.begun()).union(*found.values()), plain or {})
         in_runs = [(str(run), "run", len(set(keys) & _keys_of(run))) for run in runs]
         log.begin([(str(folder), "data", len(there)), *in_runs, *((str(p), p.kind, len(f)) for p, f in found.items())])
         return _forget(folder, there, keys, runs, places, log)
 
 
-def _known(folder: Path, keys: Sequence[str], runs: Sequence[Path], elsewhere: Collection[str]) -> set[str]:
+def _known(
+    folder: Path, keys: Sequence[str], runs: Sequence[Path], elsewhere: Collection[str], plain: Mapping[str, str]
+) -> set[str]:
     """Those of the keys that the data has.
 
     Raises:
         DataError: a key that neither the data, nor a run, nor another place has.
     """
-    data_keys, _ = keys_and_ids(folder / "users.parquet")
+    data_keys, ids = keys_and_ids(folder / "users.parquet")
     known = set(data_keys).union(elsewhere, *(_keys_of(run) for run in runs))
     for key in keys:
         if key not in known:
-            raise DataError(f"user '{key}': not in {folder / 'users.parquet'}; {nearest_keys(key, data_keys)}")
+            there = [one for one, user in zip(data_keys, ids, strict=True) if one != tombstone(user)]
+            where = f"user '{plain.get(key, key)}': not in {folder / 'users.parquet'}"
+            raise DataError(f"{where}; {which_id(key, key in plain, there)}")
     return set(keys) & set(data_keys)
 
 
@@ -191,7 +197,7 @@ def _forget_in_run(run: Path, data: PreparedData, gone: np.ndarray, keys: set[st
             if growths := len(growth_files(run / LEARNED)):
                 publish_vocabulary(data.path, run / LEARNED, growths, fresh)
     refuse_leftovers([*leftovers(run), *leftovers(run / CHECKPOINTS), *leftovers(run / LEARNED)])
-    line = f"{len(gone)} forgotten users' rows set to zero in {len(checkpoints)} checkpoints"
+    line = f"rows of all users forgotten so far ({len(gone)}) set to zero in {len(checkpoints)} checkpoints"
     kind = data.schema.table("user_id").kind
     line += "; its user_id table is hashed, so users who share these rows lose them too" if kind == "hash" else ""
     if load_config(run / CONFIG).data.split != "leave-one-out":

@@ -24,6 +24,7 @@ from flm_torchrec.errors import DataError
 from flm_torchrec.files import replacing, write_text
 from flm_torchrec.folders import SCHEMA
 from flm_torchrec.names import closest
+from flm_torchrec.prepare.hash_users import HASHED
 
 
 def keys_and_ids(file: Path) -> tuple[list[str], np.ndarray]:
@@ -41,8 +42,18 @@ def forgotten_users(file: Path) -> np.ndarray:
     return np.array([i for key, i in zip(keys, ids.tolist(), strict=True) if key == tombstone(i)], np.int64)
 
 
-def nearest_keys(key: str, known: list[str]) -> str:
-    """A hint that names the known keys closest to an unknown one."""
+def which_id(key: str, hashed: bool, known: list[str]) -> str:
+    """A hint which id is asked for in place of an unknown key: the known ones closest to it, or how to hash it.
+
+    Args:
+        hashed: the key was hashed for this.
+    """
+    if known and all(map(HASHED.fullmatch, known)):
+        if not HASHED.fullmatch(key):
+            return "ids there are hashed: give the id as the source has it, and --key-file FILE with the secret"
+        return "ids there are hashed: check the id, and that the secret is the one they were hashed with"
+    if hashed:
+        return "ids there are not hashed: leave out --key-file"
     close = closest(key, known, 3, cutoff=0.6) or known[:1]
     return f"nearest: {', '.join(close)}"
 

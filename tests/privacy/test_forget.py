@@ -218,6 +218,24 @@ def test_a_hashed_key_is_found_by_its_plain_one(copy: Path, tmp_path: Path) -> N
     assert set(hash_keys([GONE, STAYS], secret)).isdisjoint(pl.read_parquet(users)["user_key"])
 
 
+def test_an_unknown_id_is_told_which_id_is_asked_for(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, users, secret = copy / "data", copy / "data/users.parquet", tmp_path / "secret"
+    secret.write_bytes(b"s" * 32)
+
+    def told(*options: str) -> str:
+        assert main(["forget", "--data", str(data), *options]) == 2
+        return capsys.readouterr().err
+
+    with_key = ("--key-file", str(secret))
+    assert f"user '{GONE}': " in (line := told("--user", GONE, *with_key)) and "are not hashed: leave out" in line
+    frame = pl.read_parquet(users)
+    frame.with_columns(user_key=pl.Series(hash_keys(frame["user_key"], b"t" * 32))).write_parquet(users)
+    assert "as the source has it, and --key-file" in told("--user", GONE)
+    assert f"user '{GONE}': " in (line := told("--user", GONE, *with_key)) and "that the secret is the one" in line
+
+
 def test_a_value_that_nobody_else_has_goes_too(tmp_path: Path) -> None:
     (tmp_path / "events.csv").write_text("user_id,item_id\n" + "".join(f"{u},{i}\n" for u in "abc" for i in range(5)))
     (tmp_path / "users.csv").write_text("user_id,mail,town\na,a@x.org,Ulm\nb,b@x.org,Ulm\nc,,Bonn\n")
