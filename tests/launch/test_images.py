@@ -114,6 +114,13 @@ def test_the_dockerfile_copies_what_is_there_and_what_the_ignore_file_lets_in() 
     assert [name for name in copied if not any(fnmatch.fnmatch(name, pattern) for pattern in let_in)] == []
 
 
+@pytest.mark.parametrize("file", [".gitignore", ".dockerignore"])
+def test_secrets_that_the_documentation_names_are_kept_out(file: str) -> None:
+    patterns = [line.removeprefix("**/") for line in (ROOT / file).read_text().splitlines() if line != "*"]
+    secrets = ["serve.keys", "admin.key", "record.key", "key.pem", ".env", "secret"]
+    assert [name for name in secrets if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)] == []
+
+
 def test_every_instruction_of_the_dockerfile_is_one() -> None:
     known = {"FROM", "ARG", "WORKDIR", "COPY", "RUN", "ENV", "CMD", "USER"}
     assert {line.split()[0] for line in instructions()} <= known
