@@ -56,7 +56,7 @@ from flm_torchrec.serve.middleware import (
 from flm_torchrec.serve.quick import QuickRequests, QuickRoute, never, traced_elsewhere
 from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.service import Service
-from flm_torchrec.serve.swapping import NO_STORE, CanaryTerms
+from flm_torchrec.serve.swapping import BUSY, NO_STORE, CanaryTerms
 from flm_torchrec.serve.tracing import telemetry
 from flm_torchrec.serve.variants import Variants
 from flm_torchrec.serve.workers import Settle, Workers, one_thread
@@ -300,9 +300,9 @@ async def _tend(service: Service) -> None:
 
 
 async def _watch(service: Service, seconds: float) -> None:
-    """Swap when the export's link points elsewhere than before. An export that cannot be served is reported once.
+    """Swap when the export's link points elsewhere than before, and say so. What cannot be served is reported once.
 
-    While the store cannot be read, it is tried again.
+    While the store cannot be read, or another export is being loaded, it is tried again.
     """
     seen = service.loaded.folder
     while True:
@@ -310,10 +310,15 @@ async def _watch(service: Service, seconds: float) -> None:
         target = service.export.resolve()
         if target == seen:
             continue
+        if target == service.loaded.folder:  # another process has seen it first
+            seen = target
+            continue
         try:
-            await asyncio.to_thread(service.swap, target)
+            now = await asyncio.to_thread(service.swap, target)
+            sizes = f"{now['items']} items, {now['users']} users; model {now['model_version']}"
+            print(visible(f"swapped: {target}: {sizes}"), flush=True)
         except Refused as error:
-            if error.status == NO_STORE:
+            if error.status in (BUSY, NO_STORE):
                 continue
             print(f"not swapped: {visible(str(error))}", flush=True)
         seen = target

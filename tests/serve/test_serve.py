@@ -263,7 +263,7 @@ def test_an_export_that_cannot_be_served_is_not_swapped_in(exports: Path, tmp_pa
         assert post(client, "/v1/recommend", user="u0")["model_version"] == "one"
 
 
-def test_a_link_that_is_watched_is_followed(exports: Path) -> None:
+def test_a_link_that_is_watched_is_followed(exports: Path, capsys: pytest.CaptureFixture[str]) -> None:
     link = exports / "current"
     link.unlink(missing_ok=True)
     link.symlink_to(exports / "one")
@@ -274,17 +274,23 @@ def test_a_link_that_is_watched_is_followed(exports: Path) -> None:
         deadline = time.monotonic() + 60
         while service.loaded.number == 1 and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert client.get("/health").json()["model_version"] == "two"
+        health = client.get("/health").json()
+        assert health["model_version"] == "two"
+        line, said = f"swapped: {exports / 'two'}: {health['items']} items, 120 users; model two\n", ""
+        while not said and time.monotonic() < deadline:
+            said = capsys.readouterr().out
+        assert said == line
 
 
-def test_a_link_is_followed_once_the_store_can_be_read(tmp_path: Path) -> None:
+def test_a_link_is_followed_once_the_store_can_be_read_and_no_other_export_is_loaded(tmp_path: Path) -> None:
     service: Any = FakeService()
-    refusals, swapped = [503, 503], threading.Event()
+    refusals, swapped = [503, 409], threading.Event()
 
-    def swap(export: Path) -> None:
+    def swap(export: Path) -> dict[str, Any]:
         if refusals:
             raise Refused(refusals.pop(), "not now")
         swapped.set()
+        return {"items": 1, "users": 1, "model_version": "m"}
 
     service.swap, service.export = swap, tmp_path
     with TestClient(create_app(service, ServerLimits(watch_seconds=0.02))):
