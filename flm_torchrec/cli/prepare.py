@@ -76,7 +76,8 @@ def _print_report(report: dict[str, Any], output: Path, seconds: float) -> None:
         f" {dropped} of {report['rows_read']} rows dropped, sparsity {report['sparsity']:.4%}, {seconds:.1f} s"
     )
     for reason, detail in report["dropped"].items():
-        print(visible(f"  dropped {detail['rows']}: {reason} (e.g. {detail['examples'][0]})"))
+        example = f" (e.g. {detail['examples'][0]})" if detail["examples"] else ""
+        print(visible(f"  dropped {detail['rows']}: {reason}{example}"))
     if report["items_without_features"]:
         print(f"  {report['items_without_features']} items have no features: only their ids tell of them")
     sys.stdout.flush()

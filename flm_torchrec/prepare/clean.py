@@ -14,6 +14,8 @@ from flm_torchrec.prepare.options import PrepareOptions
 
 EXAMPLES = 5
 """Rows of the source that the report names for each reason."""
+EXCLUDED = "user in --exclude-users"
+"""A reason without examples: the report does not say who was left out."""
 
 
 @dataclass
@@ -53,6 +55,11 @@ class Dropped:
             self.add(reason, rows, other.examples[reason])
         for line in other.notes:
             self.note(line)
+
+    def example(self, reason: str) -> str:
+        """A row that was dropped for a reason, in brackets behind a blank; empty where none is named."""
+        shown = self.examples.get(reason)
+        return f" (e.g. {shown[0]})" if shown else ""
 
     def to_json(self) -> dict[str, Any]:
         """Rows and examples by reason, as report.json has them."""

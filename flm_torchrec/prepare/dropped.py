@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from flm_torchrec.errors import DataError
-from flm_torchrec.prepare.clean import Dropped
+from flm_torchrec.prepare.clean import EXCLUDED, Dropped
 
 WARN_ABOVE = 0.2
 """Dropped share of the rows read above which a warning is given."""
 
 ASKED = {
+    EXCLUDED: "that is what --exclude-users asks for: shorten its list to keep more",
     "value below": "that is what --min-value asks for: lower it to keep more",
     "duplicate": "that is what --dedup asks for: choose another to keep more",
     "outside the": "that is what --k-core, --min-user-events and --min-item-events ask for: lower them to keep more",
@@ -56,7 +57,7 @@ def warnings_of(rows_read: int, rows_kept: int, dropped: Dropped) -> list[str]:
     reason = max(dropped.counts, key=dropped.counts.__getitem__)
     return [
         f"{lost} of {rows_read} rows ({lost / rows_read:.1%}) were dropped, most ({dropped.counts[reason]}): {reason}"
-        f" (e.g. {dropped.examples[reason][0]}); {how_to_mend(reason)}"
+        f"{dropped.example(reason)}; {how_to_mend(reason)}"
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from flm_torchrec.data.event_files import WEIGHT
 from flm_torchrec.data.history import CONTEXT
 from flm_torchrec.data.times import DAY_NUMBERS
-from flm_torchrec.prepare.blocks import ROWS_PER_GROUP, rows_of
-from flm_torchrec.prepare.clean import EXAMPLES, Dropped, mark_sql
+from flm_torchrec.prepare.blocks import ROWS_PER_GROUP, blocks, rows_of
+from flm_torchrec.prepare.clean import EXAMPLES, EXCLUDED, Dropped, mark_sql
 from flm_torchrec.prepare.engine import Engine, buckets
 from flm_torchrec.prepare.entities import NUMBERED, Hash, number_keys
 from flm_torchrec.prepare.events_per_user import EventsPerUser
@@ -65,6 +65,32 @@ class Interactions:
         self.contexts = [name for name in stored if name.startswith(CONTEXT)]
         self.extra = [*(name for name in ("segment", "event_weight") if name in stored), *self.contexts]
         """Columns that not every source has."""
+
+    def exclude(self, users: Collection[str], hashed: Hash | None, dropped: Dropped) -> int:
+        """Take out the rows of users, given by their keys or by their hashed keys; returns how many rows are left.
+
+        `number` comes after it.
+
+        Args:
+            hashed: of keys of users, as of `number_keys`.
+            dropped: counts the rows, and gets a note where none of the users has any.
+        """
+        listed = pl.Series(list(users), dtype=pl.String).implode()
+        files = self.engine.save("SELECT DISTINCT user_key AS key FROM taken", self.folder / "people")
+        found = []
+        for part in blocks(files, ("key",)):
+            there = part["key"].is_in(listed)
+            found.append(part.filter(there if hashed is None else there | hashed(part["key"]).is_in(listed)))
+        self.engine.frame("excluded", pl.concat(found))
+        of_them = "user_key IN (SELECT key FROM excluded)"
+        counted = self.engine.query(f"SELECT {of_them} AS of_them, COUNT(*) AS n FROM taken GROUP BY {of_them}")
+        rows = dict(counted.rows())
+        if not rows.get(True):
+            dropped.note(f"--exclude-users: none of its {len(users)} users has an event; are the ids those of --input?")
+            return rows[False]
+        dropped.add(EXCLUDED, rows[True], ())
+        self.engine.files("taken", self.engine.save(f"SELECT * FROM taken WHERE NOT {of_them}", self.folder / "rest"))
+        return rows.get(False, 0)
 
     def number(self, hashed: Hash | None) -> tuple[int, int, list[str]]:
         """Number users, items and names of events; returns how many users and items there are, and the names.

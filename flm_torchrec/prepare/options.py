@@ -100,6 +100,14 @@ class PrepareOptions:
     quantiles: Annotated[
         int, Field(ge=2, title="N", description="buckets of a feature of kind quantile, equally many rows each")
     ] = 100
+    exclude_users: Annotated[
+        str,
+        Field(
+            title="FILE",
+            description="leave out all events of these users: text with an id a line, or a table with a column user;"
+            " ids as in --input or, with --hash-users, hashed with the same key",
+        ),
+    ] = ""
     keep_unseen_items: Annotated[
         bool,
         Field(

@@ -8,6 +8,7 @@ Each bucket becomes a file. Nothing is held in memory for all rows, users or ite
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,6 +41,7 @@ from flm_torchrec.prepare.interactions import InteractionCounts, Interactions
 from flm_torchrec.prepare.memory import memory_bytes
 from flm_torchrec.prepare.options import MachineOptions, PrepareOptions
 from flm_torchrec.prepare.sources.source_data import SourceData
+from flm_torchrec.prepare.sources.user_list import read_users
 from flm_torchrec.prepare.table_options import by_table
 from flm_torchrec.prepare.work_folder import work_folder
 
@@ -63,12 +65,13 @@ def prepare(
         secret: keys of users become their HMAC-SHA256 under it; empty: they stay as they are.
 
     Raises:
-        DataError: no rows are left, a feature cannot be encoded, an option needs times that the source does not have,
-            or the folder is in use.
+        DataError: no rows are left, a feature cannot be encoded, an option needs times that the source does not have, a
+            file cannot be read, or the folder is in use.
         InUse: another process writes the folder.
     """
     check_output(output, overwrite)
     _check_times(source, options)
+    excluded = read_users(options.exclude_users).to_pylist() if options.exclude_users else []
     output, shards = output.resolve(), shards_of(source)
     made_of = [source.source, options.min_value, *(shard.identity for shard in shards)]
     with ExitStack() as stack:
@@ -76,7 +79,7 @@ def prepare(
         check_output(output, overwrite)  # another preparation may have written it in the meantime
         work = stack.enter_context(work_folder(output, made_of))
         engine = stack.enter_context(_engine(machine or MachineOptions(), work))
-        preparation = Preparation(source, options, engine, secret)
+        preparation = Preparation(source, options, engine, secret, excluded)
         preparation.describe(work)  # before the logs, which take longer: mistakes in it are told first
         intake = Intake(work, options.min_value)
         engine.shards(shards, intake)
@@ -93,6 +96,8 @@ class Preparation:
     options: PrepareOptions
     engine: Engine
     secret: bytes
+    excluded: Sequence[str] = ()
+    """Keys of users whose events are left out."""
     features: dict[Entity, Features] = field(default_factory=dict)
     """Of items and users, as `describe` stored them."""
     notes: list[str] = field(default_factory=list)
@@ -167,7 +172,10 @@ class Preparation:
 
     def _cleaned(self, interactions: Interactions, read: ShardReport) -> tuple[list[str], dict[Entity, int]]:
         """Code and clean the interactions; returns the names of the event codes, and the numbers of keys."""
-        users, items, events = interactions.number(self._hash if self.secret else None)
+        hashed = self._hash if self.secret else None
+        if self.excluded and not interactions.exclude(self.excluded, hashed, read.dropped):
+            raise self._nothing_left(read)
+        users, items, events = interactions.number(hashed)
         if not interactions.clean(events, self.options, read.dropped):
             raise self._nothing_left(read)
         return events, {"user": users, "item": items}
@@ -192,9 +200,8 @@ class Preparation:
     def _nothing_left(self, read: ShardReport) -> DataError:
         counts, name = read.dropped.counts, self.source.name
         reason = max(counts, key=counts.__getitem__, default="the source has none")
-        where = read.dropped.examples.get(reason, [name])[0]
         return DataError(
-            f"{name}: none of {read.rows_read} rows is left (most dropped: {reason}; e.g. {where});"
+            f"{name}: none of {read.rows_read} rows is left, most dropped: {reason}{read.dropped.example(reason)};"
             f" {how_to_mend(reason)}"
         )
 

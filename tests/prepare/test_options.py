@@ -17,8 +17,9 @@ from flm_torchrec.errors import ConfigError
 from flm_torchrec.prepare.options import LogOptions, MachineOptions, PrepareOptions, Recipe
 
 PREPARE = """
-    --columns --currency --decimal --dedup --dedup-window --duplicates --encoding --engine --event-features --hash-users
-    --help --input --item-features --item-key --items --k-core --keep-unseen-items --list-separator --max-dropped
+    --columns --currency --decimal --dedup --dedup-window --duplicates --encoding --engine --event-features
+    --exclude-users --hash-users --help
+    --input --item-features --item-key --items --k-core --keep-unseen-items --list-separator --max-dropped
     --memory --min-count --min-item-events --min-user-events --min-users --min-value --multiline --output --overwrite
     --quantiles --separator --session-gap --source --synthetic-collaborative --synthetic-content --synthetic-events
     --synthetic-items --synthetic-seed --synthetic-sequential --synthetic-users --table-version --tables --text-buckets

@@ -58,7 +58,12 @@ def test_spark_writes_the_bytes_that_duckdb_writes(
         add_columns(logs)
     described = [f"i{n % 10},b{n % 3},t{n}|u,{n / 4}\n" for n in range(12)]
     (tmp_path / "items.csv").write_text("".join(["item_id,brand,tags,price\n", *described]))
-    items = ("--items", tmp_path / "items.csv") if "--item-features" in cleaning else ()
+    (tmp_path / "who.txt").write_text("u1\nu3\n")
+    items = (
+        ("--items", tmp_path / "items.csv", "--exclude-users", tmp_path / "who.txt")
+        if "--item-features" in cleaning
+        else ()
+    )
     for engine in ("duckdb", "spark"):
         options = ("--engine", engine, "--threads", "2", *items, *cleaning)
         assert flm("--source", "csv", "--input", logs, "--output", tmp_path / engine, *options) == 0
@@ -67,7 +72,8 @@ def test_spark_writes_the_bytes_that_duckdb_writes(
     assert data.schema.interactions == report(tmp_path / "spark")["rows_kept"] > 40
     assert (data.context >= 0).any() == ("--event-features" in cleaning) == data.schema.weights
     assert len(list((tmp_path / "spark" / "interactions").iterdir())) > 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["duckdb", "items.csv", "logs", "spark"]
+    assert ("u1" in data.user_keys) == (not items)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["duckdb", "items.csv", "logs", "spark", "who.txt"]
 
 
 def test_a_wrong_file_is_one_line_from_spark_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
