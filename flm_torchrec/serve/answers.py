@@ -19,6 +19,9 @@ from flm_torchrec.serve.ranking import added_by_rules, alike, check_boost, pinne
 from flm_torchrec.serve.resolve import Refused, check_filter, content_of, item_row
 from flm_torchrec.serve.user_vectors import nearest_users
 
+MOST_SEEN = 1000
+"""Live events of a user whose items are left out, the newest ones: more than the tower reads."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -59,7 +62,7 @@ def known_events(loaded: LoadedExport, store: LiveStore, user: str) -> tuple[Eve
     Raises:
         Refused: the user is neither in the export nor has live events.
     """
-    live = store.events_of(user, loaded.tower.max_history + 1)
+    live = store.events_of(user, max(MOST_SEEN, loaded.tower.max_history + 1))
     if not live and user not in loaded.user_of:
         raise Refused(404, f"user '{user}': not known; {nearest_key(user, loaded.user_of)}")
     return events_and_seen(loaded, user, live)

@@ -17,7 +17,11 @@ from flm_torchrec.serve.resolve import Refused, context_codes, event_code, item_
 
 
 def events_and_seen(loaded: LoadedExport, user: str, live: Sequence[LiveEvent]) -> tuple[Events, np.ndarray]:
-    """The user's last events, exported and live, and rows [n] of all items that the user has had."""
+    """The user's last events, exported and live, and rows [n] of all items that the user has had.
+
+    Args:
+        live: as many as may be known; the newest that the tower reads become part of the history.
+    """
     row = loaded.user_of.get(user)
     history, seen = NO_EVENTS, NO_EVENTS.item
     if row is not None:
@@ -37,7 +41,8 @@ def events_and_seen(loaded: LoadedExport, user: str, live: Sequence[LiveEvent]) 
         value=np.array([e.value for _, e in known], np.float32),
         context=_coded_contexts(loaded, given, "context", []),
     )
-    return history + events, np.concatenate([seen, loaded.tower.had(events)])
+    newest = events.take(slice(-loaded.tower.max_history - 1, None))
+    return history + newest, np.concatenate([seen, loaded.tower.had(events)])
 
 
 def new_event(loaded: LoadedExport, event: NewEvent, live: Sequence[LiveEvent], left_out: list[str]) -> LiveEvent:

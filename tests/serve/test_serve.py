@@ -24,6 +24,7 @@ from flm_torchrec.export.tower.reader import TowerQuery
 from flm_torchrec.serve.app import ServerLimits, create_app
 from flm_torchrec.serve.event_store import EventStore, StoreLimits
 from flm_torchrec.serve.loaded_export import LoadedExport, load_export
+from flm_torchrec.serve.messages import NewEvent, Recommend
 from flm_torchrec.serve.resolve import Refused
 from flm_torchrec.serve.service import Service
 from tests.serve.fake_service import FakeService
@@ -295,6 +296,18 @@ def test_a_link_is_followed_once_the_store_can_be_read_and_no_other_export_is_lo
     service.swap, service.export = swap, tmp_path
     with TestClient(create_app(service, ServerLimits(watch_seconds=0.02))):
         assert swapped.wait(60)
+
+
+def test_items_of_more_live_events_than_the_tower_reads_are_left_out(exports: Path) -> None:
+    service = Service(exports / "one")
+    read = service.loaded.tower.max_history + 1
+    had = [f"i{n}" for n in range(read + 5)]
+    for start in (0, read):
+        service.add_events([NewEvent(user="new", item=item) for item in had[start : start + read]])
+    (answer,) = service.recommend([Recommend(user="new", k=1000)])
+    assert isinstance(answer, dict) and len(answer["items"]) == service.loaded.size - len(had)
+    assert set(had).isdisjoint(item["item"] for item in answer["items"])
+    assert [event["item"] for event in service.events_of("new")] == had[-read:]
 
 
 def test_more_than_can_wait_is_told_to_come_again(exports: Path) -> None:
