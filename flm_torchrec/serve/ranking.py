@@ -41,7 +41,7 @@ def ranked(
         else:
             chosen = loaded.best(query, pool, left_out, request.filter)
         if request.diversity:
-            chosen = diverse(loaded, chosen, rest, request.diversity)
+            chosen = diverse(loaded, chosen, rest, request.diversity, request.k)
     first: Ranked = []
     if pinned:
         scores = query.score(loaded.vectors(np.array(pinned, np.int64)))
@@ -49,28 +49,34 @@ def ranked(
     return [*first, *chosen][request.offset : wanted]
 
 
-def diverse(loaded: LoadedExport, candidates: Ranked, k: int, diversity: float) -> Ranked:
+def diverse(loaded: LoadedExport, candidates: Ranked, k: int, diversity: float, page: int) -> Ranked:
     """k of the candidates by maximal marginal relevance (Carbonell & Goldstein, SIGIR 1998).
 
     The next item maximises (1 - diversity) · relevance - diversity · similarity: its score, scaled to 0 … 1 over the
     candidates, and the largest cosine to an item that was chosen before.
+
+    Args:
+        page: items of a page; the first one may have fewer. Each page is chosen among the best `POOL` candidates for
+            each item up to its end, so it has the same items whether later ones are asked for or not.
     """
     if not candidates:
         return []
     rows = np.array([row for row, _ in candidates], np.int64)
     scores = np.array([score for _, score in candidates])
-    relevance = (scores - scores.min()) / max(float(np.ptp(scores)), 1e-12)
     vectors = unit(loaded.vectors(rows))
     nearest = np.zeros(len(rows))
     left = np.ones(len(rows), bool)
     order: list[int] = []
-    for _ in range(min(k, len(rows))):
-        gain = np.where(left, (1 - diversity) * relevance - diversity * nearest, -np.inf)
-        best = int(gain.argmax())
-        order.append(best)
-        left[best] = False
-        cosines = vectors @ vectors[best]
-        nearest = cosines if len(order) == 1 else np.maximum(nearest, cosines)
+    for end in range(k % page or page, k + 1, page):
+        pool = slice(min(POOL * end, MOST_POOL, len(rows)))
+        relevance = (scores[pool] - scores[pool].min()) / max(float(np.ptp(scores[pool])), 1e-12)
+        for _ in range(len(order), min(end, len(relevance))):
+            gain = np.where(left[pool], (1 - diversity) * relevance - diversity * nearest[pool], -np.inf)
+            best = int(gain.argmax())
+            order.append(best)
+            left[best] = False
+            cosines = vectors @ vectors[best]
+            nearest = cosines if len(order) == 1 else np.maximum(nearest, cosines)
     return [candidates[n] for n in order]
 
 

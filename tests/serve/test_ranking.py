@@ -117,8 +117,15 @@ def test_diverse_items_are_those_of_maximal_marginal_relevance(
 def test_equal_items_do_not_break_diversity(service: Service) -> None:
     loaded: LoadedExport = replace(service.loaded, number=9)
     same = [(3, 0.5), (3, 0.5), (4, 0.5)]
-    assert diverse(loaded, same, 2, 0.5) == [(3, 0.5), (4, 0.5)]
-    assert diverse(loaded, [], 5, 0.5) == []
+    assert diverse(loaded, same, 2, 0.5, 2) == [(3, 0.5), (4, 0.5)]
+    assert diverse(loaded, [], 5, 0.5, 5) == []
+
+
+@pytest.mark.parametrize("pinned", [[], ["i3", "i4"]])
+def test_no_item_is_on_two_pages_of_diverse_items(client: TestClient, pinned: list[str]) -> None:
+    asked = {"user": "u8", "k": 10, "diversity": 0.8, "pinned": pinned}
+    shown = [key for start in range(0, 1000, 10) for key in keys(items(client, **asked, offset=start))]
+    assert len(set(shown)) == len(shown) > 100 and shown[: len(pinned)] == pinned
 
 
 @pytest.mark.parametrize(
