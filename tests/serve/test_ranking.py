@@ -123,7 +123,7 @@ def test_equal_items_do_not_break_diversity(service: Service) -> None:
 
 @pytest.mark.parametrize("pinned", [[], ["i3", "i4"]])
 def test_no_item_is_on_two_pages_of_diverse_items(client: TestClient, pinned: list[str]) -> None:
-    asked = {"user": "u8", "k": 10, "diversity": 0.8, "pinned": pinned}
+    asked: dict[str, Any] = {"user": "u8", "k": 10, "diversity": 0.8, "pinned": pinned}
     shown = [key for start in range(0, 1000, 10) for key in keys(items(client, **asked, offset=start))]
     assert len(set(shown)) == len(shown) > 100 and shown[: len(pinned)] == pinned
 
