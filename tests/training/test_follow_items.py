@@ -75,6 +75,23 @@ def test_cold_items_that_a_server_wrote_in_two_forms_keep_their_values(shop: Pat
     assert follow(shop / "run", source, live, "--items", str(file)) == 0
 
 
+def test_the_title_of_an_item_that_a_server_wrote_is_that_of_the_data(shop: Path, tmp_path: Path) -> None:
+    """Where it comes from a feature with another name than `title`."""
+    items = ["--items", str(shop / "items.csv"), "--item-features", KINDS, "--title", "name"]
+    files = ["--input", str(shop / "log.csv"), "--output", str(tmp_path / "data")]
+    assert main(["prepare", "--source", "csv", *files, *items]) == 0
+    store, file = EventStore(None), tmp_path / "cold.jsonl"
+    with store.writing() as write:
+        write.add_item("by title", "Thing 7", {})
+        write.add_item("by both", "Thing 7", {"name": "Thing 8"})
+    export_items(store, file)
+    rows, like = ItemRows(tmp_path / "data", tmp_path), pq.read_table(tmp_path / "data/items.parquet").to_pylist()
+    of = {row["item_key"]: row["name_tokens"] for row in like}
+    found = dict(ItemFile(file, "item").read(rows))
+    assert found["by title"]["name_tokens"] == of["i7"] and found["by title"]["name"] == "Thing 7"
+    assert found["by both"]["name_tokens"] == of["i8"]
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_cells_with_several_values_are_those_of_preparation(shop: Path, tmp_path: Path, kind: str) -> None:
     """The table that was prepared is taken as it is, and the rows of new items are those of the items like them."""

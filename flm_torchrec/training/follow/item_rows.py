@@ -61,6 +61,9 @@ class ItemRows:
         Raises:
             DataError: a value does not fit its kind.
         """
+        shown = self.schema.title
+        if shown and "title" not in self.names and given.get(shown) is None:
+            given = {**given, shown: given.get("title")}  # as `flm export-events` writes the title of a posted item
         row: dict[str, Any] = {n: stripped(given[n]) for n in self.texts if isinstance(given.get(n), str)}
         for feature, values in self.features:
             value = _as_kind(feature, given.get(feature.name))
