@@ -190,7 +190,7 @@ def test_a_run_left_out_is_brought_up_to_date_later(copy: Path) -> None:
     forget(copy / "data", [GONE], [], [])
     forget(copy / "data", [STAYS], [], [])
     assert holders(copy / "run", GONE)
-    assert "2 forgotten" in forget(copy / "data", [], [copy / "run"], [])[0]
+    assert "forgotten so far (2)" in forget(copy / "data", [], [copy / "run"], [])[0]
     assert holders(copy, GONE) == holders(copy, STAYS) == []
 
 
