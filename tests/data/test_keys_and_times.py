@@ -131,7 +131,9 @@ def test_values_of_each_type_of_arrow(tmp_path: Path, column: pa.Array, kind: st
 def test_a_request_reads_values_as_preparation_does() -> None:
     described = {"name": "shelf", "entity": "item", "kind": "multi_categorical"}
     feature, left_out = FeatureValues.described({**described, "values": ("Art", "Design")}), list[str]()
-    assert list(codes_of(feature, ["\u00a0Design ", " "], left_out)) == [1] and feature.shown(" Design") == ["Design"]
+    assert list(codes_of(feature, ["\u00a0Design ", " "], left_out)) == [1] and feature.shown(" Design", ()) == [
+        "Design"
+    ]
     assert left_out == ["features.shelf: ' ' was not in training"]
     older = FeatureValues.described({**described, "values": (" Design ", "Design")})
     assert list(codes_of(older, [" Design ", "Design ", "Design"], left_out)) == [0, 1, 1]

@@ -87,7 +87,7 @@ def test_the_title_of_an_item_that_a_server_wrote_is_that_of_the_data(shop: Path
     export_items(store, file)
     rows, like = ItemRows(tmp_path / "data", tmp_path), pq.read_table(tmp_path / "data/items.parquet").to_pylist()
     of = {row["item_key"]: row["name_tokens"] for row in like}
-    found = dict(ItemFile(file, "item").read(rows))
+    found = dict(ItemFile(file, "item").read(rows).new)
     assert found["by title"]["name_tokens"] == of["i7"] and found["by title"]["name"] == "Thing 7"
     assert found["by both"]["name_tokens"] == of["i8"]
 
