@@ -125,9 +125,7 @@ class Assembler:
         positions = spans(start, lengths)  # the last of each sequence is the event to come, which is not read
         nothing = np.zeros(0, np.int64)
         tokens = TokenSpans(self.events, user, self.data.offsets[user], lengths, positions)
-        # Where nobody has events, any item is looked up: TorchRec's sharded modules refuse a stride of 0.
-        ids = np.zeros(int((lengths == 1).all()), np.int64)
-        return self._batch(tokens, nothing, ids, np.zeros((len(ids), 2), np.float32))
+        return self._batch(tokens, nothing, nothing, np.zeros((0, 2), np.float32))
 
     def items(self, ids: np.ndarray) -> Batch:
         """The items named, and one sequence of no tokens, as of `encoding`."""
@@ -150,6 +148,8 @@ class Assembler:
         events = tokens.events.take(shown)
         coded = self._coded(tokens, shown, events)
         ids, index = np.unique(np.concatenate([events.item, targets, candidates]), return_inverse=True)
+        # Where there is no item, one is looked up all the same: TorchRec's sharded modules refuse a stride of 0.
+        ids = ids if len(ids) else np.zeros(1, np.int64)
         item_index, target_index, candidate_index = np.split(index, np.cumsum([len(shown), len(targets)]))
         seen = np.zeros(len(ids), bool)
         seen[item_index] = seen[target_index] = True

@@ -73,6 +73,8 @@ def columns_of(candidates: Tensor, real: Tensor, wanted: Tensor) -> tuple[Tensor
         real: [C] bool, False at padding.
         wanted: [n] ids.
     """
+    if not len(candidates):  # a rank alone that has nothing to learn
+        return torch.zeros_like(wanted), torch.zeros_like(real)
     ordered, order = torch.sort(candidates.masked_fill(~real, torch.iinfo(candidates.dtype).max), stable=True)
     copies = F.pad(ordered[1:] == ordered[:-1], (1, 0))
     repeated = torch.zeros_like(real)

@@ -515,6 +515,8 @@ def test_targets_are_found_among_the_candidates_of_all_ranks() -> None:
     place, repeated = columns_of(candidates, real, torch.tensor([9, 2, 4]))
     assert place.tolist() == [1, 3, 0]
     assert repeated.tolist() == [False, False, False, False, True, True]
+    place, repeated = columns_of(candidates[:0], real[:0], torch.tensor([9]))  # a rank alone with nothing to learn
+    assert len(place) == 1 and not len(repeated)
 
 
 def loader(data: PreparedData, rank: int = 0, world_size: int = 1) -> TrainLoader:
