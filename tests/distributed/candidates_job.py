@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from flm_torchrec.model.space import used_by_each
 ITEMS, DIM, DOMAINS = 40, 8, 3
 DRAWN = 21  # divides by no number of ranks here
 MIXTURE = 0.7
+Drawn = int | Literal["all"]
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Vectors:
         return used_by_each(self.left)["collaborative"]
 
 
-def made(rank: int, kind: str, ranks: CandidateRanks, negatives: int, weighted: bool) -> tuple[Any, Vectors]:
+def made(rank: int, kind: str, ranks: CandidateRanks, negatives: Drawn, weighted: bool) -> tuple[Any, Vectors]:
     """The batch of a rank, with its part of the negatives; the last rank has no sequences at all.
 
     Args:
@@ -65,9 +66,12 @@ def made(rank: int, kind: str, ranks: CandidateRanks, negatives: int, weighted: 
     last = rank == ranks.world_size - 1
     lengths = torch.tensor([0, 0] if last else [3 + rank, 2])
     targets = torch.randint(0, ITEMS, (int(lengths.sum()),), generator=noise)
-    drawn = torch.randint(0, ITEMS, (negatives,), generator=torch.Generator().manual_seed(5))
-    own = drawn[rank % ranks.ranks :: ranks.ranks]
-    candidates = torch.cat([torch.unique(targets), own]) if kind == "local" else torch.cat([targets, own]).unique()
+    if negatives == "all":
+        candidates = torch.arange(ITEMS)[rank % ranks.ranks :: ranks.ranks]
+    else:
+        drawn = torch.randint(0, ITEMS, (negatives,), generator=torch.Generator().manual_seed(5))
+        own = drawn[rank % ranks.ranks :: ranks.ranks]
+        candidates = torch.cat([torch.unique(targets), own]) if kind == "local" else torch.cat([targets, own]).unique()
     items = torch.unique(torch.cat([targets, candidates]))
     sampled = torch.log1p(-torch.rand(ITEMS, 2, generator=torch.Generator().manual_seed(6)) / 9)
     predicted = torch.rand(len(targets), generator=noise) > 0.3
@@ -87,7 +91,7 @@ def made(rank: int, kind: str, ranks: CandidateRanks, negatives: int, weighted: 
 
 
 def expected(
-    made_by: list[tuple[Any, Vectors]], rank: int, near: list[int], pool: list[int], negatives: int, joint: bool
+    made_by: list[tuple[Any, Vectors]], rank: int, near: list[int], pool: list[int], negatives: Drawn, joint: bool
 ) -> dict[str, Tensor]:
     """The losses of a rank, written out: targets of the ranks `near` and the drawn items of `pool` are candidates.
 
@@ -101,7 +105,8 @@ def expected(
     had = torch.ones(len(batch.targets), dtype=torch.bool) if batch.predicted is None else batch.predicted
     in_batch = sum(len(made_by[r][0].targets) for r in near)
     known: dict[int, tuple[Tensor, Tensor]] = {}
-    own_targets = {r: len(torch.unique(b.targets)) if near != pool else 0 for r, (b, _) in enumerate(made_by)}
+    apart = near != pool and negatives != "all"
+    own_targets = {r: len(torch.unique(b.targets)) if apart else 0 for r, (b, _) in enumerate(made_by)}
     parts = [(r, range(own_targets[r])) for r in near]
     parts += [(r, range(own_targets[r], len(made_by[r][0].candidates))) for r in pool]
     for r, places in parts:
@@ -112,7 +117,9 @@ def expected(
     ids = list(known)
     matrix = torch.stack([v for v, _ in known.values()])
     missing = torch.stack([p for _, p in known.values()])
-    log_q = torch.log(-torch.expm1(in_batch * missing[:, 0] + negatives * missing[:, 1]))
+    log_q = torch.zeros(len(ids))
+    if negatives != "all":
+        log_q = torch.log(-torch.expm1(in_batch * missing[:, 0] + negatives * missing[:, 1]))
     by_target: dict[str, Tensor] = {}
     sequence = torch.repeat_interleave(torch.arange(len(batch.lengths)), batch.lengths).tolist()
     wanted = [int(batch.items[t]) for t in batch.targets]
@@ -183,7 +190,7 @@ class Counted(CandidateRanks):
         return found
 
 
-def compare(comm: Comm, kind: str, negatives: int, joint: bool) -> Counted:
+def compare(comm: Comm, kind: str, negatives: Drawn, joint: bool) -> Counted:
     """Loss by loss and gradient by gradient; of joint data, the targets have weights too."""
     config = LossConfig(negatives=negatives, attribute=0.5, mixture=MIXTURE if joint else 0.0)
     ranks = Counted(comm, kind)  # type: ignore[arg-type]
@@ -222,7 +229,8 @@ def main(local: int, output: Path) -> None:
     os.environ["LOCAL_WORLD_SIZE"] = str(local)
     counted = {}
     with process_group(DistributedConfig(device="cpu", threads=1)) as comm:
-        for kind, negatives in (("global", DRAWN), ("node", DRAWN), ("local", DRAWN), ("local", 24)):
+        cases: list[tuple[str, Drawn]] = [("global", DRAWN), ("node", DRAWN), ("local", DRAWN), ("local", 24)]
+        for kind, negatives in [*cases, ("local", "all")]:
             compare(comm, kind, negatives, joint=True)
             ranks = compare(comm, kind, negatives, joint=False)
             counted[f"{kind} {negatives}"] = {"bytes": ranks.bytes, "calls": ranks.calls}
