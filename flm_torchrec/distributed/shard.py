@@ -67,11 +67,12 @@ def shard(
         if isinstance(module, EmbeddingCollection):
             zeros |= {table.name for table in module.embedding_configs() if table.init_fn is nn.init.zeros_}
     parameters = {p for module in sliced for p in module.parameters()}
-    names = [name for name, p in model.named_parameters() if p in parameters]
+    whole = {p for p in parameters if not p.numel()}  # of a layer without inputs; FSDP refuses them
+    names = [name for name, p in model.named_parameters() if p in parameters - whole]
     reduced = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if comm.collectives == "bf16" else None)
     for module in sliced:
         mesh = init_device_mesh(comm.device.type, (comm.world_size,))
-        fully_shard(module.to(comm.device), mesh=mesh, mp_policy=reduced)
+        fully_shard(module.to(comm.device), mesh=mesh, mp_policy=reduced, ignored_params=whole)
     wrapper: DataParallelWrapper = _Alone()
     if comm.world_size > 1:
         shared = _SharedInHalf if comm.collectives == "bf16" else DefaultDataParallelWrapper
@@ -122,7 +123,8 @@ class _SharedInHalf(DefaultDataParallelWrapper):
 
 def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> CombinedOptimizer:
     """The fused optimizer of the tables, which steps in backward, and AdamW with clipping for the dense part."""
-    dense = dict(in_backward_optimizer_filter(model.named_parameters()))
+    named = in_backward_optimizer_filter(model.named_parameters())
+    dense = {name: p for name, p in named if p.requires_grad}  # no gradient of what is frozen, nor a norm of it
     world = dist.GroupMember.WORLD
     # TorchRec skips a sliced parameter without a group, because it looks for a gradient of the local slice.
     sliced = {p: [world] for p in dense.values() if isinstance(p, DTensor)}

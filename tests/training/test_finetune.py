@@ -202,10 +202,12 @@ def test_gauc_is_the_mean_of_the_users_auc_by_events(events: list[tuple[int, int
     assert gauc(score / 8, label.astype(np.float32), user) == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
 
-def test_two_ranks_fine_tune_as_one(ranks, rated: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(("tower", "dense"), [("full", "ddp"), ("frozen", "fsdp")])
+def test_two_ranks_fine_tune_as_one(ranks, rated: Path, tmp_path: Path, tower: str, dense: str) -> None:  # type: ignore[no-untyped-def]
     """The same losses and choice of checkpoint, hence the same test metrics, but for the order of sums.
 
-    Of 48 sequences to learn from the last batch has one: then a rank has nothing to learn.
+    Of 48 sequences to learn from the last batch has one: then a rank has nothing to learn. No item and no user has
+    features, so that some layers have no inputs.
     """
     source = tmp_path / "source"
     assert main(["train", "--data.path", str(rated), "--train.run", str(source), *SMALL, *NO_DROPOUT]) == 0
@@ -213,6 +215,7 @@ def test_two_ranks_fine_tune_as_one(ranks, rated: Path, tmp_path: Path) -> None:
     for count in (1, 2):
         run = tmp_path / f"ranks{count}"
         task = ["--finetune.task", "label", "--train.max_steps", "12", "--train.batch_size", "47", "--no-control"]
+        task += ["--finetune.tower", tower, "--distributed.dense", dense]
         given = ["--finetune.source", str(source), "--train.run", str(run), *task]
         ranks(count, ["-m", "flm_torchrec", "--", "finetune", *given])
         found.append(json.loads((run / "finetune.json").read_text())["test"]["pretrained"])
