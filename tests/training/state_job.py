@@ -1,15 +1,19 @@
 """Run by test_checkpoint as one rank or several: for each case make or load a full state, and save it elsewhere.
 
 Arguments: prepared data, folder to load from ("-": train some steps instead), folder to save to, and cases
-NAME:SHARDING:OPTIMIZER:PRECISION.
+NAME:SHARDING:OPTIMIZER:PRECISION. After each, a number of one rank's part of a table is spoilt, which all ranks must
+refuse.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from itertools import islice
 from pathlib import Path
+
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from flm_torchrec.config import load_config
 from flm_torchrec.data.dataset import load_prepared
@@ -53,6 +57,17 @@ def main(path: str, source: str, target: str, cases: list[str]) -> None:
                 tables = describe(job.plan, comm.world_size)["tables"]
                 shards = {table: len(entry["shards"]) for table, entry in tables.items()}
                 (Path(target) / name / "shards.json").write_text(json.dumps(shards))
+            spoil(job)
+            assert "are not all numbers" in saving.save(progress)
+
+
+def spoil(job: Job) -> None:
+    """Put a NaN into the last rank's part of a table: the last of the ranks that hold any."""
+    tables = [tensor for tensor in job.model.state_dict().values() if isinstance(tensor, ShardedTensor)]
+    held = [shard.tensor.detach() for table in tables for shard in table.local_shards() if shard.tensor.numel()]
+    holders = [rank for rank, holds in enumerate(job.comm.gather(bool(held))) if holds]
+    if job.comm.rank == holders[-1]:
+        held[-1][-1] = math.nan
 
 
 if __name__ == "__main__":

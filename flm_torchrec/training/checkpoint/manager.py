@@ -27,7 +27,7 @@ from flm_torchrec.files import discard, mend_inside
 from flm_torchrec.model.pretrain import user_weights
 from flm_torchrec.training.checkpoint import storage
 from flm_torchrec.training.checkpoint.by_key import MODEL, OPTIMIZER, TABLES, fill_by_key, zero_unlearned
-from flm_torchrec.training.checkpoint.state import copies, leaves, names, own_bytes
+from flm_torchrec.training.checkpoint.state import copies, is_finite, leaves, names, own_bytes
 
 CHECKPOINTS = "checkpoints"
 BEST = f"{CHECKPOINTS}/best"
@@ -130,7 +130,7 @@ class Checkpoints:
         tensors = copies({**self._state(), **beside, f"{RNG}{self.comm.rank}": torch.get_rng_state()})
         if self.comm.device.type == "cuda":
             tensors[f"{RNG}cuda.{self.comm.rank}"] = torch.cuda.get_rng_state()
-        broken = any(not bool(t.isfinite().all()) for t in leaves(tensors) if not isinstance(t, ShardedTensor))
+        broken = not all(is_finite(tensor) for tensor in leaves(tensors))
         if self.comm.any(broken)[0] and folder is None:
             self._fail(f"{self.folder}: the weights after step {progress.step} are not all numbers, so not saved")
             return self._report()

@@ -9,6 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed.remote_device import _remote_device
+from torch.distributed.tensor import DTensor
+
+ROWS_AT_ONCE = 65536
+"""Rows of a table whose numbers are looked at together."""
 
 
 def leaves(state: Any) -> list[Any]:
@@ -28,6 +32,16 @@ def own_bytes(tensor: ShardedTensor) -> int:
     """Bytes of this rank's shards; its part of them where replicas hold the same, since a checkpoint has them once."""
     held = sum(shard.tensor.numel() * shard.tensor.element_size() for shard in tensor.local_shards())
     return held * dist.get_world_size(tensor._process_group) // dist.get_world_size()
+
+
+def is_finite(tensor: Tensor | ShardedTensor) -> bool:
+    """Whether all numbers of a tensor are finite, or of what this rank holds of it. Not collective."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
+    if not isinstance(tensor, ShardedTensor):
+        return bool(tensor.isfinite().all())
+    # Part by part, as the answers take memory too.
+    return all(bool(rows.isfinite().all()) for s in tensor.local_shards() for rows in s.tensor.split(ROWS_AT_ONCE))
 
 
 def copies(state: dict[str, Any]) -> dict[str, Any]:
