@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flm_torchrec.config import add_config_arguments, config_from_arguments, given_overrides, to_yaml
+from flm_torchrec.config import Config, add_config_arguments, config_from_arguments, given_overrides, to_yaml
 from flm_torchrec.errors import ConfigError
 from flm_torchrec.files import write_text
 from flm_torchrec.folders import CONFIG
@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
     from flm_torchrec.planner.whatif import remedies, smallest, sweep
 
     silence_warnings()
+    launched = _launched(args) if args.emit else None
     cluster = make_cluster(args.hardware, args.nodes, args.per_node, args.values)
     question = _question(args, cluster)
     least = smallest(question, cluster)
@@ -115,8 +116,8 @@ def run(args: argparse.Namespace) -> None:
     if report["sweep"]:
         tables.append(sweep_table(report["sweep"]))
     _print_and_write(args, report, lines, tables)
-    if args.emit and not failed:
-        _emit(args, cluster)
+    if launched and not failed:
+        _emit(args, cluster, *launched)
     if failed:
         raise ConfigError(str(failed))
 
@@ -156,15 +157,27 @@ def _add_whole_steps(
     tables.append(weak_table(report["weak_scaling"]))
 
 
-def _emit(args: argparse.Namespace, cluster: Cluster) -> None:
-    """Write the config of the plan, and the file that launches it."""
+def _launched(args: argparse.Namespace) -> tuple[Config, Path]:
+    """The config that is launched, and the folder of its plan, with the paths that the job sees."""
+    from flm_torchrec.planner.launch_files import in_pods
+
+    config, folder = config_from_arguments(args), Path(args.output)
+    return in_pods(config, folder) if args.emit == "kubernetes" else (config, folder)
+
+
+def _emit(args: argparse.Namespace, cluster: Cluster, config: Config, seen: Path) -> None:
+    """Write the config of the plan, and the file that launches it.
+
+    Args:
+        seen: the folder of the plan, where the job finds it.
+    """
     from flm_torchrec.planner.launch_files import LAUNCH_FILES
 
-    folder, config = Path(args.output), config_from_arguments(args)
-    own = replace(config.distributed, plan=str(folder / "plan.json"), device=cluster.hardware.device)
+    folder = Path(args.output)
+    own = replace(config.distributed, plan=str(seen / "plan.json"), device=cluster.hardware.device)
     name, written = LAUNCH_FILES[args.emit]
     write_text(folder / CONFIG, to_yaml(replace(config, distributed=own)))
-    write_text(folder / name, written(cluster, folder / CONFIG))
+    write_text(folder / name, written(cluster, seen / CONFIG))
     if not args.json:
         print(f"{folder / name}: {cluster.nodes} nodes, {cluster.per_node} ranks each, {folder / 'plan.json'}")
 

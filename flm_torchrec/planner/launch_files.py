@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from flm_torchrec.config import Config
+from flm_torchrec.errors import ConfigError
 from flm_torchrec.planner.hardware import Cluster
 
 NAME = "flm-pretrain"
@@ -45,6 +49,30 @@ def slurm(cluster: Cluster, config: Path) -> str:
         f' --rdzv_endpoint "$head:{PORT}" {shlex.join(_train(config))}',
     ]
     return "\n".join(lines) + "\n"
+
+
+def in_pods(config: Config, output: Path) -> tuple[Config, Path]:
+    """A config and the folder of its plan, their paths as pods have them: relative to the folder that is mounted.
+
+    Raises:
+        ConfigError: a path leads out of the folder that `flm plan` was called in.
+    """
+
+    def inside(name: str, path: str) -> str:
+        found = os.path.relpath(path) if path else path
+        if found.partition(os.sep)[0] == os.pardir:
+            raise ConfigError(
+                f"--emit kubernetes: {name} {path} is not in this folder, which pods mount at {WORK}; put it here"
+            )
+        return found
+
+    train = config.train
+    run, start = inside("train.run", train.run), inside("train.warm_start", train.warm_start)
+    return replace(
+        config,
+        data=replace(config.data, path=inside("data.path", config.data.path)),
+        train=replace(train, run=run, warm_start=start),
+    ), Path(inside("--output", str(output)))
 
 
 def kubernetes(cluster: Cluster, config: Path) -> str:

@@ -140,6 +140,24 @@ def test_a_plan_tells_the_whole_step_and_is_launched_as_it_is(
     assert words[-4:] == ["--", "train", "--config", str(output / "config.yaml")]
 
 
+def test_pods_find_every_path_below_the_folder_that_they_mount(
+    small: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--nodes", "2", "--emit", "kubernetes", "--output", str(tmp_path / "plan")]
+    assert main(plan(small, *options)) == 2
+    told = f"--emit kubernetes: data.path {small.path} is not in this folder, which pods mount at /work"
+    assert told in capsys.readouterr().err and not (tmp_path / "plan").exists()
+    (tmp_path / "data").symlink_to(small.path)
+    run = ["--data.path", str(tmp_path / "data"), "--train.run", str(tmp_path / "run")]
+    assert main(["plan", *run, *options, "--sweep"]) == 0
+    config = load_config("plan/config.yaml")
+    assert (config.data.path, config.train.run, config.train.warm_start) == ("data", "run", "")
+    assert config.distributed.plan == "plan/plan.json"
+    _, job = yaml.safe_load_all(Path("plan/launch.yaml").read_text())
+    assert job["spec"]["template"]["spec"]["containers"][0]["command"][-1] == "plan/config.yaml"
+
+
 def test_launch_files_name_the_numbers_of_the_plan(tmp_path: Path) -> None:
     config = tmp_path / "it's" / "config.yaml"
     for cluster in (make_cluster("a100-80", 3, 0), make_cluster("epyc-9654", 1, 0)):
