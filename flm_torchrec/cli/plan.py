@@ -205,10 +205,9 @@ def _question(args: argparse.Namespace, cluster: Cluster) -> Question:
 
         own = ("distributed.collectives",)  # the spec says it
         other = [n for n in given_overrides(args) if not n.startswith("distributed.") or n.startswith(own)]
-        if args.config or other:
-            raise ConfigError(
-                f"--spec stands for the model and the data; leave {other[0] if other else '--config'} out"
-            )
+        other += [f"--{name}" for name in ("config", "preset") if getattr(args, name)]
+        if other:
+            raise ConfigError(f"--spec stands for the model and the data; leave {other[0]} out")
         fixed = workload_of_spec(read_spec(Path(args.spec)))
         workload: Callable[[int], Workload] = lambda _: fixed  # noqa: E731
     else:

@@ -197,6 +197,7 @@ def test_launch_files_name_the_numbers_of_the_plan(tmp_path: Path) -> None:
         (["--emit", "slrum", "--output", "x"], "invalid choice: 'slrum'; did you mean 'slurm'?"),
         (["--emit", "torchx", "--spec", "x.yaml"], "--emit: needs a config and its data; leave --spec out"),
         (["--price-per-hour", "3", "--spec", "x.yaml"], "--price-per-hour: needs a config and its data"),
+        (["--preset", "fast", "--spec", "x.yaml"], "--spec stands for the model and the data; leave --preset out"),
         (["--set", "fp32_tflops=0"], "fp32_tflops: Input should be greater than 0"),
     ],
 )
