@@ -66,13 +66,7 @@ def shard(
             _apply_optimizer_in_backward(optimizer, module.parameters(), {"lr": config.sparse_lr})
         if isinstance(module, EmbeddingCollection):
             zeros |= {table.name for table in module.embedding_configs() if table.init_fn is nn.init.zeros_}
-    parameters = {p for module in sliced for p in module.parameters()}
-    whole = {p for p in parameters if not p.numel()}  # of a layer without inputs; FSDP refuses them
-    names = [name for name, p in model.named_parameters() if p in parameters - whole]
-    reduced = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if comm.collectives == "bf16" else None)
-    for module in sliced:
-        mesh = init_device_mesh(comm.device.type, (comm.world_size,))
-        fully_shard(module.to(comm.device), mesh=mesh, mp_policy=reduced, ignored_params=whole)
+    names = _slice(model, sliced, comm)
     wrapper: DataParallelWrapper = _Alone()
     if comm.world_size > 1:
         shared = _SharedInHalf if comm.collectives == "bf16" else DefaultDataParallelWrapper
@@ -99,6 +93,18 @@ def shard(
         ):  # integers are the ids of a managed table
             _initialise(name, tensor, config.seed, zero=name.split(".")[-2] in zeros)
     return sharded
+
+
+def _slice(model: nn.Module, sliced: Sequence[nn.Module], comm: Comm) -> list[str]:
+    """Divide the weights of modules among the ranks; the names of those that are divided."""
+    parameters = {p for module in sliced for p in module.parameters()}
+    whole = {p for p in parameters if not p.numel()}  # of a layer without inputs; FSDP refuses them
+    names = [name for name, p in model.named_parameters() if p in parameters - whole]
+    reduced = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if comm.collectives == "bf16" else None)
+    for module in sliced:
+        mesh = init_device_mesh(comm.device.type, (comm.world_size,))
+        fully_shard(module.to(comm.device), mesh=mesh, mp_policy=reduced, ignored_params=whole)
+    return names
 
 
 class _Alone(DataParallelWrapper):
