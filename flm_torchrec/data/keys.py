@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import polars as pl
@@ -61,6 +62,8 @@ def is_rounded(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value) and abs(value) >= EXACT
 
 
+HASHED = re.compile("[0-9a-f]{64}")
+"""A user's key after `flm prepare --hash-users`."""
 TOMBSTONE = "forgotten-"
 """Beginning of what replaces a forgotten user's key."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,9 +11,6 @@ from flm_torchrec.errors import DataError
 
 LEAST_SECRET = 32
 """Bytes: as many as the digest, below which HMAC is weaker than its hash (RFC 2104, section 3)."""
-
-HASHED = re.compile("[0-9a-f]{64}")
-"""What `hash_keys` makes of a key."""
 
 
 def hash_keys(keys: Iterable[str], secret: bytes) -> list[str]:

@@ -18,13 +18,12 @@ import pyarrow.parquet as pq
 from flm_torchrec.data.dataset import fingerprint_of, read_report
 from flm_torchrec.data.event_files import as_data_error
 from flm_torchrec.data.history import CONTEXT
-from flm_torchrec.data.keys import tombstone
+from flm_torchrec.data.keys import HASHED, tombstone
 from flm_torchrec.data.schema import Feature, Schema
 from flm_torchrec.errors import DataError
 from flm_torchrec.files import replacing, write_text
 from flm_torchrec.folders import SCHEMA
 from flm_torchrec.names import closest
-from flm_torchrec.prepare.hash_users import HASHED
 
 
 def keys_and_ids(file: Path) -> tuple[list[str], np.ndarray]:

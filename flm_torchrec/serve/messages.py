@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, model_validator
-from pydantic_core.core_schema import custom_error_schema
 
 from flm_torchrec.config.heads import FUSED, REPRESENTATIONS
 from flm_torchrec.data.times import LATEST
@@ -22,9 +21,8 @@ MOST_FORGOTTEN = 400
 
 def _or_else(message: str) -> GetPydanticSchema:
     """What is told of a wrong value: Pydantic's own words name no unit and, of several kinds, only the first."""
-    return GetPydanticSchema(
-        lambda kind, schema: custom_error_schema(schema(kind), "wrong_value", custom_error_message=message)
-    )
+    told = {"custom_error_type": "wrong_value", "custom_error_message": message}
+    return GetPydanticSchema(lambda kind, schema: {"type": "custom-error", "schema": schema(kind), **told})
 
 
 Key = Annotated[str, Field(min_length=1, max_length=512)]

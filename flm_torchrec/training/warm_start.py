@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from flm_torchrec.config import Config, load_config
+from flm_torchrec.data.keys import HASHED
 from flm_torchrec.data.schema import Feature
 from flm_torchrec.data.vocabulary import RowKeys, RowMatch
 from flm_torchrec.distributed.comm import Comm
 from flm_torchrec.errors import ConfigError, DataError, RunError
 from flm_torchrec.folders import CONFIG
-from flm_torchrec.prepare.hash_users import HASHED
 from flm_torchrec.training.by_key import entity_tables, match_tables, told, vocabularies
 from flm_torchrec.training.checkpoint import storage
 from flm_torchrec.training.checkpoint.by_key import MODEL, weight_of

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import polars as pl
 
-from flm_torchrec.data.keys import tombstone
+from flm_torchrec.data.keys import HASHED, tombstone
 from flm_torchrec.errors import ConfigError, DataError
-from flm_torchrec.prepare.hash_users import HASHED, hash_keys, read_secret
+from flm_torchrec.prepare.hash_users import hash_keys, read_secret
 
 
 class UserKeys:
