@@ -63,12 +63,15 @@ def test_losses_and_ranks_do_not_depend_on_ranks_or_sharding(  # type: ignore[no
 
 
 def test_a_rank_may_have_nothing_to_learn(ranks, small: PreparedData, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """The last batch of an epoch has one sequence, and no negatives are drawn."""
+    """The last batch of an epoch has one sequence, and no negatives are drawn.
+
+    A loss among one item is 0 but for rounding.
+    """
     given = ("train.batch_size=32", "loss.negatives=0")
     steps_job.main(str(small.path), str(tmp_path / "one.json"), [*SMALL, *given])
     alone = json.loads((tmp_path / "one.json").read_text())
     many = steps(ranks, small, tmp_path / "many.json", 2, *given)
-    np.testing.assert_allclose(many["losses"], alone["losses"], rtol=1e-4)
+    np.testing.assert_allclose(many["losses"], alone["losses"], rtol=1e-4, atol=1e-6)
 
 
 def test_a_dense_part_in_slices_learns_alike(ranks, small: PreparedData, tmp_path: Path, one: dict[str, dict]) -> None:  # type: ignore[no-untyped-def]

@@ -40,7 +40,7 @@ class A:
         '''Docstring.'''
 """
 SCHEMA = (
-    "class DataConfig:\n" + "".join(f"    f{n}: int = 0\n" for n in range(83)) + "class Config:\n    data: int = 0\n"
+    "class DataConfig:\n" + "".join(f"    f{n}: int = 0\n" for n in range(84)) + "class Config:\n    data: int = 0\n"
 )
 
 
@@ -98,7 +98,7 @@ def test_two_classes_of_one_name_are_found_across_folders(tmp_path: Path) -> Non
 
 def test_settings_are_counted_but_not_sections(tmp_path: Path) -> None:
     found = places(tmp_path, flm_torchrec__config__schema=SCHEMA)
-    assert list(found) == ["config fields"] and len(found["config fields"]) == 83
+    assert list(found) == ["config fields"] and len(found["config fields"]) == 84
     assert places(tmp_path, flm_torchrec__config__schema=SCHEMA.replace("    f0: int = 0\n", "")) == {}
 
 
