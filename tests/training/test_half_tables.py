@@ -7,6 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType as OptimType
+from fbgemm_gpu.split_embedding_configs import SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    EmbeddingLocation,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
 
 from flm_torchrec.cli import main
 from flm_torchrec.data.dataset import PreparedData
@@ -22,6 +29,18 @@ def tables(run: Path) -> dict[str, torch.Tensor]:
     """The tables of a run's newest state."""
     stored = storage.read_all(states_of(run)[0])
     return {name: t for name, t in stored.items() if name.startswith("model.") and not name.startswith("model.dense.")}
+
+
+def test_kernels_for_cpus_lose_small_updates() -> None:
+    """Why a CPU refuses: 100 updates of 1e-4 leave a weight of 1 as it is."""
+    place = [(1, 8, EmbeddingLocation.HOST, ComputeDevice.CPU)]
+    half = {"weights_precision": SparseType.FP16, "optimizer": OptimType.EXACT_SGD, "learning_rate": 1e-4}
+    table = SplitTableBatchedEmbeddingBagsCodegen(place, stochastic_rounding=True, **half)
+    weights = table.split_embedding_weights()[0]
+    weights.fill_(1.0)
+    for _ in range(100):
+        table(torch.tensor([0]), torch.tensor([0, 1])).sum().backward()
+    assert torch.equal(weights, torch.ones_like(weights))
 
 
 @pytest.fixture(scope="module")
