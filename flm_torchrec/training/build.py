@@ -28,7 +28,7 @@ from flm_torchrec.planner.plan import make_plan
 from flm_torchrec.planner.workload import Workload
 
 
-def check_learns(config: Config, device: torch.device) -> None:
+def check_device(config: Config, device: torch.device) -> None:
     """Refuse to learn on a CPU with settings of GPUs. A CPU evaluates and exports what has learned with them.
 
     Raises:

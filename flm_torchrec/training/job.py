@@ -15,7 +15,7 @@ from flm_torchrec.data.splits import Examples
 from flm_torchrec.data.train_stats import TrainStats
 from flm_torchrec.distributed.comm import Comm, process_group
 from flm_torchrec.distributed.shard import make_optimizer
-from flm_torchrec.training.build import build, check_learns, set_precision
+from flm_torchrec.training.build import build, check_device, set_precision
 from flm_torchrec.training.encoder import ModelEncoder
 from flm_torchrec.training.identity import of_one_domain
 from flm_torchrec.training.loaders import make_loader
@@ -94,7 +94,7 @@ class Job:
     def __init__(self, inputs: JobInputs, learns: bool = True) -> None:
         self.config, self.data, self.events, self.comm = inputs.config, inputs.data, inputs.events, inputs.comm
         if learns:
-            check_learns(self.config, self.comm.device)
+            check_device(self.config, self.comm.device)
         set_precision(self.config, self.comm.device)
         self.loaded: str | None = None
         """Which weights of another run the model has, in words."""

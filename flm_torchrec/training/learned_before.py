@@ -30,10 +30,11 @@ def refuse_learned(source: Path, inputs: JobInputs) -> None:
     Raises:
         ConfigError: such events are predicted, or it cannot be told, as the source's data are gone.
     """
-    inputs.comm.on_main(lambda: _check(source, inputs.config, inputs.data))
+    inputs.comm.on_main(lambda: _check(source, inputs))
 
 
-def _check(source: Path, config: Config, data: PreparedData) -> None:
+def _check(source: Path, inputs: JobInputs) -> None:
+    config, data, splits = inputs.config, inputs.data, inputs.events.splits
     made = _unstreamed(read_config(source))
     if _split_of(made) == _split_of(config) and made.finetune.task != "label":
         return
@@ -41,17 +42,19 @@ def _check(source: Path, config: Config, data: PreparedData) -> None:
     if not same_ids and not of_one_domain(source, data):
         return
     if isinstance(data, StreamedData):  # has the users of validation alone
-        data = load_data(_unstreamed(config), on_disk=True)
-    splits = events_of(_unstreamed(config), data).splits
-    for name, examples in (("validation", splits.valid), ("test", splits.test)):
-        rows = _held_out(examples)
-        if same_ids:
-            learned = events_of(made, with_targets(data, made)).seen[rows]
-        else:
-            learned = _learned_by_key(source, made, data, rows)
-        if learned.any():
+        config = _unstreamed(config)
+        data = load_data(config, on_disk=True)
+        splits = events_of(config, data).splits
+    valid, test = _held_out(splits.valid), _held_out(splits.test)
+    rows = np.concatenate([valid, test])
+    if same_ids:
+        learned = events_of(made, with_targets(data, made)).seen[rows]
+    else:
+        learned = _learned_by_key(source, made, data, rows)
+    for name, part in zip(("validation", "test"), np.split(learned, [len(valid)]), strict=True):
+        if part.any():
             raise ConfigError(
-                f"data.split: {source} has learned from {learned.sum()} of the {len(rows)} {name} events, so their"
+                f"data.split: {source} has learned from {part.sum()} of the {len(part)} {name} events, so their"
                 f" figures would be too good; take its split, {_told(made)}"
             )
 

@@ -48,7 +48,7 @@ def run(small: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with tables in fp16. It learns by the kernels for CPUs, as none else does."""
     folder = tmp_path_factory.mktemp("half") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "check_learns", lambda *_: None)
+        patch.setattr(job, "check_device", lambda *_: None)
         assert main(["train", "--data.path", str(small.path), *SMALL, *FP16, "--train.run", str(folder)]) == 0
     return folder
 
@@ -78,7 +78,7 @@ def test_rows_move_between_precisions(
     run: Path, small: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: bool
 ) -> None:
     """Learning nothing: rate 0."""
-    monkeypatch.setattr(job, "check_learns", lambda *_: None)
+    monkeypatch.setattr(job, "check_device", lambda *_: None)
     still = ["--data.path", str(small.path), "--train.warm_start", str(run), "--train.sparse_lr", "0"]
     kept = [*FP16] if half else ["--train.sparse_precision", "fp32"]
     assert main(["train", *still, *kept, "--train.run", str(tmp_path / "next")]) == 0
